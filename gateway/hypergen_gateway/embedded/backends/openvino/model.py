@@ -1,0 +1,78 @@
+"""A Python-based Triton backend `openvino`: runs `model.onnx` of a model's version folder on the CPU.
+
+Stands in for the native OpenVINO backend of NVIDIA's container, which the PyPI wheel lacks, and reads the same layout
+and parameters, so that one repository runs on both: PERFORMANCE_HINT, NUM_STREAMS, INFERENCE_NUM_THREADS, HINT_BF16.
+Knows nothing of diffusion. Runs inside Triton's Python stub.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import openvino
+import triton_python_backend_utils as pb_utils
+
+PASSED_ON = ("PERFORMANCE_HINT", "NUM_STREAMS", "INFERENCE_NUM_THREADS")
+Array = npt.NDArray[Any]
+
+
+class TritonPythonModel:
+    """One compiled model; `execute` merges the requests of a dynamic batch into one inference."""
+
+    @staticmethod
+    def auto_complete_config(auto_complete_model_config: Any) -> Any:
+        """The exporter writes complete configurations: nothing to add."""
+        return auto_complete_model_config
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Compile the model. An error here keeps the model from becoming ready."""
+        config = json.loads(args["model_config"])
+        file = Path(args["model_repository"], args["model_version"], config["default_model_filename"] or "model.onnx")
+        compiled = openvino.Core().compile_model(file, "CPU", _properties(config["parameters"]))
+        self._infer_request = compiled.create_infer_request()
+        self._inputs = [entry["name"] for entry in config["input"]]
+        self._outputs = [entry["name"] for entry in config["output"]]
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Run all requests as one batch; Triton has made sure that all shapes but the batch's agree."""
+        parts = [[_input(request, name) for request in requests] for name in self._inputs]
+        sizes = [len(part) for part in parts[0]]
+        try:
+            outputs = self._infer(dict(zip(self._inputs, parts, strict=True)))
+        except Exception as error:
+            failure = pb_utils.TritonError(f"OpenVINO: {error}")
+            return [pb_utils.InferenceResponse(error=failure) for _ in requests]
+        return _split(outputs, sizes)
+
+    def _infer(self, parts: dict[str, list[Array]]) -> dict[str, Array]:
+        batch = {name: part[0] if len(part) == 1 else np.concatenate(part) for name, part in parts.items()}
+        # share_inputs only: the outputs' memory is used again by the next inference.
+        results = self._infer_request.infer(batch, share_inputs=True)
+        return {name: results[name] for name in self._outputs}
+
+
+def _properties(parameters: dict[str, dict[str, str]]) -> dict[str, Any]:
+    given = {key: entry["string_value"] for key, entry in parameters.items()}
+    properties: dict[str, Any] = {key: given[key] for key in PASSED_ON if key in given}
+    # Said in either case: where a CPU has bf16, OpenVINO would take it unasked.
+    properties["INFERENCE_PRECISION_HINT"] = "bf16" if given.get("HINT_BF16") == "YES" else "f32"
+    return properties
+
+
+def _input(request: Any, name: str) -> Array:
+    array: Array = pb_utils.get_input_tensor_by_name(request, name).as_numpy()
+    return array
+
+
+def _split(outputs: dict[str, Array], sizes: list[int]) -> list[Any]:
+    responses = []
+    first = 0
+    for size in sizes:
+        tensors = [pb_utils.Tensor(name, array[first : first + size]) for name, array in outputs.items()]
+        responses.append(pb_utils.InferenceResponse(output_tensors=tensors))
+        first += size
+    return responses

@@ -1,0 +1,5 @@
+"""What can go wrong with the embedded Triton, each said in one line that tells what to do."""
+
+
+class EmbeddedError(Exception):
+    """The embedded Triton cannot be had; `str()` is the line for the user."""

@@ -1,0 +1,83 @@
+"""Where the pip-installed Triton lies, and whether this Python can run its models.
+
+Knows the layout of the wheel `nvidia-pytriton` and of Python's own shared library.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from hypergen_gateway.embedded.errors import EmbeddedError
+
+
+@dataclass(frozen=True)
+class Installation:
+    """The parts of Triton that a server is put together from."""
+
+    server: Path
+    """The executable `tritonserver`."""
+    backends: Path
+    """Holds the Python backend."""
+    caches: Path
+    stub: Path
+    """The process that runs a Python model, built for this very Python."""
+    library_folders: tuple[Path, ...]
+    """What the loader must search: Triton's libraries and libpython's folder."""
+
+
+def find_installation() -> Installation:
+    """Find the Triton that pip installed beside this Python.
+
+    Raises:
+        EmbeddedError: it is not installed, has no stub for this Python, or libpython is missing.
+    """
+    package = _package_folder("pytriton")
+    root = package / "tritonserver"
+    return Installation(
+        server=root / "bin" / "tritonserver",
+        backends=root / "backends",
+        caches=root / "caches",
+        stub=_stub(root / "python_backend_stubs"),
+        library_folders=(package.parent / "nvidia_pytriton.libs", _libpython_folder()),
+    )
+
+
+def _package_folder(name: str) -> Path:
+    # Found, not imported: importing pytriton starts threads and reads configuration of its own.
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise EmbeddedError(
+            "Triton is not installed here: pip install 'hypergen-triton[all]', or use --triton-url with one that runs."
+        )
+    return Path(spec.origin).parent
+
+
+def _stub(stubs: Path) -> Path:
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = stubs / version / "triton_python_backend_stub"
+    if not stub.exists():
+        known = ", ".join(sorted((folder.name for folder in stubs.iterdir()), key=_as_numbers))
+        raise EmbeddedError(f"The installed Triton has no stub for Python {version}: use one of {known}.")
+    return stub
+
+
+def _as_numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
+
+
+def _libpython_folder() -> Path:
+    """The stub is linked against libpython; a Python may be linked statically and then comes without it."""
+    name = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
+    library, multiarch = sysconfig.get_config_var("LIBDIR"), sysconfig.get_config_var("MULTIARCH")
+    prefixes = [library, f"/usr/lib/{multiarch}", "/usr/lib64", "/usr/local/lib", f"{sys.base_prefix}/lib"]
+    for folder in (Path(prefix) for prefix in prefixes if prefix):
+        if (folder / name).exists():
+            return folder
+    raise EmbeddedError(
+        f"{name} was not found, which Triton's Python backend needs: "
+        f"apt-get install {name.removesuffix('.so.1.0')} (or build Python with --enable-shared)."
+    )

@@ -1,0 +1,228 @@
+"""One run of the tritonserver process: its command line, environment, log, readiness and end.
+
+Knows one process from start to stop; what happens when it dies is the supervisor's matter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from tritonclient.grpc import InferenceServerClient, InferenceServerException
+
+from hypergen_gateway.embedded.errors import EmbeddedError
+from hypergen_gateway.embedded.installation import Installation
+
+logger = logging.getLogger("hypergen.triton")
+
+STUB_NAME = "triton_python_backend_stub"
+LOG_LEVELS = {"I": logging.DEBUG, "W": logging.WARNING, "E": logging.ERROR, "F": logging.ERROR}
+PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Loopback ports of one server."""
+
+    grpc: int
+    metrics: int
+
+
+def free_ports() -> Ports:
+    """Two ports that nobody listens on at this moment."""
+    with socket.socket() as first, socket.socket() as second:
+        first.bind(("127.0.0.1", 0))
+        second.bind(("127.0.0.1", 0))
+        return Ports(first.getsockname()[1], second.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Everything that a start of the server needs, the same at every restart."""
+
+    installation: Installation
+    run_folder: Path
+    model_repository: Path
+    ports: Ports
+
+    def command(self) -> list[str]:
+        """The command line; gRPC and metrics on loopback alone."""
+        return [
+            str(self.installation.server),
+            f"--model-repository={self.model_repository}",
+            f"--backend-directory={self.run_folder / 'backends'}",
+            f"--cache-directory={self.installation.caches}",
+            "--allow-http=false",
+            "--grpc-address=127.0.0.1",
+            f"--grpc-port={self.ports.grpc}",
+            "--metrics-address=127.0.0.1",
+            f"--metrics-port={self.ports.metrics}",
+            "--allow-gpu-metrics=false",
+            "--disable-auto-complete-config",
+            # The sampler answers in flight from one thread each: see its BLS_THREADS.
+            "--backend-config=python,thread-pool-size=64",
+            f"--backend-config=python,shm-region-prefix-name={self.shared_memory_prefix}",
+            "--exit-timeout-secs=5",
+        ]
+
+    def environment(self) -> dict[str, str]:
+        """Ours, with Triton's libraries and with this Python first, whose packages the models import."""
+        libraries = os.pathsep.join(str(folder) for folder in self.installation.library_folders)
+        return os.environ | {
+            "LD_LIBRARY_PATH": libraries,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+            # Several processes share the cores: threads that spin while they wait would take them from the UNet.
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+
+    @property
+    def shared_memory_prefix(self) -> str:
+        """Begins the names of this server's regions in /dev/shm, so that those of a killed one can be removed."""
+        return self.run_folder.name
+
+
+class TritonServer:
+    """A running tritonserver process and its model processes."""
+
+    def __init__(self, launch: Launch, process: asyncio.subprocess.Process) -> None:
+        self._launch = launch
+        self._process = process
+        self._last_lines: deque[str] = deque(maxlen=200)
+        self._reader = asyncio.create_task(self._read_log())
+        self._models: list[psutil.Process] = []
+
+    @classmethod
+    async def start(cls, launch: Launch) -> TritonServer:
+        """Start the process, without waiting for its models."""
+        process = await asyncio.create_subprocess_exec(
+            *launch.command(),
+            env=launch.environment(),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            # Its own session, so that Ctrl-C reaches us alone and we stop it in order; and it must not outlive us.
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+        return cls(launch, process)
+
+    async def wait_ready(self, timeout: float) -> None:
+        """Wait until every model is loaded.
+
+        Raises:
+            EmbeddedError: it exited, or `timeout` seconds passed.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout
+        url = f"127.0.0.1:{self._launch.ports.grpc}"
+        while not await asyncio.to_thread(_is_ready, url):
+            if self._process.returncode is not None:
+                await self._reader
+                raise EmbeddedError(f"Triton exited with code {self._process.returncode} at start: {self._reason()}")
+            if asyncio.get_running_loop().time() > deadline:
+                raise EmbeddedError(f"Triton was not ready after {timeout:.0f} s: {self._reason()}")
+            await asyncio.sleep(0.1)
+        self._models = _stubs_of(self._process.pid)
+
+    def missing(self) -> str | None:
+        """What has died since the server was ready, in words; None while all is alive."""
+        if self._process.returncode is not None:
+            return f"tritonserver (exit code {self._process.returncode})"
+        dead = [model for model in self._models if not _is_alive(model)]
+        return f"{len(dead)} of its {len(self._models)} model processes" if dead else None
+
+    async def stop(self, timeout: float) -> None:
+        """Ask it to end, and end it and its model processes by force if it does not within `timeout` seconds."""
+        children = _stubs_of(self._process.pid) or self._models
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+        try:
+            await asyncio.wait_for(self._process.wait(), timeout)
+        except asyncio.TimeoutError:
+            logger.warning("Triton did not end within %.0f s and was killed", timeout)
+            self._process.kill()
+            await self._process.wait()
+        await asyncio.to_thread(_end_all, children)
+        # A surviving grandchild could hold the pipe open for ever.
+        self._reader.cancel()
+        self._remove_shared_memory()
+
+    def _remove_shared_memory(self) -> None:
+        for region in Path("/dev/shm").glob(f"{self._launch.shared_memory_prefix}*"):
+            region.unlink(missing_ok=True)
+
+    async def _read_log(self) -> None:
+        assert self._process.stdout is not None
+        while raw := await _read_line(self._process.stdout):
+            line = raw.decode("utf-8", "replace").rstrip()
+            if line:
+                self._last_lines.append(line)
+                logger.log(LOG_LEVELS.get(line[0], logging.DEBUG) if _is_glog(line) else logging.DEBUG, "%s", line)
+
+    def _reason(self) -> str:
+        """The first error that Triton logged, or its last words."""
+        errors = [line for line in self._last_lines if _is_glog(line) and line[0] in "EF"]
+        words = errors or list(self._last_lines)[-1:] or ["it said nothing"]
+        return words[0].partition("] ")[2].strip('"') or words[0]
+
+
+async def _read_line(stream: asyncio.StreamReader) -> bytes:
+    """The next line; one longer than the buffer comes in pieces instead of ending the reading."""
+    try:
+        return await stream.readuntil(b"\n")
+    except asyncio.IncompleteReadError as end:
+        return end.partial
+    except asyncio.LimitOverrunError as overrun:
+        return await stream.read(overrun.consumed)
+
+
+def _is_glog(line: str) -> bool:
+    """Triton's own lines look like `I1123 11:55:42.123456 42 file.cc:1] "message"`."""
+    return line[0] in LOG_LEVELS and line[1:5].isdigit()
+
+
+def _is_ready(url: str) -> bool:
+    with contextlib.closing(InferenceServerClient(url)) as client:
+        try:
+            return bool(client.is_server_ready(client_timeout=2.0))
+        except InferenceServerException:
+            return False
+
+
+def _die_with_parent() -> None:
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _stubs_of(pid: int) -> list[psutil.Process]:
+    try:
+        children = psutil.Process(pid).children(recursive=True)
+        return [child for child in children if child.name()[:15] == STUB_NAME[:15]]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _end_all(processes: list[psutil.Process]) -> None:
+    """Stubs end by themselves once their server has gone; those that do not are killed."""
+    _, alive = psutil.wait_procs(processes, timeout=3)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()

@@ -1,0 +1,109 @@
+"""Keeps an embedded Triton running: starts it, notices when it or one of its processes dies, starts it again.
+
+Triton 2.51 stays "ready" after a model's process has crashed, and that model's clients wait for ever: so the processes
+themselves are watched, and the whole server is replaced, on the same ports, so that clients find it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from hypergen_gateway.embedded.errors import EmbeddedError
+from hypergen_gateway.embedded.installation import find_installation
+from hypergen_gateway.embedded.run_folder import make_run_folder
+from hypergen_gateway.embedded.server import Launch, TritonServer, free_ports
+
+logger = logging.getLogger("hypergen.triton")
+
+WATCH_SECONDS = 0.25
+LONGEST_PAUSE_SECONDS = 30.0
+
+
+@asynccontextmanager
+async def embedded_triton(model_repository: Path, start_timeout: float = 600.0) -> AsyncIterator[EmbeddedTriton]:
+    """Serve `model_repository` for as long as the context lasts; every model is ready when it is entered.
+
+    Raises:
+        EmbeddedError: Triton cannot be found, started or made ready within `start_timeout` seconds.
+    """
+    installation = find_installation()
+    run_folder = make_run_folder(installation)
+    triton = EmbeddedTriton(Launch(installation, run_folder, model_repository, free_ports()), start_timeout)
+    try:
+        await triton.start()
+        yield triton
+    finally:
+        await triton.stop()
+        shutil.rmtree(run_folder, ignore_errors=True)
+
+
+class EmbeddedTriton:
+    """A Triton that is started again when it or one of its processes dies; made by `embedded_triton`."""
+
+    def __init__(self, launch: Launch, start_timeout: float) -> None:
+        self._launch = launch
+        self._start_timeout = start_timeout
+        self._server: TritonServer | None = None
+        self._watcher: asyncio.Task[None] | None = None
+
+    @property
+    def url(self) -> str:
+        """HOST:PORT of gRPC; the same across restarts."""
+        return f"127.0.0.1:{self._launch.ports.grpc}"
+
+    @property
+    def metrics_url(self) -> str:
+        """Triton's own Prometheus metrics."""
+        return f"http://127.0.0.1:{self._launch.ports.metrics}/metrics"
+
+    async def start(self) -> None:
+        """Start, wait until ready, and watch from then on."""
+        await self._start_server()
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def stop(self) -> None:
+        """End the watch and the server; also after a failed start."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watcher
+        await self._stop_server(timeout=10.0)
+
+    async def _start_server(self) -> None:
+        self._server = await TritonServer.start(self._launch)
+        await self._server.wait_ready(self._start_timeout)
+
+    async def _stop_server(self, timeout: float) -> None:
+        if self._server is not None:
+            await self._server.stop(timeout)
+            self._server = None
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            missing = self._server.missing() if self._server else "tritonserver"
+            if missing:
+                logger.error("Triton lost %s; starting it again", missing)
+                await self._replace()
+
+    async def _replace(self) -> None:
+        """Start again until it holds, with growing pauses: a full disk or short memory may pass."""
+        pause = 0.5
+        while True:
+            try:
+                # What is left of it answers nobody: no time for a graceful end.
+                await self._stop_server(timeout=0.5)
+                await self._start_server()
+            except (EmbeddedError, OSError) as error:
+                logger.error("%s Next try in %.0f s", error, pause)
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
+            else:
+                logger.warning("Triton is back")
+                return

@@ -1,0 +1,156 @@
+"""Every error a client can see, as one tree.
+
+A class knows its HTTP status, the type and code that OpenAI's clients expect, and the headers that belong to it.
+It does not know how or where it is answered: whoever notices a problem raises, and one middleware answers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+
+class HyperGenError(Exception):
+    """The root. `message` is for the client, so it never holds a path, a key or a traceback."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str | None] = None
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """What the response carries besides its body."""
+        return {}
+
+    @property
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """The error in OpenAI's shape."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class InvalidRequestError(HyperGenError):
+    """The request cannot be served as it stands; `param` says which part of it."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class AuthenticationError(InvalidRequestError):
+    """The API key is missing, malformed or wrong."""
+
+    status = 401
+    code = "invalid_api_key"
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
+
+class NotFoundError(InvalidRequestError):
+    """No such route."""
+
+    status = 404
+    code = "not_found"
+
+
+class ModelNotFoundError(NotFoundError):
+    """The model asked for is not the one that is served."""
+
+    code = "model_not_found"
+
+
+class MethodNotAllowedError(InvalidRequestError):
+    """The route exists, but not for this method."""
+
+    status = 405
+    code = "method_not_allowed"
+
+    def __init__(self, message: str, allow: str) -> None:
+        super().__init__(message)
+        self.allow = allow
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"Allow": self.allow}
+
+
+class BodyTooLargeError(InvalidRequestError):
+    """The body is larger than the server reads."""
+
+    status = 413
+    code = "request_too_large"
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        # The rest of the body is not read, so the connection cannot carry another request.
+        return {"Connection": "close"}
+
+
+class UnsupportedMediaTypeError(InvalidRequestError):
+    """The body is not of a type that the route reads."""
+
+    status = 415
+    code = "unsupported_media_type"
+
+
+class RetryableError(HyperGenError):
+    """The same request can succeed later; `retry_after` is the wait in seconds."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {
+            "Retry-After": str(math.ceil(self.retry_after)),
+            "retry-after-ms": str(math.ceil(self.retry_after * 1000)),
+        }
+
+
+class QueueFullError(RetryableError):
+    """As many requests wait as may wait."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
+class ClientClosedRequestError(HyperGenError):
+    """The client left before its answer was ready. Nobody reads the response; the status is for the log."""
+
+    status = 499
+    code = "client_closed_request"
+
+
+class InternalError(HyperGenError):
+    """A fault of the server. The client learns no more than that: `detail` goes to the log."""
+
+    code = "internal_error"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__("The server had an error while processing the request. The log has it under the request id.")
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return self.detail
+
+
+class UnavailableError(RetryableError):
+    """Triton, or a model that it should serve, is not ready."""
+
+    status = 503
+    code = "service_unavailable"
+
+
+class DeadlineExceededError(HyperGenError):
+    """The pictures were not ready in time."""
+
+    status = 504
+    code = "timeout"

@@ -1,0 +1,197 @@
+"""What happens to every request, whatever it asks for. Pure ASGI, so bodies and responses stream through untouched.
+
+From the outside in: request id and access log, errors, API key, body limit.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import time
+from http import HTTPStatus
+from urllib.parse import quote
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from hypergen_gateway.errors import (
+    AuthenticationError,
+    BodyTooLargeError,
+    ClientClosedRequestError,
+    HyperGenError,
+    InternalError,
+    InvalidRequestError,
+    MethodNotAllowedError,
+    NotFoundError,
+)
+from hypergen_gateway.request_id import accept_or_create, current_request_id
+
+logger = logging.getLogger(__name__)
+access_logger = logging.getLogger("hypergen_gateway.access")
+
+# Probes come without a key.
+_OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
+
+
+class RequestLog:
+    """Gives every request an id, sends it back with the time taken, and writes one line to the log."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = accept_or_create(Headers(scope=scope).get("x-request-id"))
+        token = current_request_id.set(request_id)
+        started = time.perf_counter()
+        status = 500
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers["openai-processing-ms"] = str(_milliseconds_since(started))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_headers)
+        finally:
+            access_logger.info(
+                "%s %s %d %d ms %s",
+                scope["method"],
+                quote(scope["path"], safe="/:@"),
+                status,
+                _milliseconds_since(started),
+                request_id,
+            )
+            current_request_id.reset(token)
+
+
+class Errors:
+    """Answers every error that anything inside raises, in OpenAI's shape."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        response_started = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal response_started
+            response_started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched_send)
+        except Exception as error:
+            if response_started:
+                raise
+            ours = _as_ours(error)
+            _log(ours, error)
+            await error_response(ours)(scope, receive, send)
+
+
+class ApiKey:
+    """Lets a request through that carries the key; without a configured key, every request."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+        self._app = app
+        self._api_key = None if api_key is None else api_key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._api_key is not None and scope["path"] not in _OPEN_PATHS:
+            self._check([value for name, value in scope["headers"] if name == b"authorization"], self._api_key)
+        await self._app(scope, receive, send)
+
+    @staticmethod
+    def _check(given: list[bytes], api_key: bytes) -> None:
+        if not given:
+            raise AuthenticationError("No API key was given. Send it in the header 'Authorization: Bearer KEY'.")
+        scheme, _, key = given[0].partition(b" ")
+        if len(given) > 1 or scheme != b"Bearer" or not key.strip():
+            raise AuthenticationError("The Authorization header is malformed. It must read 'Bearer KEY'.")
+        if not hmac.compare_digest(key, api_key):
+            raise AuthenticationError("The API key is wrong.")
+
+
+class BodyLimit:
+    """Refuses a body above the limit: by its declared length before reading, else as soon as it goes over."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdecimal() and int(declared[:20]) > self._max_bytes:
+            raise self._too_large()
+        received = 0
+
+        async def limited_receive() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_bytes:
+                raise self._too_large()
+            return message
+
+        await self._app(scope, limited_receive, send)
+
+    def _too_large(self) -> BodyTooLargeError:
+        return BodyTooLargeError(f"The body is too large: at most {self._max_bytes:,} bytes are read.")
+
+
+def error_response(error: HyperGenError) -> Response:
+    """An error as an HTTP response."""
+    return JSONResponse(error.body, status_code=error.status, headers=dict(error.headers))
+
+
+def answer_http_exception(request: Request, error: Exception) -> Response:
+    """Starlette's own errors: no such route, no such method. OPTIONS is told the methods that there are."""
+    allow = (error.headers or {}).get("Allow") if isinstance(error, HTTPException) else None
+    if allow is not None and request.method == "OPTIONS":
+        return Response(status_code=204, headers={"Allow": f"{allow}, OPTIONS"})
+    ours: HyperGenError
+    if allow is not None:
+        ours = MethodNotAllowedError(f"The method {request.method} is not allowed here; {allow} is.", allow)
+    elif isinstance(error, HTTPException) and error.status_code == 404:
+        ours = NotFoundError(f"There is no {request.method} {quote(request.url.path, safe='/:@')} here.")
+    else:
+        ours = _as_ours(error)
+    _log(ours, error)
+    return error_response(ours)
+
+
+def _as_ours(error: Exception) -> HyperGenError:
+    if isinstance(error, HyperGenError):
+        return error
+    if isinstance(error, ClientDisconnect):
+        return ClientClosedRequestError("The client closed the request.")
+    if isinstance(error, HTTPException) and error.status_code < 500:
+        return InvalidRequestError(HTTPStatus(error.status_code).phrase)
+    return InternalError(f"unexpected {type(error).__name__}")
+
+
+def _log(ours: HyperGenError, error: Exception) -> None:
+    request_id = current_request_id.get()
+    if isinstance(ours, InternalError):
+        logger.error("request %s failed: %s", request_id, ours, exc_info=error)
+    elif ours.status >= 500:
+        logger.warning("request %s: %s (%s)", request_id, ours, ours.__cause__ or "no cause")
+
+
+def _milliseconds_since(started: float) -> int:
+    return round((time.perf_counter() - started) * 1000)

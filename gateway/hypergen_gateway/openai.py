@@ -1,0 +1,274 @@
+"""OpenAI's Images API: what comes over the wire becomes a `Generation`, and pictures become its responses.
+
+Knows the fields, their legal values and the words for saying so. Types and the API's own ranges stand in the pydantic
+models; sizes, defaults and schedulers come from the `ModelDescription`. Knows neither HTTP nor Triton.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import time
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hypergen_gateway.errors import InvalidRequestError
+from hypergen_gateway.generation import MAX_SEED, Generation, ModelDescription, Picture
+
+# Seeds drawn here stay below 2^53: larger ones lose digits in JavaScript, and then a picture cannot be made again.
+_RANDOM_SEEDS = 2**53
+
+_SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
+
+# The strings that OpenAI's schema allows for `size` in a response.
+_RESPONSE_SIZES = frozenset({"1024x1024", "1024x1536", "1536x1024"})
+
+Quality = Literal["low", "medium", "high"]
+# The words of older OpenAI models, and "auto", in today's words.
+_QUALITIES: dict[str, Quality] = {
+    "low": "low",
+    "medium": "medium",
+    "high": "high",
+    "auto": "medium",
+    "standard": "medium",
+    "hd": "high",
+}
+_STEPS_BY_QUALITY: dict[Quality, float] = {"low": 0.5, "medium": 1.0, "high": 1.5}
+
+Text = Annotated[str, Field(max_length=32_000)]
+
+
+class ImageRequest(BaseModel):
+    """The body of POST /v1/images/generations. Unknown fields are tolerated, as OpenAI adds some every year."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+
+    prompt: Annotated[Text, Field(min_length=1)]
+    model: str | None = None
+    n: int = Field(default=1, ge=1, le=10)
+    size: str = "auto"
+    quality: Literal["low", "medium", "high", "auto", "standard", "hd"] = "auto"
+    response_format: Literal["b64_json", "url"] = "b64_json"
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    output_compression: int = Field(default=100, ge=0, le=100)
+    background: Literal["auto", "opaque", "transparent"] = "auto"
+    stream: bool = False
+    partial_images: int = Field(default=0, ge=0, le=3)
+    moderation: Literal["low", "auto"] = "auto"
+    style: Literal["vivid", "natural"] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    # HyperGen's own
+    negative_prompt: Text | None = None
+    num_inference_steps: int | None = Field(default=None, ge=1)
+    guidance_scale: float | None = Field(default=None, ge=1.0)
+    scheduler: str | None = None
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    lora_path: str | None = None
+    lora_scale: float = Field(default=1.0, ge=0.0, le=2.0)
+
+
+# Values that the API has and this server does not: for these fields, only what stands here is served.
+_SERVED: dict[str, tuple[object, ...]] = {
+    "response_format": ("b64_json",),
+    "output_format": ("png",),
+    "output_compression": (100,),
+    "background": ("auto", "opaque"),
+    "stream": (False,),
+    "partial_images": (0,),
+    "lora_path": (None,),
+}
+
+# What a field may hold, to complete "It must be …". Braces are filled from the model's description.
+_LEGAL: dict[str, str] = {
+    "prompt": "a string of 1 to 32,000 characters",
+    "model": "a string",
+    "n": "an integer from 1 to {max_num_images}",
+    "size": (
+        "'auto' or WIDTHxHEIGHT in pixels, such as '{default_width}x{default_height}', "
+        "both multiples of {size_factor} from {min_size} to {max_size}"
+    ),
+    "quality": "'low', 'medium', 'high', 'auto', 'standard' or 'hd'",
+    "response_format": "'b64_json'",
+    "output_format": "'png'",
+    "output_compression": "100, because PNG, the only output_format, is lossless",
+    "background": "'auto' or 'opaque'",
+    "stream": "false",
+    "partial_images": "0",
+    "moderation": "'low' or 'auto'",
+    "style": "'vivid' or 'natural'",
+    "user": "a string",
+    "safety_identifier": "a string",
+    "negative_prompt": "a string of at most 32,000 characters",
+    "num_inference_steps": "an integer from 1 to {max_num_inference_steps}",
+    "guidance_scale": "a number from 1 to {max_guidance_scale:g}",
+    "scheduler": "one of {known_schedulers}",
+    "seed": f"an integer from 0 to {MAX_SEED}, and so must be seed + n - 1",
+    "lora_path": "absent",
+    "lora_scale": "a number from 0 to 2",
+}
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """The JSON object in a request's body. Stricter than `json.loads`: no NaN, no key twice, nothing but UTF-8."""
+    if not body:
+        raise InvalidRequestError("The body is empty; it must be a JSON object.")
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError("The body is not valid UTF-8.") from error
+    except RecursionError as error:
+        raise InvalidRequestError("The body is nested too deeply.") from error
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise InvalidRequestError(f"The body is not valid JSON: {error.msg} at {where}.") from error
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise InvalidRequestError("The body holds a number with too many digits.") from error
+    if not isinstance(value, dict):
+        raise InvalidRequestError(f"The body must be a JSON object, not {_shown(value)}.")
+    return value
+
+
+def read_image_request(payload: dict[str, Any], model: ModelDescription) -> ImageRequest:
+    """Validates a body's fields; the first wrong one is named in the error."""
+    given = {name: value for name, value in payload.items() if value is not None}
+    try:
+        request = ImageRequest.model_validate(given)
+    except ValidationError as error:
+        raise _invalid(str(error.errors()[0]["loc"][0]), given, model) from error
+    for name, served in _SERVED.items():
+        if getattr(request, name) not in served:
+            raise InvalidRequestError(
+                f"{_shown(given[name])} for '{name}' is not supported by this server. It must be {_LEGAL[name]}.", name
+            )
+    return request
+
+
+def to_generation(request: ImageRequest, model: ModelDescription) -> Generation:
+    """A request with the model's defaults filled in, within the model's limits."""
+    width, height = _size(request, model)
+    seed = secrets.randbelow(_RANDOM_SEEDS - request.n) if request.seed is None else request.seed
+    steps, guidance = request.num_inference_steps, request.guidance_scale
+    generation = Generation(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        num_images=request.n,
+        width=width,
+        height=height,
+        num_inference_steps=_steps_for(request.quality, model) if steps is None else steps,
+        guidance_scale=model.default_guidance_scale if guidance is None else guidance,
+        scheduler=request.scheduler,
+        seed=seed,
+    )
+    _check_limits(generation, request, model)
+    return generation
+
+
+def _check_limits(generation: Generation, request: ImageRequest, model: ModelDescription) -> None:
+    legal = {
+        "n": generation.num_images <= model.max_num_images,
+        "num_inference_steps": generation.num_inference_steps <= model.max_num_inference_steps,
+        "guidance_scale": generation.guidance_scale <= model.max_guidance_scale,
+        "scheduler": generation.scheduler is None or generation.scheduler in model.schedulers,
+        "seed": generation.seed + generation.num_images - 1 <= MAX_SEED,
+    }
+    for name, fine in legal.items():
+        if not fine:
+            raise _invalid(name, {name: getattr(request, name)}, model)
+
+
+def _size(request: ImageRequest, model: ModelDescription) -> tuple[int, int]:
+    if request.size == "auto":
+        return model.default_width, model.default_height
+    match = _SIZE.fullmatch(request.size)
+    sides = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not all(model.min_size <= side <= model.max_size and side % model.size_factor == 0 for side in sides):
+        raise _invalid("size", {"size": request.size}, model)
+    return sides
+
+
+def _steps_for(quality: str, model: ModelDescription) -> int:
+    steps = round(model.default_num_inference_steps * _STEPS_BY_QUALITY[_QUALITIES[quality]])
+    return min(max(steps, 1), model.max_num_inference_steps)
+
+
+def _invalid(name: str, given: dict[str, Any], model: ModelDescription) -> InvalidRequestError:
+    legal = _LEGAL[name].format(**vars(model), known_schedulers=", ".join(model.schedulers))
+    problem = f"Invalid value for '{name}': {_shown(given[name])}." if name in given else f"'{name}' is missing."
+    return InvalidRequestError(f"{problem} It must be {legal}.", name)
+
+
+def _shown(value: object) -> str:
+    """A value as a client wrote it, short enough for a message."""
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "an array"
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}… ({len(text)} characters)"
+
+
+def _refuse_constant(name: str) -> None:
+    raise InvalidRequestError(f"{name} is not JSON: numbers must be finite.")
+
+
+def _unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    keys: set[str] = set()
+    for key, _ in pairs:
+        if key in keys:
+            param = key if key in ImageRequest.model_fields else None
+            raise InvalidRequestError(f"The key {_shown(key)} appears twice.", param)
+        keys.add(key)
+    return dict(pairs)
+
+
+class ModelObject(BaseModel):
+    """A model, as /v1/models lists it."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = Field(default_factory=lambda: int(time.time()))
+    owned_by: Literal["hypergen"] = "hypergen"
+
+
+class ModelList(BaseModel):
+    """The models that are served: exactly one."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelObject]
+
+
+class ImageObject(BaseModel):
+    """One picture of a response. `seed` is an extension: with it, and n = 1, the picture can be made again."""
+
+    b64_json: str
+    revised_prompt: str
+    seed: int
+
+
+class ImagesResponse(BaseModel):
+    """The response to a request for pictures."""
+
+    created: int = Field(default_factory=lambda: int(time.time()))
+    background: Literal["opaque"] = "opaque"
+    output_format: Literal["png"] = "png"
+    quality: Quality
+    size: str | None = None
+    data: list[ImageObject]
+
+
+def images_response(
+    request: ImageRequest, generation: Generation, finished: Iterable[tuple[Picture, str]]
+) -> ImagesResponse:
+    """The response that holds pictures and their base64, in the order of their indices."""
+    size = f"{generation.width}x{generation.height}"
+    ordered = sorted(finished, key=lambda pair: pair[0].index)
+    return ImagesResponse(
+        quality=_QUALITIES[request.quality],
+        size=size if size in _RESPONSE_SIZES else None,
+        data=[
+            ImageObject(b64_json=encoded, revised_prompt=request.prompt, seed=picture.seed)
+            for picture, encoded in ordered
+        ],
+    )

@@ -1,0 +1,76 @@
+"""Which Triton repository a MODEL means: one that is already exported, or the cached export of a checkpoint.
+
+Knows the cache's layout and how to start the exporter as a process of its own, so that torch stays out of this one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+SHIPPED_MODEL = "hypergen/emoji"
+
+
+class ExportFailedError(Exception):
+    """The exporter has already said why on stderr; `exit_code` is its own."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"the export failed with exit code {exit_code}")
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What the engines are built for, and where they are kept."""
+
+    dtype: str
+    max_batch_size: int
+    cache_dir: Path
+
+
+def default_cache_dir() -> Path:
+    """`hypergen` in the user's cache folder, as the XDG base directory specification places it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hypergen"
+
+
+async def find_repository(model: str, options: ExportOptions) -> Path:
+    """The repository to serve, exported first if need be, with the exporter's progress on stderr.
+
+    Raises:
+        ExportFailedError: there is none and none could be made.
+    """
+    if (Path(model) / "diffusion" / "config.pbtxt").is_file():
+        return Path(model)
+    output = options.cache_dir / _folder_name(model, options)
+    await _export(model, options, output)
+    return output
+
+
+def _folder_name(model: str, options: ExportOptions) -> str:
+    """Readable, and distinct for distinct checkpoints."""
+    place = str(Path(model).resolve()) if Path(model).exists() else model
+    digest = hashlib.sha256(place.encode()).hexdigest()[:8]
+    readable = re.sub(r"[^A-Za-z0-9.]+", "-", Path(model).name).strip("-.") or "model"
+    return f"{readable}-{digest}-openvino-{options.dtype}-b{options.max_batch_size}"
+
+
+async def _export(model: str, options: ExportOptions, output: Path) -> None:
+    """Run the exporter; it finds out itself whether `output` is up to date."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "hypergen_export", model, "--engine", "openvino", "--dtype", options.dtype),
+        *("--max-batch-size", str(options.max_batch_size), "--output", str(output)),
+        start_new_session=True,
+    )
+    try:
+        exit_code = await process.wait()
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            await process.wait()
+    if exit_code != 0:
+        raise ExportFailedError(exit_code)

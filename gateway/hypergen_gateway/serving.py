@@ -1,0 +1,182 @@
+"""What the commands do: bring up Triton, put the gateway in front of it or ask it for a picture, and end in order.
+
+Knows asyncio, uvicorn and signals. The options' words are the command line's matter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import click
+import uvicorn
+
+from hypergen_gateway.app import create_app
+from hypergen_gateway.config import Config
+from hypergen_gateway.generation import Generation, ModelDescription, Picture
+from hypergen_gateway.repository import ExportOptions, find_repository
+from hypergen_gateway.triton import TritonBackend
+
+# Pictures in the making when the server is told to stop get this long; then their clients get an error.
+DRAIN_SECONDS = 120
+
+
+class PortUnavailableError(Exception):
+    """The address cannot be listened on; `str()` is the line for the user."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TritonOptions:
+    """Which Triton to use: one that runs at `url`, else an embedded one serving `model`."""
+
+    model: str
+    url: str | None
+    export: ExportOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """Everything `hypergen serve` was told."""
+
+    host: str
+    port: int
+    triton: TritonOptions
+    gateway: Config
+
+
+async def serve(options: ServeOptions) -> None:
+    """Serve until SIGINT or SIGTERM; pictures in the making are finished first.
+
+    Raises:
+        PortUnavailableError, ExportFailedError, EmbeddedError, HyperGenError: before anything is served.
+    """
+    # Bound before the engines are loaded: a busy port is known at once.
+    with _listen(options.host, options.port) as listener:
+        async with _connected(options.triton) as backend:
+            description = await backend.describe()
+            click.echo(_invitation(options, description), err=True)
+            await _serve_http(create_app(options.gateway, backend), listener)
+
+
+async def draw(options: TritonOptions, wanted: dict[str, Any]) -> Picture:
+    """One picture, without a gateway. `wanted` holds fields of `Generation`; the model's defaults fill the others."""
+    async with _connected(options) as backend:
+        generation = _complete(wanted, await backend.describe())
+        async with contextlib.aclosing(backend.generate(generation)) as pictures:
+            return await anext(pictures)
+
+
+def run_until_signalled(work: Coroutine[Any, Any, None]) -> None:
+    """Run `work`; SIGINT and SIGTERM cancel it once, so that everything it opened is closed in order."""
+    asyncio.run(_cancelled_by_signals(work))
+
+
+async def _cancelled_by_signals(work: Coroutine[Any, Any, None]) -> None:
+    task = asyncio.ensure_future(work)
+    with _signals_call(task.cancel):
+        await task
+
+
+@contextlib.contextmanager
+def _signals_call(stop: Any) -> Iterator[None]:
+    """While it lasts, the first SIGINT or SIGTERM calls `stop`; later ones do nothing, for the end is under way."""
+    loop = asyncio.get_running_loop()
+    pending = [stop]
+
+    def once() -> None:
+        if pending:
+            pending.pop()()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, once)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        hint = "choose another with --port" if port else "choose another with --host"
+        raise PortUnavailableError(f"Cannot listen on {host}:{port} ({error.strerror}): {hint}.") from error
+
+
+@contextlib.asynccontextmanager
+async def _connected(options: TritonOptions) -> AsyncIterator[TritonBackend]:
+    async with contextlib.AsyncExitStack() as stack:
+        url = options.url
+        if url is None:
+            url = await stack.enter_async_context(_embedded(options))
+        backend = TritonBackend(url)
+        stack.push_async_callback(backend.close)
+        yield backend
+
+
+@contextlib.asynccontextmanager
+async def _embedded(options: TritonOptions) -> AsyncIterator[str]:
+    # Imported here, because a gateway in front of another Triton is installed without what this needs.
+    from hypergen_gateway.embedded import embedded_triton
+
+    repository = await find_repository(options.model, options.export)
+    began = time.monotonic()
+    click.echo("Starting Triton …", err=True)
+    async with embedded_triton(repository) as triton:
+        click.echo(f"Triton is ready after {time.monotonic() - began:.1f} s", err=True)
+        yield triton.url
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handlers, which would end the process before Triton is stopped."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def stop(self) -> None:
+        """Finish the requests under way, refuse new ones."""
+        click.echo("Stopping: pictures under way are finished first", err=True)
+        self.should_exit = True
+
+
+async def _serve_http(app: Any, listener: socket.socket) -> None:
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=DRAIN_SECONDS
+    )
+    server = _Server(config)
+    with _signals_call(server.stop):
+        await server.serve(sockets=[listener])
+
+
+def _complete(wanted: dict[str, Any], description: ModelDescription) -> Generation:
+    defaults = {
+        "width": description.default_width,
+        "height": description.default_height,
+        "num_inference_steps": description.default_num_inference_steps,
+        "guidance_scale": description.default_guidance_scale,
+    }
+    return Generation(**(defaults | {name: value for name, value in wanted.items() if value is not None}))
+
+
+def _invitation(options: ServeOptions, description: ModelDescription) -> str:
+    """What to do next, ready to be copied. Never shows the key."""
+    host = "localhost" if options.host in ("0.0.0.0", "::", "") else options.host
+    url = f"http://{host}:{options.port}"
+    secured = options.gateway.api_key is not None
+    key = ' -H "Authorization: Bearer $HYPERGEN_API_KEY"' if secured else ""
+    body = '{"prompt": "a rocket on a yellow background"}'
+    return (
+        f"\nServing {options.gateway.model_id or description.model_id} on {url}/v1 ({description.device}"
+        f"{', with an API key' if secured else ''})\n\nA picture:\n"
+        f"  curl -s {url}/v1/images/generations{key} -H 'Content-Type: application/json' \\\n"
+        f"    -d '{body}' | python3 -c 'import base64, json, sys; "
+        f'sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))\' > rocket.png\n'
+    )

@@ -1,0 +1,241 @@
+"""The backend that is a Triton server.
+
+Knows tensor names, gRPC and what Triton's errors mean; every foreign error becomes one of ours at one gate.
+Knows nothing of HTTP but the names by which OpenAI's clients know a parameter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+import numpy as np
+from tritonclient.grpc import InferInput  # type: ignore[import-untyped]
+from tritonclient.grpc.aio import InferenceServerClient  # type: ignore[import-untyped]
+from tritonclient.utils import InferenceServerException, triton_to_np_dtype  # type: ignore[import-untyped]
+
+from hypergen_gateway.errors import (
+    DeadlineExceededError,
+    HyperGenError,
+    InternalError,
+    InvalidRequestError,
+    QueueFullError,
+    UnavailableError,
+)
+from hypergen_gateway.generation import Generation, ModelDescription, Picture
+from hypergen_gateway.request_id import current_request_id
+
+logger = logging.getLogger(__name__)
+
+SAMPLER = "diffusion"
+MODELS = (SAMPLER, "text_encoder", "unet", "vae_decoder")
+
+# These replace all of tritonclient's own defaults.
+_CHANNEL_ARGS: list[tuple[str, int]] = [
+    # gRPC stops at 4 MB; a picture of 2048 × 2048 pixels has 12.
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # A Triton that restarts is found again within a second rather than two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # Triton closes a connection that pings more often than every 300 s.
+    ("grpc.keepalive_time_ms", 330_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 0),
+    ("grpc.http2.max_pings_without_data", 0),
+    # A retry would make the pictures twice, and a resolver could switch retries on.
+    ("grpc.enable_retries", 0),
+    ("grpc.service_config_disable_resolution", 1),
+    # An http_proxy in the environment is not meant for Triton.
+    ("grpc.enable_http_proxy", 0),
+]
+
+# The tensors of `diffusion`, each named as the field of `Generation` that it carries. Absent fields are not sent.
+_INPUT_TYPES: dict[str, str] = {
+    "prompt": "BYTES",
+    "negative_prompt": "BYTES",
+    "num_images": "INT32",
+    "width": "INT32",
+    "height": "INT32",
+    "num_inference_steps": "INT32",
+    "guidance_scale": "FP32",
+    "scheduler": "BYTES",
+    "seed": "INT64",
+}
+
+# What a client calls an input; where nothing stands, the same.
+_PARAMS: Mapping[str, str] = {"num_images": "n", "width": "size", "height": "size"}
+
+# How a parameter in config.pbtxt, always a string there, becomes a field of `ModelDescription`, by the field's type.
+_READERS: dict[str, Callable[[str], object]] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "tuple[str, ...]": lambda text: tuple(text.split(",")),
+}
+
+
+class TritonBackend:
+    """Pictures from a Triton server at `url` (HOST:PORT of its gRPC service). Belongs to one event loop.
+
+    `request_timeout` bounds a whole generation, `call_timeout` every other call, in seconds.
+    """
+
+    def __init__(self, url: str, *, request_timeout: float = 600.0, call_timeout: float = 2.0) -> None:
+        self._url = url
+        self._request_timeout = request_timeout
+        self._call_timeout = call_timeout
+        self._open_client: InferenceServerClient | None = None
+        self._description: ModelDescription | None = None
+        self._description_is_fresh = False
+
+    async def describe(self) -> ModelDescription:
+        """The parameters of the sampler. Read again after a lost connection: another model may have come back."""
+        if self._description is None or not self._description_is_fresh:
+            try:
+                self._description = await self._read_description()
+                self._description_is_fresh = True
+            except HyperGenError:
+                if self._description is None:
+                    raise
+        return self._description
+
+    async def ready(self) -> bool:
+        """Whether the server and every model that a picture needs are ready."""
+        client, limit = self._client, self._call_timeout
+        probes = [client.is_model_ready(name, client_timeout=limit) for name in MODELS]
+        try:
+            with self._gate():
+                answers = await asyncio.gather(client.is_server_ready(client_timeout=limit), *probes)
+        except HyperGenError:
+            return False
+        return all(answers)
+
+    async def generate(self, generation: Generation) -> AsyncGenerator[Picture, None]:
+        """One stream per request, as Triton closes a stream to report an error with its code."""
+        request = {
+            "model_name": SAMPLER,
+            "inputs": _to_inputs(generation),
+            "request_id": current_request_id.get(),
+        }
+        # Without this header an error comes as text in the stream, without its code.
+        responses = self._client.stream_infer(
+            _only(request), stream_timeout=self._request_timeout, headers={"triton_grpc_error": "true"}
+        )
+        try:
+            with self._gate():
+                async for result, error in responses:
+                    if error is not None:
+                        raise error
+                    yield _to_picture(result)
+        finally:
+            responses.cancel()
+
+    async def close(self) -> None:
+        """Closes the connection."""
+        if self._open_client is not None:
+            await self._open_client.close()
+            self._open_client = None
+
+    @property
+    def _client(self) -> InferenceServerClient:
+        # One for good, as each one leaks a little, and made here, as it binds itself to the running loop.
+        if self._open_client is None:
+            self._open_client = InferenceServerClient(self._url, channel_args=_CHANNEL_ARGS)
+        return self._open_client
+
+    async def _read_description(self) -> ModelDescription:
+        with self._gate():
+            response = await self._client.get_model_config(SAMPLER, client_timeout=self._call_timeout)
+        return _to_description({name: value.string_value for name, value in response.config.parameters.items()})
+
+    @contextmanager
+    def _gate(self) -> Iterator[None]:
+        """Where foreign errors become ours."""
+        try:
+            yield
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError, InferenceServerException) as error:
+            ours = _translate(error)
+            if isinstance(ours, UnavailableError):
+                self._description_is_fresh = False
+            raise ours from error
+
+
+async def _only(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    # Nothing may fail in here: tritonclient shows an exception of this generator as a cancellation.
+    yield request
+
+
+def _to_inputs(generation: Generation) -> list[InferInput]:
+    inputs = []
+    for name, datatype in _INPUT_TYPES.items():
+        value = getattr(generation, name)
+        if value is None:
+            continue
+        if isinstance(value, str):
+            value = value.encode()
+        tensor = InferInput(name, [1], datatype)
+        tensor.set_data_from_numpy(np.array([value], dtype=triton_to_np_dtype(datatype)))
+        inputs.append(tensor)
+    return inputs
+
+
+def _to_picture(result: Any) -> Picture:  # noqa: ANN401 - an untyped InferResult
+    tensors = {name: result.as_numpy(name) for name in ("image", "image_index", "seed")}
+    missing = [name for name, tensor in tensors.items() if tensor is None]
+    if missing:
+        raise InternalError(f"the model {SAMPLER!r} sent a response without {', '.join(missing)}")
+    return Picture(pixels=tensors["image"], index=int(tensors["image_index"][0]), seed=int(tensors["seed"][0]))
+
+
+def _to_description(parameters: Mapping[str, str]) -> ModelDescription:
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(ModelDescription):
+        try:
+            values[field.name] = _READERS[str(field.type)](parameters[field.name])
+        except (KeyError, ValueError) as error:
+            given = parameters.get(field.name)
+            detail = f"parameter {field.name!r} of the model {SAMPLER!r} is {given!r}; export the model again"
+            raise InternalError(detail) from error
+    return ModelDescription(**values)
+
+
+def _translate(error: Exception) -> HyperGenError:
+    code, message = _code_and_message(error)
+    if code == "INVALID_ARGUMENT":
+        return _invalid_argument(message)
+    if code == "UNAVAILABLE" and message.startswith("queue full"):
+        return QueueFullError("Too many requests are waiting. Try again later.")
+    if code == "DEADLINE_EXCEEDED":
+        return DeadlineExceededError("Triton did not answer in time.")
+    # NOT_FOUND: the server runs and has not loaded the model, or no longer. CANCELLED: it gave the work up, as we
+    # did not, which is what a Triton that shuts down does.
+    if code in {"UNAVAILABLE", "NOT_FOUND", "CANCELLED"}:
+        return UnavailableError("The image model is not available at the moment. Try again later.", retry_after=2.0)
+    return InternalError(f"Triton answered {code}: {message}")
+
+
+def _code_and_message(error: Exception) -> tuple[str, str]:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return error.code().name, error.details() or ""
+    if isinstance(error, grpc.aio.UsageError):  # the channel was closed: we are shutting down
+        return "UNAVAILABLE", str(error)
+    # tritonclient writes "StatusCode.UNAVAILABLE", or None for an error inside a stream.
+    status, message = error.status(), error.message()  # type: ignore[attr-defined]
+    return str(status).removeprefix("StatusCode."), str(message or "")
+
+
+def _invalid_argument(message: str) -> HyperGenError:
+    """The sampler names the input first; anything else is Triton's, about a request that the gateway got wrong."""
+    match = re.match(r"(\w+): (.*)", message, re.DOTALL)
+    if match is None or match[1] not in _INPUT_TYPES:
+        return InternalError(f"Triton refused the gateway's request: {message}")
+    param = _PARAMS.get(match[1], match[1])
+    return InvalidRequestError(f"Invalid value for '{param}': {match[2]}", param)

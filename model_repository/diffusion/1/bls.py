@@ -1,0 +1,58 @@
+"""Calls from the sampler to the component models, through Triton's business logic scripting.
+
+Knows the components' names and tensors; arrays in, arrays out, so that nothing else needs Triton's types.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import triton_python_backend_utils as pb_utils
+
+from sampling import Array, UNetRows
+
+
+class ComponentError(RuntimeError):
+    """A component model answered with an error."""
+
+
+class Components:
+    """The engines of one checkpoint. The dynamic batcher in front of each merges calls that meet there."""
+
+    async def encode_text(self, input_ids: npt.NDArray[np.int32]) -> Array:
+        """[B, L] token ids to hidden states [B, L, D]."""
+        answer: Array = await _call("text_encoder", {"input_ids": input_ids}, "encoder_hidden_states")
+        return answer
+
+    async def unet(self, rows: UNetRows) -> Array:
+        """The model output [R, C, h, w] for the rows of one batch."""
+        inputs = {
+            "sample": rows.sample,
+            # Triton carries the timestep as [R, 1]; the configuration's reshape hands [R] to the engine.
+            "timestep": rows.timestep[:, None],
+            "encoder_hidden_states": rows.encoder_hidden_states,
+        }
+        answer: Array = await _call("unet", inputs, "model_output")
+        return answer
+
+    async def decode(self, latents: Array) -> npt.NDArray[np.uint8]:
+        """Latents [C, h, w] to a picture [H, W, 3]."""
+        pictures = await _call("vae_decoder", {"latents": latents[None]}, "image")
+        picture: npt.NDArray[np.uint8] = pictures[0]
+        return picture
+
+
+async def _call(model: str, inputs: dict[str, npt.NDArray[Any]], output: str) -> npt.NDArray[Any]:
+    request = pb_utils.InferenceRequest(
+        model_name=model,
+        inputs=[pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in inputs.items()],
+        requested_output_names=[output],
+        preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU),
+    )
+    response = await request.async_exec()
+    if response.has_error():
+        raise ComponentError(f"{model}: {response.error().message()}")
+    array: npt.NDArray[Any] = pb_utils.get_output_tensor_by_name(response, output).as_numpy()
+    return array

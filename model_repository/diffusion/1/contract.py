@@ -1,0 +1,149 @@
+"""What the model `diffusion` promises: its limits and defaults, and the request it accepts.
+
+Knows the parameters of `config.pbtxt` and the names of the input tensors. Knows neither Triton nor torch.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MAX_SEED = 2**63 - 1
+
+
+class InvalidInputError(ValueError):
+    """An input's value cannot be served. `str()` is "<input>: <problem>"."""
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(f"{name}: {problem}")
+
+
+class QueueFullError(RuntimeError):
+    """No room to wait in. `str()` starts with "queue full"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What this checkpoint and its engines take, and what they do unasked. Sizes in pixels a side."""
+
+    default_width: int
+    default_height: int
+    size_factor: int
+    min_size: int
+    max_size: int
+    default_num_inference_steps: int
+    max_num_inference_steps: int
+    default_guidance_scale: float
+    max_guidance_scale: float
+    max_num_images: int
+    max_active_images: int
+    max_waiting_images: int
+    max_batch_size: int
+    """Rows of one UNet call; an image under classifier-free guidance takes two."""
+    latent_channels: int
+    vae_scale_factor: int
+    schedulers: tuple[str, ...]
+
+    @classmethod
+    def from_model_config(cls, model_config: str) -> Limits:
+        """Read the parameters of the model configuration that Triton hands over as JSON.
+
+        Raises:
+            ValueError: a parameter is missing or not of its type.
+        """
+        given = {key: entry["string_value"] for key, entry in json.loads(model_config)["parameters"].items()}
+        readers: dict[str, Any] = {"int": int, "float": float, "tuple[str, ...]": _names}
+        try:
+            return cls(**{name: readers[str(kind)](given[name]) for name, kind in cls.__annotations__.items()})
+        except KeyError as missing:
+            raise ValueError(f"config.pbtxt of diffusion lacks the parameter {missing}") from None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A checked request: `num_images` pictures of one prompt, image i from the noise of `seed + i`."""
+
+    prompt: str
+    negative_prompt: str
+    num_images: int
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str
+    """A name of `Limits.schedulers`, or empty for the checkpoint's own."""
+    seed: int
+
+    @property
+    def guided(self) -> bool:
+        """Classifier-free guidance (Ho & Salimans, 2022) is the identity at scale 1, so it is skipped there."""
+        return self.guidance_scale > 1.0
+
+
+def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
+    """Complete the given inputs (by tensor name, absent ones left out) with the defaults, and hold them to the limits.
+
+    Raises:
+        InvalidInputError: names the first input that cannot be served, its problem and what would be right.
+    """
+    num_images = _within("num_images", given.get("num_images", 1), 1, limits.max_num_images)
+    return Request(
+        prompt=given["prompt"],
+        negative_prompt=given.get("negative_prompt", ""),
+        num_images=num_images,
+        width=_side("width", given.get("width", limits.default_width), limits),
+        height=_side("height", given.get("height", limits.default_height), limits),
+        num_inference_steps=_within(
+            "num_inference_steps",
+            given.get("num_inference_steps", limits.default_num_inference_steps),
+            1,
+            limits.max_num_inference_steps,
+        ),
+        guidance_scale=_within(
+            "guidance_scale",
+            given.get("guidance_scale", limits.default_guidance_scale),
+            1.0,
+            limits.max_guidance_scale,
+        ),
+        scheduler=_scheduler(given.get("scheduler", ""), limits),
+        seed=_within("seed", given.get("seed", random_seed()), 0, MAX_SEED - num_images + 1),
+    )
+
+
+def random_seed() -> int:
+    """A seed of 32 bits: enough to never meet twice, short enough to be copied by hand."""
+    return secrets.randbits(32)
+
+
+def _within(name: str, value: Any, low: Any, high: Any) -> Any:
+    # Written so that NaN, which compares false with everything, is refused too.
+    if not low <= value <= high:
+        raise InvalidInputError(name, f"must be from {low} to {high}, not {value}")
+    return value
+
+
+def _side(name: str, value: int, limits: Limits) -> int:
+    if value % limits.size_factor or not limits.min_size <= value <= limits.max_size:
+        legal = f"a multiple of {limits.size_factor} from {limits.min_size} to {limits.max_size}"
+        raise InvalidInputError(name, f"must be {legal}, not {value}")
+    return value
+
+
+def _scheduler(name: str, limits: Limits) -> str:
+    if name and name not in limits.schedulers:
+        raise InvalidInputError("scheduler", f"must be one of {', '.join(limits.schedulers)}, not {name[:64]!r}")
+    return name
+
+
+def read_scheduler_config(folder: Path) -> dict[str, Any]:
+    """The checkpoint's `scheduler_config.json`, which lies beside the model's versions."""
+    config: dict[str, Any] = json.loads((folder / "scheduler_config.json").read_text())
+    return config

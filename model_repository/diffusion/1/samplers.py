@@ -1,0 +1,47 @@
+"""The schedulers a request may name. All of them are diffusers' own classes on the checkpoint's own configuration,
+so that a picture equals the one of diffusers' pipeline by construction.
+
+Knows diffusers; knows nothing of requests, batches or Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A diffusers class and what is changed in the checkpoint's configuration for it."""
+
+    class_name: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+SCHEDULERS: Mapping[str, Recipe] = {
+    "ddim": Recipe("DDIMScheduler"),
+    "ddpm": Recipe("DDPMScheduler"),
+    "deis": Recipe("DEISMultistepScheduler"),
+    "dpmpp_2m": Recipe("DPMSolverMultistepScheduler"),
+    "dpmpp_2m_karras": Recipe("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "euler": Recipe("EulerDiscreteScheduler"),
+    "euler_a": Recipe("EulerAncestralDiscreteScheduler"),
+    "heun": Recipe("HeunDiscreteScheduler"),
+    "lcm": Recipe("LCMScheduler"),
+    "pndm": Recipe("PNDMScheduler"),
+    "tcd": Recipe("TCDScheduler"),
+    "unipc": Recipe("UniPCMultistepScheduler"),
+}
+
+
+def make_scheduler(name: str, checkpoint_config: Mapping[str, Any]) -> Any:
+    """A fresh scheduler: the one named, or the checkpoint's own where `name` is empty.
+
+    A scheduler holds the state of one image's sampling, so every image has its own.
+    """
+    recipe = SCHEDULERS[name] if name else Recipe(checkpoint_config["_class_name"])
+    scheduler_class = getattr(diffusers, recipe.class_name)
+    return scheduler_class.from_config(dict(checkpoint_config), **recipe.overrides)

@@ -1,0 +1,146 @@
+"""Step-level continuous batching: one loop owns every active image and takes them all one step further per round.
+
+Images of equal latent size share UNet calls whatever their prompt, seed, step, guidance or scheduler; they join and
+leave between rounds. Knows images and a UNet to call; knows nothing of Triton.
+
+Triton's own dynamic batcher cannot do this for a loop that sends its next request only after the last answer: such
+requests split into cohorts that never merge again, and every change of size breaks a batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict, deque
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from contract import QueueFullError
+from sampling import Array, Image, UNetRows
+
+UNet = Callable[[UNetRows], Awaitable[Array]]
+
+
+class ClientGoneError(Exception):
+    """The client that asked for the image has gone."""
+
+
+@dataclass(eq=False)
+class _Ticket:
+    image: Image
+    cancelled: Callable[[], bool]
+    done: asyncio.Future[Array] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class StepLoop:
+    """Owns the active images and those that wait for a place among them.
+
+    Args:
+        unet: answers one batch of rows.
+        max_rows: rows of one UNet call, at least 2.
+        max_active: images that take steps at a time; all share the UNet evenly.
+        max_waiting: images that may wait, first come first served.
+    """
+
+    def __init__(self, unet: UNet, *, max_rows: int, max_active: int, max_waiting: int) -> None:
+        self._unet = unet
+        self._max_rows = max_rows
+        self._max_active = max_active
+        self._max_waiting = max_waiting
+        self._reserved = 0
+        self._waiting: deque[_Ticket] = deque()
+        self._active: list[_Ticket] = []
+        self._running: asyncio.Task[None] | None = None
+
+    def reserve(self, images: int) -> None:
+        """Claim places for images that will be sampled; each must be given back by `release`.
+
+        Raises:
+            QueueFullError: active and waiting places are all taken.
+        """
+        room = self._max_active + self._max_waiting
+        if self._reserved + images > room:
+            raise QueueFullError(f"queue full: {self._reserved} of {room} places are taken and {images} more asked for")
+        self._reserved += images
+
+    def release(self, images: int) -> None:
+        """Give places back."""
+        self._reserved -= images
+
+    async def sample(self, image: Image, cancelled: Callable[[], bool]) -> Array:
+        """Take the image through all its steps and return its final latents [C, h, w].
+
+        `cancelled` is asked once per round, and once for all images that share it: it is a round trip to Triton.
+
+        Raises:
+            ClientGoneError: `cancelled` said so.
+            Exception: whatever the UNet raised for this image's batch.
+        """
+        ticket = _Ticket(image, cancelled)
+        self._waiting.append(ticket)
+        if self._running is None or self._running.done():
+            self._running = asyncio.create_task(self._run())
+        return await ticket.done
+
+    async def _run(self) -> None:
+        while self._waiting or self._active:
+            self._admit()
+            self._drop_cancelled()
+            await asyncio.gather(*(self._step(batch) for batch in self._batches()))
+            self._active = [ticket for ticket in self._active if not ticket.done.done()]
+            # Finished images are on their way to the decoder, and new ones may have come: let them, before the next.
+            await asyncio.sleep(0)
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._active) < self._max_active:
+            self._active.append(self._waiting.popleft())
+
+    def _drop_cancelled(self) -> None:
+        answers = {cancelled: cancelled() for cancelled in {ticket.cancelled for ticket in self._active}}
+        for ticket in self._active:
+            if answers[ticket.cancelled] and not ticket.done.done():
+                ticket.done.set_exception(ClientGoneError())
+        self._active = [ticket for ticket in self._active if not ticket.done.done()]
+
+    def _batches(self) -> Iterable[list[_Ticket]]:
+        """Split the active images into batches of one size and at most `max_rows` rows."""
+        by_size: dict[tuple[int, int], list[_Ticket]] = defaultdict(list)
+        for ticket in self._active:
+            by_size[ticket.image.size].append(ticket)
+        for tickets in by_size.values():
+            yield from self._fill(tickets)
+
+    def _fill(self, tickets: list[_Ticket]) -> Iterable[list[_Ticket]]:
+        batch: list[_Ticket] = []
+        rows = 0
+        for ticket in tickets:
+            if rows + ticket.image.rows > self._max_rows:
+                yield batch
+                batch, rows = [], 0
+            batch.append(ticket)
+            rows += ticket.image.rows
+        yield batch
+
+    async def _step(self, batch: list[_Ticket]) -> None:
+        """One UNet call and one scheduler step for each image of the batch; its failure ends these images alone."""
+        try:
+            output = await self._unet(_stack([ticket.image.unet_rows() for ticket in batch]))
+            first = 0
+            for ticket in batch:
+                ticket.image.advance(output[first : first + ticket.image.rows])
+                first += ticket.image.rows
+                if ticket.image.finished and not ticket.done.done():
+                    ticket.done.set_result(ticket.image.latents)
+        except Exception as error:
+            for ticket in batch:
+                if not ticket.done.done():
+                    ticket.done.set_exception(error)
+
+
+def _stack(rows: list[UNetRows]) -> UNetRows:
+    return UNetRows(
+        sample=np.concatenate([row.sample for row in rows]),
+        timestep=np.concatenate([row.timestep for row in rows]),
+        encoder_hidden_states=np.concatenate([row.encoder_hidden_states for row in rows]),
+    )

@@ -1,0 +1,108 @@
+"""Pictures of the server against those of diffusers' own pipeline: same weights, noise and scheduler, in float32."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
+from end_to_end.conftest import Pixels, pixels_of
+
+PROMPT = "a red rocket on a blue background"
+STEPS = 6
+# Of 255: the engine's rounding differs from torch's, and a value near x.5 may become another byte.
+TOLERANCE = 0.1
+
+SCHEDULERS = {
+    "ddim": DDIMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler_a": EulerAncestralDiscreteScheduler,
+    "dpmpp_2m": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+    "lcm": LCMScheduler,
+}
+
+
+@pytest.fixture(scope="module")
+def pipeline(checkpoint: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def by_diffusers(pipeline: Any, **wish: Any) -> Pixels:
+    generator = torch.Generator().manual_seed(wish.pop("seed"))
+    picture = pipeline(**wish, num_inference_steps=STEPS, generator=generator).images[0]
+    return np.asarray(picture)
+
+
+def by_server(client: openai.OpenAI, prompt: str, **wish: Any) -> Pixels:
+    size = f"{wish.pop('width', 64)}x{wish.pop('height', 64)}"
+    response = client.images.generate(
+        prompt=prompt,
+        size=size,  # type: ignore[arg-type]
+        extra_body=wish | {"num_inference_steps": STEPS},
+    )
+    assert response.data is not None
+    return pixels_of(response.data[0])
+
+
+def difference(ours: Pixels, theirs: Pixels) -> float:
+    """Mean absolute difference, in steps of 1/255."""
+    assert ours.shape == theirs.shape
+    return float(np.abs(ours.astype(int) - theirs.astype(int)).mean())
+
+
+@pytest.mark.parametrize("negative_prompt", [None, "a green cat"], ids=["no negative", "negative"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_picture_equals_the_one_of_diffusers(
+    scheduler: str, guidance_scale: float, negative_prompt: str | None, pipeline: Any, client: openai.OpenAI
+) -> None:
+    wish: dict[str, Any] = {"prompt": PROMPT, "guidance_scale": guidance_scale, "seed": 5}
+    if negative_prompt:
+        wish["negative_prompt"] = negative_prompt
+    ours = by_server(client, **wish, scheduler=scheduler)
+    pipeline.scheduler = SCHEDULERS[scheduler].from_config(pipeline.scheduler.config)
+    theirs = by_diffusers(pipeline, **wish)
+    assert theirs.std() > 10, "a flat picture would prove nothing"
+    assert difference(ours, theirs) <= TOLERANCE
+
+
+def test_a_size_that_the_unets_levels_do_not_divide_equals_diffusers_too(pipeline: Any, client: openai.OpenAI) -> None:
+    wish: dict[str, Any] = {"prompt": PROMPT, "guidance_scale": 3.0, "seed": 6, "width": 104, "height": 72}
+    ours = by_server(client, **wish, scheduler="ddim")
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    assert difference(ours, by_diffusers(pipeline, **wish)) <= TOLERANCE
+
+
+def test_the_checkpoints_own_scheduler_is_the_default(pipeline: Any, client: openai.OpenAI, checkpoint: Path) -> None:
+    from diffusers import PNDMScheduler
+
+    wish: dict[str, Any] = {"prompt": PROMPT, "guidance_scale": 3.0, "seed": 7}
+    pipeline.scheduler = PNDMScheduler.from_pretrained(checkpoint / "scheduler")
+    assert difference(by_server(client, **wish), by_diffusers(pipeline, **wish)) <= TOLERANCE
+
+
+def test_image_i_of_a_request_is_the_picture_of_seed_plus_i(client: openai.OpenAI) -> None:
+    response = client.images.generate(prompt=PROMPT, n=3, extra_body={"seed": 20, "num_inference_steps": STEPS})
+    assert response.data is not None
+    assert [image.seed for image in response.data] == [20, 21, 22]  # type: ignore[attr-defined]
+    alone = client.images.generate(prompt=PROMPT, extra_body={"seed": 22, "num_inference_steps": STEPS})
+    assert alone.data is not None
+    assert difference(pixels_of(response.data[2]), pixels_of(alone.data[0])) <= TOLERANCE

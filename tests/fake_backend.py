@@ -1,0 +1,123 @@
+"""The other side of the gateway's seam, and the ways to reach the gateway: in memory and over loopback."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import httpx
+import numpy as np
+import uvicorn
+from starlette.applications import Starlette
+
+from hypergen_gateway.errors import HyperGenError
+from hypergen_gateway.generation import Generation, ModelDescription, Picture
+
+MODEL = ModelDescription(
+    model_id="acme/tiny-emoji",
+    device="cpu",
+    schedulers=("ddim", "euler", "euler_a"),
+    default_width=64,
+    default_height=48,
+    size_factor=8,
+    min_size=32,
+    max_size=1536,
+    default_num_inference_steps=20,
+    default_guidance_scale=5.0,
+    max_num_images=10,
+    max_num_inference_steps=150,
+    max_guidance_scale=20.0,
+    max_active_images=4,
+)
+
+
+class FakeBackend:
+    """A backend whose pictures are one flat grey, by their seed; a test sets what goes wrong."""
+
+    def __init__(self) -> None:
+        self.description: ModelDescription | HyperGenError = MODEL
+        self.is_ready = True
+        self.failure: Exception | None = None
+        self.missing_pictures = 0
+        self.open = asyncio.Event()  # while clear, no picture is finished
+        self.open.set()
+        self.answering = asyncio.Event()  # while clear, describe() and ready() hang
+        self.answering.set()
+        self.generations: list[Generation] = []
+        self.running = 0
+        self.most_running_images = 0
+        self._running_images = 0
+        self.closed = False
+
+    async def describe(self) -> ModelDescription:
+        await self.answering.wait()
+        if isinstance(self.description, HyperGenError):
+            raise self.description
+        return self.description
+
+    async def ready(self) -> bool:
+        await self.answering.wait()
+        return self.is_ready
+
+    async def generate(self, generation: Generation) -> AsyncGenerator[Picture, None]:
+        self.generations.append(generation)
+        self.running += 1
+        self._running_images += generation.num_images
+        self.most_running_images = max(self.most_running_images, self._running_images)
+        try:
+            await self.open.wait()
+            if self.failure is not None:
+                raise self.failure
+            for index in reversed(range(generation.num_images - self.missing_pictures)):
+                yield flat_picture(generation, index)
+        finally:
+            self.running -= 1
+            self._running_images -= generation.num_images
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+def flat_picture(generation: Generation, index: int) -> Picture:
+    seed = generation.seed + index
+    shape = (generation.height, generation.width, 3)
+    return Picture(pixels=np.full(shape, seed % 256, dtype=np.uint8), index=index, seed=seed)
+
+
+async def until(condition: Callable[[], bool], limit: float = 5.0) -> None:
+    """Waits for something that another task does."""
+
+    async def poll() -> None:
+        while not condition():
+            await asyncio.sleep(0.005)
+
+    await asyncio.wait_for(poll(), limit)
+
+
+def in_memory(app: Starlette, **options: Any) -> httpx.AsyncClient:
+    """A client of the app without a network between. A 500 comes as a response, as it would over one."""
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://gateway", **options)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without signal handlers: signals are pytest's."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@asynccontextmanager
+async def on_loopback(app: Starlette) -> AsyncIterator[str]:
+    """The app under uvicorn on a free port of 127.0.0.1; gives its base URL."""
+    server = _Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
+    serving = asyncio.create_task(server.serve())
+    await until(lambda: server.started)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await serving

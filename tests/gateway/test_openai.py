@@ -1,0 +1,112 @@
+"""From the wire to a Generation, and back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fake_backend import MODEL, flat_picture
+from hypergen_gateway.generation import MAX_SEED, Generation, ModelDescription
+from hypergen_gateway.openai import images_response, parse_json, read_image_request, to_generation
+
+
+def generation(served: ModelDescription = MODEL, **fields: Any) -> Generation:
+    return to_generation(read_image_request({"prompt": "a fox"} | fields, served), served)
+
+
+def test_what_is_absent_comes_from_the_model() -> None:
+    made = generation()
+    assert made == Generation(
+        prompt="a fox",
+        num_images=1,
+        width=64,
+        height=48,
+        num_inference_steps=20,
+        guidance_scale=5.0,
+        scheduler=None,
+        seed=made.seed,
+    )
+
+
+def test_what_is_given_arrives() -> None:
+    made = generation(
+        negative_prompt="blurry", n=2, size="96x40", num_inference_steps=7, guidance_scale=3, scheduler="euler", seed=9
+    )
+    assert made == Generation(
+        prompt="a fox",
+        negative_prompt="blurry",
+        num_images=2,
+        width=96,
+        height=40,
+        num_inference_steps=7,
+        guidance_scale=3.0,
+        scheduler="euler",
+        seed=9,
+    )
+
+
+def test_null_is_the_same_as_absent() -> None:
+    fields = ("n", "size", "quality", "style", "user", "seed", "scheduler", "lora_path", "stream", "output_format")
+    assert replace(generation(**dict.fromkeys(fields)), seed=0) == replace(generation(), seed=0)
+
+
+def test_fields_nobody_knows_and_the_model_are_ignored() -> None:
+    assert generation(seed=1, model="gpt-image-1", input_fidelity={"any": ["thing"]}) == generation(seed=1)
+
+
+@pytest.mark.parametrize(
+    ("quality", "steps"), [("low", 10), ("high", 30), ("hd", 30), ("medium", 20), ("auto", 20), ("standard", 20)]
+)
+def test_quality_chooses_steps(quality: str, steps: int) -> None:
+    assert generation(quality=quality).num_inference_steps == steps
+
+
+def test_quality_stays_within_the_limits_and_yields_to_steps_that_are_given() -> None:
+    assert generation(replace(MODEL, default_num_inference_steps=1), quality="low").num_inference_steps == 1
+    assert generation(replace(MODEL, default_num_inference_steps=149), quality="high").num_inference_steps == 150
+    assert generation(quality="low", num_inference_steps=11).num_inference_steps == 11
+
+
+def test_random_seeds_differ_and_survive_javascript() -> None:
+    seeds = {generation(n=10).seed for _ in range(50)}
+    assert len(seeds) == 50
+    assert max(seeds) + 9 < 2**53
+
+
+def test_the_largest_seed_is_legal_as_long_as_the_last_picture_s_seed_is() -> None:
+    assert generation(seed=MAX_SEED).seed == MAX_SEED
+    assert generation(seed=MAX_SEED - 9, n=10).seed == MAX_SEED - 9
+
+
+def test_the_longest_prompt_and_any_unicode_pass() -> None:
+    assert len(generation(prompt="🦊" * 32_000).prompt) == 32_000
+    assert parse_json(b'{"prompt": "\\ud83e\\udd8a\\u0000"}')["prompt"] == "🦊\0"
+
+
+def response(size: str, **fields: Any) -> dict[str, Any]:
+    request = read_image_request({"prompt": "a fox", "size": size} | fields, MODEL)
+    made = to_generation(request, MODEL)
+    finished = [(flat_picture(made, index), f"picture {index}") for index in reversed(range(made.num_images))]
+    return images_response(request, made, finished).model_dump()
+
+
+def test_a_response_holds_the_pictures_in_order_each_with_its_seed() -> None:
+    data = response("64x64", n=3, seed=5)["data"]
+    assert [(image["b64_json"], image["seed"]) for image in data] == [
+        ("picture 0", 5),
+        ("picture 1", 6),
+        ("picture 2", 7),
+    ]
+    assert {image["revised_prompt"] for image in data} == {"a fox"}
+
+
+@pytest.mark.parametrize(("asked", "told"), [("auto", "medium"), ("hd", "high"), ("low", "low")])
+def test_quality_is_told_in_a_word_of_openai_s_schema(asked: str, told: str) -> None:
+    assert response("64x64", quality=asked)["quality"] == told
+
+
+@pytest.mark.parametrize(("size", "told"), [("1024x1536", "1024x1536"), ("64x64", None), ("auto", None)])
+def test_size_is_told_only_where_openai_s_schema_allows_it(size: str, told: str | None) -> None:
+    assert response(size)["size"] == told

@@ -1,0 +1,54 @@
+"""A miniature checkpoint and its UNet in torch, for the sampler without Triton."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from miniature import save_miniature
+from sampling import Array, UNetRows
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_miniature(tmp_path_factory.mktemp("miniature"))
+
+
+@pytest.fixture(scope="session")
+def pipeline(checkpoint: Path) -> Any:
+    from diffusers import StableDiffusionPipeline
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class TorchUNet:
+    """The checkpoint's UNet as the step loop calls it, counting calls and the rows of each."""
+
+    def __init__(self, unet: Any) -> None:
+        self._unet = unet
+        self.rows_of_calls: list[int] = []
+
+    async def __call__(self, rows: UNetRows) -> Array:
+        self.rows_of_calls.append(len(rows.sample))
+        with torch.no_grad():
+            output = self._unet(
+                torch.from_numpy(rows.sample),
+                torch.from_numpy(rows.timestep),
+                torch.from_numpy(rows.encoder_hidden_states),
+                return_dict=False,
+            )[0]
+        return np.asarray(output.numpy())
+
+
+@pytest.fixture
+def unet(pipeline: Any) -> TorchUNet:
+    return TorchUNet(pipeline.unet)

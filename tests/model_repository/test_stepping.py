@@ -1,0 +1,172 @@
+"""The step loop on a real UNet in torch: what it computes against diffusers' pipeline, and how it batches."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from contract import InvalidInputError, QueueFullError, Request, read_scheduler_config
+from samplers import SCHEDULERS, make_scheduler
+from sampling import Array, Image, UNetRows
+from stepping import ClientGoneError, StepLoop, UNet
+
+REQUEST = Request(
+    prompt="a red rocket",
+    negative_prompt="blue",
+    num_images=1,
+    width=64,
+    height=64,
+    num_inference_steps=4,
+    guidance_scale=7.5,
+    scheduler="ddim",
+    seed=11,
+)
+
+
+def never() -> bool:
+    return False
+
+
+@pytest.fixture
+def image_of(pipeline: Any, checkpoint: Path) -> Callable[..., Image]:
+    """An image of REQUEST with some fields changed, its prompt encoded by the checkpoint's own text encoder."""
+
+    def make(**changes: Any) -> Image:
+        request = dataclasses.replace(REQUEST, **changes)
+        prompt, negative = pipeline.encode_prompt(request.prompt, "cpu", 1, True, request.negative_prompt)
+        embeddings = torch.cat([negative, prompt] if request.guided else [prompt]).detach().numpy()
+        shape = (4, request.height // 8, request.width // 8)
+        return Image(request, embeddings, shape, read_scheduler_config(checkpoint / "scheduler"))
+
+    return make
+
+
+def loop_on(unet: UNet, **limits: int) -> StepLoop:
+    return StepLoop(unet, **({"max_rows": 16, "max_active": 32, "max_waiting": 8} | limits))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+async def test_latents_equal_those_of_diffusers_pipeline(
+    scheduler: str, guidance_scale: float, pipeline: Any, checkpoint: Path, unet: UNet, image_of: Callable[..., Image]
+) -> None:
+    ours = await loop_on(unet).sample(image_of(scheduler=scheduler, guidance_scale=guidance_scale), never)
+    pipeline.scheduler = make_scheduler(scheduler, read_scheduler_config(checkpoint / "scheduler"))
+    theirs = pipeline(
+        REQUEST.prompt,
+        negative_prompt=REQUEST.negative_prompt,
+        width=64,
+        height=64,
+        num_inference_steps=4,
+        guidance_scale=guidance_scale,
+        generator=torch.Generator().manual_seed(REQUEST.seed),
+        output_type="latent",
+    ).images[0]
+    scale = float(theirs.abs().max())
+    assert np.abs(ours - theirs.numpy()).max() <= 1e-5 * scale
+
+
+async def test_different_images_in_one_batch_come_out_as_they_would_alone(
+    unet: Any, image_of: Callable[..., Image]
+) -> None:
+    wishes: list[dict[str, Any]] = [
+        {"seed": 1},
+        {"seed": 2, "prompt": "a blue cat", "num_inference_steps": 7},
+        {"seed": 3, "guidance_scale": 1.0, "scheduler": "euler_a"},
+        {"seed": 4, "width": 72, "height": 40},
+        {"seed": 5, "negative_prompt": "", "scheduler": "unipc", "guidance_scale": 2.0},
+    ]
+    alone = [await loop_on(unet).sample(image_of(**wish), never) for wish in wishes]
+    unet.rows_of_calls.clear()
+    loop = loop_on(unet)
+    together = await asyncio.gather(*(loop.sample(image_of(**wish), never) for wish in wishes))
+    for one, other in zip(alone, together, strict=True):
+        assert np.abs(one - other).max() <= 1e-4 * np.abs(one).max()
+    # Four rounds of the square batch and of the odd-sized image, then three of the one with 7 steps.
+    assert unet.rows_of_calls == [7, 2] * 4 + [2] * 3
+
+
+async def test_an_image_joins_between_steps(unet: Any, image_of: Callable[..., Image]) -> None:
+    loop = loop_on(unet)
+    first = asyncio.create_task(loop.sample(image_of(num_inference_steps=6), never))
+    while len(unet.rows_of_calls) < 2:
+        await asyncio.sleep(0)
+    await loop.sample(image_of(num_inference_steps=2), never)
+    assert not first.done()
+    await first
+    assert sorted(unet.rows_of_calls) == [2, 2, 2, 2, 4, 4]
+
+
+async def test_a_batch_never_exceeds_the_engines_rows(unet: Any, image_of: Callable[..., Image]) -> None:
+    loop = loop_on(unet, max_rows=5)
+    await asyncio.gather(*(loop.sample(image_of(seed=seed, num_inference_steps=1), never) for seed in range(5)))
+    assert unet.rows_of_calls == [4, 4, 2]
+
+
+async def test_images_beyond_max_active_wait_their_turn(unet: Any, image_of: Callable[..., Image]) -> None:
+    loop = loop_on(unet, max_active=2)
+    await asyncio.gather(*(loop.sample(image_of(seed=seed, num_inference_steps=2), never) for seed in range(3)))
+    assert unet.rows_of_calls == [4, 4, 2, 2]
+
+
+async def test_a_cancelled_image_takes_no_further_step(unet: Any, image_of: Callable[..., Image]) -> None:
+    loop = loop_on(unet)
+    gone = asyncio.Event()
+    sampling = asyncio.create_task(loop.sample(image_of(num_inference_steps=50), gone.is_set))
+    while len(unet.rows_of_calls) < 3:
+        await asyncio.sleep(0)
+    gone.set()
+    with pytest.raises(ClientGoneError):
+        await sampling
+    assert len(unet.rows_of_calls) <= 4
+
+
+async def test_cancellation_is_asked_once_a_round_for_all_images_of_a_request(
+    unet: Any, image_of: Callable[..., Image]
+) -> None:
+    asked: list[None] = []
+
+    def cancelled() -> bool:
+        asked.append(None)
+        return False
+
+    loop = loop_on(unet)
+    await asyncio.gather(*(loop.sample(image_of(seed=seed), cancelled) for seed in range(3)))
+    assert len(asked) == REQUEST.num_inference_steps
+
+
+async def test_a_failing_batch_ends_its_own_images_alone(unet: Any, image_of: Callable[..., Image]) -> None:
+    async def fails_on_wide(rows: UNetRows) -> Array:
+        if rows.sample.shape[3] == 9:
+            raise RuntimeError("out of memory")
+        answer: Array = await unet(rows)
+        return answer
+
+    loop = loop_on(fails_on_wide)
+    wide, square = await asyncio.gather(
+        loop.sample(image_of(width=72), never), loop.sample(image_of(), never), return_exceptions=True
+    )
+    assert isinstance(wide, RuntimeError)
+    assert isinstance(square, np.ndarray)
+    assert (await loop.sample(image_of(), never)).shape == (4, 8, 8)
+
+
+def test_reservations_are_bounded_and_given_back(unet: UNet) -> None:
+    loop = loop_on(unet, max_active=2, max_waiting=1)
+    loop.reserve(3)
+    with pytest.raises(QueueFullError, match=r"^queue full"):
+        loop.reserve(1)
+    loop.release(3)
+    loop.reserve(1)
+
+
+def test_steps_that_the_scheduler_refuses_are_the_requests_fault(image_of: Callable[..., Image]) -> None:
+    with pytest.raises(InvalidInputError, match=r"^num_inference_steps: "):
+        image_of(scheduler="lcm", num_inference_steps=100)
