@@ -24,7 +24,6 @@ from hypergen_gateway.config import Config
 from hypergen_gateway.errors import HyperGenError
 from hypergen_gateway.images import to_png
 from hypergen_gateway.repository import SHIPPED_MODEL, ExportFailedError, ExportOptions, default_cache_dir
-from hypergen_gateway.request_id import RequestIdFilter
 from hypergen_gateway.serving import (
     PortUnavailableError,
     ServeOptions,
@@ -187,10 +186,9 @@ def _read_size(text: str | None) -> tuple[int | None, int | None]:
 
 def _set_up_logging(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(RequestIdFilter())
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s [%(request_id)s] %(message)s"))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("hypergen").setLevel(level.upper())
+    logging.getLogger("hypergen_gateway").setLevel(level.upper())
 
 
 @contextmanager

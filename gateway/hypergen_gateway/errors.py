@@ -86,11 +86,6 @@ class BodyTooLargeError(InvalidRequestError):
     status = 413
     code = "request_too_large"
 
-    @property
-    def headers(self) -> Mapping[str, str]:
-        # The rest of the body is not read, so the connection cannot carry another request.
-        return {"Connection": "close"}
-
 
 class UnsupportedMediaTypeError(InvalidRequestError):
     """The body is not of a type that the route reads."""

@@ -5,6 +5,7 @@ From the outside in: request id and access log, errors, API key, body limit.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import time
@@ -26,6 +27,7 @@ from hypergen_gateway.errors import (
     InvalidRequestError,
     MethodNotAllowedError,
     NotFoundError,
+    UnavailableError,
 )
 from hypergen_gateway.request_id import accept_or_create, current_request_id
 
@@ -93,6 +95,10 @@ class Errors:
 
         try:
             await self._app(scope, receive, watched_send)
+        except asyncio.CancelledError:  # uvicorn's patience with a running request has ended
+            if not response_started:
+                await error_response(UnavailableError("The server is shutting down."))(scope, receive, send)
+            raise
         except Exception as error:
             if response_started:
                 raise
@@ -166,7 +172,7 @@ def answer_http_exception(request: Request, error: Exception) -> Response:
         return Response(status_code=204, headers={"Allow": f"{allow}, OPTIONS"})
     ours: HyperGenError
     if allow is not None:
-        ours = MethodNotAllowedError(f"The method {request.method} is not allowed here; {allow} is.", allow)
+        ours = MethodNotAllowedError(f"The method {request.method} is not allowed here. Allowed: {allow}.", allow)
     elif isinstance(error, HTTPException) and error.status_code == 404:
         ours = NotFoundError(f"There is no {request.method} {quote(request.url.path, safe='/:@')} here.")
     else:
@@ -190,7 +196,8 @@ def _log(ours: HyperGenError, error: Exception) -> None:
     if isinstance(ours, InternalError):
         logger.error("request %s failed: %s", request_id, ours, exc_info=error)
     elif ours.status >= 500:
-        logger.warning("request %s: %s (%s)", request_id, ours, ours.__cause__ or "no cause")
+        cause = " ".join(str(ours.__cause__ or "no cause").split())  # gRPC's span lines
+        logger.warning("request %s: %s (%s)", request_id, ours, cause)
 
 
 def _milliseconds_since(started: float) -> int:

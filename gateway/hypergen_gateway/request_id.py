@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import uuid
 from contextvars import ContextVar
@@ -19,11 +18,3 @@ def accept_or_create(candidate: str | None) -> str:
     if candidate is not None and _SANE.fullmatch(candidate):
         return candidate
     return f"req_{uuid.uuid4().hex}"
-
-
-class RequestIdFilter(logging.Filter):
-    """Gives every log record a `request_id`, for formatters that show one."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.request_id = current_request_id.get() or "-"
-        return True

@@ -25,6 +25,8 @@ from hypergen_gateway.triton import TritonBackend
 
 # Pictures in the making when the server is told to stop get this long; then their clients get an error.
 DRAIN_SECONDS = 120
+# One picture of the largest model on the slowest machine.
+DRAW_SECONDS = 3600
 
 
 class PortUnavailableError(Exception):
@@ -58,7 +60,7 @@ async def serve(options: ServeOptions) -> None:
     """
     # Bound before the engines are loaded: a busy port is known at once.
     with _listen(options.host, options.port) as listener:
-        async with _connected(options.triton) as backend:
+        async with _connected(options.triton, options.gateway.request_timeout) as backend:
             description = await backend.describe()
             click.echo(_invitation(options, description), err=True)
             await _serve_http(create_app(options.gateway, backend), listener)
@@ -66,7 +68,7 @@ async def serve(options: ServeOptions) -> None:
 
 async def draw(options: TritonOptions, wanted: dict[str, Any]) -> Picture:
     """One picture, without a gateway. `wanted` holds fields of `Generation`; the model's defaults fill the others."""
-    async with _connected(options) as backend:
+    async with _connected(options, DRAW_SECONDS) as backend:
         generation = _complete(wanted, await backend.describe())
         async with contextlib.aclosing(backend.generate(generation)) as pictures:
             return await anext(pictures)
@@ -111,12 +113,12 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 @contextlib.asynccontextmanager
-async def _connected(options: TritonOptions) -> AsyncIterator[TritonBackend]:
+async def _connected(options: TritonOptions, request_timeout: float) -> AsyncIterator[TritonBackend]:
     async with contextlib.AsyncExitStack() as stack:
         url = options.url
         if url is None:
             url = await stack.enter_async_context(_embedded(options))
-        backend = TritonBackend(url)
+        backend = TritonBackend(url, request_timeout=request_timeout)
         stack.push_async_callback(backend.close)
         yield backend
 
@@ -130,7 +132,8 @@ async def _embedded(options: TritonOptions) -> AsyncIterator[str]:
     began = time.monotonic()
     click.echo("Starting Triton …", err=True)
     async with embedded_triton(repository) as triton:
-        click.echo(f"Triton is ready after {time.monotonic() - began:.1f} s", err=True)
+        seconds = time.monotonic() - began
+        click.echo(f"Triton is ready after {seconds:.1f} s: gRPC on {triton.url}, {triton.metrics_url}", err=True)
         yield triton.url
 
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import grpc
 import numpy as np
-from tritonclient.grpc import InferInput  # type: ignore[import-untyped]
-from tritonclient.grpc.aio import InferenceServerClient  # type: ignore[import-untyped]
-from tritonclient.utils import InferenceServerException, triton_to_np_dtype  # type: ignore[import-untyped]
+from tritonclient.grpc import InferInput
+from tritonclient.grpc.aio import InferenceServerClient
+from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
 from hypergen_gateway.errors import (
     DeadlineExceededError,
@@ -152,8 +152,11 @@ class TritonBackend:
         return self._open_client
 
     async def _read_description(self) -> ModelDescription:
-        with self._gate():
-            response = await self._client.get_model_config(SAMPLER, client_timeout=self._call_timeout)
+        try:
+            with self._gate():
+                response = await self._client.get_model_config(SAMPLER, client_timeout=self._call_timeout)
+        except DeadlineExceededError as error:  # no picture was late: a Triton that hangs is not there
+            raise UnavailableError("The image model does not answer at the moment. Try again later.") from error
         return _to_description({name: value.string_value for name, value in response.config.parameters.items()})
 
     @contextmanager
@@ -163,7 +166,7 @@ class TritonBackend:
             yield
         except (grpc.aio.AioRpcError, grpc.aio.UsageError, InferenceServerException) as error:
             ours = _translate(error)
-            if isinstance(ours, UnavailableError):
+            if isinstance(ours, UnavailableError | DeadlineExceededError):
                 self._description_is_fresh = False
             raise ours from error
 
@@ -187,7 +190,7 @@ def _to_inputs(generation: Generation) -> list[InferInput]:
     return inputs
 
 
-def _to_picture(result: Any) -> Picture:  # noqa: ANN401 - an untyped InferResult
+def _to_picture(result: Any) -> Picture:
     tensors = {name: result.as_numpy(name) for name in ("image", "image_index", "seed")}
     missing = [name for name, tensor in tensors.items() if tensor is None]
     if missing:

@@ -19,7 +19,8 @@ from diffusers import (
     StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
-from end_to_end.conftest import Pixels, pixels_of
+
+from running_server import Pixels, pixels_of
 
 PROMPT = "a red rocket on a blue background"
 STEPS = 6
@@ -55,7 +56,7 @@ def by_server(client: openai.OpenAI, prompt: str, **wish: Any) -> Pixels:
     size = f"{wish.pop('width', 64)}x{wish.pop('height', 64)}"
     response = client.images.generate(
         prompt=prompt,
-        size=size,  # type: ignore[arg-type]
+        size=size,
         extra_body=wish | {"num_inference_steps": STEPS},
     )
     assert response.data is not None

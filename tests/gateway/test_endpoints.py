@@ -195,10 +195,11 @@ class TestGenerations:
 class LeavingClient:
     """A POST, spoken in ASGI, whose client hangs up when told to."""
 
-    def __init__(self, app: Starlette, body: object) -> None:
-        self._messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+    def __init__(self, app: Starlette, body: object, *, whole: bool = True) -> None:
+        self._messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": not whole}]
         self._left = asyncio.Event()
         self.statuses: list[int] = []
+        self.content = b""
         scope = {
             "type": "http",
             "method": "POST",
@@ -221,6 +222,7 @@ class LeavingClient:
     async def _send(self, message: Any) -> None:
         if message["type"] == "http.response.start":
             self.statuses.append(message["status"])
+        self.content += message.get("body", b"")
 
 
 class TestClientsThatLeave:
@@ -248,6 +250,24 @@ class TestClientsThatLeave:
             assert (await client.get("/health")).json()["queue_size"] == 0
         assert len(backend.generations) == 1
         await working.leave()
+
+    async def test_leaving_in_the_middle_of_the_body_is_a_499_too(self, backend: FakeBackend) -> None:
+        client = LeavingClient(create_app(Config(), backend), {"prompt": "a"}, whole=False)
+        await client.leave()
+        assert client.statuses == [499]
+        assert backend.generations == []
+
+
+async def test_a_request_cut_off_by_the_server_s_end_still_gets_an_openai_error(backend: FakeBackend) -> None:
+    backend.open.clear()
+    client = LeavingClient(create_app(Config(), backend), {"prompt": "a"})
+    await until(lambda: backend.running == 1)
+    client.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await client.task
+    assert client.statuses == [503]
+    assert json.loads(client.content)["error"]["code"] == "service_unavailable"
+    assert backend.running == 0
 
 
 async def test_the_app_closes_the_backend_and_starts_without_triton(backend: FakeBackend) -> None:

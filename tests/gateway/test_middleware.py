@@ -47,12 +47,12 @@ async def test_a_missing_a_malformed_and_a_wrong_key_each_have_their_own_message
 async def test_two_authorization_headers_and_one_outside_ascii_are_refused(locked: httpx.AsyncClient) -> None:
     twice = [("Authorization", f"Bearer {KEY}"), ("Authorization", f"Bearer {KEY}")]
     assert (await locked.get("/v1/models", headers=twice)).status_code == 401
-    assert (await locked.get("/v1/models", headers={"Authorization": b"Bearer \xff\xfe"})).status_code == 401
+    assert (await locked.get("/v1/models", headers={b"Authorization": b"Bearer \xff\xfe"})).status_code == 401
 
 
 async def test_a_key_outside_ascii_works(backend: FakeBackend) -> None:
     async with in_memory(create_app(Config(api_key="clé-🔑"), backend)) as client:
-        given = {"Authorization": "Bearer clé-🔑".encode()}
+        given = {b"Authorization": "Bearer clé-🔑".encode()}
         assert (await client.get("/v1/models", headers=given)).status_code == 200
 
 

@@ -49,7 +49,8 @@ def test_what_is_given_arrives() -> None:
 
 def test_null_is_the_same_as_absent() -> None:
     fields = ("n", "size", "quality", "style", "user", "seed", "scheduler", "lora_path", "stream", "output_format")
-    assert replace(generation(**dict.fromkeys(fields)), seed=0) == replace(generation(), seed=0)
+    nothing: dict[str, Any] = dict.fromkeys(fields)
+    assert replace(generation(**nothing), seed=0) == replace(generation(), seed=0)
 
 
 def test_fields_nobody_knows_and_the_model_are_ignored() -> None:

@@ -14,6 +14,8 @@ from hypergen_gateway.embedded.installation import Installation
 
 OWN_BACKENDS = Path(__file__).parent / "backends"
 
+_no_caches = shutil.ignore_patterns("__pycache__")
+
 
 def make_run_folder(installation: Installation) -> Path:
     """A new temporary folder with `backends/python` (with this Python's stub) and our own Python-based backends.
@@ -23,12 +25,10 @@ def make_run_folder(installation: Installation) -> Path:
     """
     try:
         folder = Path(tempfile.mkdtemp(prefix="hypergen-triton-"))
-        python = folder / "backends" / "python"
-        python.mkdir(parents=True)
-        for file in (installation.backends / "python").iterdir():
-            if file.is_file():
-                (python / file.name).symlink_to(file)
-        # Copied, because Triton finds the folder of the stub by resolving links, and pip may drop its execute bit.
+        # Copied, not linked: Triton refuses a backend whose library resolves to a place outside its folder.
+        python = Path(
+            shutil.copytree(installation.backends / "python", folder / "backends" / "python", ignore=_no_caches)
+        )
         stub = Path(shutil.copy(installation.stub, python))
         stub.chmod(0o755)
         shutil.copytree(OWN_BACKENDS, folder / "backends", dirs_exist_ok=True, ignore=_no_caches)
@@ -37,6 +37,3 @@ def make_run_folder(installation: Installation) -> Path:
             f"Cannot write to the temporary folder {tempfile.gettempdir()}: {error.strerror}."
         ) from error
     return folder
-
-
-_no_caches = shutil.ignore_patterns("__pycache__")

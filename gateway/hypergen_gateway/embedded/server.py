@@ -23,10 +23,12 @@ from tritonclient.grpc import InferenceServerClient, InferenceServerException
 from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.embedded.installation import Installation
 
-logger = logging.getLogger("hypergen.triton")
+logger = logging.getLogger(__name__)
 
 STUB_NAME = "triton_python_backend_stub"
 LOG_LEVELS = {"I": logging.DEBUG, "W": logging.WARNING, "E": logging.ERROR, "F": logging.ERROR}
+# Said at every start on a machine without a GPU, where it is no news.
+HARMLESS = ("CudaDriverHelper has not been initialized", "Unable to allocate pinned system memory")
 PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
@@ -169,13 +171,14 @@ class TritonServer:
             line = raw.decode("utf-8", "replace").rstrip()
             if line:
                 self._last_lines.append(line)
-                logger.log(LOG_LEVELS.get(line[0], logging.DEBUG) if _is_glog(line) else logging.DEBUG, "%s", line)
+                logger.log(_level_of(line), "%s", line)
 
     def _reason(self) -> str:
-        """The first error that Triton logged, or its last words."""
-        errors = [line for line in self._last_lines if _is_glog(line) and line[0] in "EF"]
+        """The first error that Triton logged, or its last words, on one line."""
+        errors = [line for line in self._last_lines if _level_of(line) >= logging.ERROR]
         words = errors or list(self._last_lines)[-1:] or ["it said nothing"]
-        return words[0].partition("] ")[2].strip('"') or words[0]
+        message = words[0].partition("] ")[2].strip('"') or words[0]
+        return message.partition("\\n\\nAt:")[0]
 
 
 async def _read_line(stream: asyncio.StreamReader) -> bytes:
@@ -188,9 +191,11 @@ async def _read_line(stream: asyncio.StreamReader) -> bytes:
         return await stream.read(overrun.consumed)
 
 
-def _is_glog(line: str) -> bool:
-    """Triton's own lines look like `I1123 11:55:42.123456 42 file.cc:1] "message"`."""
-    return line[0] in LOG_LEVELS and line[1:5].isdigit()
+def _level_of(line: str) -> int:
+    """Triton's own lines look like `I1123 11:55:42.123456 42 file.cc:1] "message"`; others come from its models."""
+    if any(words in line for words in HARMLESS) or not line[1:5].isdigit():
+        return logging.DEBUG
+    return LOG_LEVELS.get(line[0], logging.DEBUG)
 
 
 def _is_ready(url: str) -> bool:

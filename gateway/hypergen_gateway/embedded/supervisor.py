@@ -19,7 +19,7 @@ from hypergen_gateway.embedded.installation import find_installation
 from hypergen_gateway.embedded.run_folder import make_run_folder
 from hypergen_gateway.embedded.server import Launch, TritonServer, free_ports
 
-logger = logging.getLogger("hypergen.triton")
+logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.25
 LONGEST_PAUSE_SECONDS = 30.0

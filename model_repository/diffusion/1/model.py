@@ -151,17 +151,15 @@ def _response(picture: _Picture) -> Any:
     return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor(name, array) for name, array in tensors.items()])
 
 
-# Triton's code for each of our errors; any other error is our own fault.
-ERROR_CODES = {
-    InvalidInputError: pb_utils.TritonError.INVALID_ARG,
-    QueueFullError: pb_utils.TritonError.UNAVAILABLE,
-    ClientGoneError: pb_utils.TritonError.CANCELLED,
-}
-
-
 def _triton_error(error: BaseException) -> Any:
-    code = ERROR_CODES.get(type(error))
+    # Looked up here, because Triton completes its module only after this one is loaded.
+    codes = {
+        InvalidInputError: pb_utils.TritonError.INVALID_ARG,
+        QueueFullError: pb_utils.TritonError.UNAVAILABLE,
+        ClientGoneError: pb_utils.TritonError.CANCELLED,
+    }
+    code = codes.get(type(error))
     if code is not None:
-        return pb_utils.TritonError(str(error) or "cancelled", code)
+        return pb_utils.TritonError(str(error) or "the client has gone", code)
     pb_utils.Logger.log_error(f"diffusion: {type(error).__name__}: {error}")
     return pb_utils.TritonError(f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)

@@ -1,0 +1,180 @@
+"""Where a checkpoint lies and what it is: a hub id, a folder or the shipped model becomes a `Checkpoint`.
+
+It knows the layout of diffusers (model_index.json, one subfolder per module, names of weight files) and reads
+json alone; weights are opened elsewhere, so nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hypergen_export.components import FAMILIES, Family, Sizes
+from hypergen_export.errors import (
+    BrokenCheckpointError,
+    NotADiffusersPipelineError,
+    UnknownModelError,
+    UnsupportedModelError,
+)
+from hypergen_export.hub import find_snapshot
+from hypergen_export.weights import Weights, choose_weights
+
+SHIPPED_MODEL = "hypergen/emoji"
+INDEX = "model_index.json"
+TOKENIZER = "tokenizer"
+SCHEDULER = Path("scheduler") / "scheduler_config.json"
+DEFAULTS = "hypergen_defaults.json"
+_PACKAGE = Path(__file__).parent
+# In a wheel the checkpoint lies inside the package, in a checkout beside it.
+_SHIPPED_FOLDERS = (_PACKAGE / "bundled" / "emoji", _PACKAGE.parent / "emoji" / "checkpoint")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder in the layout of diffusers whose family is known."""
+
+    folder: Path
+    family: Family
+
+    def config(self, module: str) -> Mapping[str, Any]:
+        """The module's config.json."""
+        return read_json(self.folder / module / "config.json")
+
+    def weights(self, module: str) -> Weights:
+        """The files that hold the module's weights."""
+        files = sorted(entry.name for entry in (self.folder / module).iterdir())
+        chosen = choose_weights(files)
+        if chosen is None:
+            raise BrokenCheckpointError(f"{self.folder / module}: no weights (*.safetensors or *.bin) here")
+        return chosen
+
+    @cached_property
+    def defaults(self) -> Mapping[str, Any]:
+        """What the checkpoint's author recommends, if anything."""
+        path = self.folder / DEFAULTS
+        return read_json(path) if path.exists() else {}
+
+    @cached_property
+    def scheduler(self) -> Mapping[str, Any]:
+        """The checkpoint's own scheduler_config.json."""
+        return read_json(self.folder / SCHEDULER)
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """The sizes that the table of components calls by name."""
+        text, vae = self.config("text_encoder"), self.config("vae")
+        return {
+            "tokens": self._tokens(text),
+            "vocabulary": int(text["vocab_size"]),
+            "text_width": int(text["hidden_size"]),
+            "latent_channels": int(vae["latent_channels"]),
+            "vae_scale_factor": 2 ** (len(vae["block_out_channels"]) - 1),
+        }
+
+    def _tokens(self, text: Mapping[str, Any]) -> int:
+        """Length of a prompt in tokens: the tokenizer's, where it states one the text encoder can read."""
+        positions = int(text["max_position_embeddings"])
+        stated = read_json(self.folder / TOKENIZER / "tokenizer_config.json").get("model_max_length")
+        # Without one, transformers writes 10**30.
+        return min(int(stated), positions) if stated else positions
+
+
+def open_checkpoint(model: str) -> Checkpoint:
+    """Find `model` and check that it is something this exporter can convert.
+
+    Raises:
+        UnknownModelError, NotADiffusersPipelineError, UnsupportedModelError, BrokenCheckpointError
+    """
+    folder = _find_folder(model)
+    index_path = folder / INDEX
+    if not index_path.is_file():
+        raise NotADiffusersPipelineError(f"{model}: not a diffusers pipeline, for it has no {INDEX}")
+    index = read_json(index_path)
+    checkpoint = Checkpoint(folder, _family(model, str(index.get("_class_name"))))
+    _check_classes(model, index, checkpoint.family)
+    _check_files(checkpoint)
+    _check_configs(model, checkpoint)
+    return checkpoint
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """A json object. Raises BrokenCheckpointError with the file's name."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BrokenCheckpointError(f"{path}: missing") from None
+    except (OSError, ValueError) as error:
+        raise BrokenCheckpointError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise BrokenCheckpointError(f"{path}: holds no json object")
+    return content
+
+
+def _find_folder(model: str) -> Path:
+    if model == SHIPPED_MODEL:
+        return _shipped_folder()
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise NotADiffusersPipelineError(f"{model}: is a file; name the folder of a diffusers pipeline or a hub id")
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise UnknownModelError(f"{model}: there is no such folder, and a hub id has the form owner/name")
+    return find_snapshot(model)
+
+
+def _shipped_folder() -> Path:
+    for folder in _SHIPPED_FOLDERS:
+        if (folder / INDEX).is_file():
+            return folder
+    raise UnknownModelError(f"{SHIPPED_MODEL}: the shipped checkpoint is missing from this installation")
+
+
+def _family(model: str, pipeline: str) -> Family:
+    for family in FAMILIES:
+        if pipeline in family.pipelines:
+            return family
+    known = ", ".join(sorted(name for family in FAMILIES for name in family.pipelines))
+    raise UnsupportedModelError(f"{model}: {pipeline} is not supported; supported are {known}")
+
+
+def _check_classes(model: str, index: Mapping[str, Any], family: Family) -> None:
+    for module, loader in family.modules.items():
+        given = ".".join(str(part) for part in index.get(module) or ["none"])
+        if given != loader:
+            raise UnsupportedModelError(f"{model}: its {module} is {given}, but only {loader} is supported")
+
+
+def _check_files(checkpoint: Checkpoint) -> None:
+    for module in (*checkpoint.family.modules, TOKENIZER):
+        if not (checkpoint.folder / module).is_dir():
+            raise BrokenCheckpointError(f"{checkpoint.folder / module}: missing")
+    for module in checkpoint.family.modules:
+        checkpoint.config(module)
+        checkpoint.weights(module)
+    _ = checkpoint.scheduler, checkpoint.defaults
+
+
+def _check_configs(model: str, checkpoint: Checkpoint) -> None:
+    """Refuse what the configs say would need inputs that the table has not."""
+    unet = checkpoint.config("unet")
+    try:
+        channels = checkpoint.sizes["latent_channels"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise BrokenCheckpointError(f"{checkpoint.folder}: a config.json lacks {error}") from error
+    reasons = {
+        f"its UNet takes {unet.get('in_channels')} channels, its VAE gives {channels} (an inpainting model?)": (
+            unet.get("in_channels") != channels
+        ),
+        "its UNet wants a class label": unet.get("class_embed_type") is not None or unet.get("num_class_embeds"),
+        "its UNet wants added conditions": unet.get("addition_embed_type") is not None,
+        "its UNet wants the guidance as an embedding": unet.get("time_cond_proj_dim") is not None,
+        "its text encoder wants an attention mask": checkpoint.config("text_encoder").get("use_attention_mask"),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise UnsupportedModelError(f"{model}: {reason}, which is not supported")

@@ -1,0 +1,55 @@
+"""Keys that change when an export would come out differently, from what is on the disk and without torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hypergen_export.checkpoint import TOKENIZER, Checkpoint
+from hypergen_export.components import Component
+
+_PACKAGE = Path(__file__).parent
+# Sources that decide what a component's ONNX is; the others decide what stands around it.
+_CONVERSION = ("components.py", "examples.py", "wrappers.py", "loading.py", "onnx.py", "compare.py")
+
+
+def component_key(checkpoint: Checkpoint, component: Component) -> str:
+    """Key of a component's ONNX: the module's files and the sources that convert it."""
+    folder = checkpoint.folder / component.module
+    weights = [folder / name for name in checkpoint.weights(component.module).files]
+    return _digest(
+        component.name,
+        dict(checkpoint.sizes),
+        _contents([folder / "config.json", *(_PACKAGE / name for name in _CONVERSION)]),
+        [_identity(path) for path in weights],
+    )
+
+
+def tokenizer_key(checkpoint: Checkpoint) -> str:
+    """Key of tokenizer.json."""
+    files = (path for path in (checkpoint.folder / TOKENIZER).iterdir() if path.is_file())
+    return _digest(dict(checkpoint.sizes), _contents([*files, _PACKAGE / "tokenizer.py"]))
+
+
+def repository_key(parts: Iterable[str], settings: dict[str, str], sources: Iterable[Path]) -> str:
+    """Key of a whole repository: its parts' keys, every setting, and all files that shape the rest."""
+    return _digest(list(parts), settings, _contents([*sources, *_PACKAGE.glob("*.py")]))
+
+
+def _identity(path: Path) -> tuple[str, str, int]:
+    """A weight file without reading it: the hub's cache names it by its hash; elsewhere size and time must do."""
+    if path.is_symlink() and path.readlink().parent.name == "blobs":
+        return path.name, path.readlink().name, 0
+    status = path.stat()
+    return path.name, str(status.st_size), status.st_mtime_ns
+
+
+def _contents(paths: Iterable[Path]) -> list[tuple[str, str]]:
+    return [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in sorted(paths)]
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,62 @@
+"""Checkpoints of the Hugging Face hub: what is already here is used as it is, the rest is fetched once.
+
+Only the files that an export reads are fetched: no other variants, no safety checker, no single-file copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from hypergen_export.components import FAMILIES
+from hypergen_export.errors import MissingDependencyError, UnknownModelError, first_line
+from hypergen_export.weights import choose_weights
+
+_SMALL_FILES = (".json", ".txt")
+_OTHER_FOLDERS = ("tokenizer", "scheduler")
+
+
+def find_snapshot(model: str) -> Path:
+    """The folder of a hub id's snapshot, complete for an export. Raises UnknownModelError."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise MissingDependencyError(f"{model}: fetching from the hub needs hypergen-triton[export]") from error
+    # A server that restarts must find the very weights it served before, and without a network: no look at the hub
+    # for a newer revision while a complete snapshot is here.
+    try:
+        folder = Path(huggingface_hub.snapshot_download(model, local_files_only=True))
+        if _is_complete(folder):
+            return folder
+    except (OSError, ValueError):
+        pass  # not in the cache, or an id that the hub will refuse with a better message
+    try:
+        names = [file.rfilename for file in huggingface_hub.HfApi().model_info(model).siblings or []]
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=_wanted(names)))
+    except Exception as error:  # the one gate for whatever the hub's client and its transports raise
+        raise UnknownModelError(f"{model}: neither a folder nor to be had from the hub ({first_line(error)})") from error
+
+
+def _is_complete(folder: Path) -> bool:
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    if "model_index.json" not in names:
+        return False
+    return any(all(choose_weights(_within(names, module)) for module in family.modules) for family in FAMILIES)
+
+
+def _wanted(names: Iterable[str]) -> list[str]:
+    """The files of a repository that an export reads; all small ones where it is no diffusers pipeline."""
+    names = list(names)
+    modules = {module for family in FAMILIES for module in family.modules}
+    wanted = [name for name in names if "/" not in name and name.endswith(".json")]
+    for module in sorted(modules):
+        weights = choose_weights(_within(names, module))
+        wanted += [f"{module}/{file}" for file in (*(weights.files if weights else ()), "config.json")]
+    for folder in _OTHER_FOLDERS:
+        wanted += [f"{folder}/{file}" for file in _within(names, folder) if file.endswith(_SMALL_FILES)]
+    return wanted
+
+
+def _within(names: Iterable[str], folder: str) -> list[str]:
+    paths = (PurePosixPath(name) for name in names)
+    return [path.name for path in paths if path.parent == PurePosixPath(folder)]

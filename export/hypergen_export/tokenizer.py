@@ -1,0 +1,50 @@
+"""The tokenizer as one file that needs no transformers: what pads and truncates stands inside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hypergen_export.checkpoint import TOKENIZER, Checkpoint
+from hypergen_export.errors import BrokenCheckpointError, ParityMissedError, first_line
+
+# Empty, short, longer than any text encoder reads, beyond ASCII, case, space and special tokens.
+_PROBES = (
+    "",
+    "a rocket on a yellow background",
+    "An  ASTRONAUT's café, 1924!\n",
+    "日本語 \U0001f680 naïve",
+    "word " * 200,
+    "<|startoftext|> twice <|endoftext|>",
+)
+
+
+def write_tokenizer(checkpoint: Checkpoint, path: Path) -> None:
+    """Write a `tokenizers` file whose encodings are the ids that diffusers feeds the text encoder.
+
+    Raises:
+        BrokenCheckpointError: the tokenizer's files cannot be read.
+        ParityMissedError: the file would encode a prompt in another way.
+    """
+    from tokenizers import Tokenizer
+
+    length = checkpoint.sizes["tokens"]
+    theirs = _load(checkpoint.folder / TOKENIZER)
+    # A copy, since transformers changes truncation and padding of its own one with every call.
+    ours = Tokenizer.from_str(theirs.backend_tokenizer.to_str())
+    ours.enable_truncation(max_length=length)
+    ours.enable_padding(length=length, pad_id=theirs.pad_token_id, pad_token=theirs.pad_token)
+    for prompt in _PROBES:
+        expected = theirs(prompt, padding="max_length", max_length=length, truncation=True).input_ids
+        if ours.encode(prompt).ids != expected:
+            raise ParityMissedError(f"tokenizer: encodes {prompt[:40]!r} in another way than transformers")
+    ours.save(str(path))
+
+
+def _load(folder: Path) -> Any:
+    from transformers import CLIPTokenizerFast
+
+    try:
+        return CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise BrokenCheckpointError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)})") from error

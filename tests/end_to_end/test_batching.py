@@ -1,0 +1,80 @@
+"""Step-level continuous batching, seen through Triton's own counters of UNet executions."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import Any
+
+import numpy as np
+
+from running_server import Server, draw, draw_all
+
+# Of 255. Alone and in a batch the engine sums in another order, and a value near x.5 may become another byte.
+LARGEST_DIFFERENCE = 1
+
+WISHES: list[dict[str, Any]] = [
+    {"prompt": "a red rocket", "seed": 1, "num_inference_steps": 12, "scheduler": "ddim"},
+    {"prompt": "a blue cat", "seed": 2, "num_inference_steps": 20, "scheduler": "euler"},
+    {"prompt": "green", "seed": 3, "num_inference_steps": 16, "guidance_scale": 1.0, "scheduler": "ddim"},
+    {"prompt": "a cat on red background", "seed": 4, "num_inference_steps": 8, "guidance_scale": 3.0},
+    {"prompt": "rocket", "seed": 5, "num_inference_steps": 20, "negative_prompt": "blue", "scheduler": "unipc"},
+    {"prompt": "blue background", "seed": 6, "num_inference_steps": 15, "scheduler": "dpmpp_2m"},
+    {"prompt": "cat", "seed": 7, "num_inference_steps": 10, "scheduler": "euler_a"},
+    {"prompt": "red", "seed": 8, "num_inference_steps": 18, "scheduler": "ddim", "size": "104x72"},
+]
+
+
+async def test_eight_requests_at_once_give_the_pictures_that_each_gives_alone(server: Server) -> None:
+    async with server.async_client() as client:
+        alone = [await draw(client, **wish) for wish in WISHES]
+    rows_before, executions_before = server.unet_counts()
+    together = await draw_all(server, WISHES)
+    rows, executions = server.unet_counts()
+    for one, other in zip(alone, together, strict=True):
+        assert np.abs(one.astype(int) - other.astype(int)).max() <= LARGEST_DIFFERENCE
+    steps = [wish["num_inference_steps"] for wish in WISHES]
+    # The odd-sized image needs a call of its own at each of its steps; all others share theirs. A request that
+    # arrives while others are at their first steps adds the few by which it is late.
+    square = steps[:-1]
+    print(f"{rows - rows_before} rows in {executions - executions_before} executions, {sum(steps)} steps")  # noqa: T201
+    assert executions - executions_before <= (max(square) + steps[-1]) * 1.5
+    assert executions - executions_before < sum(steps) / 2
+
+
+async def test_a_short_job_overtakes_long_ones(server: Server) -> None:
+    long = {"prompt": "cat", "num_inference_steps": 150}
+    async with server.async_client() as client:
+        await draw(client, prompt="warm", num_inference_steps=2)
+        running = [asyncio.create_task(draw(client, **long, seed=seed)) for seed in range(4)]
+        await asyncio.sleep(0.1)
+        await draw(client, prompt="rocket", num_inference_steps=4)
+        assert not any(task.done() for task in running)
+        await asyncio.gather(*running)
+
+
+async def test_a_client_that_leaves_stops_its_work_within_a_step(server: Server) -> None:
+    async with server.async_client() as client:
+        before = server.unet_counts()[1]
+        request = asyncio.create_task(draw(client, prompt="cat", n=4, size="512x512", num_inference_steps=150))
+        while server.unet_counts()[1] < before + 3:
+            await asyncio.sleep(0.02)
+        request.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await request
+    await asyncio.sleep(1.0)
+    stopped_at = server.unet_counts()[1]
+    assert stopped_at < before + 100
+    await asyncio.sleep(1.5)
+    assert server.unet_counts()[1] == stopped_at
+
+
+async def test_a_burst_is_served_to_the_last_request(server: Server) -> None:
+    wishes = [{"prompt": "cat", "seed": seed, "num_inference_steps": 3} for seed in range(64)]
+    pictures = await draw_all(server, wishes)
+    assert len({picture.tobytes() for picture in pictures}) == 64
+    deadline = time.monotonic() + 5
+    while server.health()["queue_size"] != 0:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)

@@ -1,0 +1,95 @@
+"""The command line: what it draws without a server, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from running_server import HYPERGEN, Server, free_port
+
+
+def hypergen(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [HYPERGEN, *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def one_line_error(result: subprocess.CompletedProcess[str]) -> str:
+    """What the command said before it failed; a traceback fails the test."""
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith(("Error: ", "hypergen: "))]
+    return line
+
+
+def test_generate_draws_the_same_picture_for_the_same_seed(server: Server, tmp_path: Path) -> None:
+    files = [tmp_path / "one.png", tmp_path / "two.png"]
+    for file in files:
+        options = ["--seed", "5", "--size", "96x64", "--triton-url", server.triton_url]
+        result = hypergen("generate", "cat", "-o", str(file), *options)
+        assert result.returncode == 0, result.stderr
+        assert "96x64, seed 5" in result.stdout
+    one, two = (np.asarray(Image.open(file)) for file in files)
+    assert one.shape == (64, 96, 3)
+    assert np.array_equal(one, two)
+
+
+def test_generate_starts_a_triton_of_its_own(checkpoint: Path, cache_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "cat.png"
+    options = ["--model", str(checkpoint), "--cache-dir", str(cache_dir), "--dtype", "float32", "--steps", "3"]
+    result = hypergen("generate", "cat", "-o", str(file), *options)
+    assert result.returncode == 0, result.stderr
+    assert Image.open(file).size == (64, 64)
+
+
+def test_a_size_that_the_model_cannot_draw_is_said_in_one_line(server: Server, tmp_path: Path) -> None:
+    file = tmp_path / "cat.png"
+    result = hypergen("generate", "cat", "-o", str(file), "--size", "65x64", "--triton-url", server.triton_url)
+    assert "size" in one_line_error(result)
+    assert not file.exists()
+
+
+def test_a_busy_port_is_said_in_one_line(server: Server) -> None:
+    result = hypergen("serve", "--host", "127.0.0.1", "--port", str(server.port))
+    assert f"127.0.0.1:{server.port}" in one_line_error(result)
+
+
+def test_an_unknown_model_is_said_in_one_line(tmp_path: Path) -> None:
+    result = hypergen("serve", str(tmp_path / "nothing"), "--port", str(free_port()), "--cache-dir", str(tmp_path))
+    assert "nothing" in one_line_error(result)
+
+
+def test_a_cache_that_cannot_be_written_is_said_in_one_line(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    result = hypergen("serve", str(checkpoint), "--port", str(free_port()), "--cache-dir", str(tmp_path / "file" / "x"))
+    assert one_line_error(result)
+
+
+def test_a_triton_that_is_not_there_is_said_in_one_line() -> None:
+    result = hypergen("serve", "--triton-url", f"127.0.0.1:{free_port()}", "--port", str(free_port()))
+    assert one_line_error(result)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--device", "cuda"], ["--dtype", "float16"], ["--lora", "x"], ["--api-key", ""]]
+)
+def test_what_the_embedded_server_cannot_do_is_refused(arguments: list[str]) -> None:
+    assert one_line_error(hypergen("serve", *arguments))
+
+
+def test_every_option_of_serve_is_an_environment_variable() -> None:
+    help_text = hypergen("serve", "--help").stdout
+    for name in ("HOST", "PORT", "API_KEY", "DTYPE", "DEVICE", "LORA", "MAX_QUEUE_SIZE", "MAX_BATCH_SIZE", "RELOAD"):
+        assert f"HYPERGEN_{name}" in help_text
+    result = hypergen("serve", HYPERGEN_DEVICE="cuda")
+    assert "CPU" in one_line_error(result)

@@ -1,0 +1,125 @@
+"""Starting, stopping, dying and coming back."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+from tritonclient.grpc import InferenceServerClient
+
+from running_server import KEY, Server, draw, start_server, stop_server
+
+
+@pytest.fixture
+def own_server(checkpoint: Path, cache_dir: Path) -> Iterator[Server]:
+    """A server that the test may break."""
+    running = start_server("--dtype", "float32", "--cache-dir", str(cache_dir), model=str(checkpoint))
+    yield running
+    if running.process.poll() is None:
+        stop_server(running)
+
+
+def processes(server: Server, name: str) -> list[psutil.Process]:
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    return [child for child in children if child.is_running() and child.name().startswith(name)]
+
+
+def shared_memory() -> set[str]:
+    return {region.name for region in Path("/dev/shm").glob("hypergen-triton-*")}
+
+
+def test_a_second_start_finds_the_export_and_is_quick(server: Server, own_server: Server) -> None:
+    assert not any("xport" in line and "up to date" not in line for line in own_server.lines), own_server.lines
+    assert own_server.triton_url != server.triton_url
+
+
+@pytest.mark.parametrize("victim", ["tritonserver", "triton_python"])
+def test_a_killed_process_is_replaced_and_pictures_come_again(own_server: Server, victim: str) -> None:
+    processes(own_server, victim)[0].send_signal(signal.SIGKILL)
+    own_server.wait_until(lambda: any("starting it again" in line for line in own_server.lines), 5, "noticed")
+    own_server.wait_until(lambda: own_server.health()["status"] == "healthy", 20, "back")
+    client = own_server.client(max_retries=3)
+    assert client.images.generate(prompt="cat", extra_body={"num_inference_steps": 2}).data
+
+
+async def test_a_request_under_way_when_triton_dies_ends_in_an_error(own_server: Server) -> None:
+    async with own_server.async_client() as client:
+        before = own_server.unet_counts()[1]
+        request = asyncio.create_task(draw(client, prompt="cat", size="512x512", num_inference_steps=150))
+        while own_server.unet_counts()[1] < before + 2:
+            await asyncio.sleep(0.02)
+        processes(own_server, "triton_python")[0].send_signal(signal.SIGKILL)
+        with pytest.raises(openai.InternalServerError) as raised:
+            await asyncio.wait_for(request, 15)
+    assert raised.value.status_code == 503
+    assert raised.value.response.headers["Retry-After"]
+
+
+async def test_sigterm_lets_pictures_finish(own_server: Server) -> None:
+    async with own_server.async_client() as client:
+        before = own_server.unet_counts()[1]
+        request = asyncio.create_task(draw(client, prompt="cat", size="256x256", num_inference_steps=60))
+        while own_server.unet_counts()[1] < before + 2:
+            await asyncio.sleep(0.02)
+        own_server.process.send_signal(signal.SIGTERM)
+        assert (await request).shape == (256, 256, 3)
+    assert await asyncio.to_thread(own_server.process.wait, 30) == 0
+
+
+def test_nothing_is_left_after_the_end(checkpoint: Path, cache_dir: Path) -> None:
+    before = shared_memory()
+    server = start_server("--dtype", "float32", "--cache-dir", str(cache_dir), model=str(checkpoint))
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    assert family
+    assert stop_server(server) == 0
+    assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert shared_memory() <= before
+
+
+def test_triton_does_not_outlive_a_killed_gateway(own_server: Server) -> None:
+    family = psutil.Process(own_server.process.pid).children(recursive=True)
+    own_server.process.kill()
+    own_server.process.wait(10)
+    _, alive = psutil.wait_procs(family, timeout=15)
+    assert not alive
+
+
+def test_another_gateway_can_use_the_triton_that_runs(server: Server) -> None:
+    second = start_server("--triton-url", server.triton_url, model="", key=None)
+    try:
+        models = httpx.get(f"{second.url}/v1/models").json()["data"]
+        assert [model["id"] for model in models] == [server.model]
+        picture = httpx.post(f"{second.url}/v1/images/generations", json={"prompt": "cat"}, timeout=60)
+        assert picture.status_code == 200
+        assert not processes(second, "triton")
+    finally:
+        assert stop_server(second) == 0
+
+
+def test_triton_listens_on_loopback_alone(server: Server) -> None:
+    (triton,) = processes(server, "tritonserver")
+    listening = [each.laddr.ip for each in triton.net_connections("inet") if each.status == psutil.CONN_LISTEN]
+    assert listening
+    assert set(listening) == {"127.0.0.1"}
+
+
+def test_a_plain_triton_client_needs_only_a_prompt(server: Server) -> None:
+    triton = InferenceServerClient(server.triton_url)
+    try:
+        inputs = {entry.name: entry.optional for entry in triton.get_model_config("diffusion").config.input}
+        assert [name for name, optional in inputs.items() if not optional] == ["prompt"]
+    finally:
+        triton.close()
+
+
+def test_the_key_is_never_said(server: Server) -> None:
+    time.sleep(0.1)
+    assert server.lines
+    assert not any(KEY in line for line in server.lines)

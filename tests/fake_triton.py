@@ -1,0 +1,134 @@
+"""A Triton server in this process: as much of its gRPC service as the gateway uses, and ways to go wrong."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import numpy as np
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc import service_pb2_grpc
+from tritonclient.utils import np_to_triton_dtype
+
+PARAMETERS = {
+    "model_id": "acme/tiny-emoji",
+    "device": "cuda:0",
+    "schedulers": "ddim,euler",
+    "default_width": "64",
+    "default_height": "48",
+    "size_factor": "8",
+    "min_size": "32",
+    "max_size": "512",
+    "default_num_inference_steps": "20",
+    "default_guidance_scale": "5.5",
+    "default_scheduler": "euler",
+    "max_num_images": "10",
+    "max_num_inference_steps": "150",
+    "max_guidance_scale": "20",
+    "max_active_images": "32",
+    "max_waiting_images": "256",
+}
+
+
+class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+    """Its attributes say how it behaves and what it saw."""
+
+    def __init__(self) -> None:
+        self.parameters = dict(PARAMETERS)
+        self.server_is_ready = True
+        self.unready_models: set[str] = set()
+        self.hangs = False
+        self.failure: tuple[grpc.StatusCode, str] | None = None
+        self.in_band_error: str | None = None
+        self.left_out_outputs: set[str] = set()
+        self.pictures_before_trouble: int | None = None  # None: no limit
+        self.requests: list[Any] = []
+        self.headers: list[dict[str, str]] = []
+        self.cancelled_streams = 0
+
+    async def ServerReady(self, _: Any, context: Any) -> Any:  # noqa: N802
+        await self._trouble(context)
+        return pb.ServerReadyResponse(ready=self.server_is_ready)
+
+    async def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802
+        await self._trouble(context)
+        return pb.ModelReadyResponse(ready=request.name not in self.unready_models)
+
+    async def ModelConfig(self, request: Any, context: Any) -> Any:  # noqa: N802
+        await self._trouble(context)
+        response = pb.ModelConfigResponse()
+        response.config.name = request.name
+        for name, value in self.parameters.items():
+            response.config.parameters[name].string_value = value
+        return response
+
+    async def ModelStreamInfer(self, requests: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        self.headers.append({str(key): str(value) for key, value in context.invocation_metadata()})
+        try:
+            async for request in requests:
+                self.requests.append(request)
+                async for response in self._pictures(tensors_of(request), context):
+                    yield response
+        except asyncio.CancelledError:
+            self.cancelled_streams += 1
+            raise
+
+    async def _pictures(self, tensors: dict[str, Any], context: Any) -> AsyncIterator[Any]:
+        for index in range(tensors["num_images"]):
+            if self.pictures_before_trouble is None or index == self.pictures_before_trouble:
+                await self._trouble(context)
+            if self.in_band_error is not None:
+                yield pb.ModelStreamInferResponse(error_message=self.in_band_error)
+                return
+            yield self._picture(tensors, index)
+
+    async def _trouble(self, context: Any) -> None:
+        if self.hangs:
+            await asyncio.Event().wait()
+        if self.failure is not None:
+            await context.abort(*self.failure)
+
+    def _picture(self, tensors: dict[str, Any], index: int) -> Any:
+        seed = tensors["seed"] + index
+        outputs: dict[str, np.ndarray[Any, Any]] = {
+            "image": np.full((tensors["height"], tensors["width"], 3), seed % 256, dtype=np.uint8),
+            "image_index": np.array([index], dtype=np.int32),
+            "step": np.array([tensors["num_inference_steps"]], dtype=np.int32),
+            "is_final": np.array([True]),
+            "seed": np.array([seed], dtype=np.int64),
+        }
+        response = pb.ModelStreamInferResponse()
+        for name, array in outputs.items():
+            if name not in self.left_out_outputs:
+                response.infer_response.outputs.add(
+                    name=name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape
+                )
+                response.infer_response.raw_output_contents.append(array.tobytes())
+        return response
+
+
+def tensors_of(request: Any) -> dict[str, Any]:
+    """The one value of each input of a request, decoded by the datatype that it declares."""
+    numbers = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32}
+    values: dict[str, Any] = {}
+    for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True):
+        assert list(tensor.shape) == [1]
+        is_text = tensor.datatype == "BYTES"  # four bytes of length before the text
+        values[tensor.name] = raw[4:].decode() if is_text else np.frombuffer(raw, numbers[tensor.datatype])[0].item()
+    return values
+
+
+@asynccontextmanager
+async def serving(triton: FakeTriton, port: int = 0) -> AsyncIterator[str]:
+    """The fake on a port of 127.0.0.1; gives HOST:PORT. At the end, running calls are cut off."""
+    server = grpc.aio.server(options=[("grpc.max_send_message_length", -1), ("grpc.so_reuseport", 0)])
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(triton, server)
+    bound = server.add_insecure_port(f"127.0.0.1:{port}")
+    await server.start()
+    try:
+        yield f"127.0.0.1:{bound}"
+    finally:
+        await server.stop(None)

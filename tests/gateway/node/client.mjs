@@ -1,0 +1,34 @@
+// Drives a gateway with OpenAI's Node client and prints what came back as one line of JSON.
+// HYPERGEN_BASE_URL: the gateway's /v1; HYPERGEN_API_KEY: its key; HYPERGEN_MODEL: the id it should list.
+import OpenAI, { APIError } from "openai";
+
+const baseURL = process.env.HYPERGEN_BASE_URL;
+const apiKey = process.env.HYPERGEN_API_KEY;
+const client = new OpenAI({ baseURL, apiKey, maxRetries: 0 });
+
+async function errorOf(promise) {
+  try {
+    await promise;
+  } catch (error) {
+    if (!(error instanceof APIError)) throw error;
+    const { status, code, param, message, requestID, constructor } = error;
+    return { name: constructor.name, status, code, param, message, requestID };
+  }
+  throw new Error("no error was raised");
+}
+
+const models = [];
+for await (const model of client.models.list()) models.push(model);
+
+const images = await client.images.generate({ model: "gpt-image-1", prompt: "a fox", n: 2, seed: 7 });
+
+console.log(
+  JSON.stringify({
+    models,
+    retrieved: await client.models.retrieve(process.env.HYPERGEN_MODEL),
+    images,
+    unknownModel: await errorOf(client.models.retrieve("no/such-model")),
+    wrongSize: await errorOf(client.images.generate({ prompt: "a fox", size: "7x7" })),
+    wrongKey: await errorOf(new OpenAI({ baseURL, apiKey: "sk-wrong", maxRetries: 0 }).models.list()),
+  }),
+);

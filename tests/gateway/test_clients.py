@@ -1,0 +1,194 @@
+"""OpenAI's own clients, unchanged, over a real connection: Python, sync and async, and Node."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from PIL import Image
+
+from fake_backend import FakeBackend, on_loopback, until
+from hypergen_gateway.app import create_app
+from hypergen_gateway.config import Config
+from hypergen_gateway.errors import UnavailableError
+from node_client import install_node_client, run_node_client
+
+KEY = "sk-correct-horse"
+GENERATIONS = "/v1/images/generations"
+
+
+@pytest.fixture(scope="session")
+def node() -> Path:
+    return install_node_client()
+
+
+@pytest.fixture
+async def gateway(backend: FakeBackend) -> AsyncIterator[str]:
+    async with on_loopback(create_app(Config(api_key=KEY, max_queue_size=1), backend)) as url:
+        yield url
+
+
+@pytest.fixture
+async def sdk(gateway: str) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"{gateway}/v1", api_key=KEY, max_retries=0) as sdk:
+        yield sdk
+
+
+class TestPython:
+    async def test_it_lists_and_retrieves_the_model(self, sdk: openai.AsyncOpenAI) -> None:
+        (listed,) = [model async for model in sdk.models.list()]
+        assert (listed.id, listed.object, listed.owned_by) == ("acme/tiny-emoji", "model", "hypergen")
+        assert abs(listed.created - time.time()) < 5
+        assert (await sdk.models.retrieve(listed.id)).id == listed.id
+
+    async def test_it_gets_pictures_and_their_seeds(self, sdk: openai.AsyncOpenAI) -> None:
+        response = await sdk.images.generate(prompt="a fox", model="gpt-image-1", n=2, extra_body={"seed": 7})
+        assert response.data is not None
+        for offset, image in enumerate(response.data):
+            picture = Image.open(io.BytesIO(base64.b64decode(image.b64_json or "")))
+            assert (picture.size, picture.getpixel((0, 0))) == ((64, 48), (7 + offset,) * 3)
+            assert image.model_extra == {"seed": 7 + offset}
+        assert (response.background, response.output_format, response.quality) == ("opaque", "png", "medium")
+        assert (response.size, response.usage) == (None, None)
+
+    async def test_the_blocking_client_works_too(self, gateway: str) -> None:
+        with openai.OpenAI(base_url=f"{gateway}/v1", api_key=KEY) as sdk:
+            response = await asyncio.to_thread(sdk.images.generate, prompt="a fox", size="512x512")
+        assert response.data is not None
+        assert len(response.data) == 1
+
+    async def test_the_raw_response_has_its_id(self, sdk: openai.AsyncOpenAI) -> None:
+        raw = await sdk.models.with_raw_response.list(extra_headers={"x-request-id": "mine-1"})
+        assert raw.request_id == "mine-1"
+        assert int(raw.headers["openai-processing-ms"]) >= 0
+
+    async def test_a_bad_value_is_its_bad_request_error_with_param(self, sdk: openai.AsyncOpenAI) -> None:
+        with pytest.raises(openai.BadRequestError, match="multiples of 8") as raised:
+            await sdk.images.generate(prompt="a fox", size="7x7")
+        assert (raised.value.param, raised.value.type) == ("size", "invalid_request_error")
+
+    async def test_an_unknown_model_is_its_not_found_error(self, sdk: openai.AsyncOpenAI) -> None:
+        with pytest.raises(openai.NotFoundError) as raised:
+            await sdk.models.retrieve("no/such-model")
+        assert raised.value.code == "model_not_found"
+
+    async def test_a_wrong_key_is_its_authentication_error(self, sdk: openai.AsyncOpenAI) -> None:
+        with pytest.raises(openai.AuthenticationError, match="wrong") as raised:
+            await sdk.with_options(api_key="sk-wrong").models.list()
+        assert raised.value.code == "invalid_api_key"
+
+    async def test_a_full_queue_is_its_rate_limit_error(self, sdk: openai.AsyncOpenAI, backend: FakeBackend) -> None:
+        backend.open.clear()
+        requests = [asyncio.create_task(sdk.images.generate(prompt="a", n=4)) for _ in range(3)]
+        await until(lambda: any(request.done() for request in requests))
+        backend.open.set()
+        results = await asyncio.gather(*requests, return_exceptions=True)
+        (refused,) = [result for result in results if isinstance(result, BaseException)]
+        assert isinstance(refused, openai.RateLimitError)
+        assert refused.code == "rate_limit_exceeded"
+
+    async def test_it_tries_again_by_itself_until_triton_is_back(
+        self, sdk: openai.AsyncOpenAI, backend: FakeBackend
+    ) -> None:
+        backend.failure = UnavailableError("away", retry_after=0.2)
+        request = asyncio.create_task(sdk.with_options(max_retries=2).images.generate(prompt="a"))
+        await until(lambda: len(backend.generations) == 1)
+        backend.failure = None
+        assert (await request).data
+        assert len(backend.generations) == 2
+
+
+class TestDepartures:
+    async def test_a_client_that_hangs_up_stops_its_pictures(
+        self, sdk: openai.AsyncOpenAI, backend: FakeBackend
+    ) -> None:
+        backend.open.clear()
+        request = asyncio.create_task(sdk.images.generate(prompt="a"))
+        await until(lambda: backend.running == 1)
+        request.cancel()
+        await until(lambda: backend.running == 0, 1.0)
+
+    async def test_a_client_that_hangs_up_while_waiting_leaves_the_queue(
+        self, sdk: openai.AsyncOpenAI, backend: FakeBackend, gateway: str
+    ) -> None:
+        async def queue_size() -> int:
+            async with httpx.AsyncClient() as client:
+                return int((await client.get(f"{gateway}/health")).json()["queue_size"])
+
+        async def until_queue_size(wanted: int) -> None:
+            while await queue_size() != wanted:
+                await asyncio.sleep(0.01)
+
+        backend.open.clear()
+        working = asyncio.create_task(sdk.images.generate(prompt="a", n=4))
+        await until(lambda: backend.running == 1)
+        waiting = asyncio.create_task(sdk.images.generate(prompt="b", n=4))
+        await asyncio.wait_for(until_queue_size(1), 2)
+        waiting.cancel()
+        await asyncio.wait_for(until_queue_size(0), 2)
+        backend.open.set()
+        assert (await working).data
+        assert [generation.prompt for generation in backend.generations] == ["a"]
+
+
+class TestHttp:
+    async def test_the_event_loop_answers_while_large_pictures_are_encoded(
+        self, sdk: openai.AsyncOpenAI, gateway: str
+    ) -> None:
+        request = asyncio.create_task(sdk.images.generate(prompt="a", n=4, size="1536x1536"))
+        longest = 0.0
+        async with httpx.AsyncClient() as client:
+            while not request.done():
+                began = time.perf_counter()
+                await client.get(f"{gateway}/health/live")
+                longest = max(longest, time.perf_counter() - began)
+        assert (await request).data
+        assert longest < 1.0
+
+    @pytest.mark.parametrize("declared", [True, False])
+    async def test_a_huge_body_is_refused_and_the_client_reads_why(self, gateway: str, declared: bool) -> None:
+        async def endless() -> AsyncIterator[bytes]:
+            for _ in range(4096):
+                yield b" " * 65536
+
+        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+        if declared:
+            headers["Content-Length"] = str(4096 * 65536)
+        began = time.perf_counter()
+        async with httpx.AsyncClient(base_url=gateway) as client:
+            response = await client.post(GENERATIONS, content=endless(), headers=headers)
+        assert response.status_code == 413
+        assert response.json()["error"]["code"] == "request_too_large"
+        assert time.perf_counter() - began < 1
+
+    async def test_head_has_no_body(self, gateway: str) -> None:
+        async with httpx.AsyncClient(base_url=gateway) as client:
+            response = await client.head("/health")
+        assert (response.status_code, response.content) == (200, b"")
+
+    @pytest.mark.parametrize("path", ["/v1/models/acme%2Ftiny-emoji", "/v1/models/acme/tiny-emoji"])
+    async def test_an_id_is_found_escaped_or_not(self, gateway: str, path: str) -> None:
+        async with httpx.AsyncClient(base_url=gateway) as client:
+            response = await client.get(path, headers={"Authorization": f"Bearer {KEY}"})
+        assert response.json()["id"] == "acme/tiny-emoji"
+
+
+class TestNode:
+    async def test_it_lists_retrieves_generates_and_understands_errors(self, node: Path, gateway: str) -> None:
+        seen = await run_node_client(node, f"{gateway}/v1", KEY, "acme/tiny-emoji")
+        assert [model["id"] for model in seen["models"]] == ["acme/tiny-emoji"]
+        assert seen["retrieved"]["owned_by"] == "hypergen"
+        assert [image["seed"] for image in seen["images"]["data"]] == [7, 8]
+        picture = Image.open(io.BytesIO(base64.b64decode(seen["images"]["data"][0]["b64_json"])))
+        assert picture.size == (64, 48)
+        assert (seen["unknownModel"]["name"], seen["unknownModel"]["code"]) == ("NotFoundError", "model_not_found")
+        assert (seen["wrongSize"]["name"], seen["wrongSize"]["param"]) == ("BadRequestError", "size")
+        assert (seen["wrongKey"]["name"], seen["wrongKey"]["code"]) == ("AuthenticationError", "invalid_api_key")
+        assert all(seen[error]["requestID"] for error in ("unknownModel", "wrongSize", "wrongKey"))

@@ -1,0 +1,53 @@
+"""OpenAI's Node client, for tests: installed once under build/, driven by tests/gateway/node/client.mjs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "tests/gateway/node"
+INSTALLED = ROOT / "build/node-client"
+
+
+def install_node_client() -> Path:
+    """A folder with the script and its dependency.
+
+    Where there is no Node the test is skipped with the reason, but in CI, which must have all tools, it fails.
+    """
+    give_up = pytest.fail if os.environ.get("CI") else pytest.skip
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if node is None or npm is None:
+        give_up("node or npm is not installed")
+    INSTALLED.mkdir(parents=True, exist_ok=True)
+    for name in ("package.json", "client.mjs"):
+        shutil.copyfile(SOURCE / name, INSTALLED / name)
+    if not (INSTALLED / "node_modules/openai/package.json").is_file():
+        command = [npm, "install", "--no-audit", "--no-fund", "--no-package-lock"]
+        installed = subprocess.run(command, cwd=INSTALLED, capture_output=True, text=True, timeout=240, check=False)
+        if installed.returncode != 0:
+            give_up(f"npm cannot install the openai package: {installed.stderr[-200:]}")
+    return INSTALLED
+
+
+async def run_node_client(folder: Path, base_url: str, api_key: str, model: str) -> dict[str, Any]:
+    """What the script saw of the gateway at `base_url`, which ends in /v1."""
+    environment = {"HYPERGEN_BASE_URL": base_url, "HYPERGEN_API_KEY": api_key, "HYPERGEN_MODEL": model}
+    process = await asyncio.create_subprocess_exec(
+        "node",
+        "client.mjs",
+        cwd=folder,
+        env=os.environ | environment,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    output, problems = await asyncio.wait_for(process.communicate(), 240)
+    assert process.returncode == 0, problems.decode()
+    return dict(json.loads(output))

@@ -1,0 +1,147 @@
+"""The real thing: `hypergen serve` as a process, with the real Triton behind it, and real OpenAI clients in front."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import openai
+from PIL import Image
+from tritonclient.grpc import InferenceServerClient
+
+HYPERGEN = str(Path(sys.executable).parent / "hypergen")
+KEY = "a-key-for-tests"
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass
+class Server:
+    """A running `hypergen serve`, its address and what it has said so far."""
+
+    process: subprocess.Popen[str]
+    port: int
+    model: str
+    lines: list[str] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def triton_url(self) -> str:
+        """Where the embedded Triton listens for gRPC, as the server said at its start."""
+        for line in self.lines:
+            if match := re.search(r"gRPC on (\S+:\d+)", line):
+                return match[1]
+        raise AssertionError("\n".join(self.lines))
+
+    def client(self, *, api_key: str = KEY, max_retries: int = 0) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=max_retries)
+
+    def async_client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0)
+
+    def health(self) -> dict[str, Any]:
+        answer: dict[str, Any] = httpx.get(f"{self.url}/health", timeout=10).json()
+        return answer
+
+    def unet_counts(self) -> tuple[int, int]:
+        """Rows and executions of the UNet since the start, as Triton counts them."""
+        triton = InferenceServerClient(self.triton_url)
+        try:
+            statistics = triton.get_inference_statistics("unet", client_timeout=10).model_stats[0]
+            return statistics.inference_count, statistics.execution_count
+        finally:
+            triton.close()
+
+    def wait_until(self, condition: Any, seconds: float, what: str) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, "\n".join(["the server has ended", *self.lines])
+            assert time.monotonic() < deadline, "\n".join([f"not {what} after {seconds} s", *self.lines[-30:]])
+            time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def start_server(*arguments: str, model: str, key: str | None = KEY) -> Server:
+    """Start `hypergen serve` and wait until it says that it serves."""
+    port = free_port()
+    environment = os.environ | ({"HYPERGEN_API_KEY": key} if key else {})
+    process = subprocess.Popen(
+        [HYPERGEN, "serve", *([model] if model else []), "--host", "127.0.0.1", "--port", str(port), *arguments],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    server = Server(process, port, model)
+    threading.Thread(target=_collect, args=(server,), daemon=True).start()
+    server.wait_until(lambda: any(line.startswith("Serving ") for line in server.lines), 180, "serving")
+    server.wait_until(lambda: _answers(server), 10, "answering")
+    return server
+
+
+def _collect(server: Server) -> None:
+    assert server.process.stdout is not None
+    for line in server.process.stdout:
+        server.lines.append(line.rstrip("\n"))
+
+
+def _answers(server: Server) -> bool:
+    try:
+        return httpx.get(f"{server.url}/health/ready", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def stop_server(server: Server) -> int:
+    """End it as an orchestrator does, and return its exit code."""
+    server.process.send_signal(signal.SIGTERM)
+    try:
+        return server.process.wait(60)
+    except subprocess.TimeoutExpired:
+        server.process.kill()
+        raise
+
+
+def pixels_of(image: Any) -> Pixels:
+    """The pixels of one item of a response's `data`."""
+    with Image.open(io.BytesIO(base64.b64decode(image.b64_json))) as picture:
+        assert picture.format == "PNG"
+        return np.asarray(picture.convert("RGB"))
+
+
+async def draw(client: openai.AsyncOpenAI, **wish: Any) -> Pixels:
+    """One picture; what OpenAI's client does not know goes into the body as it is."""
+    known = {name: wish.pop(name) for name in ("prompt", "size", "n") if name in wish}
+    response = await client.images.generate(**known, extra_body=wish)
+    assert response.data is not None
+    return pixels_of(response.data[0])
+
+
+async def draw_all(server: Server, wishes: list[dict[str, Any]]) -> list[Pixels]:
+    """All of them at once, each on a request of its own."""
+    async with server.async_client() as client:
+        return await asyncio.gather(*(draw(client, **wish) for wish in wishes))
