@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,15 +50,20 @@ def component_config(component: Component, sizes: Sizes, options: EngineOptions)
 
 def sampler_config(template: str, parameters: Mapping[str, str]) -> str:
     """config.pbtxt of the sampler: the template with the checkpoint's parameters."""
-    config = text_format.Parse(template, pb.ModelConfig())
+    config = read_config(template)
     _set_parameters(config, parameters)
     return _text(config)
 
 
-def template_parameter(template: str, name: str) -> str:
-    """The value of one of the template's parameters."""
-    value: str = text_format.Parse(template, pb.ModelConfig()).parameters[name].string_value
-    return value
+def known_schedulers(template: str) -> list[str]:
+    """The names under which a request may ask the sampler for a scheduler."""
+    names: str = read_config(template).parameters["schedulers"].string_value
+    return names.split(",")
+
+
+def read_config(text: str) -> Any:
+    """A config.pbtxt as Triton's ModelConfig."""
+    return text_format.Parse(text, pb.ModelConfig())
 
 
 def _fill(entry: Any, tensor: Tensor, sizes: Sizes) -> Any:
@@ -79,13 +84,3 @@ def _set_parameters(config: Any, parameters: Mapping[str, str]) -> None:
 def _text(config: Any) -> str:
     text: str = text_format.MessageToString(config)
     return text
-
-
-def read_config(text: str) -> Any:
-    """A config.pbtxt as Triton's ModelConfig."""
-    return text_format.Parse(text, pb.ModelConfig())
-
-
-def schedulers(template: str) -> Iterable[str]:
-    """The names of schedulers that the sampler knows."""
-    return template_parameter(template, "schedulers").split(",")

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from types import TracebackType
-from typing import Self
+from collections.abc import Iterator
 
 from tqdm import tqdm
 
 
 class Progress:
-    """Counts stages. On a terminal one bar, in a log one line per stage with its seconds."""
+    """Counts stages. On a terminal one bar; in a log one line per stage with the seconds that it took."""
 
     def __init__(self, total: int) -> None:
         self._live = sys.stderr.isatty()
         self._bar = tqdm(total=total, disable=not self._live, unit="stage", file=sys.stderr, leave=False)
-        self._began = time.monotonic()
 
-    def stage(self, name: str) -> None:
-        """`name` begins."""
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """One of the stages, for as long as the block lasts."""
         self._bar.set_description_str(name)
-        if not self._live:
-            tqdm.write(f"{time.monotonic() - self._began:6.1f} s  {name}", file=sys.stderr)
-
-    def done(self) -> None:
-        """The stage begun last is over."""
+        began = time.monotonic()
+        yield
         self._bar.update()
+        if not self._live:
+            tqdm.write(f"{name}: {time.monotonic() - began:.1f} s", file=sys.stderr)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Take the bar off the screen."""
         self._bar.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import sysconfig
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,18 +36,19 @@ def find_installation() -> Installation:
     Raises:
         EmbeddedError: it is not installed, has no stub for this Python, or libpython is missing.
     """
-    package = _package_folder("pytriton")
+    package = find_package("pytriton")
     root = package / "tritonserver"
     return Installation(
         server=root / "bin" / "tritonserver",
         backends=root / "backends",
         caches=root / "caches",
-        stub=_stub(root / "python_backend_stubs"),
-        library_folders=(package.parent / "nvidia_pytriton.libs", _libpython_folder()),
+        stub=find_stub(root / "python_backend_stubs"),
+        library_folders=(package.parent / "nvidia_pytriton.libs", find_libpython(_library_folders())),
     )
 
 
-def _package_folder(name: str) -> Path:
+def find_package(name: str) -> Path:
+    """The folder of an installed package."""
     # Found, not imported: importing pytriton starts threads and reads configuration of its own.
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
@@ -56,7 +58,8 @@ def _package_folder(name: str) -> Path:
     return Path(spec.origin).parent
 
 
-def _stub(stubs: Path) -> Path:
+def find_stub(stubs: Path) -> Path:
+    """The stub of this Python among those that came with Triton."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = stubs / version / "triton_python_backend_stub"
     if not stub.exists():
@@ -69,15 +72,19 @@ def _as_numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("."))
 
 
-def _libpython_folder() -> Path:
-    """The stub is linked against libpython; a Python may be linked statically and then comes without it."""
+def find_libpython(folders: Iterable[Path]) -> Path:
+    """The first folder with this Python's shared library: the stub is linked against it, Python itself may not be."""
     name = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
-    library, multiarch = sysconfig.get_config_var("LIBDIR"), sysconfig.get_config_var("MULTIARCH")
-    prefixes = [library, f"/usr/lib/{multiarch}", "/usr/lib64", "/usr/local/lib", f"{sys.base_prefix}/lib"]
-    for folder in (Path(prefix) for prefix in prefixes if prefix):
+    for folder in folders:
         if (folder / name).exists():
             return folder
     raise EmbeddedError(
         f"{name} was not found, which Triton's Python backend needs: "
         f"apt-get install {name.removesuffix('.so.1.0')} (or build Python with --enable-shared)."
     )
+
+
+def _library_folders() -> list[Path]:
+    library, multiarch = sysconfig.get_config_var("LIBDIR"), sysconfig.get_config_var("MULTIARCH")
+    places = [library, f"/usr/lib/{multiarch}", "/usr/lib64", "/usr/local/lib", f"{sys.base_prefix}/lib"]
+    return [Path(place) for place in places if place]

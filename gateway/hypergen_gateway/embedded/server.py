@@ -27,8 +27,12 @@ logger = logging.getLogger(__name__)
 
 STUB_NAME = "triton_python_backend_stub"
 LOG_LEVELS = {"I": logging.DEBUG, "W": logging.WARNING, "E": logging.ERROR, "F": logging.ERROR}
-# Said at every start on a machine without a GPU, where it is no news.
-HARMLESS = ("CudaDriverHelper has not been initialized", "Unable to allocate pinned system memory")
+# Said at every start on a machine without a GPU, or each time a stream ends with an error of the sampler's: no news.
+HARMLESS = (
+    "CudaDriverHelper has not been initialized",
+    "Unable to allocate pinned system memory",
+    "HandleCancellation called even when the context was not cancelled",
+)
 PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
@@ -171,11 +175,11 @@ class TritonServer:
             line = raw.decode("utf-8", "replace").rstrip()
             if line:
                 self._last_lines.append(line)
-                logger.log(_level_of(line), "%s", line)
+                logger.log(log_level_of(line), "%s", line)
 
     def _reason(self) -> str:
         """The first error that Triton logged, or its last words, on one line."""
-        errors = [line for line in self._last_lines if _level_of(line) >= logging.ERROR]
+        errors = [line for line in self._last_lines if log_level_of(line) >= logging.ERROR]
         words = errors or list(self._last_lines)[-1:] or ["it said nothing"]
         message = words[0].partition("] ")[2].strip('"') or words[0]
         return message.partition("\\n\\nAt:")[0]
@@ -191,7 +195,7 @@ async def _read_line(stream: asyncio.StreamReader) -> bytes:
         return await stream.read(overrun.consumed)
 
 
-def _level_of(line: str) -> int:
+def log_level_of(line: str) -> int:
     """Triton's own lines look like `I1123 11:55:42.123456 42 file.cc:1] "message"`; others come from its models."""
     if any(words in line for words in HARMLESS) or not line[1:5].isdigit():
         return logging.DEBUG

@@ -1,0 +1,258 @@
+"""An export from MODEL to a repository in its place: what must be made, what an earlier export already holds.
+
+It decides and arranges. Everything up to the first conversion works without torch, so that finding out that nothing
+is to be done costs a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from hypergen_export.checkpoint import SCHEDULER, Checkpoint, open_checkpoint
+from hypergen_export.components import Component
+from hypergen_export.errors import MissingDependencyError
+from hypergen_export.fingerprint import component_key, repository_key, tokenizer_key
+from hypergen_export.repository import check_space, link_or_copy, read_record, staged, write_record
+from hypergen_export.weights import float32_bytes
+
+_PACKAGE = Path(__file__).parent
+# In a wheel the sampler lies inside the package, in a checkout in its own folder.
+_SAMPLER_FOLDERS = (_PACKAGE / "bundled" / "diffusion", _PACKAGE.parents[1] / "model_repository" / "diffusion")
+_SAMPLER = "diffusion"
+_TOKENIZER = Path(_SAMPLER) / "tokenizer.json"
+_VERSIONS = ("hypergen-triton", "torch", "diffusers", "transformers", "onnx", "openvino")
+_STAGES_PER_COMPONENT = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """What is asked for. `max_batch_size` counts images; guidance gives each of them two rows in a UNet call."""
+
+    model: str
+    output: Path
+    engine: str = "openvino"
+    dtype: str = "float32"
+    max_batch_size: int = 8
+    model_id: str = ""
+
+    @property
+    def rows(self) -> int:
+        """The largest batch of a component."""
+        return 2 * self.max_batch_size
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The parameters of the sampler that follow from the request alone."""
+        return {
+            "model_id": self.model_id or self.model,
+            "engine": self.engine,
+            "dtype": self.dtype,
+            "device": "cpu",
+            "max_batch_size": str(self.rows),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What an export did: the components it converted and those it took over. Neither: all was up to date."""
+
+    converted: tuple[str, ...] = ()
+    reused: tuple[str, ...] = ()
+
+
+def export(request: ExportRequest) -> Outcome:
+    """Make `request.output` the repository asked for. Raises ExportError."""
+    output = request.output.expanduser().resolve()
+    record = read_record(output) or {}
+    plan = Plan(open_checkpoint(request.model), request, output, record)
+    if plan.is_up_to_date:
+        return Outcome()
+    check_space(output, plan.bytes_to_write)
+    with staged(output) as folder:
+        parity = _fill(plan, folder)
+        write_record(folder, _record(plan, folder, parity))
+    reused = tuple(component.name for component in plan.reused)
+    return Outcome(converted=tuple(component.name for component in plan.outdated), reused=reused)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request held against the record of the export that is already there (empty if none is)."""
+
+    checkpoint: Checkpoint
+    request: ExportRequest
+    output: Path
+    record: Mapping[str, Any]
+
+    @cached_property
+    def keys(self) -> dict[str, str]:
+        """Component -> key of its ONNX."""
+        return {c.name: component_key(self.checkpoint, c) for c in self.checkpoint.family.components}
+
+    @cached_property
+    def tokenizer_key(self) -> str:
+        """Key of tokenizer.json."""
+        return tokenizer_key(self.checkpoint)
+
+    @cached_property
+    def key(self) -> str:
+        """Key of the whole repository."""
+        settings = self.request.settings | {"defaults": repr(sorted(self.checkpoint.defaults.items()))}
+        sources = [self.checkpoint.folder / SCHEDULER, sampler_folder() / "config.pbtxt", *sampler_sources()]
+        return repository_key([*self.keys.values(), self.tokenizer_key], settings, sources)
+
+    @property
+    def is_up_to_date(self) -> bool:
+        """Whether there is nothing to do."""
+        complete = not self.outdated and (self.output / _TOKENIZER).is_file()
+        return complete and self.record.get("key") == self.key
+
+    @cached_property
+    def outdated(self) -> list[Component]:
+        """Components to convert."""
+        return [c for c in self.checkpoint.family.components if not self._holds(c)]
+
+    @property
+    def reused(self) -> list[Component]:
+        """Components whose ONNX the earlier export has."""
+        return [c for c in self.checkpoint.family.components if c not in self.outdated]
+
+    @property
+    def holds_tokenizer(self) -> bool:
+        """Whether the earlier export has this tokenizer.json."""
+        return self.record.get("tokenizer") == self.tokenizer_key and (self.output / _TOKENIZER).is_file()
+
+    @property
+    def bytes_to_write(self) -> int:
+        """An estimate: a component's ONNX is about as large as its module in float32."""
+        folder = self.checkpoint.folder
+        return sum(float32_bytes(folder / c.module, self.checkpoint.weights(c.module)) for c in self.outdated)
+
+    def _holds(self, component: Component) -> bool:
+        entry = self.record.get("components", {}).get(component.name, {})
+        same = entry.get("key") == self.keys[component.name]
+        return same and entry.get("bytes") == _folder_bytes(version_folder(self.output, component))
+
+
+def version_folder(repository: Path, component: Component) -> Path:
+    """Where Triton looks for version 1 of a component."""
+    return repository / component.name / "1"
+
+
+def sampler_folder() -> Path:
+    """The sampler model: its config.pbtxt is the template, its version's files are copied."""
+    return next((folder for folder in _SAMPLER_FOLDERS if folder.is_dir()), _SAMPLER_FOLDERS[-1])
+
+
+def sampler_sources() -> list[Path]:
+    """The sampler's Python files."""
+    return sorted((sampler_folder() / "1").glob("*.py"))
+
+
+def _fill(plan: Plan, folder: Path) -> dict[str, Any]:
+    """Write everything but the record into `folder`; returns component -> parity of those converted."""
+    for component in plan.checkpoint.family.components:
+        version_folder(folder, component).mkdir(parents=True)
+    (folder / _SAMPLER / "1").mkdir(parents=True)
+    for component in plan.reused:
+        _take_over(version_folder(plan.output, component), version_folder(folder, component))
+    _write_configs(plan, folder)
+    for source in sampler_sources():
+        shutil.copyfile(source, folder / _SAMPLER / "1" / source.name)
+    shutil.copyfile(plan.checkpoint.folder / SCHEDULER, folder / _SAMPLER / SCHEDULER.name)
+    if plan.holds_tokenizer:
+        link_or_copy(plan.output / _TOKENIZER, folder / _TOKENIZER)
+    else:
+        _write_tokenizer(plan, folder / _TOKENIZER)
+    return _convert(plan, folder) if plan.outdated else {}
+
+
+def _write_configs(plan: Plan, folder: Path) -> None:
+    with _needs_the_extra():
+        from hypergen_export.config_pbtxt import EngineOptions, component_config, known_schedulers, sampler_config
+    from hypergen_export.defaults import checkpoint_parameters
+
+    request, sizes = plan.request, plan.checkpoint.sizes
+    options = EngineOptions(engine=request.engine, dtype=request.dtype, rows=request.rows)
+    for component in plan.checkpoint.family.components:
+        text = component_config(component, sizes, options)
+        (folder / component.name / "config.pbtxt").write_text(text, encoding="utf-8")
+    template = (sampler_folder() / "config.pbtxt").read_text(encoding="utf-8")
+    parameters = request.settings | checkpoint_parameters(plan.checkpoint, known_schedulers(template))
+    (folder / _SAMPLER / "config.pbtxt").write_text(sampler_config(template, parameters), encoding="utf-8")
+
+
+def _write_tokenizer(plan: Plan, path: Path) -> None:
+    from hypergen_export.tokenizer import write_tokenizer
+
+    with _needs_the_extra():
+        write_tokenizer(plan.checkpoint, path)
+
+
+def _convert(plan: Plan, folder: Path) -> dict[str, Any]:
+    with _needs_the_extra():
+        from hypergen_export.conversion import convert
+        from hypergen_export.progress import Progress
+
+    progress = Progress(_STAGES_PER_COMPONENT * len(plan.outdated))
+    files = {c.name: version_folder(folder, c) / "model.onnx" for c in plan.outdated}
+    with contextlib.closing(progress):
+        parity = convert(plan.checkpoint, plan.outdated, files, progress)
+    return {name: asdict(entry) for name, entry in parity.items()}
+
+
+@contextlib.contextmanager
+def _needs_the_extra() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"{error.name} is not installed; an export needs: pip install 'hypergen-triton[export]'"
+        ) from error
+
+
+def _record(plan: Plan, folder: Path, parity: Mapping[str, Any]) -> dict[str, Any]:
+    earlier = plan.record.get("components", {})
+    return {
+        "key": plan.key,
+        "model": plan.request.model,
+        **plan.request.settings,
+        "versions": _versions(),
+        "components": {
+            component.name: {
+                "key": plan.keys[component.name],
+                "bytes": _folder_bytes(version_folder(folder, component)),
+                "parity": parity.get(component.name) or earlier[component.name]["parity"],
+            }
+            for component in plan.checkpoint.family.components
+        },
+        "tokenizer": plan.tokenizer_key,
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _VERSIONS:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _take_over(source: Path, target: Path) -> None:
+    for file in source.iterdir():
+        link_or_copy(file, target / file.name)
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in _files(folder))
+
+
+def _files(folder: Path) -> Sequence[Path]:
+    return [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []

@@ -1,0 +1,97 @@
+"""The command `export`: options in, one clear line and an exit code out.
+
+The gateway's command line loads this module; it imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+import click
+
+from hypergen_export.build import ExportRequest, Outcome
+from hypergen_export.build import export as build
+from hypergen_export.errors import ExportError, InterruptedExportError
+
+_DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
+
+
+class _OneLine(click.ClickException):
+    """An error of ours as click shows it."""
+
+    def __init__(self, error: ExportError) -> None:
+        super().__init__(str(error))
+        self.exit_code = error.exit_code
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.echo(f"hypergen: {self.message}", file=file, err=file is None)
+
+
+@click.command()
+@click.argument("model")
+@click.option("--engine", type=click.Choice(["openvino"]), default="openvino", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(list(_DTYPES)),
+    default="float32",
+    show_default=True,
+    help="What the engine computes in; the exported weights are float32 either way.",
+)
+@click.option(
+    "--max-batch-size",
+    type=click.IntRange(1, 128),
+    default=8,
+    show_default=True,
+    help="Images per UNet call; with guidance an image takes two rows of it.",
+)
+@click.option("--model-id", help="The id that clients see.  [default: MODEL]")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder of the Triton repository; an earlier export there is replaced.",
+)
+def export(*, model: str, output: Path, dtype: str, model_id: str | None, **options: Any) -> None:
+    """Export MODEL, a diffusers checkpoint's hub id or folder, to a Triton model repository.
+
+    `hypergen/emoji` is the checkpoint that ships with the project.
+    """
+    request = ExportRequest(model=model, output=output, dtype=_DTYPES[dtype], model_id=model_id or model, **options)
+    began = time.monotonic()
+    try:
+        with _interruptible():
+            outcome = build(request)
+    except ExportError as error:
+        raise _OneLine(error) from error
+    click.echo(f"{output}: {_summary(outcome)} ({time.monotonic() - began:.1f} s)", err=True)
+
+
+def _summary(outcome: Outcome) -> str:
+    parts = {"exported": outcome.converted, "reused": outcome.reused}
+    return "; ".join(f"{verb} {', '.join(names)}" for verb, names in parts.items() if names) or "up to date"
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let SIGINT and SIGTERM end the block in order, as InterruptedExportError."""
+    received: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        # Not an Exception: no gate on the way may take it for a failed conversion.
+        raise KeyboardInterrupt
+
+    former = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise InterruptedExportError(received[0] if received else signal.SIGINT) from None
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

@@ -1,0 +1,70 @@
+"""Triton's log and start-up failures, on the real tritonserver with repositories that cannot be loaded."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from hypergen_gateway.embedded import EmbeddedError, embedded_triton
+from hypergen_gateway.embedded.server import log_level_of
+
+BROKEN_MODEL = """
+import triton_python_backend_utils as pb_utils
+class TritonPythonModel:
+    def initialize(self, args):
+        raise RuntimeError("this model is broken on purpose")
+    def execute(self, requests):
+        return []
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "level"),
+    [
+        ('I1123 11:55:42.123456 42 server.cc:1] "started"', logging.DEBUG),
+        ('W1123 11:55:42.123456 42 server.cc:1] "careful"', logging.WARNING),
+        ('E1123 11:55:42.123456 42 server.cc:1] "failed to load"', logging.ERROR),
+        ('E1123 11:55:42.123456 42 server.cc:241] "CudaDriverHelper has not been initialized."', logging.DEBUG),
+        ("Every other word of a model", logging.DEBUG),
+        ("E", logging.DEBUG),
+    ],
+)
+def test_a_line_keeps_the_weight_that_triton_gave_it(line: str, level: int) -> None:
+    assert log_level_of(line) == level
+
+
+async def start(repository: Path) -> None:
+    async with embedded_triton(repository, start_timeout=60):
+        raise AssertionError("it became ready")
+
+
+async def test_a_model_that_cannot_load_ends_the_start_with_its_reason(tmp_path: Path) -> None:
+    version = tmp_path / "broken" / "1"
+    version.mkdir(parents=True)
+    (version / "model.py").write_text(BROKEN_MODEL)
+    (tmp_path / "broken" / "config.pbtxt").write_text('name: "broken"\nbackend: "python"\n')
+    with pytest.raises(EmbeddedError, match="this model is broken on purpose") as raised:
+        await start(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+async def test_a_missing_repository_ends_the_start_with_a_reason(tmp_path: Path) -> None:
+    with pytest.raises(EmbeddedError, match="at start"):
+        await start(tmp_path / "nowhere")
+
+
+async def test_a_failed_start_leaves_no_process_and_no_folder(tmp_path: Path) -> None:
+    import tempfile
+
+    import psutil
+
+    def ours() -> set[str]:
+        return {folder.name for folder in Path(tempfile.gettempdir()).glob("hypergen-triton-*")}
+
+    before = ours()
+    with pytest.raises(EmbeddedError):
+        await start(tmp_path / "nowhere")
+    assert ours() <= before
+    assert not [child for child in psutil.Process().children() if child.name() == "tritonserver"]
