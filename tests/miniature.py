@@ -140,7 +140,7 @@ def _vae() -> AutoencoderKL:
 
 def _amplify(module: torch.nn.Module, factor: float) -> None:
     with torch.no_grad():
-        module.weight.mul_(factor)
+        module.get_parameter("weight").mul_(factor)
 
 
 def _save_tokenizer(folder: Path, pad_token: str) -> dict[str, int]:
@@ -165,8 +165,7 @@ def _merges() -> tuple[list[str], list[str]]:
     """Merges that turn each of WORDS into one token, letter by letter from the left."""
     rules: dict[str, str] = {}
     for word in WORDS:
-        *letters, last = word
-        left, *rest = *letters, f"{last}</w>"
+        left, *rest = [*word[:-1], f"{word[-1]}</w>"]
         for right in rest:
             rules.setdefault(f"{left} {right}", left + right)
             left += right

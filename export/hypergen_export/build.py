@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +19,7 @@ from hypergen_export.checkpoint import SCHEDULER, Checkpoint, open_checkpoint
 from hypergen_export.components import Component
 from hypergen_export.errors import MissingDependencyError
 from hypergen_export.fingerprint import component_key, repository_key, tokenizer_key
-from hypergen_export.repository import check_space, link_or_copy, read_record, staged, write_record
+from hypergen_export.repository import check_space, file_sizes, link_or_copy, read_record, staged, write_record
 from hypergen_export.weights import float32_bytes
 
 _PACKAGE = Path(__file__).parent
@@ -111,8 +111,8 @@ class Plan:
     @property
     def is_up_to_date(self) -> bool:
         """Whether there is nothing to do."""
-        complete = not self.outdated and (self.output / _TOKENIZER).is_file()
-        return complete and self.record.get("key") == self.key
+        same: bool = self.record.get("key") == self.key
+        return same and self._intact("")
 
     @cached_property
     def outdated(self) -> list[Component]:
@@ -127,7 +127,8 @@ class Plan:
     @property
     def holds_tokenizer(self) -> bool:
         """Whether the earlier export has this tokenizer.json."""
-        return self.record.get("tokenizer") == self.tokenizer_key and (self.output / _TOKENIZER).is_file()
+        same: bool = self.record.get("tokenizer") == self.tokenizer_key
+        return same and self._intact(str(_TOKENIZER))
 
     @property
     def bytes_to_write(self) -> int:
@@ -137,8 +138,14 @@ class Plan:
 
     def _holds(self, component: Component) -> bool:
         entry = self.record.get("components", {}).get(component.name, {})
-        same = entry.get("key") == self.keys[component.name]
-        return same and entry.get("bytes") == _folder_bytes(version_folder(self.output, component))
+        same: bool = entry.get("key") == self.keys[component.name]
+        return same and self._intact(f"{component.name}/1/")
+
+    def _intact(self, prefix: str) -> bool:
+        """Whether the files that the earlier export wrote under `prefix` are there in full."""
+        recorded = self.record.get("files", {}).items()
+        files = {name: size for name, size in recorded if name.startswith(prefix)}
+        return bool(files) and files.items() <= file_sizes(self.output).items()
 
 
 def version_folder(repository: Path, component: Component) -> Path:
@@ -228,12 +235,12 @@ def _record(plan: Plan, folder: Path, parity: Mapping[str, Any]) -> dict[str, An
         "components": {
             component.name: {
                 "key": plan.keys[component.name],
-                "bytes": _folder_bytes(version_folder(folder, component)),
                 "parity": parity.get(component.name) or earlier[component.name]["parity"],
             }
             for component in plan.checkpoint.family.components
         },
         "tokenizer": plan.tokenizer_key,
+        "files": file_sizes(folder),
     }
 
 
@@ -248,11 +255,3 @@ def _versions() -> dict[str, str]:
 def _take_over(source: Path, target: Path) -> None:
     for file in source.iterdir():
         link_or_copy(file, target / file.name)
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in _files(folder))
-
-
-def _files(folder: Path) -> Sequence[Path]:
-    return [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 import click
 
@@ -20,17 +20,6 @@ from hypergen_export.build import export as build
 from hypergen_export.errors import ExportError, InterruptedExportError
 
 _DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
-
-
-class _OneLine(click.ClickException):
-    """An error of ours as click shows it."""
-
-    def __init__(self, error: ExportError) -> None:
-        super().__init__(str(error))
-        self.exit_code = error.exit_code
-
-    def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(f"hypergen: {self.message}", file=file, err=file is None)
 
 
 @click.command()
@@ -68,7 +57,8 @@ def export(*, model: str, output: Path, dtype: str, model_id: str | None, **opti
         with _interruptible():
             outcome = build(request)
     except ExportError as error:
-        raise _OneLine(error) from error
+        click.echo(f"hypergen: {error}", err=True)
+        raise SystemExit(error.exit_code) from error
     click.echo(f"{output}: {_summary(outcome)} ({time.monotonic() - began:.1f} s)", err=True)
 
 
@@ -82,10 +72,11 @@ def _interruptible() -> Iterator[None]:
     """Let SIGINT and SIGTERM end the block in order, as InterruptedExportError."""
     received: list[int] = []
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def stop(number: int, _: FrameType | None) -> None:
         received.append(number)
-        # Not an Exception: no gate on the way may take it for a failed conversion.
-        raise KeyboardInterrupt
+        if len(received) == 1:  # a second one must not interrupt the cleaning up
+            # Not an Exception: no gate on the way may take it for a failed conversion.
+            raise KeyboardInterrupt
 
     former = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

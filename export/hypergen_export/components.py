@@ -4,6 +4,8 @@ It knows names, tensors, free axes, example values and tolerances, all as data a
 of how a component is loaded or converted. A new family is a new tuple of rows; a new input is a new `Tensor`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -3,33 +3,49 @@
 Values are seeded, so that every export compares the same numbers.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
 from hypergen_export.components import Component, Sizes, Tensor
 
-Fill = Callable[[tuple[int, ...], Sizes, torch.Generator], torch.Tensor]
+
+@dataclass(frozen=True)
+class _Request:
+    """What an example is made from."""
+
+    shape: tuple[int, ...]
+    sizes: Sizes
+    generator: torch.Generator
 
 
-def _normal(shape: tuple[int, ...], sizes: Sizes, generator: torch.Generator) -> torch.Tensor:
-    return torch.randn(shape, generator=generator)
+def _normal(request: _Request) -> torch.Tensor:
+    return torch.randn(request.shape, generator=request.generator)
 
 
-def _token(shape: tuple[int, ...], sizes: Sizes, generator: torch.Generator) -> torch.Tensor:
-    return torch.randint(0, sizes["vocabulary"], shape, generator=generator, dtype=torch.int32)
+def _token(request: _Request) -> torch.Tensor:
+    vocabulary = request.sizes["vocabulary"]
+    return torch.randint(0, vocabulary, request.shape, generator=request.generator, dtype=torch.int32)
 
 
-def _timestep(shape: tuple[int, ...], sizes: Sizes, generator: torch.Generator) -> torch.Tensor:
+def _timestep(request: _Request) -> torch.Tensor:
     # Another one per sample: a model that shared one over the batch would be noticed.
-    return torch.linspace(1.0, 999.0, shape[0] + 1)[1:].expand(shape).clone()
+    return torch.linspace(1.0, 999.0, request.shape[0] + 1)[1:].expand(request.shape).clone()
 
 
-def _pixel(shape: tuple[int, ...], sizes: Sizes, generator: torch.Generator) -> torch.Tensor:
-    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+def _pixel(request: _Request) -> torch.Tensor:
+    return torch.randint(0, 256, request.shape, generator=request.generator, dtype=torch.uint8)
 
 
-VALUES: Mapping[str, Fill] = {"normal": _normal, "token": _token, "timestep": _timestep, "pixel": _pixel}
+VALUES: Mapping[str, Callable[[_Request], torch.Tensor]] = {
+    "normal": _normal,
+    "token": _token,
+    "timestep": _timestep,
+    "pixel": _pixel,
+}
 
 
 def example_inputs(
@@ -40,6 +56,6 @@ def example_inputs(
 
     def fill(tensor: Tensor) -> torch.Tensor:
         shape = tensor.shape(sizes, batch=batch, height=height, width=width)
-        return VALUES[tensor.example](shape, sizes, generator)
+        return VALUES[tensor.example](_Request(shape, sizes, generator))
 
     return tuple(fill(tensor) for tensor in component.inputs)

@@ -32,20 +32,15 @@ def find_snapshot(model: str) -> Path:
         pass  # not in the cache, or an id that the hub will refuse with a better message
     try:
         names = [file.rfilename for file in huggingface_hub.HfApi().model_info(model).siblings or []]
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=_wanted(names)))
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=wanted_files(names)))
     except Exception as error:  # the one gate for whatever the hub's client and its transports raise
-        raise UnknownModelError(f"{model}: neither a folder nor to be had from the hub ({first_line(error)})") from error
+        raise UnknownModelError(
+            f"{model}: neither a folder nor to be had from the hub ({first_line(error)})"
+        ) from error
 
 
-def _is_complete(folder: Path) -> bool:
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    if "model_index.json" not in names:
-        return False
-    return any(all(choose_weights(_within(names, module)) for module in family.modules) for family in FAMILIES)
-
-
-def _wanted(names: Iterable[str]) -> list[str]:
-    """The files of a repository that an export reads; all small ones where it is no diffusers pipeline."""
+def wanted_files(names: Iterable[str]) -> list[str]:
+    """The files of a repository that an export reads: enough to say what is wrong with one that is no pipeline."""
     names = list(names)
     modules = {module for family in FAMILIES for module in family.modules}
     wanted = [name for name in names if "/" not in name and name.endswith(".json")]
@@ -55,6 +50,13 @@ def _wanted(names: Iterable[str]) -> list[str]:
     for folder in _OTHER_FOLDERS:
         wanted += [f"{folder}/{file}" for file in _within(names, folder) if file.endswith(_SMALL_FILES)]
     return wanted
+
+
+def _is_complete(folder: Path) -> bool:
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    if "model_index.json" not in names:
+        return False
+    return any(all(choose_weights(_within(names, module)) for module in family.modules) for family in FAMILIES)
 
 
 def _within(names: Iterable[str], folder: str) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
+import onnxscript.optimizer
 import torch
 from torch.export import Dim, ExportedProgram
 
@@ -43,9 +44,12 @@ def write_onnx(component: Component, program: ExportedProgram, path: Path) -> No
             output_names=[tensor.name for tensor in component.outputs],
             opset_version=OPSET,
             dynamo=True,
+            optimize=False,
             verbose=False,
         )
         assert converted is not None  # None is what the exporter without dynamo returns
+        # What torch would do twice: the second round costs as much and removes 50 of a UNet's 1,300 nodes.
+        onnxscript.optimizer.optimize_ir(converted.model, num_iterations=1)
         # Not external unless it must be: then a component is one file. `save` knows the limit.
         converted.save(path, external_data=False)
     except Exception as error:

@@ -80,6 +80,12 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     (folder / RECORD).write_text(text + "\n", encoding="utf-8")
 
 
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Relative path -> bytes of every file under `folder`, but for the record."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != RECORD)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """The same file at another place, without its bytes twice where the file system can."""
     try:
@@ -94,18 +100,19 @@ def _move_into_place(staging: Path, output: Path) -> None:
         staging.rename(output)
         return
     older = staging.with_name(staging.name + ".older")
-    output.rename(older)
     try:
+        output.rename(older)
         staging.rename(output)
     except BaseException:
-        older.rename(output)
+        if older.exists() and not output.exists():
+            older.rename(output)
         raise
     shutil.rmtree(older, ignore_errors=True)
 
 
 def _remove_abandoned(output: Path) -> None:
     """Delete what killed exports left beside `output`; a living one holds a lock on its folder."""
-    for folder in output.parent.glob(f".{output.name}.*.partial"):
+    for folder in output.parent.glob(f".{output.name}.*.partial*"):
         with contextlib.suppress(OSError):
             os.close(_lock(folder))
             shutil.rmtree(folder)

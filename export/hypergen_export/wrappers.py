@@ -4,6 +4,8 @@ Each wrapper takes a loaded module of transformers or diffusers and does inside 
 does around it, so that the sampler exchanges finished tensors and a picture leaves the decoder as bytes.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -58,7 +58,7 @@ _CHANNEL_ARGS: list[tuple[str, int]] = [
 ]
 
 # The tensors of `diffusion`, each named as the field of `Generation` that it carries. Absent fields are not sent.
-_INPUT_TYPES: dict[str, str] = {
+INPUT_TYPES: dict[str, str] = {
     "prompt": "BYTES",
     "negative_prompt": "BYTES",
     "num_images": "INT32",
@@ -178,7 +178,7 @@ async def _only(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
 
 def _to_inputs(generation: Generation) -> list[InferInput]:
     inputs = []
-    for name, datatype in _INPUT_TYPES.items():
+    for name, datatype in INPUT_TYPES.items():
         value = getattr(generation, name)
         if value is None:
             continue
@@ -238,7 +238,7 @@ def _code_and_message(error: Exception) -> tuple[str, str]:
 def _invalid_argument(message: str) -> HyperGenError:
     """The sampler names the input first; anything else is Triton's, about a request that the gateway got wrong."""
     match = re.match(r"(\w+): (.*)", message, re.DOTALL)
-    if match is None or match[1] not in _INPUT_TYPES:
+    if match is None or match[1] not in INPUT_TYPES:
         return InternalError(f"Triton refused the gateway's request: {message}")
     param = _PARAMS.get(match[1], match[1])
     return InvalidRequestError(f"Invalid value for '{param}': {match[2]}", param)

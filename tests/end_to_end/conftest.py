@@ -8,23 +8,13 @@ from pathlib import Path
 import openai
 import pytest
 
-from miniature import save_miniature
 from running_server import Server, start_server, stop_server
 
 
 @pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_miniature(tmp_path_factory.mktemp("checkpoint") / "miniature")
-
-
-@pytest.fixture(scope="session")
-def server(checkpoint: Path, cache_dir: Path) -> Iterator[Server]:
+def server(checkpoint: Path, exported: Path, cache_dir: Path) -> Iterator[Server]:
     """The miniature in float32, so that its pictures can be held against diffusers'."""
+    assert exported.parent == cache_dir
     running = start_server("--dtype", "float32", "--cache-dir", str(cache_dir), model=str(checkpoint))
     yield running
     assert stop_server(running) == 0, "\n".join(running.lines)

@@ -32,13 +32,14 @@ async def test_eight_requests_at_once_give_the_pictures_that_each_gives_alone(se
     rows_before, executions_before = server.unet_counts()
     together = await draw_all(server, WISHES)
     rows, executions = server.unet_counts()
-    for one, other in zip(alone, together, strict=True):
-        assert np.abs(one.astype(int) - other.astype(int)).max() <= LARGEST_DIFFERENCE
+    largest = max(np.abs(a.astype(int) - b.astype(int)).max() for a, b in zip(alone, together, strict=True))
     steps = [wish["num_inference_steps"] for wish in WISHES]
+    print(f"largest difference {largest}/255; {rows - rows_before} rows in {executions - executions_before} executions")
+    print(f"of the UNet for {sum(steps)} steps")
+    assert largest <= LARGEST_DIFFERENCE
     # The odd-sized image needs a call of its own at each of its steps; all others share theirs. A request that
     # arrives while others are at their first steps adds the few by which it is late.
     square = steps[:-1]
-    print(f"{rows - rows_before} rows in {executions - executions_before} executions, {sum(steps)} steps")  # noqa: T201
     assert executions - executions_before <= (max(square) + steps[-1]) * 1.5
     assert executions - executions_before < sum(steps) / 2
 
@@ -57,7 +58,7 @@ async def test_a_short_job_overtakes_long_ones(server: Server) -> None:
 async def test_a_client_that_leaves_stops_its_work_within_a_step(server: Server) -> None:
     async with server.async_client() as client:
         before = server.unet_counts()[1]
-        request = asyncio.create_task(draw(client, prompt="cat", n=4, size="512x512", num_inference_steps=150))
+        request = asyncio.create_task(draw(client, prompt="cat", n=2, size="256x256", num_inference_steps=150))
         while server.unet_counts()[1] < before + 3:
             await asyncio.sleep(0.02)
         request.cancel()

@@ -57,7 +57,7 @@ def test_missing_malformed_and_wrong_keys_have_each_their_message(server: Server
         {},
         {"Authorization": KEY},
         {"Authorization": f"Basic {KEY}"},
-        {"Authorization": "Bearer "},
+        {"Authorization": "Bearer"},
         {"Authorization": "Bearer wrong"},
     ]
     answers = [httpx.get(f"{server.url}/v1/models", headers=given) for given in headers]

@@ -10,13 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from miniature import save_miniature
 from sampling import Array, UNetRows
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_miniature(tmp_path_factory.mktemp("miniature"))
 
 
 @pytest.fixture(scope="session")

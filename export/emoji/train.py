@@ -1,0 +1,351 @@
+"""Trains the checkpoint that ships with the project, from nothing, on two CPU cores: one command, four stages.
+
+    nice -n 19 python export/emoji/train.py
+
+The VAE; the latents of every picture of the world; the text encoder taught by itself to tell emoji and colour from a
+caption (learnt through the UNet alone it is slow); UNet and text encoder together (latent diffusion with
+v-prediction). Every stage keeps its state in the working folder and goes on from it when started again. What a step
+sees depends on the seed and the step's number alone, so a run that was interrupted equals one that was not.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import click
+import torch
+from captions import caption
+from models import (
+    LATENT_CHANNELS,
+    POSITIONS,
+    TEXT_WIDTH,
+    build_scheduler,
+    build_text_encoder,
+    build_unet,
+    build_vae,
+    pipeline_of,
+    save_checkpoint,
+    tokenize,
+    write_tokenizer,
+)
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+from world import COLOUR_NAMES, NATIVE_SIDE, PLACEMENTS, colour_table, compose, cutouts, emoji_list, held_out_colour
+
+EMOJI = emoji_list()
+# Sizes beside the native one, width and height, so that they do not break; a step in eight is at one of them.
+OTHER_SIZES = ((48, 48), (56, 56), (72, 72), (80, 80), (96, 96), (64, 96), (96, 64))
+OTHER_SIZE_EVERY = 8
+CAPTION_DROPPED, COLOUR_UNSAID, EMOJI_UNSAID = 0.10, 0.15, 0.03
+KL_WEIGHT = 5e-4
+SAVE_SECONDS = 180.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one stage is trained; the learning rate rises over `warmup` steps and falls as a cosine to a hundredth."""
+
+    name: str
+    steps: int
+    peak: float
+    batch: int
+    warmup: int = 100
+    average: float = 0.999
+
+    def rate(self, step: int) -> float:
+        if step < self.warmup:
+            return self.peak * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Of each picture of a batch: the emoji, the placement, the colour (indices) and the caption."""
+
+    emoji: Tensor
+    placement: Tensor
+    colour: Tensor
+    captions: list[str]
+
+
+def random_of(plan: Plan, seed: int, step: int) -> Random:
+    """Python's generator of one step; torch's is seeded with it, so resuming changes nothing."""
+    random = Random(f"{seed}/{plan.name}/{step}")
+    torch.manual_seed(random.getrandbits(62))
+    return random
+
+
+class Stage:
+    """The state of one stage: modules, their running averages, the optimiser and the number of steps taken."""
+
+    def __init__(self, folder: Path, plan: Plan, modules: nn.ModuleDict) -> None:
+        self.plan = plan
+        self.modules = modules
+        self.averages = copy.deepcopy(modules).requires_grad_(False).eval()
+        self.step = 0
+        self._file = folder / f"{plan.name}.pt"
+        self._optimizer = torch.optim.AdamW(modules.parameters(), lr=plan.peak, betas=(0.9, 0.99), weight_decay=0.01)
+        self._saved = time.monotonic()
+        if self._file.exists():
+            self._restore(torch.load(self._file, weights_only=True))
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.modules.load_state_dict(state["modules"])
+        self.averages.load_state_dict(state["averages"])
+        self._optimizer.load_state_dict(state["optimizer"])
+
+    def save(self) -> None:
+        state = {
+            "step": self.step,
+            "modules": self.modules.state_dict(),
+            "averages": self.averages.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+        }
+        beside = self._file.with_suffix(".new")
+        torch.save(state, beside)
+        beside.replace(self._file)
+        self._saved = time.monotonic()
+
+    def run(self, loss_of: Callable[[int], Tensor], saved: Callable[[], None] = lambda: None) -> nn.ModuleDict:
+        """Takes the steps that are left and returns the averaged modules; `saved` is called after every save."""
+        bar = tqdm(initial=self.step, total=self.plan.steps, desc=self.plan.name, mininterval=5)
+        smooth = 0.0
+        while self.step < self.plan.steps:
+            loss = loss_of(self.step)
+            self._descend(loss)
+            smooth = 0.98 * smooth + 0.02 * loss.item() if smooth else loss.item()
+            bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+            bar.update()
+            if time.monotonic() - self._saved > SAVE_SECONDS or self.step == self.plan.steps:
+                self.save()
+                saved()
+        return self.averages
+
+    def _descend(self, loss: Tensor) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.plan.rate(self.step)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
+        self._optimizer.step()
+        self.step += 1
+        self._average()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        decay = min(self.plan.average, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.averages.parameters()), list(self.modules.parameters()), 1 - decay)
+
+
+def choose(random: Random, count: int, placements: int) -> Choice:
+    """A batch without the pairs that are held out for measuring."""
+    emoji = [random.randrange(len(EMOJI)) for _ in range(count)]
+    free = [[c for c in range(len(COLOUR_NAMES)) if c != held_out_colour(one)] for one in emoji]
+    colours = [random.choice(one) for one in free]
+    texts = [_caption(random, one, colour) for one, colour in zip(emoji, colours, strict=True)]
+    places = [random.randrange(placements) for _ in range(count)]
+    return Choice(torch.tensor(emoji), torch.tensor(places), torch.tensor(colours), texts)
+
+
+def _caption(random: Random, emoji: int, colour: int) -> str:
+    drawn = random.random()
+    if drawn < CAPTION_DROPPED:
+        return ""
+    if drawn < CAPTION_DROPPED + EMOJI_UNSAID:
+        return caption(random, (), COLOUR_NAMES[colour])
+    said = "" if drawn < CAPTION_DROPPED + EMOJI_UNSAID + COLOUR_UNSAID else COLOUR_NAMES[colour]
+    return caption(random, EMOJI[emoji].names, said)
+
+
+# Stage 1: the VAE
+
+
+def train_vae(folder: Path, plan: Plan, seed: int, start: Path | None) -> nn.Module:
+    vae = build_vae().to(memory_format=torch.channels_last)
+    if start is not None:
+        vae.load_state_dict(torch.load(start, weights_only=True)["vae"])
+    stage = Stage(folder, plan, nn.ModuleDict({"vae": vae}))
+    cuts = cutouts(EMOJI)
+
+    def loss_of(step: int) -> Tensor:
+        picks = choose(random_of(plan, seed, step), plan.batch, len(PLACEMENTS))
+        pictures = compose(cuts[picks.emoji, picks.placement], colour_table()[picks.colour]) * 2 - 1
+        return vae_loss(vae, pictures.contiguous(memory_format=torch.channels_last))
+
+    return stage.run(loss_of)["vae"]
+
+
+def vae_loss(vae: Any, pictures: Tensor) -> Tensor:
+    """L1 of pixels and of their differences, which keeps edges, and a real KL, without which latents diffuse badly."""
+    with torch.autocast("cpu", torch.bfloat16):
+        posterior = vae.encode(pictures).latent_dist
+        restored = vae.decode(posterior.sample()).sample
+    error = restored.float() - pictures
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    divergence = posterior.kl().float().mean() / posterior.mean[0].numel()
+    return error.abs().mean() + error.square().mean() + edges + KL_WEIGHT * divergence
+
+
+# Stage 2: latents
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Posterior mean and deviation, scaled to unit variance: bfloat16 [emoji, placements, colours, 2, C, H/8, W/8]."""
+
+    by_size: dict[tuple[int, int], Tensor]
+    scaling_factor: float
+
+    def sample(self, size: tuple[int, int], picks: Choice) -> Tensor:
+        chosen = self.by_size[size][picks.emoji, picks.placement, picks.colour].float()
+        return chosen[:, 0] + chosen[:, 1] * torch.randn_like(chosen[:, 1])
+
+
+def encode_world(folder: Path, vae: Any) -> Latents:
+    file = folder / "latents.pt"
+    if file.exists():
+        stored = torch.load(file, weights_only=True)
+        return Latents(stored["by_size"], stored["scaling_factor"])
+    native = (NATIVE_SIDE, NATIVE_SIDE)
+    raw = {native: _encode(vae, cutouts(EMOJI))}
+    for size in OTHER_SIZES:
+        raw[size] = _encode(vae, cutouts(EMOJI, PLACEMENTS[4:5], size))
+    factor = 1 / float(raw[native][:, :, :, 0].float().std())
+    latents = Latents({size: (value.float() * factor).bfloat16() for size, value in raw.items()}, factor)
+    torch.save({"by_size": latents.by_size, "scaling_factor": factor}, file)
+    return latents
+
+
+@torch.no_grad()
+def _encode(vae: Any, cuts: Tensor) -> Tensor:
+    colours = colour_table()
+    rows = []
+    for row in tqdm(cuts, desc=f"latents {cuts.shape[-1]}×{cuts.shape[-2]}", mininterval=5):
+        pictures = compose(row.repeat_interleave(len(colours), 0), colours.repeat(len(row), 1)) * 2 - 1
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist
+        both = torch.stack([posterior.mean, posterior.std], dim=1).bfloat16().contiguous()
+        rows.append(both.unflatten(0, (len(row), len(colours))))
+    return torch.stack(rows)
+
+
+# Stage 3: the text encoder by itself
+
+
+def teach_text_encoder(folder: Path, plan: Plan, seed: int, tokenizer: Any) -> nn.Module:
+    """Emoji and colour must be told from the mean of its states and from any one of those that saw the whole caption."""
+    modules = nn.ModuleDict(
+        {
+            "text_encoder": build_text_encoder(tokenizer),
+            "emoji": nn.Linear(TEXT_WIDTH, len(EMOJI)),
+            "colour": nn.Linear(TEXT_WIDTH, len(COLOUR_NAMES) + 1),
+        }
+    )
+    stage = Stage(folder, plan, modules)
+
+    def loss_of(step: int) -> Tensor:
+        random = random_of(plan, seed, step)
+        return text_loss(modules, tokenizer, random, plan.batch)
+
+    return stage.run(loss_of)["text_encoder"]
+
+
+def text_loss(modules: nn.ModuleDict, tokenizer: Any, random: Random, count: int) -> Tensor:
+    emoji = [random.randrange(len(EMOJI)) for _ in range(count)]
+    colours = [random.randrange(len(COLOUR_NAMES) + 1) for _ in range(count)]
+    said = [*COLOUR_NAMES, ""]
+    texts = [caption(random, EMOJI[e].names, said[c]) for e, c in zip(emoji, colours, strict=True)]
+    ids = tokenize(tokenizer, texts)
+    states = modules["text_encoder"](ids)[0]
+    end = (ids == tokenizer.eos_token_id).int().argmax(1)
+    late = end + (torch.rand(count) * (POSITIONS - end)).long()
+    loss = torch.zeros(())
+    for seen in (states.mean(1), states[torch.arange(count), late]):
+        loss = loss + functional.cross_entropy(modules["emoji"](seen), torch.tensor(emoji))
+        loss = loss + functional.cross_entropy(modules["colour"](seen), torch.tensor(colours))
+    return loss
+
+
+# Stage 4: UNet and text encoder together
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the joint stage builds on."""
+
+    vae: Any
+    tokenizer: Any
+    text_encoder: Any
+    latents: Latents
+
+
+def train_jointly(folder: Path, plan: Plan, seed: int, parts: Parts) -> None:
+    modules = nn.ModuleDict(
+        {"unet": build_unet().to(memory_format=torch.channels_last), "text_encoder": copy.deepcopy(parts.text_encoder)}
+    )
+    modules.requires_grad_(True).train()
+    stage = Stage(folder, plan, modules)
+
+    def loss_of(step: int) -> Tensor:
+        random = random_of(plan, seed, step)
+        native = step % OTHER_SIZE_EVERY != OTHER_SIZE_EVERY - 1
+        size = (NATIVE_SIDE, NATIVE_SIDE) if native else random.choice(OTHER_SIZES)
+        picks = choose(random, plan.batch, parts.latents.by_size[size].shape[1])
+        return diffusion_loss(modules, parts, picks, parts.latents.sample(size, picks))
+
+    stage.run(loss_of, lambda: write(folder, parts, stage.averages))
+    write(folder, parts, stage.averages)
+
+
+def diffusion_loss(modules: nn.ModuleDict, parts: Parts, picks: Choice, latents: Tensor) -> Tensor:
+    """Mean squared error of v at stratified timesteps."""
+    count = len(latents)
+    scheduler = build_scheduler()
+    timesteps = ((torch.arange(count) + torch.rand(count)) / count * 1000).long()
+    noise = torch.randn_like(latents)
+    noisy = scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
+    target = scheduler.get_velocity(latents, noise, timesteps)
+    with torch.autocast("cpu", torch.bfloat16):
+        states = modules["text_encoder"](tokenize(parts.tokenizer, picks.captions))[0]
+        output = modules["unet"](noisy, timesteps, states, return_dict=False)[0]
+    return functional.mse_loss(output.float(), target)
+
+
+def write(folder: Path, parts: Parts, averages: Any) -> None:
+    """Writes the averaged model in the shipped layout."""
+    unet, text_encoder, vae = (copy.deepcopy(one) for one in (averages["unet"], averages["text_encoder"], parts.vae))
+    vae.register_to_config(scaling_factor=parts.latents.scaling_factor, force_upcast=False)
+    save_checkpoint(pipeline_of(vae, text_encoder, parts.tokenizer, unet), folder / "tokenizer", folder / "checkpoint")
+
+
+@click.command(help=__doc__)
+@click.option("--folder", type=click.Path(path_type=Path), default=Path("build/emoji"), show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--vae-steps", type=int, default=4000, show_default=True)
+@click.option("--vae-from", type=click.Path(path_type=Path, exists=True), help="Start from a VAE's weights.")
+@click.option("--text-steps", type=int, default=300, show_default=True)
+@click.option("--joint-steps", type=int, default=8000, show_default=True)
+def main(folder: Path, seed: int, vae_steps: int, vae_from: Path | None, text_steps: int, joint_steps: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    tokenizer = write_tokenizer(folder / "tokenizer", seed)
+    vae = train_vae(folder, Plan("vae", vae_steps, 1.5e-3, 32), seed, vae_from)
+    latents = encode_world(folder, vae)
+    torch.manual_seed(seed)
+    text_encoder = teach_text_encoder(folder, Plan("text_encoder", text_steps, 1e-3, 256, 20, 0.98), seed, tokenizer)
+    parts = Parts(vae, tokenizer, text_encoder, latents)
+    train_jointly(folder, Plan("joint", joint_steps, 1.2e-3, 64), seed, parts)
+
+
+if __name__ == "__main__":
+    main()

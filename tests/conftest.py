@@ -1,0 +1,28 @@
+"""What several folders of tests share: a miniature checkpoint and its one export, which takes a while."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from hypergen_gateway.repository import ExportOptions, find_repository
+from miniature import save_miniature
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_miniature(tmp_path_factory.mktemp("checkpoint") / "miniature")
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def exported(checkpoint: Path, cache_dir: Path) -> Path:
+    """The miniature's repository in float32, where `hypergen serve` finds it."""
+    options = ExportOptions(dtype="float32", max_batch_size=8, cache_dir=cache_dir)
+    return asyncio.run(find_repository(str(checkpoint), options))

@@ -1,0 +1,139 @@
+"""What an export does again and what it takes over from the one before."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hypergen_export.build import ExportRequest, Outcome, export, sampler_sources
+from hypergen_export.config_pbtxt import read_config
+from hypergen_export.errors import OutputRefusedError, ParityMissedError
+
+from .conftest import edit_json, leftovers
+
+NAMES = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+
+
+@pytest.fixture
+def request_again(checkpoint_folder: Path, repository_copy: Path) -> ExportRequest:
+    """The very request that made the repository."""
+    return ExportRequest(model=str(checkpoint_folder), output=repository_copy, max_batch_size=4, model_id="tiny/one")
+
+
+def onnx_files(repository: Path) -> dict[str, int]:
+    """Component -> identity of its file."""
+    return {name: (repository / name / "1" / "model.onnx").stat().st_ino for name in NAMES}
+
+
+def sampler_parameter(repository: Path, name: str) -> str:
+    config = read_config((repository / "diffusion" / "config.pbtxt").read_text())
+    return str(config.parameters[name].string_value)
+
+
+def test_a_repository_is_laid_out_as_triton_and_the_sampler_expect(repository: Path, checkpoint_folder: Path) -> None:
+    files = {path.relative_to(repository).as_posix() for path in repository.rglob("*") if path.is_file()}
+    assert files == {
+        "hypergen.json",
+        *(f"{name}/config.pbtxt" for name in (*NAMES, "diffusion")),
+        *(f"{name}/1/model.onnx" for name in NAMES),
+        *(f"diffusion/1/{source.name}" for source in sampler_sources()),
+        "diffusion/tokenizer.json",
+        "diffusion/scheduler_config.json",
+    }
+    own = (checkpoint_folder / "scheduler" / "scheduler_config.json").read_bytes()
+    assert (repository / "diffusion" / "scheduler_config.json").read_bytes() == own
+
+
+def test_the_record_says_what_was_made_of_what_and_how_well(repository: Path, checkpoint_folder: Path) -> None:
+    record = json.loads((repository / "hypergen.json").read_text())
+    assert record["model"] == str(checkpoint_folder)
+    assert (record["engine"], record["dtype"], record["model_id"]) == ("openvino", "float32", "tiny/one")
+    assert record["versions"].keys() >= {"torch", "diffusers", "openvino"}
+    parity = {name: entry["parity"] for name, entry in record["components"].items()}
+    assert tuple(parity) == NAMES
+    assert all(0 <= entry["difference"] <= entry["tolerance"] for entry in parity.values())
+
+
+def test_the_same_export_again_does_nothing(request_again: ExportRequest) -> None:
+    before = {path: path.stat().st_mtime_ns for path in request_again.output.rglob("*")}
+    assert export(request_again) == Outcome()
+    assert {path: path.stat().st_mtime_ns for path in request_again.output.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "parameter", "value"),
+    [
+        ({"dtype": "bfloat16"}, "dtype", "bfloat16"),
+        ({"max_batch_size": 2}, "max_batch_size", "4"),
+        ({"model_id": "another/id"}, "model_id", "another/id"),
+    ],
+)
+def test_another_setting_takes_over_every_component(
+    request_again: ExportRequest, changes: dict[str, object], parameter: str, value: str
+) -> None:
+    before = onnx_files(request_again.output)
+    outcome = export(replace(request_again, **changes))  # type: ignore[arg-type]
+    assert outcome == Outcome(reused=NAMES)
+    assert onnx_files(request_again.output) == before
+    assert sampler_parameter(request_again.output, parameter) == value
+    assert export(replace(request_again, **changes)) == Outcome()  # type: ignore[arg-type]
+
+
+def test_the_engines_precision_reaches_every_component(request_again: ExportRequest) -> None:
+    export(replace(request_again, dtype="bfloat16"))
+    configs = [read_config((request_again.output / name / "config.pbtxt").read_text()) for name in NAMES]
+    assert {config.parameters["HINT_BF16"].string_value for config in configs} == {"YES"}
+
+
+def test_another_scheduler_takes_over_every_component(checkpoint_copy: Path, request_again: ExportRequest) -> None:
+    edit_json(checkpoint_copy / "scheduler" / "scheduler_config.json", _class_name="DDIMScheduler")
+    outcome = export(replace(request_again, model=str(checkpoint_copy)))
+    assert outcome == Outcome(reused=NAMES)
+    assert sampler_parameter(request_again.output, "default_scheduler") == "ddim"
+
+
+def test_other_weights_convert_their_component_alone(checkpoint_copy: Path, request_again: ExportRequest) -> None:
+    path = checkpoint_copy / "text_encoder" / "model.safetensors"
+    save_file({name: tensor * 1.1 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    before = onnx_files(request_again.output)
+    outcome = export(replace(request_again, model=str(checkpoint_copy)))
+    assert outcome == Outcome(converted=("text_encoder",), reused=NAMES[1:])
+    after = onnx_files(request_again.output)
+    assert {name for name in NAMES if before[name] != after[name]} == {"text_encoder"}
+
+
+@pytest.mark.parametrize("file", ["text_encoder/1/model.onnx", "diffusion/tokenizer.json", "unet/config.pbtxt"])
+def test_a_damaged_repository_is_mended(request_again: ExportRequest, file: str) -> None:
+    intact = (request_again.output / file).read_bytes()
+    (request_again.output / file).write_bytes(intact[:100])
+    export(request_again)
+    assert (request_again.output / file).stat().st_size > 100
+    if not file.endswith(".onnx"):
+        assert (request_again.output / file).read_bytes() == intact
+    assert export(request_again) == Outcome()
+
+
+def test_a_folder_that_is_no_repository_is_never_touched(checkpoint_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("precious")
+    with pytest.raises(OutputRefusedError, match="no exported repository"):
+        export(ExportRequest(model=str(checkpoint_folder), output=tmp_path))
+    assert (tmp_path / "notes.txt").read_text() == "precious"
+
+
+def test_a_checkpoint_is_never_taken_for_an_output(checkpoint_copy: Path) -> None:
+    with pytest.raises(OutputRefusedError):
+        export(ExportRequest(model=str(checkpoint_copy), output=checkpoint_copy))
+    assert (checkpoint_copy / "model_index.json").is_file()
+
+
+def test_a_missed_parity_leaves_nothing(checkpoint_copy: Path, tmp_path: Path) -> None:
+    path = checkpoint_copy / "text_encoder" / "model.safetensors"
+    save_file({name: tensor * torch.nan for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    with pytest.raises(ParityMissedError, match="text_encoder"):
+        export(ExportRequest(model=str(checkpoint_copy), output=tmp_path / "repository"))
+    assert leftovers(tmp_path) == []

@@ -1,0 +1,157 @@
+"""The command as a user runs it: another process, its exit code, what it says and what it leaves."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from .conftest import edit_json, leftovers
+
+EXPORT = Path(__file__).parents[2] / "export"
+
+
+def environment(**extra: str) -> dict[str, str]:
+    # Offline, so that no test depends on the hub.
+    return {**os.environ, "PYTHONPATH": str(EXPORT), "HF_HUB_OFFLINE": "1", **extra}
+
+
+def run(*arguments: object, code: str | None = None, **extra: str) -> subprocess.CompletedProcess[str]:
+    entry = ["-c", code] if code else ["-m", "hypergen_export"]
+    command = [sys.executable, *entry, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(**extra), timeout=120, check=False)
+
+
+def one_line(finished: subprocess.CompletedProcess[str]) -> str:
+    """The error that the command ended with."""
+    assert finished.returncode == 1, finished.stderr
+    assert finished.stdout == ""
+    (line,) = finished.stderr.splitlines()
+    assert line.startswith("hypergen: ")
+    return line
+
+
+def test_what_is_up_to_date_costs_less_than_a_second(checkpoint_folder: Path, repository_copy: Path) -> None:
+    arguments = [checkpoint_folder, "--max-batch-size", "4", "--model-id", "tiny/one", "--output", repository_copy]
+    began = time.monotonic()
+    finished = run(*arguments)
+    assert time.monotonic() - began < 1
+    assert finished.returncode == 0
+    assert "up to date" in finished.stderr
+
+
+@pytest.mark.parametrize(("given", "dtype"), [("bf16", "bfloat16"), ("fp32", "float32")])
+def test_short_names_of_types_mean_the_long_ones(
+    checkpoint_folder: Path, repository_copy: Path, given: str, dtype: str
+) -> None:
+    finished = run(checkpoint_folder, "--dtype", given, "--output", repository_copy)
+    assert finished.returncode == 0, finished.stderr
+    assert "reused text_encoder, unet, vae_decoder, vae_encoder" in finished.stderr
+    assert f'"dtype": "{dtype}"' in (repository_copy / "hypergen.json").read_text()
+    assert f'"model_id": "{checkpoint_folder}"' in (repository_copy / "hypergen.json").read_text()
+
+
+def test_looking_at_the_command_imports_no_framework() -> None:
+    code = "import sys, hypergen_export.cli; print({'torch', 'transformers', 'diffusers', 'onnx'} & sys.modules.keys())"
+    assert run(code=code).stdout == "set()\n"
+
+
+def test_an_unknown_folder(tmp_path: Path) -> None:
+    line = one_line(run(tmp_path / "nowhere", "--output", tmp_path / "repository"))
+    assert "no such folder" in line
+    assert leftovers(tmp_path) == []
+
+
+def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
+    line = one_line(run("nobody/nothing", "--output", tmp_path / "repository", HF_HOME=str(tmp_path / "home")))
+    assert "nobody/nothing" in line
+    assert "hub" in line
+    assert leftovers(tmp_path) == []
+
+
+def test_no_pipeline(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    line = one_line(run(tmp_path / "checkpoint", "--output", tmp_path / "repository"))
+    assert "not a diffusers pipeline" in line
+    assert leftovers(tmp_path) == []
+
+
+def test_an_unsupported_family(checkpoint_copy: Path, tmp_path: Path) -> None:
+    edit_json(checkpoint_copy / "model_index.json", _class_name="StableDiffusionXLPipeline")
+    line = one_line(run(checkpoint_copy, "--output", tmp_path / "repository"))
+    assert "StableDiffusionXLPipeline is not supported" in line
+    assert leftovers(tmp_path) == []
+
+
+def test_broken_weights_say_so_quietly_and_leave_nothing(checkpoint_copy: Path, tmp_path: Path) -> None:
+    (checkpoint_copy / "text_encoder" / "model.safetensors").write_bytes(b"garbage")
+    line = one_line(run(checkpoint_copy, "--output", tmp_path / "repository"))
+    assert "text_encoder: the weights cannot be loaded" in line
+    assert leftovers(tmp_path) == []
+
+
+def test_a_place_where_nothing_can_be_written(checkpoint_folder: Path) -> None:
+    assert "cannot be written" in one_line(run(checkpoint_folder, "--output", "/proc/hypergen"))
+
+
+def test_a_disk_without_room(checkpoint_folder: Path) -> None:
+    """/dev/shm may be small, /sys has no free block at all."""
+    line = one_line(run(checkpoint_folder, "--output", "/sys/hypergen"))
+    assert "MB are free" in line
+
+
+def test_another_folder_is_never_replaced(checkpoint_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("precious")
+    assert "no exported repository" in one_line(run(checkpoint_folder, "--output", tmp_path))
+    assert leftovers(tmp_path) == ["notes.txt"]
+
+
+def test_a_missing_package_is_named_with_what_installs_it(checkpoint_folder: Path, tmp_path: Path) -> None:
+    # A finder that knows no torch stands for an installation without it.
+    code = (
+        "import sys\n"
+        "class NoTorch:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in ('torch', 'transformers', 'diffusers'):\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, NoTorch())\n"
+        "from hypergen_export.cli import export\n"
+        "export()"
+    )
+    line = one_line(run(checkpoint_folder, "--output", tmp_path / "repository", code=code))
+    assert "is not installed" in line
+    assert "hypergen-triton[export]" in line
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_export_leaves_nothing(checkpoint_folder: Path, tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "hypergen_export", checkpoint_folder, "--output", tmp_path / "repository"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
+    assert process.stderr is not None
+    assert "text_encoder: load" in process.stderr.readline()
+    assert [name for name in leftovers(tmp_path) if name.endswith(".partial")] != []
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert said.splitlines()[-1] == "hypergen: export interrupted; nothing was written"
+    assert leftovers(tmp_path) == []
+
+
+def test_a_checkpoint_of_the_hubs_cache_needs_no_network(
+    checkpoint_folder: Path, repository_copy: Path, tmp_path: Path
+) -> None:
+    cached = tmp_path / "home" / "hub" / "models--tiny--one"
+    shutil.copytree(checkpoint_folder, cached / "snapshots" / "0123abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123abc")
+    arguments = ["tiny/one", "--max-batch-size", "4", "--output", repository_copy]
+    finished = run(*arguments, HF_HOME=str(tmp_path / "home"))
+    assert finished.returncode == 0, finished.stderr
+    assert "up to date" in finished.stderr

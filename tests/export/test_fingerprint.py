@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hypergen_export.checkpoint import Checkpoint, open_checkpoint
+from hypergen_export.fingerprint import component_key, repository_key, tokenizer_key
+
+from .conftest import COMPONENTS, edit_json
+
+
+def keys(folder: Path) -> dict[str, str]:
+    checkpoint = open_checkpoint(str(folder))
+    parts = {name: component_key(checkpoint, component) for name, component in COMPONENTS.items()}
+    return parts | {"tokenizer": tokenizer_key(checkpoint)}
+
+
+def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    return {name for name in before if before[name] != after[name]}
+
+
+def test_the_same_files_elsewhere_have_the_same_keys(checkpoint_folder: Path, checkpoint_copy: Path) -> None:
+    assert changed(keys(checkpoint_folder), keys(checkpoint_copy)) == set()
+
+
+@pytest.mark.parametrize(
+    ("file", "affected"),
+    [
+        ("unet/diffusion_pytorch_model.safetensors", {"unet"}),
+        ("vae/diffusion_pytorch_model.safetensors", {"vae_decoder", "vae_encoder"}),
+        ("text_encoder/model.safetensors", {"text_encoder"}),
+    ],
+)
+def test_newer_weights_change_their_components_keys(checkpoint_copy: Path, file: str, affected: set[str]) -> None:
+    before = keys(checkpoint_copy)
+    os.utime(checkpoint_copy / file, ns=(1, 1))
+    assert changed(before, keys(checkpoint_copy)) == affected
+
+
+def test_a_config_counts_by_its_content(checkpoint_copy: Path) -> None:
+    before = keys(checkpoint_copy)
+    os.utime(checkpoint_copy / "vae" / "config.json", ns=(1, 1))
+    assert changed(before, keys(checkpoint_copy)) == set()
+    edit_json(checkpoint_copy / "vae" / "config.json", scaling_factor=0.5)
+    assert changed(before, keys(checkpoint_copy)) == {"vae_decoder", "vae_encoder"}
+
+
+def test_another_vocabulary_changes_the_tokenizers_key_alone(checkpoint_copy: Path) -> None:
+    before = keys(checkpoint_copy)
+    with (checkpoint_copy / "tokenizer" / "merges.txt").open("a") as merges:
+        merges.write("q q\n")
+    assert changed(before, keys(checkpoint_copy)) == {"tokenizer"}
+
+
+def test_weights_in_the_hubs_cache_count_by_their_hash_and_not_by_their_time(checkpoint_copy: Path) -> None:
+    weights = checkpoint_copy / "unet" / "diffusion_pytorch_model.safetensors"
+    blob = checkpoint_copy / "blobs" / "abc123"
+    blob.parent.mkdir()
+    shutil.move(weights, blob)
+    weights.symlink_to(blob)
+    before = keys(checkpoint_copy)
+    os.utime(blob, ns=(1, 1))
+    assert changed(before, keys(checkpoint_copy)) == set()
+    weights.unlink()
+    weights.symlink_to(blob.rename(blob.with_name("def456")))
+    assert changed(before, keys(checkpoint_copy)) == {"unet"}
+
+
+def test_a_repositorys_key_follows_parts_settings_and_sources(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    source = tmp_path / "model.py"
+    source.write_text("one")
+    parts = [component_key(checkpoint, component) for component in COMPONENTS.values()]
+    key = repository_key(parts, {"dtype": "float32"}, [source])
+    assert repository_key(parts, {"dtype": "float32"}, [source]) == key
+    assert repository_key(parts[1:], {"dtype": "float32"}, [source]) != key
+    assert repository_key(parts, {"dtype": "bfloat16"}, [source]) != key
+    source.write_text("two")
+    assert repository_key(parts, {"dtype": "float32"}, [source]) != key

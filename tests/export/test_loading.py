@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hypergen_export.checkpoint import open_checkpoint
+from hypergen_export.errors import BrokenCheckpointError
+from hypergen_export.loading import load_module
+
+from .conftest import COMPONENTS
+
+FILES = {
+    "text_encoder": Path("text_encoder") / "model.safetensors",
+    "unet": Path("unet") / "diffusion_pytorch_model.safetensors",
+    "vae_decoder": Path("vae") / "diffusion_pytorch_model.safetensors",
+}
+
+
+def load(folder: Path, name: str) -> torch.nn.Module:
+    return load_module(open_checkpoint(str(folder)), COMPONENTS[name])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_weights_stored_as_an_fp16_variant_are_computed_in_float32(checkpoint_copy: Path, name: str) -> None:
+    full = checkpoint_copy / FILES[name]
+    halves = {key: value.half() for key, value in load_file(full).items()}
+    save_file(halves, full.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
+    full.unlink()
+    parameters = dict(load(checkpoint_copy, name).named_parameters())
+    assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
+    key = next(key for key in parameters if key in halves)
+    torch.testing.assert_close(parameters[key], halves[key].float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_truncated_file_is_a_broken_checkpoint(checkpoint_copy: Path, name: str) -> None:
+    path = checkpoint_copy / FILES[name]
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(BrokenCheckpointError, match="cannot be loaded"):
+        load(checkpoint_copy, name)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_tensor_is_never_filled_with_random_numbers(checkpoint_copy: Path, name: str) -> None:
+    path = checkpoint_copy / FILES[name]
+    tensors = load_file(path)
+    del tensors[min(tensors)]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(BrokenCheckpointError):
+        load(checkpoint_copy, name)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_weights_of_another_shape_are_a_broken_checkpoint(checkpoint_copy: Path, name: str) -> None:
+    path = checkpoint_copy / FILES[name]
+    tensors = load_file(path)
+    key = min(tensors)
+    save_file({**tensors, key: tensors[key].repeat(2, *[1] * (tensors[key].dim() - 1))}, path, {"format": "pt"})
+    with pytest.raises(BrokenCheckpointError):
+        load(checkpoint_copy, name)

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+from transformers import CLIPTokenizer
+
+from hypergen_export.checkpoint import open_checkpoint
+from hypergen_export.errors import BrokenCheckpointError
+from hypergen_export.tokenizer import write_tokenizer
+from miniature import save_miniature
+
+PROMPTS = [
+    "",
+    " ",
+    "a red rocket",
+    "A Red ROCKET",
+    "red  blue\tgreen\ncat",
+    "rocket " * 50,
+    "it's 3.14, isn't it? (yes!) [no]",
+    "日本の猫 \U0001f408 café naïve Ångström",
+    "<|endoftext|>",
+    "red!blue!!",
+    "\x00\x01",
+]
+
+
+@pytest.fixture(scope="module", params=["<|endoftext|>", "!"], ids=["as in 1.x", "as in 2.x"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_miniature(tmp_path_factory.mktemp("padding"), pad_token=request.param)
+
+
+@pytest.fixture(scope="module")
+def ours(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    write_tokenizer(open_checkpoint(str(folder)), path)
+    return Tokenizer.from_file(str(path))
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_ids_are_those_that_diffusers_feeds_its_text_encoder(folder: Path, ours: Tokenizer, prompt: str) -> None:
+    theirs = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    # As StableDiffusionPipeline.encode_prompt calls it.
+    expected = theirs(prompt, padding="max_length", max_length=theirs.model_max_length, truncation=True).input_ids
+    assert ours.encode(prompt).ids == expected
+    assert len(expected) == 16
+
+
+def test_a_batch_encodes_as_its_prompts_do(ours: Tokenizer) -> None:
+    assert [encoding.ids for encoding in ours.encode_batch(PROMPTS)] == [ours.encode(prompt).ids for prompt in PROMPTS]
+
+
+def test_padding_is_the_checkpoints(folder: Path, ours: Tokenizer) -> None:
+    pad_token = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())["pad_token"]
+    assert ours.encode("red").ids[-1] == ours.token_to_id(pad_token)
+
+
+def test_a_broken_tokenizer_is_a_broken_checkpoint(checkpoint_copy: Path, tmp_path: Path) -> None:
+    (checkpoint_copy / "tokenizer" / "vocab.json").write_text("{")
+    with pytest.raises(BrokenCheckpointError, match="tokenizer cannot be loaded"):
+        write_tokenizer(open_checkpoint(str(checkpoint_copy)), tmp_path / "tokenizer.json")

@@ -1,0 +1,94 @@
+"""The wrappers against what diffusers' pipeline does around the same modules."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+from hypergen_export.wrappers import TextEncoder, UNet, VaeDecoder, VaeEncoder
+
+
+@pytest.fixture(scope="module")
+def pipeline(checkpoint_folder: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return StableDiffusionPipeline.from_pretrained(checkpoint_folder, safety_checker=None)
+
+
+@pytest.fixture(scope="module")
+def wrapped_unet(checkpoint_folder: Path) -> UNet:
+    return UNet(UNet2DConditionModel.from_pretrained(checkpoint_folder / "unet").eval())
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def test_the_text_encoder_gives_the_pipelines_prompt_embeddings(pipeline: Any) -> None:
+    expected, _ = pipeline.encode_prompt("a red rocket", "cpu", 1, False)
+    ids = pipeline.tokenizer("a red rocket", padding="max_length", max_length=16, return_tensors="pt").input_ids
+    torch.testing.assert_close(TextEncoder(pipeline.text_encoder)(ids.to(torch.int32)), expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 7), (5, 13), (3, 4), (8, 12)])
+@torch.no_grad()
+def test_the_unet_equals_diffusers_at_sizes_its_levels_divide_and_at_others(
+    pipeline: Any, wrapped_unet: UNet, height: int, width: int
+) -> None:
+    sample, states, timestep = noise(2, 4, height, width), noise(2, 16, 32), torch.tensor([801.0, 801.0])
+    expected = pipeline.unet(sample, 801, states).sample
+    torch.testing.assert_close(wrapped_unet(sample, timestep, states), expected)
+
+
+@torch.no_grad()
+def test_each_sample_has_its_own_timestep(wrapped_unet: UNet) -> None:
+    sample, states, timestep = noise(3, 4, 8, 8), noise(3, 16, 32), torch.tensor([1.0, 400.0, 999.0])
+    together = wrapped_unet(sample, timestep, states)
+    alone = [wrapped_unet(sample[i : i + 1], timestep[i : i + 1], states[i : i + 1]) for i in range(3)]
+    torch.testing.assert_close(together, torch.cat(alone))
+    assert not torch.allclose(together, wrapped_unet(sample, timestep.flip(0), states), atol=1e-3)
+
+
+@torch.no_grad()
+def test_the_decoders_bytes_are_those_of_the_pipelines_picture(pipeline: Any) -> None:
+    latents = noise(2, 4, 9, 7)
+    decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
+    pictures = pipeline.image_processor.postprocess(decoded, output_type="pil")
+    image = VaeDecoder(pipeline.vae)(latents)
+    assert image.dtype == torch.uint8
+    np.testing.assert_array_equal(image.numpy(), np.stack([np.asarray(picture) for picture in pictures]))
+    assert image.numpy().std() > 10, "a flat picture would prove nothing"
+
+
+@torch.no_grad()
+def test_the_encoder_gives_the_posterior_that_the_pipeline_samples_from(pipeline: Any) -> None:
+    pixels = torch.randint(0, 256, (2, 72, 56, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    preprocessed = pipeline.image_processor.preprocess(pixels.numpy().astype(np.float32) / 255)
+    posterior = pipeline.vae.encode(preprocessed).latent_dist
+    mean, std = VaeEncoder(pipeline.vae)(pixels)
+    factor = pipeline.vae.config.scaling_factor
+    torch.testing.assert_close(mean, posterior.mean * factor)
+    torch.testing.assert_close(std, posterior.std * factor)
+
+
+@torch.no_grad()
+def test_a_shift_of_the_latents_is_inside_both_halves_of_the_vae(pipeline: Any) -> None:
+    latents = noise(1, 4, 8, 8)
+    pixels = torch.full((1, 64, 64, 3), 100, dtype=torch.uint8)
+    plain, (mean, std) = VaeDecoder(pipeline.vae)(latents), VaeEncoder(pipeline.vae)(pixels)
+    pipeline.vae.register_to_config(shift_factor=0.5)
+    try:
+        factor = pipeline.vae.config.scaling_factor
+        torch.testing.assert_close(VaeDecoder(pipeline.vae)(latents - 0.5 * factor), plain, atol=1, rtol=0)
+        shifted_mean, same_std = VaeEncoder(pipeline.vae)(pixels)
+        torch.testing.assert_close(shifted_mean, mean - 0.5 * factor)
+        torch.testing.assert_close(same_std, std)
+    finally:
+        pipeline.vae.register_to_config(shift_factor=None)

@@ -1,0 +1,66 @@
+"""Gateway, exporter and sampler share no Python: here is where their data must agree."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from contract import Limits
+from hypergen_export.components import STABLE_DIFFUSION
+from hypergen_gateway import triton
+from hypergen_gateway.generation import Generation, ModelDescription
+
+ROOT = Path(__file__).parents[1]
+SAMPLER = ROOT / "model_repository" / "diffusion"
+
+
+@pytest.fixture(scope="module")
+def template() -> Any:
+    return text_format.Parse((SAMPLER / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
+
+
+def strings_of(file: Path) -> set[str]:
+    constants = [node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant)]
+    return {value for value in constants if isinstance(value, str)}
+
+
+def test_the_gateway_sends_the_inputs_that_the_sampler_declares(template: Any) -> None:
+    declared = {entry.name: model_config_pb2.DataType.Name(entry.data_type) for entry in template.input}
+    sent = {name: f"TYPE_{datatype.replace('BYTES', 'STRING')}" for name, datatype in triton.INPUT_TYPES.items()}
+    assert sent == declared
+    assert set(sent) == {field.name for field in dataclasses.fields(Generation)}
+
+
+def test_the_sampler_answers_with_the_outputs_that_it_declares(template: Any) -> None:
+    declared = {entry.name for entry in template.output}
+    assert declared <= strings_of(SAMPLER / "1" / "model.py")
+    assert {"image", "image_index", "seed"} <= declared
+
+
+def test_an_export_carries_every_parameter_that_gateway_and_sampler_read(exported: Path) -> None:
+    text = (exported / "diffusion" / "config.pbtxt").read_text()
+    carried = set(text_format.Parse(text, model_config_pb2.ModelConfig()).parameters)
+    assert {field.name for field in dataclasses.fields(ModelDescription)} <= carried
+    assert {field.name for field in dataclasses.fields(Limits)} <= carried
+
+
+def test_an_export_brings_the_files_that_the_sampler_opens(exported: Path) -> None:
+    opened = set(re.findall(r'"(\w+\.json)"', "".join(file.read_text() for file in (SAMPLER / "1").glob("*.py"))))
+    assert opened == {"tokenizer.json", "scheduler_config.json"}
+    assert all((exported / "diffusion" / name).is_file() for name in opened)
+
+
+def test_the_sampler_calls_components_by_their_tensors() -> None:
+    named = strings_of(SAMPLER / "1" / "bls.py")
+    for component in STABLE_DIFFUSION:
+        if component.name == "vae_encoder":  # image-to-image is not served yet
+            continue
+        assert component.name in named
+        assert {tensor.name for tensor in (*component.inputs, *component.outputs)} <= named
