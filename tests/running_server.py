@@ -84,8 +84,8 @@ def free_port() -> int:
         return port
 
 
-def start_server(*arguments: str, model: str, key: str | None = KEY) -> Server:
-    """Start `hypergen serve` and wait until it says that it serves."""
+def start_server(*arguments: str, model: str, key: str | None = KEY, ready: bool = True) -> Server:
+    """Start `hypergen serve` and wait until it answers, and until it is ready to draw unless told otherwise."""
     port = free_port()
     environment = os.environ | ({"HYPERGEN_API_KEY": key} if key else {})
     process = subprocess.Popen(
@@ -99,7 +99,7 @@ def start_server(*arguments: str, model: str, key: str | None = KEY) -> Server:
     server = Server(process, port, model)
     threading.Thread(target=_collect, args=(server,), daemon=True).start()
     server.wait_until(lambda: any(line.startswith("Serving ") for line in server.lines), 180, "serving")
-    server.wait_until(lambda: _answers(server), 10, "answering")
+    server.wait_until(lambda: _answers(server, "/health/ready" if ready else "/health/live"), 10, "answering")
     return server
 
 
@@ -109,9 +109,9 @@ def _collect(server: Server) -> None:
         server.lines.append(line.rstrip("\n"))
 
 
-def _answers(server: Server) -> bool:
+def _answers(server: Server, path: str) -> bool:
     try:
-        return httpx.get(f"{server.url}/health/ready", timeout=5).status_code == 200
+        return httpx.get(server.url + path, timeout=5).status_code == 200
     except httpx.TransportError:
         return False
 

@@ -12,10 +12,11 @@ from random import Random
 from typing import Any
 
 import torch
-from captions import FILLERS, caption
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from captions import FILLERS, caption
 from world import COLOUR_NAMES, NATIVE_SIDE, emoji_list
 
 POSITIONS = 32
@@ -98,7 +99,7 @@ def _corpus(seed: int) -> list[str]:
     emoji = emoji_list()
     lines = [caption(random, random.choice(emoji).names, random.choice(COLOUR_NAMES)) for _ in range(8000)]
     names = [name for one in emoji for name in one.names]
-    return lines + (names + [*COLOUR_NAMES, "violet"] + FILLERS) * 20
+    return lines + [*names, *COLOUR_NAMES, "violet", *FILLERS] * 20
 
 
 def _byte_pairs(seed: int) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def _byte_pairs(seed: int) -> dict[str, Any]:
     return model
 
 
-def write_tokenizer(folder: Path, seed: int) -> CLIPTokenizer:
+def write_tokenizer(folder: Path, seed: int) -> None:
     """Learns the tokenizer and writes all three files: other readers of CLIP's format want vocab and merges."""
     folder.mkdir(parents=True, exist_ok=True)
     learnt = _byte_pairs(seed)
@@ -130,11 +131,13 @@ def write_tokenizer(folder: Path, seed: int) -> CLIPTokenizer:
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    tokenizer = CLIPTokenizer(
+    read_tokenizer(folder).save_pretrained(folder)
+
+
+def read_tokenizer(folder: Path) -> CLIPTokenizer:
+    return CLIPTokenizer(
         vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=POSITIONS, pad_token=END
     )
-    tokenizer.save_pretrained(folder)
-    return tokenizer
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
@@ -169,6 +172,8 @@ def save_checkpoint(pipeline: StableDiffusionPipeline, tokenizer_folder: Path, t
     for name in ("vocab.json", "merges.txt", "tokenizer.json"):
         shutil.copyfile(tokenizer_folder / name, fresh / "tokenizer" / name)
     (fresh / "hypergen_defaults.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n", encoding="utf-8")
+    for file in fresh.rglob("*.safetensors"):
+        file.chmod(0o644)  # safetensors keeps its temporary file's mode
     stale = target.with_name(target.name + ".old")
     shutil.rmtree(stale, ignore_errors=True)
     if target.exists():

@@ -6,6 +6,9 @@ The VAE; the latents of every picture of the world; the text encoder taught by i
 caption (learnt through the UNet alone it is slow); UNet and text encoder together (latent diffusion with
 v-prediction). Every stage keeps its state in the working folder and goes on from it when started again. What a step
 sees depends on the seed and the step's number alone, so a run that was interrupted equals one that was not.
+
+Each core is a process of one thread with its share of every batch, and gradients are averaged between them: where
+other programs take some of the cores, threads that wait for each other at every operation are several times slower.
 """
 
 from __future__ import annotations
@@ -21,9 +24,13 @@ from typing import Any
 
 import click
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn, multiprocessing
+from torch.nn import functional
+from tqdm import tqdm
+
 from captions import caption
 from models import (
-    LATENT_CHANNELS,
     POSITIONS,
     TEXT_WIDTH,
     build_scheduler,
@@ -31,13 +38,11 @@ from models import (
     build_unet,
     build_vae,
     pipeline_of,
+    read_tokenizer,
     save_checkpoint,
     tokenize,
     write_tokenizer,
 )
-from torch import Tensor, nn
-from torch.nn import functional
-from tqdm import tqdm
 from world import COLOUR_NAMES, NATIVE_SIDE, PLACEMENTS, colour_table, compose, cutouts, emoji_list, held_out_colour
 
 EMOJI = emoji_list()
@@ -78,8 +83,8 @@ class Choice:
 
 
 def random_of(plan: Plan, seed: int, step: int) -> Random:
-    """Python's generator of one step; torch's is seeded with it, so resuming changes nothing."""
-    random = Random(f"{seed}/{plan.name}/{step}")
+    """Python's generator of one step and process; torch's is seeded with it, so resuming changes nothing."""
+    random = Random(f"{seed}/{plan.name}/{step}/{dist.get_rank()}")
     torch.manual_seed(random.getrandbits(62))
     return random
 
@@ -97,6 +102,8 @@ class Stage:
         self._saved = time.monotonic()
         if self._file.exists():
             self._restore(torch.load(self._file, weights_only=True))
+        for value in [*modules.parameters(), *self.averages.parameters()]:
+            dist.broadcast(value.data, 0)
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
@@ -105,6 +112,7 @@ class Stage:
         self._optimizer.load_state_dict(state["optimizer"])
 
     def save(self) -> None:
+        """Written beside and renamed: an interrupted save leaves the last one whole."""
         state = {
             "step": self.step,
             "modules": self.modules.state_dict(),
@@ -118,7 +126,8 @@ class Stage:
 
     def run(self, loss_of: Callable[[int], Tensor], saved: Callable[[], None] = lambda: None) -> nn.ModuleDict:
         """Takes the steps that are left and returns the averaged modules; `saved` is called after every save."""
-        bar = tqdm(initial=self.step, total=self.plan.steps, desc=self.plan.name, mininterval=5)
+        first = dist.get_rank() == 0
+        bar = tqdm(initial=self.step, total=self.plan.steps, desc=self.plan.name, mininterval=5, disable=not first)
         smooth = 0.0
         while self.step < self.plan.steps:
             loss = loss_of(self.step)
@@ -126,7 +135,7 @@ class Stage:
             smooth = 0.98 * smooth + 0.02 * loss.item() if smooth else loss.item()
             bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
             bar.update()
-            if time.monotonic() - self._saved > SAVE_SECONDS or self.step == self.plan.steps:
+            if first and (time.monotonic() - self._saved > SAVE_SECONDS or self.step == self.plan.steps):
                 self.save()
                 saved()
         return self.averages
@@ -136,15 +145,29 @@ class Stage:
             group["lr"] = self.plan.rate(self.step)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        self._share_gradients()
         nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
         self._optimizer.step()
         self.step += 1
         self._average()
 
+    def _share_gradients(self) -> None:
+        gradients = [value.grad for value in self.modules.parameters() if value.grad is not None]
+        together = torch.cat([one.flatten() for one in gradients])
+        dist.all_reduce(together)
+        parts = (together / dist.get_world_size()).split([one.numel() for one in gradients])
+        for one, part in zip(gradients, parts, strict=True):
+            one.copy_(part.view_as(one))
+
     @torch.no_grad()
     def _average(self) -> None:
         decay = min(self.plan.average, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.averages.parameters()), list(self.modules.parameters()), 1 - decay)
+
+
+def share(plan: Plan) -> int:
+    """Of a batch, the pictures that fall to one process."""
+    return plan.batch // dist.get_world_size()
 
 
 def choose(random: Random, count: int, placements: int) -> Choice:
@@ -178,7 +201,7 @@ def train_vae(folder: Path, plan: Plan, seed: int, start: Path | None) -> nn.Mod
     cuts = cutouts(EMOJI)
 
     def loss_of(step: int) -> Tensor:
-        picks = choose(random_of(plan, seed, step), plan.batch, len(PLACEMENTS))
+        picks = choose(random_of(plan, seed, step), share(plan), len(PLACEMENTS))
         pictures = compose(cuts[picks.emoji, picks.placement], colour_table()[picks.colour]) * 2 - 1
         return vae_loss(vae, pictures.contiguous(memory_format=torch.channels_last))
 
@@ -213,17 +236,19 @@ class Latents:
 
 def encode_world(folder: Path, vae: Any) -> Latents:
     file = folder / "latents.pt"
-    if file.exists():
-        stored = torch.load(file, weights_only=True)
-        return Latents(stored["by_size"], stored["scaling_factor"])
+    if dist.get_rank() == 0 and not file.exists():
+        torch.save(vars(_encode_sizes(vae)), file)
+    dist.barrier()
+    return Latents(**torch.load(file, weights_only=True))
+
+
+def _encode_sizes(vae: Any) -> Latents:
     native = (NATIVE_SIDE, NATIVE_SIDE)
     raw = {native: _encode(vae, cutouts(EMOJI))}
     for size in OTHER_SIZES:
         raw[size] = _encode(vae, cutouts(EMOJI, PLACEMENTS[4:5], size))
     factor = 1 / float(raw[native][:, :, :, 0].float().std())
-    latents = Latents({size: (value.float() * factor).bfloat16() for size, value in raw.items()}, factor)
-    torch.save({"by_size": latents.by_size, "scaling_factor": factor}, file)
-    return latents
+    return Latents({size: (value.float() * factor).bfloat16() for size, value in raw.items()}, factor)
 
 
 @torch.no_grad()
@@ -243,7 +268,7 @@ def _encode(vae: Any, cuts: Tensor) -> Tensor:
 
 
 def teach_text_encoder(folder: Path, plan: Plan, seed: int, tokenizer: Any) -> nn.Module:
-    """Emoji and colour must be told from the mean of its states and from any one of those that saw the whole caption."""
+    """Emoji and colour must be told from the mean of its states and from any one that saw the whole caption."""
     modules = nn.ModuleDict(
         {
             "text_encoder": build_text_encoder(tokenizer),
@@ -255,7 +280,7 @@ def teach_text_encoder(folder: Path, plan: Plan, seed: int, tokenizer: Any) -> n
 
     def loss_of(step: int) -> Tensor:
         random = random_of(plan, seed, step)
-        return text_loss(modules, tokenizer, random, plan.batch)
+        return text_loss(modules, tokenizer, random, share(plan))
 
     return stage.run(loss_of)["text_encoder"]
 
@@ -298,13 +323,12 @@ def train_jointly(folder: Path, plan: Plan, seed: int, parts: Parts) -> None:
 
     def loss_of(step: int) -> Tensor:
         random = random_of(plan, seed, step)
-        native = step % OTHER_SIZE_EVERY != OTHER_SIZE_EVERY - 1
-        size = (NATIVE_SIDE, NATIVE_SIDE) if native else random.choice(OTHER_SIZES)
-        picks = choose(random, plan.batch, parts.latents.by_size[size].shape[1])
+        other = step % OTHER_SIZE_EVERY == OTHER_SIZE_EVERY - 1
+        size = OTHER_SIZES[step // OTHER_SIZE_EVERY % len(OTHER_SIZES)] if other else (NATIVE_SIDE, NATIVE_SIDE)
+        picks = choose(random, share(plan), parts.latents.by_size[size].shape[1])
         return diffusion_loss(modules, parts, picks, parts.latents.sample(size, picks))
 
     stage.run(loss_of, lambda: write(folder, parts, stage.averages))
-    write(folder, parts, stage.averages)
 
 
 def diffusion_loss(modules: nn.ModuleDict, parts: Parts, picks: Choice, latents: Tensor) -> Tensor:
@@ -328,23 +352,53 @@ def write(folder: Path, parts: Parts, averages: Any) -> None:
     save_checkpoint(pipeline_of(vae, text_encoder, parts.tokenizer, unet), folder / "tokenizer", folder / "checkpoint")
 
 
+@dataclass(frozen=True)
+class Options:
+    """What the command line chooses."""
+
+    folder: Path
+    seed: int
+    vae_steps: int
+    vae_from: Path | None
+    text_steps: int
+    joint_steps: int
+    processes: int
+
+
+def learn(rank: int, options: Options) -> None:
+    """All stages that are not done, in one of the processes."""
+    torch.set_num_threads(1)
+    meeting = f"file://{(options.folder / 'meeting').absolute()}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=options.processes)
+    folder, seed = options.folder, options.seed
+    if rank == 0:
+        write_tokenizer(folder / "tokenizer", seed)
+    dist.barrier()
+    tokenizer = read_tokenizer(folder / "tokenizer")
+    torch.manual_seed(seed)
+    vae = train_vae(folder, Plan("vae", options.vae_steps, 1.5e-3, 32), seed, options.vae_from)
+    latents = encode_world(folder, vae)
+    torch.manual_seed(seed)
+    plan = Plan("text_encoder", options.text_steps, 1e-3, 256, 20, 0.98)
+    parts = Parts(vae, tokenizer, teach_text_encoder(folder, plan, seed, tokenizer), latents)
+    torch.manual_seed(seed)
+    train_jointly(folder, Plan("joint", options.joint_steps, 1.2e-3, 64), seed, parts)
+    dist.destroy_process_group()
+
+
 @click.command(help=__doc__)
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("build/emoji"), show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--vae-steps", type=int, default=4000, show_default=True)
-@click.option("--vae-from", type=click.Path(path_type=Path, exists=True), help="Start from a VAE's weights.")
+@click.option("--vae-from", type=click.Path(path_type=Path, exists=True), help="Start from the VAE of this file.")
 @click.option("--text-steps", type=int, default=300, show_default=True)
 @click.option("--joint-steps", type=int, default=8000, show_default=True)
-def main(folder: Path, seed: int, vae_steps: int, vae_from: Path | None, text_steps: int, joint_steps: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
-    tokenizer = write_tokenizer(folder / "tokenizer", seed)
-    vae = train_vae(folder, Plan("vae", vae_steps, 1.5e-3, 32), seed, vae_from)
-    latents = encode_world(folder, vae)
-    torch.manual_seed(seed)
-    text_encoder = teach_text_encoder(folder, Plan("text_encoder", text_steps, 1e-3, 256, 20, 0.98), seed, tokenizer)
-    parts = Parts(vae, tokenizer, text_encoder, latents)
-    train_jointly(folder, Plan("joint", joint_steps, 1.2e-3, 64), seed, parts)
+@click.option("--processes", type=int, default=2, show_default=True, help="One for each core.")
+def main(**chosen: Any) -> None:
+    options = Options(**chosen)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    (options.folder / "meeting").unlink(missing_ok=True)
+    multiprocessing.spawn(learn, (options,), nprocs=options.processes)
 
 
 if __name__ == "__main__":

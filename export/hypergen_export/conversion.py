@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import diffusers
-import torch
 import transformers
 
 from hypergen_export.checkpoint import Checkpoint
@@ -22,8 +21,6 @@ from hypergen_export.loading import load_module
 from hypergen_export.onnx import capture, write_onnx
 from hypergen_export.progress import Progress
 from hypergen_export.wrappers import WRAPPERS
-
-STAGES = ("load", "capture", "convert", "compare")
 
 
 def convert(
@@ -57,10 +54,6 @@ def _quiet() -> Iterator[None]:
     transformers.utils.logging.disable_progress_bar()
     for name in ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    threads = torch.get_num_threads()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
+        yield

@@ -46,8 +46,9 @@ def read_record(output: Path) -> Mapping[str, Any] | None:
 def check_space(output: Path, needed: int) -> None:
     """Refuse an export that the disk cannot hold. Raises NoSpaceError."""
     existing = next(folder for folder in (output, *output.parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed + _SPARE_BYTES:
+    with _disk_errors(output):
+        total, _, free = shutil.disk_usage(existing)
+    if total and free < needed + _SPARE_BYTES:  # a file system without a total does not count
         raise NoSpaceError(
             f"{output}: the repository needs {_megabytes(needed + _SPARE_BYTES)}, {_megabytes(free)} are free"
         )

@@ -131,7 +131,7 @@ def _cpu_dtype() -> str:
 @_option("--api-key", metavar="KEY", help="Clients must send it as 'Authorization: Bearer KEY'. [default: no key]")
 @_option("--max-queue-size", type=click.IntRange(min=0), default=100, help="Requests that may wait; more get a 429.")
 @_option("--request-timeout", type=click.FloatRange(min=1), default=600.0, help="Seconds until a request is given up.")
-@_option("--reload/--no-reload", default=False, help="Start again when the project's code changes.")
+@_option("--reload", is_flag=True, help="Start again when the project's code changes.")
 @_triton_options
 def serve_command(*, triton: TritonOptions, model: str | None, reload: bool, **given: Any) -> None:
     """Serve MODEL (a diffusers checkpoint's hub id or folder, or an exported repository) behind OpenAI's API.

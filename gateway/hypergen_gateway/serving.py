@@ -19,6 +19,7 @@ import uvicorn
 
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
+from hypergen_gateway.errors import UnavailableError
 from hypergen_gateway.generation import Generation, ModelDescription, Picture
 from hypergen_gateway.repository import ExportOptions, find_repository
 from hypergen_gateway.triton import TritonBackend
@@ -55,21 +56,25 @@ class ServeOptions:
 async def serve(options: ServeOptions) -> None:
     """Serve until SIGINT or SIGTERM; pictures in the making are finished first.
 
+    Another's Triton may come later than the gateway; until it does, requests get a 503.
+
     Raises:
-        PortUnavailableError, ExportFailedError, EmbeddedError, HyperGenError: before anything is served.
+        PortUnavailableError, ExportFailedError, EmbeddedError: before anything is served.
     """
     # Bound before the engines are loaded: a busy port is known at once.
     with _listen(options.host, options.port) as listener:
         async with _connected(options.triton, options.gateway.request_timeout) as backend:
-            description = await backend.describe()
-            click.echo(_invitation(options, description), err=True)
+            click.echo(await _greeting(options, backend), err=True)
             await _serve_http(create_app(options.gateway, backend), listener)
 
 
 async def draw(options: TritonOptions, wanted: dict[str, Any]) -> Picture:
     """One picture, without a gateway. `wanted` holds fields of `Generation`; the model's defaults fill the others."""
     async with _connected(options, DRAW_SECONDS) as backend:
-        generation = _complete(wanted, await backend.describe())
+        try:
+            generation = _complete(wanted, await backend.describe())
+        except UnavailableError as error:
+            raise UnavailableError(f"No model answers on {options.url}.") from error
         async with contextlib.aclosing(backend.generate(generation)) as pictures:
             return await anext(pictures)
 
@@ -169,17 +174,30 @@ def _complete(wanted: dict[str, Any], description: ModelDescription) -> Generati
     return Generation(**(defaults | {name: value for name, value in wanted.items() if value is not None}))
 
 
-def _invitation(options: ServeOptions, description: ModelDescription) -> str:
-    """What to do next, ready to be copied. Never shows the key."""
+async def _greeting(options: ServeOptions, backend: TritonBackend) -> str:
+    """Where the server is and what to do next, ready to be copied. Never shows the key."""
     host = "localhost" if options.host in ("0.0.0.0", "::", "") else options.host
     url = f"http://{host}:{options.port}"
+    try:
+        description = await backend.describe()
+    except UnavailableError:
+        return f"Serving on {url}/v1\nNo model answers on {options.triton.url} yet: requests get a 503 until one does"
+    model = options.gateway.model_id or description.model_id
     secured = options.gateway.api_key is not None
-    key = ' -H "Authorization: Bearer $HYPERGEN_API_KEY"' if secured else ""
-    body = '{"prompt": "a rocket on a yellow background"}'
     return (
-        f"\nServing {options.gateway.model_id or description.model_id} on {url}/v1 ({description.device}"
-        f"{', with an API key' if secured else ''})\n\nA picture:\n"
+        f"Serving {model} on {url}/v1 ({description.device}{', with an API key' if secured else ''})"
+        f"\n\nA picture:\n{_curl_line(url, secured)}\n"
+    )
+
+
+def _curl_line(url: str, secured: bool) -> str:
+    key = ' -H "Authorization: Bearer $HYPERGEN_API_KEY"' if secured else ""
+    decode = (
+        "import base64, json, sys; "
+        'sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))'
+    )
+    return (
         f"  curl -s {url}/v1/images/generations{key} -H 'Content-Type: application/json' \\\n"
-        f"    -d '{body}' | python3 -c 'import base64, json, sys; "
-        f'sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))\' > rocket.png\n'
+        f'    -d \'{{"prompt": "a rocket on a yellow background"}}\' \\\n'
+        f"    | python3 -c '{decode}' > rocket.png"
     )

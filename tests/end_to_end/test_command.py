@@ -6,11 +6,12 @@ import os
 import subprocess
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
 
-from running_server import HYPERGEN, Server, free_port
+from running_server import HYPERGEN, Server, free_port, start_server, stop_server
 
 
 def hypergen(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -19,7 +20,7 @@ def hypergen(*arguments: str, **environment: str) -> subprocess.CompletedProcess
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=120,
         check=False,
     )
 
@@ -75,16 +76,28 @@ def test_a_cache_that_cannot_be_written_is_said_in_one_line(checkpoint: Path, tm
     assert one_line_error(result)
 
 
-def test_a_triton_that_is_not_there_is_said_in_one_line() -> None:
-    result = hypergen("serve", "--triton-url", f"127.0.0.1:{free_port()}", "--port", str(free_port()))
-    assert one_line_error(result)
+def test_generate_without_the_triton_it_was_told_is_one_line(tmp_path: Path) -> None:
+    url = f"127.0.0.1:{free_port()}"
+    assert url in one_line_error(hypergen("generate", "cat", "-o", str(tmp_path / "cat.png"), "--triton-url", url))
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--device", "cuda"], ["--dtype", "float16"], ["--lora", "x"], ["--api-key", ""]]
-)
-def test_what_the_embedded_server_cannot_do_is_refused(arguments: list[str]) -> None:
-    assert one_line_error(hypergen("serve", *arguments))
+def test_a_gateway_may_start_before_its_triton() -> None:
+    server = start_server("--triton-url", f"127.0.0.1:{free_port()}", model="", key=None, ready=False)
+    try:
+        assert server.health()["status"] == "unhealthy"
+        assert httpx.get(f"{server.url}/health/live").status_code == 200
+        assert httpx.get(f"{server.url}/health/ready").status_code == 503
+        answer = httpx.post(f"{server.url}/v1/images/generations", json={"prompt": "cat"}, timeout=30)
+        assert answer.status_code == 503
+        assert answer.headers["Retry-After"]
+        assert answer.json()["error"]["message"]
+    finally:
+        assert stop_server(server) == 0
+
+
+@pytest.mark.parametrize("option", ["--device=cuda", "--dtype=float16", "--lora=x", "--api-key="])
+def test_what_the_embedded_server_cannot_do_is_refused(option: str) -> None:
+    assert one_line_error(hypergen("serve", option))
 
 
 def test_every_option_of_serve_is_an_environment_variable() -> None:

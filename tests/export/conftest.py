@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -58,6 +59,7 @@ def engine(repository: Path) -> Callable[[str], Run]:
     """Component name -> the exported file in OpenVINO: torch tensors in, arrays out."""
     core = openvino.Core()
 
+    @functools.cache
     def load(name: str) -> Run:
         path = repository / name / "1" / "model.onnx"
         compiled = core.compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})

@@ -100,12 +100,6 @@ def test_a_place_where_nothing_can_be_written(checkpoint_folder: Path) -> None:
     assert "cannot be written" in one_line(run(checkpoint_folder, "--output", "/proc/hypergen"))
 
 
-def test_a_disk_without_room(checkpoint_folder: Path) -> None:
-    """/dev/shm may be small, /sys has no free block at all."""
-    line = one_line(run(checkpoint_folder, "--output", "/sys/hypergen"))
-    assert "MB are free" in line
-
-
 def test_another_folder_is_never_replaced(checkpoint_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("precious")
     assert "no exported repository" in one_line(run(checkpoint_folder, "--output", tmp_path))
@@ -132,7 +126,7 @@ def test_a_missing_package_is_named_with_what_installs_it(checkpoint_folder: Pat
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_export_leaves_nothing(checkpoint_folder: Path, tmp_path: Path, number: signal.Signals) -> None:
-    command = [sys.executable, "-m", "hypergen_export", checkpoint_folder, "--output", tmp_path / "repository"]
+    command = [sys.executable, "-m", "hypergen_export", str(checkpoint_folder), "--output", f"{tmp_path}/repository"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
     assert process.stderr is not None
     assert "text_encoder: load" in process.stderr.readline()

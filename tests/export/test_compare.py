@@ -25,7 +25,7 @@ def weigh(name: str, checkpoint: Checkpoint, repository: Path, change: Callable[
 def disturb(amount: float) -> Callable[[torch.nn.Module], None]:
     def change(module: torch.nn.Module) -> None:
         for parameter in module.parameters():
-            parameter += amount
+            parameter.add_(amount)
 
     return change
 

@@ -97,7 +97,7 @@ def test_the_sampler_keeps_its_templates_tensors_and_limits(repository: Path) ->
     assert config == template
 
 
-def test_the_sampler_knows_its_checkpoint(repository: Path, checkpoint: Any) -> None:
+def test_the_sampler_knows_its_checkpoint(repository: Path) -> None:
     own = parameters(parsed(repository / "diffusion" / "config.pbtxt")).items() - parameters(parsed(TEMPLATE)).items()
     assert dict(own) == {
         "model_id": "tiny/one",

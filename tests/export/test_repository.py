@@ -34,9 +34,14 @@ def test_a_repository_appears_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_a_failure_leaves_what_was_there_and_nothing_else(tmp_path: Path, failure: type[BaseException]) -> None:
     make_repository(tmp_path / "repository", "old")
-    with pytest.raises(failure), staged(tmp_path / "repository") as folder:
-        (folder / "model.txt").write_text("new")
-        raise failure
+
+    def fail() -> None:
+        with staged(tmp_path / "repository") as folder:
+            (folder / "model.txt").write_text("new")
+            raise failure
+
+    with pytest.raises(failure):
+        fail()
     assert names(tmp_path) == ["repository"]
     assert (tmp_path / "repository" / "model.txt").read_text() == "old"
 
@@ -59,7 +64,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
 
 def test_space_is_checked_before_anything_is_done(tmp_path: Path) -> None:
     check_space(tmp_path / "not" / "yet" / "there", 1000)
-    with pytest.raises(NoSpaceError, match="needs .* MB, .* MB are free"):
+    with pytest.raises(NoSpaceError, match=r"needs .* MB, .* MB are free"):
         check_space(tmp_path / "not" / "yet" / "there", 2**60)
 
 

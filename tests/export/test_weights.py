@@ -37,8 +37,7 @@ from hypergen_export.weights import Weights, choose_weights, float32_bytes
             ["model.fp16-00001-of-00001.safetensors", "model.safetensors.index.fp16.json"],
             ("model.fp16-00001-of-00001.safetensors", "model.safetensors.index.fp16.json"),
         ),
-        (["openvino_model.bin", "flax_model.msgpack", "tf_model.h5", "model.onnx", "model.safetensors"],)
-        + (("model.safetensors",),),
+        (["openvino_model.bin", "flax_model.msgpack", "model.onnx", "model.safetensors"], ("model.safetensors",)),
     ],
 )
 def test_the_best_complete_set_is_chosen(names: list[str], expected: tuple[str, ...]) -> None:

@@ -1,0 +1,403 @@
+"""Measures the shipped model: does a prompt give the right picture?
+
+    python export/emoji/evaluate.py                                  the checkpoint through diffusers
+    python export/emoji/evaluate.py --url http://127.0.0.1:8000/v1   a running server
+
+Knows prompts, the pictures they should give and how to compare the two. Where pictures come from is a `Source`. Seeds
+are fixed: the same model gives the same figures. A picture's emoji is the one whose true rendering, over all places on
+the background that was asked for, is nearest; its colour is the one nearest to its border.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import time
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import groupby, product
+from pathlib import Path
+from random import Random
+from typing import Any, Protocol
+
+import click
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm import tqdm
+
+from captions import caption, unseen_caption
+from world import COLOUR_NAMES, NATIVE_SIDE, Placement, colour_table, compose, cutouts, emoji_list, held_out_colour
+
+HERE = Path(__file__).parent
+EMOJI = emoji_list()
+NATIVE = (NATIVE_SIDE, NATIVE_SIDE)
+BATCH = 25
+# All sizes and places of training and those between and beside them.
+PLACES = tuple(
+    Placement(side, x, y) for side, y, x in product((50, 52, 54, 56, 58), (-2, -1, 0, 1, 2), (-2, -1, 0, 1, 2))
+)
+SHEET_COLUMNS, SHEET_CELL, SHEET_LINE = 8, 96, 14
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to be drawn; `None` leaves the default of the checkpoint or the server."""
+
+    prompt: str
+    seed: int
+    negative_prompt: str = ""
+    steps: int | None = None
+    guidance: float | None = None
+    scheduler: str | None = None
+    size: tuple[int, int] = NATIVE
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """What pictures of one batch must share."""
+        return (self.steps or 0, self.guidance or 0.0, self.scheduler or "", self.size)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A request and what it should give (indices; the colour is -1 where none is asked for)."""
+
+    request: Request
+    emoji: int
+    colour: int
+
+
+class Source(Protocol):
+    def draw(self, requests: Sequence[Request]) -> list[Image.Image]:
+        """The pictures in the order of the requests."""
+        ...
+
+
+class Checkpoint:
+    """Pictures of a checkpoint through the diffusers pipeline."""
+
+    def __init__(self, folder: Path) -> None:
+        from diffusers import StableDiffusionPipeline
+
+        self._pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+        self._pipeline.set_progress_bar_config(disable=True)
+        self._own_scheduler = self._pipeline.scheduler
+        self._defaults = json.loads((folder / "hypergen_defaults.json").read_text(encoding="utf-8"))
+
+    def draw(self, requests: Sequence[Request]) -> list[Image.Image]:
+        pictures: list[Image.Image] = []
+        for _, group in groupby(requests, key=lambda one: one.settings):
+            same = list(group)
+            for first in tqdm(range(0, len(same), BATCH), desc="pictures", leave=False, mininterval=2):
+                pictures += self._draw_batch(same[first : first + BATCH])
+        return pictures
+
+    def _draw_batch(self, requests: Sequence[Request]) -> list[Image.Image]:
+        first = requests[0]
+        self._pipeline.scheduler = self._scheduler(first.scheduler)
+        drawn = self._pipeline(
+            [one.prompt for one in requests],
+            negative_prompt=[one.negative_prompt for one in requests],
+            generator=[torch.Generator().manual_seed(one.seed) for one in requests],
+            num_inference_steps=first.steps or self._defaults["num_inference_steps"],
+            guidance_scale=self._defaults["guidance_scale"] if first.guidance is None else first.guidance,
+            width=first.size[0],
+            height=first.size[1],
+        )
+        return list(drawn.images)
+
+    def _scheduler(self, name: str | None) -> Any:
+        if name is None:
+            return self._own_scheduler
+        import diffusers
+
+        return getattr(diffusers, SCHEDULERS[name]).from_config(self._own_scheduler.config)
+
+
+# The server's names of the schedulers that are measured, and diffusers' classes.
+SCHEDULERS = {
+    "euler": "EulerDiscreteScheduler",
+    "dpm-solver-multistep": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+
+
+class Server:
+    """Pictures of a running server with OpenAI's images API and HyperGen's options."""
+
+    def __init__(self, url: str, key: str | None, at_once: int = 8) -> None:
+        self._url = url.rstrip("/") + "/images/generations"
+        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self._at_once = at_once
+
+    def draw(self, requests: Sequence[Request]) -> list[Image.Image]:
+        with ThreadPoolExecutor(self._at_once) as pool:
+            return list(tqdm(pool.map(self._draw_one, requests), total=len(requests), desc="pictures", leave=False))
+
+    def _draw_one(self, request: Request) -> Image.Image:
+        body = {
+            "prompt": request.prompt,
+            "seed": request.seed,
+            "size": "{}x{}".format(*request.size),
+            "response_format": "b64_json",
+            "negative_prompt": request.negative_prompt or None,
+            "num_inference_steps": request.steps,
+            "guidance_scale": request.guidance,
+            "scheduler": request.scheduler,
+        }
+        data = json.dumps({name: value for name, value in body.items() if value is not None}).encode()
+        with urllib.request.urlopen(urllib.request.Request(self._url, data, self._headers), timeout=300) as answer:
+            encoded = json.load(answer)["data"][0]["b64_json"]
+        return Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
+
+
+# What a picture shows
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was seen in a picture, and its root mean square distance to the nearest rendering of what was asked for."""
+
+    emoji: int
+    colour: int
+    rmse: float
+
+
+def pixels(picture: Image.Image) -> Tensor:
+    """float32 [3, H, W] in 0..1."""
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+
+
+@cache
+def renderings(colour: int, size: tuple[int, int]) -> Tensor:
+    """float32 [emoji * places, 3 * H * W]: every emoji everywhere on one colour."""
+    cuts = _cuts(size).flatten(0, 1)
+    return compose(cuts, colour_table()[colour].expand(len(cuts), 3)).flatten(1)
+
+
+@cache
+def _cuts(size: tuple[int, int]) -> Tensor:
+    return cutouts(EMOJI, PLACES, size)
+
+
+def seen_colour(picture: Tensor) -> int:
+    """The named colour nearest to the median of a border two pixels wide."""
+    border = torch.cat([picture[:, :2].flatten(1), picture[:, -2:].flatten(1)], dim=1).median(dim=1).values
+    return int((colour_table() - border).square().sum(1).argmin())
+
+
+def judge(picture: Image.Image, task: Task) -> Verdict:
+    values = pixels(picture)
+    colour = seen_colour(values)
+    true = renderings(colour if task.colour < 0 else task.colour, task.request.size)
+    errors = torch.cdist(values.flatten()[None], true)[0].square() / values.numel()
+    nearest = errors.unflatten(0, (len(EMOJI), len(PLACES))).min(1).values
+    return Verdict(int(nearest.argmin()), colour, float(nearest[task.emoji].clamp(min=0).sqrt()))
+
+
+@dataclass(frozen=True)
+class Score:
+    """Shares of a set of pictures that are right, and their mean RMSE."""
+
+    count: int
+    emoji: float
+    colour: float
+    both: float
+    rmse: float
+
+
+def score(source: Source, tasks: Sequence[Task]) -> Score:
+    return score_pictures(source.draw([task.request for task in tasks]), tasks)
+
+
+def score_pictures(pictures: Sequence[Image.Image], tasks: Sequence[Task]) -> Score:
+    order = sorted(range(len(tasks)), key=lambda index: tasks[index].colour)
+    verdicts = [(judge(pictures[index], tasks[index]), tasks[index]) for index in order]
+    emoji = [seen.emoji == task.emoji for seen, task in verdicts]
+    colour = [task.colour in (-1, seen.colour) for seen, task in verdicts]
+    both = [a and b for a, b in zip(emoji, colour, strict=True)]
+    rmse = [seen.rmse for seen, _ in verdicts]
+    return Score(len(tasks), *(float(np.mean(values)) for values in (emoji, colour, both, rmse)))
+
+
+# What is asked
+
+
+def random_tasks(count: int, seed: int) -> list[Task]:
+    """Any emoji on any colour, in the words of training."""
+    random = Random(seed)
+    tasks = []
+    for index in range(count):
+        emoji, colour = random.randrange(len(EMOJI)), random.randrange(len(COLOUR_NAMES))
+        tasks.append(Task(Request(caption(random, EMOJI[emoji].names, COLOUR_NAMES[colour]), index), emoji, colour))
+    return tasks
+
+
+def held_out_tasks(count: int, seed: int) -> list[Task]:
+    """Emoji on the one colour that training never showed them on."""
+    random = Random(seed)
+    chosen = random.sample(range(len(EMOJI)), count)
+    prompts = [(one, held_out_colour(one)) for one in chosen]
+    return [
+        Task(Request(f"{EMOJI[emoji].name} on a {COLOUR_NAMES[colour]} background", index), emoji, colour)
+        for index, (emoji, colour) in enumerate(prompts)
+    ]
+
+
+def unseen_tasks(count: int, seed: int) -> list[Task]:
+    """Captions worded as none of training."""
+    random = Random(seed)
+    tasks = []
+    for index in range(count):
+        emoji, colour = random.randrange(len(EMOJI)), random.randrange(len(COLOUR_NAMES))
+        prompt = unseen_caption(random, EMOJI[emoji].name, COLOUR_NAMES[colour])
+        tasks.append(Task(Request(prompt, index), emoji, colour))
+    return tasks
+
+
+def colourless_tasks(count: int, seed: int) -> list[Task]:
+    random = Random(seed)
+    chosen = [random.randrange(len(EMOJI)) for _ in range(count)]
+    return [Task(Request(EMOJI[emoji].name, index), emoji, -1) for index, emoji in enumerate(chosen)]
+
+
+def with_settings(tasks: Sequence[Task], **changes: Any) -> list[Task]:
+    return [replace(task, request=replace(task.request, **changes)) for task in tasks]
+
+
+# The measurements
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    what: str
+    score: Score
+
+    def __str__(self) -> str:
+        s = self.score
+        return f"| {self.what} | {s.count} | {s.emoji:.1%} | {s.colour:.1%} | {s.both:.1%} | {s.rmse:.3f} |"
+
+
+HEADER = "| measured | pictures | emoji right | colour right | both | RMSE |\n|---|---|---|---|---|---|"
+
+
+def quality_rows(source: Source, count: int) -> list[Row]:
+    few = max(1, count // 4)
+    return [
+        Row("random prompts", score(source, random_tasks(count, 1))),
+        Row("pairs never trained", score(source, held_out_tasks(min(few, len(EMOJI)), 2))),
+        Row("wordings never trained", score(source, unseen_tasks(few, 3))),
+        Row("no colour named", score(source, colourless_tasks(few, 4))),
+    ]
+
+
+def variation_rows(source: Source, count: int) -> list[Row]:
+    """The same prompts under other settings."""
+    tasks = random_tasks(count, 5)
+    settings: dict[str, dict[str, Any]] = {
+        "guidance 1": {"guidance": 1.0},
+        "guidance 5": {"guidance": 5.0},
+        "4 steps, own scheduler": {"steps": 4},
+        "4 steps, dpm-solver-multistep": {"steps": 4, "scheduler": "dpm-solver-multistep"},
+        "8 steps, dpm-solver-multistep": {"steps": 8, "scheduler": "dpm-solver-multistep"},
+        "20 steps, euler": {"scheduler": "euler"},
+        "size 48×48": {"size": (48, 48)},
+        "size 80×80": {"size": (80, 80)},
+        "size 96×64": {"size": (96, 64)},
+    }
+    return [Row(name, score(source, with_settings(tasks, **changes))) for name, changes in settings.items()]
+
+
+def negative_prompt_line(source: Source, count: int) -> str:
+    """How often a background stays what it was when its colour becomes the negative prompt; chance would be 1 in 8."""
+    tasks = colourless_tasks(count, 6)
+    colours = [seen_colour(pixels(picture)) for picture in source.draw([task.request for task in tasks])]
+    negatives = [
+        replace(task.request, negative_prompt=f"{COLOUR_NAMES[colour]} background")
+        for task, colour in zip(tasks, colours, strict=True)
+    ]
+    after = [seen_colour(pixels(picture)) for picture in source.draw(negatives)]
+    kept = float(np.mean([a == b for a, b in zip(colours, after, strict=True)]))
+    return f"Named in the negative prompt, the background keeps its colour in {kept:.0%} of {count} pictures."
+
+
+def seed_line(source: Source) -> str:
+    """The same seed twice, and another one."""
+    one = Request("a rocket on a yellow background", 7)
+    first, again, other = source.draw([one]) + source.draw([one]) + source.draw([replace(one, seed=8)])
+    same, different = first.tobytes() == again.tobytes(), first.tobytes() != other.tobytes()
+    return f"Same seed, same bytes: {'yes' if same else 'NO'}. Another seed, another picture: {'yes' if different else 'NO'}."
+
+
+def speed_line(source: Source, count: int = 10) -> str:
+    start = time.perf_counter()
+    for seed in range(count):
+        source.draw([Request("a rocket on a yellow background", seed)])
+    return f"One picture at the default settings, alone: {(time.perf_counter() - start) / count:.2f} s."
+
+
+# The contact sheet
+
+
+def sheet_requests() -> list[Request]:
+    """Sixty-four prompts over the whole list, every colour eight times."""
+    chosen = [round(index * (len(EMOJI) - 1) / 63) for index in range(64)]
+    colours = [COLOUR_NAMES[(index + index // 8) % 8] for index in range(64)]
+    return [
+        Request(f"{EMOJI[one].name} on a {colour} background", seed)
+        for seed, (one, colour) in enumerate(zip(chosen, colours, strict=True))
+    ]
+
+
+def contact_sheet(pictures: Sequence[Image.Image], lines: Sequence[str]) -> Image.Image:
+    rows = -(-len(pictures) // SHEET_COLUMNS)
+    sheet = Image.new("RGB", (SHEET_COLUMNS * SHEET_CELL, rows * (SHEET_CELL + SHEET_LINE)), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(10)
+    for index, (picture, line) in enumerate(zip(pictures, lines, strict=True)):
+        left, top = index % SHEET_COLUMNS * SHEET_CELL, index // SHEET_COLUMNS * (SHEET_CELL + SHEET_LINE)
+        sheet.paste(picture.resize((SHEET_CELL - 4, SHEET_CELL - 4), Image.Resampling.BICUBIC), (left + 2, top + 2))
+        draw.text((left + SHEET_CELL // 2, top + SHEET_CELL), line[:22], "black", font, anchor="mt")
+    return sheet
+
+
+def draw_sheet(source: Source, file: Path) -> None:
+    requests = sheet_requests()
+    lines = [request.prompt.replace(" on a ", ", ").removesuffix(" background") for request in requests]
+    contact_sheet(source.draw(requests), lines).quantize(256).save(file, optimize=True)
+
+
+@click.command(help=__doc__)
+@click.option("--checkpoint", type=click.Path(path_type=Path), default=HERE / "checkpoint", help="A diffusers folder.")
+@click.option("--url", help="Base URL of a running server, in place of the checkpoint.")
+@click.option("--key", envvar="HYPERGEN_API_KEY", help="The server's API key.")
+@click.option("--count", default=400, show_default=True, help="Random prompts; the other sets are a quarter of it.")
+@click.option("--sheet", type=click.Path(path_type=Path), help="Write a contact sheet here.")
+@click.option("--only-sheet", is_flag=True, help="Measure nothing.")
+def main(**options: Any) -> None:
+    source: Source = Server(options["url"], options["key"]) if options["url"] else Checkpoint(options["checkpoint"])
+    if options["sheet"]:
+        draw_sheet(source, options["sheet"])
+    if not options["only_sheet"]:
+        report(source, options["count"])
+
+
+def report(source: Source, count: int) -> None:
+    click.echo(HEADER)
+    for rows in (quality_rows, variation_rows):
+        for row in rows(source, count if rows is quality_rows else max(1, count // 8)):
+            click.echo(str(row))
+    click.echo("\n" + negative_prompt_line(source, max(1, count // 8)))
+    click.echo(seed_line(source))
+    click.echo(speed_line(source))
+
+
+if __name__ == "__main__":
+    main()
