@@ -122,7 +122,7 @@ class Checkpoint:
 # The server's names of the schedulers that are measured, and diffusers' classes.
 SCHEDULERS = {
     "euler": "EulerDiscreteScheduler",
-    "dpm-solver-multistep": "DPMSolverMultistepScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
 
@@ -305,8 +305,8 @@ def variation_rows(source: Source, count: int) -> list[Row]:
         "guidance 1": {"guidance": 1.0},
         "guidance 5": {"guidance": 5.0},
         "4 steps, own scheduler": {"steps": 4},
-        "4 steps, dpm-solver-multistep": {"steps": 4, "scheduler": "dpm-solver-multistep"},
-        "8 steps, dpm-solver-multistep": {"steps": 8, "scheduler": "dpm-solver-multistep"},
+        "4 steps, dpmpp_2m": {"steps": 4, "scheduler": "dpmpp_2m"},
+        "8 steps, dpmpp_2m": {"steps": 8, "scheduler": "dpmpp_2m"},
         "20 steps, euler": {"scheduler": "euler"},
         "size 48×48": {"size": (48, 48)},
         "size 80×80": {"size": (80, 80)},
@@ -332,8 +332,9 @@ def seed_line(source: Source) -> str:
     """The same seed twice, and another one."""
     one = Request("a rocket on a yellow background", 7)
     first, again, other = source.draw([one]) + source.draw([one]) + source.draw([replace(one, seed=8)])
-    same, different = first.tobytes() == again.tobytes(), first.tobytes() != other.tobytes()
-    return f"Same seed, same bytes: {'yes' if same else 'NO'}. Another seed, another picture: {'yes' if different else 'NO'}."
+    same = "yes" if first.tobytes() == again.tobytes() else "NO"
+    different = "yes" if first.tobytes() != other.tobytes() else "NO"
+    return f"Same seed, same bytes: {same}. Another seed, another picture: {different}."
 
 
 def speed_line(source: Source, count: int = 10) -> str:

@@ -25,7 +25,8 @@ from typing import Any
 import click
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn, multiprocessing
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
 from tqdm import tqdm
 
@@ -144,7 +145,7 @@ class Stage:
         for group in self._optimizer.param_groups:
             group["lr"] = self.plan.rate(self.step)
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self._share_gradients()
         nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
         self._optimizer.step()
@@ -216,7 +217,8 @@ def vae_loss(vae: Any, pictures: Tensor) -> Tensor:
     error = restored.float() - pictures
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
     divergence = posterior.kl().float().mean() / posterior.mean[0].numel()
-    return error.abs().mean() + error.square().mean() + edges + KL_WEIGHT * divergence
+    loss: Tensor = error.abs().mean() + error.square().mean() + edges + KL_WEIGHT * divergence
+    return loss
 
 
 # Stage 2: latents
@@ -371,7 +373,7 @@ def learn(rank: int, options: Options) -> None:
     meeting = f"file://{(options.folder / 'meeting').absolute()}"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=options.processes)
     folder, seed = options.folder, options.seed
-    if rank == 0:
+    if rank == 0 and not (folder / "tokenizer").exists():
         write_tokenizer(folder / "tokenizer", seed)
     dist.barrier()
     tokenizer = read_tokenizer(folder / "tokenizer")
@@ -398,7 +400,7 @@ def main(**chosen: Any) -> None:
     options = Options(**chosen)
     options.folder.mkdir(parents=True, exist_ok=True)
     (options.folder / "meeting").unlink(missing_ok=True)
-    multiprocessing.spawn(learn, (options,), nprocs=options.processes)
+    spawn(learn, (options,), nprocs=options.processes)  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

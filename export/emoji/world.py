@@ -89,7 +89,7 @@ def glyph(character: str) -> Image.Image:
 
 
 def cutout(character: str, placement: Placement, size: tuple[int, int] = (NATIVE_SIDE, NATIVE_SIDE)) -> Tensor:
-    """uint8 [4, H, W]: the emoji placed in a transparent picture of size (width, height), scaled with its short side."""
+    """uint8 [4, H, W]: the emoji in a transparent picture of size (width, height), scaled with its short side."""
     scale = min(size) / NATIVE_SIDE
     side = round(placement.side * scale)
     small = glyph(character).resize((side, side), Image.Resampling.LANCZOS)

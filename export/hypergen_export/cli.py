@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -57,9 +57,15 @@ def export(*, model: str, output: Path, dtype: str, model_id: str | None, **opti
         with _interruptible():
             outcome = build(request)
     except ExportError as error:
-        click.echo(f"hypergen: {error}", err=True)
-        raise SystemExit(error.exit_code) from error
+        _fail(str(error), error.exit_code)
+    except OSError as error:  # a checkpoint that may not be read, an installation with a file missing
+        _fail(f"{error.filename or model}: {error.strerror or error}", 1)
     click.echo(f"{output}: {_summary(outcome)} ({time.monotonic() - began:.1f} s)", err=True)
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    click.echo(f"hypergen: {message}", err=True)
+    raise SystemExit(exit_code)
 
 
 def _summary(outcome: Outcome) -> str:

@@ -137,10 +137,8 @@ class Family:
 FAMILIES = (
     Family(
         name="stable-diffusion",
-        # Image-to-image and inpainting pipelines of the same parts differ only in the class their index names.
-        pipelines=frozenset(
-            {"StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipelineLegacy"}
-        ),
+        # Saved from an image-to-image pipeline, the parts are the same; only the index names another class.
+        pipelines=frozenset({"StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"}),
         components=STABLE_DIFFUSION,
     ),
 )

@@ -21,6 +21,7 @@ from typing import Any
 import click
 
 from hypergen_gateway.config import Config
+from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.errors import HyperGenError
 from hypergen_gateway.images import to_png
 from hypergen_gateway.repository import SHIPPED_MODEL, ExportFailedError, ExportOptions, default_cache_dir
@@ -170,7 +171,7 @@ def generate(*, triton: TritonOptions, output: Path, size: str | None, **given: 
     seed = secrets.randbits(32) if given["seed"] is None else given["seed"]
     if not output.parent.is_dir():
         raise click.UsageError(f"There is no folder {output.parent} to write {output.name} into.")
-    picture = asyncio.run(draw(triton, given | {"width": width, "height": height, "seed": seed}))
+    picture = run_until_signalled(draw(triton, given | {"width": width, "height": height, "seed": seed}))
     output.write_bytes(to_png(picture.pixels))
     click.echo(f"{output}: {picture.pixels.shape[1]}x{picture.pixels.shape[0]}, seed {picture.seed}")
 
@@ -194,8 +195,6 @@ def _set_up_logging(level: str) -> None:
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
     """Every error that a user can mend is one line and an exit code other than 0, never a traceback."""
-    from hypergen_gateway.embedded.errors import EmbeddedError
-
     try:
         yield
     except ExportFailedError as error:

@@ -10,20 +10,24 @@ import contextlib
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import uvicorn
 
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
+from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.errors import UnavailableError
 from hypergen_gateway.generation import Generation, ModelDescription, Picture
 from hypergen_gateway.repository import ExportOptions, find_repository
 from hypergen_gateway.triton import TritonBackend
 
+T = TypeVar("T")
+
+STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Pictures in the making when the server is told to stop get this long; then their clients get an error.
 DRAIN_SECONDS = 120
 # One picture of the largest model on the slowest machine.
@@ -79,34 +83,37 @@ async def draw(options: TritonOptions, wanted: dict[str, Any]) -> Picture:
             return await anext(pictures)
 
 
-def run_until_signalled(work: Coroutine[Any, Any, None]) -> None:
-    """Run `work`; SIGINT and SIGTERM cancel it once, so that everything it opened is closed in order."""
-    asyncio.run(_cancelled_by_signals(work))
+def run_until_signalled(work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; SIGINT and SIGTERM cancel it once, so that everything it opened is closed in order."""
+    return asyncio.run(_cancelled_by_signals(work))
 
 
-async def _cancelled_by_signals(work: Coroutine[Any, Any, None]) -> None:
+async def _cancelled_by_signals(work: Coroutine[Any, Any, T]) -> T:
     task = asyncio.ensure_future(work)
     with _signals_call(task.cancel):
-        await task
+        return await task
 
 
 @contextlib.contextmanager
-def _signals_call(stop: Any) -> Iterator[None]:
+def _signals_call(stop: Callable[[], object]) -> Iterator[None]:
     """While it lasts, the first SIGINT or SIGTERM calls `stop`; later ones do nothing, for the end is under way."""
     loop = asyncio.get_running_loop()
-    pending = [stop]
 
-    def once() -> None:
-        if pending:
-            pending.pop()()
+    def call_once() -> None:
+        _ignore_signals(loop)
+        stop()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, once)
+    for number in STOPPING_SIGNALS:
+        loop.add_signal_handler(number, call_once)
     try:
         yield
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+        _ignore_signals(loop)
+
+
+def _ignore_signals(loop: asyncio.AbstractEventLoop) -> None:
+    for number in STOPPING_SIGNALS:
+        loop.add_signal_handler(number, lambda: None)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -131,7 +138,12 @@ async def _connected(options: TritonOptions, request_timeout: float) -> AsyncIte
 @contextlib.asynccontextmanager
 async def _embedded(options: TritonOptions) -> AsyncIterator[str]:
     # Imported here, because a gateway in front of another Triton is installed without what this needs.
-    from hypergen_gateway.embedded import embedded_triton
+    try:
+        from hypergen_gateway.embedded.supervisor import embedded_triton
+    except ImportError as error:
+        raise EmbeddedError(
+            f"An embedded Triton needs {error.name}: pip install 'hypergen-triton[all]', or use --triton-url."
+        ) from error
 
     repository = await find_repository(options.model, options.export)
     began = time.monotonic()

@@ -158,6 +158,17 @@ async def test_a_failing_batch_ends_its_own_images_alone(unet: Any, image_of: Ca
     assert (await loop.sample(image_of(), never)).shape == (4, 8, 8)
 
 
+async def test_no_image_waits_for_ever_when_the_loop_itself_fails(unet: Any, image_of: Callable[..., Image]) -> None:
+    def broken() -> bool:
+        raise OSError("Triton is gone")
+
+    loop = loop_on(unet, max_active=1)
+    sampling = [asyncio.create_task(loop.sample(image_of(), broken)) for _ in range(2)]
+    results = await asyncio.wait_for(asyncio.gather(*sampling, return_exceptions=True), 10)
+    assert [type(result) for result in results] == [OSError, OSError]
+    assert (await loop.sample(image_of(), never)).shape == (4, 8, 8)
+
+
 def test_reservations_are_bounded_and_given_back(unet: UNet) -> None:
     loop = loop_on(unet, max_active=2, max_waiting=1)
     loop.reserve(3)

@@ -1,9 +1,5 @@
 """The real Triton Inference Server out of its PyPI wheel, as a child process of this one.
 
-Knows processes, files and ports; knows nothing of HTTP or pictures.
+Knows processes, files and ports; knows nothing of HTTP or pictures. Importing the package itself needs nothing that a
+gateway in front of another Triton would not have; its modules need the extra `embedded`.
 """
-
-from hypergen_gateway.embedded.errors import EmbeddedError
-from hypergen_gateway.embedded.supervisor import EmbeddedTriton, embedded_triton
-
-__all__ = ["EmbeddedError", "EmbeddedTriton", "embedded_triton"]

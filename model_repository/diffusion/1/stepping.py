@@ -84,13 +84,19 @@ class StepLoop:
         return await ticket.done
 
     async def _run(self) -> None:
-        while self._waiting or self._active:
-            self._admit()
-            self._drop_cancelled()
-            await asyncio.gather(*(self._step(batch) for batch in self._batches()))
-            self._active = [ticket for ticket in self._active if not ticket.done.done()]
-            # Finished images are on their way to the decoder, and new ones may have come: let them, before the next.
-            await asyncio.sleep(0)
+        try:
+            while self._waiting or self._active:
+                self._admit()
+                self._drop_cancelled()
+                await asyncio.gather(*(self._step(batch) for batch in self._batches()))
+                self._active = [ticket for ticket in self._active if not ticket.done.done()]
+                # Finished images are on their way to the decoder, and new ones may have come: let them go first.
+                await asyncio.sleep(0)
+        except BaseException as error:
+            # Nobody awaits this task: what ends it must reach those that wait for their images.
+            _fail([*self._active, *self._waiting], error)
+            self._active.clear()
+            self._waiting.clear()
 
     def _admit(self) -> None:
         while self._waiting and len(self._active) < self._max_active:
@@ -133,9 +139,13 @@ class StepLoop:
                 if ticket.image.finished and not ticket.done.done():
                     ticket.done.set_result(ticket.image.latents)
         except Exception as error:
-            for ticket in batch:
-                if not ticket.done.done():
-                    ticket.done.set_exception(error)
+            _fail(batch, error)
+
+
+def _fail(tickets: Iterable[_Ticket], error: BaseException) -> None:
+    for ticket in tickets:
+        if not ticket.done.done():
+            ticket.done.set_exception(error)
 
 
 def _stack(rows: list[UNetRows]) -> UNetRows:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hypergen_gateway.embedded import EmbeddedError
+from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.embedded.installation import find_installation, find_libpython, find_package, find_stub
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hypergen_gateway.embedded import EmbeddedError, embedded_triton
+from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.embedded.server import log_level_of
+from hypergen_gateway.embedded.supervisor import embedded_triton
 
 BROKEN_MODEL = """
 import triton_python_backend_utils as pb_utils
