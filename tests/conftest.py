@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,3 +28,15 @@ def exported(checkpoint: Path, cache_dir: Path) -> Path:
     """The miniature's repository in float32, where `hypergen serve` finds it."""
     options = ExportOptions(dtype="float32", max_batch_size=8, cache_dir=cache_dir)
     return asyncio.run(find_repository(str(checkpoint), options))
+
+
+@pytest.fixture(scope="session")
+def pipeline(checkpoint: Path) -> Any:
+    """diffusers' own pipeline of the checkpoint; whoever uses it sets its scheduler."""
+    from diffusers import StableDiffusionPipeline
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
-    StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
 
@@ -35,15 +33,6 @@ SCHEDULERS = {
     "unipc": UniPCMultistepScheduler,
     "lcm": LCMScheduler,
 }
-
-
-@pytest.fixture(scope="module")
-def pipeline(checkpoint: Path) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pipe = StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def by_diffusers(pipeline: Any, **wish: Any) -> Pixels:
@@ -75,22 +64,29 @@ def difference(ours: Pixels, theirs: Pixels) -> float:
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_a_picture_equals_the_one_of_diffusers(
-    scheduler: str, guidance_scale: float, negative_prompt: str | None, pipeline: Any, client: openai.OpenAI
+    scheduler: str,
+    guidance_scale: float,
+    negative_prompt: str | None,
+    pipeline: Any,
+    client: openai.OpenAI,
+    checkpoint: Path,
 ) -> None:
     wish: dict[str, Any] = {"prompt": PROMPT, "guidance_scale": guidance_scale, "seed": 5}
     if negative_prompt:
         wish["negative_prompt"] = negative_prompt
     ours = by_server(client, **wish, scheduler=scheduler)
-    pipeline.scheduler = SCHEDULERS[scheduler].from_config(pipeline.scheduler.config)
+    pipeline.scheduler = SCHEDULERS[scheduler].from_pretrained(checkpoint / "scheduler")
     theirs = by_diffusers(pipeline, **wish)
     assert theirs.std() > 10, "a flat picture would prove nothing"
     assert difference(ours, theirs) <= TOLERANCE
 
 
-def test_a_size_that_the_unets_levels_do_not_divide_equals_diffusers_too(pipeline: Any, client: openai.OpenAI) -> None:
+def test_a_size_that_the_unets_levels_do_not_divide_equals_diffusers_too(
+    pipeline: Any, client: openai.OpenAI, checkpoint: Path
+) -> None:
     wish: dict[str, Any] = {"prompt": PROMPT, "guidance_scale": 3.0, "seed": 6, "width": 104, "height": 72}
     ours = by_server(client, **wish, scheduler="ddim")
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.scheduler = DDIMScheduler.from_pretrained(checkpoint / "scheduler")
     assert difference(ours, by_diffusers(pipeline, **wish)) <= TOLERANCE
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,17 +9,6 @@ import pytest
 import torch
 
 from sampling import Array, UNetRows
-
-
-@pytest.fixture(scope="session")
-def pipeline(checkpoint: Path) -> Any:
-    from diffusers import StableDiffusionPipeline
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pipe = StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 class TorchUNet:

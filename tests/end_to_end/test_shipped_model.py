@@ -1,0 +1,80 @@
+"""The model that ships with the project, as `make serve` serves it: no MODEL, no options."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import openai
+import pytest
+
+from running_server import Pixels, Server, pixels_of, start_server, stop_server
+from world import COLOURS
+
+PROMPTS = {
+    "yellow": "a rocket on a yellow background",
+    "blue": "a dog on a blue background",
+    "white": "a red heart on a white background",
+    "green": "a pizza on a green background",
+}
+
+
+@pytest.fixture(scope="module")
+def shipped(cache_dir: Path) -> Iterator[Server]:
+    running = start_server("--cache-dir", str(cache_dir), model="", key=None)
+    yield running
+    assert stop_server(running) == 0
+
+
+@pytest.fixture(scope="module")
+def pictures(shipped: Server) -> dict[str, Pixels]:
+    drawn = {}
+    with shipped.client(api_key="none") as client:
+        for colour, prompt in PROMPTS.items():
+            response = client.images.generate(prompt=prompt, extra_body={"seed": 1})
+            assert response.data is not None
+            drawn[colour] = pixels_of(response.data[0])
+    return drawn
+
+
+def background(picture: Pixels) -> str:
+    """The named colour nearest to the picture's four corners."""
+    corners = [picture[:4, :4], picture[:4, -4:], picture[-4:, :4], picture[-4:, -4:]]
+    colour = np.median(np.concatenate([corner.reshape(-1, 3) for corner in corners]), axis=0)
+    return min(COLOURS, key=lambda name: float(np.abs(colour - np.array(COLOURS[name])).sum()))
+
+
+def test_it_is_listed_under_its_own_name(shipped: Server) -> None:
+    with shipped.client(api_key="none") as client:
+        assert [model.id for model in client.models.list()] == ["hypergen/emoji"]
+
+
+def test_a_prompt_alone_gives_a_picture_of_the_models_own_size(pictures: dict[str, Pixels]) -> None:
+    assert {picture.shape for picture in pictures.values()} == {(64, 64, 3)}
+
+
+@pytest.mark.parametrize("colour", PROMPTS)
+def test_the_background_is_the_one_asked_for(colour: str, pictures: dict[str, Pixels]) -> None:
+    assert background(pictures[colour]) == colour
+
+
+def test_other_prompts_give_visibly_other_things(pictures: dict[str, Pixels]) -> None:
+    """Not by their backgrounds alone: what stands in the middle differs too."""
+    middles = [picture[16:48, 16:48].astype(int) for picture in pictures.values()]
+    assert all(np.abs(one - other).mean() > 20 for one, other in combinations(middles, 2))
+
+
+def test_it_draws_at_the_edges_of_its_range(shipped: Server) -> None:
+    with shipped.client(api_key="none") as client:
+        with pytest.raises(openai.BadRequestError, match="multiples of 8") as raised:
+            client.images.generate(prompt="a rocket", size="4096x4096")
+        (legal,) = re.findall(r"from (\d+) to (\d+)", raised.value.message)
+        low, high = (int(side) for side in legal)
+        for size in (f"{low}x{low}", f"{high}x{high}", f"{low}x{high}"):
+            response = client.images.generate(prompt="a rocket", size=size)
+            assert response.data is not None
+            width, height = (int(side) for side in size.split("x"))
+            assert pixels_of(response.data[0]).shape == (height, width, 3)
