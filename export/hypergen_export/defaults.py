@@ -34,10 +34,9 @@ def checkpoint_parameters(checkpoint: Checkpoint, known_schedulers: Collection[s
         parameters = _sides(checkpoint, factor) | _habits(checkpoint.defaults)
     except (KeyError, TypeError, ValueError) as error:
         raise BrokenCheckpointError(f"{checkpoint.folder}: a default is missing or no number ({error})") from error
-    stored = checkpoint.defaults.get("scheduler")
     return {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in parameters.items()} | {
         "family": checkpoint.family.name,
-        "default_scheduler": str(stored or scheduler_name(checkpoint.scheduler, known_schedulers)),
+        "default_scheduler": scheduler_name(checkpoint.scheduler, known_schedulers),
         "size_factor": str(factor),
         "vae_scale_factor": str(factor),
         "latent_channels": str(sizes["latent_channels"]),

@@ -40,12 +40,9 @@ def test_a_scheduler_is_called_as_requests_call_it_or_by_its_class(config: dict[
 
 
 def test_what_a_checkpoint_recommends_is_the_default(checkpoint_copy: Path) -> None:
-    found = parameters(
-        checkpoint_copy, num_inference_steps=20, guidance_scale=3, scheduler="ddim", width=96, height=72, max_size=256
-    )
+    found = parameters(checkpoint_copy, num_inference_steps=20, guidance_scale=3, width=96, height=72, max_size=256)
     assert found["default_num_inference_steps"] == "20"
     assert found["default_guidance_scale"] == "3"
-    assert found["default_scheduler"] == "ddim"
     assert (found["default_width"], found["default_height"]) == ("96", "72")
     assert (found["min_size"], found["max_size"]) == ("64", "256")
 
