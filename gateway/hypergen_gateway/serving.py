@@ -79,6 +79,7 @@ async def draw(options: TritonOptions, wanted: dict[str, Any]) -> Picture:
             generation = _complete(wanted, await backend.describe())
         except UnavailableError as error:
             raise UnavailableError(f"No model answers on {options.url}.") from error
+        click.echo(f"Drawing in {generation.num_inference_steps} steps …", err=True)
         async with contextlib.aclosing(backend.generate(generation)) as pictures:
             return await anext(pictures)
 
