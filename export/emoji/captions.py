@@ -46,7 +46,7 @@ through back much before also around another came come work three word must beca
 such here take why things help put years different away again off went old number great tell men say small
 every found still between name should mr big give air line set own under read last never us left end
 along while might next sound below saw something thought both few those always looked show large often
-together asked turned house nice beautiful bright sharp detailed modern funny happy lovely shiny soft standing
+together asked turned nice beautiful bright sharp detailed modern funny happy lovely shiny soft standing
 sitting alone middle centre wall everything behind subject want please paint image scene view colour color
 front top clean flat
 """

@@ -18,7 +18,7 @@ import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from itertools import groupby, product
 from pathlib import Path
 from random import Random
@@ -38,10 +38,9 @@ HERE = Path(__file__).parent
 EMOJI = emoji_list()
 NATIVE = (NATIVE_SIDE, NATIVE_SIDE)
 BATCH = 25
-# All sizes and places of training and those between and beside them.
-PLACES = tuple(
-    Placement(side, x, y) for side, y, x in product((50, 52, 54, 56, 58), (-2, -1, 0, 1, 2), (-2, -1, 0, 1, 2))
-)
+# All sizes and places of training and sizes between and beside them.
+SHIFTS = (-1, 0, 1)
+PLACES = tuple(Placement(side, x, y) for side, y, x in product((50, 52, 54, 56, 58), SHIFTS, SHIFTS))
 SHEET_COLUMNS, SHEET_CELL, SHEET_LINE = 8, 96, 14
 
 
@@ -173,7 +172,7 @@ def pixels(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
-@cache
+@lru_cache(maxsize=2)  # a quarter of a gigabyte each: judge pictures in the order of their colours
 def renderings(colour: int, size: tuple[int, int]) -> Tensor:
     """float32 [emoji * places, 3 * H * W]: every emoji everywhere on one colour."""
     cuts = _cuts(size).flatten(0, 1)
@@ -191,13 +190,12 @@ def seen_colour(picture: Tensor) -> int:
     return int((colour_table() - border).square().sum(1).argmin())
 
 
-def judge(picture: Image.Image, task: Task) -> Verdict:
-    values = pixels(picture)
-    colour = seen_colour(values)
+def judge(picture: Tensor, colour: int, task: Task) -> Verdict:
+    """`colour` is the seen one; without a colour in the prompt the emoji is looked for on it."""
     true = renderings(colour if task.colour < 0 else task.colour, task.request.size)
-    errors = torch.cdist(values.flatten()[None], true)[0].square() / values.numel()
+    errors = torch.cdist(picture.flatten()[None], true)[0].square() / picture.numel()
     nearest = errors.unflatten(0, (len(EMOJI), len(PLACES))).min(1).values
-    return Verdict(int(nearest.argmin()), colour, float(nearest[task.emoji].clamp(min=0).sqrt()))
+    return Verdict(int(nearest.argmin()), colour, float(nearest[task.emoji].sqrt()))
 
 
 @dataclass(frozen=True)
@@ -216,8 +214,9 @@ def score(source: Source, tasks: Sequence[Task]) -> Score:
 
 
 def score_pictures(pictures: Sequence[Image.Image], tasks: Sequence[Task]) -> Score:
-    order = sorted(range(len(tasks)), key=lambda index: tasks[index].colour)
-    verdicts = [(judge(pictures[index], tasks[index]), tasks[index]) for index in order]
+    seen_ones = [(values, seen_colour(values), task) for values, task in zip(map(pixels, pictures), tasks, strict=True)]
+    seen_ones.sort(key=lambda one: one[1] if one[2].colour < 0 else one[2].colour)
+    verdicts = [(judge(*one), one[2]) for one in seen_ones]
     emoji = [seen.emoji == task.emoji for seen, task in verdicts]
     colour = [task.colour in (-1, seen.colour) for seen, task in verdicts]
     both = [a and b for a, b in zip(emoji, colour, strict=True)]

@@ -1,11 +1,12 @@
-"""Trains the checkpoint that ships with the project, from nothing, on two CPU cores: one command, four stages.
+"""Trains the checkpoint that ships with the project, from nothing, on two CPU cores: one command, five stages.
 
     nice -n 19 python export/emoji/train.py
 
 The VAE; the latents of every picture of the world; the text encoder taught by itself to tell emoji and colour from a
 caption (learnt through the UNet alone it is slow); UNet and text encoder together (latent diffusion with
-v-prediction). Every stage keeps its state in the working folder and goes on from it when started again. What a step
-sees depends on the seed and the step's number alone, so a run that was interrupted equals one that was not.
+v-prediction); the VAE's decoder alone, once more. Every stage keeps its state in the working folder and goes on from
+it when started again. What a step sees depends on the seed and the step's number alone, so a run that was interrupted
+equals one that was not.
 
 Each core is a process of one thread with its share of every batch, and gradients are averaged between them: where
 other programs take some of the cores, threads that wait for each other at every operation are several times slower.
@@ -15,9 +16,11 @@ from __future__ import annotations
 
 import copy
 import math
+import signal
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -214,10 +217,13 @@ def vae_loss(vae: Any, pictures: Tensor) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         posterior = vae.encode(pictures).latent_dist
         restored = vae.decode(posterior.sample()).sample
-    error = restored.float() - pictures
     divergence = posterior.kl().float().mean() / posterior.mean[0].numel()
-    loss: Tensor = error.square().mean() + 0.1 * error.abs().mean() + KL_WEIGHT * divergence
+    loss: Tensor = restoration_loss(restored.float() - pictures) + KL_WEIGHT * divergence
     return loss
+
+
+def restoration_loss(error: Tensor) -> Tensor:
+    return error.square().mean() + 0.1 * error.abs().mean()
 
 
 # Stage 2: latents
@@ -237,30 +243,40 @@ class Latents:
 
 def encode_world(folder: Path, vae: Any) -> Latents:
     file = folder / "latents.pt"
-    if dist.get_rank() == 0 and not file.exists():
-        torch.save(vars(_encode_sizes(vae)), file)
+    if not file.exists():
+        native = (NATIVE_SIDE, NATIVE_SIDE)
+        raw = {size: _encode(vae, cutouts(EMOJI, PLACEMENTS[4:5], size)) for size in OTHER_SIZES}
+        raw[native] = _encode(vae, cutouts(EMOJI))
+        factor = 1 / float(raw[native][:, :, :, 0].float().std())
+        by_size = {size: (value.float() * factor).bfloat16() for size, value in raw.items()}
+        if dist.get_rank() == 0:
+            torch.save({"by_size": by_size, "scaling_factor": factor}, file)
     dist.barrier()
     return Latents(**torch.load(file, weights_only=True))
 
 
-def _encode_sizes(vae: Any) -> Latents:
-    native = (NATIVE_SIDE, NATIVE_SIDE)
-    raw = {native: _encode(vae, cutouts(EMOJI))}
-    for size in OTHER_SIZES:
-        raw[size] = _encode(vae, cutouts(EMOJI, PLACEMENTS[4:5], size))
-    factor = 1 / float(raw[native][:, :, :, 0].float().std())
-    return Latents({size: (value.float() * factor).bfloat16() for size, value in raw.items()}, factor)
+def _encode(vae: Any, cuts: Tensor) -> Tensor:
+    """Every process encodes its share of the emoji; all of them get the whole."""
+    shares = [cuts[rank :: dist.get_world_size()] for rank in range(dist.get_world_size())]
+    mine = _encode_share(vae, shares[dist.get_rank()])
+    sent = [torch.empty(len(one), *mine.shape[1:]) for one in shares]
+    dist.all_gather(sent, mine)
+    whole = torch.empty(len(cuts), *mine.shape[1:])
+    for rank, one in enumerate(sent):
+        whole[rank :: dist.get_world_size()] = one
+    return whole.bfloat16()
 
 
 @torch.no_grad()
-def _encode(vae: Any, cuts: Tensor) -> Tensor:
+def _encode_share(vae: Any, cuts: Tensor) -> Tensor:
     colours = colour_table()
     rows = []
-    for row in tqdm(cuts, desc=f"latents {cuts.shape[-1]}×{cuts.shape[-2]}", mininterval=5):
+    name = f"latents {cuts.shape[-1]}×{cuts.shape[-2]}"
+    for row in tqdm(cuts, desc=name, mininterval=5, disable=dist.get_rank() != 0):
         pictures = compose(row.repeat_interleave(len(colours), 0), colours.repeat(len(row), 1)) * 2 - 1
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist
-        both = torch.stack([posterior.mean, posterior.std], dim=1).bfloat16().contiguous()
+        both = torch.stack([posterior.mean, posterior.std], dim=1).float().contiguous()
         rows.append(both.unflatten(0, (len(row), len(colours))))
     return torch.stack(rows)
 
@@ -315,7 +331,7 @@ class Parts:
     latents: Latents
 
 
-def train_jointly(folder: Path, plan: Plan, seed: int, parts: Parts) -> None:
+def train_jointly(folder: Path, plan: Plan, seed: int, parts: Parts) -> nn.ModuleDict:
     modules = nn.ModuleDict(
         {"unet": build_unet().to(memory_format=torch.channels_last), "text_encoder": copy.deepcopy(parts.text_encoder)}
     )
@@ -329,7 +345,7 @@ def train_jointly(folder: Path, plan: Plan, seed: int, parts: Parts) -> None:
         picks = choose(random, share(plan), parts.latents.by_size[size].shape[1])
         return diffusion_loss(modules, parts, picks, parts.latents.sample(size, picks))
 
-    stage.run(loss_of, lambda: write(folder, parts, stage.averages))
+    return stage.run(loss_of, lambda: write(folder, parts, stage.averages))
 
 
 def diffusion_loss(modules: nn.ModuleDict, parts: Parts, picks: Choice, latents: Tensor) -> Tensor:
@@ -344,6 +360,29 @@ def diffusion_loss(modules: nn.ModuleDict, parts: Parts, picks: Choice, latents:
         states = modules["text_encoder"](tokenize(parts.tokenizer, picks.captions))[0]
         output = modules["unet"](noisy, timesteps, states, return_dict=False)[0]
     return functional.mse_loss(output.float(), target)
+
+
+# Stage 5: the decoder alone
+
+
+def sharpen_decoder(folder: Path, plan: Plan, seed: int, parts: Parts) -> Any:
+    """The latents stay what the UNet learnt; sharpness is the decoder's alone, and half as dear to train."""
+    vae = copy.deepcopy(parts.vae).to(memory_format=torch.channels_last)
+    decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
+    stage = Stage(folder, plan, decoder.requires_grad_(True))
+    cuts = cutouts(EMOJI)
+
+    def loss_of(step: int) -> Tensor:
+        picks = choose(random_of(plan, seed, step), share(plan), len(PLACEMENTS))
+        pictures = compose(cuts[picks.emoji, picks.placement], colour_table()[picks.colour]) * 2 - 1
+        latents = parts.latents.sample((NATIVE_SIDE, NATIVE_SIDE), picks) / parts.latents.scaling_factor
+        with torch.autocast("cpu", torch.bfloat16):
+            restored = vae.decode(latents.contiguous(memory_format=torch.channels_last)).sample
+        return restoration_loss(restored.float() - pictures)
+
+    averages: Any = stage.run(loss_of)
+    vae.decoder, vae.post_quant_conv = averages["decoder"], averages["post_quant_conv"]
+    return vae
 
 
 def write(folder: Path, parts: Parts, averages: Any) -> None:
@@ -363,6 +402,7 @@ class Options:
     vae_from: Path | None
     text_steps: int
     joint_steps: int
+    decoder_steps: int
     processes: int
 
 
@@ -383,7 +423,10 @@ def learn(rank: int, options: Options) -> None:
     plan = Plan("text_encoder", options.text_steps, 1e-3, 256, 20, 0.98)
     parts = Parts(vae, tokenizer, teach_text_encoder(folder, plan, seed, tokenizer), latents)
     torch.manual_seed(seed)
-    train_jointly(folder, Plan("joint", options.joint_steps, 1.2e-3, 64), seed, parts)
+    averages = train_jointly(folder, Plan("joint", options.joint_steps, 1.2e-3, 64), seed, parts)
+    decoder = sharpen_decoder(folder, Plan("decoder", options.decoder_steps, 1e-3, 16, average=0.995), seed, parts)
+    if rank == 0:
+        write(folder, replace(parts, vae=decoder), averages)
     dist.destroy_process_group()
 
 
@@ -394,12 +437,14 @@ def learn(rank: int, options: Options) -> None:
 @click.option("--vae-from", type=click.Path(path_type=Path, exists=True), help="Start from the VAE of this file.")
 @click.option("--text-steps", type=int, default=300, show_default=True)
 @click.option("--joint-steps", type=int, default=8000, show_default=True)
+@click.option("--decoder-steps", type=int, default=8000, show_default=True)
 @click.option("--processes", type=int, default=2, show_default=True, help="One for each core.")
 def main(**chosen: Any) -> None:
     options = Options(**chosen)
     options.folder.mkdir(parents=True, exist_ok=True)
     (options.folder / "meeting").unlink(missing_ok=True)
-    spawn(learn, (options,), nprocs=options.processes)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the processes end with this one
+    spawn(learn, (options,), nprocs=options.processes, daemon=True)
 
 
 if __name__ == "__main__":

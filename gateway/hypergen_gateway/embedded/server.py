@@ -22,6 +22,7 @@ from tritonclient.grpc import InferenceServerClient, InferenceServerException
 
 from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.embedded.installation import Installation
+from hypergen_gateway.embedded.run_folder import remove_shared_memory
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,10 @@ HARMLESS = (
     "Unable to allocate pinned system memory",
     "HandleCancellation called even when the context was not cancelled",
 )
+# While it loads models Triton does not hear SIGTERM, and nobody waits for it yet.
+LOADING_STOP_SECONDS = 0.5
+# Stubs end by themselves once their server has gone.
+MODELS_STOP_SECONDS = 3.0
 PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
@@ -78,7 +83,7 @@ class Launch:
             "--disable-auto-complete-config",
             # The sampler answers in flight from one thread each: see its BLS_THREADS.
             "--backend-config=python,thread-pool-size=64",
-            f"--backend-config=python,shm-region-prefix-name={self.shared_memory_prefix}",
+            f"--backend-config=python,shm-region-prefix-name={self.run_folder.name}",
             "--exit-timeout-secs=5",
         ]
 
@@ -93,11 +98,6 @@ class Launch:
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONDONTWRITEBYTECODE": "1",
         }
-
-    @property
-    def shared_memory_prefix(self) -> str:
-        """Begins the names of this server's regions in /dev/shm, so that those of a killed one can be removed."""
-        return self.run_folder.name
 
 
 class TritonServer:
@@ -151,23 +151,20 @@ class TritonServer:
 
     async def stop(self, timeout: float) -> None:
         """Ask it to end, and end it and its model processes by force if it does not within `timeout` seconds."""
-        children = _stubs_of(self._process.pid) or self._models
+        models = _stubs_of(self._process.pid) or self._models
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
         try:
-            await asyncio.wait_for(self._process.wait(), timeout)
+            await asyncio.wait_for(self._process.wait(), timeout if self._models else LOADING_STOP_SECONDS)
         except asyncio.TimeoutError:
-            logger.warning("Triton did not end within %.0f s and was killed", timeout)
             self._process.kill()
             await self._process.wait()
-        await asyncio.to_thread(_end_all, children)
-        # A surviving grandchild could hold the pipe open for ever.
-        self._reader.cancel()
-        self._remove_shared_memory()
-
-    def _remove_shared_memory(self) -> None:
-        for region in Path("/dev/shm").glob(f"{self._launch.shared_memory_prefix}*"):
-            region.unlink(missing_ok=True)
+        await asyncio.to_thread(psutil.wait_procs, models, MODELS_STOP_SECONDS)
+        # It leads a session of its own: whatever it has started and left behind goes with it.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        await asyncio.wait([self._reader], timeout=MODELS_STOP_SECONDS)
+        remove_shared_memory(self._launch.run_folder)
 
     async def _read_log(self) -> None:
         assert self._process.stdout is not None
@@ -227,11 +224,3 @@ def _is_alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def _end_all(processes: list[psutil.Process]) -> None:
-    """Stubs end by themselves once their server has gone; those that do not are killed."""
-    _, alive = psutil.wait_procs(processes, timeout=3)
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.embedded.installation import find_installation
-from hypergen_gateway.embedded.run_folder import make_run_folder
+from hypergen_gateway.embedded.run_folder import make_run_folder, remove_abandoned
 from hypergen_gateway.embedded.server import Launch, TritonServer, free_ports
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ async def embedded_triton(model_repository: Path, start_timeout: float = 600.0) 
         EmbeddedError: Triton cannot be found, started or made ready within `start_timeout` seconds.
     """
     installation = find_installation()
+    remove_abandoned()
     run_folder = make_run_folder(installation)
     triton = EmbeddedTriton(Launch(installation, run_folder, model_repository, free_ports()), start_timeout)
     try:

@@ -1,0 +1,74 @@
+"""The training loop: what it steps, saves and takes up again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from train import EMOJI, Plan, Stage, choose, random_of
+from world import held_out_colour
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def trained(folder: Path, steps: int, stop_after: int | None = None) -> Tensor:
+    """A little regression; `stop_after` ends the run as a crash after a save would."""
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    module = nn.Linear(3, 1)
+    plan = Plan("little", steps, 0.1, 8, warmup=2)
+    stage = Stage(folder, plan, nn.ModuleDict({"m": module}))
+
+    def loss_of(step: int) -> Tensor:
+        if step == stop_after:
+            stage.save()
+            raise KeyboardInterrupt
+        random_of(plan, 0, step)
+        values = torch.randn(8, 3)
+        error: Tensor = module(values) - values.sum(1, keepdim=True)
+        return error.square().mean()
+
+    averages = stage.run(loss_of)
+    return torch.cat([value.flatten() for value in averages.parameters()])
+
+
+def test_an_interrupted_run_equals_one_that_was_not(tmp_path: Path) -> None:
+    whole = trained(tmp_path / "whole", 20)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "parts", 20, stop_after=7)
+    assert torch.equal(trained(tmp_path / "parts", 20), whole)
+
+
+def test_a_finished_stage_takes_no_step(tmp_path: Path) -> None:
+    first = trained(tmp_path / "done", 5)
+    assert torch.equal(trained(tmp_path / "done", 5, stop_after=0), first)
+
+
+def test_the_rate_rises_then_falls_to_a_hundredth() -> None:
+    plan = Plan("plan", 1000, 2.0, 8, warmup=10)
+    assert plan.rate(0) == pytest.approx(0.2)
+    assert plan.rate(10) == pytest.approx(2.0)
+    assert plan.rate(505) == pytest.approx(2.0 * (0.01 + 0.99 / 2))
+    assert plan.rate(1000) == pytest.approx(0.02)
+
+
+def test_held_out_pairs_are_never_chosen() -> None:
+    picks = choose(Random(0), 5000, 3)
+    assert all(held_out_colour(int(e)) != int(c) for e, c in zip(picks.emoji, picks.colour, strict=True))
+    assert len(set(picks.emoji.tolist())) == len(EMOJI)
+
+
+def test_a_tenth_of_the_captions_is_dropped() -> None:
+    empty = choose(Random(0), 5000, 3).captions.count("")
+    assert 0.08 < empty / 5000 < 0.12
