@@ -171,6 +171,7 @@ def save_checkpoint(pipeline: StableDiffusionPipeline, tokenizer_folder: Path, t
     pipeline.to(dtype=torch.float16).save_pretrained(fresh, safe_serialization=True)
     for name in ("vocab.json", "merges.txt", "tokenizer.json"):
         shutil.copyfile(tokenizer_folder / name, fresh / "tokenizer" / name)
+    _load_in_single_precision(fresh / "text_encoder" / "config.json")
     (fresh / "hypergen_defaults.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n", encoding="utf-8")
     for file in fresh.rglob("*.safetensors"):
         file.chmod(0o644)  # safetensors keeps its temporary file's mode
@@ -180,3 +181,9 @@ def save_checkpoint(pipeline: StableDiffusionPipeline, tokenizer_folder: Path, t
         target.rename(stale)
     fresh.rename(target)
     shutil.rmtree(stale, ignore_errors=True)
+
+
+def _load_in_single_precision(config: Path) -> None:
+    """transformers takes the stored type for the one to compute in, diffusers does not: without this they differ."""
+    content = json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}
+    config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

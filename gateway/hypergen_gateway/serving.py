@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import time
@@ -121,8 +122,9 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        hint = "choose another with --port" if port else "choose another with --host"
-        raise PortUnavailableError(f"Cannot listen on {host}:{port} ({error.strerror}): {hint}.") from error
+        # The operating system's own words: socket adds the address to them.
+        reason = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror
+        raise PortUnavailableError(f"Cannot listen on {host}:{port} ({reason}): see --host and --port.") from error
 
 
 @contextlib.asynccontextmanager
