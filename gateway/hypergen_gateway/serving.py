@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import socket
 import time
@@ -122,8 +121,8 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        # The operating system's own words: socket adds the address to them.
-        reason = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror
+        # socket adds the address to the operating system's words.
+        reason = str(error.strerror or error).partition(" (while")[0]
         raise PortUnavailableError(f"Cannot listen on {host}:{port} ({reason}): see --host and --port.") from error
 
 
