@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 from running_server import Pixels, Server, pixels_of, start_server, stop_server
 from world import COLOURS
 
+README = Path(__file__).parents[2] / "README.md"
 PROMPTS = {
     "yellow": "a rocket on a yellow background",
     "blue": "a dog on a blue background",
@@ -78,3 +81,19 @@ def test_it_draws_at_the_edges_of_its_range(shipped: Server) -> None:
             assert response.data is not None
             width, height = (int(side) for side in size.split("x"))
             assert pixels_of(response.data[0]).shape == (height, width, 3)
+
+
+def readme_block(beginning: str, server: Server) -> str:
+    """The README's block of code that begins so, for the port of this server."""
+    blocks = re.findall(r"```\w+\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    (block,) = [block for block in blocks if block.startswith(beginning)]
+    return str(block).replace("localhost:8000", f"127.0.0.1:{server.port}")
+
+
+@pytest.mark.parametrize(("beginning", "program"), [("curl ", "bash"), ("import base64", sys.executable)])
+def test_what_the_readme_shows_draws_a_picture(beginning: str, program: str, shipped: Server, tmp_path: Path) -> None:
+    code = readme_block(beginning, shipped)
+    subprocess.run([program, "-c", code], cwd=tmp_path, check=True, timeout=60)
+    with Image.open(tmp_path / "rocket.png") as picture:
+        assert (picture.format, picture.size) == ("PNG", (64, 64))
+        assert background(np.asarray(picture.convert("RGB"))) == "yellow"
