@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import openai
 import pytest
+from PIL import Image
 
 from running_server import Pixels, Server, pixels_of, start_server, stop_server
 from world import COLOURS
