@@ -171,7 +171,8 @@ def _check_configs(model: str, checkpoint: Checkpoint) -> None:
             unet.get("in_channels") != channels
         ),
         "its UNet wants a class label": unet.get("class_embed_type") is not None or unet.get("num_class_embeds"),
-        "its UNet wants added conditions": unet.get("addition_embed_type") is not None,
+        # "text" is pooled from encoder_hidden_states inside the UNet and needs no input of its own.
+        "its UNet wants added conditions": unet.get("addition_embed_type") not in (None, "text"),
         "its UNet wants the guidance as an embedding": unet.get("time_cond_proj_dim") is not None,
         "its text encoder wants an attention mask": checkpoint.config("text_encoder").get("use_attention_mask"),
     }

@@ -115,3 +115,8 @@ def test_a_tokenizer_without_a_length_takes_the_text_encoders(checkpoint_copy: P
 
 def test_the_shipped_model_is_in_the_checkout() -> None:
     assert open_checkpoint(SHIPPED_MODEL).family.name == "stable-diffusion"
+
+
+def test_a_unet_that_pools_the_prompt_by_itself_is_supported(checkpoint_copy: Path) -> None:
+    edit_json(checkpoint_copy / "unet" / "config.json", addition_embed_type="text")
+    assert open_checkpoint(str(checkpoint_copy)).family.name == "stable-diffusion"
