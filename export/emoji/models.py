@@ -49,7 +49,10 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Two levels, eight by eight and four by four at the native size, both of them looking at the caption."""
+    """Two levels, eight by eight and four by four at the native size, both of them looking at the caption.
+
+    The caption is pooled into the timestep's embedding as well: cross-attention alone learns slowly what to draw.
+    """
     return UNet2DConditionModel(
         sample_size=NATIVE_SIDE // VAE_FACTOR,
         in_channels=LATENT_CHANNELS,
@@ -61,6 +64,8 @@ def build_unet() -> UNet2DConditionModel:
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=4,
         norm_num_groups=16,
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
     )
 
 

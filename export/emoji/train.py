@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 import signal
 import sys
 import time
@@ -23,11 +24,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
@@ -50,12 +52,28 @@ from models import (
 from world import COLOUR_NAMES, NATIVE_SIDE, PLACEMENTS, colour_table, compose, cutouts, emoji_list, held_out_colour
 
 EMOJI = emoji_list()
+_Part = TypeVar("_Part", bound=nn.Module)
 # Sizes beside the native one, width and height, so that they do not break; a step in eight is at one of them.
 OTHER_SIZES = ((48, 48), (56, 56), (72, 72), (80, 80), (96, 96), (64, 96), (96, 64))
 OTHER_SIZE_EVERY = 8
 CAPTION_DROPPED, COLOUR_UNSAID, EMOJI_UNSAID = 0.10, 0.15, 0.03
 KL_WEIGHT = 3e-4
+NOISY_TIMESTEPS = 0.6  # the exponent of uniform numbers; 1 would take all timesteps alike
 SAVE_SECONDS = 180.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line chooses."""
+
+    folder: Path
+    seed: int
+    start: Path | None
+    vae_steps: int
+    text_steps: int
+    joint_steps: int
+    decoder_steps: int
+    processes: int
 
 
 @dataclass(frozen=True)
@@ -194,18 +212,23 @@ def _caption(random: Random, emoji: int, colour: int) -> str:
     return caption(random, EMOJI[emoji].names, said)
 
 
+def begun(part: _Part, start: Path | None, name: str) -> _Part:
+    """With the weights of an earlier checkpoint where there is one to start from."""
+    if start is not None:
+        part.load_state_dict(load_file(next((start / name).glob("*.safetensors"))))
+    return part
+
+
 # Stage 1: the VAE
 
 
-def train_vae(folder: Path, plan: Plan, seed: int, start: Path | None) -> nn.Module:
-    vae = build_vae().to(memory_format=torch.channels_last)
-    if start is not None:
-        vae.load_state_dict(torch.load(start, weights_only=True)["vae"])
+def train_vae(folder: Path, plan: Plan, options: Options) -> nn.Module:
+    vae = begun(build_vae(), options.start, "vae").to(memory_format=torch.channels_last)
     stage = Stage(folder, plan, nn.ModuleDict({"vae": vae}))
     cuts = cutouts(EMOJI)
 
     def loss_of(step: int) -> Tensor:
-        picks = choose(random_of(plan, seed, step), share(plan), len(PLACEMENTS))
+        picks = choose(random_of(plan, options.seed, step), share(plan), len(PLACEMENTS))
         pictures = compose(cuts[picks.emoji, picks.placement], colour_table()[picks.colour]) * 2 - 1
         return vae_loss(vae, pictures.contiguous(memory_format=torch.channels_last))
 
@@ -284,11 +307,11 @@ def _encode_share(vae: Any, cuts: Tensor) -> Tensor:
 # Stage 3: the text encoder by itself
 
 
-def teach_text_encoder(folder: Path, plan: Plan, seed: int, tokenizer: Any) -> nn.Module:
+def teach_text_encoder(folder: Path, plan: Plan, options: Options, tokenizer: Any) -> nn.Module:
     """Emoji and colour must be told from the mean of its states and from any one that saw the whole caption."""
     modules = nn.ModuleDict(
         {
-            "text_encoder": build_text_encoder(tokenizer),
+            "text_encoder": begun(build_text_encoder(tokenizer), options.start, "text_encoder"),
             "emoji": nn.Linear(TEXT_WIDTH, len(EMOJI)),
             "colour": nn.Linear(TEXT_WIDTH, len(COLOUR_NAMES) + 1),
         }
@@ -296,7 +319,7 @@ def teach_text_encoder(folder: Path, plan: Plan, seed: int, tokenizer: Any) -> n
     stage = Stage(folder, plan, modules)
 
     def loss_of(step: int) -> Tensor:
-        random = random_of(plan, seed, step)
+        random = random_of(plan, options.seed, step)
         return text_loss(modules, tokenizer, random, share(plan))
 
     return stage.run(loss_of)["text_encoder"]
@@ -331,15 +354,14 @@ class Parts:
     latents: Latents
 
 
-def train_jointly(folder: Path, plan: Plan, seed: int, parts: Parts) -> nn.ModuleDict:
-    modules = nn.ModuleDict(
-        {"unet": build_unet().to(memory_format=torch.channels_last), "text_encoder": copy.deepcopy(parts.text_encoder)}
-    )
+def train_jointly(folder: Path, plan: Plan, options: Options, parts: Parts) -> nn.ModuleDict:
+    unet = begun(build_unet(), options.start, "unet").to(memory_format=torch.channels_last)
+    modules = nn.ModuleDict({"unet": unet, "text_encoder": copy.deepcopy(parts.text_encoder)})
     modules.requires_grad_(True).train()
     stage = Stage(folder, plan, modules)
 
     def loss_of(step: int) -> Tensor:
-        random = random_of(plan, seed, step)
+        random = random_of(plan, options.seed, step)
         other = step % OTHER_SIZE_EVERY == OTHER_SIZE_EVERY - 1
         size = OTHER_SIZES[step // OTHER_SIZE_EVERY % len(OTHER_SIZES)] if other else (NATIVE_SIDE, NATIVE_SIDE)
         picks = choose(random, share(plan), parts.latents.by_size[size].shape[1])
@@ -349,10 +371,10 @@ def train_jointly(folder: Path, plan: Plan, seed: int, parts: Parts) -> nn.Modul
 
 
 def diffusion_loss(modules: nn.ModuleDict, parts: Parts, picks: Choice, latents: Tensor) -> Tensor:
-    """Mean squared error of v at stratified timesteps."""
+    """Mean squared error of v at stratified timesteps, more of them noisy ones: there it is decided what is drawn."""
     count = len(latents)
     scheduler = build_scheduler()
-    timesteps = ((torch.arange(count) + torch.rand(count)) / count * 1000).long()
+    timesteps = (((torch.arange(count) + torch.rand(count)) / count) ** NOISY_TIMESTEPS * 1000).long()
     noise = torch.randn_like(latents)
     noisy = scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
     target = scheduler.get_velocity(latents, noise, timesteps)
@@ -392,18 +414,11 @@ def write(folder: Path, parts: Parts, averages: Any) -> None:
     save_checkpoint(pipeline_of(vae, text_encoder, parts.tokenizer, unet), folder / "tokenizer", folder / "checkpoint")
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the command line chooses."""
-
-    folder: Path
-    seed: int
-    vae_steps: int
-    vae_from: Path | None
-    text_steps: int
-    joint_steps: int
-    decoder_steps: int
-    processes: int
+def provide_tokenizer(folder: Path, options: Options) -> None:
+    if options.start is None:
+        write_tokenizer(folder, options.seed)
+    else:
+        shutil.copytree(options.start / "tokenizer", folder)
 
 
 def learn(rank: int, options: Options) -> None:
@@ -413,17 +428,17 @@ def learn(rank: int, options: Options) -> None:
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=options.processes)
     folder, seed = options.folder, options.seed
     if rank == 0 and not (folder / "tokenizer").exists():
-        write_tokenizer(folder / "tokenizer", seed)
+        provide_tokenizer(folder / "tokenizer", options)
     dist.barrier()
     tokenizer = read_tokenizer(folder / "tokenizer")
     torch.manual_seed(seed)
-    vae = train_vae(folder, Plan("vae", options.vae_steps, 1.5e-3, 16, average=0.995), seed, options.vae_from)
+    vae = train_vae(folder, Plan("vae", options.vae_steps, 1.5e-3, 16, average=0.995), options)
     latents = encode_world(folder, vae)
     torch.manual_seed(seed)
     plan = Plan("text_encoder", options.text_steps, 1e-3, 256, 20, 0.98)
-    parts = Parts(vae, tokenizer, teach_text_encoder(folder, plan, seed, tokenizer), latents)
+    parts = Parts(vae, tokenizer, teach_text_encoder(folder, plan, options, tokenizer), latents)
     torch.manual_seed(seed)
-    averages = train_jointly(folder, Plan("joint", options.joint_steps, 1.2e-3, 64), seed, parts)
+    averages = train_jointly(folder, Plan("joint", options.joint_steps, 1.2e-3, 32), options, parts)
     decoder = sharpen_decoder(folder, Plan("decoder", options.decoder_steps, 1e-3, 16, average=0.995), seed, parts)
     if rank == 0:
         write(folder, replace(parts, vae=decoder), averages)
@@ -433,11 +448,11 @@ def learn(rank: int, options: Options) -> None:
 @click.command(help=__doc__)
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("build/emoji"), show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--start", type=click.Path(path_type=Path, exists=True), help="Start from a checkpoint's weights.")
 @click.option("--vae-steps", type=int, default=4000, show_default=True)
-@click.option("--vae-from", type=click.Path(path_type=Path, exists=True), help="Start from the VAE of this file.")
 @click.option("--text-steps", type=int, default=300, show_default=True)
-@click.option("--joint-steps", type=int, default=8000, show_default=True)
-@click.option("--decoder-steps", type=int, default=8000, show_default=True)
+@click.option("--joint-steps", type=int, default=12000, show_default=True)
+@click.option("--decoder-steps", type=int, default=4000, show_default=True)
 @click.option("--processes", type=int, default=2, show_default=True, help="One for each core.")
 def main(**chosen: Any) -> None:
     options = Options(**chosen)
