@@ -29,7 +29,7 @@ DEFAULTS = {
     "guidance_scale": 3.0,
     "width": NATIVE_SIDE,
     "height": NATIVE_SIDE,
-    "min_size": 48,
+    "min_size": 56,
     "max_size": 96,
 }
 
