@@ -150,19 +150,20 @@ class TritonServer:
         return f"{len(dead)} of its {len(self._models)} model processes" if dead else None
 
     async def stop(self, timeout: float) -> None:
-        """Ask it to end, and end it and its model processes by force if it does not within `timeout` seconds."""
+        """Ask it to end, and kill what has not ended after `timeout` seconds."""
         models = _stubs_of(self._process.pid) or self._models
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
-        try:
+        with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._process.wait(), timeout if self._models else LOADING_STOP_SECONDS)
-        except asyncio.TimeoutError:
-            self._process.kill()
-            await self._process.wait()
         await asyncio.to_thread(psutil.wait_procs, models, MODELS_STOP_SECONDS)
-        # It leads a session of its own: whatever it has started and left behind goes with it.
+        await self.kill()
+
+    async def kill(self) -> None:
+        """End it and everything it has started at once; it leads a session of its own."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
+        await self._process.wait()
         await asyncio.wait([self._reader], timeout=MODELS_STOP_SECONDS)
         remove_shared_memory(self._launch.run_folder)
 

@@ -22,6 +22,7 @@ from hypergen_gateway.embedded.server import Launch, TritonServer, free_ports
 logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.25
+STOP_SECONDS = 10.0
 LONGEST_PAUSE_SECONDS = 30.0
 
 
@@ -74,16 +75,12 @@ class EmbeddedTriton:
             self._watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._watcher
-        await self._stop_server(timeout=10.0)
+        if self._server is not None:
+            await self._server.stop(STOP_SECONDS)
 
     async def _start_server(self) -> None:
         self._server = await TritonServer.start(self._launch)
         await self._server.wait_ready(self._start_timeout)
-
-    async def _stop_server(self, timeout: float) -> None:
-        if self._server is not None:
-            await self._server.stop(timeout)
-            self._server = None
 
     async def _watch(self) -> None:
         while True:
@@ -98,8 +95,9 @@ class EmbeddedTriton:
         pause = 0.5
         while True:
             try:
-                # What is left of it answers nobody: no time for a graceful end.
-                await self._stop_server(timeout=0.5)
+                # What is left of it could only fail its clients later.
+                if self._server is not None:
+                    await self._server.kill()
                 await self._start_server()
             except (EmbeddedError, OSError) as error:
                 logger.error("%s Next try in %.0f s", error, pause)

@@ -18,6 +18,10 @@ class ComponentError(RuntimeError):
     """A component model answered with an error."""
 
 
+class ServerStoppingError(ComponentError):
+    """Triton is shutting down: it answers BLS calls no more while streams are still open."""
+
+
 class Components:
     """The engines of one checkpoint. The dynamic batcher in front of each merges calls that meet there."""
 
@@ -53,6 +57,9 @@ async def _call(model: str, inputs: dict[str, npt.NDArray[Any]], output: str) ->
     )
     response = await request.async_exec()
     if response.has_error():
-        raise ComponentError(f"{model}: {response.error().message()}")
+        message = response.error().message()
+        # The code would say it too, but reaches BLS only since Triton 25.05.
+        kind = ServerStoppingError if "Server not ready" in message else ComponentError
+        raise kind(f"{model}: {message}")
     array: npt.NDArray[Any] = pb_utils.get_output_tensor_by_name(response, output).as_numpy()
     return array
