@@ -31,6 +31,11 @@ def processes(server: Server, name: str) -> list[psutil.Process]:
     return [child for child in children if child.is_running() and child.name().startswith(name)]
 
 
+def model_process(server: Server, model: str) -> psutil.Process:
+    (found,) = [each for each in processes(server, "triton_python") if f"/{model}/1/" in " ".join(each.cmdline())]
+    return found
+
+
 def shared_memory() -> set[str]:
     return {region.name for region in Path("/dev/shm").glob("hypergen-triton-*")}
 
@@ -49,13 +54,14 @@ def test_a_killed_process_is_replaced_and_pictures_come_again(own_server: Server
     assert client.images.generate(prompt="cat", extra_body={"num_inference_steps": 2}).data
 
 
-async def test_a_request_under_way_when_triton_dies_ends_in_an_error(own_server: Server) -> None:
+@pytest.mark.parametrize("victim", ["diffusion", "unet", "vae_encoder"])
+async def test_a_request_under_way_when_a_model_dies_ends_in_an_error(own_server: Server, victim: str) -> None:
     async with own_server.async_client() as client:
         before = own_server.unet_counts()[1]
         request = asyncio.create_task(draw(client, prompt="cat", size="512x512", num_inference_steps=150))
         while own_server.unet_counts()[1] < before + 2:
             await asyncio.sleep(0.02)
-        processes(own_server, "triton_python")[0].send_signal(signal.SIGKILL)
+        model_process(own_server, victim).send_signal(signal.SIGKILL)
         with pytest.raises(openai.InternalServerError) as raised:
             await asyncio.wait_for(request, 15)
     assert raised.value.status_code == 503

@@ -13,13 +13,16 @@ import triton_python_backend_utils as pb_utils
 
 from sampling import Array, UNetRows
 
+# Triton's words for it; its code reaches BLS only since 25.05.
+UNAVAILABLE = ("Server not ready", "is not healthy", "is not ready")
+
 
 class ComponentError(RuntimeError):
     """A component model answered with an error."""
 
 
-class ServerStoppingError(ComponentError):
-    """Triton is shutting down: it answers BLS calls no more while streams are still open."""
+class ComponentUnavailableError(ComponentError):
+    """Triton is shutting down or has lost the component's process: the same request can succeed later."""
 
 
 class Components:
@@ -58,8 +61,7 @@ async def _call(model: str, inputs: dict[str, npt.NDArray[Any]], output: str) ->
     response = await request.async_exec()
     if response.has_error():
         message = response.error().message()
-        # The code would say it too, but reaches BLS only since Triton 25.05.
-        kind = ServerStoppingError if "Server not ready" in message else ComponentError
-        raise kind(f"{model}: {message}")
+        unavailable = any(words in message for words in UNAVAILABLE)
+        raise (ComponentUnavailableError if unavailable else ComponentError)(f"{model}: {message}")
     array: npt.NDArray[Any] = pb_utils.get_output_tensor_by_name(response, output).as_numpy()
     return array

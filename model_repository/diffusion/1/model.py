@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 import triton_python_backend_utils as pb_utils
 
-from bls import Components, ServerStoppingError
+from bls import Components, ComponentUnavailableError
 from contract import InvalidInputError, Limits, QueueFullError, Request, check_request, read_scheduler_config
 from prompts import PromptTokenizer
 from sampling import Array, Image
@@ -156,7 +156,7 @@ def _triton_error(error: BaseException) -> Any:
     codes = {
         InvalidInputError: pb_utils.TritonError.INVALID_ARG,
         QueueFullError: pb_utils.TritonError.UNAVAILABLE,
-        ServerStoppingError: pb_utils.TritonError.UNAVAILABLE,
+        ComponentUnavailableError: pb_utils.TritonError.UNAVAILABLE,
         ClientGoneError: pb_utils.TritonError.CANCELLED,
     }
     code = codes.get(type(error))
