@@ -13,9 +13,12 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from contract import Limits
+from hypergen_export import checkpoint as exporter_checkpoint
 from hypergen_export.components import STABLE_DIFFUSION
-from hypergen_gateway import triton
+from hypergen_export.defaults import scheduler_name
+from hypergen_gateway import repository, triton
 from hypergen_gateway.generation import Generation, ModelDescription
+from samplers import SCHEDULERS
 
 ROOT = Path(__file__).parents[1]
 SAMPLER = ROOT / "model_repository" / "diffusion"
@@ -49,6 +52,17 @@ def test_an_export_carries_every_parameter_that_gateway_and_sampler_read(exporte
     carried = set(text_format.Parse(text, model_config_pb2.ModelConfig()).parameters)
     assert {field.name for field in dataclasses.fields(ModelDescription)} <= carried
     assert {field.name for field in dataclasses.fields(Limits)} <= carried
+
+
+def test_the_exporter_calls_a_checkpoints_scheduler_as_the_sampler_does() -> None:
+    plain = {name: recipe for name, recipe in SCHEDULERS.items() if not recipe.overrides}
+    assert {name: scheduler_name({"_class_name": recipe.class_name}, plain) for name, recipe in plain.items()} == {
+        name: name for name in plain
+    }
+
+
+def test_command_and_exporter_mean_the_same_model_by_the_shipped_one() -> None:
+    assert repository.SHIPPED_MODEL == exporter_checkpoint.SHIPPED_MODEL
 
 
 def test_an_export_brings_the_files_that_the_sampler_opens(exported: Path) -> None:
