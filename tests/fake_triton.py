@@ -30,6 +30,7 @@ PARAMETERS = {
     "max_guidance_scale": "20",
     "max_active_images": "32",
     "max_waiting_images": "256",
+    "suggestions": "a rocket, red\na cat",
 }
 
 

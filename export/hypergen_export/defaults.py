@@ -1,4 +1,7 @@
-"""What the sampler tells its clients about a checkpoint: its sizes, steps, guidance and scheduler, as parameters."""
+"""What the sampler tells its clients about a checkpoint, as parameters: sizes, steps, guidance, scheduler, suggestions.
+
+A checkpoint may bring its own in `hypergen_defaults.json`; diffusers' layout has no place for them.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +35,13 @@ def checkpoint_parameters(checkpoint: Checkpoint, known_schedulers: Collection[s
     factor = sizes["vae_scale_factor"]
     try:
         parameters = _sides(checkpoint, factor) | _habits(checkpoint.defaults)
+        suggestions = _suggestions(checkpoint.defaults)
     except (KeyError, TypeError, ValueError) as error:
-        raise BrokenCheckpointError(f"{checkpoint.folder}: a default is missing or no number ({error})") from error
+        raise BrokenCheckpointError(f"{checkpoint.folder}: a default is missing or of no use ({error})") from error
     return {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in parameters.items()} | {
         "family": checkpoint.family.name,
         "default_scheduler": scheduler_name(checkpoint.scheduler, known_schedulers),
+        "suggestions": suggestions,
         "size_factor": str(factor),
         "vae_scale_factor": str(factor),
         "latent_channels": str(sizes["latent_channels"]),
@@ -60,6 +65,14 @@ def _habits(stored: Mapping[str, Any]) -> dict[str, int | float]:
         "default_num_inference_steps": int(stored.get("num_inference_steps", _NUM_INFERENCE_STEPS)),
         "default_guidance_scale": float(stored.get("guidance_scale", _GUIDANCE_SCALE)),
     }
+
+
+def _suggestions(stored: Mapping[str, Any]) -> str:
+    """Prompts worth trying, one a line."""
+    prompts = stored.get("suggestions", [])
+    if not isinstance(prompts, list) or not all(isinstance(one, str) and one.isprintable() for one in prompts):
+        raise ValueError("suggestions: not a list of lines")
+    return "\n".join(prompts)
 
 
 def _sides(checkpoint: Checkpoint, factor: int) -> dict[str, int | float]:

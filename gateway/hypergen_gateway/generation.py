@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_SEED = 2**63 - 1
+Lines = tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ class ModelDescription:
     max_num_inference_steps: int
     max_guidance_scale: float
     max_active_images: int
+    suggestions: Lines  # prompts that the model draws well; none for most
 
 
 class Backend(Protocol):

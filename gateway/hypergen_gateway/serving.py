@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import shlex
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -30,6 +32,9 @@ T = TypeVar("T")
 STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Pictures in the making when the server is told to stop get this long; then their clients get an error.
 DRAIN_SECONDS = 120
+# A model that brings no prompts of its own is asked for this.
+ANY_PROMPT = "a lighthouse at dusk"
+SUGGESTIONS_SHOWN = 5
 # One picture of the largest model on the slowest machine.
 DRAW_SECONDS = 3600
 
@@ -200,18 +205,27 @@ async def _greeting(options: ServeOptions, backend: TritonBackend) -> str:
     secured = options.gateway.api_key is not None
     return (
         f"Serving {model} on {url}/v1 ({description.device}{', with an API key' if secured else ''})"
-        f"\n\nA picture:\n{_curl_line(url, secured)}\n"
+        f"\n\nA picture:\n{_curl_line(url, secured, description.suggestions)}\n{_suggested(description.suggestions)}"
     )
 
 
-def _curl_line(url: str, secured: bool) -> str:
+def _suggested(prompts: Sequence[str]) -> str:
+    """A few prompts from all over the list; nothing where the model has none."""
+    if not prompts:
+        return ""
+    few = prompts[:: -(-len(prompts) // SUGGESTIONS_SHOWN)]
+    return "\nOther prompts:\n" + "".join(f"  {prompt}\n" for prompt in few)
+
+
+def _curl_line(url: str, secured: bool, prompts: Sequence[str]) -> str:
     key = ' -H "Authorization: Bearer $HYPERGEN_API_KEY"' if secured else ""
     decode = (
         "import base64, json, sys; "
         'sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))'
     )
+    body = shlex.quote(json.dumps({"prompt": prompts[0] if prompts else ANY_PROMPT}, ensure_ascii=False))
     return (
         f"  curl -s {url}/v1/images/generations{key} -H 'Content-Type: application/json' \\\n"
-        f'    -d \'{{"prompt": "a rocket on a yellow background"}}\' \\\n'
-        f"    | python3 -c '{decode}' > rocket.png"
+        f"    -d {body} \\\n"
+        f"    | python3 -c '{decode}' > picture.png"
     )

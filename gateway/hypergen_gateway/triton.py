@@ -79,6 +79,7 @@ _READERS: dict[str, Callable[[str], object]] = {
     "int": int,
     "float": float,
     "tuple[str, ...]": lambda text: tuple(text.split(",")),
+    "Lines": lambda text: tuple(text.splitlines()),
 }
 
 

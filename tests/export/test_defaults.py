@@ -70,7 +70,22 @@ def test_limits_are_multiples_of_the_vaes_factor(checkpoint_copy: Path) -> None:
     assert (found["min_size"], found["max_size"]) == ("40", "992")
 
 
-@pytest.mark.parametrize("defaults", [{"width": 100}, {"max_size": 32}, {"num_inference_steps": "many"}])
+def test_suggestions_travel_one_a_line(checkpoint_copy: Path) -> None:
+    assert parameters(checkpoint_copy)["suggestions"] == ""
+    prompts = ["a rocket, on yellow", "Crème brûlée"]
+    assert parameters(checkpoint_copy, suggestions=prompts)["suggestions"].splitlines() == prompts
+
+
+@pytest.mark.parametrize(
+    "defaults",
+    [
+        {"width": 100},
+        {"max_size": 32},
+        {"num_inference_steps": "many"},
+        {"suggestions": "a rocket"},
+        {"suggestions": ["two\nlines"]},
+    ],
+)
 def test_defaults_that_cannot_be_are_a_broken_checkpoint(checkpoint_copy: Path, defaults: dict[str, Any]) -> None:
     with pytest.raises(BrokenCheckpointError, match="default"):
         parameters(checkpoint_copy, **defaults)

@@ -85,6 +85,7 @@ class TestDescribe:
             max_num_inference_steps=150,
             max_guidance_scale=20.0,
             max_active_images=32,
+            suggestions=("a rocket, red", "a cat"),
         )
 
     async def test_every_field_is_a_parameter_of_the_same_name(self) -> None:
