@@ -8,27 +8,27 @@ from __future__ import annotations
 from random import Random
 
 WITH_COLOUR = (
-    "{a} {name} on a {colour} background",
+    "{a} {name} on {a_colour} background",
     "{a} {name} on {colour}",
     "{name} on {colour}",
     "{name}, {colour} background",
     "{name}, {colour}",
     "{colour} background, {name}",
     "{colour} background with {a} {name}",
-    "on a {colour} background, {a} {name}",
-    "{a} {name} in front of a {colour} background",
-    "{a} {name} against a {colour} backdrop",
-    "{a} {name} with a {colour} background",
+    "on {a_colour} background, {a} {name}",
+    "{a} {name} in front of {a_colour} background",
+    "{a} {name} against {a_colour} backdrop",
+    "{a} {name} with {a_colour} background",
     "{name}; the background is {colour}",
     "the background is {colour} and there is {a} {name}",
-    "a {colour} picture of {a} {name}",
+    "{a_colour} picture of {a} {name}",
 )
 WITHOUT_COLOUR = ("{name}", "{a} {name}", "{a} {name}", "{a} {name} on a plain background", "the {name}")
-ONLY_COLOUR = ("{colour}", "a {colour} background", "{colour} background")
+ONLY_COLOUR = ("{colour}", "{a_colour} background", "{colour} background")
 UNSEEN = (
     "please show me {a} {name}, and behind it everything should be {colour}",
     "background in {colour}. subject: {name}",
-    "i would like {a} {name} over a {colour} wall",
+    "i would like {a} {name} over {a_colour} wall",
     "{colour} all around, {a} {name} in the middle",
     "could you paint {a} {name} standing before a plain {colour} backdrop?",
 )
@@ -45,20 +45,30 @@ made over did down only way find use may water long little very after words call
 through back much before also around another came come work three word must because does part even place well
 such here take why things help put years different away again off went old number great tell men say small
 every found still between name should mr big give air line set own under read last never us left end
-along while might next sound below saw something thought both few those always looked show large often
-together asked turned nice beautiful bright sharp detailed modern funny happy lovely shiny soft standing
-sitting alone middle centre wall everything behind subject want please paint image scene view colour color
+along while might next sound below saw something thought both few those always looked large often
+together asked turned nice beautiful bright sharp detailed modern funny happy lovely shiny soft
+sitting alone centre image scene view colour color
 front top clean flat
 """
 FILLERS = tuple(_MEANINGLESS.split())
 
 
-def article(name: str) -> str:
-    return "an" if name[0] in "aeiou" else "a"
+PLURALS = ("grapes", "cherries", "french fries", "fries", "heart eyes")
+
+
+def article(words: str) -> str:
+    if words in PLURALS:
+        return "some"
+    return "an" if words[:1] in tuple("aeiou") else "a"
 
 
 def fill(template: str, name: str, colour: str) -> str:
-    return template.format(a=article(name), name=name, colour=colour)
+    return template.format(a=article(name), name=name, a_colour=f"{article(colour)} {colour}", colour=colour)
+
+
+def plain_caption(name: str, colour: str) -> str:
+    """The usual wording, as somebody would type it."""
+    return fill("{name} on {a_colour} background", name, colour)
 
 
 def _noise_word(random: Random) -> str:

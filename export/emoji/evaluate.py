@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import time
 import urllib.request
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from captions import caption, unseen_caption
+from captions import caption, plain_caption, unseen_caption
 from world import COLOUR_NAMES, NATIVE_SIDE, Placement, colour_table, compose, cutouts, emoji_list, held_out_colour
 
 HERE = Path(__file__).parent
@@ -243,7 +244,7 @@ def held_out_tasks(count: int, seed: int) -> list[Task]:
     chosen = random.sample(range(len(EMOJI)), count)
     prompts = [(one, held_out_colour(one)) for one in chosen]
     return [
-        Task(Request(f"{EMOJI[emoji].name} on a {COLOUR_NAMES[colour]} background", index), emoji, colour)
+        Task(Request(plain_caption(EMOJI[emoji].name, COLOUR_NAMES[colour]), index), emoji, colour)
         for index, (emoji, colour) in enumerate(prompts)
     ]
 
@@ -352,7 +353,7 @@ def sheet_requests() -> list[Request]:
     chosen = [round(index * (len(EMOJI) - 1) / 63) for index in range(64)]
     colours = [COLOUR_NAMES[(index + index // 8) % 8] for index in range(64)]
     return [
-        Request(f"{EMOJI[one].name} on a {colour} background", seed)
+        Request(plain_caption(EMOJI[one].name, colour), seed)
         for seed, (one, colour) in enumerate(zip(chosen, colours, strict=True))
     ]
 
@@ -371,7 +372,7 @@ def contact_sheet(pictures: Sequence[Image.Image], lines: Sequence[str]) -> Imag
 
 def draw_sheet(source: Source, file: Path) -> None:
     requests = sheet_requests()
-    lines = [request.prompt.replace(" on a ", ", ").removesuffix(" background") for request in requests]
+    lines = [re.sub(" on an? ", ", ", request.prompt).removesuffix(" background") for request in requests]
     coarse = [level & 0xF8 | 4 for level in range(256)] * 3  # five bits a channel: half the bytes, nothing to be seen
     contact_sheet(source.draw(requests), lines).point(coarse).save(file, optimize=True)
 

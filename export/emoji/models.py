@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from captions import FILLERS, caption
+from captions import FILLERS, caption, plain_caption
 from world import COLOUR_NAMES, NATIVE_SIDE, emoji_list
 
 POSITIONS = 32
@@ -24,6 +24,12 @@ TEXT_WIDTH = 128
 LATENT_CHANNELS = 16
 VAE_FACTOR = 8
 START, END = "<|startoftext|>", "<|endoftext|>"
+# For every emoji a prompt that draws it, the colours in turn; the first one is what everybody tries.
+SUGGESTED_COLOURS = ("yellow", "blue", "green", "purple", "white", "orange", "red", "black")
+SUGGESTIONS = [
+    plain_caption(emoji.name, SUGGESTED_COLOURS[index % len(SUGGESTED_COLOURS)])
+    for index, emoji in enumerate(emoji_list())
+]
 DEFAULTS = {
     "num_inference_steps": 20,
     "guidance_scale": 3.0,
@@ -31,6 +37,7 @@ DEFAULTS = {
     "height": NATIVE_SIDE,
     "min_size": 56,
     "max_size": 96,
+    "suggestions": SUGGESTIONS,
 }
 
 

@@ -19,7 +19,6 @@ import math
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +28,8 @@ from typing import Any, TypeVar
 import click
 import torch
 import torch.distributed as dist
+from pytorch_optimizer import Muon
+from pytorch_optimizer.optimizer.utils.matrix import zero_power_via_gram_newton_schulz
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
@@ -53,13 +54,16 @@ from world import COLOUR_NAMES, NATIVE_SIDE, PLACEMENTS, colour_table, compose, 
 
 EMOJI = emoji_list()
 _Part = TypeVar("_Part", bound=nn.Module)
-# Sizes beside the native one, width and height, so that they do not break; a step in eight is at one of them.
-OTHER_SIZES = ((48, 48), (56, 56), (72, 72), (80, 80), (96, 96), (64, 96), (96, 64))
-OTHER_SIZE_EVERY = 8
+# Sizes beside the native one, width and height, so that they do not break; a step in six is at one of them.
+OTHER_SIZES = ((56, 56), (72, 72), (80, 80), (64, 96), (96, 64), (96, 96))
+OTHER_SIZE_EVERY = 6
 CAPTION_DROPPED, COLOUR_UNSAID, EMOJI_UNSAID = 0.10, 0.15, 0.03
-KL_WEIGHT = 3e-4
+KL_WEIGHT = 1e-3
 NOISY_TIMESTEPS = 0.6  # the exponent of uniform numbers; 1 would take all timesteps alike
-SAVE_SECONDS = 180.0
+SAVE_STEPS = 200
+MIDDLE = 13  # of the placements: the larger emoji, not shifted
+# Layers at the edges of a network and tables; their weights are no maps between hidden states.
+EDGES = ("conv_in", "conv_out", "quant_conv", "embedding", "emoji", "colour")
 
 
 @dataclass(frozen=True)
@@ -78,30 +82,33 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one stage is trained; the learning rate rises over `warmup` steps and falls as a cosine to a hundredth."""
+    """How one stage is trained: the learning rates of hidden matrices (Muon's) and of the rest (AdamW's).
+
+    They rise over `warmup` steps and fall as a cosine to a hundredth.
+    """
 
     name: str
     steps: int
     peak: float
+    rest_peak: float
     batch: int
-    warmup: int = 100
-    average: float = 0.999
+    warmup: int = 50
+    average: float = 0.998
 
-    def rate(self, step: int) -> float:
+    def factor(self, step: int) -> float:
         if step < self.warmup:
-            return self.peak * (step + 1) / self.warmup
+            return (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Of each picture of a batch: the emoji, the placement, the colour (indices) and the caption."""
+    """Of each picture of a batch: the emoji, the placement and the colour (indices)."""
 
     emoji: Tensor
     placement: Tensor
     colour: Tensor
-    captions: list[str]
 
 
 def random_of(plan: Plan, seed: int, step: int) -> Random:
@@ -109,6 +116,39 @@ def random_of(plan: Plan, seed: int, step: int) -> Random:
     random = Random(f"{seed}/{plan.name}/{step}/{dist.get_rank()}")
     torch.manual_seed(random.getrandbits(62))
     return random
+
+
+class SinglePrecisionMuon(Muon):
+    """The library's Muon, orthogonalising in float32: on processors without bfloat16 that is many times faster."""
+
+    @staticmethod
+    def _orthogonalize(group: dict[str, Any], updates: list[Tensor]) -> list[Tensor]:
+        return [
+            zero_power_via_gram_newton_schulz(one.flatten(1), num_steps=group["ns_steps"], dtype=torch.float32)
+            for one in updates
+        ]
+
+
+def hidden_matrices(modules: nn.Module) -> list[nn.Parameter]:
+    """What Muon is for: weights that map hidden states to hidden states."""
+    named = modules.named_parameters()
+    return [value for name, value in named if value.ndim > 1 and not any(edge in name for edge in EDGES)]
+
+
+def shares_of(matrices: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The matrices each process orthogonalises, so that all take about the same time."""
+    shares: list[list[nn.Parameter]] = [[] for _ in range(dist.get_world_size())]
+    costs = [0] * len(shares)
+    for value in sorted(matrices, key=orthogonalising_cost, reverse=True):
+        least = costs.index(min(costs))
+        shares[least].append(value)
+        costs[least] += orthogonalising_cost(value)
+    return shares
+
+
+def orthogonalising_cost(value: Tensor) -> int:
+    rows, columns = sorted((len(value), value.numel() // len(value)))
+    return rows * rows * (columns + 8 * rows)
 
 
 class Stage:
@@ -120,8 +160,15 @@ class Stage:
         self.averages = copy.deepcopy(modules).requires_grad_(False).eval()
         self.step = 0
         self._file = folder / f"{plan.name}.pt"
-        self._optimizer = torch.optim.AdamW(modules.parameters(), lr=plan.peak, betas=(0.9, 0.99), weight_decay=0.01)
-        self._saved = time.monotonic()
+        matrices = hidden_matrices(modules)
+        chosen = {id(value) for value in matrices}
+        rest = [value for value in modules.parameters() if id(value) not in chosen]
+        self._shares = shares_of(matrices)
+        groups = [
+            {"params": self._shares[dist.get_rank()], "lr": plan.peak, "weight_decay": 0.01, "use_muon": True},
+            {"params": rest, "lr": plan.rest_peak, "weight_decay": 0.01, "betas": (0.9, 0.99), "use_muon": False},
+        ]
+        self._optimizer = SinglePrecisionMuon(groups)
         if self._file.exists():
             self._restore(torch.load(self._file, weights_only=True))
         for value in [*modules.parameters(), *self.averages.parameters()]:
@@ -131,20 +178,23 @@ class Stage:
         self.step = state["step"]
         self.modules.load_state_dict(state["modules"])
         self.averages.load_state_dict(state["averages"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._optimizer.load_state_dict(state["optimizers"][dist.get_rank()])
 
     def save(self) -> None:
         """Written beside and renamed: an interrupted save leaves the last one whole."""
+        optimizers: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(optimizers, self._optimizer.state_dict())
+        if dist.get_rank() > 0:
+            return
         state = {
             "step": self.step,
             "modules": self.modules.state_dict(),
             "averages": self.averages.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizers": optimizers,
         }
         beside = self._file.with_suffix(".new")
         torch.save(state, beside)
         beside.replace(self._file)
-        self._saved = time.monotonic()
 
     def run(self, loss_of: Callable[[int], Tensor], saved: Callable[[], None] = lambda: None) -> nn.ModuleDict:
         """Takes the steps that are left and returns the averaged modules; `saved` is called after every save."""
@@ -157,19 +207,22 @@ class Stage:
             smooth = 0.98 * smooth + 0.02 * loss.item() if smooth else loss.item()
             bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
             bar.update()
-            if first and (time.monotonic() - self._saved > SAVE_SECONDS or self.step == self.plan.steps):
+            if self.step % SAVE_STEPS == 0 or self.step == self.plan.steps:
                 self.save()
-                saved()
+                if first:
+                    saved()
         return self.averages
 
     def _descend(self, loss: Tensor) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.plan.rate(self.step)
-        self._optimizer.zero_grad(set_to_none=True)
+        factor = self.plan.factor(self.step)
+        for group, peak in zip(self._optimizer.param_groups, (self.plan.peak, self.plan.rest_peak), strict=True):
+            group["lr"] = peak * factor
+        self.modules.zero_grad(set_to_none=True)
         loss.backward()
         self._share_gradients()
         nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
         self._optimizer.step()
+        self._share_matrices()
         self.step += 1
         self._average()
 
@@ -180,6 +233,15 @@ class Stage:
         parts = (together / dist.get_world_size()).split([one.numel() for one in gradients])
         for one, part in zip(gradients, parts, strict=True):
             one.copy_(part.view_as(one))
+
+    @torch.no_grad()
+    def _share_matrices(self) -> None:
+        """Each process sends the matrices that it has stepped to the others."""
+        for rank, share in enumerate(self._shares):
+            together = torch.cat([one.flatten() for one in share])
+            dist.broadcast(together, rank)
+            for one, part in zip(share, together.split([one.numel() for one in share]), strict=True):
+                one.copy_(part.view_as(one))
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -197,9 +259,12 @@ def choose(random: Random, count: int, placements: int) -> Choice:
     emoji = [random.randrange(len(EMOJI)) for _ in range(count)]
     free = [[c for c in range(len(COLOUR_NAMES)) if c != held_out_colour(one)] for one in emoji]
     colours = [random.choice(one) for one in free]
-    texts = [_caption(random, one, colour) for one, colour in zip(emoji, colours, strict=True)]
     places = [random.randrange(placements) for _ in range(count)]
-    return Choice(torch.tensor(emoji), torch.tensor(places), torch.tensor(colours), texts)
+    return Choice(torch.tensor(emoji), torch.tensor(places), torch.tensor(colours))
+
+
+def captions_of(random: Random, picks: Choice) -> list[str]:
+    return [_caption(random, *pair) for pair in zip(picks.emoji.tolist(), picks.colour.tolist(), strict=True)]
 
 
 def _caption(random: Random, emoji: int, colour: int) -> str:
@@ -210,6 +275,20 @@ def _caption(random: Random, emoji: int, colour: int) -> str:
         return caption(random, (), COLOUR_NAMES[colour])
     said = "" if drawn < CAPTION_DROPPED + EMOJI_UNSAID + COLOUR_UNSAID else COLOUR_NAMES[colour]
     return caption(random, EMOJI[emoji].names, said)
+
+
+def size_of(step: int) -> tuple[int, int]:
+    """Width and height of a step's pictures: the native size, and every so often one of the others in turn."""
+    if step % OTHER_SIZE_EVERY != OTHER_SIZE_EVERY - 1:
+        return NATIVE_SIDE, NATIVE_SIDE
+    return OTHER_SIZES[step // OTHER_SIZE_EVERY % len(OTHER_SIZES)]
+
+
+def cutouts_of_all_sizes() -> dict[tuple[int, int], Tensor]:
+    """All emoji: everywhere at the native size, at the others in the middle and at one of the two scales."""
+    middle = PLACEMENTS[MIDDLE : MIDDLE + 1]
+    others = {size: cutouts(EMOJI, middle, size) for size in OTHER_SIZES}
+    return {(NATIVE_SIDE, NATIVE_SIDE): cutouts(EMOJI)} | others
 
 
 def begun(part: _Part, start: Path | None, name: str) -> _Part:
@@ -225,11 +304,12 @@ def begun(part: _Part, start: Path | None, name: str) -> _Part:
 def train_vae(folder: Path, plan: Plan, options: Options) -> nn.Module:
     vae = begun(build_vae(), options.start, "vae").to(memory_format=torch.channels_last)
     stage = Stage(folder, plan, nn.ModuleDict({"vae": vae}))
-    cuts = cutouts(EMOJI)
+    cuts = cutouts_of_all_sizes()
 
     def loss_of(step: int) -> Tensor:
-        picks = choose(random_of(plan, options.seed, step), share(plan), len(PLACEMENTS))
-        pictures = compose(cuts[picks.emoji, picks.placement], colour_table()[picks.colour]) * 2 - 1
+        of_size = cuts[size_of(step)]
+        picks = choose(random_of(plan, options.seed, step), share(plan), of_size.shape[1])
+        pictures = compose(of_size[picks.emoji, picks.placement], colour_table()[picks.colour]) * 2 - 1
         return vae_loss(vae, pictures.contiguous(memory_format=torch.channels_last))
 
     return stage.run(loss_of)["vae"]
@@ -237,11 +317,10 @@ def train_vae(folder: Path, plan: Plan, options: Options) -> nn.Module:
 
 def vae_loss(vae: Any, pictures: Tensor) -> Tensor:
     """Squared error, some absolute error for the edges, and a real KL, without which latents diffuse badly."""
-    with torch.autocast("cpu", torch.bfloat16):
-        posterior = vae.encode(pictures).latent_dist
-        restored = vae.decode(posterior.sample()).sample
-    divergence = posterior.kl().float().mean() / posterior.mean[0].numel()
-    loss: Tensor = restoration_loss(restored.float() - pictures) + KL_WEIGHT * divergence
+    posterior = vae.encode(pictures).latent_dist
+    restored = vae.decode(posterior.sample()).sample
+    divergence = posterior.kl().mean() / posterior.mean[0].numel()
+    loss: Tensor = restoration_loss(restored - pictures) + KL_WEIGHT * divergence
     return loss
 
 
@@ -267,10 +346,8 @@ class Latents:
 def encode_world(folder: Path, vae: Any) -> Latents:
     file = folder / "latents.pt"
     if not file.exists():
-        native = (NATIVE_SIDE, NATIVE_SIDE)
-        raw = {size: _encode(vae, cutouts(EMOJI, PLACEMENTS[4:5], size)) for size in OTHER_SIZES}
-        raw[native] = _encode(vae, cutouts(EMOJI))
-        factor = 1 / float(raw[native][:, :, :, 0].float().std())
+        raw = {size: _encode(vae, cuts) for size, cuts in cutouts_of_all_sizes().items()}
+        factor = 1 / float(raw[NATIVE_SIDE, NATIVE_SIDE][:, :, :, 0].float().std())
         by_size = {size: (value.float() * factor).bfloat16() for size, value in raw.items()}
         if dist.get_rank() == 0:
             torch.save({"by_size": by_size, "scaling_factor": factor}, file)
@@ -297,8 +374,7 @@ def _encode_share(vae: Any, cuts: Tensor) -> Tensor:
     name = f"latents {cuts.shape[-1]}×{cuts.shape[-2]}"
     for row in tqdm(cuts, desc=name, mininterval=5, disable=dist.get_rank() != 0):
         pictures = compose(row.repeat_interleave(len(colours), 0), colours.repeat(len(row), 1)) * 2 - 1
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist
+        posterior = vae.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist
         both = torch.stack([posterior.mean, posterior.std], dim=1).float().contiguous()
         rows.append(both.unflatten(0, (len(row), len(colours))))
     return torch.stack(rows)
@@ -362,15 +438,15 @@ def train_jointly(folder: Path, plan: Plan, options: Options, parts: Parts) -> n
 
     def loss_of(step: int) -> Tensor:
         random = random_of(plan, options.seed, step)
-        other = step % OTHER_SIZE_EVERY == OTHER_SIZE_EVERY - 1
-        size = OTHER_SIZES[step // OTHER_SIZE_EVERY % len(OTHER_SIZES)] if other else (NATIVE_SIDE, NATIVE_SIDE)
+        size = size_of(step)
         picks = choose(random, share(plan), parts.latents.by_size[size].shape[1])
-        return diffusion_loss(modules, parts, picks, parts.latents.sample(size, picks))
+        texts = captions_of(random, picks)
+        return diffusion_loss(modules, parts, texts, parts.latents.sample(size, picks))
 
     return stage.run(loss_of, lambda: write(folder, parts, stage.averages))
 
 
-def diffusion_loss(modules: nn.ModuleDict, parts: Parts, picks: Choice, latents: Tensor) -> Tensor:
+def diffusion_loss(modules: nn.ModuleDict, parts: Parts, texts: list[str], latents: Tensor) -> Tensor:
     """Mean squared error of v at stratified timesteps, more of them noisy ones: there it is decided what is drawn."""
     count = len(latents)
     scheduler = build_scheduler()
@@ -378,10 +454,9 @@ def diffusion_loss(modules: nn.ModuleDict, parts: Parts, picks: Choice, latents:
     noise = torch.randn_like(latents)
     noisy = scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
     target = scheduler.get_velocity(latents, noise, timesteps)
-    with torch.autocast("cpu", torch.bfloat16):
-        states = modules["text_encoder"](tokenize(parts.tokenizer, picks.captions))[0]
-        output = modules["unet"](noisy, timesteps, states, return_dict=False)[0]
-    return functional.mse_loss(output.float(), target)
+    states = modules["text_encoder"](tokenize(parts.tokenizer, texts))[0]
+    output = modules["unet"](noisy, timesteps, states, return_dict=False)[0]
+    return functional.mse_loss(output, target)
 
 
 # Stage 5: the decoder alone
@@ -398,9 +473,8 @@ def sharpen_decoder(folder: Path, plan: Plan, seed: int, parts: Parts) -> Any:
         picks = choose(random_of(plan, seed, step), share(plan), len(PLACEMENTS))
         pictures = compose(cuts[picks.emoji, picks.placement], colour_table()[picks.colour]) * 2 - 1
         latents = parts.latents.sample((NATIVE_SIDE, NATIVE_SIDE), picks) / parts.latents.scaling_factor
-        with torch.autocast("cpu", torch.bfloat16):
-            restored = vae.decode(latents.contiguous(memory_format=torch.channels_last)).sample
-        return restoration_loss(restored.float() - pictures)
+        restored = vae.decode(latents.contiguous(memory_format=torch.channels_last)).sample
+        return restoration_loss(restored - pictures)
 
     averages: Any = stage.run(loss_of)
     vae.decoder, vae.post_quant_conv = averages["decoder"], averages["post_quant_conv"]
@@ -432,14 +506,16 @@ def learn(rank: int, options: Options) -> None:
     dist.barrier()
     tokenizer = read_tokenizer(folder / "tokenizer")
     torch.manual_seed(seed)
-    vae = train_vae(folder, Plan("vae", options.vae_steps, 1.5e-3, 16, average=0.995), options)
+    vae = train_vae(folder, Plan("vae", options.vae_steps, 0.02, 1.5e-3, 8, average=0.995), options)
     latents = encode_world(folder, vae)
     torch.manual_seed(seed)
-    plan = Plan("text_encoder", options.text_steps, 1e-3, 256, 20, 0.98)
+    plan = Plan("text_encoder", options.text_steps, 0.02, 1e-3, 256, 20, 0.98)
     parts = Parts(vae, tokenizer, teach_text_encoder(folder, plan, options, tokenizer), latents)
     torch.manual_seed(seed)
-    averages = train_jointly(folder, Plan("joint", options.joint_steps, 1.2e-3, 32), options, parts)
-    decoder = sharpen_decoder(folder, Plan("decoder", options.decoder_steps, 1e-3, 16, average=0.995), seed, parts)
+    averages = train_jointly(folder, Plan("joint", options.joint_steps, 0.02, 1.2e-3, 64), options, parts)
+    decoder = sharpen_decoder(
+        folder, Plan("decoder", options.decoder_steps, 0.02, 1.5e-3, 8, average=0.995), seed, parts
+    )
     if rank == 0:
         write(folder, replace(parts, vae=decoder), averages)
     dist.destroy_process_group()
@@ -449,10 +525,10 @@ def learn(rank: int, options: Options) -> None:
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("build/emoji"), show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--start", type=click.Path(path_type=Path, exists=True), help="Start from a checkpoint's weights.")
-@click.option("--vae-steps", type=int, default=4000, show_default=True)
+@click.option("--vae-steps", type=int, default=2600, show_default=True)
 @click.option("--text-steps", type=int, default=300, show_default=True)
-@click.option("--joint-steps", type=int, default=12000, show_default=True)
-@click.option("--decoder-steps", type=int, default=4000, show_default=True)
+@click.option("--joint-steps", type=int, default=3000, show_default=True)
+@click.option("--decoder-steps", type=int, default=600, show_default=True)
 @click.option("--processes", type=int, default=2, show_default=True, help="One for each core.")
 def main(**chosen: Any) -> None:
     options = Options(**chosen)

@@ -11,6 +11,8 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import CLIPTokenizer
 
+from world import COLOUR_NAMES, emoji_list
+
 CHECKPOINT = Path(__file__).parents[3] / "export" / "emoji" / "checkpoint"
 PROMPTS = ["a rocket on a yellow background", "Crème brûlée, 2 of THEM!", "", "very " * 60]
 
@@ -35,6 +37,12 @@ def test_the_stored_defaults_are_legal_sizes() -> None:
     defaults = read("hypergen_defaults.json")
     assert defaults["min_size"] <= defaults["width"] == defaults["height"] <= defaults["max_size"]
     assert all(defaults[name] % 8 == 0 for name in ("min_size", "width", "height", "max_size"))
+
+
+def test_there_is_a_suggestion_for_every_emoji() -> None:
+    suggestions = read("hypergen_defaults.json")["suggestions"]
+    assert [one.partition(" on a")[0] for one in suggestions] == [emoji.name for emoji in emoji_list()]
+    assert {one.split()[-2] for one in suggestions} == set(COLOUR_NAMES)
 
 
 def test_positions_of_tokenizer_and_text_encoder_agree() -> None:

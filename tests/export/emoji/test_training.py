@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from train import EMOJI, Plan, Stage, choose, random_of
+from train import EMOJI, Plan, Stage, captions_of, choose, hidden_matrices, random_of, shares_of
 from world import held_out_colour
 
 
@@ -26,8 +27,8 @@ def trained(folder: Path, steps: int, stop_after: int | None = None) -> Tensor:
     """A little regression; `stop_after` ends the run as a crash after a save would."""
     folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
-    module = nn.Linear(3, 1)
-    plan = Plan("little", steps, 0.1, 8, warmup=2)
+    module = nn.Linear(3, 2)
+    plan = Plan("little", steps, 0.1, 0.1, 8, warmup=2)
     stage = Stage(folder, plan, nn.ModuleDict({"m": module}))
 
     def loss_of(step: int) -> Tensor:
@@ -36,7 +37,7 @@ def trained(folder: Path, steps: int, stop_after: int | None = None) -> Tensor:
             raise KeyboardInterrupt
         random_of(plan, 0, step)
         values = torch.randn(8, 3)
-        error: Tensor = module(values) - values.sum(1, keepdim=True)
+        error: Tensor = module(values) - values[:, :2]
         return error.square().mean()
 
     averages = stage.run(loss_of)
@@ -55,12 +56,25 @@ def test_a_finished_stage_takes_no_step(tmp_path: Path) -> None:
     assert torch.equal(trained(tmp_path / "done", 5, stop_after=0), first)
 
 
+def test_muon_steps_hidden_matrices_and_nothing_else() -> None:
+    modules = nn.ModuleDict({"conv_in": nn.Conv2d(3, 4, 3), "hidden": nn.Conv2d(4, 4, 3), "norm": nn.GroupNorm(2, 4)})
+    hidden: Any = modules["hidden"]
+    assert [id(value) for value in hidden_matrices(modules)] == [id(hidden.weight)]
+
+
+def test_the_processes_share_all_matrices_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    matrices = [nn.Parameter(torch.zeros(rows, 64)) for rows in (64, 64, 32, 32, 16, 16)]
+    one, other = shares_of(matrices)
+    assert sorted(len(value) for value in one) == sorted(len(value) for value in other) == [16, 32, 64]
+
+
 def test_the_rate_rises_then_falls_to_a_hundredth() -> None:
-    plan = Plan("plan", 1000, 2.0, 8, warmup=10)
-    assert plan.rate(0) == pytest.approx(0.2)
-    assert plan.rate(10) == pytest.approx(2.0)
-    assert plan.rate(505) == pytest.approx(2.0 * (0.01 + 0.99 / 2))
-    assert plan.rate(1000) == pytest.approx(0.02)
+    plan = Plan("plan", 1000, 2.0, 2.0, 8, warmup=10)
+    assert plan.factor(0) == pytest.approx(0.1)
+    assert plan.factor(10) == pytest.approx(1.0)
+    assert plan.factor(505) == pytest.approx(0.01 + 0.99 / 2)
+    assert plan.factor(1000) == pytest.approx(0.01)
 
 
 def test_held_out_pairs_are_never_chosen() -> None:
@@ -70,5 +84,5 @@ def test_held_out_pairs_are_never_chosen() -> None:
 
 
 def test_a_tenth_of_the_captions_is_dropped() -> None:
-    empty = choose(Random(0), 5000, 3).captions.count("")
+    empty = captions_of(Random(1), choose(Random(0), 5000, 3)).count("")
     assert 0.08 < empty / 5000 < 0.12
