@@ -161,11 +161,16 @@ class Server:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was seen in a picture, and its root mean square distance to the nearest rendering of what was asked for."""
+    """What was seen in a picture.
+
+    `rmse` is its root mean square distance to the nearest rendering of what was asked for, `margin` how much farther
+    the nearest rendering of anything else is.
+    """
 
     emoji: int
     colour: int
     rmse: float
+    margin: float
 
 
 def pixels(picture: Image.Image) -> Tensor:
@@ -195,19 +200,22 @@ def judge(picture: Tensor, colour: int, task: Task) -> Verdict:
     """`colour` is the seen one; without a colour in the prompt the emoji is looked for on it."""
     true = renderings(colour if task.colour < 0 else task.colour, task.request.size)
     errors = torch.cdist(picture.flatten()[None], true)[0].square() / picture.numel()
-    nearest = errors.unflatten(0, (len(EMOJI), len(PLACES))).min(1).values
-    return Verdict(int(nearest.argmin()), colour, float(nearest[task.emoji].sqrt()))
+    nearest = errors.unflatten(0, (len(EMOJI), len(PLACES))).min(1).values.sqrt()
+    others = torch.cat([nearest[: task.emoji], nearest[task.emoji + 1 :]])
+    rmse = float(nearest[task.emoji])
+    return Verdict(int(nearest.argmin()), colour, rmse, float(others.min()) - rmse)
 
 
 @dataclass(frozen=True)
 class Score:
-    """Shares of a set of pictures that are right, and their mean RMSE."""
+    """Shares of a set of pictures that are right, their mean RMSE and their mean margin."""
 
     count: int
     emoji: float
     colour: float
     both: float
     rmse: float
+    margin: float
 
 
 def score(source: Source, tasks: Sequence[Task]) -> Score:
@@ -221,8 +229,8 @@ def score_pictures(pictures: Sequence[Image.Image], tasks: Sequence[Task]) -> Sc
     emoji = [seen.emoji == task.emoji for seen, task in verdicts]
     colour = [task.colour in (-1, seen.colour) for seen, task in verdicts]
     both = [a and b for a, b in zip(emoji, colour, strict=True)]
-    rmse = [seen.rmse for seen, _ in verdicts]
-    return Score(len(tasks), *(float(np.mean(values)) for values in (emoji, colour, both, rmse)))
+    rmse, margin = ([getattr(seen, name) for seen, _ in verdicts] for name in ("rmse", "margin"))
+    return Score(len(tasks), *(float(np.mean(values)) for values in (emoji, colour, both, rmse, margin)))
 
 
 # What is asked
@@ -282,10 +290,11 @@ class Row:
 
     def __str__(self) -> str:
         s = self.score
-        return f"| {self.what} | {s.count} | {s.emoji:.1%} | {s.colour:.1%} | {s.both:.1%} | {s.rmse:.3f} |"
+        shares = " | ".join(f"{share:.1%}" for share in (s.emoji, s.colour, s.both))
+        return f"| {self.what} | {s.count} | {shares} | {s.rmse:.3f} | {s.margin:.3f} |"
 
 
-HEADER = "| measured | pictures | emoji right | colour right | both | RMSE |\n|---|---|---|---|---|---|"
+HEADER = "| measured | pictures | emoji right | colour right | both | RMSE | margin |\n|---|---|---|---|---|---|---|"
 
 
 def quality_rows(source: Source, count: int) -> list[Row]:
@@ -302,22 +311,24 @@ def variation_rows(source: Source, count: int) -> list[Row]:
     """The same prompts under other settings."""
     tasks = random_tasks(count, 5)
     settings: dict[str, dict[str, Any]] = {
-        "defaults, other prompts": {},
         "guidance 1": {"guidance": 1.0},
+        "guidance 2": {"guidance": 2.0},
+        "guidance 3, the default": {},
         "guidance 5": {"guidance": 5.0},
         "4 steps, own scheduler": {"steps": 4},
         "4 steps, dpmpp_2m": {"steps": 4, "scheduler": "dpmpp_2m"},
         "8 steps, dpmpp_2m": {"steps": 8, "scheduler": "dpmpp_2m"},
         "20 steps, euler": {"scheduler": "euler"},
-        "size 48×48": {"size": (48, 48)},
+        "size 56×56": {"size": (56, 56)},
         "size 80×80": {"size": (80, 80)},
+        "size 96×96": {"size": (96, 96)},
         "size 96×64": {"size": (96, 64)},
     }
     return [Row(name, score(source, with_settings(tasks, **changes))) for name, changes in settings.items()]
 
 
 def negative_prompt_line(source: Source, count: int) -> str:
-    """How often a background stays what it was when its colour becomes the negative prompt; chance would be 1 in 8."""
+    """How often a background keeps its colour, same prompt and seed, when that colour becomes the negative prompt."""
     tasks = colourless_tasks(count, 6)
     colours = [seen_colour(pixels(picture)) for picture in source.draw([task.request for task in tasks])]
     negatives = [
@@ -326,7 +337,7 @@ def negative_prompt_line(source: Source, count: int) -> str:
     ]
     after = [seen_colour(pixels(picture)) for picture in source.draw(negatives)]
     kept = float(np.mean([a == b for a, b in zip(colours, after, strict=True)]))
-    return f"Named in the negative prompt, the background keeps its colour in {kept:.0%} of {count} pictures."
+    return f"Named in the negative prompt, a background keeps the colour it had in {kept:.0%} of {count} pictures."
 
 
 def seed_line(source: Source) -> str:

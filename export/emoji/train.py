@@ -527,7 +527,7 @@ def learn(rank: int, options: Options) -> None:
 @click.option("--start", type=click.Path(path_type=Path, exists=True), help="Start from a checkpoint's weights.")
 @click.option("--vae-steps", type=int, default=2600, show_default=True)
 @click.option("--text-steps", type=int, default=300, show_default=True)
-@click.option("--joint-steps", type=int, default=3000, show_default=True)
+@click.option("--joint-steps", type=int, default=2500, show_default=True)
 @click.option("--decoder-steps", type=int, default=600, show_default=True)
 @click.option("--processes", type=int, default=2, show_default=True, help="One for each core.")
 def main(**chosen: Any) -> None:
