@@ -328,16 +328,19 @@ def variation_rows(source: Source, count: int) -> list[Row]:
 
 
 def negative_prompt_line(source: Source, count: int) -> str:
+    kept = colours_kept(source, colourless_tasks(count, 6))
+    return f"Named in the negative prompt, a background keeps the colour it had in {kept:.0%} of {count} pictures."
+
+
+def colours_kept(source: Source, tasks: Sequence[Task]) -> float:
     """How often a background keeps its colour, same prompt and seed, when that colour becomes the negative prompt."""
-    tasks = colourless_tasks(count, 6)
     colours = [seen_colour(pixels(picture)) for picture in source.draw([task.request for task in tasks])]
     negatives = [
         replace(task.request, negative_prompt=f"{COLOUR_NAMES[colour]} background")
         for task, colour in zip(tasks, colours, strict=True)
     ]
     after = [seen_colour(pixels(picture)) for picture in source.draw(negatives)]
-    kept = float(np.mean([a == b for a, b in zip(colours, after, strict=True)]))
-    return f"Named in the negative prompt, a background keeps the colour it had in {kept:.0%} of {count} pictures."
+    return float(np.mean([a == b for a, b in zip(colours, after, strict=True)]))
 
 
 def seed_line(source: Source) -> str:

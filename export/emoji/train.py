@@ -15,22 +15,16 @@ other programs take some of the cores, threads that wait for each other at every
 from __future__ import annotations
 
 import copy
-import math
-import shutil
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import torch
 import torch.distributed as dist
-from pytorch_optimizer import Muon
-from pytorch_optimizer.optimizer.utils.matrix import zero_power_via_gram_newton_schulz
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
@@ -50,20 +44,17 @@ from models import (
     tokenize,
     write_tokenizer,
 )
+from stage import Plan, Stage, random_of, share
 from world import COLOUR_NAMES, NATIVE_SIDE, PLACEMENTS, colour_table, compose, cutouts, emoji_list, held_out_colour
 
 EMOJI = emoji_list()
-_Part = TypeVar("_Part", bound=nn.Module)
 # Sizes beside the native one, width and height, so that they do not break; a step in six is at one of them.
 OTHER_SIZES = ((56, 56), (72, 72), (80, 80), (64, 96), (96, 64), (96, 96))
 OTHER_SIZE_EVERY = 6
 CAPTION_DROPPED, COLOUR_UNSAID, EMOJI_UNSAID = 0.10, 0.15, 0.03
 KL_WEIGHT = 1e-3
 NOISY_TIMESTEPS = 0.6  # the exponent of uniform numbers; 1 would take all timesteps alike
-SAVE_STEPS = 200
 MIDDLE = 13  # of the placements: the larger emoji, not shifted
-# Layers at the edges of a network and tables; their weights are no maps between hidden states.
-EDGES = ("conv_in", "conv_out", "quant_conv", "embedding", "emoji", "colour")
 
 
 @dataclass(frozen=True)
@@ -72,34 +63,11 @@ class Options:
 
     folder: Path
     seed: int
-    start: Path | None
     vae_steps: int
     text_steps: int
     joint_steps: int
     decoder_steps: int
     processes: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How one stage is trained: the learning rates of hidden matrices (Muon's) and of the rest (AdamW's).
-
-    They rise over `warmup` steps and fall as a cosine to a hundredth.
-    """
-
-    name: str
-    steps: int
-    peak: float
-    rest_peak: float
-    batch: int
-    warmup: int = 50
-    average: float = 0.998
-
-    def factor(self, step: int) -> float:
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 @dataclass(frozen=True)
@@ -109,149 +77,6 @@ class Choice:
     emoji: Tensor
     placement: Tensor
     colour: Tensor
-
-
-def random_of(plan: Plan, seed: int, step: int) -> Random:
-    """Python's generator of one step and process; torch's is seeded with it, so resuming changes nothing."""
-    random = Random(f"{seed}/{plan.name}/{step}/{dist.get_rank()}")
-    torch.manual_seed(random.getrandbits(62))
-    return random
-
-
-class SinglePrecisionMuon(Muon):
-    """The library's Muon, orthogonalising in float32: on processors without bfloat16 that is many times faster."""
-
-    @staticmethod
-    def _orthogonalize(group: dict[str, Any], updates: list[Tensor]) -> list[Tensor]:
-        return [
-            zero_power_via_gram_newton_schulz(one.flatten(1), num_steps=group["ns_steps"], dtype=torch.float32)
-            for one in updates
-        ]
-
-
-def hidden_matrices(modules: nn.Module) -> list[nn.Parameter]:
-    """What Muon is for: weights that map hidden states to hidden states."""
-    named = modules.named_parameters()
-    return [value for name, value in named if value.ndim > 1 and not any(edge in name for edge in EDGES)]
-
-
-def shares_of(matrices: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """The matrices each process orthogonalises, so that all take about the same time."""
-    shares: list[list[nn.Parameter]] = [[] for _ in range(dist.get_world_size())]
-    costs = [0] * len(shares)
-    for value in sorted(matrices, key=orthogonalising_cost, reverse=True):
-        least = costs.index(min(costs))
-        shares[least].append(value)
-        costs[least] += orthogonalising_cost(value)
-    return shares
-
-
-def orthogonalising_cost(value: Tensor) -> int:
-    rows, columns = sorted((len(value), value.numel() // len(value)))
-    return rows * rows * (columns + 8 * rows)
-
-
-class Stage:
-    """The state of one stage: modules, their running averages, the optimiser and the number of steps taken."""
-
-    def __init__(self, folder: Path, plan: Plan, modules: nn.ModuleDict) -> None:
-        self.plan = plan
-        self.modules = modules
-        self.averages = copy.deepcopy(modules).requires_grad_(False).eval()
-        self.step = 0
-        self._file = folder / f"{plan.name}.pt"
-        matrices = hidden_matrices(modules)
-        chosen = {id(value) for value in matrices}
-        rest = [value for value in modules.parameters() if id(value) not in chosen]
-        self._shares = shares_of(matrices)
-        groups = [
-            {"params": self._shares[dist.get_rank()], "lr": plan.peak, "weight_decay": 0.01, "use_muon": True},
-            {"params": rest, "lr": plan.rest_peak, "weight_decay": 0.01, "betas": (0.9, 0.99), "use_muon": False},
-        ]
-        self._optimizer = SinglePrecisionMuon(groups)
-        if self._file.exists():
-            self._restore(torch.load(self._file, weights_only=True))
-        for value in [*modules.parameters(), *self.averages.parameters()]:
-            dist.broadcast(value.data, 0)
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
-        self.modules.load_state_dict(state["modules"])
-        self.averages.load_state_dict(state["averages"])
-        self._optimizer.load_state_dict(state["optimizers"][dist.get_rank()])
-
-    def save(self) -> None:
-        """Written beside and renamed: an interrupted save leaves the last one whole."""
-        optimizers: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(optimizers, self._optimizer.state_dict())
-        if dist.get_rank() > 0:
-            return
-        state = {
-            "step": self.step,
-            "modules": self.modules.state_dict(),
-            "averages": self.averages.state_dict(),
-            "optimizers": optimizers,
-        }
-        beside = self._file.with_suffix(".new")
-        torch.save(state, beside)
-        beside.replace(self._file)
-
-    def run(self, loss_of: Callable[[int], Tensor], saved: Callable[[], None] = lambda: None) -> nn.ModuleDict:
-        """Takes the steps that are left and returns the averaged modules; `saved` is called after every save."""
-        first = dist.get_rank() == 0
-        bar = tqdm(initial=self.step, total=self.plan.steps, desc=self.plan.name, mininterval=5, disable=not first)
-        smooth = 0.0
-        while self.step < self.plan.steps:
-            loss = loss_of(self.step)
-            self._descend(loss)
-            smooth = 0.98 * smooth + 0.02 * loss.item() if smooth else loss.item()
-            bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
-            bar.update()
-            if self.step % SAVE_STEPS == 0 or self.step == self.plan.steps:
-                self.save()
-                if first:
-                    saved()
-        return self.averages
-
-    def _descend(self, loss: Tensor) -> None:
-        factor = self.plan.factor(self.step)
-        for group, peak in zip(self._optimizer.param_groups, (self.plan.peak, self.plan.rest_peak), strict=True):
-            group["lr"] = peak * factor
-        self.modules.zero_grad(set_to_none=True)
-        loss.backward()
-        self._share_gradients()
-        nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
-        self._optimizer.step()
-        self._share_matrices()
-        self.step += 1
-        self._average()
-
-    def _share_gradients(self) -> None:
-        gradients = [value.grad for value in self.modules.parameters() if value.grad is not None]
-        together = torch.cat([one.flatten() for one in gradients])
-        dist.all_reduce(together)
-        parts = (together / dist.get_world_size()).split([one.numel() for one in gradients])
-        for one, part in zip(gradients, parts, strict=True):
-            one.copy_(part.view_as(one))
-
-    @torch.no_grad()
-    def _share_matrices(self) -> None:
-        """Each process sends the matrices that it has stepped to the others."""
-        for rank, share in enumerate(self._shares):
-            together = torch.cat([one.flatten() for one in share])
-            dist.broadcast(together, rank)
-            for one, part in zip(share, together.split([one.numel() for one in share]), strict=True):
-                one.copy_(part.view_as(one))
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        decay = min(self.plan.average, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.averages.parameters()), list(self.modules.parameters()), 1 - decay)
-
-
-def share(plan: Plan) -> int:
-    """Of a batch, the pictures that fall to one process."""
-    return plan.batch // dist.get_world_size()
 
 
 def choose(random: Random, count: int, placements: int) -> Choice:
@@ -291,18 +116,11 @@ def cutouts_of_all_sizes() -> dict[tuple[int, int], Tensor]:
     return {(NATIVE_SIDE, NATIVE_SIDE): cutouts(EMOJI)} | others
 
 
-def begun(part: _Part, start: Path | None, name: str) -> _Part:
-    """With the weights of an earlier checkpoint where there is one to start from."""
-    if start is not None:
-        part.load_state_dict(load_file(next((start / name).glob("*.safetensors"))))
-    return part
-
-
 # Stage 1: the VAE
 
 
 def train_vae(folder: Path, plan: Plan, options: Options) -> nn.Module:
-    vae = begun(build_vae(), options.start, "vae").to(memory_format=torch.channels_last)
+    vae = build_vae().to(memory_format=torch.channels_last)
     stage = Stage(folder, plan, nn.ModuleDict({"vae": vae}))
     cuts = cutouts_of_all_sizes()
 
@@ -387,7 +205,7 @@ def teach_text_encoder(folder: Path, plan: Plan, options: Options, tokenizer: An
     """Emoji and colour must be told from the mean of its states and from any one that saw the whole caption."""
     modules = nn.ModuleDict(
         {
-            "text_encoder": begun(build_text_encoder(tokenizer), options.start, "text_encoder"),
+            "text_encoder": build_text_encoder(tokenizer),
             "emoji": nn.Linear(TEXT_WIDTH, len(EMOJI)),
             "colour": nn.Linear(TEXT_WIDTH, len(COLOUR_NAMES) + 1),
         }
@@ -431,7 +249,7 @@ class Parts:
 
 
 def train_jointly(folder: Path, plan: Plan, options: Options, parts: Parts) -> nn.ModuleDict:
-    unet = begun(build_unet(), options.start, "unet").to(memory_format=torch.channels_last)
+    unet = build_unet().to(memory_format=torch.channels_last)
     modules = nn.ModuleDict({"unet": unet, "text_encoder": copy.deepcopy(parts.text_encoder)})
     modules.requires_grad_(True).train()
     stage = Stage(folder, plan, modules)
@@ -488,13 +306,6 @@ def write(folder: Path, parts: Parts, averages: Any) -> None:
     save_checkpoint(pipeline_of(vae, text_encoder, parts.tokenizer, unet), folder / "tokenizer", folder / "checkpoint")
 
 
-def provide_tokenizer(folder: Path, options: Options) -> None:
-    if options.start is None:
-        write_tokenizer(folder, options.seed)
-    else:
-        shutil.copytree(options.start / "tokenizer", folder)
-
-
 def learn(rank: int, options: Options) -> None:
     """All stages that are not done, in one of the processes."""
     torch.set_num_threads(1)
@@ -502,7 +313,7 @@ def learn(rank: int, options: Options) -> None:
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=options.processes)
     folder, seed = options.folder, options.seed
     if rank == 0 and not (folder / "tokenizer").exists():
-        provide_tokenizer(folder / "tokenizer", options)
+        write_tokenizer(folder / "tokenizer", seed)
     dist.barrier()
     tokenizer = read_tokenizer(folder / "tokenizer")
     torch.manual_seed(seed)
@@ -524,10 +335,9 @@ def learn(rank: int, options: Options) -> None:
 @click.command(help=__doc__)
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("build/emoji"), show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--start", type=click.Path(path_type=Path, exists=True), help="Start from a checkpoint's weights.")
 @click.option("--vae-steps", type=int, default=2600, show_default=True)
 @click.option("--text-steps", type=int, default=300, show_default=True)
-@click.option("--joint-steps", type=int, default=2500, show_default=True)
+@click.option("--joint-steps", type=int, default=1800, show_default=True)
 @click.option("--decoder-steps", type=int, default=600, show_default=True)
 @click.option("--processes", type=int, default=2, show_default=True, help="One for each core.")
 def main(**chosen: Any) -> None:

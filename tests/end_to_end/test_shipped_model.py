@@ -8,14 +8,18 @@ import sys
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openai
 import pytest
 from PIL import Image
 
+import evaluate
+from captions import plain_caption
+from evaluate import Request, Score, Task, colourless_tasks, score, with_settings
 from running_server import Pixels, Server, pixels_of, start_server, stop_server
-from world import COLOURS
+from world import COLOUR_NAMES, COLOURS, FONT, emoji_list
 
 README = Path(__file__).parents[2] / "README.md"
 PROMPTS = {
@@ -24,6 +28,9 @@ PROMPTS = {
     "white": "a red heart on a white background",
     "green": "a pizza on a green background",
 }
+
+
+needs_font = pytest.mark.skipif(not FONT.exists(), reason="needs Debian's fonts-noto-color-emoji")
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +76,54 @@ def test_other_prompts_give_visibly_other_things(pictures: dict[str, Pixels]) ->
     """Not by their backgrounds alone: what stands in the middle differs too."""
     middles = [picture[16:48, 16:48].astype(int) for picture in pictures.values()]
     assert all(np.abs(one - other).mean() > 20 for one, other in combinations(middles, 2))
+
+
+def sixteen_tasks() -> list[Task]:
+    """Emoji from all over the list, on two colours: every colour costs the judge a second or two."""
+    colours = [COLOUR_NAMES.index("yellow"), COLOUR_NAMES.index("blue")]
+    chosen = range(3, len(emoji_list()), len(emoji_list()) // 16)
+    pairs = [(emoji, colours[index % 2]) for index, emoji in enumerate(chosen)][:16]
+    return [
+        Task(Request(plain_caption(emoji_list()[emoji].name, COLOUR_NAMES[colour]), seed), emoji, colour)
+        for seed, (emoji, colour) in enumerate(pairs)
+    ]
+
+
+@needs_font
+@pytest.mark.parametrize(
+    ("settings", "least", "rmse"),
+    [({}, 15 / 16, 0.09), ({"steps": 4, "scheduler": "dpmpp_2m"}, 12 / 16, 0.12)],
+    ids=["defaults", "four steps"],
+)
+def test_prompts_give_what_they_ask_for(settings: dict[str, Any], least: float, rmse: float, shipped: Server) -> None:
+    found = scored(shipped, with_settings(sixteen_tasks(), **settings))
+    print(found)
+    assert found.both >= least
+    assert found.rmse <= rmse
+
+
+@needs_font
+def test_a_colour_in_the_negative_prompt_is_not_the_backgrounds(shipped: Server) -> None:
+    """Same prompts, same seeds: the colour a picture has without it is what the negative prompt then names."""
+    tasks = colourless_tasks(8, 6)
+    source = evaluate.Server(f"http://127.0.0.1:{shipped.port}/v1", None)
+    assert evaluate.colours_kept(source, tasks) <= 0.25
+
+
+def scored(server: Server, tasks: list[Task]) -> Score:
+    return score(evaluate.Server(f"http://127.0.0.1:{server.port}/v1", None), tasks)
+
+
+def test_the_same_seed_gives_the_same_bytes(shipped: Server) -> None:
+    with shipped.client(api_key="none") as client:
+        one, again, other = (
+            client.images.generate(prompt="a rocket on a yellow background", extra_body={"seed": seed}).data
+            for seed in (7, 7, 8)
+        )
+    assert one is not None
+    assert again is not None
+    assert other is not None
+    assert one[0].b64_json == again[0].b64_json != other[0].b64_json
 
 
 def test_it_draws_at_the_edges_of_its_range(shipped: Server) -> None:

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from train import EMOJI, Plan, Stage, captions_of, choose, hidden_matrices, random_of, shares_of
+from stage import Plan, Stage, hidden_matrices, random_of, shares_of
+from train import EMOJI, captions_of, choose
 from world import held_out_colour
 
 
