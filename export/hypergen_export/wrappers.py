@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hypergen_export.components import Component
+
 # No latent is divisible by 2**30, so a UNet that believes to have this many upsamplers takes, for every size,
 # diffusers' forward_upsample_size path: each upsampler is told the size of the skip connection it must meet.
 # The other path doubles sizes blindly and is right only for multiples of 2**levels; a traced graph has just one.
@@ -30,16 +32,59 @@ class TextEncoder(nn.Module):
         return hidden_states
 
 
+class PenultimateTextEncoder(nn.Module):
+    """input_ids [B, L] -> encoder_hidden_states [B, L, D], those before the last layer, as they are."""
+
+    def __init__(self, text_encoder: Any) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        output = self.text_encoder(input_ids.to(torch.int64), output_hidden_states=True)
+        hidden_states: Tensor = output.hidden_states[-2]
+        return hidden_states
+
+
+class PooledTextEncoder(nn.Module):
+    """input_ids [B, L] -> those hidden states, and text_embeds [B, P], the projection of the whole prompt."""
+
+    def __init__(self, text_encoder: Any) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.text_encoder(input_ids.to(torch.int64), output_hidden_states=True)
+        return output.hidden_states[-2], output.text_embeds
+
+
 class UNet(nn.Module):
-    """sample [B, C, h, w], timestep [B], encoder_hidden_states [B, L, D] -> model_output [B, C, h, w]."""
+    """sample [B, C, h, w], timestep [B], encoder_hidden_states [B, L, D] -> model_output [B, C, h, w].
+
+    The others only where its config wants them: timestep_cond [B, G], text_embeds [B, P], time_ids [B, 6].
+    """
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
         unet.num_upsamplers = _ALWAYS_FORWARD_UPSAMPLE_SIZE
         self.unet = unet
 
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        model_output: Tensor = self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+    def forward(  # noqa: PLR0913 - diffusers' inputs, by diffusers' names
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep_cond: Tensor | None = None,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> Tensor:
+        model_output: Tensor = self.unet(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            timestep_cond=timestep_cond,
+            added_cond_kwargs={"text_embeds": text_embeds, "time_ids": time_ids},
+            return_dict=False,
+        )[0]
         return model_output
 
 
@@ -49,8 +94,7 @@ class VaeDecoder(nn.Module):
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
-        self.scale = float(vae.config.scaling_factor)
-        self.shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
+        self.scale, self.shift = _scale_and_shift(vae.config)
 
     def forward(self, latents: Tensor) -> Tensor:
         decoded: Tensor = self.vae.decode(latents / self.scale + self.shift, return_dict=False)[0]
@@ -64,8 +108,7 @@ class VaeEncoder(nn.Module):
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
-        self.scale = float(vae.config.scaling_factor)
-        self.shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
+        self.scale, self.shift = _scale_and_shift(vae.config)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         pixels = image.permute(0, 3, 1, 2).to(torch.float32) / 255 * 2 - 1
@@ -73,10 +116,26 @@ class VaeEncoder(nn.Module):
         return (posterior.mean - self.shift) * self.scale, posterior.std * self.scale
 
 
-# Component name -> its wrapper.
+def _scale_and_shift(config: Any) -> tuple[float | Tensor, float | Tensor]:
+    """Latents of the scheduler are (latents of the VAE - shift) * scale; a VAE may state both per channel."""
+    scale, shift = float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is None or std is None:
+        return scale, shift
+    return scale / torch.tensor(std).view(1, -1, 1, 1), torch.tensor(mean).view(1, -1, 1, 1)
+
+
+# Component.wrapper, or its name -> what is put around its module.
 WRAPPERS: Mapping[str, Callable[[Any], nn.Module]] = {
     "text_encoder": TextEncoder,
+    "penultimate_text_encoder": PenultimateTextEncoder,
+    "pooled_text_encoder": PooledTextEncoder,
     "unet": UNet,
     "vae_decoder": VaeDecoder,
     "vae_encoder": VaeEncoder,
 }
+
+
+def wrap(component: Component, module: Any) -> nn.Module:
+    """The module with the inputs and outputs of its row in the table."""
+    return WRAPPERS[component.wrapper or component.name](module)
