@@ -119,14 +119,14 @@ def save_miniature(
         raise ValueError(f"prediction_type: {prediction_type!r} is none of {PREDICTION_TYPES}")
     kind = FAMILIES[family]
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = _save_tokenizer(folder / "tokenizer", pad_token or kind.pad_token)
+    vocabulary = save_tokenizer(folder / "tokenizer", pad_token or kind.pad_token)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         _text_encoder(vocabulary, kind.hidden_act).save_pretrained(folder / "text_encoder")
         _unet(kind).save_pretrained(folder / "unet")
         _vae(kind).save_pretrained(folder / "vae")
         if kind.second_text_encoder:
-            _save_tokenizer(folder / "tokenizer_2", "!")
+            save_tokenizer(folder / "tokenizer_2", "!")
             _second_text_encoder(vocabulary).save_pretrained(folder / "text_encoder_2")
     changes = ({"prediction_type": prediction_type} if prediction_type else {}) | (scheduler or {})
     config = {**_SCHEDULER, **kind.scheduler, **changes}
@@ -238,7 +238,7 @@ def _amplify(module: torch.nn.Module, factor: float) -> None:
         module.get_parameter("weight").mul_(factor)
 
 
-def _save_tokenizer(folder: Path, pad_token: str) -> dict[str, int]:
+def save_tokenizer(folder: Path, pad_token: str, positions: int = POSITIONS) -> dict[str, int]:
     """The files that a Stable Diffusion checkpoint brings; returns the vocabulary."""
     merges, merged = _merges()
     characters = list(_byte_characters())
@@ -251,7 +251,7 @@ def _save_tokenizer(folder: Path, pad_token: str) -> dict[str, int]:
     _write_json(folder / "special_tokens_map.json", special)
     _write_json(
         folder / "tokenizer_config.json",
-        {**special, "tokenizer_class": "CLIPTokenizer", "model_max_length": POSITIONS, "do_lower_case": True},
+        {**special, "tokenizer_class": "CLIPTokenizer", "model_max_length": positions, "do_lower_case": True},
     )
     return vocabulary
 

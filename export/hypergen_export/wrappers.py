@@ -1,7 +1,8 @@
 """Modules of a checkpoint with the inputs and outputs of the repository's contract.
 
 Each wrapper takes a loaded module of transformers or diffusers and does inside the graph what diffusers' pipeline
-does around it, so that the sampler exchanges finished tensors and a picture leaves the decoder as bytes.
+does around it, so that the sampler exchanges finished tensors and a picture leaves the decoder as bytes. Floats go
+in and out as float32 whatever the module computes in: the casts are part of the graph.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         hidden_states: Tensor = self.text_encoder(input_ids.to(torch.int64), return_dict=False)[0]
-        return hidden_states
+        return hidden_states.to(torch.float32)
 
 
 class PenultimateTextEncoder(nn.Module):
@@ -42,7 +43,7 @@ class PenultimateTextEncoder(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         output = self.text_encoder(input_ids.to(torch.int64), output_hidden_states=True)
         hidden_states: Tensor = output.hidden_states[-2]
-        return hidden_states
+        return hidden_states.to(torch.float32)
 
 
 class PooledTextEncoder(nn.Module):
@@ -54,7 +55,7 @@ class PooledTextEncoder(nn.Module):
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         output = self.text_encoder(input_ids.to(torch.int64), output_hidden_states=True)
-        return output.hidden_states[-2], output.text_embeds
+        return output.hidden_states[-2].to(torch.float32), output.text_embeds.to(torch.float32)
 
 
 class UNet(nn.Module):
@@ -77,15 +78,18 @@ class UNet(nn.Module):
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
     ) -> Tensor:
+        # Timestep and sizes stay as they are: half precision holds few of the numbers up to 999, and what is made of
+        # them is float32 until diffusers casts it.
+        dtype = self.unet.dtype
         model_output: Tensor = self.unet(
-            sample,
+            sample.to(dtype),
             timestep,
-            encoder_hidden_states,
-            timestep_cond=timestep_cond,
+            encoder_hidden_states.to(dtype),
+            timestep_cond=None if timestep_cond is None else timestep_cond.to(dtype),
             added_cond_kwargs={"text_embeds": text_embeds, "time_ids": time_ids},
             return_dict=False,
         )[0]
-        return model_output
+        return model_output.to(torch.float32)
 
 
 class VaeDecoder(nn.Module):
@@ -97,7 +101,8 @@ class VaeDecoder(nn.Module):
         self.scale, self.shift = _scale_and_shift(vae.config)
 
     def forward(self, latents: Tensor) -> Tensor:
-        decoded: Tensor = self.vae.decode(latents / self.scale + self.shift, return_dict=False)[0]
+        unscaled = (latents / self.scale + self.shift).to(self.vae.dtype)
+        decoded: Tensor = self.vae.decode(unscaled, return_dict=False)[0].to(torch.float32)
         unit = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
         return (unit * 255).round().to(torch.uint8)
 
@@ -111,9 +116,11 @@ class VaeEncoder(nn.Module):
         self.scale, self.shift = _scale_and_shift(vae.config)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        pixels = image.permute(0, 3, 1, 2).to(torch.float32) / 255 * 2 - 1
-        posterior = self.vae.encode(pixels, return_dict=False)[0]
-        return (posterior.mean - self.shift) * self.scale, posterior.std * self.scale
+        # Cast first: of bytes, TensorRT knows nothing but the cast.
+        pixels = image.to(torch.float32).permute(0, 3, 1, 2) / 255 * 2 - 1
+        posterior = self.vae.encode(pixels.to(self.vae.dtype), return_dict=False)[0]
+        mean, std = posterior.mean.to(torch.float32), posterior.std.to(torch.float32)
+        return (mean - self.shift) * self.scale, std * self.scale
 
 
 def _scale_and_shift(config: Any) -> tuple[float | Tensor, float | Tensor]:
