@@ -85,7 +85,7 @@ def _architecture(checkpoint: Checkpoint) -> dict[str, str]:
         "tokenizers": ",".join(family.tokenizers),
         "unet_conditions": ",".join(family.unet_conditions),
         "guidance_width": str(checkpoint.sizes.get("guidance_width", 0)),
-        "zeros_for_no_negative_prompt": str(int(zeros)),
+        "zeros_for_no_negative_prompt": str(int(bool(zeros))),
     }
 
 

@@ -39,6 +39,8 @@ _CHANNELS = {
     9: "a mask and a masked picture: an inpainting model",
 }
 
+_DEFAULT_CONTEXT_WIDTH = 1280  # diffusers', for a config that leaves it out
+
 
 def find_family(model: str, index: Config, read_unet: Callable[[], Config]) -> Family:
     """The family that serves the pipeline of `index` with its UNet's inputs. Raises UnsupportedModelError."""
@@ -125,7 +127,7 @@ def _channels_reason(given: Any, expected: int) -> str:
 
 
 def _context_widths(unet: Config) -> set[Any]:
-    widths = unet.get("cross_attention_dim")
+    widths = unet.get("cross_attention_dim", _DEFAULT_CONTEXT_WIDTH)
     return set(widths) if isinstance(widths, list) else {widths}
 
 
