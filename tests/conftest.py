@@ -1,9 +1,11 @@
-"""What several folders of tests share: a miniature checkpoint and its one export, which takes a while."""
+"""What several folders of tests share: miniature checkpoints and their one export each, which takes a while."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,22 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def exported(checkpoint: Path, cache_dir: Path) -> Path:
     """The miniature's repository in float32, where `hypergen serve` finds it."""
+    return _export(checkpoint, cache_dir)
+
+
+@pytest.fixture(scope="session")
+def family_of(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Callable[[str], tuple[Path, Path]]:
+    """A family's miniature and its repository, made as `exported` is."""
+
+    @functools.cache
+    def make(family: str) -> tuple[Path, Path]:
+        folder = save_miniature(tmp_path_factory.mktemp("family") / family, family=family)
+        return folder, _export(folder, cache_dir)
+
+    return make
+
+
+def _export(checkpoint: Path, cache_dir: Path) -> Path:
     options = ExportOptions(dtype="float32", max_batch_size=8, cache_dir=cache_dir)
     return asyncio.run(find_repository(str(checkpoint), options))
 

@@ -18,6 +18,7 @@ from hypergen_gateway.generation import Generation, ModelDescription, Picture
 MODEL = ModelDescription(
     model_id="acme/tiny-emoji",
     device="cpu",
+    components=("text_encoder", "unet", "vae_decoder"),
     schedulers=("ddim", "euler", "euler_a"),
     default_width=64,
     default_height=48,

@@ -16,6 +16,7 @@ from tritonclient.utils import np_to_triton_dtype
 PARAMETERS = {
     "model_id": "acme/tiny-emoji",
     "device": "cuda:0",
+    "components": "text_encoder,unet,vae_decoder",
     "schedulers": "ddim,euler",
     "default_width": "64",
     "default_height": "48",

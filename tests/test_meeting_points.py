@@ -12,9 +12,9 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from contract import Limits
+from contract import Architecture, Limits
 from hypergen_export import checkpoint as exporter_checkpoint
-from hypergen_export.components import STABLE_DIFFUSION
+from hypergen_export.components import FAMILIES, Family
 from hypergen_export.defaults import scheduler_name
 from hypergen_gateway import repository, triton
 from hypergen_gateway.generation import Generation, ModelDescription
@@ -34,6 +34,11 @@ def strings_of(file: Path) -> set[str]:
     return {value for value in constants if isinstance(value, str)}
 
 
+def parameters_of(repository: Path) -> Any:
+    text = (repository / "diffusion" / "config.pbtxt").read_text()
+    return text_format.Parse(text, model_config_pb2.ModelConfig()).parameters
+
+
 def test_the_gateway_sends_the_inputs_that_the_sampler_declares(template: Any) -> None:
     declared = {entry.name: model_config_pb2.DataType.Name(entry.data_type) for entry in template.input}
     sent = {name: f"TYPE_{datatype.replace('BYTES', 'STRING')}" for name, datatype in triton.INPUT_TYPES.items()}
@@ -48,10 +53,10 @@ def test_the_sampler_answers_with_the_outputs_that_it_declares(template: Any) ->
 
 
 def test_an_export_carries_every_parameter_that_gateway_and_sampler_read(exported: Path) -> None:
-    text = (exported / "diffusion" / "config.pbtxt").read_text()
-    carried = set(text_format.Parse(text, model_config_pb2.ModelConfig()).parameters)
+    carried = set(parameters_of(exported))
     assert {field.name for field in dataclasses.fields(ModelDescription)} <= carried
     assert {field.name for field in dataclasses.fields(Limits)} <= carried
+    assert {field.name for field in dataclasses.fields(Architecture)} <= carried
 
 
 def test_the_exporter_calls_a_checkpoints_scheduler_as_the_sampler_does() -> None:
@@ -67,14 +72,17 @@ def test_command_and_exporter_mean_the_same_model_by_the_shipped_one() -> None:
 
 def test_an_export_brings_the_files_that_the_sampler_opens(exported: Path) -> None:
     opened = set(re.findall(r'"(\w+\.json)"', "".join(file.read_text() for file in (SAMPLER / "1").glob("*.py"))))
-    assert opened == {"tokenizer.json", "scheduler_config.json"}
-    assert all((exported / "diffusion" / name).is_file() for name in opened)
+    assert opened == {"scheduler_config.json"}
+    names = parameters_of(exported)["tokenizers"].string_value.split(",")
+    assert all((exported / "diffusion" / file).is_file() for file in (*opened, *(f"{name}.json" for name in names)))
 
 
-def test_the_sampler_calls_components_by_their_tensors() -> None:
-    named = strings_of(SAMPLER / "1" / "bls.py")
-    for component in STABLE_DIFFUSION:
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_the_sampler_calls_components_by_their_tensors(family: Family) -> None:
+    """Text encoders and conditions are named by parameters, which the exporter takes from its table."""
+    named = strings_of(SAMPLER / "1" / "bls.py") | strings_of(SAMPLER / "1" / "conditions.py")
+    for component in family.components:
         if component.name == "vae_encoder":  # image-to-image is not served yet
             continue
-        assert component.name in named
+        assert component.name in named or component in family.text_encoders
         assert {tensor.name for tensor in (*component.inputs, *component.outputs)} <= named

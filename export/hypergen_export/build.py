@@ -26,7 +26,6 @@ _PACKAGE = Path(__file__).parent
 # In a wheel the sampler lies inside the package, in a checkout in its own folder.
 _SAMPLER_FOLDERS = (_PACKAGE / "bundled" / "diffusion", _PACKAGE.parents[1] / "model_repository" / "diffusion")
 _SAMPLER = "diffusion"
-_TOKENIZER = Path(_SAMPLER) / "tokenizer.json"
 _VERSIONS = ("hypergen-triton", "torch", "diffusers", "transformers", "onnx", "openvino")
 _STAGES_PER_COMPONENT = 4
 
@@ -97,16 +96,17 @@ class Plan:
         return {c.name: component_key(self.checkpoint, c) for c in self.checkpoint.family.components}
 
     @cached_property
-    def tokenizer_key(self) -> str:
-        """Key of tokenizer.json."""
-        return tokenizer_key(self.checkpoint)
+    def tokenizer_keys(self) -> dict[str, str]:
+        """Tokenizer -> key of its file."""
+        return {name: tokenizer_key(self.checkpoint, name) for name in self.checkpoint.family.tokenizers}
 
     @cached_property
     def key(self) -> str:
         """Key of the whole repository."""
-        settings = self.request.settings | {"defaults": repr(sorted(self.checkpoint.defaults.items()))}
+        stated = {"defaults": self.checkpoint.defaults, "index": self.checkpoint.index}
+        settings = self.request.settings | {name: repr(sorted(given.items())) for name, given in stated.items()}
         sources = [self.checkpoint.folder / SCHEDULER, sampler_folder() / "config.pbtxt", *sampler_sources()]
-        return repository_key([*self.keys.values(), self.tokenizer_key], settings, sources)
+        return repository_key([*self.keys.values(), *self.tokenizer_keys.values()], settings, sources)
 
     @property
     def is_up_to_date(self) -> bool:
@@ -124,11 +124,10 @@ class Plan:
         """Components whose ONNX the earlier export has."""
         return [c for c in self.checkpoint.family.components if c not in self.outdated]
 
-    @property
-    def holds_tokenizer(self) -> bool:
-        """Whether the earlier export has this tokenizer.json."""
-        same: bool = self.record.get("tokenizer") == self.tokenizer_key
-        return same and self._intact(str(_TOKENIZER))
+    def holds_tokenizer(self, name: str) -> bool:
+        """Whether the earlier export has this tokenizer's file."""
+        same: bool = self.record.get("tokenizers", {}).get(name) == self.tokenizer_keys[name]
+        return same and self._intact(str(tokenizer_file(name)))
 
     @property
     def bytes_to_write(self) -> int:
@@ -153,6 +152,11 @@ def version_folder(repository: Path, component: Component) -> Path:
     return repository / component.name / "1"
 
 
+def tokenizer_file(name: str) -> Path:
+    """Where in a repository the sampler looks for a tokenizer."""
+    return Path(_SAMPLER) / f"{name}.json"
+
+
 def sampler_folder() -> Path:
     """The sampler model: its config.pbtxt is the template, its version's files are copied."""
     return next((folder for folder in _SAMPLER_FOLDERS if folder.is_dir()), _SAMPLER_FOLDERS[-1])
@@ -174,10 +178,8 @@ def _fill(plan: Plan, folder: Path) -> dict[str, Any]:
     for source in sampler_sources():
         shutil.copyfile(source, folder / _SAMPLER / "1" / source.name)
     shutil.copyfile(plan.checkpoint.folder / SCHEDULER, folder / _SAMPLER / SCHEDULER.name)
-    if plan.holds_tokenizer:
-        link_or_copy(plan.output / _TOKENIZER, folder / _TOKENIZER)
-    else:
-        _write_tokenizer(plan, folder / _TOKENIZER)
+    for tokenizer in plan.checkpoint.family.tokenizers:
+        _put_tokenizer(plan, tokenizer, folder)
     return _convert(plan, folder) if plan.outdated else {}
 
 
@@ -196,11 +198,14 @@ def _write_configs(plan: Plan, folder: Path) -> None:
     (folder / _SAMPLER / "config.pbtxt").write_text(sampler_config(template, parameters), encoding="utf-8")
 
 
-def _write_tokenizer(plan: Plan, path: Path) -> None:
+def _put_tokenizer(plan: Plan, name: str, folder: Path) -> None:
     from hypergen_export.tokenizer import write_tokenizer
 
+    if plan.holds_tokenizer(name):
+        link_or_copy(plan.output / tokenizer_file(name), folder / tokenizer_file(name))
+        return
     with _needs_the_extra():
-        write_tokenizer(plan.checkpoint, path)
+        write_tokenizer(plan.checkpoint, name, folder / tokenizer_file(name))
 
 
 def _convert(plan: Plan, folder: Path) -> dict[str, Any]:
@@ -239,7 +244,7 @@ def _record(plan: Plan, folder: Path, parity: Mapping[str, Any]) -> dict[str, An
             }
             for component in plan.checkpoint.family.components
         },
-        "tokenizer": plan.tokenizer_key,
+        "tokenizers": plan.tokenizer_keys,
         "files": file_sizes(folder),
     }
 

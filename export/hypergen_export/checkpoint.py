@@ -13,19 +13,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hypergen_export.components import FAMILIES, Family, Sizes
+from hypergen_export.components import Family, Sizes
+from hypergen_export.detection import check_classes, check_configs, find_family
 from hypergen_export.errors import (
     BrokenCheckpointError,
     NotADiffusersPipelineError,
     UnknownModelError,
-    UnsupportedModelError,
 )
 from hypergen_export.hub import find_snapshot
 from hypergen_export.weights import Weights, choose_weights
 
 SHIPPED_MODEL = "hypergen/emoji"
 INDEX = "model_index.json"
-TOKENIZER = "tokenizer"
 SCHEDULER = Path("scheduler") / "scheduler_config.json"
 DEFAULTS = "hypergen_defaults.json"
 _PACKAGE = Path(__file__).parent
@@ -35,10 +34,11 @@ _SHIPPED_FOLDERS = (_PACKAGE / "bundled" / "emoji", _PACKAGE.parent / "emoji" / 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder in the layout of diffusers whose family is known."""
+    """A folder in the layout of diffusers whose family is known. `index` is its model_index.json."""
 
     folder: Path
     family: Family
+    index: Mapping[str, Any]
 
     def config(self, module: str) -> Mapping[str, Any]:
         """The module's config.json."""
@@ -66,19 +66,19 @@ class Checkpoint:
     @cached_property
     def sizes(self) -> Sizes:
         """The sizes that the table of components calls by name."""
-        text, vae = self.config("text_encoder"), self.config("vae")
+        stated = {name: int(self.config(module)[key]) for name, (module, key) in self.family.sizes.items()}
+        encoders = [self.config(component.module) for component in self.family.text_encoders]
         return {
-            "tokens": self._tokens(text),
-            "vocabulary": int(text["vocab_size"]),
-            "text_width": int(text["hidden_size"]),
-            "latent_channels": int(vae["latent_channels"]),
-            "vae_scale_factor": 2 ** (len(vae["block_out_channels"]) - 1),
+            **stated,
+            "tokens": min(map(self._tokens, self.family.tokenizers, encoders)),
+            "context_width": sum(int(encoder["hidden_size"]) for encoder in encoders),
+            "vae_scale_factor": 2 ** (len(self.config("vae")["block_out_channels"]) - 1),
         }
 
-    def _tokens(self, text: Mapping[str, Any]) -> int:
+    def _tokens(self, tokenizer: str, text_encoder: Mapping[str, Any]) -> int:
         """Length of a prompt in tokens: the tokenizer's, where it states one the text encoder can read."""
-        positions = int(text["max_position_embeddings"])
-        stated = read_json(self.folder / TOKENIZER / "tokenizer_config.json").get("model_max_length")
+        positions = int(text_encoder["max_position_embeddings"])
+        stated = read_json(self.folder / tokenizer / "tokenizer_config.json").get("model_max_length")
         # Without one, transformers writes 10**30.
         return min(int(stated), positions) if stated else positions
 
@@ -94,10 +94,11 @@ def open_checkpoint(model: str) -> Checkpoint:
     if not index_path.is_file():
         raise NotADiffusersPipelineError(f"{model}: not a diffusers pipeline, for it has no {INDEX}")
     index = read_json(index_path)
-    checkpoint = Checkpoint(folder, _family(model, str(index.get("_class_name"))))
-    _check_classes(model, index, checkpoint.family)
+    family = find_family(model, index, lambda: read_json(folder / "unet" / "config.json"))
+    check_classes(model, index, family)
+    checkpoint = Checkpoint(folder, family, index)
     _check_files(checkpoint)
-    _check_configs(model, checkpoint)
+    check_configs(model, {module: checkpoint.config(module) for module in family.modules}, _readable_sizes(checkpoint))
     return checkpoint
 
 
@@ -134,23 +135,8 @@ def _shipped_folder() -> Path:
     raise UnknownModelError(f"{SHIPPED_MODEL}: the shipped checkpoint is missing from this installation")
 
 
-def _family(model: str, pipeline: str) -> Family:
-    for family in FAMILIES:
-        if pipeline in family.pipelines:
-            return family
-    known = ", ".join(sorted(name for family in FAMILIES for name in family.pipelines))
-    raise UnsupportedModelError(f"{model}: {pipeline} is not supported; supported are {known}")
-
-
-def _check_classes(model: str, index: Mapping[str, Any], family: Family) -> None:
-    for module, loader in family.modules.items():
-        given = ".".join(str(part) for part in index.get(module) or ["none"])
-        if given != loader:
-            raise UnsupportedModelError(f"{model}: its {module} is {given}, but only {loader} is supported")
-
-
 def _check_files(checkpoint: Checkpoint) -> None:
-    for module in (*checkpoint.family.modules, TOKENIZER):
+    for module in (*checkpoint.family.modules, *checkpoint.family.tokenizers):
         if not (checkpoint.folder / module).is_dir():
             raise BrokenCheckpointError(f"{checkpoint.folder / module}: missing")
     for module in checkpoint.family.modules:
@@ -159,23 +145,8 @@ def _check_files(checkpoint: Checkpoint) -> None:
     _ = checkpoint.scheduler, checkpoint.defaults
 
 
-def _check_configs(model: str, checkpoint: Checkpoint) -> None:
-    """Refuse what the configs say would need inputs that the table has not."""
-    unet = checkpoint.config("unet")
+def _readable_sizes(checkpoint: Checkpoint) -> Sizes:
     try:
-        channels = checkpoint.sizes["latent_channels"]
+        return checkpoint.sizes
     except (KeyError, TypeError, ValueError) as error:
         raise BrokenCheckpointError(f"{checkpoint.folder}: a config.json lacks {error}") from error
-    reasons = {
-        f"its UNet takes {unet.get('in_channels')} channels, its VAE gives {channels} (an inpainting model?)": (
-            unet.get("in_channels") != channels
-        ),
-        "its UNet wants a class label": unet.get("class_embed_type") is not None or unet.get("num_class_embeds"),
-        # "text" is pooled from encoder_hidden_states inside the UNet and needs no input of its own.
-        "its UNet wants added conditions": unet.get("addition_embed_type") not in (None, "text"),
-        "its UNet wants the guidance as an embedding": unet.get("time_cond_proj_dim") is not None,
-        "its text encoder wants an attention mask": checkpoint.config("text_encoder").get("use_attention_mask"),
-    }
-    for reason, applies in reasons.items():
-        if applies:
-            raise UnsupportedModelError(f"{model}: {reason}, which is not supported")

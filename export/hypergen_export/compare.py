@@ -16,7 +16,7 @@ import torch
 
 from hypergen_export.components import Component, Sizes
 from hypergen_export.errors import ConversionError, ParityMissedError, first_line
-from hypergen_export.examples import example_inputs
+from hypergen_export.examples import by_name, example_inputs
 
 Array = npt.NDArray[np.generic]
 Engine = Callable[[list[Array]], list[Array]]
@@ -65,7 +65,7 @@ def _difference(
 ) -> float:
     """Largest difference over all outputs, for floats relative to the largest magnitude where that exceeds one."""
     with torch.no_grad():
-        expected = wrapped(*inputs)
+        expected = wrapped(**by_name(component, inputs))
     expected = expected if isinstance(expected, tuple) else (expected,)
     given = engine([tensor.numpy() for tensor in inputs])
     pairs = zip((tensor.numpy() for tensor in expected), given, strict=True)

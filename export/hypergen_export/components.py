@@ -1,13 +1,13 @@
 """What a family of checkpoints consists of: one row per component of the Triton repository.
 
 It knows names, tensors, free axes, example values and tolerances, all as data and without torch, and nothing
-of how a component is loaded or converted. A new family is a new tuple of rows; a new input is a new `Tensor`.
+of how a component is loaded or converted. A new family is a new row of FAMILIES; a new input is a new `Tensor`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 FLOAT, INT, BYTE = "FP32", "INT32", "UINT8"
 
@@ -61,6 +61,8 @@ class Component:
 
     `module` is the checkpoint's subfolder, `loader` the class it must be ("library.Class"). `tolerance` bounds the
     largest difference to torch, relative to the largest magnitude where that exceeds one; for UINT8 it is absolute.
+    `wrapper` is a key of `wrappers.WRAPPERS`, empty where that is the component's name. `overflows_float16`: values
+    inside leave float16's range, so an engine must compute this one in float32, whatever it computes the others in.
     """
 
     name: str
@@ -69,35 +71,68 @@ class Component:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     tolerance: float
+    wrapper: str = ""
+    overflows_float16: bool = False
 
 
 _LATENTS = ("latent_channels", "latent_height", "latent_width")
-_HIDDEN_STATES = Tensor(name="encoder_hidden_states", dtype=FLOAT, axes=("tokens", "text_width"))
 _IMAGE = Tensor(name="image", dtype=BYTE, axes=("height", "width", 3), example="pixel")
-
 # Float32 against float32: the engines sum in another order. 1e-3 is far above what that costs (1e-6 to 1e-5 on
 # the models tried) and far below what a wrong operator, axis or weight does.
-STABLE_DIFFUSION = (
-    Component(
-        name="text_encoder",
-        module="text_encoder",
-        loader="transformers.CLIPTextModel",
-        inputs=(Tensor(name="input_ids", dtype=INT, axes=("tokens",), example="token"),),
-        outputs=(_HIDDEN_STATES,),
-        tolerance=1e-3,
-    ),
-    Component(
+_TOLERANCE = 1e-3
+
+# What a UNet may be told beside latents and timestep, under the names that diffusers gives it.
+_HIDDEN_STATES = Tensor(name="encoder_hidden_states", dtype=FLOAT, axes=("tokens", "context_width"))
+_GUIDANCE = Tensor(name="timestep_cond", dtype=FLOAT, axes=("guidance_width",))
+_POOLED = Tensor(name="text_embeds", dtype=FLOAT, axes=("pooled_width",))
+_SIZES = Tensor(name="time_ids", dtype=FLOAT, axes=(6,), example="side")
+
+
+def _input_ids(example: str) -> Tensor:
+    return Tensor(name="input_ids", dtype=INT, axes=("tokens",), example=example)
+
+
+def _states_of(width: str) -> Tensor:
+    """One text encoder's share of what the UNet attends to; the shares stand side by side along the last axis."""
+    return Tensor(name="encoder_hidden_states", dtype=FLOAT, axes=("tokens", width))
+
+
+def _unet(*conditions: Tensor) -> Component:
+    return Component(
         name="unet",
         module="unet",
         loader="diffusers.UNet2DConditionModel",
         inputs=(
             Tensor(name="sample", dtype=FLOAT, axes=_LATENTS),
             Tensor(name="timestep", dtype=FLOAT, axes=(), example="timestep"),
-            _HIDDEN_STATES,
+            *conditions,
         ),
         outputs=(Tensor(name="model_output", dtype=FLOAT, axes=_LATENTS),),
-        tolerance=1e-3,
+        tolerance=_TOLERANCE,
+    )
+
+
+_CLIP = Component(
+    name="text_encoder",
+    module="text_encoder",
+    loader="transformers.CLIPTextModel",
+    inputs=(_input_ids("prompt"),),
+    outputs=(_states_of("text_width"),),
+    tolerance=_TOLERANCE,
+)
+_TEXT_ENCODERS_XL = (
+    replace(_CLIP, wrapper="penultimate_text_encoder"),
+    Component(
+        name="text_encoder_2",
+        module="text_encoder_2",
+        loader="transformers.CLIPTextModelWithProjection",
+        wrapper="pooled_text_encoder",
+        inputs=(_input_ids("prompt_2"),),
+        outputs=(_states_of("text_width_2"), _POOLED),
+        tolerance=_TOLERANCE,
     ),
+)
+_VAE = (
     Component(
         name="vae_decoder",
         module="vae",
@@ -115,30 +150,95 @@ STABLE_DIFFUSION = (
             Tensor(name="mean", dtype=FLOAT, axes=_LATENTS),
             Tensor(name="std", dtype=FLOAT, axes=_LATENTS),
         ),
-        tolerance=1e-3,
+        tolerance=_TOLERANCE,
     ),
 )
+# diffusers' pipeline says so too: it decodes in float32 ("make sure the VAE is in float32 mode, as it overflows").
+_VAE_XL = tuple(replace(component, overflows_float16=True) for component in _VAE)
+
+STABLE_DIFFUSION = (_CLIP, _unet(_HIDDEN_STATES), *_VAE)
+LATENT_CONSISTENCY = (_CLIP, _unet(_HIDDEN_STATES, _GUIDANCE), *_VAE)
+STABLE_DIFFUSION_XL = (*_TEXT_ENCODERS_XL, _unet(_HIDDEN_STATES, _POOLED, _SIZES), *_VAE_XL)
+LATENT_CONSISTENCY_XL = (*_TEXT_ENCODERS_XL, _unet(_HIDDEN_STATES, _POOLED, _SIZES, _GUIDANCE), *_VAE_XL)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Checkpoints that one set of components serves; `pipelines` are diffusers' class names."""
+    """Checkpoints that one set of components serves.
+
+    `pipelines` are diffusers' class names, and among families that share one, the UNet's config decides.
+    `sizes` says where the checkpoint states a size: the module and the key of its config.json. `tokenizers` are
+    subfolders, one for each text encoder.
+    """
 
     name: str
     pipelines: frozenset[str]
     components: tuple[Component, ...]
+    sizes: Mapping[str, tuple[str, str]]
+    tokenizers: tuple[str, ...] = ("tokenizer",)
 
     @property
     def modules(self) -> dict[str, str]:
         """Subfolder -> the class it must be."""
         return {component.module: component.loader for component in self.components}
 
+    @property
+    def text_encoders(self) -> tuple[Component, ...]:
+        """What reads a prompt, in the order in which their hidden states stand side by side."""
+        return tuple(component for component in self.components if component.inputs[0].name == "input_ids")
 
+    @property
+    def unet_conditions(self) -> tuple[str, ...]:
+        """The UNet's inputs beside latents and timestep."""
+        (unet,) = (component for component in self.components if component.name == "unet")
+        return tuple(tensor.name for tensor in unet.inputs if tensor.name not in ("sample", "timestep"))
+
+
+_SIZES_SD = {
+    "vocabulary": ("text_encoder", "vocab_size"),
+    "text_width": ("text_encoder", "hidden_size"),
+    "latent_channels": ("vae", "latent_channels"),
+}
+_SIZES_XL = {
+    **_SIZES_SD,
+    "vocabulary_2": ("text_encoder_2", "vocab_size"),
+    "text_width_2": ("text_encoder_2", "hidden_size"),
+    "pooled_width": ("text_encoder_2", "projection_dim"),
+}
+_SIZES_LCM = {"guidance_width": ("unet", "time_cond_proj_dim")}
+
+# Saved from an image-to-image pipeline, the parts are the same; only the index names another class.
+_PIPELINES = frozenset({"StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"})
+_PIPELINES_LCM = frozenset({"LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"})
+_PIPELINES_XL = frozenset({"StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"})
+
+# 1.x, 2.x, SD-Turbo and what LCM and TCD leave of them without a guidance embedding are one family: their configs,
+# weights and schedulers differ, their tensors do not. So with XL, XL-Turbo and XL-Lightning.
 FAMILIES = (
     Family(
         name="stable-diffusion",
-        # Saved from an image-to-image pipeline, the parts are the same; only the index names another class.
-        pipelines=frozenset({"StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"}),
+        pipelines=_PIPELINES,
         components=STABLE_DIFFUSION,
+        sizes=_SIZES_SD,
+    ),
+    Family(
+        name="latent-consistency",
+        pipelines=_PIPELINES | _PIPELINES_LCM,
+        components=LATENT_CONSISTENCY,
+        sizes={**_SIZES_SD, **_SIZES_LCM},
+    ),
+    Family(
+        name="stable-diffusion-xl",
+        pipelines=_PIPELINES_XL,
+        components=STABLE_DIFFUSION_XL,
+        sizes=_SIZES_XL,
+        tokenizers=("tokenizer", "tokenizer_2"),
+    ),
+    Family(
+        name="latent-consistency-xl",
+        pipelines=_PIPELINES_XL,
+        components=LATENT_CONSISTENCY_XL,
+        sizes={**_SIZES_XL, **_SIZES_LCM},
+        tokenizers=("tokenizer", "tokenizer_2"),
     ),
 )

@@ -20,7 +20,7 @@ from hypergen_export.components import Component
 from hypergen_export.loading import load_module
 from hypergen_export.onnx import capture, write_onnx
 from hypergen_export.progress import Progress
-from hypergen_export.wrappers import WRAPPERS
+from hypergen_export.wrappers import wrap
 
 
 def convert(
@@ -36,7 +36,7 @@ def convert(
 
 def _convert(checkpoint: Checkpoint, component: Component, path: Path, progress: Progress) -> Parity:
     with progress.stage(f"{component.name}: load"):
-        wrapped = WRAPPERS[component.name](load_module(checkpoint, component))
+        wrapped = wrap(component, load_module(checkpoint, component))
     with progress.stage(f"{component.name}: capture"):
         program = capture(component, wrapped, checkpoint.sizes)
     with progress.stage(f"{component.name}: convert"):

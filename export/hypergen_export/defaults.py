@@ -1,6 +1,7 @@
-"""What the sampler tells its clients about a checkpoint, as parameters: sizes, steps, guidance, scheduler, suggestions.
+"""What the sampler is told about a checkpoint, as parameters: its components, sizes, steps, guidance, scheduler.
 
-A checkpoint may bring its own in `hypergen_defaults.json`; diffusers' layout has no place for them.
+A checkpoint may bring its own habits in `hypergen_defaults.json`; diffusers' layout has no place for them, so without
+that file they are read from its scheduler and UNet.
 """
 
 from __future__ import annotations
@@ -25,8 +26,20 @@ _SCHEDULERS = {
     "TCDScheduler": "tcd",
     "UniPCMultistepScheduler": "unipc",
 }
-_NUM_INFERENCE_STEPS = 50  # diffusers' own defaults
-_GUIDANCE_SCALE = 7.5
+# Steps and guidance scale. Those of models that are not distilled are the defaults of diffusers' pipelines.
+_HABITS = {
+    "stable-diffusion": (50, 7.5),
+    "stable-diffusion-xl": (50, 5.0),
+    # LatentConsistencyModelPipeline's: the scale goes into the UNet and costs nothing.
+    "latent-consistency": (4, 8.5),
+    "latent-consistency-xl": (4, 8.5),
+}
+# Guidance is distilled into the weights, and a second row per image would be wasted: scale 1 is none.
+_FEW_STEPS = (4, 1.0)
+_FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
+# How the few-step models of the Turbo and Lightning kind are published: Euler from the very last timestep. With
+# v-prediction or a rescaled schedule that is a many-step model trained to zero terminal noise instead.
+_EULER = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 
 
 def checkpoint_parameters(checkpoint: Checkpoint, known_schedulers: Collection[str]) -> dict[str, str]:
@@ -34,12 +47,13 @@ def checkpoint_parameters(checkpoint: Checkpoint, known_schedulers: Collection[s
     sizes = checkpoint.sizes
     factor = sizes["vae_scale_factor"]
     try:
-        parameters = _sides(checkpoint, factor) | _habits(checkpoint.defaults)
+        parameters = _sides(checkpoint, factor) | _habits(checkpoint)
         suggestions = _suggestions(checkpoint.defaults)
     except (KeyError, TypeError, ValueError) as error:
         raise BrokenCheckpointError(f"{checkpoint.folder}: a default is missing or of no use ({error})") from error
     return {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in parameters.items()} | {
         "family": checkpoint.family.name,
+        **_architecture(checkpoint),
         "default_scheduler": scheduler_name(checkpoint.scheduler, known_schedulers),
         "suggestions": suggestions,
         "size_factor": str(factor),
@@ -60,11 +74,44 @@ def scheduler_name(config: Mapping[str, Any], known: Collection[str]) -> str:
     return name if name in known else class_name
 
 
-def _habits(stored: Mapping[str, Any]) -> dict[str, int | float]:
+def _architecture(checkpoint: Checkpoint) -> dict[str, str]:
+    """How the sampler puts the components together."""
+    family = checkpoint.family
+    # The default of diffusers' pipeline, where the index does not say; other families have no such thing.
+    zeros = "text_embeds" in family.unet_conditions and checkpoint.index.get("force_zeros_for_empty_prompt", True)
     return {
-        "default_num_inference_steps": int(stored.get("num_inference_steps", _NUM_INFERENCE_STEPS)),
-        "default_guidance_scale": float(stored.get("guidance_scale", _GUIDANCE_SCALE)),
+        "components": ",".join(component.name for component in family.components),
+        "text_encoders": ",".join(component.name for component in family.text_encoders),
+        "tokenizers": ",".join(family.tokenizers),
+        "unet_conditions": ",".join(family.unet_conditions),
+        "guidance_width": str(checkpoint.sizes.get("guidance_width", 0)),
+        "zeros_for_no_negative_prompt": str(int(bool(zeros))),
     }
+
+
+def _habits(checkpoint: Checkpoint) -> dict[str, int | float]:
+    stored = checkpoint.defaults
+    steps, scale = _usual_habits(checkpoint)
+    return {
+        "default_num_inference_steps": int(stored.get("num_inference_steps", steps)),
+        # Model cards write 0 for "no guidance", the API 1; the pictures are the same.
+        "default_guidance_scale": max(1.0, float(stored.get("guidance_scale", scale))),
+    }
+
+
+def _usual_habits(checkpoint: Checkpoint) -> tuple[int, float]:
+    takes_guidance = "timestep_cond" in checkpoint.family.unet_conditions
+    if not takes_guidance and _takes_few_steps(checkpoint.scheduler):
+        return _FEW_STEPS
+    return _HABITS[checkpoint.family.name]
+
+
+def _takes_few_steps(scheduler: Mapping[str, Any]) -> bool:
+    """Whether the checkpoint comes with the scheduler of a model distilled to a few steps."""
+    name = scheduler.get("_class_name")
+    ends_in_noise = scheduler.get("prediction_type") == "v_prediction" or scheduler.get("rescale_betas_zero_snr")
+    trailing = scheduler.get("timestep_spacing") == "trailing" and not ends_in_noise
+    return name in _FEW_STEP_SCHEDULERS or (name in _EULER and trailing)
 
 
 def _suggestions(stored: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -26,14 +27,27 @@ def _normal(request: _Request) -> torch.Tensor:
     return torch.randn(request.shape, generator=request.generator)
 
 
-def _token(request: _Request) -> torch.Tensor:
-    vocabulary = request.sizes["vocabulary"]
-    return torch.randint(0, vocabulary, request.shape, generator=request.generator, dtype=torch.int32)
+def _prompt(vocabulary: str, request: _Request) -> torch.Tensor:
+    """Random words, then the end token up to the last position, as a tokenizer pads; another length per sample.
+
+    CLIP's pooled output is that of the first end token, which is the last of its vocabulary.
+    """
+    batch, tokens = request.shape
+    end = request.sizes[vocabulary] - 1
+    ids = torch.randint(0, end, request.shape, generator=request.generator, dtype=torch.int32)
+    for row in range(batch):
+        ids[row, 1 + row % (tokens - 1) :] = end
+    return ids
 
 
 def _timestep(request: _Request) -> torch.Tensor:
     # Another one per sample: a model that shared one over the batch would be noticed.
     return torch.linspace(1.0, 999.0, request.shape[0] + 1)[1:].expand(request.shape).clone()
+
+
+def _side(request: _Request) -> torch.Tensor:
+    # Sizes and places in pixels, as floats.
+    return torch.randint(0, 2048, request.shape, generator=request.generator).to(torch.float32)
 
 
 def _pixel(request: _Request) -> torch.Tensor:
@@ -42,8 +56,10 @@ def _pixel(request: _Request) -> torch.Tensor:
 
 VALUES: Mapping[str, Callable[[_Request], torch.Tensor]] = {
     "normal": _normal,
-    "token": _token,
+    "prompt": partial(_prompt, "vocabulary"),
+    "prompt_2": partial(_prompt, "vocabulary_2"),
     "timestep": _timestep,
+    "side": _side,
     "pixel": _pixel,
 }
 
@@ -59,3 +75,8 @@ def example_inputs(
         return VALUES[tensor.example](_Request(shape, sizes, generator))
 
     return tuple(fill(tensor) for tensor in component.inputs)
+
+
+def by_name(component: Component, inputs: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+    """The inputs as a wrapper's keyword arguments: which ones a UNet takes differs from family to family."""
+    return {tensor.name: value for tensor, value in zip(component.inputs, inputs, strict=True)}

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hypergen_export.checkpoint import TOKENIZER, Checkpoint
+from hypergen_export.checkpoint import Checkpoint
 from hypergen_export.components import Component
 
 _PACKAGE = Path(__file__).parent
@@ -22,15 +22,16 @@ def component_key(checkpoint: Checkpoint, component: Component) -> str:
     weights = [folder / name for name in checkpoint.weights(component.module).files]
     return _digest(
         component.name,
+        component.wrapper,
         dict(checkpoint.sizes),
         _contents([folder / "config.json", *(_PACKAGE / name for name in _CONVERSION)]),
         [_identity(path) for path in weights],
     )
 
 
-def tokenizer_key(checkpoint: Checkpoint) -> str:
-    """Key of tokenizer.json."""
-    files = (path for path in (checkpoint.folder / TOKENIZER).iterdir() if path.is_file())
+def tokenizer_key(checkpoint: Checkpoint, tokenizer: str) -> str:
+    """Key of the file that the sampler reads in place of the folder `tokenizer`."""
+    files = (path for path in (checkpoint.folder / tokenizer).iterdir() if path.is_file())
     return _digest(dict(checkpoint.sizes), _contents([*files, _PACKAGE / "tokenizer.py"]))
 
 

@@ -5,6 +5,7 @@ Only the files that an export reads are fetched: no other variants, no safety ch
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
@@ -13,7 +14,6 @@ from hypergen_export.errors import MissingDependencyError, UnknownModelError, fi
 from hypergen_export.weights import choose_weights
 
 _SMALL_FILES = (".json", ".txt")
-_OTHER_FOLDERS = ("tokenizer", "scheduler")
 
 
 def find_snapshot(model: str) -> Path:
@@ -42,21 +42,33 @@ def find_snapshot(model: str) -> Path:
 def wanted_files(names: Iterable[str]) -> list[str]:
     """The files of a repository that an export reads: enough to say what is wrong with one that is no pipeline."""
     names = list(names)
-    modules = {module for family in FAMILIES for module in family.modules}
     wanted = [name for name in names if "/" not in name and name.endswith(".json")]
-    for module in sorted(modules):
-        weights = choose_weights(_within(names, module))
-        wanted += [f"{module}/{file}" for file in (*(weights.files if weights else ()), "config.json")]
-    for folder in _OTHER_FOLDERS:
+    for module in _modules():
+        files = _within(names, module)
+        weights = choose_weights(files)
+        wanted += [f"{module}/{file}" for file in files if file == "config.json" or (weights and file in weights.files)]
+    for folder in _other_folders():
         wanted += [f"{folder}/{file}" for file in _within(names, folder) if file.endswith(_SMALL_FILES)]
     return wanted
 
 
 def _is_complete(folder: Path) -> bool:
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    if "model_index.json" not in names:
+    """Whether the weights of all modules that the index lists, as far as any family has them, are there."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False
-    return any(all(choose_weights(_within(names, module)) for module in family.modules) for family in FAMILIES)
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    parts = index if isinstance(index, dict) else {}
+    return all(choose_weights(_within(names, module)) for module in _modules() if (parts.get(module) or [None])[0])
+
+
+def _modules() -> list[str]:
+    return sorted({module for family in FAMILIES for module in family.modules})
+
+
+def _other_folders() -> list[str]:
+    return sorted({"scheduler", *(tokenizer for family in FAMILIES for tokenizer in family.tokenizers)})
 
 
 def _within(names: Iterable[str], folder: str) -> list[str]:

@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 
 from hypergen_export.components import Component, Sizes
 from hypergen_export.errors import ConversionError, first_line
-from hypergen_export.examples import example_inputs
+from hypergen_export.examples import by_name, example_inputs
 
 # The version that torch's translations are written for: no conversion afterwards. Measured with OpenVINO on a UNet
 # of 16 M parameters, 8×8 latents, batch 2 and 16, bfloat16: opset 18 took 11 and 45 ms, opset 21 (GroupNormalization
@@ -26,11 +26,11 @@ _EXAMPLE = {"batch": 3, "height": 14, "width": 10}
 
 def capture(component: Component, wrapped: torch.nn.Module, sizes: Sizes) -> ExportedProgram:
     """The component's graph, free in the axes that the table says. Raises ConversionError."""
-    inputs = example_inputs(component, sizes, **_EXAMPLE)
-    free = tuple(dict.fromkeys(tensor.free_axes(), Dim.DYNAMIC) for tensor in component.inputs)
+    inputs = by_name(component, example_inputs(component, sizes, **_EXAMPLE))
+    free = {tensor.name: dict.fromkeys(tensor.free_axes(), Dim.DYNAMIC) for tensor in component.inputs}
     try:
         with torch.no_grad():
-            return torch.export.export(wrapped, inputs, dynamic_shapes=free, strict=False)
+            return torch.export.export(wrapped, (), inputs, dynamic_shapes=free, strict=False)
     except Exception as error:  # torch.export documents no error of its own
         raise ConversionError(f"{component.name}: torch.export failed ({first_line(error)})") from error
 

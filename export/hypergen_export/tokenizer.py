@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hypergen_export.checkpoint import TOKENIZER, Checkpoint
+from hypergen_export.checkpoint import Checkpoint
 from hypergen_export.errors import BrokenCheckpointError, ParityMissedError, first_line
 
 # Empty, short, longer than any text encoder reads, beyond ASCII, case, space and special tokens.
@@ -19,8 +19,10 @@ _PROBES = (
 )
 
 
-def write_tokenizer(checkpoint: Checkpoint, path: Path) -> None:
+def write_tokenizer(checkpoint: Checkpoint, name: str, path: Path) -> None:
     """Write a `tokenizers` file whose encodings are the ids that diffusers feeds the text encoder.
+
+    `name` is the tokenizer's folder in the checkpoint.
 
     Raises:
         BrokenCheckpointError: the tokenizer's files cannot be read.
@@ -29,7 +31,7 @@ def write_tokenizer(checkpoint: Checkpoint, path: Path) -> None:
     from tokenizers import Tokenizer
 
     length = checkpoint.sizes["tokens"]
-    theirs = _load(checkpoint.folder / TOKENIZER)
+    theirs = _load(checkpoint.folder / name)
     # A copy, since transformers changes truncation and padding of its own one with every call.
     ours = Tokenizer.from_str(theirs.backend_tokenizer.to_str())
     ours.enable_truncation(max_length=length)
@@ -37,7 +39,7 @@ def write_tokenizer(checkpoint: Checkpoint, path: Path) -> None:
     for prompt in _PROBES:
         expected = theirs(prompt, padding="max_length", max_length=length, truncation=True).input_ids
         if ours.encode(prompt).ids != expected:
-            raise ParityMissedError(f"tokenizer: encodes {prompt[:40]!r} in another way than transformers")
+            raise ParityMissedError(f"{name}: encodes {prompt[:40]!r} in another way than transformers")
     ours.save(str(path))
 
 

@@ -1,7 +1,8 @@
 """Modules of a checkpoint with the inputs and outputs of the repository's contract.
 
 Each wrapper takes a loaded module of transformers or diffusers and does inside the graph what diffusers' pipeline
-does around it, so that the sampler exchanges finished tensors and a picture leaves the decoder as bytes.
+does around it, so that the sampler exchanges finished tensors and a picture leaves the decoder as bytes. Floats go
+in and out as float32 whatever the module computes in: the casts are part of the graph.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hypergen_export.components import Component
 
 # No latent is divisible by 2**30, so a UNet that believes to have this many upsamplers takes, for every size,
 # diffusers' forward_upsample_size path: each upsampler is told the size of the skip connection it must meet.
@@ -27,20 +30,66 @@ class TextEncoder(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         hidden_states: Tensor = self.text_encoder(input_ids.to(torch.int64), return_dict=False)[0]
-        return hidden_states
+        return hidden_states.to(torch.float32)
+
+
+class PenultimateTextEncoder(nn.Module):
+    """input_ids [B, L] -> encoder_hidden_states [B, L, D], those before the last layer, as they are."""
+
+    def __init__(self, text_encoder: Any) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        output = self.text_encoder(input_ids.to(torch.int64), output_hidden_states=True)
+        hidden_states: Tensor = output.hidden_states[-2]
+        return hidden_states.to(torch.float32)
+
+
+class PooledTextEncoder(nn.Module):
+    """input_ids [B, L] -> those hidden states, and text_embeds [B, P], the projection of the whole prompt."""
+
+    def __init__(self, text_encoder: Any) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.text_encoder(input_ids.to(torch.int64), output_hidden_states=True)
+        return output.hidden_states[-2].to(torch.float32), output.text_embeds.to(torch.float32)
 
 
 class UNet(nn.Module):
-    """sample [B, C, h, w], timestep [B], encoder_hidden_states [B, L, D] -> model_output [B, C, h, w]."""
+    """sample [B, C, h, w], timestep [B], encoder_hidden_states [B, L, D] -> model_output [B, C, h, w].
+
+    The others only where its config wants them: timestep_cond [B, G], text_embeds [B, P], time_ids [B, 6].
+    """
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
         unet.num_upsamplers = _ALWAYS_FORWARD_UPSAMPLE_SIZE
         self.unet = unet
 
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        model_output: Tensor = self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0]
-        return model_output
+    def forward(  # noqa: PLR0913 - diffusers' inputs, by diffusers' names
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep_cond: Tensor | None = None,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> Tensor:
+        # Timestep and sizes stay as they are: half precision holds few of the numbers up to 999, and what is made of
+        # them is float32 until diffusers casts it.
+        dtype = self.unet.dtype
+        model_output: Tensor = self.unet(
+            sample.to(dtype),
+            timestep,
+            encoder_hidden_states.to(dtype),
+            timestep_cond=None if timestep_cond is None else timestep_cond.to(dtype),
+            added_cond_kwargs={"text_embeds": text_embeds, "time_ids": time_ids},
+            return_dict=False,
+        )[0]
+        return model_output.to(torch.float32)
 
 
 class VaeDecoder(nn.Module):
@@ -49,11 +98,11 @@ class VaeDecoder(nn.Module):
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
-        self.scale = float(vae.config.scaling_factor)
-        self.shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
+        self.scale, self.shift = _scale_and_shift(vae.config)
 
     def forward(self, latents: Tensor) -> Tensor:
-        decoded: Tensor = self.vae.decode(latents / self.scale + self.shift, return_dict=False)[0]
+        unscaled = (latents / self.scale + self.shift).to(self.vae.dtype)
+        decoded: Tensor = self.vae.decode(unscaled, return_dict=False)[0].to(torch.float32)
         unit = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
         return (unit * 255).round().to(torch.uint8)
 
@@ -64,19 +113,36 @@ class VaeEncoder(nn.Module):
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
-        self.scale = float(vae.config.scaling_factor)
-        self.shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
+        self.scale, self.shift = _scale_and_shift(vae.config)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        pixels = image.permute(0, 3, 1, 2).to(torch.float32) / 255 * 2 - 1
-        posterior = self.vae.encode(pixels, return_dict=False)[0]
-        return (posterior.mean - self.shift) * self.scale, posterior.std * self.scale
+        # Cast first: of bytes, TensorRT knows nothing but the cast.
+        pixels = image.to(torch.float32).permute(0, 3, 1, 2) / 255 * 2 - 1
+        posterior = self.vae.encode(pixels.to(self.vae.dtype), return_dict=False)[0]
+        mean, std = posterior.mean.to(torch.float32), posterior.std.to(torch.float32)
+        return (mean - self.shift) * self.scale, std * self.scale
 
 
-# Component name -> its wrapper.
+def _scale_and_shift(config: Any) -> tuple[float | Tensor, float | Tensor]:
+    """Latents of the scheduler are (latents of the VAE - shift) * scale; a VAE may state both per channel."""
+    scale, shift = float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is None or std is None:
+        return scale, shift
+    return scale / torch.tensor(std).view(1, -1, 1, 1), torch.tensor(mean).view(1, -1, 1, 1)
+
+
+# Component.wrapper, or its name -> what is put around its module.
 WRAPPERS: Mapping[str, Callable[[Any], nn.Module]] = {
     "text_encoder": TextEncoder,
+    "penultimate_text_encoder": PenultimateTextEncoder,
+    "pooled_text_encoder": PooledTextEncoder,
     "unet": UNet,
     "vae_decoder": VaeDecoder,
     "vae_encoder": VaeEncoder,
 }
+
+
+def wrap(component: Component, module: Any) -> nn.Module:
+    """The module with the inputs and outputs of its row in the table."""
+    return WRAPPERS[component.wrapper or component.name](module)

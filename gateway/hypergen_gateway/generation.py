@@ -47,6 +47,7 @@ class ModelDescription:
 
     model_id: str
     device: str
+    components: tuple[str, ...]  # the models that the sampler calls
     schedulers: tuple[str, ...]
     default_width: int
     default_height: int

@@ -34,7 +34,6 @@ from hypergen_gateway.request_id import current_request_id
 logger = logging.getLogger(__name__)
 
 SAMPLER = "diffusion"
-MODELS = (SAMPLER, "text_encoder", "unet", "vae_decoder")
 
 # These replace all of tritonclient's own defaults.
 _CHANNEL_ARGS: list[tuple[str, int]] = [
@@ -111,9 +110,10 @@ class TritonBackend:
     async def ready(self) -> bool:
         """Whether the server and every model that a picture needs are ready."""
         client, limit = self._client, self._call_timeout
-        probes = [client.is_model_ready(name, client_timeout=limit) for name in MODELS]
         try:
+            models = (SAMPLER, *(await self.describe()).components)
             with self._gate():
+                probes = [client.is_model_ready(name, client_timeout=limit) for name in models]
                 answers = await asyncio.gather(client.is_server_ready(client_timeout=limit), *probes)
         except HyperGenError:
             return False

@@ -14,8 +14,19 @@ from hypergen_export.errors import (
     UnknownModelError,
     UnsupportedModelError,
 )
+from miniature import save_miniature
 
 from .conftest import edit_json
+
+
+@pytest.fixture(scope="module")
+def xl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_miniature(tmp_path_factory.mktemp("xl") / "miniature", family="sdxl")
+
+
+@pytest.fixture
+def xl_copy(xl_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(xl_folder, tmp_path / "xl"))
 
 
 def refusal(kind: type[ExportError], model: Path | str) -> str:
@@ -33,6 +44,7 @@ def test_the_miniature_is_a_stable_diffusion(checkpoint: Checkpoint) -> None:
         "tokens": 16,
         "vocabulary": 540,
         "text_width": 32,
+        "context_width": 32,
         "latent_channels": 4,
         "vae_scale_factor": 8,
     }
@@ -52,7 +64,7 @@ def test_a_folder_without_an_index_is_no_pipeline(tmp_path: Path) -> None:
     assert "model_index.json" in refusal(NotADiffusersPipelineError, tmp_path)
 
 
-@pytest.mark.parametrize("pipeline", ["StableDiffusionXLPipeline", "FluxPipeline", None])
+@pytest.mark.parametrize("pipeline", ["FluxPipeline", None])
 def test_another_family_is_unsupported_and_the_known_ones_are_named(checkpoint_copy: Path, pipeline: str) -> None:
     edit_json(checkpoint_copy / "model_index.json", _class_name=pipeline)
     message = refusal(UnsupportedModelError, checkpoint_copy)
@@ -69,9 +81,13 @@ def test_a_part_of_another_class_is_unsupported(checkpoint_copy: Path) -> None:
     ("module", "changes", "said"),
     [
         ("unet", {"in_channels": 9}, "inpainting"),
-        ("unet", {"addition_embed_type": "text_time"}, "added conditions"),
+        ("unet", {"in_channels": 8}, "8 channels (a picture to edit)"),
+        ("unet", {"in_channels": 16}, "16 channels, its VAE gives 4"),
+        ("unet", {"addition_embed_type": "text_time"}, "wants text_embeds and time_ids"),
+        ("unet", {"addition_embed_type": "image"}, "added conditions (image)"),
+        ("unet", {"encoder_hid_dim": 4096, "encoder_hid_dim_type": "text_proj"}, "projects embeddings of its own"),
+        ("unet", {"cross_attention_dim": 64}, "reads 64 features a token, its text encoders give 32"),
         ("unet", {"class_embed_type": "timestep"}, "class label"),
-        ("unet", {"time_cond_proj_dim": 256}, "guidance as an embedding"),
         ("text_encoder", {"use_attention_mask": True}, "attention mask"),
     ],
 )
@@ -115,6 +131,84 @@ def test_a_tokenizer_without_a_length_takes_the_text_encoders(checkpoint_copy: P
 
 def test_the_shipped_model_is_in_the_checkout() -> None:
     assert open_checkpoint(SHIPPED_MODEL).family.name == "stable-diffusion"
+
+
+@pytest.mark.parametrize(
+    ("miniature", "family"),
+    [
+        ("sd-2", "stable-diffusion"),
+        ("lcm", "latent-consistency"),
+        ("sdxl", "stable-diffusion-xl"),
+        ("lcm-sdxl", "latent-consistency-xl"),
+    ],
+)
+def test_index_and_unet_tell_the_family(miniature: str, family: str, tmp_path: Path) -> None:
+    assert open_checkpoint(str(save_miniature(tmp_path, family=miniature))).family.name == family
+
+
+def test_a_stable_diffusion_pipeline_with_a_guidance_embedding_is_latent_consistency(tmp_path: Path) -> None:
+    folder = save_miniature(tmp_path, family="lcm")
+    edit_json(folder / "model_index.json", _class_name="StableDiffusionPipeline")
+    assert open_checkpoint(str(folder)).family.name == "latent-consistency"
+
+
+def test_xls_sizes_are_those_of_both_text_encoders(xl_copy: Path) -> None:
+    sizes = open_checkpoint(str(xl_copy)).sizes
+    assert (sizes["text_width"], sizes["text_width_2"], sizes["context_width"]) == (32, 48, 80)
+    assert (sizes["pooled_width"], sizes["tokens"]) == (40, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]},
+            "it draws with a transformer",
+        ),
+        ({"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}, "a transformer"),
+        (
+            {"_class_name": "StableDiffusionXLControlNetPipeline", "controlnet": ["diffusers", "ControlNetModel"]},
+            "it needs a control picture beside the prompt (ControlNet)",
+        ),
+        ({"_class_name": "StableDiffusionInpaintPipeline"}, "inpainting"),
+        ({"_class_name": "StableDiffusionXLInpaintPipeline"}, "inpainting"),
+        ({"_class_name": "StableDiffusionInstructPix2PixPipeline"}, "a picture to edit"),
+        ({"_class_name": "StableDiffusionUpscalePipeline"}, "enlarges a given picture"),
+        ({"_class_name": "AnimateDiffPipeline", "motion_adapter": ["diffusers", "MotionAdapter"]}, "it makes videos"),
+        (
+            {
+                "_class_name": "StableDiffusionXLImg2ImgPipeline",
+                "requires_aesthetics_score": True,
+                "text_encoder": [None, None],
+            },
+            "it is a refiner",
+        ),
+        ({"text_encoder_2": [None, None]}, "its text_encoder_2 is none"),
+    ],
+)
+def test_what_no_family_serves_is_refused_with_the_reason(xl_copy: Path, changes: dict[str, object], said: str) -> None:
+    edit_json(xl_copy / "model_index.json", **changes)
+    message = refusal(UnsupportedModelError, xl_copy)
+    assert said in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"addition_embed_type": None}, "does not take text_embeds and time_ids"),
+        ({"projection_class_embeddings_input_dim": 40 + 5 * 8}, "other numbers than six"),
+        ({"in_channels": 9}, "an inpainting model"),
+    ],
+)
+def test_an_xl_unet_of_another_kind_is_unsupported(xl_copy: Path, changes: dict[str, object], said: str) -> None:
+    edit_json(xl_copy / "unet" / "config.json", **changes)
+    assert said in refusal(UnsupportedModelError, xl_copy)
+
+
+@pytest.mark.parametrize("part", ["text_encoder_2", "tokenizer_2"])
+def test_a_missing_second_part_is_named(xl_copy: Path, part: str) -> None:
+    shutil.rmtree(xl_copy / part)
+    assert part in refusal(BrokenCheckpointError, xl_copy)
 
 
 def test_a_unet_that_pools_the_prompt_by_itself_is_supported(checkpoint_copy: Path) -> None:

@@ -10,14 +10,14 @@ from hypergen_export.checkpoint import Checkpoint
 from hypergen_export.compare import compare
 from hypergen_export.errors import ConversionError, ParityMissedError
 from hypergen_export.loading import load_module
-from hypergen_export.wrappers import WRAPPERS
+from hypergen_export.wrappers import wrap
 
 from .conftest import COMPONENTS
 
 
 def weigh(name: str, checkpoint: Checkpoint, repository: Path, change: Callable[[torch.nn.Module], None]) -> float:
     """The difference between an exported file and its module after `change`."""
-    wrapped = WRAPPERS[name](load_module(checkpoint, COMPONENTS[name]))
+    wrapped = wrap(COMPONENTS[name], load_module(checkpoint, COMPONENTS[name]))
     change(wrapped)
     return compare(COMPONENTS[name], wrapped, checkpoint.sizes, repository / name / "1" / "model.onnx").difference
 
@@ -47,7 +47,7 @@ def test_not_a_number_is_a_miss(checkpoint: Checkpoint, repository: Path) -> Non
 
 
 def test_a_file_of_another_component_is_a_miss_or_refused(checkpoint: Checkpoint, repository: Path) -> None:
-    wrapped = WRAPPERS["vae_decoder"](load_module(checkpoint, COMPONENTS["vae_decoder"]))
+    wrapped = wrap(COMPONENTS["vae_decoder"], load_module(checkpoint, COMPONENTS["vae_decoder"]))
     path = repository / "vae_decoder" / "1" / "model.onnx"
     with pytest.raises(ParityMissedError):
         # Twice the latents: a picture of another size.
@@ -57,7 +57,7 @@ def test_a_file_of_another_component_is_a_miss_or_refused(checkpoint: Checkpoint
 def test_a_broken_file_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"no model")
     component = COMPONENTS["text_encoder"]
-    wrapped = WRAPPERS[component.name](load_module(checkpoint, component))
+    wrapped = wrap(component, load_module(checkpoint, component))
     with pytest.raises(ConversionError, match="OpenVINO refuses"):
         compare(component, wrapped, checkpoint.sizes, tmp_path / "model.onnx")
 

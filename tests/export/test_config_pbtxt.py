@@ -102,6 +102,12 @@ def test_the_sampler_knows_its_checkpoint(repository: Path) -> None:
     assert dict(own) == {
         "model_id": "tiny/one",
         "family": "stable-diffusion",
+        "components": "text_encoder,unet,vae_decoder,vae_encoder",
+        "text_encoders": "text_encoder",
+        "tokenizers": "tokenizer",
+        "unet_conditions": "encoder_hidden_states",
+        "guidance_width": "0",
+        "zeros_for_no_negative_prompt": "0",
         "engine": "openvino",
         "dtype": "float32",
         "device": "cpu",

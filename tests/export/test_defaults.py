@@ -9,10 +9,11 @@ import pytest
 from hypergen_export.checkpoint import open_checkpoint
 from hypergen_export.defaults import checkpoint_parameters, scheduler_name
 from hypergen_export.errors import BrokenCheckpointError
+from miniature import save_miniature
 
 from .conftest import edit_json
 
-KNOWN = ("ddim", "dpmpp_2m", "dpmpp_2m_karras", "euler", "pndm")
+KNOWN = ("ddim", "dpmpp_2m", "dpmpp_2m_karras", "euler", "euler_a", "lcm", "pndm", "tcd")
 
 
 def parameters(folder: Path, **defaults: Any) -> dict[str, str]:
@@ -37,6 +38,54 @@ def parameters(folder: Path, **defaults: Any) -> dict[str, str]:
 )
 def test_a_scheduler_is_called_as_requests_call_it_or_by_its_class(config: dict[str, Any], name: str) -> None:
     assert scheduler_name(config, KNOWN) == name
+
+
+@pytest.mark.parametrize(
+    ("family", "scheduler", "steps", "guidance"),
+    [
+        ("sd-1", "pndm", "50", "7.5"),
+        ("sd-2", "ddim", "50", "7.5"),
+        ("sd-turbo", "euler", "4", "1"),
+        ("lcm", "lcm", "4", "8.5"),
+        ("tcd", "tcd", "4", "1"),
+        ("sdxl", "euler", "50", "5"),
+        ("sdxl-turbo", "euler_a", "4", "1"),
+        ("sdxl-lightning", "euler", "4", "1"),
+        ("lcm-sdxl", "lcm", "4", "8.5"),
+    ],
+)
+def test_habits_follow_from_scheduler_and_unet(
+    family: str, scheduler: str, steps: str, guidance: str, tmp_path: Path
+) -> None:
+    found = parameters(save_miniature(tmp_path, family=family))
+    assert found["default_scheduler"] == scheduler
+    assert (found["default_num_inference_steps"], found["default_guidance_scale"]) == (steps, guidance)
+
+
+@pytest.mark.parametrize("changes", [{"prediction_type": "v_prediction"}, {"rescale_betas_zero_snr": True}])
+def test_trailing_timesteps_of_a_model_trained_to_zero_terminal_noise_are_no_sign_of_few_steps(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    folder = save_miniature(tmp_path, family="sdxl-lightning")
+    edit_json(folder / "scheduler" / "scheduler_config.json", **changes)
+    assert parameters(folder)["default_num_inference_steps"] == "50"
+
+
+def test_a_guidance_scale_of_zero_is_none(checkpoint_copy: Path) -> None:
+    assert parameters(checkpoint_copy, guidance_scale=0.0)["default_guidance_scale"] == "1"
+
+
+@pytest.mark.parametrize(("stated", "zeros"), [({}, "1"), ({"force_zeros_for_empty_prompt": False}, "0")])
+def test_the_sampler_learns_how_the_components_belong_together(
+    tmp_path: Path, stated: dict[str, bool], zeros: str
+) -> None:
+    folder = save_miniature(tmp_path, family="lcm-sdxl")
+    edit_json(folder / "model_index.json", **stated)
+    found = parameters(folder)
+    assert found["components"] == "text_encoder,text_encoder_2,unet,vae_decoder,vae_encoder"
+    assert (found["text_encoders"], found["tokenizers"]) == ("text_encoder,text_encoder_2", "tokenizer,tokenizer_2")
+    assert found["unet_conditions"] == "encoder_hidden_states,text_embeds,time_ids,timestep_cond"
+    assert (found["guidance_width"], found["zeros_for_no_negative_prompt"]) == ("32", zeros)
 
 
 def test_what_a_checkpoint_recommends_is_the_default(checkpoint_copy: Path) -> None:

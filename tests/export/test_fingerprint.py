@@ -15,7 +15,7 @@ from .conftest import COMPONENTS, edit_json
 def keys(folder: Path) -> dict[str, str]:
     checkpoint = open_checkpoint(str(folder))
     parts = {name: component_key(checkpoint, component) for name, component in COMPONENTS.items()}
-    return parts | {"tokenizer": tokenizer_key(checkpoint)}
+    return parts | {"tokenizer": tokenizer_key(checkpoint, "tokenizer")}
 
 
 def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:

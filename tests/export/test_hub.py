@@ -47,6 +47,12 @@ def test_only_what_an_export_reads_is_fetched() -> None:
     ]
 
 
+def test_of_xl_the_second_text_encoder_and_its_tokenizer_are_fetched_too() -> None:
+    second = ["text_encoder_2/config.json", "text_encoder_2/model.safetensors", "tokenizer_2/vocab.json"]
+    unused = ["text_encoder_2/model.fp16.safetensors", "text_encoder_2/openvino_model.bin"]
+    assert set(wanted_files([*LISTING, *second, *unused])) == {*wanted_files(LISTING), *second}
+
+
 def test_of_something_else_only_small_files_are_fetched() -> None:
     listing = ["config.json", "model-00001-of-00004.safetensors", "tokenizer.json", "generation_config.json"]
     fetched = wanted_files(listing)

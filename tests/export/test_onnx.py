@@ -13,7 +13,7 @@ from hypergen_export.checkpoint import Checkpoint
 from hypergen_export.components import STABLE_DIFFUSION, Component
 from hypergen_export.examples import example_inputs
 from hypergen_export.loading import load_module
-from hypergen_export.wrappers import WRAPPERS
+from hypergen_export.wrappers import wrap
 
 from .conftest import COMPONENTS, Run
 
@@ -44,7 +44,7 @@ def test_batch_height_and_width_are_free(
     engine: Callable[[str], Run],
 ) -> None:
     inputs = example_inputs(component, checkpoint.sizes, batch=batch, height=height, width=width)
-    expected = WRAPPERS[component.name](load_module(checkpoint, component))(*inputs)
+    expected = wrap(component, load_module(checkpoint, component))(*inputs)
     expected = expected if isinstance(expected, tuple) else (expected,)
     for ours, theirs in zip(engine(component.name)(*inputs), expected, strict=True):
         tolerance = 1 if theirs.numpy().dtype == np.uint8 else 1e-4
@@ -66,7 +66,7 @@ def test_the_decoders_parity_is_of_bytes_that_rarely_differ(
     """One level is allowed where a value lies on the edge of two, but only there."""
     component = COMPONENTS["vae_decoder"]
     inputs = example_inputs(component, checkpoint.sizes, batch=2, height=16, width=16)
-    expected = WRAPPERS[component.name](load_module(checkpoint, component))(*inputs).numpy()
+    expected = wrap(component, load_module(checkpoint, component))(*inputs).numpy()
     image = engine(component.name)(*inputs)[0]
     assert (image != expected).mean() < 1e-3
     assert expected.std() > 10

@@ -35,7 +35,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def ours(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    write_tokenizer(open_checkpoint(str(folder)), path)
+    write_tokenizer(open_checkpoint(str(folder)), "tokenizer", path)
     return Tokenizer.from_file(str(path))
 
 
@@ -60,4 +60,19 @@ def test_padding_is_the_checkpoints(folder: Path, ours: Tokenizer) -> None:
 def test_a_broken_tokenizer_is_a_broken_checkpoint(checkpoint_copy: Path, tmp_path: Path) -> None:
     (checkpoint_copy / "tokenizer" / "vocab.json").write_text("{")
     with pytest.raises(BrokenCheckpointError, match="tokenizer cannot be loaded"):
-        write_tokenizer(open_checkpoint(str(checkpoint_copy)), tmp_path / "tokenizer.json")
+        write_tokenizer(open_checkpoint(str(checkpoint_copy)), "tokenizer", tmp_path / "tokenizer.json")
+
+
+def test_two_tokenizers_pad_each_in_its_own_way(tmp_path: Path) -> None:
+    folder = save_miniature(tmp_path / "xl", family="sdxl")
+    checkpoint = open_checkpoint(str(folder))
+    padding = {}
+    for name in checkpoint.family.tokenizers:
+        write_tokenizer(checkpoint, name, tmp_path / f"{name}.json")
+        ours = Tokenizer.from_file(str(tmp_path / f"{name}.json"))
+        theirs = CLIPTokenizer.from_pretrained(folder / name)
+        # As StableDiffusionXLPipeline.encode_prompt calls each.
+        expected = theirs("a red rocket", padding="max_length", max_length=theirs.model_max_length, truncation=True)
+        assert ours.encode("a red rocket").ids == expected.input_ids
+        padding[name] = ours.id_to_token(expected.input_ids[-1])
+    assert padding == {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}

@@ -27,7 +27,7 @@ from hypergen_gateway.errors import (
 )
 from hypergen_gateway.generation import Generation, ModelDescription, Picture
 from hypergen_gateway.request_id import current_request_id
-from hypergen_gateway.triton import MODELS, TritonBackend
+from hypergen_gateway.triton import TritonBackend
 
 FOX = Generation(
     prompt="a fox 🦊", width=64, height=48, num_inference_steps=20, guidance_scale=5.5, seed=2**63 - 10, num_images=3
@@ -73,6 +73,7 @@ class TestDescribe:
         assert await backend.describe() == ModelDescription(
             model_id="acme/tiny-emoji",
             device="cuda:0",
+            components=("text_encoder", "unet", "vae_decoder"),
             schedulers=("ddim", "euler"),
             default_width=64,
             default_height=48,
@@ -137,11 +138,18 @@ class TestReady:
     async def test_it_is_when_the_server_and_all_models_are(self, backend: TritonBackend) -> None:
         assert await backend.ready()
 
-    @pytest.mark.parametrize("model", MODELS)
+    @pytest.mark.parametrize("model", ["diffusion", "text_encoder", "unet", "vae_decoder"])
     async def test_it_is_not_without_any_one_model(
         self, triton: FakeTriton, backend: TritonBackend, model: str
     ) -> None:
         triton.unready_models = {model}
+        assert not await backend.ready()
+
+    async def test_it_is_not_without_a_model_that_only_this_checkpoint_has(
+        self, triton: FakeTriton, backend: TritonBackend
+    ) -> None:
+        triton.parameters["components"] = "text_encoder,text_encoder_2,unet,vae_decoder"
+        triton.unready_models = {"text_encoder_2"}
         assert not await backend.ready()
 
     async def test_it_is_not_when_the_server_says_so_fails_or_hangs(

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from sampling import Array, UNetRows
+from conditions import Array
+from sampling import UNetRows
 
 
 class TorchUNet:
@@ -24,7 +25,7 @@ class TorchUNet:
             output = self._unet(
                 torch.from_numpy(rows.sample),
                 torch.from_numpy(rows.timestep),
-                torch.from_numpy(rows.encoder_hidden_states),
+                torch.from_numpy(rows.conditions["encoder_hidden_states"]),
                 return_dict=False,
             )[0]
         return np.asarray(output.numpy())

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from contract import MAX_SEED, InvalidInputError, Limits, check_request
+from contract import MAX_SEED, Architecture, InvalidInputError, Limits, check_request
 
 PARAMETERS = {
     "default_width": "64",
@@ -26,6 +26,11 @@ PARAMETERS = {
     "latent_channels": "4",
     "vae_scale_factor": "8",
     "schedulers": "ddim,euler",
+    "text_encoders": "text_encoder,text_encoder_2",
+    "tokenizers": "tokenizer,tokenizer_2",
+    "unet_conditions": "encoder_hidden_states,text_embeds,time_ids",
+    "guidance_width": "0",
+    "zeros_for_no_negative_prompt": "1",
 }
 
 
@@ -46,13 +51,15 @@ def test_limits_are_read_with_their_types() -> None:
 def test_a_missing_parameter_is_named() -> None:
     with pytest.raises(ValueError, match="max_batch_size"):
         Limits.from_model_config(model_config(max_batch_size=None))
+    with pytest.raises(ValueError, match="unet_conditions"):
+        Architecture.from_model_config(model_config(unet_conditions=None))
 
 
 def test_a_prompt_alone_gets_the_checkpoints_defaults() -> None:
     request = check_request({"prompt": "a rocket"}, LIMITS)
     assert (request.width, request.height) == (64, 32)
     assert (request.num_inference_steps, request.guidance_scale) == (20, 3.5)
-    assert (request.num_images, request.scheduler, request.negative_prompt) == (1, "", "")
+    assert (request.num_images, request.scheduler, request.negative_prompt) == (1, "", None)
 
 
 def test_an_absent_seed_differs_from_request_to_request() -> None:
@@ -91,6 +98,9 @@ def test_the_last_images_seed_must_fit_too() -> None:
         check_request({"prompt": "x", "seed": MAX_SEED, "num_images": 2}, LIMITS)
 
 
-@pytest.mark.parametrize(("scale", "guided"), [(1.0, False), (1.1, True)])
-def test_guidance_is_skipped_at_scale_1(scale: float, guided: bool) -> None:
-    assert check_request({"prompt": "x", "guidance_scale": scale}, LIMITS).guided is guided
+@pytest.mark.parametrize(("scale", "width", "guides"), [(1.0, "0", False), (1.1, "0", True), (7.5, "256", False)])
+def test_guidance_is_skipped_at_scale_1_and_where_the_unet_has_it_inside(
+    scale: float, width: str, guides: bool
+) -> None:
+    architecture = Architecture.from_model_config(model_config(guidance_width=width))
+    assert architecture.guides(check_request({"prompt": "x", "guidance_scale": scale}, LIMITS)) is guides

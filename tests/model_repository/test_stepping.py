@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from conditions import Array
 from contract import InvalidInputError, QueueFullError, Request, read_scheduler_config
 from samplers import SCHEDULERS, make_scheduler
-from sampling import Array, Image, UNetRows
+from sampling import Image, UNetRows
 from stepping import ClientGoneError, StepLoop, UNet
 
 REQUEST = Request(
@@ -41,9 +42,11 @@ def image_of(pipeline: Any, checkpoint: Path) -> Callable[..., Image]:
     def make(**changes: Any) -> Image:
         request = dataclasses.replace(REQUEST, **changes)
         prompt, negative = pipeline.encode_prompt(request.prompt, "cpu", 1, True, request.negative_prompt)
-        embeddings = torch.cat([negative, prompt] if request.guided else [prompt]).detach().numpy()
+        embeddings = torch.cat([negative, prompt] if request.guidance_scale > 1 else [prompt]).detach().numpy()
         shape = (4, request.height // 8, request.width // 8)
-        return Image(request, embeddings, shape, read_scheduler_config(checkpoint / "scheduler"))
+        return Image(
+            request, {"encoder_hidden_states": embeddings}, shape, read_scheduler_config(checkpoint / "scheduler")
+        )
 
     return make
 

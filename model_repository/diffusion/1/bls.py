@@ -5,13 +5,15 @@ Knows the components' names and tensors; arrays in, arrays out, so that nothing 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
-from sampling import Array, UNetRows
+from conditions import Array
+from sampling import UNetRows
 
 # Triton's words for it; its code reaches BLS only since 25.05.
 UNAVAILABLE = ("Server not ready", "is not healthy", "is not ready")
@@ -28,10 +30,11 @@ class ComponentUnavailableError(ComponentError):
 class Components:
     """The engines of one checkpoint. The dynamic batcher in front of each merges calls that meet there."""
 
-    async def encode_text(self, input_ids: npt.NDArray[np.int32]) -> Array:
-        """[B, L] token ids to hidden states [B, L, D]."""
-        answer: Array = await _call("text_encoder", {"input_ids": input_ids}, "encoder_hidden_states")
-        return answer
+    async def encode_text(
+        self, encoder: str, input_ids: npt.NDArray[np.int32], outputs: Sequence[str]
+    ) -> dict[str, Array]:
+        """[B, L] token ids to the named outputs of a text encoder, such as hidden states [B, L, D]."""
+        return await _call(encoder, {"input_ids": input_ids}, outputs)
 
     async def unet(self, rows: UNetRows) -> Array:
         """The model output [R, C, h, w] for the rows of one batch."""
@@ -39,23 +42,25 @@ class Components:
             "sample": rows.sample,
             # Triton carries the timestep as [R, 1]; the configuration's reshape hands [R] to the engine.
             "timestep": rows.timestep[:, None],
-            "encoder_hidden_states": rows.encoder_hidden_states,
+            **rows.conditions,
         }
-        answer: Array = await _call("unet", inputs, "model_output")
+        answer: Array = (await _call("unet", inputs, ["model_output"]))["model_output"]
         return answer
 
     async def decode(self, latents: Array) -> npt.NDArray[np.uint8]:
         """Latents [C, h, w] to a picture [H, W, 3]."""
-        pictures = await _call("vae_decoder", {"latents": latents[None]}, "image")
-        picture: npt.NDArray[np.uint8] = pictures[0]
+        answer = await _call("vae_decoder", {"latents": latents[None]}, ["image"])
+        picture: npt.NDArray[np.uint8] = answer["image"][0]
         return picture
 
 
-async def _call(model: str, inputs: dict[str, npt.NDArray[Any]], output: str) -> npt.NDArray[Any]:
+async def _call(
+    model: str, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]
+) -> dict[str, npt.NDArray[Any]]:
     request = pb_utils.InferenceRequest(
         model_name=model,
         inputs=[pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in inputs.items()],
-        requested_output_names=[output],
+        requested_output_names=list(outputs),
         preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU),
     )
     response = await request.async_exec()
@@ -63,5 +68,4 @@ async def _call(model: str, inputs: dict[str, npt.NDArray[Any]], output: str) ->
         message = response.error().message()
         unavailable = any(words in message for words in UNAVAILABLE)
         raise (ComponentUnavailableError if unavailable else ComponentError)(f"{model}: {message}")
-    array: npt.NDArray[Any] = pb_utils.get_output_tensor_by_name(response, output).as_numpy()
-    return array
+    return {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in outputs}

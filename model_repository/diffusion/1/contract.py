@@ -1,4 +1,4 @@
-"""What the model `diffusion` promises: its limits and defaults, and the request it accepts.
+"""What the model `diffusion` promises: its limits and defaults, and the request it accepts; and of what it is made.
 
 Knows the parameters of `config.pbtxt` and the names of the input tensors. Knows neither Triton nor torch.
 """
@@ -50,17 +50,54 @@ class Limits:
 
     @classmethod
     def from_model_config(cls, model_config: str) -> Limits:
-        """Read the parameters of the model configuration that Triton hands over as JSON.
+        """Read the model configuration that Triton hands over as JSON.
 
         Raises:
             ValueError: a parameter is missing or not of its type.
         """
-        given = {key: entry["string_value"] for key, entry in json.loads(model_config)["parameters"].items()}
-        readers: dict[str, Any] = {"int": int, "float": float, "tuple[str, ...]": _names}
-        try:
-            return cls(**{name: readers[str(kind)](given[name]) for name, kind in cls.__annotations__.items()})
-        except KeyError as missing:
-            raise ValueError(f"config.pbtxt of diffusion lacks the parameter {missing}") from None
+        return cls(**_parameters(cls, model_config))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """How this checkpoint's components are put together: what tells one family from another."""
+
+    text_encoders: tuple[str, ...]
+    """Their hidden states stand side by side along the last axis; a pooled prompt comes from the last one."""
+    tokenizers: tuple[str, ...]
+    """One for each text encoder: `NAME.json` beside the model's versions."""
+    unet_conditions: tuple[str, ...]
+    """The UNet's inputs beside `sample` and `timestep`."""
+    guidance_width: int
+    """Length of the guidance scale's embedding, 0 where the UNet takes none."""
+    zeros_for_no_negative_prompt: int
+    """1: an absent negative prompt is zeros. 0: it is the empty text. A given one, even empty, is always encoded."""
+
+    @classmethod
+    def from_model_config(cls, model_config: str) -> Architecture:
+        """Read the model configuration that Triton hands over as JSON.
+
+        Raises:
+            ValueError: a parameter is missing or not of its type.
+        """
+        return cls(**_parameters(cls, model_config))
+
+    def guides(self, request: Request) -> bool:
+        """Whether an image takes two rows of the UNet, for classifier-free guidance (Ho & Salimans, 2022).
+
+        At scale 1 that is the identity, and a UNet that takes the scale as an input has it inside.
+        """
+        return request.guidance_scale > 1.0 and not self.guidance_width
+
+
+def _parameters(cls: type, model_config: str) -> dict[str, Any]:
+    """The parameters that are fields of `cls`, each of its field's type."""
+    given = {key: entry["string_value"] for key, entry in json.loads(model_config)["parameters"].items()}
+    readers: dict[str, Any] = {"int": int, "float": float, "tuple[str, ...]": _names}
+    try:
+        return {name: readers[str(kind)](given[name]) for name, kind in cls.__annotations__.items()}
+    except KeyError as missing:
+        raise ValueError(f"config.pbtxt of diffusion lacks the parameter {missing}") from None
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -72,7 +109,8 @@ class Request:
     """A checked request: `num_images` pictures of one prompt, image i from the noise of `seed + i`."""
 
     prompt: str
-    negative_prompt: str
+    negative_prompt: str | None
+    """None: none was given, which a family may tell from an empty one."""
     num_images: int
     width: int
     height: int
@@ -81,11 +119,6 @@ class Request:
     scheduler: str
     """A name of `Limits.schedulers`, or empty for the checkpoint's own."""
     seed: int
-
-    @property
-    def guided(self) -> bool:
-        """Classifier-free guidance (Ho & Salimans, 2022) is the identity at scale 1, so it is skipped there."""
-        return self.guidance_scale > 1.0
 
 
 def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
@@ -97,7 +130,7 @@ def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
     num_images = _within("num_images", given.get("num_images", 1), 1, limits.max_num_images)
     return Request(
         prompt=given["prompt"],
-        negative_prompt=given.get("negative_prompt", ""),
+        negative_prompt=given.get("negative_prompt"),
         num_images=num_images,
         width=_side("width", given.get("width", limits.default_width), limits),
         height=_side("height", given.get("height", limits.default_height), limits),

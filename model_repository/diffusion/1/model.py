@@ -20,9 +20,18 @@ import torch
 import triton_python_backend_utils as pb_utils
 
 from bls import Components, ComponentUnavailableError
-from contract import InvalidInputError, Limits, QueueFullError, Request, check_request, read_scheduler_config
-from prompts import PromptTokenizer
-from sampling import Array, Image
+from conditions import Array, Conditions, conditions_of, merge, outputs_of, texts_of
+from contract import (
+    Architecture,
+    InvalidInputError,
+    Limits,
+    QueueFullError,
+    Request,
+    check_request,
+    read_scheduler_config,
+)
+from prompts import PromptTokenizers
+from sampling import Image
 from stepping import ClientGoneError, StepLoop
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -48,8 +57,9 @@ class TritonPythonModel:
         torch.set_num_threads(1)
         folder = Path(args["model_repository"])
         self._limits = Limits.from_model_config(args["model_config"])
+        self._architecture = Architecture.from_model_config(args["model_config"])
         self._scheduler_config = read_scheduler_config(folder)
-        self._tokenize = PromptTokenizer(folder)
+        self._tokenize = PromptTokenizers(folder, self._architecture.tokenizers)
         self._components = Components()
         self._loop: StepLoop | None = None
 
@@ -84,11 +94,12 @@ class TritonPythonModel:
 
     async def _draw(self, request: Request, sender: Any, loop: StepLoop) -> None:
         """Send each picture as soon as it is ready; the last one sent ends the stream."""
-        embeddings = await self._encode(request)
+        texts = await self._encode(texts_of(request, self._architecture))
+        conditions = conditions_of(request, texts, self._architecture)
         # One bound method for all images of the request: the step loop then asks Triton once for all of them.
         cancelled = sender.is_cancelled
         tasks = [
-            asyncio.create_task(self._draw_one(request, index, embeddings, cancelled, loop))
+            asyncio.create_task(self._draw_one(request, index, conditions, cancelled, loop))
             for index in range(request.num_images)
         ]
         try:
@@ -99,16 +110,17 @@ class TritonPythonModel:
             for task in tasks:
                 task.cancel()
 
-    async def _encode(self, request: Request) -> Array:
-        """Hidden states [2, L, D] of negative prompt and prompt under guidance, else [1, L, D] of the prompt."""
-        texts = [request.negative_prompt, request.prompt] if request.guided else [request.prompt]
-        return await self._components.encode_text(self._tokenize(texts))
+    async def _encode(self, texts: list[str]) -> dict[str, Array]:
+        """What the text encoders make of the texts together: hidden states [T, L, D] and, of some, a pooled [T, P]."""
+        made_of = self._architecture
+        calls = zip(made_of.text_encoders, self._tokenize(texts), outputs_of(made_of), strict=True)
+        return merge(await asyncio.gather(*(self._components.encode_text(*call) for call in calls)))
 
     async def _draw_one(
-        self, request: Request, index: int, embeddings: Array, cancelled: Callable[[], bool], loop: StepLoop
+        self, request: Request, index: int, conditions: Conditions, cancelled: Callable[[], bool], loop: StepLoop
     ) -> _Picture:
         own = replace(request, seed=request.seed + index)
-        image = Image(own, embeddings, self._latent_shape(own), self._scheduler_config)
+        image = Image(own, conditions, self._latent_shape(own), self._scheduler_config)
         latents = await loop.sample(image, cancelled)
         pixels = await self._components.decode(latents)
         return _Picture(pixels, index, image.steps_done, own.seed)

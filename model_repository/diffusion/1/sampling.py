@@ -1,7 +1,7 @@
 """One image on its way from noise to latents: the mathematics of a step, without any batching.
 
-Follows `StableDiffusionPipeline.__call__` of diffusers step for step, so that the same weights, seed and scheduler
-give the same latents. Knows torch and diffusers; the UNet itself is somebody else's.
+Follows `__call__` of diffusers' pipelines step for step, so that the same weights, seed and scheduler give the same
+latents. Knows torch and diffusers; the UNet itself and what it is told of the prompt are somebody else's.
 """
 
 from __future__ import annotations
@@ -12,22 +12,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from conditions import HIDDEN_STATES, Array, Conditions
 from contract import InvalidInputError, Request
 from samplers import make_scheduler
-
-Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class UNetRows:
-    """The rows that one image adds to a batch: [R, C, h, w], [R] and [R, L, D], with R = 2 under guidance, else 1."""
+    """The rows that one image adds to a batch: [R, C, h, w], [R] and [R, …], with R = 2 under guidance, else 1."""
 
     sample: Array
     timestep: Array
-    encoder_hidden_states: Array
+    conditions: Conditions
 
 
 class Image:
@@ -35,7 +33,7 @@ class Image:
 
     Args:
         request: what to draw; `seed` must already be this image's own.
-        embeddings: [1, L, D] of the prompt, or [2, L, D] of negative prompt and prompt under guidance.
+        conditions: the UNet's inputs beside latents and timestep, each with the R rows of this image.
         latent_shape: C, h, w.
         scheduler_config: the checkpoint's.
 
@@ -46,12 +44,12 @@ class Image:
     def __init__(
         self,
         request: Request,
-        embeddings: Array,
+        conditions: Conditions,
         latent_shape: tuple[int, int, int],
         scheduler_config: Mapping[str, Any],
     ) -> None:
         self.steps_done = 0
-        self._embeddings = embeddings
+        self._conditions = conditions
         self._guidance_scale = request.guidance_scale
         self._scheduler = make_scheduler(request.scheduler, scheduler_config)
         self._timesteps = _timesteps(self._scheduler, request.num_inference_steps)
@@ -64,7 +62,7 @@ class Image:
     @property
     def rows(self) -> int:
         """How many rows of a UNet batch this image needs."""
-        return len(self._embeddings)
+        return len(self._conditions[HIDDEN_STATES])
 
     @property
     def size(self) -> tuple[int, int]:
@@ -87,7 +85,7 @@ class Image:
         return UNetRows(
             sample=np.repeat(scaled, self.rows, axis=0),
             timestep=np.full(self.rows, float(timestep), dtype=np.float32),
-            encoder_hidden_states=self._embeddings,
+            conditions=self._conditions,
         )
 
     def advance(self, model_output: Array) -> None:

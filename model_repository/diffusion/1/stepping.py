@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from conditions import Array
 from contract import QueueFullError
-from sampling import Array, Image, UNetRows
+from sampling import Image, UNetRows
 
 UNet = Callable[[UNetRows], Awaitable[Array]]
 
@@ -152,5 +153,5 @@ def _stack(rows: list[UNetRows]) -> UNetRows:
     return UNetRows(
         sample=np.concatenate([row.sample for row in rows]),
         timestep=np.concatenate([row.timestep for row in rows]),
-        encoder_hidden_states=np.concatenate([row.encoder_hidden_states for row in rows]),
+        conditions={name: np.concatenate([row.conditions[name] for row in rows]) for name in rows[0].conditions},
     )

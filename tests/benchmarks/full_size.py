@@ -1,0 +1,239 @@
+"""The full-size architectures, with random weights, through the real exporter and the real Triton: time, memory, files.
+
+It knows the architectures' public configs and nothing of their weights. What it shows is that the path carries them
+on a machine without a GPU, and what that costs; what it draws is noise. A command, not a test:
+
+    python tests/benchmarks/full_size.py sd-1.5
+    python tests/benchmarks/full_size.py sdxl --folder /mnt/large --dtype bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from miniature import save_tokenizer
+
+HYPERGEN = str(Path(sys.executable).parent / "hypergen")
+PROMPT = "a red rocket on a blue background"
+
+_CLIP_L: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "hidden_act": "quick_gelu",
+}
+_OPENCLIP_G: dict[str, Any] = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
+_VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+_EULER = {
+    "_class_name": "EulerDiscreteScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "steps_offset": 1,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A pipeline's class and, by subfolder, what makes each module; tokenizers by subfolder and padding."""
+
+    pipeline: str
+    modules: dict[str, Callable[[], torch.nn.Module]]
+    tokenizers: dict[str, str]
+
+
+def _text_model(kind: type, **config: Any) -> torch.nn.Module:
+    module: torch.nn.Module = kind(CLIPTextConfig(vocab_size=49408, max_position_embeddings=77, **config))
+    return module
+
+
+ARCHITECTURES = {
+    "sd-1.5": Architecture(
+        pipeline="StableDiffusionPipeline",
+        modules={
+            "text_encoder": lambda: _text_model(CLIPTextModel, **_CLIP_L),
+            "unet": lambda: UNet2DConditionModel(
+                sample_size=64,
+                cross_attention_dim=768,
+                attention_head_dim=8,
+                block_out_channels=(320, 640, 1280, 1280),
+            ),
+            "vae": lambda: AutoencoderKL(sample_size=512, scaling_factor=0.18215, **_VAE),
+        },
+        tokenizers={"tokenizer": "<|endoftext|>"},
+    ),
+    "sdxl": Architecture(
+        pipeline="StableDiffusionXLPipeline",
+        modules={
+            "text_encoder": lambda: _text_model(CLIPTextModel, **_CLIP_L),
+            "text_encoder_2": lambda: _text_model(CLIPTextModelWithProjection, **_OPENCLIP_G),
+            "unet": lambda: UNet2DConditionModel(
+                sample_size=128,
+                cross_attention_dim=2048,
+                attention_head_dim=(5, 10, 20),
+                use_linear_projection=True,
+                block_out_channels=(320, 640, 1280),
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+                transformer_layers_per_block=(1, 2, 10),
+                addition_embed_type="text_time",
+                addition_time_embed_dim=256,
+                projection_class_embeddings_input_dim=1280 + 6 * 256,
+            ),
+            "vae": lambda: AutoencoderKL(sample_size=1024, scaling_factor=0.13025, **_VAE),
+        },
+        tokenizers={"tokenizer": "<|endoftext|>", "tokenizer_2": "!"},
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Seconds, and the largest memory of a command and all its children together, in GB (resident, and private)."""
+
+    seconds: float
+    resident: float
+    private: float
+    output: str
+
+
+def main() -> None:
+    """Write the checkpoint, export it, serve it for one step, and print what each took."""
+    options = _options()
+    folder = Path(tempfile.mkdtemp(prefix="full-size-", dir=options.folder))
+    try:
+        _report(folder, options)
+    finally:
+        if not options.keep:
+            shutil.rmtree(folder)
+
+
+def _report(folder: Path, options: argparse.Namespace) -> None:
+    checkpoint, repository = folder / "checkpoint", folder / "repository"
+    parameters = save_checkpoint(checkpoint, ARCHITECTURES[options.architecture])
+    print(f"{options.architecture}: {', '.join(f'{name} {count / 1e6:,.0f} M' for name, count in parameters.items())}")
+
+    export = (sys.executable, "-m", "hypergen_export", str(checkpoint), "--output", str(repository))
+    cost = measure([*export, "--dtype", options.dtype])
+    print(cost.output)
+    _print_cost("export", cost)
+    shutil.rmtree(checkpoint)
+    for path in sorted(repository.glob("*/1/model.onnx*")):
+        print(f"{path.relative_to(repository)}: {path.stat().st_size / 1e9:,.2f} GB")
+    record = json.loads((repository / "hypergen.json").read_text())
+    for name, entry in record["components"].items():
+        print(f"{name}: differs from torch by {entry['parity']['difference']:.1e}")
+
+    picture = (HYPERGEN, "generate", PROMPT, "--model", str(repository), "--output", str(folder / "picture.png"))
+    cost = measure([*picture, "--steps", "1", "--size", options.size])
+    print(cost.output)
+    _print_cost(f"start and one picture of {options.size} in one step", cost)
+
+
+def save_checkpoint(folder: Path, architecture: Architecture) -> dict[str, int]:
+    """Write a checkpoint with random weights in float16; returns each module's number of parameters."""
+    counts, classes = {}, {}
+    for name, make in architecture.modules.items():
+        with torch.device("meta"):
+            module = make().half()
+        module = _filled(module.to_empty(device="cpu"))
+        classes[name] = [type(module).__module__.partition(".")[0], type(module).__name__]
+        counts[name] = sum(parameter.numel() for parameter in module.parameters())
+        module.save_pretrained(folder / name)  # type: ignore[operator]
+    for name, pad_token in architecture.tokenizers.items():
+        save_tokenizer(folder / name, pad_token, positions=77)
+    index = {"_class_name": architecture.pipeline, "scheduler": ["diffusers", _EULER["_class_name"]], **classes}
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(_EULER))
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return counts
+
+
+def _filled(module: torch.nn.Module) -> torch.nn.Module:
+    """Weights whose layers keep about the size of what goes through them, as initialisation has it."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in module.named_parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator)
+        else:
+            parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
+    return module
+
+
+def measure(command: Sequence[str]) -> Cost:
+    """Run it and watch its memory. Raises SystemExit with its output where it fails."""
+    began = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    samples: list[tuple[int, int]] = [(0, 0)]
+    watcher = threading.Thread(target=_watch, args=(process, samples), daemon=True)
+    watcher.start()
+    output, _ = process.communicate()
+    watcher.join()
+    if process.returncode:
+        raise SystemExit(f"{output}\n{command[0]} ended with {process.returncode}")
+    resident, private = (max(values) / 1e9 for values in zip(*samples, strict=True))
+    return Cost(seconds=time.monotonic() - began, resident=resident, private=private, output=output.strip())
+
+
+def _watch(process: subprocess.Popen[str], samples: list[tuple[int, int]]) -> None:
+    """Twice a second: resident memory and, of it, what no file backs. Mapped weights are in the first alone."""
+    while process.poll() is None:
+        infos = []
+        try:
+            root = psutil.Process(process.pid)
+            infos = [each.memory_info() for each in (root, *root.children(recursive=True))]
+        except psutil.NoSuchProcess:
+            pass
+        samples.append((sum(info.rss for info in infos), sum(info.rss - info.shared for info in infos)))
+        time.sleep(0.5)
+
+
+def _print_cost(what: str, cost: Cost) -> None:
+    print(f"{what}: {cost.seconds:,.0f} s, {cost.resident:,.1f} GB resident, {cost.private:,.1f} GB of it private")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Export and serve a full-size architecture with random weights.")
+    parser.add_argument("architecture", choices=sorted(ARCHITECTURES))
+    parser.add_argument("--folder", type=Path, help="where to work; sdxl needs 25 GB there  [default: the system's]")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the engines")
+    parser.add_argument("--size", default="512x512", help="of the picture  [default: 512x512]")
+    parser.add_argument("--keep", action="store_true", help="leave the repository there")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

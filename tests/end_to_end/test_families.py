@@ -1,0 +1,104 @@
+"""Families whose components and inputs differ from Stable Diffusion's, through the real Triton, against diffusers.
+
+The others differ in weights and schedulers alone: tests/test_families.py holds each against its pipeline in torch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from running_server import Pixels, Server, draw, draw_all, start_server, stop_server
+
+PROMPT = "a red rocket on a blue background"
+# Of 255, as in test_parity: the engine's rounding differs from torch's.
+TOLERANCE = 0.1
+
+WISHES: dict[str, dict[str, dict[str, Any]]] = {
+    "sdxl": {
+        "no negative prompt": {"num_inference_steps": 6, "guidance_scale": 5.0},
+        "an empty negative prompt": {"num_inference_steps": 6, "guidance_scale": 5.0, "negative_prompt": ""},
+        "a negative prompt": {"num_inference_steps": 6, "guidance_scale": 5.0, "negative_prompt": "a green cat"},
+        "no guidance, another size": {"num_inference_steps": 6, "guidance_scale": 1.0, "size": "104x72"},
+        "its defaults": {},
+    },
+    "lcm": {
+        "less guidance": {"num_inference_steps": 6, "guidance_scale": 2.0},
+        "no guidance, another size": {"num_inference_steps": 6, "guidance_scale": 1.0, "size": "104x72"},
+        "its defaults": {},
+    },
+}
+
+
+@dataclass
+class Served:
+    server: Server
+    pipeline: Any
+
+
+@pytest.fixture(scope="module", params=WISHES)
+def served(
+    request: pytest.FixtureRequest, family_of: Callable[[str], tuple[Path, Path]], cache_dir: Path
+) -> Iterator[Served]:
+    folder, repository = family_of(request.param)
+    assert repository.parent == cache_dir
+    server = start_server("--dtype", "float32", "--cache-dir", str(cache_dir), model=str(folder))
+    yield Served(server, pipeline_of(folder))
+    assert stop_server(server) == 0, "\n".join(server.lines)
+
+
+def pipeline_of(folder: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def by_diffusers(pipeline: Any, wish: dict[str, Any]) -> Pixels:
+    """What the pipeline draws; where the wish says nothing, by its own defaults."""
+    width, height = (int(side) for side in wish.get("size", "64x64").split("x"))
+    given = {name: value for name, value in wish.items() if name not in ("size", "seed")}
+    generator = torch.Generator().manual_seed(wish["seed"])
+    return np.asarray(pipeline(**given, width=width, height=height, generator=generator).images[0])
+
+
+def difference(ours: Pixels, theirs: Pixels) -> float:
+    assert ours.shape == theirs.shape
+    assert theirs.std() > 10, "a flat picture would prove nothing"
+    distances = np.abs(ours.astype(int) - theirs.astype(int))
+    print(f"mean difference {distances.mean():.4f}/255, largest {distances.max()}/255")
+    return float(distances.mean())
+
+
+async def test_its_pictures_equal_those_of_diffusers(served: Served, request: pytest.FixtureRequest) -> None:
+    async with served.server.async_client() as client:
+        for name, wish in WISHES[request.node.callspec.params["served"]].items():
+            full = {"prompt": PROMPT, "seed": 5, **wish}
+            print(name, end=": ")
+            assert difference(await draw(client, **full), by_diffusers(served.pipeline, full)) <= TOLERANCE, name
+
+
+async def test_requests_that_share_a_batch_give_the_pictures_that_each_gives_alone(served: Served) -> None:
+    wishes: list[dict[str, Any]] = [
+        {"prompt": "a red rocket", "seed": 1, "num_inference_steps": 12},
+        {"prompt": "a blue cat", "seed": 2, "num_inference_steps": 9, "guidance_scale": 4.0},
+        {"prompt": "green", "seed": 3, "num_inference_steps": 12, "guidance_scale": 1.0},
+        {"prompt": "red", "seed": 4, "num_inference_steps": 8, "size": "104x72", "negative_prompt": "cat"},
+    ]
+    async with served.server.async_client() as client:
+        alone = [await draw(client, **wish) for wish in wishes]
+    before = served.server.unet_counts()[1]
+    together = await draw_all(served.server, wishes)
+    executions = served.server.unet_counts()[1] - before
+    print(f"{executions} executions for {sum(wish['num_inference_steps'] for wish in wishes)} steps")
+    assert max(np.abs(a.astype(int) - b.astype(int)).max() for a, b in zip(alone, together, strict=True)) <= 1
+    assert executions < sum(wish["num_inference_steps"] for wish in wishes)
