@@ -20,9 +20,9 @@ EXECUTIONS = re.compile(r"^nv_inference_exec_count\{[^}]*\} (\S+)$", re.MULTILIN
 def main() -> int:
     """Exit code 0: nothing is under way, or nobody is there any more. 1: pictures were still drawn at the limit."""
     options = read_options()
-    deadline = time.monotonic() + options.limit
     # Until then clients may still open streams, on connections from before this server left their list.
     time.sleep(options.announce)
+    deadline = time.monotonic() + options.limit
     last, since = executions(options.metrics_url), time.monotonic()
     while last is not None and time.monotonic() - since < options.quiet:
         if time.monotonic() > deadline:
@@ -41,7 +41,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--metrics-url", default="http://127.0.0.1:8002/metrics")
     parser.add_argument("--announce", type=float, default=0.0, help="seconds until no client knows this server")
     parser.add_argument("--quiet", type=float, default=5.0, help="seconds without an execution that mean idle")
-    parser.add_argument("--limit", type=float, default=240.0, help="seconds after which it gives up")
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds of waiting, beside announce, after which it gives up")
     return parser.parse_args()
 
 
