@@ -19,7 +19,7 @@ EXECUTIONS = re.compile(r"^nv_inference_exec_count\{[^}]*\} (\S+)$", re.MULTILIN
 
 def main() -> int:
     """Exit code 0: nothing is under way, or nobody is there any more. 1: pictures were still drawn at the limit."""
-    options = read_options()
+    options = parser().parse_args()
     # Until then clients may still open streams, on connections from before this server left their list.
     time.sleep(options.announce)
     deadline = time.monotonic() + options.limit
@@ -35,14 +35,14 @@ def main() -> int:
     return 0
 
 
-def read_options() -> argparse.Namespace:
-    """Seconds, and where the metrics are."""
-    parser = argparse.ArgumentParser(description="Wait until Triton has nothing left to do.")
-    parser.add_argument("--metrics-url", default="http://127.0.0.1:8002/metrics")
-    parser.add_argument("--announce", type=float, default=0.0, help="seconds until no client knows this server")
-    parser.add_argument("--quiet", type=float, default=5.0, help="seconds without an execution that mean idle")
-    parser.add_argument("--limit", type=float, default=240.0, help="seconds of waiting, beside announce, after which it gives up")
-    return parser.parse_args()
+def parser() -> argparse.ArgumentParser:
+    """The options: seconds, and where the metrics are."""
+    options = argparse.ArgumentParser(description="Wait until Triton has nothing left to do.")
+    options.add_argument("--metrics-url", default="http://127.0.0.1:8002/metrics")
+    options.add_argument("--announce", type=float, default=0.0, help="seconds until no client knows this server")
+    options.add_argument("--quiet", type=float, default=5.0, help="seconds without an execution that mean idle")
+    options.add_argument("--limit", type=float, default=240.0, help="seconds after announce until it gives up")
+    return options
 
 
 def executions(url: str) -> float | None:
