@@ -24,8 +24,11 @@ ENV PYTHONPATH=/opt/hypergen/packages:${PYTHONPATH} \
 # The image's own user triton-server.
 USER 1000:1000
 EXPOSE 8000 8001 8002
-HEALTHCHECK --interval=5s --timeout=3s --start-period=15m \
-    CMD ["curl", "--fail", "--silent", "--output", "/dev/null", "http://127.0.0.1:8000/v2/health/ready"]
+# The server stays ready when the sampler's process dies; the model itself then shows it.
+HEALTHCHECK --interval=5s --timeout=5s --start-period=15m \
+    CMD ["curl", "--silent", "--fail", "--fail-early", \
+         "--output", "/dev/null", "http://127.0.0.1:8000/v2/health/ready", \
+         "--output", "/dev/null", "http://127.0.0.1:8000/v2/models/diffusion/ready"]
 # HTTP is for the probes alone. The sampler answers each image in flight from a thread of the pool. A connection that
 # is closed after a minute, once its streams have ended, makes clients look up who serves: replicas come and go.
 CMD ["tritonserver", \
