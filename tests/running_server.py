@@ -45,8 +45,16 @@ class Server:
     @property
     def triton_url(self) -> str:
         """Where the embedded Triton listens for gRPC, as the server said at its start."""
+        return self._said(r"gRPC on (\S+:\d+)")
+
+    @property
+    def metrics_url(self) -> str:
+        """Where the embedded Triton has its metrics."""
+        return self._said(r"gRPC on \S+, (http\S+)")
+
+    def _said(self, pattern: str) -> str:
         for line in self.lines:
-            if match := re.search(r"gRPC on (\S+:\d+)", line):
+            if match := re.search(pattern, line):
                 return match[1]
         raise AssertionError("\n".join(self.lines))
 

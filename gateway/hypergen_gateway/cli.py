@@ -130,6 +130,7 @@ def _cpu_dtype() -> str:
 @_option("--host", default="0.0.0.0", help="Address to listen on.")
 @_option("--port", type=click.IntRange(1, 65535), default=8000, help="Port to listen on.")
 @_option("--api-key", metavar="KEY", help="Clients must send it as 'Authorization: Bearer KEY'. [default: no key]")
+@_option("--api-key-file", type=click.Path(path_type=Path), help="Read the key from this file, such as a secret's.")
 @_option("--max-queue-size", type=click.IntRange(min=0), default=100, help="Requests that may wait; more get a 429.")
 @_option("--request-timeout", type=click.FloatRange(min=1), default=600.0, help="Seconds until a request is given up.")
 @_option("--reload", is_flag=True, help="Start again when the project's code changes.")
@@ -142,8 +143,9 @@ def serve_command(*, triton: TritonOptions, model: str | None, reload: bool, **g
     # With somebody else's Triton and no MODEL given, the model says its own id.
     served_id = None if triton.url and model is None else triton.model
     host, port = given.pop("host"), given.pop("port")
+    api_key = _read_api_key(given.pop("api_key"), given.pop("api_key_file"))
     try:
-        gateway = Config(model_id=served_id, **given)
+        gateway = Config(model_id=served_id, api_key=api_key, **given)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     options = ServeOptions(host=host, port=port, triton=triton, gateway=gateway)
@@ -151,6 +153,22 @@ def serve_command(*, triton: TritonOptions, model: str | None, reload: bool, **g
         _run_reloading(options)
     else:
         run_until_signalled(serve(options))
+
+
+def _read_api_key(key: str | None, file: Path | None) -> str | None:
+    """The key as it was given, or what the file holds but for the white space around it."""
+    if file is None:
+        return key
+    if key is not None:
+        raise click.UsageError("--api-key and --api-key-file exclude each other.")
+    try:
+        words = file.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise click.UsageError(f"The API key cannot be read from {file}: {reason}.") from error
+    if len(words) != 1:
+        raise click.UsageError(f"{file} must hold the API key and nothing else; it holds {len(words)} words.")
+    return words[0]
 
 
 @main.command()

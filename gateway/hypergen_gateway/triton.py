@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import logging
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import grpc
@@ -36,7 +37,9 @@ logger = logging.getLogger(__name__)
 SAMPLER = "diffusion"
 
 # These replace all of tritonclient's own defaults.
-_CHANNEL_ARGS: list[tuple[str, int]] = [
+_CHANNEL_ARGS: list[tuple[str, int | str]] = [
+    # Where the address stands for several Tritons, streams go to each in turn, and to none that is gone.
+    ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),
     # gRPC stops at 4 MB; a picture of 2048 × 2048 pixels has 12.
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -49,7 +52,7 @@ _CHANNEL_ARGS: list[tuple[str, int]] = [
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 0),
     ("grpc.http2.max_pings_without_data", 0),
-    # A retry would make the pictures twice, and a resolver could switch retries on.
+    # gRPC's own retry would repeat what a model refused, and a resolver could switch retries on.
     ("grpc.enable_retries", 0),
     ("grpc.service_config_disable_resolution", 1),
     # An http_proxy in the environment is not meant for Triton.
@@ -72,6 +75,9 @@ INPUT_TYPES: dict[str, str] = {
 # What a client calls an input; where nothing stands, the same.
 _PARAMS: Mapping[str, str] = {"num_images": "n", "width": "size", "height": "size"}
 
+# A Triton that went away has been noticed by then, and left out.
+RETRY_SECONDS = 0.2
+
 # How a parameter in config.pbtxt, always a string there, becomes a field of `ModelDescription`, by the field's type.
 _READERS: dict[str, Callable[[str], object]] = {
     "str": str,
@@ -84,6 +90,8 @@ _READERS: dict[str, Callable[[str], object]] = {
 
 class TritonBackend:
     """Pictures from a Triton server at `url` (HOST:PORT of its gRPC service). Belongs to one event loop.
+
+    `url` may stand for several that serve the same model: `dns:///HOST:PORT`, or `ipv4:ADDRESS:PORT,ADDRESS:PORT`.
 
     `request_timeout` bounds a whole generation, `call_timeout` every other call, in seconds.
     """
@@ -120,6 +128,27 @@ class TritonBackend:
         return all(answers)
 
     async def generate(self, generation: Generation) -> AsyncGenerator[Picture, None]:
+        """The pictures in the order in which they are finished.
+
+        What a Triton that went away still owed is asked for once more, as another may be there: the same seeds give
+        the same pictures.
+        """
+        came: set[int] = set()
+        for is_last in (False, True):
+            try:
+                async with aclosing(self._stream(generation)) as pictures:
+                    async for picture in pictures:
+                        if picture.index not in came:
+                            came.add(picture.index)
+                            yield picture
+                return
+            except UnavailableError as error:
+                if is_last or self._open_client is None:  # None: closed, so we are the ones who go
+                    raise
+                logger.warning("request %s: asking for its pictures again (%s)", current_request_id.get(), error)
+                await asyncio.sleep(RETRY_SECONDS)
+
+    async def _stream(self, generation: Generation) -> AsyncGenerator[Picture, None]:
         """One stream per request, as Triton closes a stream to report an error with its code."""
         request = {
             "model_name": SAMPLER,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import fields, replace
 
 import grpc
@@ -61,6 +61,22 @@ async def backend(url: str) -> AsyncIterator[TritonBackend]:
     backend = TritonBackend(url, request_timeout=5, call_timeout=0.5)
     yield backend
     await backend.close()
+
+
+@asynccontextmanager
+async def backend_of(*urls: str) -> AsyncIterator[TritonBackend]:
+    """One backend before several Tritons."""
+    backend = TritonBackend(f"ipv4:{','.join(urls)}", request_timeout=5, call_timeout=0.5)
+    yield backend
+    await backend.close()
+
+
+async def all_reached(backend: TritonBackend, tritons: list[FakeTriton]) -> None:
+    """Draw until each has been asked once, since connections are made one after the other; then forget it."""
+    while not all(triton.requests for triton in tritons):
+        await pictures(backend)
+    for triton in tritons:
+        triton.requests.clear()
 
 
 async def pictures(backend: TritonBackend, generation: Generation = FOX) -> list[Picture]:
@@ -240,6 +256,32 @@ class TestGenerate:
         results = await asyncio.gather(*(pictures(backend, replace(FOX, seed=seed)) for seed in range(20)))
         assert [[picture.seed for picture in result] for result in results] == [
             [seed, seed + 1, seed + 2] for seed in range(20)
+        ]
+
+    async def test_several_tritons_share_the_streams(self) -> None:
+        tritons = [FakeTriton(), FakeTriton()]
+        async with serving(tritons[0]) as first, serving(tritons[1]) as second, backend_of(first, second) as backend:
+            await all_reached(backend, tritons)
+            for _ in range(10):
+                assert len(await pictures(backend)) == 3
+        shares = [len(triton.requests) for triton in tritons]
+        assert abs(shares[0] - shares[1]) <= 1
+
+    async def test_no_request_is_lost_with_one_of_several_tritons(self) -> None:
+        tritons = [FakeTriton(), FakeTriton()]
+        for triton in tritons:
+            triton.pictures_before_trouble = 1
+        tritons[1].hangs = True
+        async with serving(tritons[0]) as first, AsyncExitStack() as going:
+            second = await going.enter_async_context(serving(tritons[1]))
+            async with backend_of(first, second) as backend:
+                tasks = [asyncio.create_task(pictures(backend, replace(FOX, seed=seed))) for seed in range(8)]
+                await until(lambda: len(tritons[1].requests) > 0 and len(tritons[0].requests) > 0)
+                await going.aclose()
+                results = await asyncio.wait_for(asyncio.gather(*tasks), 10)
+                assert len(await pictures(backend)) == 3
+        assert [[picture.seed for picture in result] for result in results] == [
+            [seed, seed + 1, seed + 2] for seed in range(8)
         ]
 
     async def test_a_closed_backend_opens_again(self, backend: TritonBackend) -> None:

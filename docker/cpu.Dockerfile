@@ -1,0 +1,40 @@
+# Everything in one container, for a machine without a GPU: `hypergen serve` with the Triton of its PyPI wheel.
+#
+# NVIDIA's image holds an OpenVINO backend too, but one that fixes every call at the largest batch: a smaller one is
+# refused, or padded to it. Calls of step-level batching have as many rows as there are images under way. The backend
+# that `hypergen serve` brings runs a batch at its own size.
+#
+#   docker build -f docker/cpu.Dockerfile -t hypergen-cpu .
+
+# Triton's wheel has a Python backend for this Python, and needs its shared library, which these images have.
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+
+FROM ${PYTHON_IMAGE} AS build
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+WORKDIR /src
+COPY docker/constraints.txt docker/
+COPY pyproject.toml README.md LICENSE ./
+COPY model_repository model_repository
+COPY export export
+COPY gateway gateway
+RUN python -m venv /opt/hypergen \
+    && /opt/hypergen/bin/pip install --no-cache-dir --constraint docker/constraints.txt \
+        --extra-index-url "${TORCH_INDEX}" ".[all]"
+
+FROM ${PYTHON_IMAGE}
+COPY --from=build /opt/hypergen /opt/hypergen
+RUN useradd --uid 10001 --user-group --no-create-home hypergen \
+    && install --directory --owner=10001 --group=10001 /cache
+ENV PATH=/opt/hypergen/bin:${PATH} \
+    HF_HOME=/cache/hub \
+    HOME=/cache \
+    HYPERGEN_CACHE_DIR=/cache/hypergen \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1
+USER 10001:10001
+VOLUME /cache
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=3s --start-period=30m \
+    CMD ["python", "-c", "import http.client as h; c = h.HTTPConnection('127.0.0.1', 8000, timeout=2); c.request('GET', '/health/live'); raise SystemExit(c.getresponse().status != 200)"]
+ENTRYPOINT ["hypergen"]
+CMD ["serve"]

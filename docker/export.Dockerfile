@@ -1,0 +1,36 @@
+# The exporter: a checkpoint becomes a Triton repository, its engines built by the TensorRT of the Triton that serves.
+#
+#   docker build -f docker/export.Dockerfile -t hypergen-export .
+
+ARG TRITON_IMAGE=nvcr.io/nvidia/tritonserver:26.07-py3
+
+FROM ${TRITON_IMAGE}
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# The release of TensorRT in TRITON_IMAGE. Only the bindings are installed, which load the image's own libnvinfer: a
+# library from pip could be another build, whose plans Triton would refuse.
+ARG TENSORRT=11.1.0.106
+WORKDIR /src
+COPY docker/constraints.txt docker/
+COPY pyproject.toml README.md LICENSE ./
+COPY model_repository model_repository
+COPY export export
+COPY gateway gateway
+RUN virtualenv /opt/hypergen \
+    && /opt/hypergen/bin/pip install --no-cache-dir --constraint docker/constraints.txt \
+        --extra-index-url "${TORCH_INDEX}" ".[export]" "tensorrt-cu13-bindings==${TENSORRT}" \
+    && site=$(/opt/hypergen/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+    && printf 'from tensorrt_bindings import *\nfrom tensorrt_bindings import __version__\n' >"${site}/tensorrt.py" \
+    && install --directory --owner=1000 --group=1000 /models /hub
+# The image's PYTHONPATH is for Triton's backends.
+ENV PATH=/opt/hypergen/bin:${PATH} \
+    PYTHONPATH= \
+    HF_HOME=/hub \
+    HOME=/hub \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1
+# The image's own user triton-server, which serves what this one writes.
+USER 1000:1000
+WORKDIR /models
+# NVIDIA's entry point first: it sets up CUDA's forward compatibility with older drivers.
+ENTRYPOINT ["/opt/nvidia/nvidia_entrypoint.sh", "hypergen"]
+CMD ["export", "--help"]

@@ -1,0 +1,28 @@
+# The gateway: Starlette, gRPC and nothing of torch or Triton. Runs with a read-only root file system.
+#
+#   docker build -f docker/gateway.Dockerfile -t hypergen-gateway .
+
+# The Python that the tests run with.
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+
+FROM ${PYTHON_IMAGE} AS build
+WORKDIR /src
+COPY docker/constraints.txt docker/
+COPY pyproject.toml README.md LICENSE ./
+COPY model_repository model_repository
+COPY export export
+COPY gateway gateway
+RUN python -m venv /opt/hypergen \
+    && /opt/hypergen/bin/pip install --no-cache-dir --constraint docker/constraints.txt .
+
+FROM ${PYTHON_IMAGE}
+COPY --from=build /opt/hypergen /opt/hypergen
+ENV PATH=/opt/hypergen/bin:${PATH} \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1
+USER 10001:10001
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=3s --start-period=30s \
+    CMD ["python", "-c", "import http.client as h; c = h.HTTPConnection('127.0.0.1', 8000, timeout=2); c.request('GET', '/health/live'); raise SystemExit(c.getresponse().status != 200)"]
+ENTRYPOINT ["hypergen"]
+CMD ["serve", "--triton-url", "triton:8001"]

@@ -1,0 +1,286 @@
+"""The chart: linted, rendered by the real helm, every manifest held strictly against Kubernetes' own schemas."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import click
+import kubernetes_validate
+import pytest
+import yaml
+from starlette.routing import Route
+
+from fake_backend import FakeBackend
+from hypergen_gateway.app import create_app
+from hypergen_gateway.config import Config
+from hypergen_gateway.serving import DRAIN_SECONDS
+
+from .conftest import DOCKER, read_command, run_tool
+
+CHART = DOCKER / "kubernetes" / "hypergen"
+# From the oldest that Chart.yaml allows to a new one.
+KUBERNETES = ("1.28", "1.37")
+VALUE_SETS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "scaled": {
+        "gateway": {"autoscaling": {"enabled": True}, "service": {"type": "LoadBalancer", "port": 443}},
+        "triton": {"replicas": 3},
+        "repository": {"accessMode": "ReadWriteMany", "storageClass": "fast", "size": "1Ti"},
+        "gpu": {"nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-L40S"}},
+    },
+    "gated model": {
+        "model": {"id": "acme/gated", "sizes": ["1024x1024", "768x1344"], "hubTokenSecret": "hub"},
+        "images": {"pullSecrets": ["registry"]},
+    },
+    "repository of somebody else": {
+        "export": {"enabled": False},
+        "repository": {"existingClaim": "models", "folder": "sdxl/l40s"},
+        "networkPolicy": {"enabled": False},
+        "gpu": {"tolerations": []},
+    },
+}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a type that no engine computes in": ({"model": {"dtype": "int4"}}, "/model/dtype"),
+    "no size": ({"model": {"sizes": []}}, "/model/sizes"),
+    "a size of one number": ({"model": {"sizes": ["512"]}}, "/model/sizes/0"),
+    "the same size twice": ({"model": {"sizes": ["512x512", "512x512"]}}, "/model/sizes"),
+    "a batch beyond what export takes": ({"model": {"maxBatchSize": 129}}, "/model/maxBatchSize"),
+    "no key": ({"apiKey": {"secret": ""}}, "/apiKey/secret"),
+    "a key itself in place of its Secret": ({"apiKey": {"secret": "sk-ABC_123"}}, "/apiKey/secret"),
+    "a misspelt value": ({"gateway": {"replica": 3}}, "/gateway"),
+    "no gateway": ({"gateway": {"replicas": 0}}, "/gateway/replicas"),
+    "a type of service that does not exist": ({"gateway": {"service": {"type": "Public"}}}, "/gateway/service/type"),
+    "an amount of no unit": ({"triton": {"sharedMemory": "lots"}}, "/triton/sharedMemory"),
+    "a drain that ends before clients have gone": ({"triton": {"drain": {"announceSeconds": 10}}}, "announceSeconds"),
+    "replicas that cannot share the volume": ({"triton": {"replicas": 2}}, "/repository/accessMode"),
+    "nobody who exports": ({"export": {"enabled": False}}, "/repository/folder"),
+    "a way out of the volume": ({"repository": {"folder": "../other"}}, "/repository/folder"),
+}
+
+
+@pytest.fixture(scope="module")
+def manifests(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("values")
+    return {name: parse(render(values, folder / "values.yaml")) for name, values in VALUE_SETS.items()}
+
+
+def render(values: dict[str, Any], file: Path) -> str:
+    """`helm template` with these values over the chart's own. Fails with what helm says."""
+    file.write_text(yaml.safe_dump(values))
+    done = run_tool("helm", "template", "rel", CHART, "--namespace", "pictures", "--values", file)
+    if done.returncode != 0:
+        raise ValueError(done.stderr)
+    return done.stdout
+
+
+def parse(text: str) -> list[dict[str, Any]]:
+    return [document for document in yaml.safe_load_all(text) if document]
+
+
+def one(documents: list[dict[str, Any]], kind: str, component: str) -> dict[str, Any]:
+    label = "app.kubernetes.io/component"
+    (found,) = [
+        document
+        for document in documents
+        if document["kind"] == kind and document["metadata"]["labels"][label] == component
+    ]
+    return found
+
+
+def pod(document: dict[str, Any]) -> dict[str, Any]:
+    spec: dict[str, Any] = document["spec"]["template"]["spec"]
+    return spec
+
+
+def container(document: dict[str, Any]) -> dict[str, Any]:
+    (only,) = pod(document)["containers"]
+    found: dict[str, Any] = only
+    return found
+
+
+def test_helm_lints_it_strictly() -> None:
+    judged = run_tool("helm", "lint", "--strict", CHART)
+    assert judged.returncode == 0, judged.stdout + judged.stderr
+
+
+@pytest.mark.parametrize("version", KUBERNETES)
+@pytest.mark.parametrize("name", VALUE_SETS)
+def test_every_manifest_is_valid_strictly(manifests: dict[str, list[dict[str, Any]]], name: str, version: str) -> None:
+    for document in manifests[name]:
+        kubernetes_validate.validate(document, version, strict=True)
+
+
+def test_what_is_made_follows_the_values(manifests: dict[str, list[dict[str, Any]]]) -> None:
+    kinds = {name: sorted(document["kind"] for document in documents) for name, documents in manifests.items()}
+    served = ["Deployment"] * 2 + ["NetworkPolicy"] * 2 + ["PodDisruptionBudget"] * 2 + ["Service"] * 2
+    assert kinds["defaults"] == sorted([*served, "Job", "PersistentVolumeClaim"])
+    assert kinds["scaled"] == sorted([*served, "Job", "PersistentVolumeClaim", "HorizontalPodAutoscaler"])
+    assert kinds["repository of somebody else"] == [kind for kind in served if kind != "NetworkPolicy"]
+
+
+@pytest.mark.parametrize(("values", "named"), REFUSED.values(), ids=REFUSED)
+def test_bad_values_are_refused_by_name(values: dict[str, Any], named: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=named):
+        render(values, tmp_path / "values.yaml")
+
+
+def test_no_pod_is_root_or_knows_the_cluster(manifests: dict[str, list[dict[str, Any]]]) -> None:
+    for document in manifests["defaults"]:
+        if document["kind"] not in ("Deployment", "Job"):
+            continue
+        assert pod(document)["automountServiceAccountToken"] is False
+        assert pod(document)["securityContext"]["runAsNonRoot"] is True
+        assert pod(document)["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        context = container(document)["securityContext"]
+        assert (context["allowPrivilegeEscalation"], context["capabilities"]) == (False, {"drop": ["ALL"]})
+
+
+def test_users_are_those_of_the_images(manifests: dict[str, list[dict[str, Any]]]) -> None:
+    documents = manifests["defaults"]
+    for kind, component in (("Deployment", "gateway"), ("Deployment", "triton"), ("Job", "export")):
+        user = pod(one(documents, kind, component))["securityContext"]["runAsUser"]
+        assert f"\nUSER {user}:{user}\n" in (DOCKER / f"{component}.Dockerfile").read_text()
+
+
+def test_the_gateway_understands_its_arguments(manifests: dict[str, list[dict[str, Any]]]) -> None:
+    gateway = one(manifests["defaults"], "Deployment", "gateway")
+    options = read_command(container(gateway)["args"])
+    service = one(manifests["defaults"], "Service", "triton")
+    assert options["triton_url"] == f"dns:///{service['metadata']['name']}.pictures.svc:8001"
+    assert service["spec"]["clusterIP"] == "None"
+    assert {port["port"] for port in service["spec"]["ports"]} == {8001, 8002}
+    mounts = {mount["name"]: mount["mountPath"] for mount in container(gateway)["volumeMounts"]}
+    assert str(options["api_key_file"]) == f"{mounts['api-key']}/api_key"
+    assert container(gateway)["securityContext"]["readOnlyRootFilesystem"] is True
+
+
+def test_the_key_is_named_and_never_written_down(manifests: dict[str, list[dict[str, Any]]]) -> None:
+    gateway = one(manifests["defaults"], "Deployment", "gateway")
+    (volume,) = [volume for volume in pod(gateway)["volumes"] if volume["name"] == "api-key"]
+    assert volume["secret"]["secretName"] == "hypergen-api-key"
+    assert "Secret" not in {document["kind"] for document in manifests["defaults"]}
+
+
+@pytest.mark.xfail(raises=click.UsageError, strict=True, reason="export has no --engine tensorrt --sizes yet")
+def test_the_export_understands_its_arguments(manifests: dict[str, list[dict[str, Any]]]) -> None:
+    options = read_command(container(one(manifests["gated model"], "Job", "export"))["args"])
+    assert (options["model"], options["dtype"], options["engine"]) == ("acme/gated", "float16", "tensorrt")
+    assert options["max_batch_size"] == 4
+
+
+def test_triton_serves_the_folder_that_the_export_writes(manifests: dict[str, list[dict[str, Any]]]) -> None:
+    arguments = container(one(manifests["defaults"], "Job", "export"))["args"]
+    written = Path(arguments[arguments.index("--output") + 1])
+    mounts = container(one(manifests["defaults"], "Deployment", "triton"))["volumeMounts"]
+    (mount,) = [mount for mount in mounts if mount["name"] == "repository"]
+    assert written == Path("/models") / mount["subPath"]
+    assert f"--model-repository={mount['mountPath']}" in (DOCKER / "triton.Dockerfile").read_text()
+    others = manifests["repository of somebody else"]
+    assert container(one(others, "Deployment", "triton"))["volumeMounts"][0]["subPath"] == "sdxl/l40s"
+
+
+def test_only_what_engines_depend_on_exports_anew(tmp_path: Path) -> None:
+    def job(values: dict[str, Any]) -> str:
+        documents = parse(render(values, tmp_path / "values.yaml"))
+        return str(one(documents, "Job", "export")["metadata"]["name"])
+
+    base = job({})
+    assert job({"gateway": {"replicas": 5}, "model": {"hubTokenSecret": "hub"}}) == base
+    others = [
+        {"model": {"id": "acme/other"}},
+        {"model": {"sizes": ["768x768"]}},
+        {"images": {"export": {"tag": "0.2.0"}}},
+        {"gpu": {"nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-L4"}}},
+    ]
+    assert len({base, *map(job, others)}) == 1 + len(others)
+
+
+def test_the_export_comes_before_what_serves_it(manifests: dict[str, list[dict[str, Any]]]) -> None:
+    hooks = {
+        document["kind"]: (notes["helm.sh/hook"], int(notes["helm.sh/hook-weight"]))
+        for document in manifests["defaults"]
+        if "helm.sh/hook" in (notes := document["metadata"].get("annotations", {}))
+    }
+    assert hooks.keys() == {"Job", "PersistentVolumeClaim"}
+    assert {stage for stage, _ in hooks.values()} == {"pre-install,pre-upgrade"}
+    assert hooks["PersistentVolumeClaim"][1] < hooks["Job"][1]
+
+
+def test_gpus_go_to_triton_and_the_export_alone(manifests: dict[str, list[dict[str, Any]]]) -> None:
+    with_gpu = {
+        document["metadata"]["labels"]["app.kubernetes.io/component"]
+        for document in manifests["scaled"]
+        if document["kind"] in ("Deployment", "Job")
+        and container(document)["resources"]["limits"].get("nvidia.com/gpu") == 1
+    }
+    assert with_gpu == {"triton", "export"}
+    for kind, component in (("Deployment", "triton"), ("Job", "export")):
+        spec = pod(one(manifests["scaled"], kind, component))
+        assert spec["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-L40S"}
+        assert spec["tolerations"][0]["key"] == "nvidia.com/gpu"
+
+
+def test_only_gateways_speak_to_triton_and_only_prometheus_reads_its_metrics(
+    manifests: dict[str, list[dict[str, Any]]],
+) -> None:
+    policy = one(manifests["defaults"], "NetworkPolicy", "triton")["spec"]
+    triton = one(manifests["defaults"], "Deployment", "triton")
+    assert policy["podSelector"] == triton["spec"]["selector"]
+    gateway = one(manifests["defaults"], "Deployment", "gateway")
+    assert policy["ingress"] == [
+        {
+            "from": [{"podSelector": gateway["spec"]["selector"]}],
+            "ports": [{"protocol": "TCP", "port": "grpc"}],
+        },
+        {
+            "from": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}],
+            "ports": [{"protocol": "TCP", "port": "metrics"}],
+        },
+    ]
+    ports = {port["name"]: port["containerPort"] for port in container(triton)["ports"]}
+    assert (ports["grpc"], ports["metrics"]) == (8001, 8002)
+    assert "ingress" not in one(manifests["defaults"], "NetworkPolicy", "export")["spec"]
+
+
+def test_the_gateways_probes_ask_for_routes_that_it_has(manifests: dict[str, list[dict[str, Any]]]) -> None:
+    routes = {route.path for route in create_app(Config(), FakeBackend()).routes if isinstance(route, Route)}
+    gateway = container(one(manifests["defaults"], "Deployment", "gateway"))
+    asked = {name: gateway[name]["httpGet"]["path"] for name in ("startupProbe", "livenessProbe", "readinessProbe")}
+    assert asked == {"startupProbe": "/health/live", "livenessProbe": "/health/live", "readinessProbe": "/health/ready"}
+    assert set(asked.values()) <= routes
+
+
+def test_triton_is_probed_for_its_models(manifests: dict[str, list[dict[str, Any]]]) -> None:
+    triton = container(one(manifests["defaults"], "Deployment", "triton"))
+    asked = {name: triton[name]["httpGet"]["path"] for name in ("startupProbe", "livenessProbe", "readinessProbe")}
+    assert asked == {
+        "startupProbe": "/v2/health/ready",
+        "livenessProbe": "/v2/models/diffusion/ready",
+        "readinessProbe": "/v2/health/ready",
+    }
+    startup = triton["startupProbe"]
+    assert startup["periodSeconds"] * startup["failureThreshold"] == 900
+
+
+def test_pictures_under_way_are_finished_before_a_stop(manifests: dict[str, list[dict[str, Any]]]) -> None:
+    gateway, triton = (one(manifests["defaults"], "Deployment", name) for name in ("gateway", "triton"))
+    _, pause = container(gateway)["lifecycle"]["preStop"]["exec"]["command"]
+    assert pod(gateway)["terminationGracePeriodSeconds"] > int(pause) + DRAIN_SECONDS
+
+    program, *options = container(triton)["lifecycle"]["preStop"]["exec"]["command"]
+    image = (DOCKER / "triton.Dockerfile").read_text()
+    assert f"COPY --chmod=755 docker/triton/drain.py {Path(program).parent}/" in image
+    given = runpy.run_path(str(DOCKER / "triton" / "drain.py"))["parser"]().parse_args(options)
+    assert pod(triton)["terminationGracePeriodSeconds"] > given.announce + given.limit + 30
+    # Longer than a connection lives, and gRPC may take a tenth more.
+    (age,) = [int(word.split("=")[1].strip('",')) for word in image.split() if "max-connection-age" in word]
+    assert given.announce > 1.1 * age / 1000
+
+
+def test_shared_memory_is_memory(manifests: dict[str, list[dict[str, Any]]]) -> None:
+    triton = one(manifests["defaults"], "Deployment", "triton")
+    volumes = {volume["name"]: volume for volume in pod(triton)["volumes"]}
+    mounts = {mount["mountPath"]: mount["name"] for mount in container(triton)["volumeMounts"]}
+    assert volumes[mounts["/dev/shm"]]["emptyDir"] == {"medium": "Memory", "sizeLimit": "1Gi"}
