@@ -210,11 +210,10 @@ async def _greeting(options: ServeOptions, backend: TritonBackend) -> str:
 
 
 def _suggested(prompts: Sequence[str]) -> str:
-    """A few prompts from all over the list; nothing where the model has none."""
-    if not prompts:
-        return ""
-    few = prompts[:: -(-len(prompts) // SUGGESTIONS_SHOWN)]
-    return "\nOther prompts:\n" + "".join(f"  {prompt}\n" for prompt in few)
+    """A few prompts from all over the list but the first, which is in the curl line; nothing where there are none."""
+    step = len(prompts) // (SUGGESTIONS_SHOWN + 1) | 1  # odd, for lists whose colours take turns
+    few = prompts[step::step][:SUGGESTIONS_SHOWN]
+    return "\nOther prompts:\n" + "".join(f"  {prompt}\n" for prompt in few) if few else ""
 
 
 def _curl_line(url: str, secured: bool, prompts: Sequence[str]) -> str:
