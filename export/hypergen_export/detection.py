@@ -65,7 +65,8 @@ def find_family(model: str, index: Config, read_unet: Callable[[], Config]) -> F
 def check_classes(model: str, index: Config, family: Family) -> None:
     """Refuse parts of other classes than the table's. Raises UnsupportedModelError."""
     for module, loader in family.modules.items():
-        given = ".".join(str(part) for part in index.get(module) or ["none"])
+        parts = [str(part) for part in index.get(module) or [] if part is not None]
+        given = ".".join(parts) or "none"
         if given != loader:
             raise UnsupportedModelError(f"{model}: its {module} is {given}, but only {loader} is supported")
 

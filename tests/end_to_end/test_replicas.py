@@ -1,0 +1,71 @@
+"""Two real Tritons behind one gateway, as on Kubernetes behind one name; one of them is killed under load."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from running_server import Server, draw, draw_all, start_server, stop_server
+
+WISHES = [{"prompt": "cat", "seed": seed, "num_inference_steps": 40, "size": "128x128"} for seed in range(16)]
+
+
+@pytest.fixture
+def second(checkpoint: Path, cache_dir: Path) -> Iterator[Server]:
+    running = start_server("--dtype", "float32", "--cache-dir", str(cache_dir), model=str(checkpoint))
+    yield running
+    assert stop_server(running) == 0, "\n".join(running.lines)
+
+
+@pytest.fixture
+def gateway(server: Server, second: Server) -> Iterator[Server]:
+    both = f"ipv4:{server.triton_url},{second.triton_url}"
+    running = start_server("--triton-url", both, model="")
+    yield running
+    assert stop_server(running) == 0, "\n".join(running.lines)
+
+
+def executions(*servers: Server) -> list[int]:
+    return [server.unet_counts()[1] for server in servers]
+
+
+async def test_a_triton_killed_under_load_takes_no_request_with_it(
+    server: Server, second: Server, gateway: Server
+) -> None:
+    expected = await draw_all(server, WISHES)
+    before = executions(server, second)
+    async with gateway.async_client() as client:
+        began = time.monotonic()
+        requests = [asyncio.create_task(draw(client, **wish)) for wish in WISHES]
+        while any(now <= then for now, then in zip(executions(server, second), before, strict=True)):
+            await asyncio.sleep(0.02)
+        (victim,) = [
+            child
+            for child in psutil.Process(second.process.pid).children(recursive=True)
+            if child.name() == "tritonserver"
+        ]
+        unfinished = sum(not request.done() for request in requests)
+        victim.send_signal(signal.SIGKILL)
+        pictures = await asyncio.gather(*requests)
+        took = time.monotonic() - began
+    assert all(np.array_equal(picture, wanted) for picture, wanted in zip(pictures, expected, strict=True))
+    again = sum("asking for its pictures again" in line for line in gateway.lines)
+    print(
+        f"{len(pictures)} requests, {unfinished} under way at the kill, {again} asked again, all done in {took:.1f} s"
+    )
+    assert unfinished
+    assert again
+
+    second.wait_until(lambda: second.health()["status"] == "healthy", 20, "back")
+    returned = executions(second)[0]
+    deadline = time.monotonic() + 10
+    while executions(second)[0] == returned:
+        assert time.monotonic() < deadline, "the Triton that came back is given nothing"
+        await draw_all(gateway, WISHES[:2])
