@@ -188,7 +188,7 @@ def test_only_what_engines_depend_on_exports_anew(tmp_path: Path) -> None:
 
     base = job({})
     assert job({"gateway": {"replicas": 5}, "model": {"hubTokenSecret": "hub"}}) == base
-    others = [
+    others: list[dict[str, Any]] = [
         {"model": {"id": "acme/other"}},
         {"model": {"sizes": ["768x768"]}},
         {"images": {"export": {"tag": "0.2.0"}}},
