@@ -61,6 +61,8 @@ class Component:
 
     `module` is the checkpoint's subfolder, `loader` the class it must be ("library.Class"). `tolerance` bounds the
     largest difference to torch, relative to the largest magnitude where that exceeds one; for UINT8 it is absolute.
+    `overflows_float16`: values inside leave float16's range, so an engine must compute this one in float32, whatever
+    it computes the others in.
     """
 
     name: str
@@ -69,6 +71,11 @@ class Component:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     tolerance: float
+    overflows_float16: bool = False
+
+    def weights_dtype(self, dtype: str) -> str:
+        """What this component is computed in where `dtype` is asked for."""
+        return "float32" if self.overflows_float16 and dtype == "float16" else dtype
 
 
 _LATENTS = ("latent_channels", "latent_height", "latent_width")

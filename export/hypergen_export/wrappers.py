@@ -1,7 +1,8 @@
 """Modules of a checkpoint with the inputs and outputs of the repository's contract.
 
 Each wrapper takes a loaded module of transformers or diffusers and does inside the graph what diffusers' pipeline
-does around it, so that the sampler exchanges finished tensors and a picture leaves the decoder as bytes.
+does around it, so that the sampler exchanges finished tensors and a picture leaves the decoder as bytes. Floats go
+in and out as float32 whatever the module computes in: the casts are part of the graph.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         hidden_states: Tensor = self.text_encoder(input_ids.to(torch.int64), return_dict=False)[0]
-        return hidden_states
+        return hidden_states.to(torch.float32)
 
 
 class UNet(nn.Module):
@@ -39,8 +40,12 @@ class UNet(nn.Module):
         self.unet = unet
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        model_output: Tensor = self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0]
-        return model_output
+        # The timestep stays as it is: half precision holds few of the numbers up to 999, and its embedding is float32.
+        dtype = self.unet.dtype
+        model_output: Tensor = self.unet(
+            sample.to(dtype), timestep, encoder_hidden_states.to(dtype), return_dict=False
+        )[0]
+        return model_output.to(torch.float32)
 
 
 class VaeDecoder(nn.Module):
@@ -53,7 +58,8 @@ class VaeDecoder(nn.Module):
         self.shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
 
     def forward(self, latents: Tensor) -> Tensor:
-        decoded: Tensor = self.vae.decode(latents / self.scale + self.shift, return_dict=False)[0]
+        unscaled = (latents / self.scale + self.shift).to(self.vae.dtype)
+        decoded: Tensor = self.vae.decode(unscaled, return_dict=False)[0].to(torch.float32)
         unit = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
         return (unit * 255).round().to(torch.uint8)
 
@@ -68,9 +74,11 @@ class VaeEncoder(nn.Module):
         self.shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        pixels = image.permute(0, 3, 1, 2).to(torch.float32) / 255 * 2 - 1
-        posterior = self.vae.encode(pixels, return_dict=False)[0]
-        return (posterior.mean - self.shift) * self.scale, posterior.std * self.scale
+        # Cast first: of bytes, TensorRT knows nothing but the cast.
+        pixels = image.to(torch.float32).permute(0, 3, 1, 2) / 255 * 2 - 1
+        posterior = self.vae.encode(pixels.to(self.vae.dtype), return_dict=False)[0]
+        mean, std = posterior.mean.to(torch.float32), posterior.std.to(torch.float32)
+        return (mean - self.shift) * self.scale, std * self.scale
 
 
 # Component name -> its wrapper.
