@@ -25,6 +25,7 @@ MODEL = ModelDescription(
     size_factor=8,
     min_size=32,
     max_size=1536,
+    sizes=(),
     default_num_inference_steps=20,
     default_guidance_scale=5.0,
     max_num_images=10,

@@ -23,6 +23,7 @@ PARAMETERS = {
     "size_factor": "8",
     "min_size": "32",
     "max_size": "512",
+    "sizes": "",
     "default_num_inference_steps": "20",
     "default_guidance_scale": "5.5",
     "default_scheduler": "euler",

@@ -7,38 +7,51 @@ is to be done costs a fraction of a second.
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hypergen_export.checkpoint import SCHEDULER, Checkpoint, open_checkpoint
 from hypergen_export.components import Component
+from hypergen_export.defaults import checkpoint_parameters
+from hypergen_export.engines import ENGINES, OPENVINO, TENSORRT, Size, check_dtype, choose_sizes, size_parameters
 from hypergen_export.errors import MissingDependencyError
-from hypergen_export.fingerprint import component_key, repository_key, tokenizer_key
+from hypergen_export.fingerprint import component_key, plan_key, repository_key, tokenizer_key
+from hypergen_export.profiles import Shapes, profiles
 from hypergen_export.repository import check_space, file_sizes, link_or_copy, read_record, staged, write_record
+from hypergen_export.tensorrt import Build, Target, build_plan, this_machine, write_plan_record
 from hypergen_export.weights import float32_bytes
+
+if TYPE_CHECKING:
+    from hypergen_export.conversion import Job
 
 _PACKAGE = Path(__file__).parent
 # In a wheel the sampler lies inside the package, in a checkout in its own folder.
 _SAMPLER_FOLDERS = (_PACKAGE / "bundled" / "diffusion", _PACKAGE.parents[1] / "model_repository" / "diffusion")
 _SAMPLER = "diffusion"
 _VERSIONS = ("hypergen-triton", "torch", "diffusers", "transformers", "onnx", "openvino")
-_STAGES_PER_COMPONENT = 4
+_ONNX = "model.onnx"
+_STAGES_PER_COMPONENT = 4  # and one more where a plan is built
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRequest:
-    """What is asked for. `max_batch_size` counts images; guidance gives each of them two rows in a UNet call."""
+    """What is asked for. `max_batch_size` counts images; guidance gives each of them two rows in a UNet call.
+
+    `sizes` are pictures' widths and heights, for an engine that must know them; empty: the checkpoint's own.
+    """
 
     model: str
     output: Path
-    engine: str = "openvino"
+    engine: str = OPENVINO.name
     dtype: str = "float32"
     max_batch_size: int = 8
+    sizes: tuple[Size, ...] = ()
     model_id: str = ""
 
     @property
@@ -53,7 +66,7 @@ class ExportRequest:
             "model_id": self.model_id or self.model,
             "engine": self.engine,
             "dtype": self.dtype,
-            "device": "cpu",
+            "device": ENGINES[self.engine].device,
             "max_batch_size": str(self.rows),
         }
 
@@ -66,11 +79,14 @@ class Outcome:
     reused: tuple[str, ...] = ()
 
 
-def export(request: ExportRequest) -> Outcome:
-    """Make `request.output` the repository asked for. Raises ExportError."""
+def export(request: ExportRequest, target: Target | None = None) -> Outcome:
+    """Make `request.output` the repository asked for. Raises ExportError.
+
+    TensorRT's plans are for `target`, or for this machine.
+    """
     output = request.output.expanduser().resolve()
     record = read_record(output) or {}
-    plan = Plan(open_checkpoint(request.model), request, output, record)
+    plan = _plan(request, output, record, target)
     if plan.is_up_to_date:
         return Outcome()
     check_space(output, plan.bytes_to_write)
@@ -81,19 +97,42 @@ def export(request: ExportRequest) -> Outcome:
     return Outcome(converted=tuple(component.name for component in plan.outdated), reused=reused)
 
 
+def _plan(request: ExportRequest, output: Path, record: Mapping[str, Any], target: Target | None) -> Plan:
+    """Everything that can be refused before anything is done, is refused here, what costs least first."""
+    engine = ENGINES[request.engine]
+    check_dtype(engine, request.dtype)
+    checkpoint = open_checkpoint(request.model)
+    sizes = choose_sizes(engine, request.sizes, checkpoint_parameters(checkpoint, ()))
+    if engine is OPENVINO:
+        return Plan(checkpoint, request, output, record, sizes, None)
+    target = target or this_machine()
+    target.check_dtype(request.dtype)
+    return Plan(checkpoint, request, output, record, sizes, target)
+
+
 @dataclass(frozen=True)
 class Plan:
-    """A request held against the record of the export that is already there (empty if none is)."""
+    """A request held against the record of the export that is already there (empty if none is).
+
+    `sizes` are those that are built in, empty for an engine that takes any; `target` is what TensorRT builds for.
+    """
 
     checkpoint: Checkpoint
     request: ExportRequest
     output: Path
     record: Mapping[str, Any]
+    sizes: tuple[Size, ...]
+    target: Target | None
+
+    @property
+    def shapes(self) -> Shapes:
+        """What the engines are for."""
+        return Shapes(sizes=self.checkpoint.sizes, pictures=self.sizes, rows=self.request.rows)
 
     @cached_property
     def keys(self) -> dict[str, str]:
-        """Component -> key of its ONNX."""
-        return {c.name: component_key(self.checkpoint, c) for c in self.checkpoint.family.components}
+        """Component -> key of the file that its engine loads."""
+        return {component.name: self._key(component) for component in self.checkpoint.family.components}
 
     @cached_property
     def tokenizer_keys(self) -> dict[str, str]:
@@ -105,6 +144,7 @@ class Plan:
         """Key of the whole repository."""
         stated = {"defaults": self.checkpoint.defaults, "index": self.checkpoint.index}
         settings = self.request.settings | {name: repr(sorted(given.items())) for name, given in stated.items()}
+        settings |= {"sizes": repr(self.sizes)}
         sources = [self.checkpoint.folder / SCHEDULER, sampler_folder() / "config.pbtxt", *sampler_sources()]
         return repository_key([*self.keys.values(), *self.tokenizer_keys.values()], settings, sources)
 
@@ -121,7 +161,7 @@ class Plan:
 
     @property
     def reused(self) -> list[Component]:
-        """Components whose ONNX the earlier export has."""
+        """Components that the earlier export has."""
         return [c for c in self.checkpoint.family.components if c not in self.outdated]
 
     def holds_tokenizer(self, name: str) -> bool:
@@ -131,9 +171,20 @@ class Plan:
 
     @property
     def bytes_to_write(self) -> int:
-        """An estimate: a component's ONNX is about as large as its module in float32."""
+        """An estimate: a component's ONNX is at most as large as its module in float32, and a plan as its ONNX."""
         folder = self.checkpoint.folder
-        return sum(float32_bytes(folder / c.module, self.checkpoint.weights(c.module)) for c in self.outdated)
+        files = 2 if self.target else 1
+        return sum(float32_bytes(folder / c.module, self.checkpoint.weights(c.module)) * files for c in self.outdated)
+
+    def weights_dtype(self, component: Component) -> str:
+        """The type of the weights in the component's ONNX. OpenVINO lowers them itself when it loads them."""
+        return component.weights_dtype(self.request.dtype) if self.target else "float32"
+
+    def _key(self, component: Component) -> str:
+        key = component_key(self.checkpoint, component)
+        if self.target is None:
+            return key
+        return plan_key(key, self.weights_dtype(component), self.target, profiles(component, self.shapes))
 
     def _holds(self, component: Component) -> bool:
         entry = self.record.get("components", {}).get(component.name, {})
@@ -186,15 +237,15 @@ def _fill(plan: Plan, folder: Path) -> dict[str, Any]:
 def _write_configs(plan: Plan, folder: Path) -> None:
     with _needs_the_extra():
         from hypergen_export.config_pbtxt import EngineOptions, component_config, known_schedulers, sampler_config
-    from hypergen_export.defaults import checkpoint_parameters
 
-    request, sizes = plan.request, plan.checkpoint.sizes
-    options = EngineOptions(engine=request.engine, dtype=request.dtype, rows=request.rows)
+    request = plan.request
+    options = EngineOptions(engine=request.engine, dtype=request.dtype, shapes=plan.shapes)
     for component in plan.checkpoint.family.components:
-        text = component_config(component, sizes, options)
+        text = component_config(component, options)
         (folder / component.name / "config.pbtxt").write_text(text, encoding="utf-8")
     template = (sampler_folder() / "config.pbtxt").read_text(encoding="utf-8")
-    parameters = request.settings | checkpoint_parameters(plan.checkpoint, known_schedulers(template))
+    own = checkpoint_parameters(plan.checkpoint, known_schedulers(template))
+    parameters = request.settings | own | size_parameters(plan.sizes, own)
     (folder / _SAMPLER / "config.pbtxt").write_text(sampler_config(template, parameters), encoding="utf-8")
 
 
@@ -210,14 +261,32 @@ def _put_tokenizer(plan: Plan, name: str, folder: Path) -> None:
 
 def _convert(plan: Plan, folder: Path) -> dict[str, Any]:
     with _needs_the_extra():
-        from hypergen_export.conversion import convert
+        from hypergen_export.conversion import Job, convert
         from hypergen_export.progress import Progress
 
-    progress = Progress(_STAGES_PER_COMPONENT * len(plan.outdated))
-    files = {c.name: version_folder(folder, c) / "model.onnx" for c in plan.outdated}
+    jobs = [
+        Job(component=c, dtype=plan.weights_dtype(c), onnx=version_folder(folder, c) / _ONNX) for c in plan.outdated
+    ]
+    finish = functools.partial(_build, plan.shapes, plan.target) if plan.target else None
+    progress = Progress((_STAGES_PER_COMPONENT + bool(finish)) * len(jobs))
     with contextlib.closing(progress):
-        parity = convert(plan.checkpoint, plan.outdated, files, progress)
+        parity = convert(plan.checkpoint, jobs, progress, finish)
     return {name: asdict(entry) for name, entry in parity.items()}
+
+
+def _build(shapes: Shapes, target: Target, job: Job, report: Callable[[float], None]) -> None:
+    """Replace a component's ONNX by its plan and the plan's record."""
+    build = Build(
+        name=job.component.name,
+        onnx=job.onnx,
+        dtype=job.dtype,
+        plan=job.onnx.with_name(TENSORRT.file),
+        profiles=profiles(job.component, shapes),
+        target=target,
+    )
+    write_plan_record(build, build_plan(build, report))
+    for file in job.onnx.parent.glob(f"{_ONNX}*"):
+        file.unlink()
 
 
 @contextlib.contextmanager
@@ -236,6 +305,7 @@ def _record(plan: Plan, folder: Path, parity: Mapping[str, Any]) -> dict[str, An
         "key": plan.key,
         "model": plan.request.model,
         **plan.request.settings,
+        "target": asdict(plan.target) if plan.target else None,
         "versions": _versions(),
         "components": {
             component.name: {

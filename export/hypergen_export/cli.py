@@ -17,20 +17,39 @@ import click
 
 from hypergen_export.build import ExportRequest, Outcome
 from hypergen_export.build import export as build
+from hypergen_export.engines import ENGINES, read_sizes
 from hypergen_export.errors import ExportError, InterruptedExportError
 
-_DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
+_DTYPES = {
+    "float32": "float32",
+    "fp32": "float32",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+}
 
 
 @click.command()
 @click.argument("model")
-@click.option("--engine", type=click.Choice(["openvino"]), default="openvino", show_default=True)
+@click.option(
+    "--engine",
+    type=click.Choice(list(ENGINES)),
+    default="openvino",
+    show_default=True,
+    help="openvino for a CPU; tensorrt for the GPU of this machine, in the TensorRT release that is installed here.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(list(_DTYPES)),
     default="float32",
     show_default=True,
-    help="What the engine computes in; the exported weights are float32 either way.",
+    help="What the engine computes in: float16 is TensorRT's alone.",
+)
+@click.option(
+    "--sizes",
+    metavar="WxH,…",
+    help="Pictures that TensorRT engines are built for; OpenVINO draws any.  [default: the model's own size]",
 )
 @click.option(
     "--max-batch-size",
@@ -46,14 +65,16 @@ _DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf1
     required=True,
     help="Folder of the Triton repository; an earlier export there is replaced.",
 )
-def export(*, model: str, output: Path, dtype: str, model_id: str | None, **options: Any) -> None:
+def export(*, model: str, output: Path, dtype: str, sizes: str | None, **options: Any) -> None:
     """Export MODEL, a diffusers checkpoint's hub id or folder, to a Triton model repository.
 
     `hypergen/emoji` is the checkpoint that ships with the project.
     """
-    request = ExportRequest(model=model, output=output, dtype=_DTYPES[dtype], model_id=model_id or model, **options)
     began = time.monotonic()
+    options["model_id"] = options["model_id"] or model
     try:
+        asked = () if sizes is None else read_sizes(sizes)
+        request = ExportRequest(model=model, output=output, dtype=_DTYPES[dtype], sizes=asked, **options)
         with _interruptible():
             outcome = build(request)
     except ExportError as error:

@@ -74,6 +74,10 @@ class Component:
     wrapper: str = ""
     overflows_float16: bool = False
 
+    def weights_dtype(self, dtype: str) -> str:
+        """What this component is computed in where `dtype` is asked for."""
+        return "float32" if self.overflows_float16 and dtype == "float16" else dtype
+
 
 _LATENTS = ("latent_channels", "latent_height", "latent_width")
 _IMAGE = Tensor(name="image", dtype=BYTE, axes=("height", "width", 3), example="pixel")

@@ -9,42 +9,32 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from hypergen_export.components import Component, Sizes, Tensor
-
-MODEL_FILE = "model.onnx"
+from hypergen_export.components import Component, Tensor
+from hypergen_export.engines import ENGINES
+from hypergen_export.profiles import Graph, Shapes, graphs, largest_batch, profiles
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How the components run: `dtype` is what the engine computes in, `rows` the largest batch."""
+    """How the components run: `dtype` is what the engine computes in, `shapes` what for."""
 
     engine: str
     dtype: str
-    rows: int
-
-    @property
-    def parameters(self) -> dict[str, str]:
-        """The backend's parameters, under the names of Triton's native OpenVINO backend.
-
-        One stream, for latency: the sampler makes one call at a time, and that call gets all cores.
-        """
-        bf16 = "YES" if self.dtype == "bfloat16" else "NO"
-        return {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "HINT_BF16": bf16}
+    shapes: Shapes
 
 
-def component_config(component: Component, sizes: Sizes, options: EngineOptions) -> str:
+def component_config(component: Component, options: EngineOptions) -> str:
     """config.pbtxt of a component."""
     config = pb.ModelConfig(
         name=component.name,
         backend=options.engine,
-        default_model_filename=MODEL_FILE,
-        max_batch_size=options.rows,
-        input=[_fill(pb.ModelInput(), tensor, sizes) for tensor in component.inputs],
-        output=[_fill(pb.ModelOutput(), tensor, sizes) for tensor in component.outputs],
-        instance_group=[pb.ModelInstanceGroup(kind=pb.ModelInstanceGroup.KIND_CPU, count=1)],
+        default_model_filename=ENGINES[options.engine].file,
+        max_batch_size=options.shapes.rows,
+        input=[_fill(pb.ModelInput(), tensor, options.shapes) for tensor in component.inputs],
+        output=[_fill(pb.ModelOutput(), tensor, options.shapes) for tensor in component.outputs],
     )
     config.dynamic_batching.SetInParent()
-    _set_parameters(config, options.parameters)
+    _COMPLETE[options.engine](config, component, options)
     return _text(config)
 
 
@@ -66,10 +56,43 @@ def read_config(text: str) -> Any:
     return text_format.Parse(text, pb.ModelConfig())
 
 
-def _fill(entry: Any, tensor: Tensor, sizes: Sizes) -> Any:
+def _complete_openvino(config: Any, _: Component, options: EngineOptions) -> None:
+    """The parameters have the names of Triton's native OpenVINO backend.
+
+    One stream, for latency: the sampler makes one call at a time, and that call gets all cores.
+    """
+    config.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=1)
+    bf16 = "YES" if options.dtype == "bfloat16" else "NO"
+    _set_parameters(config, {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "HINT_BF16": bf16})
+
+
+def _complete_tensorrt(config: Any, component: Component, options: EngineOptions) -> None:
+    """All profiles in one instance per GPU: unnamed, Triton would use the first alone."""
+    config.max_batch_size = largest_batch(component, options.shapes.rows)
+    names = [str(index) for index, _ in enumerate(profiles(component, options.shapes))]
+    config.instance_group.add(kind=pb.ModelInstanceGroup.KIND_GPU, count=1, profile=names)
+    # Each profile has a context that never leaves it. Allocated on its change, a context takes the memory that its
+    # own profile needs; otherwise each would take that of the largest.
+    _set_parameters(config, {"execution_context_allocation_strategy": "ON_PROFILE_CHANGE"})
+    for graph in graphs(component, options.shapes):
+        _add_graph(config.optimization.cuda, graph)
+
+
+def _add_graph(cuda: Any, graph: Graph) -> None:
+    """Triton tries to record each graph in every profile, and at start logs an error for those that it does not fit."""
+    cuda.graphs = True
+    spec = cuda.graph_spec.add(batch_size=graph.batch)
+    for name, shape in graph.inputs.items():
+        spec.input[name].dim.extend(shape)
+
+
+_COMPLETE = {"openvino": _complete_openvino, "tensorrt": _complete_tensorrt}
+
+
+def _fill(entry: Any, tensor: Tensor, shapes: Shapes) -> Any:
     entry.name = tensor.name
     entry.data_type = pb.DataType.Value(f"TYPE_{tensor.dtype}")
-    dims = tensor.dims(sizes)
+    dims = tensor.dims(shapes.sizes)
     entry.dims.extend(dims or (1,))
     if not dims:  # Triton has no dimensionless input: [B, 1] outside is [B] for the model
         entry.reshape.SetInParent()

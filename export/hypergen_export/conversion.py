@@ -1,5 +1,7 @@
 """Components through torch: load, capture, convert, compare, one after the other, and quietly.
 
+What an engine makes of the ONNX afterwards is handed in.
+
 This is the module behind which torch, diffusers and transformers lie; import it only when something is converted.
 """
 
@@ -8,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
+import torch
 import transformers
 
 from hypergen_export.checkpoint import Checkpoint
@@ -23,26 +27,43 @@ from hypergen_export.progress import Progress
 from hypergen_export.wrappers import wrap
 
 
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A component to convert into the file `onnx`, with weights of `dtype`."""
+
+    component: Component
+    dtype: str
+    onnx: Path
+
+
+# What an engine that does not run ONNX does with the file, told how to report its progress.
+Finish = Callable[[Job, Callable[[float], None]], None]
+
+
 def convert(
-    checkpoint: Checkpoint, components: Sequence[Component], folders: dict[str, Path], progress: Progress
+    checkpoint: Checkpoint, jobs: Sequence[Job], progress: Progress, finish: Finish | None
 ) -> dict[str, Parity]:
-    """Write each component's ONNX to its folder and return how well it agrees with torch."""
+    """Write each job's ONNX, hold it against torch and finish it; returns how well each component agrees."""
     with _quiet():
-        return {
-            component.name: _convert(checkpoint, component, folders[component.name], progress)
-            for component in components
-        }
+        return {job.component.name: _convert(checkpoint, job, progress, finish) for job in jobs}
 
 
-def _convert(checkpoint: Checkpoint, component: Component, path: Path, progress: Progress) -> Parity:
+def _convert(checkpoint: Checkpoint, job: Job, progress: Progress, finish: Finish | None) -> Parity:
+    component = job.component
     with progress.stage(f"{component.name}: load"):
-        wrapped = wrap(component, load_module(checkpoint, component))
+        module = load_module(checkpoint, component).to(getattr(torch, job.dtype))
+        wrapped = wrap(component, module)
     with progress.stage(f"{component.name}: capture"):
         program = capture(component, wrapped, checkpoint.sizes)
     with progress.stage(f"{component.name}: convert"):
-        write_onnx(component, program, path)
+        write_onnx(component, program, job.onnx)
     with progress.stage(f"{component.name}: compare"):
-        return compare(component, wrapped, checkpoint.sizes, path)
+        parity = compare(component, wrapped.float(), checkpoint.sizes, job.onnx, job.dtype)
+    if finish:
+        del program, wrapped, module  # room for the engine's builder, which has another copy of the weights
+        with progress.stage(f"{component.name}: build") as report:
+            finish(job, report)
+    return parity
 
 
 @contextlib.contextmanager

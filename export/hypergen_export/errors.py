@@ -9,6 +9,14 @@ class ExportError(Exception):
     exit_code = 1
 
 
+class BadOptionError(ExportError):
+    """Options that do not go together, or not with this model."""
+
+
+class NoGpuError(ExportError):
+    """TensorRT builds on the GPU that will serve, and there is none."""
+
+
 class UnknownModelError(ExportError):
     """Neither a folder nor a model that the hub could deliver."""
 
@@ -42,7 +50,7 @@ class ParityMissedError(ExportError):
 
 
 class MissingDependencyError(ExportError):
-    """A package of the extra `export` is not installed."""
+    """A package that the export needs is not installed."""
 
 
 class InterruptedExportError(ExportError):

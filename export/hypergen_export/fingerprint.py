@@ -12,7 +12,8 @@ from hypergen_export.checkpoint import Checkpoint
 from hypergen_export.components import Component
 
 _PACKAGE = Path(__file__).parent
-# Sources that decide what a component's ONNX is; the others decide what stands around it.
+# Sources that decide what a component's ONNX is, and what plan is built of it; others decide what stands around them.
+_PLAN = ("profiles.py", "tensorrt.py")
 _CONVERSION = ("components.py", "examples.py", "wrappers.py", "loading.py", "onnx.py", "compare.py")
 
 
@@ -27,6 +28,11 @@ def component_key(checkpoint: Checkpoint, component: Component) -> str:
         _contents([folder / "config.json", *(_PACKAGE / name for name in _CONVERSION)]),
         [_identity(path) for path in weights],
     )
+
+
+def plan_key(onnx_key: str, *circumstances: Any) -> str:
+    """Key of a TensorRT plan: the ONNX that it is built of, and all that the build depends on beside it."""
+    return _digest(onnx_key, repr(circumstances), _contents(_PACKAGE / name for name in _PLAN))
 
 
 def tokenizer_key(checkpoint: Checkpoint, tokenizer: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import onnxscript.optimizer
 import torch
+from onnxscript import ir
 from torch.export import Dim, ExportedProgram
 
 from hypergen_export.components import Component, Sizes
@@ -50,9 +51,26 @@ def write_onnx(component: Component, program: ExportedProgram, path: Path) -> No
         assert converted is not None  # None is what the exporter without dynamo returns
         # What torch would do twice: the second round costs as much and removes 50 of a UNet's 1,300 nodes.
         onnxscript.optimizer.optimize_ir(converted.model, num_iterations=1)
+        resize_in_float32(converted.model)
         # Not external unless it must be: then a component is one file. `save` knows the limit.
         converted.save(path, external_data=False)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise ConversionError(f"{component.name}: torch.onnx failed ({first_line(error)})") from error
+
+
+def resize_in_float32(model: ir.Model) -> None:
+    """Put casts around every Resize of bfloat16, of which TensorRT has none; nearest neighbours come out the same."""
+    resizes = [node for node in model.graph if node.op_type == "Resize"]
+    for node in resizes:
+        if node.inputs[0] is None or node.inputs[0].dtype != ir.DataType.BFLOAT16:
+            continue
+        widened = ir.node("Cast", [node.inputs[0]], {"to": ir.DataType.FLOAT})
+        narrowed = ir.node("Cast", [node.outputs[0]], {"to": ir.DataType.BFLOAT16})
+        node.outputs[0].replace_all_uses_with(narrowed.outputs[0])
+        narrowed.replace_input_with(0, node.outputs[0])  # its own use was replaced too
+        node.replace_input_with(0, widened.outputs[0])
+        node.outputs[0].dtype, narrowed.outputs[0].dtype = ir.DataType.FLOAT, ir.DataType.BFLOAT16
+        model.graph.insert_before(node, widened)
+        model.graph.insert_after(node, narrowed)

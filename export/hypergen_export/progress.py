@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
+
+# In a log, a stage that takes minutes shows that it lives.
+_SECONDS_BETWEEN_LINES = 30.0
 
 
 class Progress:
@@ -18,11 +21,11 @@ class Progress:
         self._bar = tqdm(total=total, disable=not self._live, unit="stage", file=sys.stderr, leave=False)
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """One of the stages, for as long as the block lasts."""
+    def stage(self, name: str) -> Iterator[Callable[[float], None]]:
+        """One of the stages, for as long as the block lasts; what it yields may be told its share done, 0 to 1."""
         self._bar.set_description_str(name)
         began = time.monotonic()
-        yield
+        yield self._reporter(name)
         self._bar.update()
         if not self._live:
             tqdm.write(f"{name}: {time.monotonic() - began:.1f} s", file=sys.stderr)
@@ -30,3 +33,19 @@ class Progress:
     def close(self) -> None:
         """Take the bar off the screen."""
         self._bar.close()
+
+    def _reporter(self, name: str) -> Callable[[float], None]:
+        """Shows a share when there is something new to see: every per cent on a terminal, now and then in a log."""
+        shown, when = name, time.monotonic()
+
+        def report(share: float) -> None:
+            nonlocal shown, when
+            text = f"{name} {share:.0%}"
+            if self._live and text != shown:
+                self._bar.set_description_str(text)
+                shown = text
+            if not self._live and time.monotonic() > when + _SECONDS_BETWEEN_LINES:
+                tqdm.write(text, file=sys.stderr)
+                when = time.monotonic()
+
+        return report

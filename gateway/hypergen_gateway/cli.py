@@ -107,8 +107,8 @@ def _read_triton_options(model: str | None, given: dict[str, Any]) -> TritonOpti
         raise click.UsageError("--lora is not supported yet.")
     if url is None and (device == "cuda" or dtype == "float16"):
         raise click.UsageError(
-            "The embedded Triton runs on the CPU, in float32 or bfloat16; for a GPU, start Triton with TensorRT "
-            "engines and name it with --triton-url."
+            "The embedded Triton runs on the CPU, in float32 or bfloat16; for a GPU, make TensorRT engines with "
+            "'hypergen export --engine tensorrt', start Triton with them and name it with --triton-url."
         )
     export = ExportOptions(
         dtype=_cpu_dtype() if dtype == "auto" else dtype,

@@ -54,6 +54,7 @@ class ModelDescription:
     size_factor: int
     min_size: int
     max_size: int
+    sizes: tuple[str, ...]  # WIDTHxHEIGHT of those built in; none where the engines take any
     default_num_inference_steps: int
     default_guidance_scale: float
     max_num_images: int

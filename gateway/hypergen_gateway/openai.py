@@ -87,10 +87,7 @@ _LEGAL: dict[str, str] = {
     "prompt": "a string of 1 to 32,000 characters",
     "model": "a string",
     "n": "an integer from 1 to {max_num_images}",
-    "size": (
-        "'auto' or WIDTHxHEIGHT in pixels, such as '{default_width}x{default_height}', "
-        "both multiples of {size_factor} from {min_size} to {max_size}"
-    ),
+    "size": "'auto' or {legal_sizes}",
     "quality": "'low', 'medium', 'high', 'auto', 'standard' or 'hd'",
     "response_format": "'b64_json'",
     "output_format": "'png'",
@@ -185,9 +182,19 @@ def _size(request: ImageRequest, model: ModelDescription) -> tuple[int, int]:
         return model.default_width, model.default_height
     match = _SIZE.fullmatch(request.size)
     sides = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not all(model.min_size <= side <= model.max_size and side % model.size_factor == 0 for side in sides):
+    fits = all(model.min_size <= side <= model.max_size and side % model.size_factor == 0 for side in sides)
+    if not fits or (model.sizes and f"{sides[0]}x{sides[1]}" not in model.sizes):
         raise _invalid("size", {"size": request.size}, model)
     return sides
+
+
+def _legal_sizes(model: ModelDescription) -> str:
+    if model.sizes:
+        return f"one of {', '.join(model.sizes)}"
+    return (
+        f"WIDTHxHEIGHT in pixels, such as '{model.default_width}x{model.default_height}', "
+        f"both multiples of {model.size_factor} from {model.min_size} to {model.max_size}"
+    )
 
 
 def _steps_for(quality: str, model: ModelDescription) -> int:
@@ -196,7 +203,8 @@ def _steps_for(quality: str, model: ModelDescription) -> int:
 
 
 def _invalid(name: str, given: dict[str, Any], model: ModelDescription) -> InvalidRequestError:
-    legal = _LEGAL[name].format(**vars(model), known_schedulers=", ".join(model.schedulers))
+    more = {"known_schedulers": ", ".join(model.schedulers), "legal_sizes": _legal_sizes(model)}
+    legal = _LEGAL[name].format(**vars(model), **more)
     problem = f"Invalid value for '{name}': {_shown(given[name])}." if name in given else f"'{name}' is missing."
     return InvalidRequestError(f"{problem} It must be {legal}.", name)
 

@@ -13,6 +13,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from hypergen_gateway.embedded.errors import EmbeddedError
+
 SHIPPED_MODEL = "hypergen/emoji"
 
 
@@ -43,12 +45,22 @@ async def find_repository(model: str, options: ExportOptions) -> Path:
 
     Raises:
         ExportFailedError: there is none and none could be made.
+        EmbeddedError: it is for another Triton than the embedded one.
     """
     if (Path(model) / "diffusion" / "config.pbtxt").is_file():
+        _refuse_plans(Path(model))
         return Path(model)
     output = options.cache_dir / _folder_name(model, options)
     await _export(model, options, output)
     return output
+
+
+def _refuse_plans(repository: Path) -> None:
+    if any(repository.glob("*/*/model.plan")):
+        raise EmbeddedError(
+            f"{repository} holds TensorRT engines, which the embedded Triton cannot run: start Triton with TensorRT on "
+            f"a GPU machine ('tritonserver --model-repository={repository}'), then serve with --triton-url HOST:8001."
+        )
 
 
 def _folder_name(model: str, options: ExportOptions) -> str:

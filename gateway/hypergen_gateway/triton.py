@@ -83,7 +83,7 @@ _READERS: dict[str, Callable[[str], object]] = {
     "str": str,
     "int": int,
     "float": float,
-    "tuple[str, ...]": lambda text: tuple(text.split(",")),
+    "tuple[str, ...]": lambda text: tuple(name for name in text.split(",") if name),
     "Lines": lambda text: tuple(text.splitlines()),
 }
 

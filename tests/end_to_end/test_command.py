@@ -70,6 +70,16 @@ def test_an_unknown_model_is_said_in_one_line(tmp_path: Path) -> None:
     assert "nothing" in one_line_error(result)
 
 
+def test_engines_that_need_a_gpu_are_refused_with_what_runs_them(tmp_path: Path) -> None:
+    for file in ("diffusion/config.pbtxt", "unet/1/model.plan"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).touch()
+    line = one_line_error(hypergen("serve", str(tmp_path), "--port", str(free_port())))
+    assert "TensorRT" in line
+    assert f"tritonserver --model-repository={tmp_path}" in line
+    assert "--triton-url" in line
+
+
 def test_a_cache_that_cannot_be_written_is_said_in_one_line(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     result = hypergen("serve", str(checkpoint), "--port", str(free_port()), "--cache-dir", str(tmp_path / "file" / "x"))

@@ -124,6 +124,51 @@ def test_a_missing_package_is_named_with_what_installs_it(checkpoint_folder: Pat
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--dtype", "fp16"], "--dtype float16: openvino computes in float32 or bfloat16"),
+        (["--sizes", "64x64"], "--sizes: openvino draws every size"),
+        (["--engine", "tensorrt", "--sizes", ""], "--sizes: must be WIDTHxHEIGHT"),
+        (["--engine", "tensorrt", "--sizes", "64x64,65x64"], "--sizes: 65x64 is no size of this model"),
+        (["--engine", "tensorrt", "--sizes", "64x64,64x2048"], "--sizes: 64x2048 is no size of this model"),
+        (["--engine", "tensorrt", "--sizes", ",".join(f"{8 * n}x64" for n in range(8, 25))], "17 sizes"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    checkpoint_folder: Path, tmp_path: Path, options: list[str], words: str
+) -> None:
+    assert words in one_line(run(checkpoint_folder, *options, "--output", tmp_path / "repository"))
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("option", ["--max-batch-size=0", "--engine=abacus", "--dtype=int8"])
+def test_values_that_no_engine_takes(checkpoint_folder: Path, tmp_path: Path, option: str) -> None:
+    finished = run(checkpoint_folder, option, "--output", tmp_path / "repository")
+    assert finished.returncode == 2
+    assert option.partition("=")[0] in finished.stderr.splitlines()[-1]
+    assert leftovers(tmp_path) == []
+
+
+def test_an_installation_without_tensorrt_is_told_which_one_it_needs(checkpoint_folder: Path, tmp_path: Path) -> None:
+    code = "import sys; sys.modules['tensorrt'] = None\nfrom hypergen_export.cli import export\nexport()"
+    line = one_line(run(checkpoint_folder, "--engine", "tensorrt", "--output", tmp_path / "repository", code=code))
+    assert "tensorrt is not installed" in line
+    assert "the very release that Triton brings" in line
+    assert leftovers(tmp_path) == []
+
+
+def test_a_machine_without_a_gpu_builds_no_tensorrt_engine(checkpoint_folder: Path, tmp_path: Path) -> None:
+    # TensorRT itself stands aside: what is asked here is the driver, with every GPU hidden from it.
+    code = (
+        "import sys, types; sys.modules['tensorrt'] = types.SimpleNamespace(__version__='11.1')\n"
+        "from hypergen_export.cli import export\nexport()"
+    )
+    arguments = [checkpoint_folder, "--engine", "tensorrt", "--output", tmp_path / "repository"]
+    assert "GPU here" in one_line(run(*arguments, code=code, CUDA_VISIBLE_DEVICES=""))
+    assert leftovers(tmp_path) == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_export_leaves_nothing(checkpoint_folder: Path, tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "hypergen_export", str(checkpoint_folder), "--output", f"{tmp_path}/repository"]

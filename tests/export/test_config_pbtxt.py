@@ -11,6 +11,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from hypergen_export.components import FLOAT, Component, Tensor
 from hypergen_export.config_pbtxt import EngineOptions, component_config, known_schedulers, sampler_config
+from hypergen_export.profiles import Shapes
 
 TEMPLATE = Path(__file__).parents[2] / "model_repository" / "diffusion" / "config.pbtxt"
 NAMES = ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
@@ -84,8 +85,8 @@ def test_bfloat16_is_the_backends_hint() -> None:
         outputs=(Tensor(name="y", dtype=FLOAT, axes=(3,)),),
         tolerance=0.1,
     )
-    options = EngineOptions(engine="openvino", dtype="bfloat16", rows=2)
-    text = component_config(component, {"vae_scale_factor": 8}, options)
+    shapes = Shapes(sizes={"vae_scale_factor": 8}, pictures=(), rows=2)
+    text = component_config(component, EngineOptions(engine="openvino", dtype="bfloat16", shapes=shapes))
     assert parameters(text_format.Parse(text, pb.ModelConfig()))["HINT_BF16"] == "YES"
 
 

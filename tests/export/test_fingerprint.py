@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hypergen_export.checkpoint import Checkpoint, open_checkpoint
-from hypergen_export.fingerprint import component_key, repository_key, tokenizer_key
+from hypergen_export.fingerprint import component_key, plan_key, repository_key, tokenizer_key
 
 from .conftest import COMPONENTS, edit_json
 
@@ -67,6 +67,19 @@ def test_weights_in_the_hubs_cache_count_by_their_hash_and_not_by_their_time(che
     weights.unlink()
     weights.symlink_to(blob.rename(blob.with_name("def456")))
     assert changed(before, keys(checkpoint_copy)) == {"unet"}
+
+
+def test_a_plans_key_follows_its_onnx_and_all_that_it_is_built_for() -> None:
+    key = plan_key("onnx", "float16", "TensorRT 11.1", "H100", [(1, 2)])
+    assert plan_key("onnx", "float16", "TensorRT 11.1", "H100", [(1, 2)]) == key
+    others = [
+        plan_key("other", "float16", "TensorRT 11.1", "H100", [(1, 2)]),
+        plan_key("onnx", "float32", "TensorRT 11.1", "H100", [(1, 2)]),
+        plan_key("onnx", "float16", "TensorRT 11.2", "H100", [(1, 2)]),
+        plan_key("onnx", "float16", "TensorRT 11.1", "A10", [(1, 2)]),
+        plan_key("onnx", "float16", "TensorRT 11.1", "H100", [(1, 4)]),
+    ]
+    assert len({key, *others}) == 6
 
 
 def test_a_repositorys_key_follows_parts_settings_and_sources(tmp_path: Path, checkpoint: Checkpoint) -> None:

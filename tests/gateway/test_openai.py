@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fake_backend import MODEL, flat_picture
+from hypergen_gateway.errors import InvalidRequestError
 from hypergen_gateway.generation import MAX_SEED, Generation, ModelDescription
 from hypergen_gateway.openai import images_response, parse_json, read_image_request, to_generation
 
@@ -45,6 +46,14 @@ def test_what_is_given_arrives() -> None:
         scheduler="euler",
         seed=9,
     )
+
+
+def test_where_sizes_are_built_in_they_are_named_and_no_other_is_taken() -> None:
+    served = replace(MODEL, sizes=("64x48", "128x128"))
+    assert generation(served, size="128x128").width == 128
+    assert generation(served, size="auto").width == 64
+    with pytest.raises(InvalidRequestError, match=r"It must be 'auto' or one of 64x48, 128x128\."):
+        generation(served, size="128x48")
 
 
 def test_null_is_the_same_as_absent() -> None:

@@ -96,6 +96,7 @@ class TestDescribe:
             size_factor=8,
             min_size=32,
             max_size=512,
+            sizes=(),
             default_num_inference_steps=20,
             default_guidance_scale=5.5,
             max_num_images=10,

@@ -15,6 +15,7 @@ PARAMETERS = {
     "size_factor": "8",
     "min_size": "16",
     "max_size": "128",
+    "sizes": "",
     "default_num_inference_steps": "20",
     "max_num_inference_steps": "150",
     "default_guidance_scale": "3.5",
@@ -60,6 +61,13 @@ def test_a_prompt_alone_gets_the_checkpoints_defaults() -> None:
     assert (request.width, request.height) == (64, 32)
     assert (request.num_inference_steps, request.guidance_scale) == (20, 3.5)
     assert (request.num_images, request.scheduler, request.negative_prompt) == (1, "", None)
+
+
+def test_where_sizes_are_built_in_no_other_is_served() -> None:
+    limits = Limits.from_model_config(model_config(sizes="64x32,128x128"))
+    assert check_request({"prompt": "a rocket", "width": 128, "height": 128}, limits).width == 128
+    with pytest.raises(InvalidInputError, match="width: with height must be one of 64x32, 128x128, not 128x32"):
+        check_request({"prompt": "a rocket", "width": 128}, limits)
 
 
 def test_an_absent_seed_differs_from_request_to_request() -> None:

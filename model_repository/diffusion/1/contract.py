@@ -35,6 +35,8 @@ class Limits:
     size_factor: int
     min_size: int
     max_size: int
+    sizes: tuple[str, ...]
+    """WIDTHxHEIGHT of those that the engines are built for; none where they take any."""
     default_num_inference_steps: int
     max_num_inference_steps: int
     default_guidance_scale: float
@@ -128,12 +130,13 @@ def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
         InvalidInputError: names the first input that cannot be served, its problem and what would be right.
     """
     num_images = _within("num_images", given.get("num_images", 1), 1, limits.max_num_images)
+    width, height = _size(given, limits)
     return Request(
         prompt=given["prompt"],
         negative_prompt=given.get("negative_prompt"),
         num_images=num_images,
-        width=_side("width", given.get("width", limits.default_width), limits),
-        height=_side("height", given.get("height", limits.default_height), limits),
+        width=width,
+        height=height,
         num_inference_steps=_within(
             "num_inference_steps",
             given.get("num_inference_steps", limits.default_num_inference_steps),
@@ -161,6 +164,14 @@ def _within(name: str, value: Any, low: Any, high: Any) -> Any:
     if not low <= value <= high:
         raise InvalidInputError(name, f"must be from {low} to {high}, not {value}")
     return value
+
+
+def _size(given: Mapping[str, Any], limits: Limits) -> tuple[int, int]:
+    width = _side("width", given.get("width", limits.default_width), limits)
+    height = _side("height", given.get("height", limits.default_height), limits)
+    if limits.sizes and f"{width}x{height}" not in limits.sizes:
+        raise InvalidInputError("width", f"with height must be one of {', '.join(limits.sizes)}, not {width}x{height}")
+    return width, height
 
 
 def _side(name: str, value: int, limits: Limits) -> int:

@@ -1,0 +1,372 @@
+"""Plans of the miniature, built by TensorRT-RTX on the CPU, held against the configuration that Triton gets.
+
+Without a GPU no engine can be loaded again: what is compared is the network and the profiles that the builder was given
+and accepted, as the record beside each plan states them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from google.protobuf import text_format
+from onnx import TensorProto, helper
+from tritonclient.grpc import model_config_pb2 as pb
+
+from hypergen_export.build import ExportRequest, Outcome, export, sampler_sources
+from hypergen_export.checkpoint import Checkpoint
+from hypergen_export.compare import compare
+from hypergen_export.engines import read_sizes
+from hypergen_export.errors import BadOptionError, ConversionError, MissingDependencyError, NoGpuError
+from hypergen_export.loading import load_module
+from hypergen_export.onnx import capture, write_onnx
+from hypergen_export.profiles import Bounds, Shapes, profiles
+from hypergen_export.tensorrt import Build, Phases, Target, ahead_of_time, build_plan, this_machine
+from hypergen_export.wrappers import WRAPPERS
+
+from .conftest import COMPONENTS
+
+pytest.importorskip("tensorrt_rtx")
+
+NAMES = tuple(COMPONENTS)
+# Ampere: an A10, an RTX 3090.
+CAPABILITY = "8.6"
+SIZES = read_sizes("64x64,96x64")
+ROWS = 4
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return ahead_of_time(CAPABILITY)
+
+
+@pytest.fixture(scope="module")
+def request_made(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportRequest:
+    return ExportRequest(
+        model=str(checkpoint_folder),
+        output=tmp_path_factory.mktemp("plans") / "repository",
+        engine="tensorrt",
+        dtype="float16",
+        max_batch_size=ROWS // 2,
+        sizes=SIZES,
+        model_id="tiny/one",
+    )
+
+
+@pytest.fixture(scope="module")
+def plans(request_made: ExportRequest, target: Target) -> Path:
+    """The miniature as a repository of plans in float16. Read only."""
+    assert export(request_made, target) == Outcome(converted=NAMES)
+    return request_made.output
+
+
+def record_of(plans: Path, name: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((plans / name / "1" / "model.plan.json").read_text())
+    return record
+
+
+def config_of(plans: Path, name: str) -> Any:
+    return text_format.Parse((plans / name / "config.pbtxt").read_text(), pb.ModelConfig())
+
+
+def bindings(entries: Any) -> dict[str, dict[str, Any]]:
+    """What Triton will ask of the engine: the batch first, and the reshaped dims where there are such."""
+    return {
+        entry.name: {
+            "dtype": pb.DataType.Name(entry.data_type).removeprefix("TYPE_"),
+            "shape": [-1, *(entry.reshape.shape if entry.HasField("reshape") else entry.dims)],
+        }
+        for entry in entries
+    }
+
+
+def admits(bounds: dict[str, list[int]], shape: list[int]) -> bool:
+    limits = zip(bounds["smallest"], shape, bounds["largest"], strict=True)
+    return all(low <= side <= high for low, side, high in limits)
+
+
+def test_a_repository_of_plans_has_no_onnx_and_a_record_beside_each_plan(plans: Path) -> None:
+    files = {path.relative_to(plans).as_posix() for path in plans.rglob("*") if path.is_file()}
+    assert files == {
+        "hypergen.json",
+        *(f"{name}/config.pbtxt" for name in (*NAMES, "diffusion")),
+        *(f"{name}/1/model.plan" for name in NAMES),
+        *(f"{name}/1/model.plan.json" for name in NAMES),
+        *(f"diffusion/1/{source.name}" for source in sampler_sources()),
+        "diffusion/tokenizer.json",
+        "diffusion/scheduler_config.json",
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_configuration_names_exactly_the_engines_bindings(plans: Path, name: str) -> None:
+    config, record = config_of(plans, name), record_of(plans, name)
+    assert bindings(config.input) == record["inputs"]
+    assert bindings(config.output) == record["outputs"]
+    plan = (plans / name / "1" / "model.plan").read_bytes()
+    assert all(tensor.encode() in plan for tensor in (*record["inputs"], *record["outputs"]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_triton_runs_a_component_on_the_gpu_with_all_profiles(plans: Path, name: str) -> None:
+    config, record = config_of(plans, name), record_of(plans, name)
+    assert (config.name, config.backend, config.default_model_filename) == (name, "tensorrt", "model.plan")
+    (group,) = config.instance_group
+    assert group.kind == pb.ModelInstanceGroup.KIND_GPU
+    assert list(group.profile) == [str(index) for index in range(len(record["profiles"]))]
+    assert config.HasField("dynamic_batching")
+    assert dict(config.parameters)["execution_context_allocation_strategy"].string_value == "ON_PROFILE_CHANGE"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_profile_takes_the_configurations_batches_and_no_larger_one(plans: Path, name: str) -> None:
+    config, record = config_of(plans, name), record_of(plans, name)
+    for profile in record["profiles"]:
+        assert profile.keys() == record["inputs"].keys()
+        for bounds in profile.values():
+            assert (bounds["smallest"][0], bounds["largest"][0]) == (1, config.max_batch_size)
+            assert bounds["smallest"][1:] == bounds["usual"][1:] == bounds["largest"][1:]
+            assert bounds["smallest"][0] <= bounds["usual"][0] <= bounds["largest"][0]
+
+
+def test_the_sizes_asked_for_are_the_profiles_and_the_samplers(plans: Path) -> None:
+    sides = {
+        name: [profile[tensor]["usual"] for profile in record_of(plans, name)["profiles"]]
+        for name, tensor in (("unet", "sample"), ("vae_decoder", "latents"), ("vae_encoder", "image"))
+    }
+    assert sides == {
+        "unet": [[2, 4, 8, 8], [2, 4, 8, 12]],
+        "vae_decoder": [[1, 4, 8, 8], [1, 4, 8, 12]],
+        "vae_encoder": [[1, 64, 64, 3], [1, 64, 96, 3]],
+    }
+    assert len(record_of(plans, "text_encoder")["profiles"]) == 1
+    parameters = {key: value.string_value for key, value in config_of(plans, "diffusion").parameters.items()}
+    assert parameters["sizes"] == "64x64,96x64"
+    assert (parameters["min_size"], parameters["max_size"]) == ("64", "96")
+    assert (parameters["engine"], parameters["device"], parameters["dtype"]) == ("tensorrt", "cuda", "float16")
+    assert int(parameters["max_batch_size"]) == config_of(plans, "unet").max_batch_size == ROWS
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_graph_has_every_input_in_a_shape_that_just_one_profile_takes(plans: Path, name: str) -> None:
+    config, record = config_of(plans, name), record_of(plans, name)
+    specs = config.optimization.cuda.graph_spec
+    assert config.optimization.cuda.graphs == bool(specs)
+    assert bool(specs) == (name in ("text_encoder", "unet"))
+    for spec in specs:
+        assert spec.input.keys() == record["inputs"].keys()
+        shapes = {tensor: [spec.batch_size, *spec.input[tensor].dim] for tensor in spec.input}
+        fitting = [p for p in record["profiles"] if all(admits(p[tensor], shapes[tensor]) for tensor in shapes)]
+        assert len(fitting) == 1, shapes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_record_says_what_built_the_plan_of_what_and_for_what(plans: Path, name: str) -> None:
+    record = record_of(plans, name)
+    assert record["library"] == "tensorrt_rtx"
+    assert record["version"].split(".")[0].isdecimal()
+    assert (record["gpu"], record["compute_capability"], record["dtype"]) == ("", CAPABILITY, "float16")
+    assert len(record["onnx_sha256"]) == 64
+
+
+def test_records_of_different_weights_differ(plans: Path) -> None:
+    assert len({record_of(plans, name)["onnx_sha256"] for name in NAMES}) == len(NAMES)
+
+
+def test_the_repositorys_record_states_target_and_parity(plans: Path, target: Target) -> None:
+    record = json.loads((plans / "hypergen.json").read_text())
+    assert record["target"] == {
+        "library": "tensorrt_rtx",
+        "version": target.version,
+        "gpu": "",
+        "compute_capability": CAPABILITY,
+    }
+    parity = [entry["parity"] for entry in record["components"].values()]
+    assert all(0 <= entry["difference"] <= entry["tolerance"] for entry in parity)
+
+
+def test_the_same_export_again_does_nothing_and_another_name_builds_nothing(
+    plans: Path, request_made: ExportRequest, target: Target, tmp_path: Path
+) -> None:
+    assert export(request_made, target) == Outcome()
+    copy = tmp_path / "copy"
+    _copy(plans, copy)
+    assert export(replace(request_made, output=copy, model_id="tiny/two"), target) == Outcome(reused=NAMES)
+    assert record_of(copy, "unet") == record_of(plans, "unet")
+
+
+def _copy(source: Path, target: Path) -> None:
+    for file in source.rglob("*"):
+        if file.is_file():
+            (target / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+            (target / file.relative_to(source)).hardlink_to(file)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_openvino_runs_is_built_in_float32_too(
+    name: str, repository: Path, checkpoint: Checkpoint, target: Target, tmp_path: Path
+) -> None:
+    onnx_file = repository / name / "1" / "model.onnx"
+    shapes = Shapes(sizes=checkpoint.sizes, pictures=SIZES, rows=ROWS)
+    build = Build(
+        name=name,
+        onnx=onnx_file,
+        dtype="float32",
+        plan=tmp_path / "model.plan",
+        profiles=profiles(COMPONENTS[name], shapes),
+        target=target,
+    )
+    shares: list[float] = []
+    interface = build_plan(build, shares.append)
+    assert build.plan.stat().st_size > onnx_file.stat().st_size / 2
+    assert interface.inputs.keys() == {tensor.name for tensor in COMPONENTS[name].inputs}
+    assert shares == sorted(shares)
+    assert 0 < shares[0] < 0.5 < shares[-1] <= 1
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float16", TensorProto.FLOAT16), ("bfloat16", TensorProto.BFLOAT16)])
+@pytest.mark.parametrize("name", ["text_encoder", "vae_decoder"])
+def test_half_precision_is_inside_the_graph_and_not_in_its_interface(
+    name: str, dtype: str, expected: int, checkpoint: Checkpoint, target: Target, tmp_path: Path
+) -> None:
+    component = COMPONENTS[name]
+    wrapped = WRAPPERS[name](load_module(checkpoint, component).to(getattr(torch, dtype)))
+    path = tmp_path / "model.onnx"
+    write_onnx(component, capture(component, wrapped, checkpoint.sizes), path)
+    graph = onnx.load(path).graph
+    weights = [tensor.data_type for tensor in graph.initializer if np.prod(tensor.dims) > 100]
+    assert weights
+    assert set(weights) == {expected}
+    interface = [value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)]
+    assert set(interface) <= {TensorProto.FLOAT, TensorProto.INT32, TensorProto.UINT8}
+    assert compare(component, wrapped.float(), checkpoint.sizes, path, dtype).difference < 0.05 * 255
+    shapes = Shapes(sizes=checkpoint.sizes, pictures=SIZES[:1], rows=2)
+    found = profiles(component, shapes)
+    plan = tmp_path / "model.plan"
+    build_plan(Build(name=name, onnx=path, dtype=dtype, plan=plan, profiles=found, target=target), lambda _: None)
+    assert plan.stat().st_size > 1000
+
+
+def test_bfloat16_is_resized_in_float32(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    component = COMPONENTS["vae_decoder"]
+    wrapped = WRAPPERS[component.name](load_module(checkpoint, component).to(torch.bfloat16))
+    write_onnx(component, capture(component, wrapped, checkpoint.sizes), tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    makers = {output: node for node in graph.node for output in node.output}
+    users = {name: node for node in graph.node for name in node.input}
+    resizes = [node for node in graph.node if node.op_type == "Resize"]
+    assert len(resizes) == 3
+    for node in resizes:
+        for cast, to in ((makers[node.input[0]], TensorProto.FLOAT), (users[node.output[0]], TensorProto.BFLOAT16)):
+            assert cast.op_type == "Cast"
+            assert [attribute.i for attribute in cast.attribute] == [to]
+
+
+def one_node_build(tmp_path: Path, target: Target, operator: str, element: int, **attributes: Any) -> Build:
+    """A build of a graph that is one operator from x to y."""
+    x, y = (helper.make_tensor_value_info(name, element, ["batch", 4]) for name in "xy")
+    node = helper.make_node(operator, ["x"], ["y"], name="the_node", **attributes)
+    model = helper.make_model(
+        helper.make_graph([node], "g", [x], [y]), opset_imports=[helper.make_opsetid("", 18)], ir_version=9
+    )
+    onnx.save(model, tmp_path / "model.onnx")
+    bounds = Bounds(smallest=(1, 4), usual=(1, 4), largest=(2, 4))
+    return Build(
+        name="unet",
+        onnx=tmp_path / "model.onnx",
+        dtype="float32",
+        plan=tmp_path / "model.plan",
+        profiles=[{"x": bounds}],
+        target=target,
+    )
+
+
+def test_an_operator_that_tensorrt_refuses_is_one_line_with_its_name(tmp_path: Path, target: Target) -> None:
+    build = one_node_build(tmp_path, target, "Transpose", TensorProto.UINT8, perm=[1, 0])
+    with pytest.raises(ConversionError, match=r"^unet: TensorRT cannot read the ONNX \(Transpose the_node: ") as error:
+        build_plan(build, lambda _: None)
+    assert "UInt8" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not build.plan.exists()
+
+
+def test_a_file_that_is_no_onnx_is_one_line(tmp_path: Path, target: Target) -> None:
+    build = one_node_build(tmp_path, target, "Relu", TensorProto.FLOAT)
+    build.onnx.write_bytes(b"no model")
+    with pytest.raises(ConversionError, match=r"^unet: TensorRT cannot read the ONNX \(.+\)$"):
+        build_plan(build, lambda _: None)
+
+
+def test_profiles_that_the_network_does_not_take_are_one_line(tmp_path: Path, target: Target) -> None:
+    build = one_node_build(tmp_path, target, "Relu", TensorProto.FLOAT)
+    wrong = Bounds(smallest=(1, 5), usual=(1, 5), largest=(2, 5))
+    with pytest.raises(ConversionError, match=r"^unet: TensorRT cannot build the engine \(.+\)$"):
+        build_plan(replace(build, profiles=[{"x": wrong}]), lambda _: None)
+
+
+def test_an_interrupt_ends_the_build_and_leaves_no_plan(tmp_path: Path, target: Target) -> None:
+    build = one_node_build(tmp_path, target, "Relu", TensorProto.FLOAT)
+
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_plan(build, interrupt)
+    assert not build.plan.exists()
+
+
+def test_a_gpu_that_the_library_builds_nothing_for_is_refused() -> None:
+    with pytest.raises(BadOptionError, match=r"compute capability 9\.9"):
+        ahead_of_time("9.9")
+
+
+def test_a_gpu_before_ampere_computes_in_no_bfloat16(checkpoint_folder: Path, tmp_path: Path) -> None:
+    request = ExportRequest(
+        model=str(checkpoint_folder), output=tmp_path / "repository", engine="tensorrt", dtype="bfloat16"
+    )
+    with pytest.raises(BadOptionError, match=r"--dtype bfloat16: .* has 7\.5; use float16"):
+        export(request, ahead_of_time("7.5"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_for_this_machine_needs_tensorrt_and_a_gpu(checkpoint_folder: Path, tmp_path: Path) -> None:
+    try:
+        this_machine()
+    except (MissingDependencyError, NoGpuError):
+        with pytest.raises((MissingDependencyError, NoGpuError)):
+            export(ExportRequest(model=str(checkpoint_folder), output=tmp_path / "repository", engine="tensorrt"))
+        assert list(tmp_path.iterdir()) == []
+    else:
+        pytest.skip("this machine has both")
+
+
+def test_a_component_that_overflows_float16_stays_in_float32() -> None:
+    decoder = replace(COMPONENTS["vae_decoder"], overflows_float16=True)
+    assert decoder.weights_dtype("float16") == "float32"
+    assert decoder.weights_dtype("bfloat16") == "bfloat16"
+    assert COMPONENTS["vae_decoder"].weights_dtype("float16") == "float16"
+
+
+def test_progress_counts_steps_inside_steps_and_never_falls_back() -> None:
+    phases = Phases()
+    phases.start("build", None, 4)
+    phases.complete("build", 0)
+    assert phases.fraction == 0.25
+    phases.start("time", "build", 2)
+    phases.complete("time", 0)
+    assert phases.fraction == pytest.approx(0.25 + 0.125)
+    phases.finish("time")
+    phases.start("time", "build", 10)
+    phases.complete("time", 0)
+    assert phases.fraction == pytest.approx(0.25 + 0.125)
+    phases.finish("time")
+    phases.complete("build", 3)
+    assert phases.fraction == 1.0
+    phases.complete("nobody announced this", 5)
+    assert phases.fraction == 1.0
