@@ -270,12 +270,14 @@ class TestGenerate:
 
     async def test_no_request_is_lost_with_one_of_several_tritons(self) -> None:
         tritons = [FakeTriton(), FakeTriton()]
-        for triton in tritons:
-            triton.pictures_before_trouble = 1
-        tritons[1].hangs = True
         async with serving(tritons[0]) as first, AsyncExitStack() as going:
             second = await going.enter_async_context(serving(tritons[1]))
             async with backend_of(first, second) as backend:
+                await all_reached(backend, tritons)
+                for triton in tritons:
+                    triton.pictures_before_trouble = 1
+                    triton.requests.clear()
+                tritons[1].hangs = True
                 tasks = [asyncio.create_task(pictures(backend, replace(FOX, seed=seed))) for seed in range(8)]
                 await until(lambda: len(tritons[1].requests) > 0 and len(tritons[0].requests) > 0)
                 await going.aclose()
