@@ -71,7 +71,8 @@ class Sampler:
     async def unet(self, rows: UNetRows) -> Array:
         self.rows_of_calls.append(len(rows.sample))
         inputs = {"sample": rows.sample, "timestep": rows.timestep, **rows.conditions}
-        return self.run("unet", **inputs)["model_output"]
+        answer: Array = self.run("unet", **inputs)["model_output"]
+        return answer
 
     def run(self, name: str, **inputs: npt.NDArray[Any]) -> dict[str, Any]:
         (component,) = (each for each in self.checkpoint.family.components if each.name == name)
