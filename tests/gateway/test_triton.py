@@ -276,7 +276,6 @@ class TestGenerate:
                 await all_reached(backend, tritons)
                 for triton in tritons:
                     triton.pictures_before_trouble = 1
-                    triton.requests.clear()
                 tritons[1].hangs = True
                 tasks = [asyncio.create_task(pictures(backend, replace(FOX, seed=seed))) for seed in range(8)]
                 await until(lambda: len(tritons[1].requests) > 0 and len(tritons[0].requests) > 0)
