@@ -20,7 +20,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from hypergen_export.checkpoint import Checkpoint, open_checkpoint
 from hypergen_export.components import Component
-from hypergen_export.conversion import convert
+from hypergen_export.conversion import Job, convert
 from hypergen_export.examples import by_name, example_inputs
 from hypergen_export.loading import load_module
 from hypergen_export.progress import Progress
@@ -52,8 +52,8 @@ def test_a_component_of_another_graph_agrees_with_torch_to_rounding(family: str,
     checkpoint = open_checkpoint(str(save_miniature(tmp_path / "checkpoint", family=family)))
     components = [each for each in checkpoint.family.components if each.name in CONVERTED[family]]
     with closing(Progress(0)) as progress:
-        files = {each.name: tmp_path / f"{each.name}.onnx" for each in components}
-        parity = convert(checkpoint, components, files, progress)
+        jobs = [Job(component=each, dtype="float32", onnx=tmp_path / f"{each.name}.onnx") for each in components]
+        parity = convert(checkpoint, jobs, progress, finish=None)
     print(family, {name: f"{entry.difference:.1e}" for name, entry in parity.items()})
     assert max(entry.difference for entry in parity.values()) <= PARITY
 
