@@ -108,7 +108,6 @@ def test_the_gateway_finds_triton_by_its_name() -> None:
     assert read_command(services()["gateway"]["command"])["triton_url"] == "triton:8001"
 
 
-@pytest.mark.xfail(raises=click.UsageError, strict=True, reason="export has no --engine tensorrt --sizes yet")
 def test_export_understands_its_command() -> None:
     options = read_command(services(HYPERGEN_MODEL="/checkpoints/mine")["export"]["command"])
     assert (options["model"], options["engine"], options["dtype"]) == ("/checkpoints/mine", "tensorrt", "float16")

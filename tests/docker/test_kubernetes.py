@@ -6,7 +6,6 @@ import runpy
 from pathlib import Path
 from typing import Any
 
-import click
 import kubernetes_validate
 import pytest
 import yaml
@@ -163,7 +162,6 @@ def test_the_key_is_named_and_never_written_down(manifests: dict[str, list[dict[
     assert "Secret" not in {document["kind"] for document in manifests["defaults"]}
 
 
-@pytest.mark.xfail(raises=click.UsageError, strict=True, reason="export has no --engine tensorrt --sizes yet")
 def test_the_export_understands_its_arguments(manifests: dict[str, list[dict[str, Any]]]) -> None:
     options = read_command(container(one(manifests["gated model"], "Job", "export"))["args"])
     assert (options["model"], options["dtype"], options["engine"]) == ("acme/gated", "float16", "tensorrt")
