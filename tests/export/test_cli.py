@@ -83,9 +83,9 @@ def test_no_pipeline(tmp_path: Path) -> None:
 
 
 def test_an_unsupported_family(checkpoint_copy: Path, tmp_path: Path) -> None:
-    edit_json(checkpoint_copy / "model_index.json", _class_name="StableDiffusionXLPipeline")
+    edit_json(checkpoint_copy / "model_index.json", _class_name="StableDiffusion3Pipeline")
     line = one_line(run(checkpoint_copy, "--output", tmp_path / "repository"))
-    assert "StableDiffusionXLPipeline is not supported" in line
+    assert "StableDiffusion3Pipeline is not supported" in line
     assert leftovers(tmp_path) == []
 
 

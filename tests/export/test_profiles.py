@@ -8,7 +8,14 @@ from hypergen_export.profiles import Shapes, graphs, largest_batch, profiles
 
 from .conftest import COMPONENTS
 
-SIZES = {"tokens": 77, "vocabulary": 49408, "text_width": 768, "latent_channels": 4, "vae_scale_factor": 8}
+SIZES = {
+    "tokens": 77,
+    "vocabulary": 49408,
+    "text_width": 768,
+    "context_width": 768,
+    "latent_channels": 4,
+    "vae_scale_factor": 8,
+}
 SHAPES = Shapes(sizes=SIZES, pictures=((512, 512), (768, 512)), rows=16)
 
 
