@@ -1,51 +1,73 @@
-"""What several folders of tests share: miniature checkpoints and their one export each, which takes a while."""
+"""What several folders of tests share: miniature checkpoints and their one export each, which takes a while.
+
+The tests run in several processes at once. What one of them has made is there for all, under `shared`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from hypergen_gateway.repository import ExportOptions, find_repository
 from miniature import save_miniature
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_miniature(tmp_path_factory.mktemp("checkpoint") / "miniature")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run that all its processes see."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+def checkpoint(shared: Path) -> Path:
+    return _made_once(shared, "sd-1")
 
 
 @pytest.fixture(scope="session")
-def exported(checkpoint: Path, cache_dir: Path) -> Path:
-    """The miniature's repository in float32, where `hypergen serve` finds it."""
-    return _export(checkpoint, cache_dir)
+def cache_dir(shared: Path) -> Path:
+    return shared / "cache"
 
 
 @pytest.fixture(scope="session")
-def family_of(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Callable[[str], tuple[Path, Path]]:
-    """A family's miniature and its repository, made as `exported` is."""
+def family_of(shared: Path, cache_dir: Path) -> Callable[[str], tuple[Path, Path]]:
+    """A family's miniature and its repository in float32, where `hypergen serve` finds it."""
 
     @functools.cache
     def make(family: str) -> tuple[Path, Path]:
-        folder = save_miniature(tmp_path_factory.mktemp("family") / family, family=family)
+        folder = _made_once(shared, family)
         return folder, _export(folder, cache_dir)
 
     return make
 
 
+@pytest.fixture(scope="session")
+def exported(family_of: Callable[[str], tuple[Path, Path]]) -> Path:
+    """The miniature's repository in float32, where `hypergen serve` finds it."""
+    return family_of("sd-1")[1]
+
+
+def _made_once(shared: Path, family: str) -> Path:
+    folder = shared / "checkpoints" / family
+    with FileLock(shared / f"{family}.lock"):
+        return folder if folder.exists() else save_miniature(folder, family=family)
+
+
 def _export(checkpoint: Path, cache_dir: Path) -> Path:
     options = ExportOptions(dtype="float32", max_batch_size=8, cache_dir=cache_dir)
-    return asyncio.run(find_repository(str(checkpoint), options))
+    # Whoever comes second finds it up to date.
+    with FileLock(cache_dir.with_name(f"{checkpoint.name}.export.lock")):
+        return asyncio.run(find_repository(str(checkpoint), options))
 
 
 @pytest.fixture(scope="session")

@@ -46,15 +46,15 @@ _TRAILING_ANCESTRAL = {"_class_name": "EulerAncestralDiscreteScheduler", "timest
 
 # What tells one UNet from another; the widths are ours. 2.x: heads by width, linear projections, OpenCLIP's width.
 _UNET_1 = {"attention_head_dim": 8, "cross_attention_dim": 32}
-_UNET_2 = {"attention_head_dim": (2, 4, 4), "cross_attention_dim": 32, "use_linear_projection": True}
+_UNET_2 = {"attention_head_dim": (2, 4), "cross_attention_dim": 32, "use_linear_projection": True}
 # XL: no attention at the top level, more of it below, and pooled prompt and six numbers of sizes beside the time.
 _UNET_XL = {
-    "attention_head_dim": (2, 4, 4),
+    "attention_head_dim": (2, 4),
     "cross_attention_dim": 32 + 48,
     "use_linear_projection": True,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 1, 2),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2),
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 40 + 6 * 8,
@@ -197,15 +197,15 @@ def _second_text_encoder(vocabulary: dict[str, int]) -> CLIPTextModelWithProject
 
 def _unet(kind: Family) -> UNet2DConditionModel:
     blocks = {
-        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     }
     model = UNet2DConditionModel(
         sample_size=SAMPLE_SIZE,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         layers_per_block=1,
-        block_out_channels=(16, 32, 32),
+        block_out_channels=(16, 32),
         norm_num_groups=8,
         **{**blocks, **kind.unet},
     ).eval()

@@ -1,4 +1,4 @@
-"""The miniature and its export, made once: an export takes half a minute, most tests only look at one."""
+"""The miniature and its export: most tests only look at one."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ import openvino
 import pytest
 import torch
 
-from hypergen_export.build import ExportRequest, export
+from hypergen_export.build import ExportRequest, Outcome, export
 from hypergen_export.checkpoint import Checkpoint, open_checkpoint
 from hypergen_export.components import STABLE_DIFFUSION, Component
-from miniature import save_miniature
 
 Array = npt.NDArray[Any]
 Run = Callable[..., list[Array]]
@@ -26,8 +25,8 @@ COMPONENTS = {component.name: component for component in STABLE_DIFFUSION}
 
 
 @pytest.fixture(scope="session")
-def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_miniature(tmp_path_factory.mktemp("checkpoint") / "miniature")
+def checkpoint_folder(family_of: Callable[[str], tuple[Path, Path]]) -> Path:
+    return family_of("sd-1")[0]
 
 
 @pytest.fixture(scope="session")
@@ -36,10 +35,11 @@ def checkpoint(checkpoint_folder: Path) -> Checkpoint:
 
 
 @pytest.fixture(scope="session")
-def repository(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The miniature, exported in float32 for four images. Read only: `repository_copy` may be changed."""
-    output = tmp_path_factory.mktemp("exported") / "repository"
-    export(ExportRequest(model=str(checkpoint_folder), output=output, max_batch_size=4, model_id="tiny/one"))
+def repository(checkpoint_folder: Path, exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The miniature in float32 for four images, with the components of `exported`. Read only: copy it."""
+    output = Path(shutil.copytree(exported, tmp_path_factory.mktemp("exported") / "repository"))
+    outcome = export(ExportRequest(model=str(checkpoint_folder), output=output, max_batch_size=4, model_id="tiny/one"))
+    assert outcome == Outcome(reused=tuple(COMPONENTS))
     return output
 
 
