@@ -102,6 +102,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
             "step": np.array([tensors["num_inference_steps"]], dtype=np.int32),
             "is_final": np.array([True]),
             "seed": np.array([seed], dtype=np.int64),
+            "prompt_tokens": np.array([len(tensors["prompt"].split())], dtype=np.int32),
+            "timings_ms": np.array([1, 2, 30, 4], dtype=np.float32),
         }
         response = pb.ModelStreamInferResponse()
         for name, array in outputs.items():

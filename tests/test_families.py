@@ -57,14 +57,16 @@ class Sampler:
         conditions = conditions_of(request, self.encode(texts_of(request, self.architecture)), self.architecture)
         shape = (4, request.height // 8, request.width // 8)
         image = Image(request, conditions, shape, dict(self.checkpoint.scheduler))
-        latents = await (loop or self.loop()).sample(image, lambda: False)
+        latents = (await (loop or self.loop()).sample(image, lambda: False)).latents
         return latents, self.run("vae_decoder", latents=latents[None])["image"][0]
 
     def loop(self) -> StepLoop:
         return StepLoop(self.unet, max_rows=16, max_active=8, max_waiting=8)
 
     def encode(self, texts: list[str]) -> dict[str, Array]:
-        needed = zip(self.architecture.text_encoders, self.tokenize(texts), outputs_of(self.architecture), strict=True)
+        needed = zip(
+            self.architecture.text_encoders, self.tokenize(texts).ids, outputs_of(self.architecture), strict=True
+        )
         answers = [(self.run(encoder, input_ids=ids), outputs) for encoder, ids, outputs in needed]
         return merge([{name: answer[name] for name in outputs} for answer, outputs in answers])
 
@@ -212,3 +214,23 @@ async def test_size_prompt_and_negative_prompt_of_each_image_stay_its_own_in_a_b
         assert np.abs(one - other).max() <= 1e-4 * np.abs(one).max()
     # Four rounds of the square ones and of the odd-sized one, then two of the one with six steps.
     assert sampler.rows_of_calls == [5, 2] * 4 + [2] * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens"),
+    [
+        ({}, 5),
+        ({"negative_prompt": "a cat"}, 5),
+        ({"negative_prompt": "a cat", "guidance_scale": 5.0}, 7),
+        ({"guidance_scale": 5.0}, 5),
+        ({"prompt": "cat " * 100}, 14),
+    ],
+    ids=["a prompt", "a negative prompt that nobody reads", "one that is read", "none", "more than is read"],
+)
+@pytest.mark.parametrize("family", ["sd-1", "sdxl"])
+def test_prompt_tokens_are_those_that_the_text_encoders_read(
+    family: str, changes: dict[str, Any], tokens: int, pair_of: Any
+) -> None:
+    sampler = pair_of(family).sampler
+    request = request_of(**{"prompt": "a red rocket on blue", **changes})
+    assert sampler.tokenize(texts_of(request, sampler.architecture)).count == tokens

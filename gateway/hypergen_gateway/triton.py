@@ -29,7 +29,7 @@ from hypergen_gateway.errors import (
     QueueFullError,
     UnavailableError,
 )
-from hypergen_gateway.generation import Generation, ModelDescription, Picture
+from hypergen_gateway.generation import Generation, ModelDescription, Picture, Timings
 from hypergen_gateway.request_id import current_request_id
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,8 @@ INPUT_TYPES: dict[str, str] = {
     "scheduler": "BYTES",
     "seed": "INT64",
 }
+
+OUTPUTS = ("image", "image_index", "step", "is_final", "seed", "prompt_tokens", "timings_ms")
 
 # What a client calls an input; where nothing stands, the same.
 _PARAMS: Mapping[str, str] = {"num_images": "n", "width": "size", "height": "size"}
@@ -221,11 +223,20 @@ def _to_inputs(generation: Generation) -> list[InferInput]:
 
 
 def _to_picture(result: Any) -> Picture:
-    tensors = {name: result.as_numpy(name) for name in ("image", "image_index", "seed")}
+    tensors = {name: result.as_numpy(name) for name in OUTPUTS}
     missing = [name for name, tensor in tensors.items() if tensor is None]
     if missing:
         raise InternalError(f"the model {SAMPLER!r} sent a response without {', '.join(missing)}")
-    return Picture(pixels=tensors["image"], index=int(tensors["image_index"][0]), seed=int(tensors["seed"][0]))
+    queue, encode_text, denoise, decode = (float(milliseconds) for milliseconds in tensors["timings_ms"])
+    return Picture(
+        pixels=tensors["image"],
+        index=int(tensors["image_index"][0]),
+        seed=int(tensors["seed"][0]),
+        step=int(tensors["step"][0]),
+        is_final=bool(tensors["is_final"][0]),
+        prompt_tokens=int(tensors["prompt_tokens"][0]),
+        timings=Timings(queue=queue, encode_text=encode_text, denoise=denoise, decode=decode),
+    )
 
 
 def _to_description(parameters: Mapping[str, str]) -> ModelDescription:

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import fields, replace
+from typing import Any
 
 import grpc
 import httpx
@@ -25,9 +26,9 @@ from hypergen_gateway.errors import (
     QueueFullError,
     UnavailableError,
 )
-from hypergen_gateway.generation import Generation, ModelDescription, Picture
+from hypergen_gateway.generation import Generation, ModelDescription, Picture, Timings
 from hypergen_gateway.request_id import current_request_id
-from hypergen_gateway.triton import TritonBackend
+from hypergen_gateway.triton import INPUT_TYPES, TritonBackend
 
 FOX = Generation(
     prompt="a fox 🦊", width=64, height=48, num_inference_steps=20, guidance_scale=5.5, seed=2**63 - 10, num_images=3
@@ -194,18 +195,23 @@ class TestGenerate:
         await pictures(backend, FULL)
         (request,) = triton.requests
         assert request.model_name == "diffusion"
-        assert tensors_of(request) == vars(FULL)
+        assert tensors_of(request) == sent_of(FULL)
 
     async def test_an_absent_field_is_not_sent(self, triton: FakeTriton, backend: TritonBackend) -> None:
         await pictures(backend)
         sent = tensors_of(triton.requests[0])
-        assert sent == {name: value for name, value in vars(FOX).items() if value is not None}
+        assert sent == sent_of(FOX)
 
     async def test_pictures_come_back_with_pixels_index_and_seed(self, backend: TritonBackend) -> None:
         for index, picture in enumerate(await pictures(backend)):
             assert (picture.index, picture.seed) == (index, FOX.seed + index)
             assert picture.pixels.shape == (48, 64, 3)
             assert np.all(picture.pixels == picture.seed % 256)
+
+    async def test_a_picture_tells_of_its_steps_tokens_and_times(self, backend: TritonBackend) -> None:
+        (picture,) = await pictures(backend, FULL)
+        assert (picture.step, picture.is_final, picture.prompt_tokens) == (20, True, 2)
+        assert picture.timings == Timings(queue=1, encode_text=2, denoise=30, decode=4)
 
     async def test_a_large_picture_passes(self, backend: TritonBackend) -> None:
         large = replace(FULL, width=2048, height=2048)
@@ -299,6 +305,11 @@ class TestGenerate:
         await backend.close()
         with pytest.raises((UnavailableError, asyncio.CancelledError)):
             await asyncio.wait_for(task, 5)
+
+
+def sent_of(generation: Generation) -> dict[str, Any]:
+    """What must travel: every field that holds something and that the sampler takes."""
+    return {name: value for name, value in vars(generation).items() if value is not None and name in INPUT_TYPES}
 
 
 CODE = grpc.StatusCode

@@ -16,7 +16,7 @@ from conditions import Array
 from contract import InvalidInputError, QueueFullError, Request, read_scheduler_config
 from samplers import SCHEDULERS, make_scheduler
 from sampling import Image, UNetRows
-from stepping import ClientGoneError, StepLoop, UNet
+from stepping import ClientGoneError, Sample, StepLoop, UNet
 
 REQUEST = Request(
     prompt="a red rocket",
@@ -73,7 +73,7 @@ async def test_latents_equal_those_of_diffusers_pipeline(
         output_type="latent",
     ).images[0]
     scale = float(theirs.abs().max())
-    assert np.abs(ours - theirs.numpy()).max() <= 1e-5 * scale
+    assert np.abs(ours.latents - theirs.numpy()).max() <= 1e-5 * scale
 
 
 async def test_different_images_in_one_batch_come_out_as_they_would_alone(
@@ -91,7 +91,7 @@ async def test_different_images_in_one_batch_come_out_as_they_would_alone(
     loop = loop_on(unet)
     together = await asyncio.gather(*(loop.sample(image_of(**wish), never) for wish in wishes))
     for one, other in zip(alone, together, strict=True):
-        assert np.abs(one - other).max() <= 1e-4 * np.abs(one).max()
+        assert np.abs(one.latents - other.latents).max() <= 1e-4 * np.abs(one.latents).max()
     # Four rounds of the square batch and of the odd-sized image, then three of the one with 7 steps.
     assert unet.rows_of_calls == [7, 2] * 4 + [2] * 3
 
@@ -117,6 +117,21 @@ async def test_images_beyond_max_active_wait_their_turn(unet: Any, image_of: Cal
     loop = loop_on(unet, max_active=2)
     await asyncio.gather(*(loop.sample(image_of(seed=seed, num_inference_steps=2), never) for seed in range(3)))
     assert unet.rows_of_calls == [4, 4, 2, 2]
+
+
+async def test_the_time_that_an_image_waits_is_told_from_that_of_its_steps(
+    unet: Any, image_of: Callable[..., Image]
+) -> None:
+    async def slow(rows: UNetRows) -> Array:
+        await asyncio.sleep(0.02)
+        answer: Array = await unet(rows)
+        return answer
+
+    loop = loop_on(slow, max_active=1)
+    first, second = await asyncio.gather(*(loop.sample(image_of(num_inference_steps=2), never) for _ in range(2)))
+    assert first.waited < 0.02 < 0.04 <= first.took
+    assert second.waited >= first.took - 0.01
+    assert second.took >= 0.04
 
 
 async def test_a_cancelled_image_takes_no_further_step(unet: Any, image_of: Callable[..., Image]) -> None:
@@ -157,8 +172,8 @@ async def test_a_failing_batch_ends_its_own_images_alone(unet: Any, image_of: Ca
         loop.sample(image_of(width=72), never), loop.sample(image_of(), never), return_exceptions=True
     )
     assert isinstance(wide, RuntimeError)
-    assert isinstance(square, np.ndarray)
-    assert (await loop.sample(image_of(), never)).shape == (4, 8, 8)
+    assert isinstance(square, Sample)
+    assert (await loop.sample(image_of(), never)).latents.shape == (4, 8, 8)
 
 
 async def test_no_image_waits_for_ever_when_the_loop_itself_fails(unet: Any, image_of: Callable[..., Image]) -> None:
@@ -169,7 +184,7 @@ async def test_no_image_waits_for_ever_when_the_loop_itself_fails(unet: Any, ima
     sampling = [asyncio.create_task(loop.sample(image_of(), broken)) for _ in range(2)]
     results = await asyncio.wait_for(asyncio.gather(*sampling, return_exceptions=True), 10)
     assert [type(result) for result in results] == [OSError, OSError]
-    assert (await loop.sample(image_of(), never)).shape == (4, 8, 8)
+    assert (await loop.sample(image_of(), never)).latents.shape == (4, 8, 8)
 
 
 def test_reservations_are_bounded_and_given_back(unet: UNet) -> None:

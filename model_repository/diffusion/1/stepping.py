@@ -10,6 +10,7 @@ requests split into cohorts that never merge again, and every change of size bre
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
@@ -27,11 +28,25 @@ class ClientGoneError(Exception):
     """The client that asked for the image has gone."""
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Latents [C, h, w] for the decoder, and the seconds that their image waited for a place and took steps."""
+
+    latents: Array
+    waited: float
+    took: float
+
+
 @dataclass(eq=False)
 class _Ticket:
     image: Image
     cancelled: Callable[[], bool]
-    done: asyncio.Future[Array] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    done: asyncio.Future[Sample] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    joined: float = field(default_factory=time.perf_counter)
+    admitted: float = 0.0
+
+    def sample(self) -> Sample:
+        return Sample(self.image.latents, self.admitted - self.joined, time.perf_counter() - self.admitted)
 
 
 class StepLoop:
@@ -69,8 +84,8 @@ class StepLoop:
         """Give places back."""
         self._reserved -= images
 
-    async def sample(self, image: Image, cancelled: Callable[[], bool]) -> Array:
-        """Take the image through all its steps and return its final latents [C, h, w].
+    async def sample(self, image: Image, cancelled: Callable[[], bool]) -> Sample:
+        """Take the image through all its steps and return its final latents.
 
         `cancelled` is asked once per round, and once for all images that share it: it is a round trip to Triton.
 
@@ -101,7 +116,9 @@ class StepLoop:
 
     def _admit(self) -> None:
         while self._waiting and len(self._active) < self._max_active:
-            self._active.append(self._waiting.popleft())
+            ticket = self._waiting.popleft()
+            ticket.admitted = time.perf_counter()
+            self._active.append(ticket)
 
     def _drop_cancelled(self) -> None:
         answers = {cancelled: cancelled() for cancelled in {ticket.cancelled for ticket in self._active}}
@@ -138,7 +155,7 @@ class StepLoop:
                 ticket.image.advance(output[first : first + ticket.image.rows])
                 first += ticket.image.rows
                 if ticket.image.finished and not ticket.done.done():
-                    ticket.done.set_result(ticket.image.latents)
+                    ticket.done.set_result(ticket.sample())
         except Exception as error:
             _fail(batch, error)
 
