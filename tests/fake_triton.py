@@ -48,6 +48,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         self.in_band_error: str | None = None
         self.left_out_outputs: set[str] = set()
         self.pictures_before_trouble: int | None = None  # None: no limit
+        self.trouble_follows_previews = False
         self.requests: list[Any] = []
         self.headers: list[dict[str, str]] = []
         self.cancelled_streams = 0
@@ -81,12 +82,17 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
 
     async def _pictures(self, tensors: dict[str, Any], context: Any) -> AsyncIterator[Any]:
         for index in range(tensors["num_images"]):
-            if self.pictures_before_trouble is None or index == self.pictures_before_trouble:
+            is_trouble_near = self.pictures_before_trouble in (None, index)
+            if is_trouble_near and not self.trouble_follows_previews:
                 await self._trouble(context)
             if self.in_band_error is not None:
                 yield pb.ModelStreamInferResponse(error_message=self.in_band_error)
                 return
-            yield self._picture(tensors, index)
+            for step in range(1, tensors["partial_images"] + 1):
+                yield self._picture(tensors, index, step, is_final=False)
+            if is_trouble_near and self.trouble_follows_previews:
+                await self._trouble(context)
+            yield self._picture(tensors, index, tensors["num_inference_steps"], is_final=True)
 
     async def _trouble(self, context: Any) -> None:
         if self.hangs:
@@ -94,13 +100,13 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         if self.failure is not None:
             await context.abort(*self.failure)
 
-    def _picture(self, tensors: dict[str, Any], index: int) -> Any:
+    def _picture(self, tensors: dict[str, Any], index: int, step: int, is_final: bool) -> Any:
         seed = tensors["seed"] + index
         outputs: dict[str, np.ndarray[Any, Any]] = {
             "image": np.full((tensors["height"], tensors["width"], 3), seed % 256, dtype=np.uint8),
             "image_index": np.array([index], dtype=np.int32),
-            "step": np.array([tensors["num_inference_steps"]], dtype=np.int32),
-            "is_final": np.array([True]),
+            "step": np.array([step], dtype=np.int32),
+            "is_final": np.array([is_final]),
             "seed": np.array([seed], dtype=np.int64),
             "prompt_tokens": np.array([len(tensors["prompt"].split())], dtype=np.int32),
             "timings_ms": np.array([1, 2, 30, 4], dtype=np.float32),
@@ -115,14 +121,18 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         return response
 
 
+_NUMBERS = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "UINT8": np.uint8}
+
+
 def tensors_of(request: Any) -> dict[str, Any]:
-    """The one value of each input of a request, decoded by the datatype that it declares."""
-    numbers = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32}
+    """What each input of a request holds, decoded by the datatype that it declares: a picture, or its one value."""
     values: dict[str, Any] = {}
     for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True):
-        assert list(tensor.shape) == [1]
-        is_text = tensor.datatype == "BYTES"  # four bytes of length before the text
-        values[tensor.name] = raw[4:].decode() if is_text else np.frombuffer(raw, numbers[tensor.datatype])[0].item()
+        if tensor.datatype == "BYTES":  # four bytes of length before the text
+            values[tensor.name] = raw[4:].decode()
+            continue
+        array = np.frombuffer(raw, _NUMBERS[tensor.datatype]).reshape(tensor.shape)
+        values[tensor.name] = array if array.ndim > 1 else array.item()
     return values
 
 

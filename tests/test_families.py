@@ -19,10 +19,18 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import (
+    DiffusionPipeline,
+    LatentConsistencyModelImg2ImgPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+)
+from PIL import Image as PILImage
 
 from conditions import Array, conditions_of, merge, outputs_of, texts_of
-from contract import Architecture, Request
+from contract import Architecture, InvalidInputError, Request
 from hypergen_export.checkpoint import Checkpoint, open_checkpoint
 from hypergen_export.defaults import checkpoint_parameters
 from hypergen_export.examples import by_name
@@ -31,14 +39,17 @@ from hypergen_export.tokenizer import write_tokenizer
 from hypergen_export.wrappers import wrap
 from miniature import FAMILIES, save_miniature
 from prompts import PromptTokenizers
-from samplers import SCHEDULERS
+from samplers import SCHEDULERS, make_scheduler
 from sampling import Image, UNetRows
+from starts import Canvas, Original
 from stepping import StepLoop
 
 PROMPT = "a red rocket on a blue background"
 NEGATIVES = {"no negative": None, "an empty one": "", "a negative": "a green cat"}
 # Relative to the largest latent. Both sides are torch in float32; ours runs the UNet on each image's own timestep.
 TOLERANCE = 1e-5
+# From a picture, the VAE's encoder adds its rounding, which the guidance scale multiplies. Seen: 1.3e-5.
+TOLERANCE_FROM_PICTURE = 5e-5
 Pixels = npt.NDArray[np.uint8]
 
 
@@ -55,10 +66,17 @@ class Sampler:
     async def draw(self, request: Request, loop: StepLoop | None = None) -> tuple[Array, Pixels]:
         """The final latents [C, h, w] and the picture."""
         conditions = conditions_of(request, self.encode(texts_of(request, self.architecture)), self.architecture)
-        shape = (4, request.height // 8, request.width // 8)
-        image = Image(request, conditions, shape, dict(self.checkpoint.scheduler))
-        latents = (await (loop or self.loop()).sample(image, lambda: False)).latents
+        image = Image(request, conditions, self.canvas(request), dict(self.checkpoint.scheduler))
+        latents = [sample async for sample in (loop or self.loop()).sample(image, lambda: False)][-1].latents
         return latents, self.run("vae_decoder", latents=latents[None])["image"][0]
+
+    def canvas(self, request: Request) -> Canvas:
+        shape = (4, request.height // 8, request.width // 8)
+        if request.image is None:
+            return Canvas(shape)
+        answer = self.run("vae_encoder", image=request.image[None])
+        original = Original(answer["mean"][0], answer["std"][0], request.mask)
+        return Canvas(shape, original, self.architecture.is_latent_consistency)
 
     def loop(self) -> StepLoop:
         return StepLoop(self.unet, max_rows=16, max_active=8, max_waiting=8)
@@ -140,10 +158,9 @@ def request_of(**changes: Any) -> Request:
 def by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:
     wish: dict[str, Any] = {
         "prompt": request.prompt,
-        "width": request.width,
-        "height": request.height,
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": request.guidance_scale,
+        **_given(request),
     }
     if request.negative_prompt is not None:
         wish["negative_prompt"] = request.negative_prompt
@@ -154,13 +171,24 @@ def by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:
     return runs[0].numpy(), np.asarray(runs[1])
 
 
-def held(ours: tuple[Array, Pixels], theirs: tuple[Array, Pixels]) -> None:
+def _given(request: Request) -> dict[str, Any]:
+    """The size, or the picture that has it."""
+    size = {"width": request.width, "height": request.height}
+    if request.image is None:
+        return size
+    start = {"image": PILImage.fromarray(request.image), "strength": request.strength}
+    if request.mask is None:
+        return start
+    return {**size, **start, "mask_image": PILImage.fromarray(request.mask)}
+
+
+def held(ours: tuple[Array, Pixels], theirs: tuple[Array, Pixels], tolerance: float = TOLERANCE) -> None:
     """Latents to rounding, pictures to a level of 255 where a value lies on the edge of two."""
     difference = float(np.abs(ours[0] - theirs[0]).max() / np.abs(theirs[0]).max())
     levels = np.abs(ours[1].astype(int) - theirs[1].astype(int))
     print(f"latents differ by {difference:.1e} of the largest, pictures by {levels.mean():.4f}/255, {levels.max()}/255")
     assert theirs[1].std() > 10, "a flat picture would prove nothing"
-    assert difference <= TOLERANCE
+    assert difference <= tolerance
     assert levels.max() <= 1
     assert levels.mean() <= 0.01
 
@@ -214,6 +242,130 @@ async def test_size_prompt_and_negative_prompt_of_each_image_stay_its_own_in_a_b
         assert np.abs(one - other).max() <= 1e-4 * np.abs(one).max()
     # Four rounds of the square ones and of the odd-sized one, then two of the one with six steps.
     assert sampler.rows_of_calls == [5, 2] * 4 + [2] * 2
+
+
+IMAGE_TO_IMAGE = {
+    "StableDiffusionPipeline": StableDiffusionImg2ImgPipeline,
+    "StableDiffusionXLPipeline": StableDiffusionXLImg2ImgPipeline,
+    "LatentConsistencyModelPipeline": LatentConsistencyModelImg2ImgPipeline,
+}
+INPAINTING = {
+    "StableDiffusionPipeline": StableDiffusionInpaintPipeline,
+    "StableDiffusionXLPipeline": StableDiffusionXLInpaintPipeline,
+    "LatentConsistencyModelPipeline": StableDiffusionInpaintPipeline,
+}
+
+
+def picture(width: int = 64, height: int = 64) -> Pixels:
+    """Something to start from: colours that change smoothly, and an edge."""
+    y, x = np.mgrid[0:height, 0:width]
+    red, green, blue = x * 255 // width, y * 255 // height, np.where(x > y, 220, 40)
+    colours: Pixels = np.stack([red, green, blue], axis=-1).astype(np.uint8)
+    return colours
+
+
+def mask(width: int = 64, height: int = 64) -> Pixels:
+    """Repaints a part whose edges are no multiples of eight, with greys on both sides of the threshold."""
+    covered = np.zeros((height, width), dtype=np.uint8)
+    covered[10:45, 20:60] = 255
+    covered[10:45, 20:24] = 127
+    covered[10:45, 24:28] = 128
+    return covered
+
+
+async def held_from_picture(pair: Pair, request: Request) -> None:
+    """Our image-to-image or inpainting against the pipeline of diffusers that its own text-to-image one stands for."""
+    pipelines = IMAGE_TO_IMAGE if request.mask is None else INPAINTING
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipeline = pipelines[type(pair.pipeline).__name__].from_pipe(pair.pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = make_scheduler(request.scheduler, dict(pair.sampler.checkpoint.scheduler))
+    held(await pair.sampler.draw(request), by_diffusers(pipeline, request), TOLERANCE_FROM_PICTURE)
+
+
+@pytest.mark.parametrize(("guidance_scale", "strength"), [(1.0, 0.3), (1.0, 1.0), (6.0, 0.8)])
+@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+async def test_a_picture_to_start_from_is_met_as_by_diffusers(
+    scheduler: str, guidance_scale: float, strength: float, pair_of: Any
+) -> None:
+    request = request_of(
+        scheduler=scheduler, guidance_scale=guidance_scale, strength=strength, num_inference_steps=6, image=picture()
+    )
+    await held_from_picture(pair_of("sd-1"), request)
+
+
+@pytest.mark.parametrize(("guidance_scale", "strength"), [(1.0, 0.7), (6.0, 1.0)])
+@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+async def test_a_mask_is_met_as_by_diffusers(
+    scheduler: str, guidance_scale: float, strength: float, pair_of: Any
+) -> None:
+    request = request_of(
+        scheduler=scheduler,
+        guidance_scale=guidance_scale,
+        strength=strength,
+        num_inference_steps=6,
+        image=picture(),
+        mask=mask(),
+    )
+    await held_from_picture(pair_of("sd-1"), request)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["image to image", "inpainting"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "sd-1"])
+async def test_every_family_starts_from_a_picture_as_its_pipeline_does(family: str, masked: bool, pair_of: Any) -> None:
+    request = request_of(
+        width=72,
+        height=56,
+        strength=0.6,
+        num_inference_steps=5,
+        guidance_scale=3.0,
+        negative_prompt=None if family == "lcm" else "a green cat",
+        image=picture(72, 56),
+        mask=mask(72, 56) if masked else None,
+    )
+    await held_from_picture(pair_of(family), request)
+
+
+async def test_pictures_of_one_request_are_those_of_its_seeds_in_a_row(pair_of: Any) -> None:
+    pair = pair_of("sd-1")
+    pipeline = StableDiffusionImg2ImgPipeline(**pair.pipeline.components)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = make_scheduler("euler_a", dict(pair.sampler.checkpoint.scheduler))
+    theirs = pipeline(
+        PROMPT,
+        image=PILImage.fromarray(picture()),
+        num_images_per_prompt=3,
+        num_inference_steps=4,
+        strength=0.8,
+        guidance_scale=1.0,
+        generator=[torch.Generator().manual_seed(seed) for seed in (20, 21, 22)],
+        output_type="latent",
+    ).images.numpy()
+    wish = {"scheduler": "euler_a", "strength": 0.8, "image": picture()}
+    for index in range(3):
+        ours, _ = await pair.sampler.draw(request_of(**wish, seed=20 + index))
+        assert np.abs(ours - theirs[index]).max() <= TOLERANCE_FROM_PICTURE * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        (
+            "sd-1",
+            {"strength": 0.1, "num_inference_steps": 9},
+            "strength: must be large enough for one of the 9 steps, not 0.1",
+        ),
+        ("sd-1", {"strength": 0.0}, "strength: must be large enough for one of the 4 steps, not 0"),
+        ("lcm", {"strength": 0.05}, "strength: must be large enough for 4 steps, not 0.05"),
+        ("lcm", {"strength": 0.8, "num_inference_steps": 60}, "num_inference_steps: the scheduler refuses 60"),
+    ],
+)
+async def test_a_strength_that_leaves_no_step_is_named(
+    family: str, changes: dict[str, Any], words: str, pair_of: Any
+) -> None:
+    with pytest.raises(InvalidInputError, match=words):
+        await pair_of(family).sampler.draw(request_of(image=picture(), **changes))
 
 
 @pytest.mark.parametrize(

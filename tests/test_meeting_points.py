@@ -22,7 +22,7 @@ from samplers import SCHEDULERS
 
 ROOT = Path(__file__).parents[1]
 SAMPLER = ROOT / "model_repository" / "diffusion"
-NOT_SERVED_YET = {"partial_images", "image", "mask", "strength", "lora", "lora_scale"}
+NOT_SERVED_YET = {"lora", "lora_scale"}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,5 @@ def test_the_sampler_calls_components_by_their_tensors(family: Family) -> None:
     """Text encoders and conditions are named by parameters, which the exporter takes from its table."""
     named = strings_of(SAMPLER / "1" / "bls.py") | strings_of(SAMPLER / "1" / "conditions.py")
     for component in family.components:
-        if component.name == "vae_encoder":  # image-to-image is not served yet
-            continue
         assert component.name in named or component in family.text_encoders
         assert {tensor.name for tensor in (*component.inputs, *component.outputs)} <= named

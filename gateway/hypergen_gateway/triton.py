@@ -70,6 +70,10 @@ INPUT_TYPES: dict[str, str] = {
     "guidance_scale": "FP32",
     "scheduler": "BYTES",
     "seed": "INT64",
+    "partial_images": "INT32",
+    "image": "UINT8",
+    "mask": "UINT8",
+    "strength": "FP32",
 }
 
 OUTPUTS = ("image", "image_index", "step", "is_final", "seed", "prompt_tokens", "timings_ms")
@@ -130,18 +134,18 @@ class TritonBackend:
         return all(answers)
 
     async def generate(self, generation: Generation) -> AsyncGenerator[Picture, None]:
-        """The pictures in the order in which they are finished.
+        """The pictures in the order in which they are finished, each after its previews.
 
         What a Triton that went away still owed is asked for once more, as another may be there: the same seeds give
         the same pictures.
         """
-        came: set[int] = set()
+        came: set[tuple[int, int]] = set()
         for is_last in (False, True):
             try:
                 async with aclosing(self._stream(generation)) as pictures:
                     async for picture in pictures:
-                        if picture.index not in came:
-                            came.add(picture.index)
+                        if (picture.index, picture.step) not in came:
+                            came.add((picture.index, picture.step))
                             yield picture
                 return
             except UnavailableError as error:
@@ -209,17 +213,18 @@ async def _only(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
 
 
 def _to_inputs(generation: Generation) -> list[InferInput]:
-    inputs = []
-    for name, datatype in INPUT_TYPES.items():
-        value = getattr(generation, name)
-        if value is None:
-            continue
-        if isinstance(value, str):
-            value = value.encode()
-        tensor = InferInput(name, [1], datatype)
-        tensor.set_data_from_numpy(np.array([value], dtype=triton_to_np_dtype(datatype)))
-        inputs.append(tensor)
-    return inputs
+    given = {name: getattr(generation, name) for name in INPUT_TYPES}
+    return [_to_input(name, value) for name, value in given.items() if value is not None]
+
+
+def _to_input(name: str, value: Any) -> InferInput:
+    datatype = INPUT_TYPES[name]
+    if isinstance(value, str):
+        value = value.encode()
+    array = value if isinstance(value, np.ndarray) else np.array([value], dtype=triton_to_np_dtype(datatype))
+    tensor = InferInput(name, list(array.shape), datatype)
+    tensor.set_data_from_numpy(array)
+    return tensor
 
 
 def _to_picture(result: Any) -> Picture:

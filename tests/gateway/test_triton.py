@@ -197,6 +197,15 @@ class TestGenerate:
         assert request.model_name == "diffusion"
         assert tensors_of(request) == sent_of(FULL)
 
+    async def test_pictures_travel_in_their_shapes(self, triton: FakeTriton, backend: TritonBackend) -> None:
+        image = np.arange(48 * 64 * 3, dtype=np.uint32).astype(np.uint8).reshape(48, 64, 3)
+        # Not contiguous, as what is cut out of a larger picture.
+        await pictures(backend, replace(FULL, image=image[:, ::-1], mask=image[:, :, 1], strength=0.25))
+        sent = tensors_of(triton.requests[0])
+        assert np.array_equal(sent["image"], image[:, ::-1])
+        assert np.array_equal(sent["mask"], image[:, :, 1])
+        assert sent["strength"] == 0.25
+
     async def test_an_absent_field_is_not_sent(self, triton: FakeTriton, backend: TritonBackend) -> None:
         await pictures(backend)
         sent = tensors_of(triton.requests[0])
@@ -212,6 +221,13 @@ class TestGenerate:
         (picture,) = await pictures(backend, FULL)
         assert (picture.step, picture.is_final, picture.prompt_tokens) == (20, True, 2)
         assert picture.timings == Timings(queue=1, encode_text=2, denoise=30, decode=4)
+
+    async def test_previews_come_before_their_picture(self, backend: TritonBackend) -> None:
+        came = await pictures(backend, replace(FOX, num_images=2, partial_images=2))
+        assert [(picture.index, picture.step, picture.is_final) for picture in came] == [
+            *((0, 1, False), (0, 2, False), (0, 20, True)),
+            *((1, 1, False), (1, 2, False), (1, 20, True)),
+        ]
 
     async def test_a_large_picture_passes(self, backend: TritonBackend) -> None:
         large = replace(FULL, width=2048, height=2048)
@@ -292,6 +308,22 @@ class TestGenerate:
             [seed, seed + 1, seed + 2] for seed in range(8)
         ]
 
+    async def test_what_has_come_is_not_repeated_when_the_rest_is_asked_for_again(self, triton: FakeTriton) -> None:
+        wish = replace(FOX, num_images=2, partial_images=3)
+        triton.hangs, triton.pictures_before_trouble, triton.trouble_follows_previews = True, 1, True
+        async with serving(triton) as url:
+            backend = TritonBackend(url, request_timeout=5)
+            stream = backend.generate(wish)
+            came = [await anext(stream) for _ in range(7)]
+        triton.hangs = False
+        async with serving(triton, port=int(url.rpartition(":")[2])), aclosing(stream):
+            came += [picture async for picture in stream]
+        await backend.close()
+        assert [(picture.index, picture.step) for picture in came] == [
+            *((0, 1), (0, 2), (0, 3), (0, 20)),
+            *((1, 1), (1, 2), (1, 3), (1, 20)),
+        ]
+
     async def test_a_closed_backend_opens_again(self, backend: TritonBackend) -> None:
         await pictures(backend)
         await backend.close()
@@ -322,6 +354,10 @@ TRANSLATIONS: list[tuple[grpc.StatusCode, str, type[HyperGenError], str | None]]
     (CODE.INVALID_ARGUMENT, "guidance_scale: nan", InvalidRequestError, "guidance_scale"),
     (CODE.INVALID_ARGUMENT, "scheduler: 'x' is not\none of ddim", InvalidRequestError, "scheduler"),
     (CODE.INVALID_ARGUMENT, "prompt: empty", InvalidRequestError, "prompt"),
+    (CODE.INVALID_ARGUMENT, "image: must be [48, 64, 3], not [1, 1, 3]", InvalidRequestError, "image"),
+    (CODE.INVALID_ARGUMENT, "mask: needs an image", InvalidRequestError, "mask"),
+    (CODE.INVALID_ARGUMENT, "strength: leaves no step", InvalidRequestError, "strength"),
+    (CODE.INVALID_ARGUMENT, "partial_images: must be from 0 to 3", InvalidRequestError, "partial_images"),
     (CODE.INVALID_ARGUMENT, "unexpected inference input 'mask' for model 'diffusion'", InternalError, None),
     (CODE.INVALID_ARGUMENT, "unet: got a wrong shape", InternalError, None),
     (CODE.UNAVAILABLE, "queue full: 256 images wait", QueueFullError, None),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from contract import MAX_SEED, Architecture, InvalidInputError, Limits, check_request
@@ -93,6 +94,8 @@ def test_an_absent_seed_differs_from_request_to_request() -> None:
         ("guidance_scale", float("inf")),
         ("scheduler", "no-such-scheduler"),
         ("seed", -1),
+        ("partial_images", -1),
+        ("partial_images", 4),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
@@ -104,6 +107,47 @@ def test_the_last_images_seed_must_fit_too() -> None:
     assert check_request({"prompt": "x", "seed": MAX_SEED}, LIMITS).seed == MAX_SEED
     with pytest.raises(InvalidInputError, match=r"^seed: "):
         check_request({"prompt": "x", "seed": MAX_SEED, "num_images": 2}, LIMITS)
+
+
+def pixels(*shape: int) -> Any:
+    return np.zeros(shape, dtype=np.uint8)
+
+
+def test_a_picture_to_start_from_has_the_size_asked_for() -> None:
+    request = check_request({"prompt": "x", "width": 32, "height": 16, "image": pixels(16, 32, 3)}, LIMITS)
+    assert request.image is not None
+    with pytest.raises(InvalidInputError, match=r"^image: must be \[16, 32, 3\] .*, not \[32, 16, 3\]"):
+        check_request({"prompt": "x", "width": 32, "height": 16, "image": pixels(32, 16, 3)}, LIMITS)
+    given = {"prompt": "x", "width": 32, "height": 16, "image": pixels(16, 32, 3), "mask": pixels(16, 24)}
+    with pytest.raises(InvalidInputError, match=r"^mask: must be \[16, 32\] .*, not \[16, 24\]"):
+        check_request(given, LIMITS)
+
+
+def test_a_picture_says_its_size_itself_and_keeps_to_the_limits() -> None:
+    request = check_request({"prompt": "x", "image": pixels(48, 24, 3)}, LIMITS)
+    assert (request.width, request.height) == (24, 48)
+    for shape in [(48, 20, 3), (8, 64, 3), (64, 136, 3)]:
+        with pytest.raises(InvalidInputError, match=r"^(width|height): "):
+            check_request({"prompt": "x", "image": pixels(*shape)}, LIMITS)
+
+
+def test_the_default_strength_is_that_of_diffusers_pipelines() -> None:
+    given: dict[str, Any] = {"prompt": "x", "image": pixels(32, 64, 3)}
+    assert check_request(given, LIMITS).strength == 0.8
+    assert check_request(given | {"mask": pixels(32, 64)}, LIMITS).strength == 1.0
+    assert check_request(given | {"strength": 0.25}, LIMITS).strength == 0.25
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_a_strength_out_of_range_is_refused(value: float) -> None:
+    with pytest.raises(InvalidInputError, match=r"^strength: must be from 0.0 to 1.0, not "):
+        check_request({"prompt": "x", "image": pixels(32, 64, 3), "strength": value}, LIMITS)
+
+
+@pytest.mark.parametrize(("name", "value"), [("mask", pixels(32, 64)), ("strength", 0.5)])
+def test_what_belongs_to_a_picture_is_refused_without_one(name: str, value: Any) -> None:
+    with pytest.raises(InvalidInputError, match=f"^{name}: needs an image"):
+        check_request({"prompt": "x", name: value}, LIMITS)
 
 
 @pytest.mark.parametrize(("scale", "width", "guides"), [(1.0, "0", False), (1.1, "0", True), (7.5, "256", False)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from conditions import Array
 from contract import InvalidInputError, QueueFullError, Request, read_scheduler_config
 from samplers import SCHEDULERS, make_scheduler
 from sampling import Image, UNetRows
+from starts import Canvas
 from stepping import ClientGoneError, Sample, StepLoop, UNet
 
 REQUEST = Request(
@@ -43,12 +44,22 @@ def image_of(pipeline: Any, checkpoint: Path) -> Callable[..., Image]:
         request = dataclasses.replace(REQUEST, **changes)
         prompt, negative = pipeline.encode_prompt(request.prompt, "cpu", 1, True, request.negative_prompt)
         embeddings = torch.cat([negative, prompt] if request.guidance_scale > 1 else [prompt]).detach().numpy()
-        shape = (4, request.height // 8, request.width // 8)
+        canvas = Canvas((4, request.height // 8, request.width // 8))
         return Image(
-            request, {"encoder_hidden_states": embeddings}, shape, read_scheduler_config(checkpoint / "scheduler")
+            request, {"encoder_hidden_states": embeddings}, canvas, read_scheduler_config(checkpoint / "scheduler")
         )
 
     return make
+
+
+async def last(samples: AsyncGenerator[Sample, None]) -> Sample:
+    """The sample of the final latents."""
+    return [sample async for sample in samples][-1]
+
+
+async def until_called(unet: Any, calls: int) -> None:
+    while len(unet.rows_of_calls) < calls:
+        await asyncio.sleep(0)
 
 
 def loop_on(unet: UNet, **limits: int) -> StepLoop:
@@ -60,7 +71,7 @@ def loop_on(unet: UNet, **limits: int) -> StepLoop:
 async def test_latents_equal_those_of_diffusers_pipeline(
     scheduler: str, guidance_scale: float, pipeline: Any, checkpoint: Path, unet: UNet, image_of: Callable[..., Image]
 ) -> None:
-    ours = await loop_on(unet).sample(image_of(scheduler=scheduler, guidance_scale=guidance_scale), never)
+    ours = await last(loop_on(unet).sample(image_of(scheduler=scheduler, guidance_scale=guidance_scale), never))
     pipeline.scheduler = make_scheduler(scheduler, read_scheduler_config(checkpoint / "scheduler"))
     theirs = pipeline(
         REQUEST.prompt,
@@ -86,10 +97,10 @@ async def test_different_images_in_one_batch_come_out_as_they_would_alone(
         {"seed": 4, "width": 72, "height": 40},
         {"seed": 5, "negative_prompt": "", "scheduler": "unipc", "guidance_scale": 2.0},
     ]
-    alone = [await loop_on(unet).sample(image_of(**wish), never) for wish in wishes]
+    alone = [await last(loop_on(unet).sample(image_of(**wish), never)) for wish in wishes]
     unet.rows_of_calls.clear()
     loop = loop_on(unet)
-    together = await asyncio.gather(*(loop.sample(image_of(**wish), never) for wish in wishes))
+    together = await asyncio.gather(*(last(loop.sample(image_of(**wish), never)) for wish in wishes))
     for one, other in zip(alone, together, strict=True):
         assert np.abs(one.latents - other.latents).max() <= 1e-4 * np.abs(one.latents).max()
     # Four rounds of the square batch and of the odd-sized image, then three of the one with 7 steps.
@@ -98,10 +109,9 @@ async def test_different_images_in_one_batch_come_out_as_they_would_alone(
 
 async def test_an_image_joins_between_steps(unet: Any, image_of: Callable[..., Image]) -> None:
     loop = loop_on(unet)
-    first = asyncio.create_task(loop.sample(image_of(num_inference_steps=6), never))
-    while len(unet.rows_of_calls) < 2:
-        await asyncio.sleep(0)
-    await loop.sample(image_of(num_inference_steps=2), never)
+    first = asyncio.create_task(last(loop.sample(image_of(num_inference_steps=6), never)))
+    await until_called(unet, 2)
+    await last(loop.sample(image_of(num_inference_steps=2), never))
     assert not first.done()
     await first
     assert sorted(unet.rows_of_calls) == [2, 2, 2, 2, 4, 4]
@@ -109,13 +119,13 @@ async def test_an_image_joins_between_steps(unet: Any, image_of: Callable[..., I
 
 async def test_a_batch_never_exceeds_the_engines_rows(unet: Any, image_of: Callable[..., Image]) -> None:
     loop = loop_on(unet, max_rows=5)
-    await asyncio.gather(*(loop.sample(image_of(seed=seed, num_inference_steps=1), never) for seed in range(5)))
+    await asyncio.gather(*(last(loop.sample(image_of(seed=seed, num_inference_steps=1), never)) for seed in range(5)))
     assert unet.rows_of_calls == [4, 4, 2]
 
 
 async def test_images_beyond_max_active_wait_their_turn(unet: Any, image_of: Callable[..., Image]) -> None:
     loop = loop_on(unet, max_active=2)
-    await asyncio.gather(*(loop.sample(image_of(seed=seed, num_inference_steps=2), never) for seed in range(3)))
+    await asyncio.gather(*(last(loop.sample(image_of(seed=seed, num_inference_steps=2), never)) for seed in range(3)))
     assert unet.rows_of_calls == [4, 4, 2, 2]
 
 
@@ -128,18 +138,47 @@ async def test_the_time_that_an_image_waits_is_told_from_that_of_its_steps(
         return answer
 
     loop = loop_on(slow, max_active=1)
-    first, second = await asyncio.gather(*(loop.sample(image_of(num_inference_steps=2), never) for _ in range(2)))
+    first, second = await asyncio.gather(*(last(loop.sample(image_of(num_inference_steps=2), never)) for _ in range(2)))
     assert first.waited < 0.02 < 0.04 <= first.took
     assert second.waited >= first.took - 0.01
     assert second.took >= 0.04
 
 
+async def test_previews_come_in_order_and_change_nothing(unet: UNet, image_of: Callable[..., Image]) -> None:
+    plain = await last(loop_on(unet).sample(image_of(num_inference_steps=8), never))
+    samples = [
+        sample async for sample in loop_on(unet).sample(image_of(num_inference_steps=8, partial_images=3), never)
+    ]
+    assert [(sample.step, sample.is_final) for sample in samples] == [(2, False), (4, False), (6, False), (8, True)]
+    assert np.array_equal(samples[-1].latents, plain.latents)
+    distances = [float(np.abs(sample.latents - plain.latents).mean()) for sample in samples]
+    assert distances == sorted(distances, reverse=True), "each preview is nearer to the picture"
+
+
+async def test_the_steps_do_not_wait_for_whoever_looks_at_a_preview(unet: Any, image_of: Callable[..., Image]) -> None:
+    samples = loop_on(unet).sample(image_of(num_inference_steps=8, partial_images=3), never)
+    assert (await anext(samples)).step == 2
+    await asyncio.wait_for(until_called(unet, 8), 10)
+    assert [sample.step async for sample in samples] == [4, 6, 8]
+
+
+async def test_an_image_that_nobody_waits_for_any_longer_takes_no_further_step(
+    unet: Any, image_of: Callable[..., Image]
+) -> None:
+    loop = loop_on(unet)
+    samples = loop.sample(image_of(num_inference_steps=50, partial_images=3), never)
+    await anext(samples)
+    await samples.aclose()
+    calls = len(unet.rows_of_calls)
+    await last(loop.sample(image_of(num_inference_steps=2), never))
+    assert len(unet.rows_of_calls) <= calls + 3
+
+
 async def test_a_cancelled_image_takes_no_further_step(unet: Any, image_of: Callable[..., Image]) -> None:
     loop = loop_on(unet)
     gone = asyncio.Event()
-    sampling = asyncio.create_task(loop.sample(image_of(num_inference_steps=50), gone.is_set))
-    while len(unet.rows_of_calls) < 3:
-        await asyncio.sleep(0)
+    sampling = asyncio.create_task(last(loop.sample(image_of(num_inference_steps=50), gone.is_set)))
+    await until_called(unet, 3)
     gone.set()
     with pytest.raises(ClientGoneError):
         await sampling
@@ -156,7 +195,7 @@ async def test_cancellation_is_asked_once_a_round_for_all_images_of_a_request(
         return False
 
     loop = loop_on(unet)
-    await asyncio.gather(*(loop.sample(image_of(seed=seed), cancelled) for seed in range(3)))
+    await asyncio.gather(*(last(loop.sample(image_of(seed=seed), cancelled)) for seed in range(3)))
     assert len(asked) == REQUEST.num_inference_steps
 
 
@@ -169,11 +208,11 @@ async def test_a_failing_batch_ends_its_own_images_alone(unet: Any, image_of: Ca
 
     loop = loop_on(fails_on_wide)
     wide, square = await asyncio.gather(
-        loop.sample(image_of(width=72), never), loop.sample(image_of(), never), return_exceptions=True
+        last(loop.sample(image_of(width=72), never)), last(loop.sample(image_of(), never)), return_exceptions=True
     )
     assert isinstance(wide, RuntimeError)
     assert isinstance(square, Sample)
-    assert (await loop.sample(image_of(), never)).latents.shape == (4, 8, 8)
+    assert (await last(loop.sample(image_of(), never))).latents.shape == (4, 8, 8)
 
 
 async def test_no_image_waits_for_ever_when_the_loop_itself_fails(unet: Any, image_of: Callable[..., Image]) -> None:
@@ -181,10 +220,10 @@ async def test_no_image_waits_for_ever_when_the_loop_itself_fails(unet: Any, ima
         raise OSError("Triton is gone")
 
     loop = loop_on(unet, max_active=1)
-    sampling = [asyncio.create_task(loop.sample(image_of(), broken)) for _ in range(2)]
+    sampling = [asyncio.create_task(last(loop.sample(image_of(), broken))) for _ in range(2)]
     results = await asyncio.wait_for(asyncio.gather(*sampling, return_exceptions=True), 10)
     assert [type(result) for result in results] == [OSError, OSError]
-    assert (await loop.sample(image_of(), never)).latents.shape == (4, 8, 8)
+    assert (await last(loop.sample(image_of(), never))).latents.shape == (4, 8, 8)
 
 
 def test_reservations_are_bounded_and_given_back(unet: UNet) -> None:

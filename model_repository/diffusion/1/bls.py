@@ -47,6 +47,11 @@ class Components:
         answer: Array = (await _call("unet", inputs, ["model_output"]))["model_output"]
         return answer
 
+    async def encode(self, picture: npt.NDArray[np.uint8]) -> tuple[Array, Array]:
+        """A picture [H, W, 3] to mean and standard deviation [C, h, w] of its latents."""
+        answer = await _call("vae_encoder", {"image": picture[None]}, ["mean", "std"])
+        return answer["mean"][0], answer["std"][0]
+
     async def decode(self, latents: Array) -> npt.NDArray[np.uint8]:
         """Latents [C, h, w] to a picture [H, W, 3]."""
         answer = await _call("vae_decoder", {"latents": latents[None]}, ["image"])

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+Pixels = npt.NDArray[np.uint8]
+
 MAX_SEED = 2**63 - 1
+MAX_PARTIAL_IMAGES = 3
 
 
 class InvalidInputError(ValueError):
@@ -91,6 +97,11 @@ class Architecture:
         """
         return request.guidance_scale > 1.0 and not self.guidance_width
 
+    @property
+    def is_latent_consistency(self) -> bool:
+        """Whether diffusers serves it by the pipelines of latent consistency models, XL having none of its own."""
+        return self.guidance_width > 0 and "text_embeds" not in self.unet_conditions
+
 
 def _parameters(cls: type, model_config: str) -> dict[str, Any]:
     """The parameters that are fields of `cls`, each of its field's type."""
@@ -106,7 +117,7 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.split(",") if name)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
     """A checked request: `num_images` pictures of one prompt, image i from the noise of `seed + i`."""
 
@@ -121,6 +132,14 @@ class Request:
     scheduler: str
     """A name of `Limits.schedulers`, or empty for the checkpoint's own."""
     seed: int
+    partial_images: int = 0
+    """Previews of each picture."""
+    image: Pixels | None = None
+    """[height, width, 3] to start from."""
+    mask: Pixels | None = None
+    """[height, width] over `image`: 255 is repainted, 0 stays."""
+    strength: float = 1.0
+    """How much of `image` is noised away: 1 is all of it."""
 
 
 def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
@@ -131,6 +150,7 @@ def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
     """
     num_images = _within("num_images", given.get("num_images", 1), 1, limits.max_num_images)
     width, height = _size(given, limits)
+    _check_pixels(given, width, height)
     return Request(
         prompt=given["prompt"],
         negative_prompt=given.get("negative_prompt"),
@@ -151,6 +171,10 @@ def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
         ),
         scheduler=_scheduler(given.get("scheduler", ""), limits),
         seed=_within("seed", given.get("seed", random_seed()), 0, MAX_SEED - num_images + 1),
+        partial_images=_within("partial_images", given.get("partial_images", 0), 0, MAX_PARTIAL_IMAGES),
+        image=given.get("image"),
+        mask=given.get("mask"),
+        strength=_strength(given),
     )
 
 
@@ -167,8 +191,12 @@ def _within(name: str, value: Any, low: Any, high: Any) -> Any:
 
 
 def _size(given: Mapping[str, Any], limits: Limits) -> tuple[int, int]:
-    width = _side("width", given.get("width", limits.default_width), limits)
-    height = _side("height", given.get("height", limits.default_height), limits)
+    """The size asked for; without one that of the picture to start from, and without that the checkpoint's own."""
+    default_height, default_width, *_ = np.shape(
+        given.get("image", np.empty((limits.default_height, limits.default_width)))
+    )
+    width = _side("width", given.get("width", default_width), limits)
+    height = _side("height", given.get("height", default_height), limits)
     if limits.sizes and f"{width}x{height}" not in limits.sizes:
         raise InvalidInputError("width", f"with height must be one of {', '.join(limits.sizes)}, not {width}x{height}")
     return width, height
@@ -179,6 +207,24 @@ def _side(name: str, value: int, limits: Limits) -> int:
         legal = f"a multiple of {limits.size_factor} from {limits.min_size} to {limits.max_size}"
         raise InvalidInputError(name, f"must be {legal}, not {value}")
     return value
+
+
+def _check_pixels(given: Mapping[str, Any], width: int, height: int) -> None:
+    for name, shape in (("image", (height, width, 3)), ("mask", (height, width))):
+        if name in given and given[name].shape != shape:
+            problem = f"must be {list(shape)} as height and width say, not {list(given[name].shape)}"
+            raise InvalidInputError(name, problem)
+        if name in given and "image" not in given:
+            raise InvalidInputError(name, "needs an image that it lies over")
+
+
+def _strength(given: Mapping[str, Any]) -> float:
+    """Unasked 0.8, and 1 under a mask, as diffusers' image-to-image and inpainting pipelines have it."""
+    if "image" in given:
+        return _within("strength", given.get("strength", 1.0 if "mask" in given else 0.8), 0.0, 1.0)  # type: ignore[no-any-return]
+    if "strength" in given:
+        raise InvalidInputError("strength", "needs an image to start from")
+    return 1.0
 
 
 def _scheduler(name: str, limits: Limits) -> str:

@@ -13,12 +13,11 @@ import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
 from bls import ComponentUnavailableError
-from contract import InvalidInputError, QueueFullError
+from contract import InvalidInputError, Pixels, QueueFullError
 from stepping import ClientGoneError
 
-Pixels = npt.NDArray[np.uint8]
-
 TEXTS = ("prompt", "negative_prompt", "scheduler")
+ARRAYS = ("image", "mask")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,18 +38,24 @@ class Picture:
 
 
 def read_inputs(request: Any) -> dict[str, Any]:
-    """The inputs that the client sent, by name.
+    """The inputs that the client sent, by name. Pictures still lie in Triton's memory: copy what is to be kept.
 
     Raises:
         InvalidInputError: a text is not UTF-8, or a tensor is empty.
     """
-    given: dict[str, Any] = {}
-    for tensor in request.inputs():
-        values = tensor.as_numpy().reshape(-1)
-        if values.size != 1:
-            raise InvalidInputError(tensor.name(), f"must hold one value, not {values.size}")
-        given[tensor.name()] = _text(tensor.name(), values[0]) if tensor.name() in TEXTS else values[0].item()
-    return given
+    return {tensor.name(): _value(tensor.name(), tensor.as_numpy()) for tensor in request.inputs()}
+
+
+def _value(name: str, array: npt.NDArray[Any]) -> Any:
+    if name in ARRAYS:
+        return array
+    if array.size != 1:
+        raise InvalidInputError(name, f"must hold one value, not {array.size}")
+    value = array.reshape(-1)[0]
+    if name in TEXTS:
+        return _text(name, value)
+    # 0.7 travels as the float32 0.699999988; what was meant is the shortest decimal that becomes this float32.
+    return float(str(value)) if isinstance(value, np.float32) else value.item()
 
 
 def _text(name: str, value: bytes) -> str:

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from bls import Components
 from conditions import Array, Conditions, conditions_of, merge, outputs_of, texts_of
 from contract import Architecture, Limits, Request, check_request, read_scheduler_config
 from messages import Picture, error_response, read_inputs, response_of
+from overlay import overlay
 from prompts import PromptTokenizers
 from sampling import Image
-from stepping import StepLoop
+from starts import Canvas, Original
+from stepping import Sample, StepLoop
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 # Every BLS call in flight holds a thread of asyncio's default executor, whose own size is but cores + 4.
@@ -37,8 +40,10 @@ class _Job:
 
     request: Request
     conditions: Conditions
+    canvas: Canvas
     prompt_tokens: int
     encode_seconds: float
+    sender: Any
     cancelled: Callable[[], bool]
     """One bound method for all of them: the step loop then asks Triton once a round for all."""
 
@@ -79,7 +84,7 @@ class TritonPythonModel:
             request = check_request(read_inputs(triton_request), self._limits)
             loop.reserve(request.num_images)
             try:
-                await self._draw(await self._prepare(request, sender), sender, loop)
+                await self._draw(await self._prepare(request, sender), loop)
             finally:
                 loop.release(request.num_images)
         except BaseException as error:
@@ -89,49 +94,76 @@ class TritonPythonModel:
 
     async def _prepare(self, request: Request, sender: Any) -> _Job:
         began = time.perf_counter()
+        request = _with_own_pixels(request)
         tokens = self._tokenize(texts_of(request, self._architecture))
-        texts = await self._encode(tokens.ids)
+        texts, original = await asyncio.gather(self._encode_texts(tokens.ids), self._encode_image(request))
         return _Job(
             request=request,
             conditions=conditions_of(request, texts, self._architecture),
+            canvas=Canvas(self._latent_shape(request), original, self._architecture.is_latent_consistency),
             prompt_tokens=tokens.count,
             encode_seconds=time.perf_counter() - began,
+            sender=sender,
             cancelled=sender.is_cancelled,
         )
 
-    async def _encode(self, ids: list[Any]) -> dict[str, Array]:
+    async def _encode_texts(self, ids: list[Any]) -> dict[str, Array]:
         """What the text encoders make of the texts together: hidden states [T, L, D] and, of some, a pooled [T, P]."""
         made_of = self._architecture
         calls = zip(made_of.text_encoders, ids, outputs_of(made_of), strict=True)
         return merge(await asyncio.gather(*(self._components.encode_text(*call) for call in calls)))
 
-    async def _draw(self, job: _Job, sender: Any, loop: StepLoop) -> None:
+    async def _encode_image(self, request: Request) -> Original | None:
+        if request.image is None:
+            return None
+        mean, std = await self._components.encode(request.image)
+        return Original(mean, std, request.mask)
+
+    async def _draw(self, job: _Job, loop: StepLoop) -> None:
         """Send each picture as soon as it is ready; the last one sent ends the stream."""
         tasks = [asyncio.create_task(self._draw_one(job, index, loop)) for index in range(job.request.num_images)]
         try:
             for number, finished in enumerate(asyncio.as_completed(tasks), start=1):
                 response = response_of(await finished)
-                sender.send(response, flags=FINAL if number == len(tasks) else 0)
+                job.sender.send(response, flags=FINAL if number == len(tasks) else 0)
         finally:
             for task in tasks:
                 task.cancel()
 
     async def _draw_one(self, job: _Job, index: int, loop: StepLoop) -> Picture:
+        """Send the previews of the picture while its steps go on, and return it when it is finished."""
         own = replace(job.request, seed=job.request.seed + index)
-        image = Image(own, job.conditions, self._latent_shape(own), self._scheduler_config)
-        sample = await loop.sample(image, job.cancelled)
-        decoding = time.perf_counter()
+        image = Image(own, job.conditions, job.canvas, self._scheduler_config)
+        async with aclosing(loop.sample(image, job.cancelled)) as samples:
+            async for sample in samples:
+                picture = await self._decode(sample, job, index)
+                if not sample.is_final:
+                    job.sender.send(response_of(picture))
+        return picture
+
+    async def _decode(self, sample: Sample, job: _Job, index: int) -> Picture:
         pixels = await self._components.decode(sample.latents)
+        if job.request.image is not None and job.request.mask is not None:
+            pixels = overlay(pixels, job.request.image, job.request.mask)
         return Picture(
             pixels=pixels,
             index=index,
-            step=image.steps_done,
-            is_final=True,
-            seed=own.seed,
+            step=sample.step,
+            is_final=sample.is_final,
+            seed=job.request.seed + index,
             prompt_tokens=job.prompt_tokens,
-            timings=(sample.waited, job.encode_seconds, sample.took, time.perf_counter() - decoding),
+            timings=(sample.waited, job.encode_seconds, sample.took, time.perf_counter() - sample.made),
         )
 
     def _latent_shape(self, request: Request) -> tuple[int, int, int]:
         factor = self._limits.vae_scale_factor
         return self._limits.latent_channels, request.height // factor, request.width // factor
+
+
+def _with_own_pixels(request: Request) -> Request:
+    """The request, its pictures no longer in Triton's memory."""
+    return replace(
+        request,
+        image=None if request.image is None else request.image.copy(),
+        mask=None if request.mask is None else request.mask.copy(),
+    )

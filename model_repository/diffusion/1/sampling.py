@@ -1,4 +1,4 @@
-"""One image on its way from noise to latents: the mathematics of a step, without any batching.
+"""One image on its way to its latents: the mathematics of a step, without any batching.
 
 Follows `__call__` of diffusers' pipelines step for step, so that the same weights, seed and scheduler give the same
 latents. Knows torch and diffusers; the UNet itself and what it is told of the prompt are somebody else's.
@@ -15,8 +15,10 @@ import numpy as np
 import torch
 
 from conditions import HIDDEN_STATES, Array, Conditions
-from contract import InvalidInputError, Request
+from contract import Request
+from estimates import original_of, preview_steps
 from samplers import make_scheduler
+from starts import Canvas, start_of
 
 
 @dataclass(frozen=True)
@@ -34,30 +36,26 @@ class Image:
     Args:
         request: what to draw; `seed` must already be this image's own.
         conditions: the UNet's inputs beside latents and timestep, each with the R rows of this image.
-        latent_shape: C, h, w.
+        canvas: what to draw it on.
         scheduler_config: the checkpoint's.
 
     Raises:
-        InvalidInputError: the scheduler does not take this number of steps.
+        InvalidInputError: the scheduler does not take this number of steps, or the strength leaves none.
     """
 
     def __init__(
-        self,
-        request: Request,
-        conditions: Conditions,
-        latent_shape: tuple[int, int, int],
-        scheduler_config: Mapping[str, Any],
+        self, request: Request, conditions: Conditions, canvas: Canvas, scheduler_config: Mapping[str, Any]
     ) -> None:
         self.steps_done = 0
         self._conditions = conditions
         self._guidance_scale = request.guidance_scale
         self._scheduler = make_scheduler(request.scheduler, scheduler_config)
-        self._timesteps = _timesteps(self._scheduler, request.num_inference_steps)
-        # The noise of diffusers: drawn on the CPU in float32, one generator per image.
-        self._generator = torch.Generator("cpu").manual_seed(request.seed)
-        noise = torch.randn((1, *latent_shape), generator=self._generator)
-        self._latents = noise * self._scheduler.init_noise_sigma
-        self._extra = _extra_step_arguments(self._scheduler, self._generator)
+        generator = torch.Generator("cpu").manual_seed(request.seed)
+        start = start_of(request, canvas, self._scheduler, generator)
+        self._latents, self._timesteps, self._kept = start.latents, start.timesteps, start.kept
+        self._extra = _extra_step_arguments(self._scheduler, generator)
+        self._preview_steps = preview_steps(self.steps, request.partial_images)
+        self._preview: torch.Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -70,13 +68,23 @@ class Image:
         return self._latents.shape[2], self._latents.shape[3]
 
     @property
+    def steps(self) -> int:
+        """UNet calls that this image takes in all."""
+        return len(self._timesteps)
+
+    @property
     def finished(self) -> bool:
-        return self.steps_done == len(self._timesteps)
+        return self.steps_done == self.steps
 
     @property
     def latents(self) -> Array:
         """[C, h, w], as the scheduler left them (not yet divided by the VAE's scaling factor)."""
-        return np.asarray(self._latents[0].numpy(), dtype=np.float32)
+        return _to_array(self._latents)
+
+    @property
+    def preview(self) -> Array | None:
+        """[C, h, w], what the last step expects `latents` to become in the end; None where nobody asked to see it."""
+        return None if self._preview is None else _to_array(self._preview)
 
     def unet_rows(self) -> UNetRows:
         """The input of this image's next step."""
@@ -91,9 +99,13 @@ class Image:
     def advance(self, model_output: Array) -> None:
         """Take one step of the scheduler with the UNet's answer [R, C, h, w] to `unet_rows`."""
         guided = self._guide(torch.from_numpy(model_output))
-        timestep = self._timesteps[self.steps_done]
-        self._latents = self._scheduler.step(guided, timestep, self._latents, return_dict=False, **self._extra)[0]
+        timestep, sample = self._timesteps[self.steps_done], self._latents
+        step = self._scheduler.step(guided, timestep, sample, **self._extra)
         self.steps_done += 1
+        self._latents = self._put_back(step.prev_sample, None if self.finished else self._timesteps[self.steps_done])
+        self._preview = None
+        if self.steps_done in self._preview_steps:
+            self._preview = self._put_back(original_of(self._scheduler, step, timestep, guided, sample), None)
 
     def _guide(self, output: torch.Tensor) -> torch.Tensor:
         if self.rows == 1:
@@ -101,16 +113,12 @@ class Image:
         unconditional, conditional = output.chunk(2)
         return unconditional + self._guidance_scale * (conditional - unconditional)
 
+    def _put_back(self, latents: torch.Tensor, next_timestep: torch.Tensor | None) -> torch.Tensor:
+        return latents if self._kept is None else self._kept.put_back(latents, self._scheduler, next_timestep)
 
-def _timesteps(scheduler: Any, num_inference_steps: int) -> list[torch.Tensor]:
-    try:
-        scheduler.set_timesteps(num_inference_steps, device="cpu")
-    except ValueError as refusal:
-        # LCM and TCD take at most the steps they were distilled from.
-        raise InvalidInputError(
-            "num_inference_steps", f"the scheduler refuses {num_inference_steps}: {refusal}"
-        ) from None
-    return list(scheduler.timesteps)
+
+def _to_array(latents: torch.Tensor) -> Array:
+    return np.asarray(latents[0].numpy(), dtype=np.float32)
 
 
 def _extra_step_arguments(scheduler: Any, generator: torch.Generator) -> dict[str, Any]:

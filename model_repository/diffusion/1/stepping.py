@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict, deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,23 +30,47 @@ class ClientGoneError(Exception):
 
 @dataclass(frozen=True)
 class Sample:
-    """Latents [C, h, w] for the decoder, and the seconds that their image waited for a place and took steps."""
+    """Latents [C, h, w] for the decoder: the image's final ones, or those of a preview on the way to them.
+
+    `waited` and `took` are the seconds that the image waited for a place and has been taking steps; `made` is when.
+    """
 
     latents: Array
+    step: int
+    is_final: bool
     waited: float
     took: float
+    made: float
 
 
 @dataclass(eq=False)
 class _Ticket:
+    """An image's place in the loop. Whoever waits for the image reads `outcomes`; the loop never waits for them."""
+
     image: Image
     cancelled: Callable[[], bool]
-    done: asyncio.Future[Sample] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    outcomes: asyncio.Queue[Sample | BaseException] = field(default_factory=asyncio.Queue)
+    over: bool = False
     joined: float = field(default_factory=time.perf_counter)
     admitted: float = 0.0
 
-    def sample(self) -> Sample:
-        return Sample(self.image.latents, self.admitted - self.joined, time.perf_counter() - self.admitted)
+    def advance(self, model_output: Array) -> None:
+        self.image.advance(model_output)
+        if self.image.preview is not None:
+            self._hand_over(self.image.preview)
+        if self.image.finished:
+            self._hand_over(self.image.latents)
+            self.over = True
+
+    def fail(self, error: BaseException) -> None:
+        if not self.over:
+            self.over = True
+            self.outcomes.put_nowait(error)
+
+    def _hand_over(self, latents: Array) -> None:
+        now = time.perf_counter()
+        waited, took = self.admitted - self.joined, now - self.admitted
+        self.outcomes.put_nowait(Sample(latents, self.image.steps_done, self.image.finished, waited, took, now))
 
 
 class StepLoop:
@@ -84,9 +108,10 @@ class StepLoop:
         """Give places back."""
         self._reserved -= images
 
-    async def sample(self, image: Image, cancelled: Callable[[], bool]) -> Sample:
-        """Take the image through all its steps and return its final latents.
+    async def sample(self, image: Image, cancelled: Callable[[], bool]) -> AsyncGenerator[Sample, None]:
+        """Take the image through all its steps; yields its previews, if it has any, and last its final latents.
 
+        The steps go on whether or not a preview has been fetched. Closing the generator ends the image.
         `cancelled` is asked once per round, and once for all images that share it: it is a round trip to Triton.
 
         Raises:
@@ -97,7 +122,16 @@ class StepLoop:
         self._waiting.append(ticket)
         if self._running is None or self._running.done():
             self._running = asyncio.create_task(self._run())
-        return await ticket.done
+        try:
+            while True:
+                outcome = await ticket.outcomes.get()
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                yield outcome
+                if outcome.is_final:
+                    return
+        finally:
+            ticket.over = True
 
     async def _run(self) -> None:
         try:
@@ -105,7 +139,7 @@ class StepLoop:
                 self._admit()
                 self._drop_cancelled()
                 await asyncio.gather(*(self._step(batch) for batch in self._batches()))
-                self._active = [ticket for ticket in self._active if not ticket.done.done()]
+                self._active = [ticket for ticket in self._active if not ticket.over]
                 # Finished images are on their way to the decoder, and new ones may have come: let them go first.
                 await asyncio.sleep(0)
         except BaseException as error:
@@ -123,9 +157,9 @@ class StepLoop:
     def _drop_cancelled(self) -> None:
         answers = {cancelled: cancelled() for cancelled in {ticket.cancelled for ticket in self._active}}
         for ticket in self._active:
-            if answers[ticket.cancelled] and not ticket.done.done():
-                ticket.done.set_exception(ClientGoneError())
-        self._active = [ticket for ticket in self._active if not ticket.done.done()]
+            if answers[ticket.cancelled]:
+                ticket.fail(ClientGoneError())
+        self._active = [ticket for ticket in self._active if not ticket.over]
 
     def _batches(self) -> Iterable[list[_Ticket]]:
         """Split the active images into batches of one size and at most `max_rows` rows."""
@@ -152,18 +186,15 @@ class StepLoop:
             output = await self._unet(_stack([ticket.image.unet_rows() for ticket in batch]))
             first = 0
             for ticket in batch:
-                ticket.image.advance(output[first : first + ticket.image.rows])
+                ticket.advance(output[first : first + ticket.image.rows])
                 first += ticket.image.rows
-                if ticket.image.finished and not ticket.done.done():
-                    ticket.done.set_result(ticket.sample())
         except Exception as error:
             _fail(batch, error)
 
 
 def _fail(tickets: Iterable[_Ticket], error: BaseException) -> None:
     for ticket in tickets:
-        if not ticket.done.done():
-            ticket.done.set_exception(error)
+        ticket.fail(error)
 
 
 def _stack(rows: list[UNetRows]) -> UNetRows:
