@@ -55,6 +55,7 @@ SAMPLER_LAYERS = [
     "overlay",
     "sampling",
     "stepping",
+    "gauges",
     "bls",
     "messages",
     "model",

@@ -17,7 +17,7 @@ from contract import InvalidInputError, QueueFullError, Request, read_scheduler_
 from samplers import SCHEDULERS, make_scheduler
 from sampling import Image, UNetRows
 from starts import Canvas
-from stepping import ClientGoneError, Sample, StepLoop, UNet
+from stepping import ClientGoneError, Round, Sample, StepLoop, UNet
 
 REQUEST = Request(
     prompt="a red rocket",
@@ -62,8 +62,15 @@ async def until_called(unet: Any, calls: int) -> None:
         await asyncio.sleep(0)
 
 
-def loop_on(unet: UNet, **limits: int) -> StepLoop:
-    return StepLoop(unet, **({"max_rows": 16, "max_active": 32, "max_waiting": 8} | limits))
+def loop_on(unet: UNet, report: Callable[[Round], None] = lambda _: None, **limits: int) -> StepLoop:
+    sizes = {"max_rows": 16, "max_active": 32, "max_waiting": 8} | limits
+    return StepLoop(
+        unet,
+        max_rows=sizes["max_rows"],
+        max_active=sizes["max_active"],
+        max_waiting=sizes["max_waiting"],
+        report=report,
+    )
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
@@ -197,6 +204,43 @@ async def test_cancellation_is_asked_once_a_round_for_all_images_of_a_request(
     loop = loop_on(unet)
     await asyncio.gather(*(last(loop.sample(image_of(seed=seed), cancelled)) for seed in range(3)))
     assert len(asked) == REQUEST.num_inference_steps
+
+
+async def test_every_round_is_reported(unet: UNet, image_of: Callable[..., Image]) -> None:
+    rounds: list[Round] = []
+    loop = loop_on(unet, rounds.append, max_active=2)
+    wishes: list[dict[str, Any]] = [
+        {"num_inference_steps": 2},
+        {"num_inference_steps": 3, "width": 72},
+        {"num_inference_steps": 1, "guidance_scale": 1.0},
+    ]
+    await asyncio.gather(*(last(loop.sample(image_of(**wish), never)) for wish in wishes))
+    assert [(done.active, done.waiting) for done in rounds] == [(2, 1), (1, 1), (0, 0)]
+    assert [(done.unet_calls, done.unet_rows, done.steps) for done in rounds] == [(2, 4, 2), (2, 4, 2), (2, 3, 2)]
+    assert all(done.unet_seconds > 0 and done.saved_steps == 0 for done in rounds)
+
+
+async def test_steps_that_a_gone_client_saves_are_counted_for_all_its_images(
+    unet: Any, image_of: Callable[..., Image]
+) -> None:
+    rounds: list[Round] = []
+    gone = asyncio.Event()
+    loop = loop_on(unet, rounds.append, max_active=2)
+    images = [image_of(num_inference_steps=50, seed=seed) for seed in range(3)]
+    sampling = [asyncio.create_task(last(loop.sample(image, gone.is_set))) for image in images]
+    await until_called(unet, 3)
+    gone.set()
+    results = await asyncio.gather(*sampling, return_exceptions=True)
+    assert [type(result) for result in results] == [ClientGoneError] * 3
+    assert rounds[-1] == Round(
+        active=0,
+        waiting=0,
+        unet_calls=0,
+        unet_rows=0,
+        unet_seconds=0,
+        steps=0,
+        saved_steps=150 - 2 * images[0].steps_done,
+    )
 
 
 async def test_a_failing_batch_ends_its_own_images_alone(unet: Any, image_of: Callable[..., Image]) -> None:

@@ -22,6 +22,7 @@ import triton_python_backend_utils as pb_utils
 from bls import Components
 from conditions import Array, Conditions, conditions_of, merge, outputs_of, texts_of
 from contract import Architecture, Limits, Request, check_request, read_scheduler_config
+from gauges import Gauges
 from messages import Picture, error_response, read_inputs, response_of
 from overlay import overlay
 from prompts import PromptTokenizers
@@ -61,6 +62,7 @@ class TritonPythonModel:
         self._scheduler_config = read_scheduler_config(folder)
         self._tokenize = PromptTokenizers(folder, self._architecture.tokenizers)
         self._components = Components()
+        self._gauges = Gauges(self._limits.max_batch_size)
         self._loop: StepLoop | None = None
 
     async def execute(self, requests: list[Any]) -> None:
@@ -76,6 +78,7 @@ class TritonPythonModel:
             max_rows=self._limits.max_batch_size,
             max_active=self._limits.max_active_images,
             max_waiting=self._limits.max_waiting_images,
+            report=self._gauges.report,
         )
 
     async def _serve(self, triton_request: Any, loop: StepLoop) -> None:

@@ -43,6 +43,28 @@ class Sample:
     made: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """What one round did, and what it left: `active` images that take further steps, and those `waiting` to."""
+
+    active: int
+    waiting: int
+    unet_calls: int
+    unet_rows: int
+    unet_seconds: float
+    steps: int
+    """Of all images together."""
+    saved_steps: int
+    """Those that images had before them whose client has gone."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    rows: int
+    steps: int
+    seconds: float
+
+
 @dataclass(eq=False)
 class _Ticket:
     """An image's place in the loop. Whoever waits for the image reads `outcomes`; the loop never waits for them."""
@@ -51,6 +73,9 @@ class _Ticket:
     cancelled: Callable[[], bool]
     outcomes: asyncio.Queue[Sample | BaseException] = field(default_factory=asyncio.Queue)
     over: bool = False
+    """The last outcome is there: the final latents or an error."""
+    abandoned: bool = False
+    """Nobody reads the outcomes any longer."""
     joined: float = field(default_factory=time.perf_counter)
     admitted: float = 0.0
 
@@ -81,10 +106,20 @@ class StepLoop:
         max_rows: rows of one UNet call, at least 2.
         max_active: images that take steps at a time; all share the UNet evenly.
         max_waiting: images that may wait, first come first served.
+        report: is told of every round.
     """
 
-    def __init__(self, unet: UNet, *, max_rows: int, max_active: int, max_waiting: int) -> None:
+    def __init__(
+        self,
+        unet: UNet,
+        *,
+        max_rows: int,
+        max_active: int,
+        max_waiting: int,
+        report: Callable[[Round], None] = lambda _: None,
+    ) -> None:
         self._unet = unet
+        self._report = report
         self._max_rows = max_rows
         self._max_active = max_active
         self._max_waiting = max_waiting
@@ -131,15 +166,12 @@ class StepLoop:
                 if outcome.is_final:
                     return
         finally:
-            ticket.over = True
+            ticket.abandoned = True
 
     async def _run(self) -> None:
         try:
             while self._waiting or self._active:
-                self._admit()
-                self._drop_cancelled()
-                await asyncio.gather(*(self._step(batch) for batch in self._batches()))
-                self._active = [ticket for ticket in self._active if not ticket.over]
+                await self._round()
                 # Finished images are on their way to the decoder, and new ones may have come: let them go first.
                 await asyncio.sleep(0)
         except BaseException as error:
@@ -148,18 +180,38 @@ class StepLoop:
             self._active.clear()
             self._waiting.clear()
 
+    async def _round(self) -> None:
+        self._admit()
+        saved_steps = self._drop_those_whose_client_has_gone()
+        calls = await asyncio.gather(*(self._step(batch) for batch in self._batches()))
+        self._active = [ticket for ticket in self._active if not ticket.over]
+        self._report(
+            Round(
+                active=len(self._active),
+                waiting=len(self._waiting),
+                unet_calls=len(calls),
+                unet_rows=sum(call.rows for call in calls),
+                unet_seconds=sum(call.seconds for call in calls),
+                steps=sum(call.steps for call in calls),
+                saved_steps=saved_steps,
+            )
+        )
+
     def _admit(self) -> None:
         while self._waiting and len(self._active) < self._max_active:
             ticket = self._waiting.popleft()
             ticket.admitted = time.perf_counter()
             self._active.append(ticket)
 
-    def _drop_cancelled(self) -> None:
+    def _drop_those_whose_client_has_gone(self) -> int:
+        """Returns the number of steps that this saves."""
         answers = {cancelled: cancelled() for cancelled in {ticket.cancelled for ticket in self._active}}
-        for ticket in self._active:
-            if answers[ticket.cancelled]:
-                ticket.fail(ClientGoneError())
+        tickets = [*self._active, *self._waiting]
+        gone = [ticket for ticket in tickets if ticket.abandoned or answers.get(ticket.cancelled)]
+        _fail(gone, ClientGoneError())
         self._active = [ticket for ticket in self._active if not ticket.over]
+        self._waiting = deque(ticket for ticket in self._waiting if not ticket.over)
+        return sum(ticket.image.steps - ticket.image.steps_done for ticket in gone)
 
     def _batches(self) -> Iterable[list[_Ticket]]:
         """Split the active images into batches of one size and at most `max_rows` rows."""
@@ -180,16 +232,21 @@ class StepLoop:
             rows += ticket.image.rows
         yield batch
 
-    async def _step(self, batch: list[_Ticket]) -> None:
+    async def _step(self, batch: list[_Ticket]) -> _Call:
         """One UNet call and one scheduler step for each image of the batch; its failure ends these images alone."""
+        rows = sum(ticket.image.rows for ticket in batch)
+        began = time.perf_counter()
         try:
             output = await self._unet(_stack([ticket.image.unet_rows() for ticket in batch]))
+            seconds = time.perf_counter() - began
             first = 0
             for ticket in batch:
                 ticket.advance(output[first : first + ticket.image.rows])
                 first += ticket.image.rows
         except Exception as error:
             _fail(batch, error)
+            return _Call(rows, 0, time.perf_counter() - began)
+        return _Call(rows, len(batch), seconds)
 
 
 def _fail(tickets: Iterable[_Ticket], error: BaseException) -> None:

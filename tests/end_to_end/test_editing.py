@@ -1,0 +1,164 @@
+"""Previews, pictures to start from and masks, as a plain Triton client asks for them, against diffusers' pipelines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+from PIL import Image
+from tritonclient.grpc import InferenceServerClient
+from tritonclient.utils import InferenceServerException
+
+from plain_triton import Response, ask
+from running_server import Pixels, Server
+from samplers import make_scheduler
+
+PROMPT = "a red rocket on a blue background"
+STEPS = 6
+# Of 255, as in test_parity: the engine's rounding differs from torch's.
+TOLERANCE = 0.1
+
+ROWS, COLUMNS = np.mgrid[0:72, 0:104]
+ORIGINAL: Pixels = np.stack([COLUMNS * 2, ROWS * 3, np.where(COLUMNS > ROWS, 220, 40)], axis=-1).astype(np.uint8)
+MASK: Pixels = np.where((ROWS > 11) & (ROWS < 50) & (COLUMNS > 21) & (COLUMNS < 83), 255, 0).astype(np.uint8)
+
+
+@pytest.fixture
+def decoded(server: Server) -> Iterator[Any]:
+    """How many pictures the VAE's decoder has made."""
+    triton = InferenceServerClient(server.triton_url)
+    yield lambda: triton.get_inference_statistics("vae_decoder", client_timeout=10).model_stats[0].inference_count
+    triton.close()
+
+
+def picture_of(server: Server, **wish: Any) -> Pixels:
+    (response,) = ask(server.triton_url, **{"prompt": PROMPT, "num_inference_steps": STEPS, "seed": 5} | wish)
+    assert response["is_final"][0]
+    return response["image"]
+
+
+def by_diffusers(pipeline: Any, scheduler: str, **wish: Any) -> Pixels:
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config)
+    generator = torch.Generator().manual_seed(5)
+    picture = pipeline(PROMPT, num_inference_steps=STEPS, generator=generator, **wish).images[0]
+    return np.asarray(picture)
+
+
+def difference(ours: Pixels, theirs: Pixels) -> float:
+    """Mean absolute difference, in steps of 1/255; `pytest -rP` shows it."""
+    assert theirs.std() > 10, "a flat picture would prove nothing"
+    distances = np.abs(ours.astype(int) - theirs.astype(int))
+    print(f"mean difference {distances.mean():.4f}/255, largest {distances.max()}/255")
+    return float(distances.mean())
+
+
+def stages_of(responses: list[Response]) -> dict[int, list[tuple[int, bool]]]:
+    """Picture -> step and finality of what came of it, in order."""
+    stages: dict[int, list[tuple[int, bool]]] = {}
+    for response in responses:
+        step = int(response["step"][0]), bool(response["is_final"][0])
+        stages.setdefault(int(response["image_index"][0]), []).append(step)
+    return stages
+
+
+def test_previews_come_in_order_before_their_picture_and_cost_a_decode_each(server: Server, decoded: Any) -> None:
+    wish: dict[str, Any] = {
+        "prompt": PROMPT,
+        "num_images": 3,
+        "num_inference_steps": 20,
+        "seed": 5,
+        "scheduler": "ddim",
+    }
+    plain = ask(server.triton_url, **wish)
+    before = decoded()
+    responses = ask(server.triton_url, **wish, partial_images=3)
+    assert decoded() - before == 3 * 4
+    in_order = [(5, False), (10, False), (15, False), (20, True)]
+    assert stages_of(responses) == {0: in_order, 1: in_order, 2: in_order}
+    finals = {int(response["seed"][0]): response["image"] for response in plain}
+    for seed, final in finals.items():
+        own = [response["image"] for response in responses if response["seed"][0] == seed]
+        distances = [float(np.abs(image.astype(int) - final.astype(int)).mean()) for image in own]
+        print(f"seed {seed}: mean distance to the picture {[f'{distance:.1f}' for distance in distances]}")
+        assert np.abs(own[-1].astype(int) - final.astype(int)).max() <= 1
+        assert distances[2] < distances[0]
+
+
+def test_a_response_tells_of_tokens_and_where_the_time_went(server: Server) -> None:
+    began = time.perf_counter()
+    (response,) = ask(server.triton_url, prompt="a red rocket", negative_prompt="cat", num_inference_steps=20)
+    wall = (time.perf_counter() - began) * 1000
+    print(f"{response['timings_ms'].tolist()} of {wall:.0f} ms")
+    assert response["prompt_tokens"].tolist() == [4]
+    assert all(response["timings_ms"] > 0)
+    assert response["timings_ms"].sum() <= wall
+
+
+@pytest.mark.parametrize(("guidance_scale", "strength"), [(1.0, 0.5), (7.5, 0.8), (7.5, 1.0)])
+@pytest.mark.parametrize("scheduler", ["pndm", "euler_a", "heun", "dpmpp_2m", "lcm"])
+def test_image_to_image_equals_that_of_diffusers(
+    scheduler: str, guidance_scale: float, strength: float, pipeline: Any, server: Server
+) -> None:
+    wish: dict[str, Any] = {"guidance_scale": guidance_scale, "strength": strength}
+    ours = picture_of(server, image=ORIGINAL, scheduler=scheduler, **wish)
+    image_to_image = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
+    assert (
+        difference(ours, by_diffusers(image_to_image, scheduler, image=Image.fromarray(ORIGINAL), **wish)) <= TOLERANCE
+    )
+
+
+@pytest.mark.parametrize(("guidance_scale", "strength"), [(1.0, 0.7), (7.5, 1.0)])
+@pytest.mark.parametrize("scheduler", ["pndm", "euler_a", "heun"])
+def test_inpainting_equals_that_of_diffusers_and_leaves_the_rest_to_the_bit(
+    scheduler: str, guidance_scale: float, strength: float, pipeline: Any, server: Server
+) -> None:
+    wish: dict[str, Any] = {"guidance_scale": guidance_scale, "strength": strength}
+    ours = picture_of(server, image=ORIGINAL, mask=MASK, scheduler=scheduler, **wish)
+    inpainting = StableDiffusionInpaintPipeline(**pipeline.components, requires_safety_checker=False)
+    given = {"image": Image.fromarray(ORIGINAL), "mask_image": Image.fromarray(MASK), "width": 104, "height": 72}
+    theirs = by_diffusers(inpainting, scheduler, **given, **wish)
+    repainted = MASK == 255
+    assert np.array_equal(ours[~repainted], ORIGINAL[~repainted])
+    assert difference(ours[repainted], theirs[repainted]) <= TOLERANCE
+
+
+def test_pictures_from_one_picture_differ_by_their_seeds_as_alone(server: Server) -> None:
+    wish: dict[str, Any] = {"prompt": PROMPT, "image": ORIGINAL, "num_inference_steps": STEPS}
+    together = ask(server.triton_url, **wish, seed=20, num_images=3)
+    assert sorted(int(response["seed"][0]) for response in together) == [20, 21, 22]
+    for response in together:
+        alone = picture_of(server, image=ORIGINAL, seed=int(response["seed"][0]))
+        assert np.abs(response["image"].astype(int) - alone.astype(int)).max() <= 1
+
+
+def test_the_default_strengths_are_those_of_diffusers(server: Server) -> None:
+    assert np.array_equal(picture_of(server, image=ORIGINAL), picture_of(server, image=ORIGINAL, strength=0.8))
+    masked = {"image": ORIGINAL, "mask": MASK}
+    assert np.array_equal(picture_of(server, **masked), picture_of(server, **masked, strength=1.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "wish"),
+    [
+        ("image", {"image": ORIGINAL, "width": 64}),
+        ("image", {"image": ORIGINAL[:64], "height": 72}),
+        ("image", {"image": ORIGINAL[:, :0], "width": 64, "height": 64}),
+        ("height", {"image": ORIGINAL[:60]}),
+        ("mask", {"image": ORIGINAL, "mask": MASK[:64]}),
+        ("mask", {"mask": MASK}),
+        ("strength", {"image": ORIGINAL, "strength": 1.5}),
+        ("strength", {"image": ORIGINAL, "strength": 0.01}),
+        ("strength", {"strength": 0.5}),
+        ("partial_images", {"partial_images": 4}),
+    ],
+)
+def test_what_cannot_be_served_is_named(name: str, wish: dict[str, Any], server: Server) -> None:
+    with pytest.raises(InferenceServerException, match=rf"^{name}: ") as refused:
+        ask(server.triton_url, prompt=PROMPT, **wish)
+    print(refused.value)

@@ -1,0 +1,52 @@
+"""What the sampler adds to Triton's metrics, seen where Prometheus would look."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import httpx
+
+from plain_triton import ask, responses
+from running_server import Server
+
+# Still at work when somebody looks.
+LONG: dict[str, Any] = {"prompt": "cat", "width": 128, "height": 128, "num_inference_steps": 150, "scheduler": "ddim"}
+
+
+def metrics_of(server: Server) -> dict[str, float]:
+    """The sampler's own, without their common beginning."""
+    text = httpx.get(server.metrics_url, timeout=10).text
+    pairs = re.findall(r"^hypergen_sampler_(\w+)(?:\{[^}]*\})? (\S+)$", text, re.MULTILINE)
+    return {name: float(value) for name, value in pairs}
+
+
+def grown(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    return {name: after[name] - before[name] for name in after if name.endswith("_total")}
+
+
+def test_rows_calls_and_steps_are_counted(server: Server) -> None:
+    before = metrics_of(server)
+    ask(server.triton_url, prompt="cat", num_images=2, num_inference_steps=6, guidance_scale=3.0, scheduler="ddim")
+    ask(server.triton_url, prompt="cat", num_inference_steps=6, guidance_scale=1.0, scheduler="ddim")
+    after = metrics_of(server)
+    print(after)
+    counted = grown(before, after)
+    assert 0 < counted.pop("unet_seconds_total") < 60
+    assert counted == {"unet_calls_total": 12, "unet_rows_total": 30, "steps_total": 18, "saved_steps_total": 0}
+    assert after["unet_max_rows"] == 16  # eight images of two rows, as the fixture exports it
+
+
+def test_images_at_work_are_seen_and_the_steps_that_a_gone_client_saves(server: Server) -> None:
+    before = metrics_of(server)
+    stream = responses(server.triton_url, **LONG, num_images=2, partial_images=3)
+    next(stream)
+    at_work = metrics_of(server)
+    stream.close()
+    server.wait_until(lambda: metrics_of(server)["active_images"] == 0, 10, "idle")
+    after = metrics_of(server)
+    counted = grown(before, after)
+    print(at_work, counted)
+    assert (at_work["active_images"], at_work["waiting_images"]) == (2, 0)
+    assert counted["saved_steps_total"] > 0
+    assert counted["steps_total"] + counted["saved_steps_total"] == 300

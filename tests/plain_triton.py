@@ -1,0 +1,69 @@
+"""The model `diffusion` as any client of Triton sees it, without the gateway."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Generator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tritonclient.grpc import InferenceServerClient, InferInput
+from tritonclient.utils import triton_to_np_dtype
+
+DATATYPES = {
+    "prompt": "BYTES",
+    "negative_prompt": "BYTES",
+    "scheduler": "BYTES",
+    "num_images": "INT32",
+    "width": "INT32",
+    "height": "INT32",
+    "num_inference_steps": "INT32",
+    "partial_images": "INT32",
+    "guidance_scale": "FP32",
+    "strength": "FP32",
+    "seed": "INT64",
+    "image": "UINT8",
+    "mask": "UINT8",
+}
+Response = dict[str, npt.NDArray[Any]]
+
+
+def ask(url: str, **inputs: Any) -> list[Response]:
+    """The output tensors of every response, in the order in which they come.
+
+    Raises:
+        InferenceServerException: what Triton answered instead.
+    """
+    return list(responses(url, **inputs))
+
+
+def responses(url: str, **inputs: Any) -> Generator[Response, None, None]:
+    """The same one by one; closing the generator cancels the request."""
+    answers: queue.Queue[Any] = queue.Queue()
+    client = InferenceServerClient(url)
+    try:
+        client.start_stream(lambda result, error: answers.put(error or result))
+        tensors = [_tensor(name, value) for name, value in inputs.items()]
+        client.async_stream_infer("diffusion", tensors, enable_empty_final_response=True)
+        is_last = False
+        while not is_last:
+            answer = answers.get(timeout=60)
+            if isinstance(answer, Exception):
+                raise answer
+            response = answer.get_response()
+            is_last = response.parameters["triton_final_response"].bool_param
+            yield {output.name: answer.as_numpy(output.name) for output in response.outputs}
+    finally:
+        client.stop_stream(cancel_requests=True)
+        client.close()
+
+
+def _tensor(name: str, value: Any) -> InferInput:
+    datatype = DATATYPES[name]
+    if isinstance(value, str):
+        value = value.encode()
+    array = value if isinstance(value, np.ndarray) else np.array([value], dtype=triton_to_np_dtype(datatype))
+    tensor = InferInput(name, list(array.shape), datatype)
+    tensor.set_data_from_numpy(array)
+    return tensor
