@@ -75,8 +75,8 @@ class Sampler:
         if request.image is None:
             return Canvas(shape)
         answer = self.run("vae_encoder", image=request.image[None])
-        original = Original(answer["mean"][0], answer["std"][0], request.mask)
-        return Canvas(shape, original, self.architecture.is_latent_consistency)
+        original = Original(answer["mean"][0], answer["std"][0])
+        return Canvas(shape, original, request.mask, self.architecture.is_latent_consistency)
 
     def loop(self) -> StepLoop:
         return StepLoop(self.unet, max_rows=16, max_active=8, max_waiting=8)

@@ -192,9 +192,8 @@ def _within(name: str, value: Any, low: Any, high: Any) -> Any:
 
 def _size(given: Mapping[str, Any], limits: Limits) -> tuple[int, int]:
     """The size asked for; without one that of the picture to start from, and without that the checkpoint's own."""
-    default_height, default_width, *_ = np.shape(
-        given.get("image", np.empty((limits.default_height, limits.default_width)))
-    )
+    image = given.get("image")
+    default_height, default_width = (limits.default_height, limits.default_width) if image is None else image.shape[:2]
     width = _side("width", given.get("width", default_width), limits)
     height = _side("height", given.get("height", default_height), limits)
     if limits.sizes and f"{width}x{height}" not in limits.sizes:
@@ -211,20 +210,20 @@ def _side(name: str, value: int, limits: Limits) -> int:
 
 def _check_pixels(given: Mapping[str, Any], width: int, height: int) -> None:
     for name, shape in (("image", (height, width, 3)), ("mask", (height, width))):
+        if name in given and "image" not in given:
+            raise InvalidInputError(name, "needs an image that it lies over")
         if name in given and given[name].shape != shape:
             problem = f"must be {list(shape)} as height and width say, not {list(given[name].shape)}"
             raise InvalidInputError(name, problem)
-        if name in given and "image" not in given:
-            raise InvalidInputError(name, "needs an image that it lies over")
 
 
 def _strength(given: Mapping[str, Any]) -> float:
     """Unasked 0.8, and 1 under a mask, as diffusers' image-to-image and inpainting pipelines have it."""
-    if "image" in given:
-        return _within("strength", given.get("strength", 1.0 if "mask" in given else 0.8), 0.0, 1.0)  # type: ignore[no-any-return]
-    if "strength" in given:
+    if "strength" in given and "image" not in given:
         raise InvalidInputError("strength", "needs an image to start from")
-    return 1.0
+    unasked = 0.8 if "image" in given and "mask" not in given else 1.0
+    strength: float = _within("strength", given.get("strength", unasked), 0.0, 1.0)
+    return strength
 
 
 def _scheduler(name: str, limits: Limits) -> str:

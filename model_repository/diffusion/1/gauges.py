@@ -1,7 +1,7 @@
 """What the sampler adds to Triton's own metrics.
 
-Knows Triton's custom metrics and the step loop's reports. An update is a round trip to Triton's process, during which the
-loop stands still, so rounds are summed up between updates.
+Knows Triton's custom metrics and the step loop's reports. An update is a round trip to Triton's process, and the loop
+stands still meanwhile, so rounds are summed up between updates.
 """
 
 from __future__ import annotations

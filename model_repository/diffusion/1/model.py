@@ -103,7 +103,12 @@ class TritonPythonModel:
         return _Job(
             request=request,
             conditions=conditions_of(request, texts, self._architecture),
-            canvas=Canvas(self._latent_shape(request), original, self._architecture.is_latent_consistency),
+            canvas=Canvas(
+                shape=self._latent_shape(request),
+                original=original,
+                mask=request.mask,
+                thins_out=self._architecture.is_latent_consistency,
+            ),
             prompt_tokens=tokens.count,
             encode_seconds=time.perf_counter() - began,
             sender=sender,
@@ -119,8 +124,7 @@ class TritonPythonModel:
     async def _encode_image(self, request: Request) -> Original | None:
         if request.image is None:
             return None
-        mean, std = await self._components.encode(request.image)
-        return Original(mean, std, request.mask)
+        return Original(*await self._components.encode(request.image))
 
     async def _draw(self, job: _Job, loop: StepLoop) -> None:
         """Send each picture as soon as it is ready; the last one sent ends the stream."""
@@ -147,7 +151,8 @@ class TritonPythonModel:
     async def _decode(self, sample: Sample, job: _Job, index: int) -> Picture:
         pixels = await self._components.decode(sample.latents)
         if job.request.image is not None and job.request.mask is not None:
-            pixels = overlay(pixels, job.request.image, job.request.mask)
+            # In a thread: milliseconds for a large picture, in which the step loop would stand still.
+            pixels = await asyncio.to_thread(overlay, pixels, job.request.image, job.request.mask)
         return Picture(
             pixels=pixels,
             index=index,

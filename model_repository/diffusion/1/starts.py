@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from conditions import Array
-from contract import InvalidInputError, Request
+from contract import InvalidInputError, Pixels, Request
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,6 @@ class Original:
 
     mean: Array
     std: Array
-    mask: npt.NDArray[np.uint8] | None = None
-    """[H, W] in pixels: from 128 on, what lies under it is repainted."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +31,8 @@ class Canvas:
 
     shape: tuple[int, int, int]
     original: Original | None = None
+    mask: Pixels | None = None
+    """[H, W] over the original: from 128 on, what lies under it is repainted."""
     thins_out: bool = False
     """How a strength below 1 is met: True takes the request's number of steps through what the strength leaves of the
     schedule, as the pipelines of latent consistency models do; False takes the last steps of that many."""
@@ -77,27 +76,30 @@ def start_of(request: Request, canvas: Canvas, scheduler: Any, generator: torch.
         timesteps = _timesteps(scheduler, request.num_inference_steps)
         noise = torch.randn((1, *canvas.shape), generator=generator)
         return Start(noise * scheduler.init_noise_sigma, timesteps)
-    if canvas.original.mask is None:
-        return _from_picture(request, canvas, scheduler, generator)
-    return _from_masked_picture(request, canvas.original, scheduler, generator)
+    if canvas.mask is None:
+        return _from_picture(request, canvas.original, canvas.thins_out, scheduler, generator)
+    return _from_masked_picture(request, canvas.original, canvas.mask, scheduler, generator)
 
 
-def _from_picture(request: Request, canvas: Canvas, scheduler: Any, generator: torch.Generator) -> Start:
-    thins_out = canvas.thins_out and "strength" in inspect.signature(scheduler.set_timesteps).parameters
+def _from_picture(
+    request: Request, original: Original, thins_out: bool, scheduler: Any, generator: torch.Generator
+) -> Start:
+    thins_out = thins_out and "strength" in inspect.signature(scheduler.set_timesteps).parameters
     timesteps = _thinned_timesteps(scheduler, request) if thins_out else _last_timesteps(scheduler, request)
-    assert canvas.original is not None
-    latents = _drawn(canvas.original, generator)
+    latents = _drawn(original, generator)
     noise = torch.randn(latents.shape, generator=generator)
     return Start(scheduler.add_noise(latents, noise, timesteps[0][None]), timesteps)
 
 
-def _from_masked_picture(request: Request, original: Original, scheduler: Any, generator: torch.Generator) -> Start:
+def _from_masked_picture(
+    request: Request, original: Original, mask: Pixels, scheduler: Any, generator: torch.Generator
+) -> Start:
     timesteps = _last_timesteps(scheduler, request)
     latents = _drawn(original, generator)
     noise = torch.randn(latents.shape, generator=generator)
     # The masked picture, which only a UNet of nine channels sees; diffusers draws it for any.
     torch.randn(latents.shape, generator=generator)
-    kept = Kept(latents, noise, _latent_mask(original))
+    kept = Kept(latents, noise, _latent_mask(mask, latents.shape[2:]))
     if request.strength == 1.0:
         return Start(noise * scheduler.init_noise_sigma, timesteps, kept)
     return Start(scheduler.add_noise(latents, noise, timesteps[0][None]), timesteps, kept)
@@ -109,11 +111,10 @@ def _drawn(original: Original, generator: torch.Generator) -> torch.Tensor:
     return mean + std * torch.randn(mean.shape, generator=generator)
 
 
-def _latent_mask(original: Original) -> torch.Tensor:
+def _latent_mask(mask: Pixels, size: torch.Size) -> torch.Tensor:
     """[1, 1, h, w]: each latent pixel is repainted where the mask covers its top left corner."""
-    assert original.mask is not None
-    covered = torch.from_numpy((original.mask >= 128).astype(np.float32))[None, None]
-    return torch.nn.functional.interpolate(covered, size=original.mean.shape[1:])
+    covered = torch.from_numpy((mask >= 128).astype(np.float32))[None, None]
+    return torch.nn.functional.interpolate(covered, size=size)
 
 
 def _timesteps(scheduler: Any, num_inference_steps: int, **more: Any) -> list[torch.Tensor]:
