@@ -49,7 +49,9 @@ for await (const event of await client.images.edit({
   editStreamed.push({ ...rest, bytes: Buffer.from(b64_json, "base64").length });
 }
 const varied = await client.images.createVariation({ image: await image(), n: 2 });
-const wrongMask = client.images.edit({ image: await image(), mask: await image(), prompt: "a fox" });
+const wrongMask = await errorOf(
+  client.images.edit({ image: await image(), mask: await image(), prompt: "a fox" }),
+);
 
 const linked = await client.images.generate({ prompt: "a fox", response_format: "url", output_format: "webp" });
 const file = await fetch(linked.data[0].url);
@@ -65,7 +67,7 @@ console.log(
     edited,
     editStreamed,
     varied,
-    wrongMask: await errorOf(wrongMask),
+    wrongMask,
     unknownModel: await errorOf(client.models.retrieve("no/such-model")),
     wrongSize: await errorOf(client.images.generate({ prompt: "a fox", size: "7x7" })),
     wrongKey: await errorOf(new OpenAI({ baseURL, apiKey: "sk-wrong", maxRetries: 0 }).models.list()),
