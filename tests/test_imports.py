@@ -36,6 +36,8 @@ GATEWAY_LAYERS = [
     "events",
     "links",
     "s3",
+    "openapi",
+    "docs",
     "triton",
     "middleware",
     "endpoints",

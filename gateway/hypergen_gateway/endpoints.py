@@ -11,15 +11,15 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from hypergen_gateway import openai, responses
+from hypergen_gateway import docs, openai, responses
 from hypergen_gateway.admission import Admission
 from hypergen_gateway.bodies import media_type, read_form, read_json
 from hypergen_gateway.config import Config
@@ -31,18 +31,11 @@ from hypergen_gateway.fields import EditForm, EditRequest, ImageRequest, Picture
 from hypergen_gateway.generation import Backend, ModelDescription
 from hypergen_gateway.links import FILES_PATH, Links, LocalLinks
 from hypergen_gateway.middleware import BodyLimit
+from hypergen_gateway.openapi import describe_api
+from hypergen_gateway.responses import Health
 from hypergen_gateway.starts import Start, Uploads, open_starts
 
 T = TypeVar("T")
-
-
-class Health(BaseModel):
-    """How the server is. What only Triton knows is null until it has told."""
-
-    status: Literal["healthy", "unhealthy"]
-    model: str | None
-    queue_size: int
-    device: str | None
 
 
 @dataclass(frozen=True)
@@ -66,6 +59,8 @@ class Endpoints:
             )
         ]
         return [
+            Route("/openapi.json", self.openapi),
+            Route("/docs", self.docs),
             Route("/health", self.health),
             Route("/health/live", self.live),
             Route("/health/ready", self.ready),
@@ -76,6 +71,16 @@ class Endpoints:
             Route("/v1/images/variations", self.vary_image, methods=["POST"], middleware=uploads),
             Route(f"{FILES_PATH}/{{name}}", self.read_file),
         ]
+
+    async def openapi(self, _: Request) -> Response:
+        """The API's description."""
+        return JSONResponse(await self._description())
+
+    async def docs(self, request: Request) -> Response:
+        """The API's description, to be read."""
+        page = docs.render(await self._description(), self.config.public_url or str(request.base_url))
+        headers = {"Content-Security-Policy": docs.CONTENT_SECURITY_POLICY, "X-Content-Type-Options": "nosniff"}
+        return HTMLResponse(page, headers=headers)
 
     async def health(self, _: Request) -> Response:
         """200 while the process lives; the body says how Triton is."""
@@ -191,6 +196,10 @@ class Endpoints:
 
     async def _model_id(self) -> str:
         return self.config.model_id or (await self.backend.describe()).model_id
+
+    async def _description(self) -> dict[str, Any]:
+        model = await _or_none(self.backend.describe(), self.config.probe_timeout)
+        return describe_api(model, secured=self.config.api_key is not None)
 
     async def _health(self) -> Health:
         limit = self.config.probe_timeout

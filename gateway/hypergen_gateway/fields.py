@@ -100,12 +100,12 @@ class _EditFields(_PromptFields):
 
 
 class ImageReference(_Body):
-    """An image in a JSON body."""
+    """An image in a JSON body. OpenAI's other kind of reference, `file_id`, needs its Files API."""
 
-    image_url: str | None = Field(
-        default=None, description="A data URL, `data:image/png;base64,…`. Nothing is fetched from the net."
+    image_url: str = Field(
+        description="A data URL, `data:image/png;base64,…`. No URL is ever fetched.",
+        json_schema_extra={"pattern": "^data:"},
     )
-    file_id: str | None = Field(default=None, description="Refused: this server has no Files API.")
 
 
 class EditRequest(_EditFields):

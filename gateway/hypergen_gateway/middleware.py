@@ -31,8 +31,8 @@ from hypergen_gateway.request_id import accept_or_create, current_request_id
 
 access_logger = logging.getLogger("hypergen_gateway.access")
 
-# Probes come without a key.
-_OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
+# Probes come without a key, and so does whoever wants to read how to use one.
+_OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/openapi.json", "/docs"})
 # A link is a key of its own.
 _OPEN_PREFIX = f"{FILES_PATH}/"
 

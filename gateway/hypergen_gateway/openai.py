@@ -82,7 +82,7 @@ _LEGAL: dict[str, str] = {
     "input_fidelity": "'high' or 'low'",
     "image": "a PNG, JPEG or WebP file; an edit takes up to {max_images}",
     "images": 'an array of 1 to {max_images} objects such as {{"image_url": "data:image/png;base64,…"}}',
-    "mask": "a PNG with transparent pixels where the image is drawn anew",
+    "mask": 'a PNG, transparent where the image is drawn anew; in JSON {{"image_url": "data:image/png;base64,…"}}',
     "lora_path": "absent",
     "lora_scale": "a number from 0 to 2",
 }
@@ -146,12 +146,7 @@ def uploads_of_json(request: EditRequest) -> Uploads:
 
 
 def _file_in(reference: ImageReference, param: str) -> BinaryIO:
-    url = reference.image_url
-    if url is None or reference.file_id is not None:
-        raise InvalidRequestError(
-            f"'{param}' must hold an image_url and no file_id: this server has no Files API.", param
-        )
-    head, comma, content = url.partition(",")
+    head, comma, content = reference.image_url.partition(",")
     if not head.startswith("data:"):
         raise InvalidRequestError(
             f"An image_url in '{param}' must be a data URL, 'data:image/png;base64,…'. No URL is ever fetched.",

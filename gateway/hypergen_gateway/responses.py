@@ -41,6 +41,15 @@ class ModelList(BaseModel):
     data: list[ModelObject]
 
 
+class Health(BaseModel):
+    """How the server is. What only Triton knows is null until it has told."""
+
+    status: Literal["healthy", "unhealthy"]
+    model: str | None
+    queue_size: int
+    device: str | None
+
+
 class ImageObject(BaseModel):
     """One picture of a response. `seed` is an extension: with it, and n = 1, the picture can be made again."""
 

@@ -221,7 +221,7 @@ class TestBucket:
         assert s3
         app = create_app(Config(link_bucket="s3://nowhere"), backend)
         async with app.router.lifespan_context(app):
-            await until(lambda: "nowhere" in caplog.text)
+            await until(lambda: "cannot be used" in caplog.text, 20)
         assert "the bucket 'nowhere' for pictures cannot be used" in caplog.text
         async with in_memory(app) as client:
             response = await client.post(GENERATIONS, json={"prompt": "a", "response_format": "url"})
