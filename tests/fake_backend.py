@@ -13,7 +13,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from hypergen_gateway.errors import HyperGenError
-from hypergen_gateway.generation import Generation, ModelDescription, Picture
+from hypergen_gateway.generation import Generation, ModelDescription, Picture, Timings
 
 MODEL = ModelDescription(
     model_id="acme/tiny-emoji",
@@ -86,7 +86,15 @@ class FakeBackend:
 def flat_picture(generation: Generation, index: int) -> Picture:
     seed = generation.seed + index
     shape = (generation.height, generation.width, 3)
-    return Picture(pixels=np.full(shape, seed % 256, dtype=np.uint8), index=index, seed=seed)
+    return Picture(
+        pixels=np.full(shape, seed % 256, dtype=np.uint8),
+        index=index,
+        seed=seed,
+        step=generation.num_inference_steps,
+        is_final=True,
+        prompt_tokens=len(generation.prompt.split()),
+        timings=Timings(queue=1.0, encode_text=2.0, denoise=30.0, decode=4.0),
+    )
 
 
 async def until(condition: Callable[[], bool], limit: float = 5.0) -> None:

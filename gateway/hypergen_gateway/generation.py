@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 MAX_SEED = 2**63 - 1
 Lines = tuple[str, ...]
+Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,15 +31,38 @@ class Generation:
     guidance_scale: float
     scheduler: str | None = None  # None: the checkpoint's own
     seed: int
+    partial_images: int = 0  # previews of each picture on its way, at evenly spaced steps
+    image: Pixels | None = None  # RGB [height, width, 3] to start from
+    mask: Pixels | None = None  # [height, width]; 255 is repainted, 0 stays as in `image`
+    strength: float | None = None  # from 0 to 1, how much of `image` is noised away; None: the model's default
+    lora: str | None = None  # the name of one that the model was exported with
+    lora_scale: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Where the sampler spent a picture's time, in milliseconds."""
+
+    queue: float
+    encode_text: float
+    denoise: float
+    decode: float
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Picture:
-    """A finished picture: RGB pixels [height, width, 3], its place in the request and the seed it came from."""
+    """A picture: RGB pixels [height, width, 3], its place in the request and the seed it came from.
 
-    pixels: NDArray[np.uint8]
+    A preview is what the model expects the picture to become after `step` steps; `is_final` tells the two apart.
+    """
+
+    pixels: Pixels
     index: int
     seed: int
+    step: int
+    is_final: bool
+    prompt_tokens: int  # of the prompt and the negative prompt, as the text encoder read them
+    timings: Timings
 
 
 @dataclass(frozen=True, kw_only=True)
