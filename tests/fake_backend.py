@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -46,6 +47,9 @@ class FakeBackend:
         self.missing_pictures = 0
         self.open = asyncio.Event()  # while clear, no picture is finished
         self.open.set()
+        self.finishing = asyncio.Event()  # while clear, previews come and pictures do not
+        self.finishing.set()
+        self.late_failure: Exception | None = None  # raised after the previews
         self.answering = asyncio.Event()  # while clear, describe() and ready() hang
         self.answering.set()
         self.generations: list[Generation] = []
@@ -73,6 +77,12 @@ class FakeBackend:
             await self.open.wait()
             if self.failure is not None:
                 raise self.failure
+            for number in range(generation.partial_images):
+                for index in range(generation.num_images):
+                    yield flat_preview(generation, index, number)
+            await self.finishing.wait()
+            if self.late_failure is not None:
+                raise self.late_failure
             for index in reversed(range(generation.num_images - self.missing_pictures)):
                 yield flat_picture(generation, index)
         finally:
@@ -95,6 +105,12 @@ def flat_picture(generation: Generation, index: int) -> Picture:
         prompt_tokens=len(generation.prompt.split()),
         timings=Timings(queue=1.0, encode_text=2.0, denoise=30.0, decode=4.0),
     )
+
+
+def flat_preview(generation: Generation, index: int, number: int) -> Picture:
+    """At evenly spaced steps, as the sampler gives them."""
+    step = generation.num_inference_steps * (number + 1) // (generation.partial_images + 1)
+    return replace(flat_picture(generation, index), step=step, is_final=False)
 
 
 async def until(condition: Callable[[], bool], limit: float = 5.0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,9 +13,12 @@ from starlette.middleware import Middleware
 
 from hypergen_gateway.admission import Admission
 from hypergen_gateway.config import Config
+from hypergen_gateway.connection import cancel
+from hypergen_gateway.drawing import Studio
 from hypergen_gateway.endpoints import Endpoints
 from hypergen_gateway.errors import HyperGenError
 from hypergen_gateway.generation import Backend
+from hypergen_gateway.links import Links, LocalLinks
 from hypergen_gateway.middleware import ApiKey, BodyLimit, Errors, RequestLog, answer_http_exception
 
 logger = logging.getLogger(__name__)
@@ -22,14 +26,17 @@ logger = logging.getLogger(__name__)
 
 def create_app(config: Config, backend: Backend) -> Starlette:
     """The gateway's ASGI application. It closes the backend when it shuts down."""
-    endpoints = Endpoints(config, backend, Admission(config.max_queue_size))
+    admission = Admission(config.max_queue_size)
+    endpoints = Endpoints(config, backend, admission, Studio(backend, admission), links := _links(config))
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        tidying = asyncio.create_task(links.run())
         await _read_description(backend)
         try:
             yield
         finally:
+            await cancel(tidying)
             await backend.close()
 
     app = Starlette(
@@ -46,6 +53,15 @@ def create_app(config: Config, backend: Backend) -> Starlette:
     # A redirect of "/v1/models/" would be the one answer that is not OpenAI's.
     app.router.redirect_slashes = False
     return app
+
+
+def _links(config: Config) -> Links:
+    if config.link_bucket is not None:
+        # Imported here: a gateway that keeps its pictures itself is installed without boto3.
+        from hypergen_gateway.s3 import S3Links
+
+        return S3Links(config.link_bucket, lifetime=config.link_lifetime)
+    return LocalLinks(config.link_folder, lifetime=config.link_lifetime, secret=config.link_secret)
 
 
 async def _read_description(backend: Backend) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import importlib
+import importlib.util
 import logging
 import secrets
 import sys
@@ -23,7 +24,7 @@ import click
 from hypergen_gateway.config import Config
 from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.errors import HyperGenError
-from hypergen_gateway.images import to_png
+from hypergen_gateway.images import encode
 from hypergen_gateway.repository import SHIPPED_MODEL, ExportFailedError, ExportOptions, default_cache_dir
 from hypergen_gateway.serving import (
     PortUnavailableError,
@@ -133,6 +134,10 @@ def _cpu_dtype() -> str:
 @_option("--api-key-file", type=click.Path(path_type=Path), help="Read the key from this file, such as a secret's.")
 @_option("--max-queue-size", type=click.IntRange(min=0), default=100, help="Requests that may wait; more get a 429.")
 @_option("--request-timeout", type=click.FloatRange(min=1), default=600.0, help="Seconds until a request is given up.")
+@_option("--public-url", metavar="URL", help="Where clients reach the server, for links. [default: as they came]")
+@_option("--link-lifetime", type=click.FloatRange(min=1), default=3600.0, help="Seconds that a picture's link lasts.")
+@_option("--link-secret", metavar="SECRET", help="Signs links, so that they outlive a restart. [default: random]")
+@_option("--link-bucket", metavar="s3://BUCKET/PREFIX", help="Keep pictures with links there. [default: the cache]")
 @_option("--reload", is_flag=True, help="Start again when the project's code changes.")
 @_triton_options
 def serve_command(*, triton: TritonOptions, model: str | None, reload: bool, **given: Any) -> None:
@@ -144,8 +149,11 @@ def serve_command(*, triton: TritonOptions, model: str | None, reload: bool, **g
     served_id = None if triton.url and model is None else triton.model
     host, port = given.pop("host"), given.pop("port")
     api_key = _read_api_key(given.pop("api_key"), given.pop("api_key_file"))
+    if given["link_bucket"] is not None and importlib.util.find_spec("boto3") is None:
+        raise click.UsageError("--link-bucket needs boto3: pip install 'hypergen-triton[s3]'.")
+    link_folder = triton.export.cache_dir / "links"
     try:
-        gateway = Config(model_id=served_id, api_key=api_key, **given)
+        gateway = Config(model_id=served_id, api_key=api_key, link_folder=link_folder, **given)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     options = ServeOptions(host=host, port=port, triton=triton, gateway=gateway)
@@ -190,7 +198,7 @@ def generate(*, triton: TritonOptions, output: Path, size: str | None, **given: 
     if not output.parent.is_dir():
         raise click.UsageError(f"There is no folder {output.parent} to write {output.name} into.")
     picture = run_until_signalled(draw(triton, given | {"width": width, "height": height, "seed": seed}))
-    output.write_bytes(to_png(picture.pixels))
+    output.write_bytes(encode(picture.pixels))
     click.echo(f"{output}: {picture.pixels.shape[1]}x{picture.pixels.shape[0]}, seed {picture.seed}")
 
 

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+_SHORTEST_SECRET = 16
+_LONGEST_S3_LIFETIME = 7 * 24 * 3600  # of a signature of version 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +22,18 @@ class Config:
     max_queue_size: int = 100
     # Seconds from a complete request to its pictures. OpenAI's clients give up after 600 by default.
     request_timeout: float = 600.0
+    # Quiet seconds in a stream after which a comment shows that the server is still there.
+    heartbeat_interval: float = 15.0
+    # Where clients reach this server, for links; None: where the request came to.
+    public_url: str | None = None
+    # Seconds that a link to a picture is good for; OpenAI's are good for an hour.
+    link_lifetime: float = 3600.0
+    # Signs links. None: a random one, so that links end with the process and no other server opens them.
+    link_secret: str | None = field(default=None, repr=False)
+    # Where pictures with links are kept; None: a temporary folder that goes with the process.
+    link_folder: Path | None = None
+    # s3://BUCKET/PREFIX to keep them there instead.
+    link_bucket: str | None = None
     # A prompt of 32,000 characters, each written as two \uXXXX escapes, twice, fits.
     max_body_bytes: int = 1 << 20
     # Seconds that a health check waits for Triton; orchestrators' probes often give up after a few.
@@ -28,6 +45,19 @@ class Config:
             raise ValueError("the API key is empty; leave it out to serve without one")
         if self.max_queue_size < 0:
             raise ValueError("max_queue_size is negative; 0 already means that nobody waits")
-        for name in ("request_timeout", "max_body_bytes", "probe_timeout"):
+        if self.link_secret is not None and len(self.link_secret) < _SHORTEST_SECRET:
+            raise ValueError(f"the secret for links is shorter than {_SHORTEST_SECRET} characters")
+        if self.public_url is not None and not _is_url(self.public_url, "http", "https"):
+            raise ValueError("the public URL must look like https://images.example.com")
+        if self.link_bucket is not None and not _is_url(self.link_bucket, "s3"):
+            raise ValueError("the bucket for links must look like s3://BUCKET or s3://BUCKET/PREFIX")
+        if self.link_bucket is not None and self.link_lifetime > _LONGEST_S3_LIFETIME:
+            raise ValueError("links into a bucket are good for seven days at most")
+        for name in ("request_timeout", "max_body_bytes", "probe_timeout", "heartbeat_interval", "link_lifetime"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is not positive")
+
+
+def _is_url(text: str, *schemes: str) -> bool:
+    parts = urlsplit(text)
+    return parts.scheme in schemes and bool(parts.netloc) and not (parts.query or parts.fragment)

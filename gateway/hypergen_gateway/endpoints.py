@@ -1,12 +1,14 @@
 """What each route does. Endpoints only raise; the middleware answers.
 
-Knows HTTP and the order of a request's steps; what a field means stands in `openai`, what a picture costs in Triton.
+Knows HTTP and the order of a request's steps; what a field means stands in `openai`, what
+a client is told in `responses`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections import Counter
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -15,21 +17,17 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
-from starlette.types import Receive
 
-from hypergen_gateway import images, openai
+from hypergen_gateway import openai, responses
 from hypergen_gateway.admission import Admission
+from hypergen_gateway.bodies import read_json
 from hypergen_gateway.config import Config
-from hypergen_gateway.errors import (
-    ClientClosedRequestError,
-    DeadlineExceededError,
-    HyperGenError,
-    InternalError,
-    ModelNotFoundError,
-    UnavailableError,
-    UnsupportedMediaTypeError,
-)
-from hypergen_gateway.generation import Backend, Generation, ModelDescription, Picture
+from hypergen_gateway.connection import while_connected
+from hypergen_gateway.drawing import Finished, Order, Studio, finish
+from hypergen_gateway.errors import HyperGenError, ModelNotFoundError, NotFoundError
+from hypergen_gateway.events import EventStream, to_frame
+from hypergen_gateway.generation import Backend, Picture
+from hypergen_gateway.links import FILES_PATH, Links, LocalLinks
 
 T = TypeVar("T")
 
@@ -50,6 +48,8 @@ class Endpoints:
     config: Config
     backend: Backend
     admission: Admission
+    studio: Studio
+    links: Links
 
     def routes(self) -> list[BaseRoute]:
         """Every route. Starlette answers HEAD wherever it answers GET."""
@@ -60,6 +60,7 @@ class Endpoints:
             Route("/v1/models", self.list_models),
             Route("/v1/models/{id:path}", self.retrieve_model),
             Route("/v1/images/generations", self.generate_images, methods=["POST"]),
+            Route(f"{FILES_PATH}/{{name}}", self.read_file),
         ]
 
     async def health(self, _: Request) -> Response:
@@ -77,37 +78,65 @@ class Endpoints:
 
     async def list_models(self, _: Request) -> Response:
         """The one model."""
-        return _json(openai.ModelList(data=[openai.ModelObject(id=await self._model_id())]))
+        return _json(responses.ModelList(data=[responses.ModelObject(id=await self._model_id())]))
 
     async def retrieve_model(self, request: Request) -> Response:
         """The one model, if the id is its own to the letter."""
         wanted = request.path_params["id"]
         if wanted != await self._model_id():
             raise ModelNotFoundError("This model does not exist; GET /v1/models lists the one that does.", "model")
-        return _json(openai.ModelObject(id=wanted))
+        return _json(responses.ModelObject(id=wanted))
 
     async def generate_images(self, request: Request) -> Response:
         """Pictures from a prompt."""
-        payload = openai.parse_json(await _json_body(request))
+        payload = await read_json(request, openai.ImageRequest.model_fields)
         model = await self.backend.describe()
         wanted = openai.read_image_request(payload, model)
         generation = openai.to_generation(wanted, model)
-        work = self._make(generation, model)
-        finished = await while_connected(request.receive, work, self.config.request_timeout)
-        return await asyncio.to_thread(_json, openai.images_response(wanted, generation, finished))
+        order = Order(generation=generation, model=model, file_format=openai.file_format_of(wanted))
+        if wanted.stream:
+            return await self._stream(request, wanted, order)
+        return await while_connected(request.receive, self._answer(request, wanted, order), self.config.request_timeout)
 
-    async def _make(self, generation: Generation, model: ModelDescription) -> list[tuple[Picture, str]]:
-        async with (
-            self.admission.admit(generation.num_images, model.max_active_images),
-            aclosing(self.backend.generate(generation)) as stream,
-        ):
-            pictures = [picture async for picture in stream]
-        if len(pictures) != generation.num_images:
-            raise InternalError(f"{len(pictures)} pictures came back instead of {generation.num_images}")
-        encoded = await asyncio.gather(
-            *(asyncio.to_thread(images.to_base64_png, picture.pixels) for picture in pictures)
+    async def read_file(self, request: Request) -> Response:
+        """The picture behind a link."""
+        if not isinstance(self.links, LocalLinks):
+            raise NotFoundError("Links to pictures do not lead to this server.")
+        query = request.query_params
+        stored = await self.links.read(
+            request.path_params["name"], query.get("expires", ""), query.get("signature", "")
         )
-        return list(zip(pictures, encoded, strict=True))
+        headers = {"Cache-Control": f"private, max-age={stored.seconds_left}", "X-Content-Type-Options": "nosniff"}
+        return Response(stored.content, media_type=stored.media_type, headers=headers)
+
+    async def _answer(self, request: Request, wanted: openai.ImageRequest, order: Order) -> Response:
+        finished = await self.studio.draw_finals(order)
+        urls = await self._publish(request, finished, order) if wanted.response_format == "url" else None
+        headers = {"Server-Timing": responses.server_timing(finished)}
+        return await asyncio.to_thread(
+            lambda: _json(responses.images_response(wanted, finished, urls), headers=headers)
+        )
+
+    async def _publish(self, request: Request, finished: Sequence[Finished], order: Order) -> list[str]:
+        base_url = self.config.public_url or str(request.base_url)
+        return await asyncio.gather(
+            *(self.links.publish(picture.file, order.file_format, base_url) for picture in finished)
+        )
+
+    async def _stream(self, request: Request, wanted: openai.ImageRequest, order: Order) -> Response:
+        stream = EventStream(
+            self._frames(wanted, order), heartbeat=self.config.heartbeat_interval, limit=self.config.request_timeout
+        )
+        await stream.begun(request.receive)
+        return stream
+
+    async def _frames(self, wanted: openai.ImageRequest, order: Order) -> AsyncGenerator[bytes, None]:
+        previews: Counter[int] = Counter()
+        async with aclosing(self.studio.draw(order)) as pictures:
+            async for picture in pictures:
+                number = previews[picture.index]
+                previews[picture.index] += 1
+                yield await asyncio.to_thread(_frame, wanted, order, picture, number)
 
     async def _model_id(self) -> str:
         return self.config.model_id or (await self.backend.describe()).model_id
@@ -125,50 +154,19 @@ class Endpoints:
         )
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], limit: float) -> T:
-    """The result of `work`, which is cancelled when the client leaves or `limit` seconds have passed."""
-    job = asyncio.ensure_future(work)
-    departure = asyncio.ensure_future(_departure(receive))
-    try:
-        await asyncio.wait({job, departure}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-        if job.cancelled():  # by nobody here: gRPC says so when its channel is closed
-            raise UnavailableError("The server is shutting down.")
-        if job.done():
-            return job.result()
-        if departure.done():
-            raise ClientClosedRequestError("The client closed the request.")
-        raise DeadlineExceededError(f"The pictures were not ready within {limit:g} seconds.")
-    finally:
-        job.cancel()
-        departure.cancel()
-        await asyncio.gather(job, departure, return_exceptions=True)
-
-
-async def _departure(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 async def _or_none(answer: Coroutine[Any, Any, T], limit: float) -> T | None:
     with suppress(asyncio.TimeoutError, HyperGenError):
         return await asyncio.wait_for(answer, limit)
     return None
 
 
-async def _json_body(request: Request) -> bytes:
-    body = await request.body()
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    # An empty body says more about what is wrong than its type, which clients then leave out.
-    if body and media_type != "application/json":
-        raise UnsupportedMediaTypeError("The body must be JSON, sent with 'Content-Type: application/json'.")
-    return body
+def _frame(wanted: openai.ImageRequest, order: Order, picture: Picture, number: int) -> bytes:
+    """Encodes a picture and the event that carries it; `number` counts a picture's previews. Blocks."""
+    event = responses.image_event(wanted, finish(picture, order.file_format), number)
+    return to_frame(event.type, event)
 
 
-def _json(model: BaseModel, status: int = 200) -> Response:
-    content = model.model_dump_json(exclude=_absent(model))
-    return Response(content, status_code=status, media_type="application/json")
-
-
-def _absent(model: BaseModel) -> set[str]:
-    """OpenAI leaves an unknown optional field out rather than sending null; health says null."""
-    return set() if isinstance(model, Health) else {name for name, value in model if value is None}
+def _json(model: BaseModel, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    # OpenAI leaves an unknown optional field out rather than sending null; health says null.
+    content = model.model_dump_json(exclude_none=not isinstance(model, Health))
+    return Response(content, status_code=status, headers=headers, media_type="application/json")

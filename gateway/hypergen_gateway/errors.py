@@ -65,6 +65,13 @@ class ModelNotFoundError(NotFoundError):
     code = "model_not_found"
 
 
+class LinkExpiredError(NotFoundError):
+    """A link to a picture was good once."""
+
+    status = 410
+    code = "link_expired"
+
+
 class MethodNotAllowedError(InvalidRequestError):
     """The route exists, but not for this method."""
 

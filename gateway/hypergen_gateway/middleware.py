@@ -9,33 +9,32 @@ import asyncio
 import hmac
 import logging
 import time
-from http import HTTPStatus
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hypergen_gateway.errors import (
     AuthenticationError,
     BodyTooLargeError,
-    ClientClosedRequestError,
     HyperGenError,
-    InternalError,
-    InvalidRequestError,
     MethodNotAllowedError,
     NotFoundError,
     UnavailableError,
 )
+from hypergen_gateway.faults import as_ours, log_fault
+from hypergen_gateway.links import FILES_PATH
 from hypergen_gateway.request_id import accept_or_create, current_request_id
 
-logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("hypergen_gateway.access")
 
 # Probes come without a key.
 _OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
+# A link is a key of its own.
+_OPEN_PREFIX = f"{FILES_PATH}/"
 
 
 class RequestLog:
@@ -102,8 +101,8 @@ class Errors:
         except Exception as error:
             if response_started:
                 raise
-            ours = _as_ours(error)
-            _log(ours, error)
+            ours = as_ours(error)
+            log_fault(ours, error)
             await error_response(ours)(scope, receive, send)
 
 
@@ -115,7 +114,7 @@ class ApiKey:
         self._api_key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._api_key is not None and scope["path"] not in _OPEN_PATHS:
+        if scope["type"] == "http" and self._api_key is not None and not _is_open(scope["path"]):
             self._check([value for name, value in scope["headers"] if name == b"authorization"], self._api_key)
         await self._app(scope, receive, send)
 
@@ -160,6 +159,10 @@ class BodyLimit:
         return BodyTooLargeError(f"The body is too large: at most {self._max_bytes:,} bytes are read.")
 
 
+def _is_open(path: str) -> bool:
+    return path in _OPEN_PATHS or path.startswith(_OPEN_PREFIX)
+
+
 def error_response(error: HyperGenError) -> Response:
     """An error as an HTTP response."""
     return JSONResponse(error.body, status_code=error.status, headers=dict(error.headers))
@@ -176,28 +179,9 @@ def answer_http_exception(request: Request, error: Exception) -> Response:
     elif isinstance(error, HTTPException) and error.status_code == 404:
         ours = NotFoundError(f"There is no {request.method} {quote(request.url.path, safe='/:@')} here.")
     else:
-        ours = _as_ours(error)
-    _log(ours, error)
+        ours = as_ours(error)
+    log_fault(ours, error)
     return error_response(ours)
-
-
-def _as_ours(error: Exception) -> HyperGenError:
-    if isinstance(error, HyperGenError):
-        return error
-    if isinstance(error, ClientDisconnect):
-        return ClientClosedRequestError("The client closed the request.")
-    if isinstance(error, HTTPException) and error.status_code < 500:
-        return InvalidRequestError(HTTPStatus(error.status_code).phrase)
-    return InternalError(f"unexpected {type(error).__name__}")
-
-
-def _log(ours: HyperGenError, error: Exception) -> None:
-    request_id = current_request_id.get()
-    if isinstance(ours, InternalError):
-        logger.error("request %s failed: %s", request_id, ours, exc_info=error)
-    elif ours.status >= 500:
-        cause = " ".join(str(ours.__cause__ or "no cause").split())  # gRPC's span lines
-        logger.warning("request %s: %s (%s)", request_id, ours, cause)
 
 
 def _milliseconds_since(started: float) -> int:

@@ -1,4 +1,4 @@
-"""OpenAI's Images API: what comes over the wire becomes a `Generation`, and pictures become its responses.
+"""The fields of OpenAI's Images API: what comes over the wire becomes a `Generation`.
 
 Knows the fields, their legal values and the words for saying so. Types and the API's own ranges stand in the pydantic
 models; sizes, defaults and schedulers come from the `ModelDescription`. Knows neither HTTP nor Triton.
@@ -6,25 +6,21 @@ models; sizes, defaults and schedulers come from the `ModelDescription`. Knows n
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
-import time
-from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from hypergen_gateway.bodies import shown
 from hypergen_gateway.errors import InvalidRequestError
-from hypergen_gateway.generation import MAX_SEED, Generation, ModelDescription, Picture
+from hypergen_gateway.generation import MAX_SEED, Generation, ModelDescription
+from hypergen_gateway.images import FileFormat
 
 # Seeds drawn here stay below 2^53: larger ones lose digits in JavaScript, and then a picture cannot be made again.
 _RANDOM_SEEDS = 2**53
 
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
-
-# The strings that OpenAI's schema allows for `size` in a response.
-_RESPONSE_SIZES = frozenset({"1024x1024", "1024x1536", "1536x1024"})
 
 Quality = Literal["low", "medium", "high"]
 # The words of older OpenAI models, and "auto", in today's words.
@@ -73,12 +69,7 @@ class ImageRequest(BaseModel):
 
 # Values that the API has and this server does not: for these fields, only what stands here is served.
 _SERVED: dict[str, tuple[object, ...]] = {
-    "response_format": ("b64_json",),
-    "output_format": ("png",),
-    "output_compression": (100,),
     "background": ("auto", "opaque"),
-    "stream": (False,),
-    "partial_images": (0,),
     "lora_path": (None,),
 }
 
@@ -89,12 +80,12 @@ _LEGAL: dict[str, str] = {
     "n": "an integer from 1 to {max_num_images}",
     "size": "'auto' or {legal_sizes}",
     "quality": "'low', 'medium', 'high', 'auto', 'standard' or 'hd'",
-    "response_format": "'b64_json'",
-    "output_format": "'png'",
-    "output_compression": "100, because PNG, the only output_format, is lossless",
+    "response_format": "'b64_json' or 'url'",
+    "output_format": "'png', 'jpeg' or 'webp'",
+    "output_compression": "an integer from 0 to 100",
     "background": "'auto' or 'opaque'",
-    "stream": "false",
-    "partial_images": "0",
+    "stream": "true or false",
+    "partial_images": "an integer from 0 to 3",
     "moderation": "'low' or 'auto'",
     "style": "'vivid' or 'natural'",
     "user": "a string",
@@ -109,26 +100,6 @@ _LEGAL: dict[str, str] = {
 }
 
 
-def parse_json(body: bytes) -> dict[str, Any]:
-    """The JSON object in a request's body. Stricter than `json.loads`: no NaN, no key twice, nothing but UTF-8."""
-    if not body:
-        raise InvalidRequestError("The body is empty; it must be a JSON object.")
-    try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
-    except UnicodeDecodeError as error:
-        raise InvalidRequestError("The body is not valid UTF-8.") from error
-    except RecursionError as error:
-        raise InvalidRequestError("The body is nested too deeply.") from error
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise InvalidRequestError(f"The body is not valid JSON: {error.msg} at {where}.") from error
-    except ValueError as error:  # an integer of more digits than Python converts
-        raise InvalidRequestError("The body holds a number with too many digits.") from error
-    if not isinstance(value, dict):
-        raise InvalidRequestError(f"The body must be a JSON object, not {_shown(value)}.")
-    return value
-
-
 def read_image_request(payload: dict[str, Any], model: ModelDescription) -> ImageRequest:
     """Validates a body's fields; the first wrong one is named in the error."""
     given = {name: value for name, value in payload.items() if value is not None}
@@ -139,9 +110,33 @@ def read_image_request(payload: dict[str, Any], model: ModelDescription) -> Imag
     for name, served in _SERVED.items():
         if getattr(request, name) not in served:
             raise InvalidRequestError(
-                f"{_shown(given[name])} for '{name}' is not supported by this server. It must be {_LEGAL[name]}.", name
+                f"{shown(given[name])} for '{name}' is not supported by this server. It must be {_LEGAL[name]}.", name
             )
+    _check_combinations(request)
     return request
+
+
+def _check_combinations(request: ImageRequest) -> None:
+    if request.output_format == "png" and request.output_compression != 100:
+        raise InvalidRequestError(
+            "'output_compression' is for 'jpeg' and 'webp': 'png' loses nothing. It must be 100 or left out.",
+            "output_compression",
+        )
+    if request.stream and request.response_format == "url":
+        raise InvalidRequestError(
+            "Invalid value for 'response_format': a stream carries its pictures. It must be 'b64_json'.",
+            "response_format",
+        )
+
+
+def file_format_of(request: ImageRequest) -> FileFormat:
+    """The files that a request asks for."""
+    return FileFormat(request.output_format, request.output_compression)
+
+
+def quality_of(request: ImageRequest) -> Quality:
+    """The quality that a request gets, in a word of OpenAI's schema for responses."""
+    return _QUALITIES[request.quality]
 
 
 def to_generation(request: ImageRequest, model: ModelDescription) -> Generation:
@@ -159,6 +154,7 @@ def to_generation(request: ImageRequest, model: ModelDescription) -> Generation:
         guidance_scale=model.default_guidance_scale if guidance is None else guidance,
         scheduler=request.scheduler,
         seed=seed,
+        partial_images=request.partial_images if request.stream else 0,
     )
     _check_limits(generation, request, model)
     return generation
@@ -205,78 +201,5 @@ def _steps_for(quality: str, model: ModelDescription) -> int:
 def _invalid(name: str, given: dict[str, Any], model: ModelDescription) -> InvalidRequestError:
     more = {"known_schedulers": ", ".join(model.schedulers), "legal_sizes": _legal_sizes(model)}
     legal = _LEGAL[name].format(**vars(model), **more)
-    problem = f"Invalid value for '{name}': {_shown(given[name])}." if name in given else f"'{name}' is missing."
+    problem = f"Invalid value for '{name}': {shown(given[name])}." if name in given else f"'{name}' is missing."
     return InvalidRequestError(f"{problem} It must be {legal}.", name)
-
-
-def _shown(value: object) -> str:
-    """A value as a client wrote it, short enough for a message."""
-    if isinstance(value, dict | list):
-        return "an object" if isinstance(value, dict) else "an array"
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:60]}… ({len(text)} characters)"
-
-
-def _refuse_constant(name: str) -> None:
-    raise InvalidRequestError(f"{name} is not JSON: numbers must be finite.")
-
-
-def _unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    keys: set[str] = set()
-    for key, _ in pairs:
-        if key in keys:
-            param = key if key in ImageRequest.model_fields else None
-            raise InvalidRequestError(f"The key {_shown(key)} appears twice.", param)
-        keys.add(key)
-    return dict(pairs)
-
-
-class ModelObject(BaseModel):
-    """A model, as /v1/models lists it."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int = Field(default_factory=lambda: int(time.time()))
-    owned_by: Literal["hypergen"] = "hypergen"
-
-
-class ModelList(BaseModel):
-    """The models that are served: exactly one."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelObject]
-
-
-class ImageObject(BaseModel):
-    """One picture of a response. `seed` is an extension: with it, and n = 1, the picture can be made again."""
-
-    b64_json: str
-    revised_prompt: str
-    seed: int
-
-
-class ImagesResponse(BaseModel):
-    """The response to a request for pictures."""
-
-    created: int = Field(default_factory=lambda: int(time.time()))
-    background: Literal["opaque"] = "opaque"
-    output_format: Literal["png"] = "png"
-    quality: Quality
-    size: str | None = None
-    data: list[ImageObject]
-
-
-def images_response(
-    request: ImageRequest, generation: Generation, finished: Iterable[tuple[Picture, str]]
-) -> ImagesResponse:
-    """The response that holds pictures and their base64, in the order of their indices."""
-    size = f"{generation.width}x{generation.height}"
-    ordered = sorted(finished, key=lambda pair: pair[0].index)
-    return ImagesResponse(
-        quality=_QUALITIES[request.quality],
-        size=size if size in _RESPONSE_SIZES else None,
-        data=[
-            ImageObject(b64_json=encoded, revised_prompt=request.prompt, seed=picture.seed)
-            for picture, encoded in ordered
-        ],
-    )

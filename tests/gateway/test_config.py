@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from hypergen_gateway.config import Config
@@ -26,5 +28,29 @@ def test_numbers_that_would_stop_everything_are_refused() -> None:
         Config(max_queue_size=-1)
 
 
-def test_the_key_is_not_in_the_repr() -> None:
-    assert "hunter2" not in repr(Config(api_key="hunter2"))
+def test_neither_key_nor_secret_is_in_the_repr() -> None:
+    assert "hunter2" not in repr(Config(api_key="hunter2", link_secret="hunter2-hunter2-hunter2"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "words"),
+    [
+        ("public_url", "images.example.com", "public URL"),
+        ("public_url", "ftp://images.example.com", "public URL"),
+        ("public_url", "https://images.example.com/?a=b", "public URL"),
+        ("link_bucket", "pictures", "s3://BUCKET"),
+        ("link_bucket", "s3://", "s3://BUCKET"),
+        ("link_secret", "short", "16 characters"),
+        ("link_lifetime", 0, "link_lifetime"),
+        ("heartbeat_interval", 0, "heartbeat_interval"),
+    ],
+)
+def test_settings_of_links_and_streams_that_cannot_work_are_refused(setting: str, value: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Config(**{setting: value})
+
+
+def test_links_into_a_bucket_last_as_long_as_a_signature_may() -> None:
+    assert Config(link_bucket="s3://pictures", link_lifetime=604_800).link_lifetime == 604_800
+    with pytest.raises(ValueError, match="seven days"):
+        Config(link_bucket="s3://pictures", link_lifetime=604_801)

@@ -126,7 +126,7 @@ class TestGenerations:
         assert response.status_code == 200
         assert grey_levels(response) == [((64, 48), (seed % 256,) * 3)]
         assert backend.generations[0].seed == seed
-        assert set(body) == {"created", "background", "output_format", "quality", "data"}
+        assert set(body) == {"created", "background", "output_format", "quality", "data", "usage"}
         assert (body["background"], body["output_format"], body["quality"]) == ("opaque", "png", "medium")
 
     async def test_n_pictures_come_in_order_with_consecutive_seeds(self, client: httpx.AsyncClient) -> None:
@@ -137,6 +137,44 @@ class TestGenerations:
     async def test_a_size_of_openai_s_schema_is_told(self, client: httpx.AsyncClient) -> None:
         response = await client.post(GENERATIONS, json={"prompt": "a", "size": "1024x1024"})
         assert response.json()["size"] == "1024x1024"
+
+    @pytest.mark.parametrize("name", ["png", "jpeg", "webp"])
+    async def test_the_file_is_of_the_format_asked_for(self, client: httpx.AsyncClient, name: str) -> None:
+        response = await client.post(GENERATIONS, json={"prompt": "a", "output_format": name, "seed": 100})
+        (image,) = response.json()["data"]
+        picture = Image.open(io.BytesIO(base64.b64decode(image["b64_json"])))
+        assert (picture.format, response.json()["output_format"]) == (name.upper(), name)
+        assert picture.getpixel((0, 0)) == (100, 100, 100)
+
+    async def test_compression_makes_the_file_smaller(self, client: httpx.AsyncClient) -> None:
+        body = {"prompt": "a", "output_format": "jpeg", "size": "512x512"}
+        small, large = [
+            (await client.post(GENERATIONS, json=body | {"output_compression": level})).json() for level in (1, 100)
+        ]
+        assert len(small["data"][0]["b64_json"]) < len(large["data"][0]["b64_json"])
+
+    async def test_usage_is_what_the_text_encoder_read_and_the_squares_drawn(self, client: httpx.AsyncClient) -> None:
+        response = await client.post(GENERATIONS, json={"prompt": "two words", "n": 2, "size": "64x64"})
+        assert response.json()["usage"] == {
+            "input_tokens": 2,
+            "output_tokens": 128,
+            "total_tokens": 130,
+            "input_tokens_details": {"text_tokens": 2, "image_tokens": 0},
+        }
+
+    async def test_server_timing_says_where_the_time_went_waiting_included(
+        self, client: httpx.AsyncClient, backend: FakeBackend
+    ) -> None:
+        backend.open.clear()
+        first, second = (asyncio.create_task(client.post(GENERATIONS, json={"prompt": "a", "n": 4})) for _ in range(2))
+        await until(lambda: backend.running == 1)
+        await asyncio.sleep(0.1)
+        backend.open.set()
+        assert (await first).headers["server-timing"].startswith("queue;dur=1.")
+        phases = dict(phase.split(";dur=") for phase in (await second).headers["server-timing"].split(", "))
+        assert list(phases) == ["queue", "encode-text", "denoise", "decode", "encode-image"]
+        assert float(phases["queue"]) > 100
+        assert (phases["encode-text"], phases["denoise"], phases["decode"]) == ("2.0", "30.0", "4.0")
 
     @pytest.mark.parametrize(
         ("failure", "status", "param"),

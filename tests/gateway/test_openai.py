@@ -1,4 +1,4 @@
-"""From the wire to a Generation, and back."""
+"""From the wire to a Generation."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from fake_backend import MODEL, flat_picture
+from fake_backend import MODEL
+from hypergen_gateway.bodies import parse_json
 from hypergen_gateway.errors import InvalidRequestError
 from hypergen_gateway.generation import MAX_SEED, Generation, ModelDescription
-from hypergen_gateway.openai import images_response, parse_json, read_image_request, to_generation
+from hypergen_gateway.images import FileFormat
+from hypergen_gateway.openai import file_format_of, quality_of, read_image_request, to_generation
 
 
 def generation(served: ModelDescription = MODEL, **fields: Any) -> Generation:
@@ -95,28 +97,26 @@ def test_the_longest_prompt_and_any_unicode_pass() -> None:
     assert parse_json(b'{"prompt": "\\ud83e\\udd8a\\u0000"}')["prompt"] == "🦊\0"
 
 
-def response(size: str, **fields: Any) -> dict[str, Any]:
-    request = read_image_request({"prompt": "a fox", "size": size} | fields, MODEL)
-    made = to_generation(request, MODEL)
-    finished = [(flat_picture(made, index), f"picture {index}") for index in reversed(range(made.num_images))]
-    return images_response(request, made, finished).model_dump()
-
-
-def test_a_response_holds_the_pictures_in_order_each_with_its_seed() -> None:
-    data = response("64x64", n=3, seed=5)["data"]
-    assert [(image["b64_json"], image["seed"]) for image in data] == [
-        ("picture 0", 5),
-        ("picture 1", 6),
-        ("picture 2", 7),
-    ]
-    assert {image["revised_prompt"] for image in data} == {"a fox"}
-
-
-@pytest.mark.parametrize(("asked", "told"), [("auto", "medium"), ("hd", "high"), ("low", "low")])
+@pytest.mark.parametrize(
+    ("asked", "told"), [("auto", "medium"), ("hd", "high"), ("low", "low"), ("standard", "medium")]
+)
 def test_quality_is_told_in_a_word_of_openai_s_schema(asked: str, told: str) -> None:
-    assert response("64x64", quality=asked)["quality"] == told
+    assert quality_of(read_image_request({"prompt": "a fox", "quality": asked}, MODEL)) == told
 
 
-@pytest.mark.parametrize(("size", "told"), [("1024x1536", "1024x1536"), ("64x64", None), ("auto", None)])
-def test_size_is_told_only_where_openai_s_schema_allows_it(size: str, told: str | None) -> None:
-    assert response(size)["size"] == told
+def test_previews_are_for_streams() -> None:
+    assert generation(stream=True, partial_images=2).partial_images == 2
+    assert generation(partial_images=2).partial_images == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "made"),
+    [
+        ({}, FileFormat("png", 100)),
+        ({"output_format": "jpeg"}, FileFormat("jpeg", 100)),
+        ({"output_format": "webp", "output_compression": 0}, FileFormat("webp", 0)),
+        ({"output_format": "png", "output_compression": 100}, FileFormat("png", 100)),
+    ],
+)
+def test_format_and_compression_say_which_file_is_made(fields: dict[str, Any], made: FileFormat) -> None:
+    assert file_format_of(read_image_request({"prompt": "a fox"} | fields, MODEL)) == made

@@ -22,11 +22,28 @@ for await (const model of client.models.list()) models.push(model);
 
 const images = await client.images.generate({ model: "gpt-image-1", prompt: "a fox", n: 2, seed: 7 });
 
+const streamed = [];
+for await (const event of await client.images.generate({
+  prompt: "a fox",
+  seed: 9,
+  stream: true,
+  partial_images: 2,
+})) {
+  const { b64_json, ...rest } = event;
+  streamed.push({ ...rest, bytes: Buffer.from(b64_json, "base64").length });
+}
+
+const linked = await client.images.generate({ prompt: "a fox", response_format: "url", output_format: "webp" });
+const file = await fetch(linked.data[0].url);
+const link = { type: file.headers.get("content-type"), bytes: (await file.arrayBuffer()).byteLength };
+
 console.log(
   JSON.stringify({
     models,
     retrieved: await client.models.retrieve(process.env.HYPERGEN_MODEL),
     images,
+    streamed,
+    link,
     unknownModel: await errorOf(client.models.retrieve("no/such-model")),
     wrongSize: await errorOf(client.images.generate({ prompt: "a fox", size: "7x7" })),
     wrongKey: await errorOf(new OpenAI({ baseURL, apiKey: "sk-wrong", maxRetries: 0 }).models.list()),

@@ -1,0 +1,68 @@
+"""Bodies to plain values. Knows JSON and media types, and nothing of what a field means."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Container, Sequence
+from typing import Any
+
+from starlette.requests import Request
+
+from hypergen_gateway.errors import InvalidRequestError, UnsupportedMediaTypeError
+
+
+async def read_json(request: Request, fields: Container[str]) -> dict[str, Any]:
+    """The JSON object that a request carries; `fields` are those that an error may name."""
+    body = await request.body()
+    # An empty body says more about what is wrong than its type, which clients then leave out.
+    if body and media_type(request) != "application/json":
+        raise UnsupportedMediaTypeError("The body must be JSON, sent with 'Content-Type: application/json'.")
+    return parse_json(body, fields)
+
+
+def media_type(request: Request) -> str:
+    """The type of a request's body, without its parameters; empty if there is none."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def parse_json(body: bytes, fields: Container[str] = ()) -> dict[str, Any]:
+    """The JSON object in a body. Stricter than `json.loads`: no NaN, no key twice, nothing but UTF-8."""
+    if not body:
+        raise InvalidRequestError("The body is empty; it must be a JSON object.")
+    unique_keys = functools.partial(_unique_keys, fields)
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=unique_keys)
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError("The body is not valid UTF-8.") from error
+    except RecursionError as error:
+        raise InvalidRequestError("The body is nested too deeply.") from error
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise InvalidRequestError(f"The body is not valid JSON: {error.msg} at {where}.") from error
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise InvalidRequestError("The body holds a number with too many digits.") from error
+    if not isinstance(value, dict):
+        raise InvalidRequestError(f"The body must be a JSON object, not {shown(value)}.")
+    return value
+
+
+def shown(value: object) -> str:
+    """A value as a client wrote it, short enough for a message."""
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "an array"
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}… ({len(text)} characters)"
+
+
+def _refuse_constant(name: str) -> None:
+    raise InvalidRequestError(f"{name} is not JSON: numbers must be finite.")
+
+
+def _unique_keys(fields: Container[str], pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    keys: set[str] = set()
+    for key, _ in pairs:
+        if key in keys:
+            raise InvalidRequestError(f"The key {shown(key)} appears twice.", key if key in fields else None)
+        keys.add(key)
+    return dict(pairs)

@@ -1,0 +1,35 @@
+"""Exceptions that nobody wrote for a client: which error they become, and what the log is told."""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from hypergen_gateway.errors import ClientClosedRequestError, HyperGenError, InternalError, InvalidRequestError
+from hypergen_gateway.request_id import current_request_id
+
+logger = logging.getLogger(__name__)
+
+
+def as_ours(error: Exception) -> HyperGenError:
+    """The error that a client sees."""
+    if isinstance(error, HyperGenError):
+        return error
+    if isinstance(error, ClientDisconnect):
+        return ClientClosedRequestError("The client closed the request.")
+    if isinstance(error, HTTPException) and error.status_code < 500:
+        return InvalidRequestError(HTTPStatus(error.status_code).phrase)
+    return InternalError(f"unexpected {type(error).__name__}")
+
+
+def log_fault(ours: HyperGenError, error: Exception) -> None:
+    """Writes down what a client is not told; nothing where the client is the one to act."""
+    request_id = current_request_id.get()
+    if isinstance(ours, InternalError):
+        logger.error("request %s failed: %s", request_id, ours, exc_info=error)
+    elif ours.status >= 500:
+        cause = " ".join(str(ours.__cause__ or "no cause").split())  # gRPC's span lines
+        logger.warning("request %s: %s (%s)", request_id, ours, cause)

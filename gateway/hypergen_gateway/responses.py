@@ -1,0 +1,172 @@
+"""Pictures to OpenAI's answers: the objects of its Images and Models APIs, and what they say about cost.
+
+Knows the shapes and the words of OpenAI's schema. Knows neither HTTP nor Triton.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from hypergen_gateway.drawing import Finished
+from hypergen_gateway.images import FormatName
+from hypergen_gateway.openai import ImageRequest, Quality, quality_of
+
+# The strings that OpenAI's schema allows for `size` in a response.
+_RESPONSE_SIZES = frozenset({"1024x1024", "1024x1536", "1536x1024"})
+
+# What one position of a Stable Diffusion's latents stands for: 8 × 8 pixels.
+_PIXELS_PER_TOKEN = 64
+
+
+class ModelObject(BaseModel):
+    """A model, as /v1/models lists it."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = Field(default_factory=lambda: int(time.time()))
+    owned_by: Literal["hypergen"] = "hypergen"
+
+
+class ModelList(BaseModel):
+    """The models that are served: exactly one."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelObject]
+
+
+class ImageObject(BaseModel):
+    """One picture of a response. `seed` is an extension: with it, and n = 1, the picture can be made again."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    revised_prompt: str | None = None
+    seed: int
+
+
+class InputTokensDetails(BaseModel):
+    """What the input tokens stand for."""
+
+    text_tokens: int = Field(description="Tokens of the prompt and the negative prompt, as the text encoder read them.")
+    image_tokens: int = Field(description="Squares of 8 × 8 pixels in the images that pictures started from.")
+
+
+class Usage(BaseModel):
+    """What the pictures cost. A token of an image is a square of 8 × 8 pixels, at the size that the model works in."""
+
+    input_tokens: int
+    output_tokens: int = Field(description="Squares of 8 × 8 pixels in the pictures that were drawn.")
+    total_tokens: int
+    input_tokens_details: InputTokensDetails
+
+
+class ImagesResponse(BaseModel):
+    """The response to a request for pictures."""
+
+    created: int = Field(default_factory=lambda: int(time.time()))
+    background: Literal["opaque"] = "opaque"
+    output_format: FormatName
+    quality: Quality
+    size: str | None = None
+    data: list[ImageObject]
+    usage: Usage
+
+
+def images_response(
+    request: ImageRequest, finished: Sequence[Finished], urls: Sequence[str] | None = None
+) -> ImagesResponse:
+    """The response that holds pictures: as base64, or as links where there are any."""
+    contents = (
+        [{"b64_json": base64.b64encode(picture.file).decode("ascii")} for picture in finished]
+        if urls is None
+        else [{"url": url} for url in urls]
+    )
+    return ImagesResponse(
+        output_format=request.output_format,
+        quality=quality_of(request),
+        size=_size(finished),
+        data=[
+            ImageObject(**content, revised_prompt=request.prompt, seed=picture.picture.seed)
+            for content, picture in zip(contents, finished, strict=True)
+        ],
+        usage=usage(finished),
+    )
+
+
+class PartialImageEvent(BaseModel):
+    """A preview in a stream. `image_index` is an extension: which of the n pictures it shows."""
+
+    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+    b64_json: str
+    created_at: int = Field(default_factory=lambda: int(time.time()))
+    size: str
+    quality: Quality
+    background: Literal["opaque"] = "opaque"
+    output_format: FormatName
+    partial_image_index: int
+    image_index: int
+
+
+class CompletedEvent(BaseModel):
+    """A finished picture in a stream. `image_index` and `seed` are extensions; `usage` is that of this picture."""
+
+    type: Literal["image_generation.completed"] = "image_generation.completed"
+    b64_json: str
+    created_at: int = Field(default_factory=lambda: int(time.time()))
+    size: str
+    quality: Quality
+    background: Literal["opaque"] = "opaque"
+    output_format: FormatName
+    usage: Usage
+    image_index: int
+    seed: int
+
+
+def image_event(request: ImageRequest, finished: Finished, number: int) -> PartialImageEvent | CompletedEvent:
+    """The event that carries a preview, the `number`-th of its picture, or a finished picture."""
+    picture = finished.picture
+    common: dict[str, Any] = {
+        "b64_json": base64.b64encode(finished.file).decode("ascii"),
+        "size": _size([finished]) or "auto",
+        "quality": quality_of(request),
+        "output_format": request.output_format,
+        "image_index": picture.index,
+    }
+    if not picture.is_final:
+        return PartialImageEvent(**common, partial_image_index=number)
+    return CompletedEvent(**common, usage=usage([finished]), seed=picture.seed)
+
+
+def usage(finished: Sequence[Finished]) -> Usage:
+    """The tokens that went into pictures of a request and came out."""
+    text_tokens = finished[0].picture.prompt_tokens
+    image_tokens = 0
+    output_tokens = sum(picture.picture.pixels[..., 0].size // _PIXELS_PER_TOKEN for picture in finished)
+    return Usage(
+        input_tokens=text_tokens + image_tokens,
+        output_tokens=output_tokens,
+        total_tokens=text_tokens + image_tokens + output_tokens,
+        input_tokens_details=InputTokensDetails(text_tokens=text_tokens, image_tokens=image_tokens),
+    )
+
+
+def server_timing(finished: Sequence[Finished]) -> str:
+    """Where the time went, as the header `Server-Timing` says it: of each phase, what the slowest picture took."""
+    phases = {
+        "queue": [picture.picture.timings.queue for picture in finished],
+        "encode-text": [picture.picture.timings.encode_text for picture in finished],
+        "denoise": [picture.picture.timings.denoise for picture in finished],
+        "decode": [picture.picture.timings.decode for picture in finished],
+        "encode-image": [picture.encode_image for picture in finished],
+    }
+    return ", ".join(f"{name};dur={max(durations):.1f}" for name, durations in phases.items())
+
+
+def _size(finished: Sequence[Finished]) -> str | None:
+    """The size of all pictures, if they share one that OpenAI's schema knows."""
+    sizes = {f"{picture.width}x{picture.height}" for picture in finished}
+    return sizes.pop() if len(sizes) == 1 and sizes <= _RESPONSE_SIZES else None

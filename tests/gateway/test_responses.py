@@ -1,0 +1,82 @@
+"""From pictures to OpenAI's objects."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fake_backend import MODEL, flat_picture, flat_preview
+from hypergen_gateway.drawing import Finished, finish
+from hypergen_gateway.generation import Timings
+from hypergen_gateway.images import PNG
+from hypergen_gateway.openai import ImageRequest, read_image_request, to_generation
+from hypergen_gateway.responses import CompletedEvent, image_event, images_response, server_timing, usage
+
+
+def finished(**fields: Any) -> tuple[ImageRequest, list[Finished]]:
+    request = read_image_request({"prompt": "a red fox", "size": "64x48", "seed": 5} | fields, MODEL)
+    made = to_generation(request, MODEL)
+    return request, [finish(flat_picture(made, index), PNG) for index in range(made.num_images)]
+
+
+def test_a_response_holds_the_files_in_order_each_with_its_seed() -> None:
+    request, pictures = finished(n=3)
+    data = images_response(request, pictures).data
+    assert [image.seed for image in data] == [5, 6, 7]
+    assert [base64.b64decode(image.b64_json or "") for image in data] == [picture.file for picture in pictures]
+    assert {image.revised_prompt for image in data} == {"a red fox"}
+
+
+def test_links_take_the_place_of_base64() -> None:
+    request, pictures = finished(n=2)
+    data = images_response(request, pictures, ["http://a", "http://b"]).data
+    assert [(image.url, image.b64_json) for image in data] == [("http://a", None), ("http://b", None)]
+
+
+@pytest.mark.parametrize(("size", "told"), [("1024x1536", "1024x1536"), ("64x64", None), ("auto", None)])
+def test_size_is_told_only_where_openai_s_schema_allows_it(size: str, told: str | None) -> None:
+    assert images_response(*finished(size=size)).size == told
+
+
+def test_an_event_always_has_a_size_and_openai_s_word_for_any_other_is_auto() -> None:
+    for size, told in (("1024x1024", "1024x1024"), ("64x64", "auto")):
+        request, (picture,) = finished(size=size)
+        assert image_event(request, picture, 0).size == told
+
+
+def test_usage_counts_the_prompt_once_and_the_squares_of_every_picture() -> None:
+    _, pictures = finished(n=3, size="64x48")
+    cost = usage(pictures)
+    assert (cost.input_tokens, cost.output_tokens, cost.total_tokens) == (3, 3 * 8 * 6, 3 + 144)
+    assert (cost.input_tokens_details.text_tokens, cost.input_tokens_details.image_tokens) == (3, 0)
+
+
+def test_a_completed_event_has_the_usage_of_its_own_picture() -> None:
+    request, pictures = finished(n=2)
+    event = image_event(request, pictures[1], 0)
+    assert isinstance(event, CompletedEvent)
+    assert (event.image_index, event.seed, event.usage.output_tokens) == (1, 6, 48)
+
+
+def test_a_preview_s_event_has_its_number_and_no_usage() -> None:
+    request = read_image_request({"prompt": "a", "stream": True, "partial_images": 3, "n": 2}, MODEL)
+    preview = finish(flat_preview(to_generation(request, MODEL), 1, 2), PNG)
+    event = image_event(request, preview, 2).model_dump()
+    assert (event["type"], event["partial_image_index"], event["image_index"]) == (
+        "image_generation.partial_image",
+        2,
+        1,
+    )
+    assert "usage" not in event
+
+
+def test_server_timing_names_every_phase_with_what_the_slowest_picture_took() -> None:
+    _, pictures = finished(n=2)
+    slow = replace(pictures[1].picture, timings=Timings(queue=9.0, encode_text=1.0, denoise=40.26, decode=4.0))
+    pictures = [replace(pictures[0], encode_image=2.0), replace(pictures[1], picture=slow, encode_image=3.0)]
+    assert server_timing(pictures) == (
+        "queue;dur=9.0, encode-text;dur=2.0, denoise;dur=40.3, decode;dur=4.0, encode-image;dur=3.0"
+    )
