@@ -33,6 +33,7 @@ GATEWAY_LAYERS = [
     "faults",
     "events",
     "links",
+    "playground",
     "s3",
     "triton",
     "middleware",
