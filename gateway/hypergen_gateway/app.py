@@ -19,7 +19,7 @@ from hypergen_gateway.endpoints import Endpoints
 from hypergen_gateway.errors import HyperGenError
 from hypergen_gateway.generation import Backend
 from hypergen_gateway.links import Links, LocalLinks
-from hypergen_gateway.middleware import ApiKey, BodyLimit, Errors, RequestLog, answer_http_exception
+from hypergen_gateway.middleware import ApiKey, Errors, RequestLog, answer_http_exception
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,6 @@ def create_app(config: Config, backend: Backend) -> Starlette:
             Middleware(RequestLog),
             Middleware(Errors),
             Middleware(ApiKey, api_key=config.api_key),
-            Middleware(BodyLimit, max_bytes=config.max_body_bytes),
         ],
         exception_handlers={HTTPException: answer_http_exception},
         lifespan=lifespan,

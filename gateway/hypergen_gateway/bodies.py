@@ -1,15 +1,66 @@
-"""Bodies to plain values. Knows JSON and media types, and nothing of what a field means."""
+"""Bodies to plain values. Knows JSON, forms and media types, and nothing of what a field means."""
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
-from collections.abc import Container, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Container, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO
 
+from starlette.datastructures import FormData
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from hypergen_gateway.errors import InvalidRequestError, UnsupportedMediaTypeError
+
+# Above this, a body is parsed in a thread: a megabyte takes milliseconds, an image as base64 a good part of a second.
+_PARSED_IN_PLACE = 1 << 20
+# Seventeen files and some twenty fields are legal.
+_MAX_FILES = 32
+_MAX_FIELDS = 100
+
+
+@dataclass(frozen=True, eq=False)
+class UploadedFile:
+    """A file that came with a form; open as long as the request is read. Its name and type are the client's guess."""
+
+    file: BinaryIO
+    size: int
+
+
+@asynccontextmanager
+async def read_form(request: Request, fields: Container[str]) -> AsyncIterator[dict[str, Any]]:
+    """The fields of a form: a text or a file, or a list of files where `name` or `name[]` comes several times.
+
+    `fields` are those that an error may name.
+    """
+    if media_type(request) != "multipart/form-data":
+        raise UnsupportedMediaTypeError("The body must be a form, sent with 'Content-Type: multipart/form-data'.")
+    try:
+        form = await request.form(max_files=_MAX_FILES, max_fields=_MAX_FIELDS)
+    except HTTPException as error:
+        raise InvalidRequestError(f"The form cannot be read: {error.detail}") from error
+    try:
+        yield _form_fields(form, fields)
+    finally:
+        await form.close()
+
+
+def _form_fields(form: FormData, known: Container[str]) -> dict[str, Any]:
+    texts: dict[str, str] = {}
+    files: dict[str, list[UploadedFile]] = {}
+    for key, value in form.multi_items():
+        name = key.removesuffix("[]")
+        if name in texts or (name in files and isinstance(value, str)):
+            raise InvalidRequestError(f"The field {shown(name)} appears twice.", name if name in known else None)
+        if isinstance(value, str):
+            texts[name] = value
+        else:
+            files.setdefault(name, []).append(UploadedFile(value.file, value.size or 0))
+    return {**texts, **{name: several if len(several) > 1 else several[0] for name, several in files.items()}}
 
 
 async def read_json(request: Request, fields: Container[str]) -> dict[str, Any]:
@@ -18,6 +69,8 @@ async def read_json(request: Request, fields: Container[str]) -> dict[str, Any]:
     # An empty body says more about what is wrong than its type, which clients then leave out.
     if body and media_type(request) != "application/json":
         raise UnsupportedMediaTypeError("The body must be JSON, sent with 'Content-Type: application/json'.")
+    if len(body) > _PARSED_IN_PLACE:
+        return await asyncio.to_thread(parse_json, body, fields)
     return parse_json(body, fields)
 
 
@@ -49,6 +102,8 @@ def parse_json(body: bytes, fields: Container[str] = ()) -> dict[str, Any]:
 
 def shown(value: object) -> str:
     """A value as a client wrote it, short enough for a message."""
+    if isinstance(value, UploadedFile):
+        return "a file"
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "an array"
     text = json.dumps(value)

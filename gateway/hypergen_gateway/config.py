@@ -6,6 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+_POSITIVE = (
+    "request_timeout",
+    "max_body_bytes",
+    "max_upload_bytes",
+    "max_json_upload_bytes",
+    "probe_timeout",
+    "heartbeat_interval",
+    "link_lifetime",
+)
 _SHORTEST_SECRET = 16
 _LONGEST_S3_LIFETIME = 7 * 24 * 3600  # of a signature of version 4
 
@@ -36,6 +45,10 @@ class Config:
     link_bucket: str | None = None
     # A prompt of 32,000 characters, each written as two \uXXXX escapes, twice, fits.
     max_body_bytes: int = 1 << 20
+    # A form with images goes to disk as it comes. Sixteen images of 50 MB would be legal; nobody sends those.
+    max_upload_bytes: int = 256 << 20
+    # JSON stays in memory: one image of 50 MB as base64, and little else.
+    max_json_upload_bytes: int = 72 << 20
     # Seconds that a health check waits for Triton; orchestrators' probes often give up after a few.
     probe_timeout: float = 2.0
 
@@ -53,7 +66,7 @@ class Config:
             raise ValueError("the bucket for links must look like s3://BUCKET or s3://BUCKET/PREFIX")
         if self.link_bucket is not None and self.link_lifetime > _LONGEST_S3_LIFETIME:
             raise ValueError("links into a bucket are good for seven days at most")
-        for name in ("request_timeout", "max_body_bytes", "probe_timeout", "heartbeat_interval", "link_lifetime"):
+        for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is not positive")
 

@@ -7,35 +7,79 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from hypergen_gateway.admission import Admission
+from hypergen_gateway.connection import cancel
 from hypergen_gateway.errors import InternalError
 from hypergen_gateway.generation import Backend, Generation, ModelDescription, Picture
 from hypergen_gateway.images import FileFormat, encode
+from hypergen_gateway.starts import Retouch, Start
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Part:
+    """Pictures that the backend draws together: of one size, from one image if from any."""
+
+    generation: Generation
+    first_index: int = 0
+    retouch: Retouch | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Order:
     """A request's pictures: the model that draws them and the file format that they are sent in."""
 
-    generation: Generation
+    parts: Sequence[Part]
     model: ModelDescription
     file_format: FileFormat
+
+    @property
+    def num_images(self) -> int:
+        """How many pictures there will be."""
+        return sum(part.generation.num_images for part in self.parts)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Drawn:
+    """A preview or a picture, and the part of the order that it belongs to."""
+
+    part: Part
+    picture: Picture
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Finished:
     """A picture as a file, its size in pixels, and how long it took to encode in milliseconds."""
 
+    part: Part
     picture: Picture
     file: bytes
-    width: int
-    height: int
+    size: tuple[int, int]
     encode_image: float
+
+
+def parts_of(generation: Generation, starts: Sequence[Start], strength: float | None) -> list[Part]:
+    """What draws the pictures of `generation`, where picture i starts from image i mod k."""
+    if not starts:
+        return [Part(generation=generation)]
+    if len(starts) == 1:
+        return [_part_from(generation, starts[0], strength)]
+    singles = [
+        replace(generation, num_images=1, seed=generation.seed + index) for index in range(generation.num_images)
+    ]
+    return [
+        replace(_part_from(single, starts[index % len(starts)], strength), first_index=index)
+        for index, single in enumerate(singles)
+    ]
+
+
+def _part_from(generation: Generation, start: Start, strength: float | None) -> Part:
+    height, width, _ = start.image.shape
+    started = replace(generation, width=width, height=height, image=start.image, mask=start.mask, strength=strength)
+    return Part(generation=started, retouch=start.retouch)
 
 
 class Studio:
@@ -45,37 +89,78 @@ class Studio:
         self._backend = backend
         self._admission = admission
 
-    async def draw(self, order: Order) -> AsyncGenerator[Picture, None]:
+    async def draw(self, order: Order) -> AsyncGenerator[Drawn, None]:
         """Previews and pictures as they come; the wait for a place counts as time in the queue.
 
         Raises whatever the backend does, and `InternalError` if a picture is missing at the end.
         """
-        generation = order.generation
         began = time.perf_counter()
-        finals: Counter[int] = Counter()
-        async with self._admission.admit(generation.num_images, order.model.max_active_images):
+        finals = 0
+        async with self._admission.admit(order.num_images, order.model.max_active_images):
             waited = _milliseconds_since(began)
-            async with aclosing(self._backend.generate(generation)) as pictures:
-                async for picture in pictures:
-                    finals[picture.index] += picture.is_final
-                    yield _waited(picture, waited)
-        if finals.total() != generation.num_images:
-            raise InternalError(f"{finals.total()} pictures came back instead of {generation.num_images}")
+            streams = [self._draw_part(part) for part in order.parts]
+            async with aclosing(_merged(streams)) as everything:
+                async for drawn in everything:
+                    finals += drawn.picture.is_final
+                    yield replace(drawn, picture=_waited(drawn.picture, waited))
+        if finals != order.num_images:
+            raise InternalError(f"{finals} pictures came back instead of {order.num_images}")
 
     async def draw_finals(self, order: Order) -> list[Finished]:
         """The finished pictures, in the order of their indices. They are encoded after their place was given up."""
         async with aclosing(self.draw(order)) as stream:
-            pictures = [picture async for picture in stream if picture.is_final]
-        pictures.sort(key=lambda picture: picture.index)
-        return await asyncio.gather(*(asyncio.to_thread(finish, picture, order.file_format) for picture in pictures))
+            finals = [drawn async for drawn in stream if drawn.picture.is_final]
+        finals.sort(key=lambda drawn: drawn.picture.index)
+        return await asyncio.gather(*(asyncio.to_thread(finish, drawn, order.file_format) for drawn in finals))
+
+    async def _draw_part(self, part: Part) -> AsyncGenerator[Drawn, None]:
+        async with aclosing(self._backend.generate(part.generation)) as pictures:
+            async for picture in pictures:
+                yield Drawn(part=part, picture=replace(picture, index=part.first_index + picture.index))
 
 
-def finish(picture: Picture, file_format: FileFormat) -> Finished:
+def finish(drawn: Drawn, file_format: FileFormat) -> Finished:
     """A picture's file. Blocks, so it is called in a thread."""
     began = time.perf_counter()
-    height, width, _ = picture.pixels.shape
-    file = encode(picture.pixels, file_format)
-    return Finished(picture=picture, file=file, width=width, height=height, encode_image=_milliseconds_since(began))
+    pixels, retouch = drawn.picture.pixels, drawn.part.retouch
+    if retouch is not None:
+        pixels = retouch.apply(pixels)
+    height, width, _ = pixels.shape
+    return Finished(
+        part=drawn.part,
+        picture=drawn.picture,
+        file=encode(pixels, file_format),
+        size=(width, height),
+        encode_image=_milliseconds_since(began),
+    )
+
+
+async def _merged(streams: Sequence[AsyncGenerator[Drawn, None]]) -> AsyncGenerator[Drawn, None]:
+    """What several streams give, as it comes. The first failure ends all of them, and so does closing this one."""
+    came: asyncio.Queue[Drawn | None] = asyncio.Queue()
+
+    async def collect(stream: AsyncGenerator[Drawn, None]) -> None:
+        try:
+            async with aclosing(stream):
+                async for drawn in stream:
+                    came.put_nowait(drawn)
+        finally:
+            came.put_nowait(None)
+
+    tasks = [asyncio.create_task(collect(stream)) for stream in streams]
+    under_way = len(tasks)
+    try:
+        while under_way:
+            drawn = await came.get()
+            if drawn is not None:
+                yield drawn
+                continue
+            under_way -= 1
+            for task in tasks:
+                if task.done():
+                    task.result()
+    finally:
+        await cancel(*tasks)
 
 
 def _waited(picture: Picture, milliseconds: float) -> Picture:

@@ -10,24 +10,28 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from hypergen_gateway import openai, playground, responses
+from hypergen_gateway import capabilities, openai, playground, responses
 from hypergen_gateway.admission import Admission
-from hypergen_gateway.bodies import read_json
+from hypergen_gateway.bodies import media_type, read_form, read_json
 from hypergen_gateway.config import Config
 from hypergen_gateway.connection import while_connected
-from hypergen_gateway.drawing import Finished, Order, Studio, finish
+from hypergen_gateway.drawing import Drawn, Finished, Order, Studio, finish, parts_of
 from hypergen_gateway.errors import HyperGenError, ModelNotFoundError, NotFoundError
 from hypergen_gateway.events import EventStream, to_frame
-from hypergen_gateway.generation import Backend, Picture
+from hypergen_gateway.fields import EditForm, EditRequest, ImageRequest, PictureRequest, VariationForm, from_texts
+from hypergen_gateway.generation import Backend, ModelDescription
 from hypergen_gateway.links import FILES_PATH, Links, LocalLinks
+from hypergen_gateway.middleware import BodyLimit
+from hypergen_gateway.starts import Start, Uploads, open_starts
 
 T = TypeVar("T")
 
@@ -50,9 +54,17 @@ class Endpoints:
     admission: Admission
     studio: Studio
     links: Links
+    # Images are opened by two threads at most: each may need a few hundred megabytes for a moment.
+    decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
 
     def routes(self) -> list[BaseRoute]:
         """Every route. Starlette answers HEAD wherever it answers GET."""
+        bodies = [Middleware(BodyLimit, max_bytes=self.config.max_body_bytes)]
+        uploads = [
+            Middleware(
+                BodyLimit, max_bytes=self.config.max_json_upload_bytes, max_form_bytes=self.config.max_upload_bytes
+            )
+        ]
         return [
             Route("/health", self.health),
             Route("/health/live", self.live),
@@ -60,7 +72,9 @@ class Endpoints:
             Route("/v1/models", self.list_models),
             Route("/v1/models/{id:path}", self.retrieve_model),
             Route("/v1/capabilities", self.capabilities),
-            Route("/v1/images/generations", self.generate_images, methods=["POST"]),
+            Route("/v1/images/generations", self.generate_images, methods=["POST"], middleware=bodies),
+            Route("/v1/images/edits", self.edit_images, methods=["POST"], middleware=uploads),
+            Route("/v1/images/variations", self.vary_image, methods=["POST"], middleware=uploads),
             Route(f"{FILES_PATH}/{{name}}", self.read_file),
             *playground.routes(),
         ]
@@ -91,15 +105,52 @@ class Endpoints:
 
     async def capabilities(self, _: Request) -> Response:
         """What the model draws and how; an extension."""
-        return _json(responses.capabilities(await self.backend.describe(), await self._model_id()))
+        return _json(capabilities.of_model(await self.backend.describe(), await self._model_id()))
 
     async def generate_images(self, request: Request) -> Response:
         """Pictures from a prompt."""
-        payload = await read_json(request, openai.ImageRequest.model_fields)
+        payload = await read_json(request, ImageRequest.model_fields)
         model = await self.backend.describe()
-        wanted = openai.read_image_request(payload, model)
-        generation = openai.to_generation(wanted, model)
-        order = Order(generation=generation, model=model, file_format=openai.file_format_of(wanted))
+        return await self._serve(request, openai.read_request(payload, ImageRequest, model), [], model)
+
+    async def edit_images(self, request: Request) -> Response:
+        """Pictures from a prompt and images, with a mask or without."""
+        if media_type(request) == "application/json":
+            return await self._edit_by_json(request)
+        async with read_form(request, EditForm.model_fields) as form:
+            model = await self.backend.describe()
+            wanted = openai.read_request(from_texts(form, EditForm), EditForm, model)
+            starts = await self._open(openai.uploads_of_form(wanted), wanted, model)
+        return await self._serve(request, wanted, starts, model)
+
+    async def _edit_by_json(self, request: Request) -> Response:
+        payload = await read_json(request, EditRequest.model_fields)
+        model = await self.backend.describe()
+        wanted = openai.read_request(payload, EditRequest, model)
+        starts = await self._open(await asyncio.to_thread(openai.uploads_of_json, wanted), wanted, model)
+        return await self._serve(request, wanted, starts, model)
+
+    async def vary_image(self, request: Request) -> Response:
+        """Pictures like an image."""
+        async with read_form(request, VariationForm.model_fields) as form:
+            model = await self.backend.describe()
+            wanted = openai.read_request(from_texts(form, VariationForm), VariationForm, model)
+            starts = await self._open(openai.uploads_of_form(wanted), wanted, model)
+        return await self._serve(request, wanted, starts, model)
+
+    async def _open(self, uploads: Uploads, wanted: PictureRequest, model: ModelDescription) -> list[Start]:
+        asked = openai.asked_size(wanted, model)
+        async with self.decoding:
+            return await asyncio.to_thread(open_starts, uploads, asked, model, wanted.n)
+
+    async def _serve(
+        self, request: Request, wanted: PictureRequest, starts: Sequence[Start], model: ModelDescription
+    ) -> Response:
+        order = Order(
+            parts=parts_of(openai.to_generation(wanted, model), starts, openai.strength_of(wanted)),
+            model=model,
+            file_format=openai.file_format_of(wanted),
+        )
         if wanted.stream:
             return await self._stream(request, wanted, order)
         return await while_connected(request.receive, self._answer(request, wanted, order), self.config.request_timeout)
@@ -115,7 +166,7 @@ class Endpoints:
         headers = {"Cache-Control": f"private, max-age={stored.seconds_left}", "X-Content-Type-Options": "nosniff"}
         return Response(stored.content, media_type=stored.media_type, headers=headers)
 
-    async def _answer(self, request: Request, wanted: openai.ImageRequest, order: Order) -> Response:
+    async def _answer(self, request: Request, wanted: PictureRequest, order: Order) -> Response:
         finished = await self.studio.draw_finals(order)
         urls = await self._publish(request, finished, order) if wanted.response_format == "url" else None
         headers = {"Server-Timing": responses.server_timing(finished)}
@@ -129,20 +180,20 @@ class Endpoints:
             *(self.links.publish(picture.file, order.file_format, base_url) for picture in finished)
         )
 
-    async def _stream(self, request: Request, wanted: openai.ImageRequest, order: Order) -> Response:
+    async def _stream(self, request: Request, wanted: PictureRequest, order: Order) -> Response:
         stream = EventStream(
             self._frames(wanted, order), heartbeat=self.config.heartbeat_interval, limit=self.config.request_timeout
         )
         await stream.begun(request.receive)
         return stream
 
-    async def _frames(self, wanted: openai.ImageRequest, order: Order) -> AsyncGenerator[bytes, None]:
+    async def _frames(self, wanted: PictureRequest, order: Order) -> AsyncGenerator[bytes, None]:
         previews: Counter[int] = Counter()
         async with aclosing(self.studio.draw(order)) as pictures:
-            async for picture in pictures:
-                number = previews[picture.index]
-                previews[picture.index] += 1
-                yield await asyncio.to_thread(_frame, wanted, order, picture, number)
+            async for drawn in pictures:
+                number = previews[drawn.picture.index]
+                previews[drawn.picture.index] += 1
+                yield await asyncio.to_thread(_frame, wanted, order, drawn, number)
 
     async def _model_id(self) -> str:
         return self.config.model_id or (await self.backend.describe()).model_id
@@ -166,9 +217,9 @@ async def _or_none(answer: Coroutine[Any, Any, T], limit: float) -> T | None:
     return None
 
 
-def _frame(wanted: openai.ImageRequest, order: Order, picture: Picture, number: int) -> bytes:
+def _frame(wanted: PictureRequest, order: Order, drawn: Drawn, number: int) -> bytes:
     """Encodes a picture and the event that carries it; `number` counts a picture's previews. Blocks."""
-    event = responses.image_event(wanted, finish(picture, order.file_format), number)
+    event = responses.image_event(wanted, finish(drawn, order.file_format), number)
     return to_frame(event.type, event)
 
 

@@ -1,13 +1,17 @@
-"""Pixels to files. Knows Pillow; blocks, so it is called in a thread."""
+"""Pixels to files, and files to pixels. Knows Pillow; blocks, so it is called in a thread."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+from hypergen_gateway.errors import InvalidRequestError
 from hypergen_gateway.generation import Pixels
 
 FormatName = Literal["png", "jpeg", "webp"]
@@ -35,6 +39,11 @@ class FileFormat:
 
 PNG = FileFormat()
 
+# Files are read that are smaller than this, as OpenAI does, and images that have no more pixels than this.
+MAX_FILE_BYTES = 50 * 1000 * 1000
+MAX_PIXELS = 4096 * 4096
+_READ_FORMATS = ("PNG", "JPEG", "WEBP")
+
 
 def encode(pixels: Pixels, file_format: FileFormat = PNG) -> bytes:
     """A file of RGB pixels [height, width, 3]."""
@@ -52,3 +61,52 @@ def _options(file_format: FileFormat) -> dict[str, Any]:
             return {"quality": quality}
         case "png":
             return {}
+
+
+def decode(file: BinaryIO, param: str, formats: tuple[str, ...] = _READ_FORMATS) -> Image.Image:
+    """The image in a file that anybody may have sent: RGBA if it has transparency, else RGB; upright, 8 bits.
+
+    What a file is, its content says. The first frame of a moving picture is taken.
+
+    Raises:
+        InvalidRequestError: the file is too large, of another kind or broken, or has too many pixels.
+    """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    if size >= MAX_FILE_BYTES:
+        raise InvalidRequestError(f"The file in '{param}' is too large: it must be smaller than 50 MB.", param)
+    with _refusing_rubbish(param, formats):
+        image = Image.open(file, formats=formats)
+        if image.width * image.height > MAX_PIXELS:  # known before any pixel is decoded
+            raise Image.DecompressionBombError
+        image.load()
+        return _to_rgb(_upright(image))
+
+
+@contextmanager
+def _refusing_rubbish(param: str, formats: tuple[str, ...]) -> Iterator[None]:
+    """Where Pillow's errors become ours: on files made to confuse it, it raises far more than it promises."""
+    kinds = " or ".join(", ".join(formats).replace("WEBP", "WebP").rsplit(", ", 1))
+    try:
+        yield
+    except Image.DecompressionBombError as error:
+        raise InvalidRequestError(f"The image in '{param}' has more than {MAX_PIXELS:,} pixels.", param) from error
+    except UnidentifiedImageError as error:
+        raise InvalidRequestError(f"The file in '{param}' is not an image. It must be {kinds}.", param) from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise InvalidRequestError(f"The image in '{param}' is broken or cut off. It must be {kinds}.", param) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # cameras and editors write EXIF that nobody can read; the picture is there all the same
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip rather than scale
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")

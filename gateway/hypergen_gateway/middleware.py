@@ -1,6 +1,6 @@
 """What happens to every request, whatever it asks for. Pure ASGI, so bodies and responses stream through untouched.
 
-From the outside in: request id and access log, errors, API key, body limit.
+From the outside in: request id and access log, errors, API key; a body's limit is its route's.
 """
 
 from __future__ import annotations
@@ -131,33 +131,38 @@ class ApiKey:
 
 
 class BodyLimit:
-    """Refuses a body above the limit: by its declared length before reading, else as soon as it goes over."""
+    """Refuses a body above the limit: by its declared length before reading, else as soon as it goes over.
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    A form may be larger than other bodies, as its files need not stay in memory.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, max_form_bytes: int | None = None) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._max_form_bytes = max_form_bytes or max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdecimal() and int(declared[:20]) > self._max_bytes:
-            raise self._too_large()
+        headers = Headers(scope=scope)
+        is_form = headers.get("content-type", "").lower().startswith("multipart/form-data")
+        limit = self._max_form_bytes if is_form else self._max_bytes
+        declared = headers.get("content-length", "")
+        if declared.isdecimal() and int(declared[:20]) > limit:
+            raise _too_large(limit)
         received = 0
 
         async def limited_receive() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self._max_bytes:
-                raise self._too_large()
+            if received > limit:
+                raise _too_large(limit)
             return message
 
         await self._app(scope, limited_receive, send)
 
-    def _too_large(self) -> BodyTooLargeError:
-        return BodyTooLargeError(f"The body is too large: at most {self._max_bytes:,} bytes are read.")
+
+def _too_large(limit: int) -> BodyTooLargeError:
+    return BodyTooLargeError(f"The body is too large: at most {limit:,} bytes are read.")
 
 
 def _is_open(path: str) -> bool:

@@ -1,27 +1,43 @@
-"""The fields of OpenAI's Images API: what comes over the wire becomes a `Generation`.
+"""What comes over the wire becomes a `Generation`.
 
-Knows the fields, their legal values and the words for saying so. Types and the API's own ranges stand in the pydantic
-models; sizes, defaults and schedulers come from the `ModelDescription`. Knows neither HTTP nor Triton.
+Knows which values are legal and the words for saying so. Types and the API's own ranges stand in `fields`; sizes,
+defaults and schedulers come from the `ModelDescription`. Knows neither HTTP nor Triton.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 import secrets
-from typing import Annotated, Any, Literal
+from typing import Any, BinaryIO, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from hypergen_gateway.bodies import shown
 from hypergen_gateway.errors import InvalidRequestError
+from hypergen_gateway.fields import (
+    MAX_IMAGES,
+    EditForm,
+    EditRequest,
+    ImageReference,
+    ImageRequest,
+    PictureRequest,
+    VariationForm,
+)
 from hypergen_gateway.generation import MAX_SEED, Generation, ModelDescription
 from hypergen_gateway.images import FileFormat
+from hypergen_gateway.starts import Uploads
 
 # Seeds drawn here stay below 2^53: larger ones lose digits in JavaScript, and then a picture cannot be made again.
 _RANDOM_SEEDS = 2**53
 
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 
+# Enough for another picture, little enough for one of the same thing.
+_VARIATION_STRENGTH = 0.6
+
+Request = TypeVar("Request", ImageRequest, EditRequest, EditForm, VariationForm)
 Quality = Literal["low", "medium", "high"]
 # The words of older OpenAI models, and "auto", in today's words.
 _QUALITIES: dict[str, Quality] = {
@@ -33,39 +49,6 @@ _QUALITIES: dict[str, Quality] = {
     "hd": "high",
 }
 _STEPS_BY_QUALITY: dict[Quality, float] = {"low": 0.5, "medium": 1.0, "high": 1.5}
-
-Text = Annotated[str, Field(max_length=32_000)]
-
-
-class ImageRequest(BaseModel):
-    """The body of POST /v1/images/generations. Unknown fields are tolerated, as OpenAI adds some every year."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
-
-    prompt: Annotated[Text, Field(min_length=1)]
-    model: str | None = None
-    n: int = Field(default=1, ge=1, le=10)
-    size: str = "auto"
-    quality: Literal["low", "medium", "high", "auto", "standard", "hd"] = "auto"
-    response_format: Literal["b64_json", "url"] = "b64_json"
-    output_format: Literal["png", "jpeg", "webp"] = "png"
-    output_compression: int = Field(default=100, ge=0, le=100)
-    background: Literal["auto", "opaque", "transparent"] = "auto"
-    stream: bool = False
-    partial_images: int = Field(default=0, ge=0, le=3)
-    moderation: Literal["low", "auto"] = "auto"
-    style: Literal["vivid", "natural"] | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
-    # HyperGen's own
-    negative_prompt: Text | None = None
-    num_inference_steps: int | None = Field(default=None, ge=1)
-    guidance_scale: float | None = Field(default=None, ge=1.0)
-    scheduler: str | None = None
-    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
-    lora_path: str | None = None
-    lora_scale: float = Field(default=1.0, ge=0.0, le=2.0)
-
 
 # Values that the API has and this server does not: for these fields, only what stands here is served.
 _SERVED: dict[str, tuple[object, ...]] = {
@@ -95,16 +78,21 @@ _LEGAL: dict[str, str] = {
     "guidance_scale": "a number from 1 to {max_guidance_scale:g}",
     "scheduler": "one of {known_schedulers}",
     "seed": f"an integer from 0 to {MAX_SEED}, and so must be seed + n - 1",
+    "strength": "a number from 0 to 1",
+    "input_fidelity": "'high' or 'low'",
+    "image": "a PNG, JPEG or WebP file; an edit takes up to {max_images}",
+    "images": 'an array of 1 to {max_images} objects such as {{"image_url": "data:image/png;base64,…"}}',
+    "mask": "a PNG with transparent pixels where the image is drawn anew",
     "lora_path": "absent",
     "lora_scale": "a number from 0 to 2",
 }
 
 
-def read_image_request(payload: dict[str, Any], model: ModelDescription) -> ImageRequest:
+def read_request(payload: dict[str, Any], kind: type[Request], model: ModelDescription) -> Request:
     """Validates a body's fields; the first wrong one is named in the error."""
     given = {name: value for name, value in payload.items() if value is not None}
     try:
-        request = ImageRequest.model_validate(given)
+        request: Request = kind.model_validate(given)
     except ValidationError as error:
         raise _invalid(str(error.errors()[0]["loc"][0]), given, model) from error
     for name, served in _SERVED.items():
@@ -116,7 +104,7 @@ def read_image_request(payload: dict[str, Any], model: ModelDescription) -> Imag
     return request
 
 
-def _check_combinations(request: ImageRequest) -> None:
+def _check_combinations(request: PictureRequest) -> None:
     if request.output_format == "png" and request.output_compression != 100:
         raise InvalidRequestError(
             "'output_compression' is for 'jpeg' and 'webp': 'png' loses nothing. It must be 100 or left out.",
@@ -129,19 +117,64 @@ def _check_combinations(request: ImageRequest) -> None:
         )
 
 
-def file_format_of(request: ImageRequest) -> FileFormat:
+def file_format_of(request: PictureRequest) -> FileFormat:
     """The files that a request asks for."""
     return FileFormat(request.output_format, request.output_compression)
 
 
-def quality_of(request: ImageRequest) -> Quality:
+def strength_of(request: PictureRequest) -> float | None:
+    """How much of the image is given up; None leaves it to the model."""
+    if isinstance(request, ImageRequest):
+        return None
+    if isinstance(request, VariationForm) and request.strength is None:
+        return _VARIATION_STRENGTH
+    return request.strength
+
+
+def uploads_of_form(request: EditForm | VariationForm) -> Uploads:
+    """The files that came with a form."""
+    if isinstance(request, VariationForm):
+        return Uploads(images=[request.image.file], mask=None, images_param="image")
+    mask = None if request.mask is None else request.mask.file
+    return Uploads(images=[image.file for image in request.image], mask=mask, images_param="image")
+
+
+def uploads_of_json(request: EditRequest) -> Uploads:
+    """The files that stand in a JSON body as data URLs."""
+    mask = None if request.mask is None else _file_in(request.mask, "mask")
+    return Uploads(images=[_file_in(image, "images") for image in request.images], mask=mask, images_param="images")
+
+
+def _file_in(reference: ImageReference, param: str) -> BinaryIO:
+    url = reference.image_url
+    if url is None or reference.file_id is not None:
+        raise InvalidRequestError(
+            f"'{param}' must hold an image_url and no file_id: this server has no Files API.", param
+        )
+    head, comma, content = url.partition(",")
+    if not head.startswith("data:"):
+        raise InvalidRequestError(
+            f"An image_url in '{param}' must be a data URL, 'data:image/png;base64,…'. No URL is ever fetched.",
+            param,
+        )
+    try:
+        if not comma or not head.endswith(";base64"):
+            raise ValueError
+        return io.BytesIO(base64.b64decode(content, validate=True))
+    except ValueError as error:
+        raise InvalidRequestError(f"The data URL in '{param}' must read 'data:image/png;base64,…'.", param) from error
+
+
+def quality_of(request: PictureRequest) -> Quality:
     """The quality that a request gets, in a word of OpenAI's schema for responses."""
     return _QUALITIES[request.quality]
 
 
-def to_generation(request: ImageRequest, model: ModelDescription) -> Generation:
-    """A request with the model's defaults filled in, within the model's limits."""
-    width, height = _size(request, model)
+def to_generation(request: PictureRequest, model: ModelDescription) -> Generation:
+    """A request with the model's defaults filled in, within the model's limits. What `auto` means is the model's size;
+    an image to start from says otherwise.
+    """
+    width, height = asked_size(request, model) or (model.default_width, model.default_height)
     seed = secrets.randbelow(_RANDOM_SEEDS - request.n) if request.seed is None else request.seed
     steps, guidance = request.num_inference_steps, request.guidance_scale
     generation = Generation(
@@ -160,7 +193,7 @@ def to_generation(request: ImageRequest, model: ModelDescription) -> Generation:
     return generation
 
 
-def _check_limits(generation: Generation, request: ImageRequest, model: ModelDescription) -> None:
+def _check_limits(generation: Generation, request: PictureRequest, model: ModelDescription) -> None:
     legal = {
         "n": generation.num_images <= model.max_num_images,
         "num_inference_steps": generation.num_inference_steps <= model.max_num_inference_steps,
@@ -173,9 +206,10 @@ def _check_limits(generation: Generation, request: ImageRequest, model: ModelDes
             raise _invalid(name, {name: getattr(request, name)}, model)
 
 
-def _size(request: ImageRequest, model: ModelDescription) -> tuple[int, int]:
+def asked_size(request: PictureRequest, model: ModelDescription) -> tuple[int, int] | None:
+    """Width and height that a request asks for; None where it leaves them to us."""
     if request.size == "auto":
-        return model.default_width, model.default_height
+        return None
     match = _SIZE.fullmatch(request.size)
     sides = (int(match[1]), int(match[2])) if match else (0, 0)
     fits = all(model.min_size <= side <= model.max_size and side % model.size_factor == 0 for side in sides)
@@ -199,7 +233,11 @@ def _steps_for(quality: str, model: ModelDescription) -> int:
 
 
 def _invalid(name: str, given: dict[str, Any], model: ModelDescription) -> InvalidRequestError:
-    more = {"known_schedulers": ", ".join(model.schedulers), "legal_sizes": _legal_sizes(model)}
+    more = {
+        "known_schedulers": ", ".join(model.schedulers),
+        "legal_sizes": _legal_sizes(model),
+        "max_images": MAX_IMAGES,
+    }
     legal = _LEGAL[name].format(**vars(model), **more)
     problem = f"Invalid value for '{name}': {shown(given[name])}." if name in given else f"'{name}' is missing."
     return InvalidRequestError(f"{problem} It must be {legal}.", name)

@@ -13,9 +13,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from hypergen_gateway.drawing import Finished
-from hypergen_gateway.generation import ModelDescription
+from hypergen_gateway.fields import ImageRequest, PictureRequest
+from hypergen_gateway.generation import Pixels
 from hypergen_gateway.images import FormatName
-from hypergen_gateway.openai import ImageRequest, Quality, quality_of
+from hypergen_gateway.openai import Quality, quality_of
 
 # The strings that OpenAI's schema allows for `size` in a response.
 _RESPONSE_SIZES = frozenset({"1024x1024", "1024x1536", "1536x1024"})
@@ -38,49 +39,6 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[ModelObject]
-
-
-class Capabilities(BaseModel):
-    """What the served model draws and how: the values that a request may hold, and those it gets without saying any.
-
-    An extension of the API, for whoever offers choices, as the playground does.
-    """
-
-    object: Literal["capabilities"] = "capabilities"
-    model: str
-    default_size: str
-    sizes: tuple[str, ...] = Field(description="All that can be drawn; empty where every size within the limits can.")
-    size_factor: int = Field(description="Width and height are multiples of it.")
-    min_size: int
-    max_size: int
-    default_num_inference_steps: int
-    max_num_inference_steps: int
-    default_guidance_scale: float
-    max_guidance_scale: float
-    max_num_images: int
-    schedulers: tuple[str, ...]
-    edits: bool = Field(description="Whether pictures can start from images.")
-    suggestions: tuple[str, ...] = Field(description="Prompts that the model draws well.")
-
-
-def capabilities(model: ModelDescription, id_: str) -> Capabilities:
-    """What a model can do, in the words of the API."""
-    return Capabilities(
-        model=id_,
-        default_size=f"{model.default_width}x{model.default_height}",
-        sizes=model.sizes,
-        size_factor=model.size_factor,
-        min_size=model.min_size,
-        max_size=model.max_size,
-        default_num_inference_steps=model.default_num_inference_steps,
-        max_num_inference_steps=model.max_num_inference_steps,
-        default_guidance_scale=model.default_guidance_scale,
-        max_guidance_scale=model.max_guidance_scale,
-        max_num_images=model.max_num_images,
-        schedulers=model.schedulers,
-        edits="vae_encoder" in model.components,
-        suggestions=model.suggestions,
-    )
 
 
 class ImageObject(BaseModel):
@@ -121,7 +79,7 @@ class ImagesResponse(BaseModel):
 
 
 def images_response(
-    request: ImageRequest, finished: Sequence[Finished], urls: Sequence[str] | None = None
+    request: PictureRequest, finished: Sequence[Finished], urls: Sequence[str] | None = None
 ) -> ImagesResponse:
     """The response that holds pictures: as base64, or as links where there are any."""
     contents = (
@@ -134,45 +92,44 @@ def images_response(
         quality=quality_of(request),
         size=_size(finished),
         data=[
-            ImageObject(**content, revised_prompt=request.prompt, seed=picture.picture.seed)
+            ImageObject(**content, revised_prompt=request.prompt or None, seed=picture.picture.seed)
             for content, picture in zip(contents, finished, strict=True)
         ],
         usage=usage(finished),
     )
 
 
-class PartialImageEvent(BaseModel):
-    """A preview in a stream. `image_index` is an extension: which of the n pictures it shows."""
+class _ImageEvent(BaseModel):
+    """A picture in a stream. `image_index` is an extension: which of the n pictures it is."""
 
-    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
     b64_json: str
     created_at: int = Field(default_factory=lambda: int(time.time()))
     size: str
     quality: Quality
     background: Literal["opaque"] = "opaque"
     output_format: FormatName
+    image_index: int
+
+
+class PartialImageEvent(_ImageEvent):
+    """A preview: what the model expects the picture to become."""
+
+    type: Literal["image_generation.partial_image", "image_edit.partial_image"]
     partial_image_index: int
-    image_index: int
 
 
-class CompletedEvent(BaseModel):
-    """A finished picture in a stream. `image_index` and `seed` are extensions; `usage` is that of this picture."""
+class CompletedEvent(_ImageEvent):
+    """A finished picture. `seed` is an extension; `usage` is that of this picture, as if asked for alone."""
 
-    type: Literal["image_generation.completed"] = "image_generation.completed"
-    b64_json: str
-    created_at: int = Field(default_factory=lambda: int(time.time()))
-    size: str
-    quality: Quality
-    background: Literal["opaque"] = "opaque"
-    output_format: FormatName
+    type: Literal["image_generation.completed", "image_edit.completed"]
     usage: Usage
-    image_index: int
     seed: int
 
 
-def image_event(request: ImageRequest, finished: Finished, number: int) -> PartialImageEvent | CompletedEvent:
+def image_event(request: PictureRequest, finished: Finished, number: int) -> PartialImageEvent | CompletedEvent:
     """The event that carries a preview, the `number`-th of its picture, or a finished picture."""
     picture = finished.picture
+    is_generation = isinstance(request, ImageRequest)
     common: dict[str, Any] = {
         "b64_json": base64.b64encode(finished.file).decode("ascii"),
         "size": _size([finished]) or "auto",
@@ -181,15 +138,28 @@ def image_event(request: ImageRequest, finished: Finished, number: int) -> Parti
         "image_index": picture.index,
     }
     if not picture.is_final:
-        return PartialImageEvent(**common, partial_image_index=number)
-    return CompletedEvent(**common, usage=usage([finished]), seed=picture.seed)
+        return PartialImageEvent(
+            type="image_generation.partial_image" if is_generation else "image_edit.partial_image",
+            partial_image_index=number,
+            **common,
+        )
+    return CompletedEvent(
+        type="image_generation.completed" if is_generation else "image_edit.completed",
+        usage=usage([finished]),
+        seed=picture.seed,
+        **common,
+    )
 
 
 def usage(finished: Sequence[Finished]) -> Usage:
     """The tokens that went into pictures of a request and came out."""
     text_tokens = finished[0].picture.prompt_tokens
-    image_tokens = 0
-    output_tokens = sum(picture.picture.pixels[..., 0].size // _PIXELS_PER_TOKEN for picture in finished)
+    # Pictures that started from the same image share it.
+    images = {
+        id(image): image for image in (picture.part.generation.image for picture in finished) if image is not None
+    }
+    image_tokens = sum(_tokens(image) for image in images.values())
+    output_tokens = sum(_tokens(picture.picture.pixels) for picture in finished)
     return Usage(
         input_tokens=text_tokens + image_tokens,
         output_tokens=output_tokens,
@@ -210,7 +180,11 @@ def server_timing(finished: Sequence[Finished]) -> str:
     return ", ".join(f"{name};dur={max(durations):.1f}" for name, durations in phases.items())
 
 
+def _tokens(pixels: Pixels) -> int:
+    return pixels.shape[0] * pixels.shape[1] // _PIXELS_PER_TOKEN
+
+
 def _size(finished: Sequence[Finished]) -> str | None:
     """The size of all pictures, if they share one that OpenAI's schema knows."""
-    sizes = {f"{picture.width}x{picture.height}" for picture in finished}
+    sizes = {f"{width}x{height}" for width, height in (picture.size for picture in finished)}
     return sizes.pop() if len(sizes) == 1 and sizes <= _RESPONSE_SIZES else None

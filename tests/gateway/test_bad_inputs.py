@@ -12,6 +12,7 @@ import pytest
 from fake_backend import FakeBackend, in_memory
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
+from wire import error_of
 
 URL = "/v1/images/generations"
 
@@ -125,17 +126,6 @@ WRONG_BODIES: list[tuple[bytes, str | None, str]] = [
     (b'{"prompt": "a", "stream": true, "n": 0}', "n", "from 1 to 10"),
     (b'{"prompt": "a", "n": 10, "seed": 9223372036854775800}', "seed", "seed + n - 1"),
 ]
-
-
-def error_of(response: httpx.Response) -> dict[str, str | None]:
-    """The error in a response, after checking all that holds for every error."""
-    assert response.headers["content-type"] == "application/json"
-    assert response.headers["x-request-id"]
-    body = response.json()
-    assert set(body) == {"error"}
-    assert set(body["error"]) == {"message", "type", "param", "code"}
-    assert 10 < len(body["error"]["message"]) < 500
-    return dict(body["error"])
 
 
 async def post(client: httpx.AsyncClient, body: bytes) -> httpx.Response:

@@ -12,7 +12,13 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
+from openai._types import FileTypes
+from openai.types import (
+    ImageEditCompletedEvent,
+    ImageEditPartialImageEvent,
+    ImageGenCompletedEvent,
+    ImageGenPartialImageEvent,
+)
 from PIL import Image
 
 from fake_backend import FakeBackend, on_loopback, until
@@ -20,6 +26,7 @@ from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.errors import UnavailableError
 from node_client import install_node_client, run_node_client
+from pictures import file_of, hole, photo
 
 KEY = "sk-correct-horse"
 GENERATIONS = "/v1/images/generations"
@@ -161,6 +168,50 @@ class TestPythonStreams:
         assert Image.open(io.BytesIO(file.content)).size == (64, 48)
 
 
+class TestPythonEdits:
+    async def test_one_image_with_a_mask(self, sdk: openai.AsyncOpenAI, backend: FakeBackend, tmp_path: Path) -> None:
+        file = tmp_path / "my photo.png"
+        file.write_bytes(file_of(photo()))
+        response = await sdk.images.edit(
+            image=file, mask=file_of(hole()), prompt="a fox", n=2, extra_body={"seed": 7, "strength": 0.5}
+        )
+        assert response.data is not None
+        assert [dict(image.model_extra or {})["seed"] for image in response.data] == [7, 8]
+        (generation,) = backend.generations
+        assert (generation.prompt, generation.strength, generation.mask is not None) == ("a fox", 0.5, True)
+
+    async def test_several_images_as_bytes_open_files_and_tuples(
+        self, sdk: openai.AsyncOpenAI, backend: FakeBackend
+    ) -> None:
+        images: list[FileTypes] = [
+            file_of(photo()),
+            io.BytesIO(file_of(photo(), "WEBP")),
+            ("a.jpg", file_of(photo(), "JPEG"), "image/jpeg"),
+        ]
+        response = await sdk.images.edit(image=images, prompt="a fox", n=3)
+        assert response.data is not None
+        assert (len(response.data), len(backend.generations)) == (3, 3)
+
+    async def test_a_stream_of_an_edit(self, sdk: openai.AsyncOpenAI) -> None:
+        stream = await sdk.images.edit(
+            image=file_of(photo()), prompt="a fox", stream=True, partial_images=1, output_format="webp"
+        )
+        events = [event async for event in stream]
+        assert [type(event) for event in events] == [ImageEditPartialImageEvent, ImageEditCompletedEvent]
+
+    @pytest.mark.filterwarnings("ignore:deprecated")
+    async def test_variations(self, sdk: openai.AsyncOpenAI, backend: FakeBackend) -> None:
+        response = await sdk.images.create_variation(image=file_of(photo()), n=2, response_format="b64_json")
+        assert response.data is not None
+        assert len(response.data) == 2
+        assert backend.generations[0].image is not None
+
+    async def test_a_wrong_mask_is_its_bad_request_error_with_param(self, sdk: openai.AsyncOpenAI) -> None:
+        with pytest.raises(openai.BadRequestError, match="size of the first image") as raised:
+            await sdk.images.edit(image=file_of(photo()), mask=file_of(hole(8, 8, (0, 0, 4, 4))), prompt="a fox")
+        assert raised.value.param == "mask"
+
+
 class TestDepartures:
     async def test_a_client_that_hangs_up_stops_its_pictures(
         self, sdk: openai.AsyncOpenAI, backend: FakeBackend
@@ -252,6 +303,13 @@ class TestNode:
             "image_generation.completed",
         ]
         assert seen["streamed"][-1]["seed"] == 9
+        assert [image["seed"] for image in seen["edited"]["data"]] == [3]
+        assert [event["type"] for event in seen["editStreamed"]] == [
+            "image_edit.partial_image",
+            "image_edit.completed",
+        ]
+        assert len(seen["varied"]["data"]) == 2
+        assert (seen["wrongMask"]["name"], seen["wrongMask"]["param"]) == ("BadRequestError", "mask")
         assert seen["link"]["bytes"] > 50
         assert seen["link"]["type"] == "image/webp"
         assert all(seen[error]["requestID"] for error in ("unknownModel", "wrongSize", "wrongKey"))

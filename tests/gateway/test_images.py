@@ -1,15 +1,19 @@
-"""Pixels survive the way into a file."""
+"""Pixels survive the way into a file and out of one."""
 
 from __future__ import annotations
 
 import io
+import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from hypergen_gateway.errors import InvalidRequestError
 from hypergen_gateway.generation import Pixels
-from hypergen_gateway.images import FileFormat, FormatName, encode
+from hypergen_gateway.images import FileFormat, FormatName, decode, encode
+from pictures import bomb, file_of, photo, ramp
 
 
 @pytest.fixture
@@ -49,3 +53,102 @@ def test_the_best_jpeg_keeps_thin_coloured_lines() -> None:
 
 def test_a_format_knows_its_media_type() -> None:
     assert FileFormat("webp").media_type == "image/webp"
+
+
+def opened(file: bytes) -> Image.Image:
+    return decode(io.BytesIO(file), "image")
+
+
+class TestDecoding:
+    @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+    def test_lossless_files_give_their_pixels(self, kind: str) -> None:
+        assert np.array_equal(np.asarray(opened(file_of(photo(), kind, lossless=True))), ramp(64, 48))
+
+    def test_a_jpeg_gives_nearly_its_pixels(self) -> None:
+        decoded = np.asarray(opened(file_of(photo(), "JPEG", quality=95)), dtype=int)
+        assert np.abs(decoded - ramp(64, 48)).max() < 20
+
+    @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "RGB"])
+    def test_opaque_images_become_rgb(self, mode: str) -> None:
+        image = photo().convert(mode)
+        decoded = opened(file_of(image, "JPEG" if mode == "CMYK" else "PNG"))
+        assert (decoded.mode, decoded.size) == ("RGB", (64, 48))
+        expected = np.asarray(image.convert("RGB"), dtype=int)
+        assert np.abs(np.asarray(decoded, dtype=int) - expected).max() < (20 if mode == "CMYK" else 1)
+
+    @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+    def test_transparency_becomes_alpha(self, mode: str) -> None:
+        clear = Image.new("RGBA", (64, 48), (0, 0, 0, 0))
+        clear.paste((255, 255, 255, 255), (32, 0, 64, 48))
+        image = clear.quantize() if mode == "P" else clear.convert(mode)
+        decoded = opened(file_of(image))
+        assert decoded.mode == "RGBA"
+        assert (decoded.getpixel((0, 0)), decoded.getpixel((63, 0))) == ((0, 0, 0, 0), (255, 255, 255, 255))
+
+    def test_a_colour_that_means_transparent_becomes_alpha(self) -> None:
+        decoded = opened(file_of(photo().convert("L"), transparency=0))
+        assert (decoded.mode, decoded.getpixel((0, 0))) == ("RGBA", (0, 0, 0, 0))
+
+    def test_sixteen_bits_of_grey_are_scaled_rather_than_clipped(self) -> None:
+        deep = np.linspace(0, 65535, 64, dtype=np.uint16)[None, :].repeat(48, axis=0)
+        decoded = np.asarray(opened(file_of(Image.fromarray(deep))))
+        assert decoded.shape == (48, 64, 3)
+        assert np.array_equal(decoded[0, :, 0], deep[0] >> 8)
+
+    @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+    def test_a_photograph_taken_on_its_side_is_turned_upright(self, kind: str) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6  # turn clockwise to see it right
+        decoded = opened(file_of(photo(), kind, exif=exif, quality=95))
+        assert decoded.size == (48, 64)
+        red, green, _ = np.asarray(decoded, dtype=int)[0, 0]
+        assert red < 20
+        assert green > 235
+
+    def test_exif_that_nobody_can_read_is_no_obstacle(self) -> None:
+        assert opened(file_of(photo(), "JPEG", exif=b"Exif\0\0rubbish")).size == (64, 48)
+
+    def test_the_first_frame_of_a_moving_picture_is_taken(self) -> None:
+        frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+        decoded = opened(file_of(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True))
+        assert decoded.getpixel((0, 0)) == (255, 0, 0)
+
+    @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM", "ICO", "PDF"])
+    def test_other_kinds_of_images_are_refused(self, kind: str) -> None:
+        with pytest.raises(InvalidRequestError, match="It must be PNG, JPEG or WebP"):
+            opened(file_of(photo(), kind))
+
+    @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+    @pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 0.9])
+    def test_a_file_that_is_cut_off_is_refused_wherever_the_cut_is(self, kind: str, share: float) -> None:
+        whole = file_of(photo(200, 150), kind)
+        with pytest.raises(InvalidRequestError) as raised:
+            opened(whole[: int(len(whole) * share)])
+        assert raised.value.param == "image"
+
+    @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+    def test_whatever_is_broken_in_a_file_it_is_a_picture_or_our_error(self, kind: str) -> None:
+        random = np.random.default_rng(0)
+        whole = np.frombuffer(file_of(photo(), kind), dtype=np.uint8)
+        for _ in range(60):
+            broken = whole.copy()
+            broken[random.integers(0, len(whole), 4)] = random.integers(0, 256, 4)
+            with suppress(InvalidRequestError):
+                assert opened(broken.tobytes()).mode in ("RGB", "RGBA")
+
+    @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+    @pytest.mark.parametrize("side", [4104, 10_000, 30_000])
+    def test_a_decompression_bomb_is_refused_before_it_is_decoded(self, side: int) -> None:
+        file = bomb(side)
+        began = time.perf_counter()
+        with pytest.raises(InvalidRequestError, match="more than 16,777,216 pixels"):
+            opened(file)
+        assert time.perf_counter() - began < 0.5
+
+    def test_a_file_of_fifty_megabytes_is_refused_unread(self) -> None:
+        class Huge(io.BytesIO):
+            def seek(self, offset: int, whence: int = 0) -> int:
+                return 50_000_000 if whence == io.SEEK_END else super().seek(offset, whence)
+
+        with pytest.raises(InvalidRequestError, match="smaller than 50 MB"):
+            decode(Huge(file_of(photo())), "image")

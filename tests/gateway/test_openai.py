@@ -10,13 +10,14 @@ import pytest
 from fake_backend import MODEL
 from hypergen_gateway.bodies import parse_json
 from hypergen_gateway.errors import InvalidRequestError
+from hypergen_gateway.fields import ImageRequest
 from hypergen_gateway.generation import MAX_SEED, Generation, ModelDescription
 from hypergen_gateway.images import FileFormat
-from hypergen_gateway.openai import file_format_of, quality_of, read_image_request, to_generation
+from hypergen_gateway.openai import file_format_of, quality_of, read_request, to_generation
 
 
 def generation(served: ModelDescription = MODEL, **fields: Any) -> Generation:
-    return to_generation(read_image_request({"prompt": "a fox"} | fields, served), served)
+    return to_generation(read_request({"prompt": "a fox"} | fields, ImageRequest, served), served)
 
 
 def test_what_is_absent_comes_from_the_model() -> None:
@@ -101,7 +102,7 @@ def test_the_longest_prompt_and_any_unicode_pass() -> None:
     ("asked", "told"), [("auto", "medium"), ("hd", "high"), ("low", "low"), ("standard", "medium")]
 )
 def test_quality_is_told_in_a_word_of_openai_s_schema(asked: str, told: str) -> None:
-    assert quality_of(read_image_request({"prompt": "a fox", "quality": asked}, MODEL)) == told
+    assert quality_of(read_request({"prompt": "a fox", "quality": asked}, ImageRequest, MODEL)) == told
 
 
 def test_previews_are_for_streams() -> None:
@@ -119,4 +120,4 @@ def test_previews_are_for_streams() -> None:
     ],
 )
 def test_format_and_compression_say_which_file_is_made(fields: dict[str, Any], made: FileFormat) -> None:
-    assert file_format_of(read_image_request({"prompt": "a fox"} | fields, MODEL)) == made
+    assert file_format_of(read_request({"prompt": "a fox"} | fields, ImageRequest, MODEL)) == made

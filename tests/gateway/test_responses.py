@@ -9,17 +9,19 @@ from typing import Any
 import pytest
 
 from fake_backend import MODEL, flat_picture, flat_preview
-from hypergen_gateway.drawing import Finished, finish
+from hypergen_gateway.drawing import Drawn, Finished, Part, finish
+from hypergen_gateway.fields import ImageRequest
 from hypergen_gateway.generation import Timings
 from hypergen_gateway.images import PNG
-from hypergen_gateway.openai import ImageRequest, read_image_request, to_generation
+from hypergen_gateway.openai import read_request, to_generation
 from hypergen_gateway.responses import CompletedEvent, image_event, images_response, server_timing, usage
 
 
 def finished(**fields: Any) -> tuple[ImageRequest, list[Finished]]:
-    request = read_image_request({"prompt": "a red fox", "size": "64x48", "seed": 5} | fields, MODEL)
-    made = to_generation(request, MODEL)
-    return request, [finish(flat_picture(made, index), PNG) for index in range(made.num_images)]
+    request = read_request({"prompt": "a red fox", "size": "64x48", "seed": 5} | fields, ImageRequest, MODEL)
+    part = Part(generation=to_generation(request, MODEL))
+    drawn = [Drawn(part=part, picture=flat_picture(part.generation, index)) for index in range(request.n)]
+    return request, [finish(one, PNG) for one in drawn]
 
 
 def test_a_response_holds_the_files_in_order_each_with_its_seed() -> None:
@@ -62,9 +64,11 @@ def test_a_completed_event_has_the_usage_of_its_own_picture() -> None:
 
 
 def test_a_preview_s_event_has_its_number_and_no_usage() -> None:
-    request = read_image_request({"prompt": "a", "stream": True, "partial_images": 3, "n": 2}, MODEL)
-    preview = finish(flat_preview(to_generation(request, MODEL), 1, 2), PNG)
-    event = image_event(request, preview, 2).model_dump()
+    fields = {"prompt": "a", "stream": True, "partial_images": 3, "n": 2}
+    request = read_request(fields, ImageRequest, MODEL)
+    part = Part(generation=to_generation(request, MODEL))
+    drawn = Drawn(part=part, picture=flat_preview(part.generation, 1, 2))
+    event = image_event(request, finish(drawn, PNG), 2).model_dump()
     assert (event["type"], event["partial_image_index"], event["image_index"]) == (
         "image_generation.partial_image",
         2,

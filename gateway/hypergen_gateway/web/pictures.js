@@ -13,11 +13,13 @@ export function decode(blob) {
   return createImageBitmap(blob);
 }
 
-/** A PNG of exactly this size: the middle of a picture, scaled to fill it. */
+/** A PNG of exactly this size: the middle of a picture, scaled to fill it; what is transparent shows white paper. */
 export function cover(bitmap, width, height) {
   const scale = Math.max(width / bitmap.width, height / bitmap.height);
   const [w, h] = [bitmap.width * scale, bitmap.height * scale];
   const [canvas, context] = newCanvas(width, height);
+  context.fillStyle = "white";
+  context.fillRect(0, 0, width, height);
   context.imageSmoothingQuality = "high";
   context.drawImage(bitmap, (width - w) / 2, (height - h) / 2, w, h);
   return toPng(canvas);

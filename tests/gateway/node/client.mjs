@@ -1,6 +1,7 @@
 // Drives a gateway with OpenAI's Node client and prints what came back as one line of JSON.
 // HYPERGEN_BASE_URL: the gateway's /v1; HYPERGEN_API_KEY: its key; HYPERGEN_MODEL: the id it should list.
-import OpenAI, { APIError } from "openai";
+import OpenAI, { APIError, toFile } from "openai";
+import { Readable } from "node:stream";
 
 const baseURL = process.env.HYPERGEN_BASE_URL;
 const apiKey = process.env.HYPERGEN_API_KEY;
@@ -33,6 +34,25 @@ for await (const event of await client.images.generate({
   streamed.push({ ...rest, bytes: Buffer.from(b64_json, "base64").length });
 }
 
+// The first picture is the image that the others start from: as a file, as a stream whose length nobody knows.
+const picture = Buffer.from(images.data[0].b64_json, "base64");
+const image = () => toFile(picture, "picture.png");
+const edited = await client.images.edit({ image: [await image()], prompt: "a fox", seed: 3 });
+const editStreamed = [];
+for await (const event of await client.images.edit({
+  image: await toFile(Readable.from([picture.subarray(0, 50), picture.subarray(50)]), "picture.png"),
+  prompt: "a fox",
+  stream: true,
+  partial_images: 1,
+})) {
+  const { b64_json, ...rest } = event;
+  editStreamed.push({ ...rest, bytes: Buffer.from(b64_json, "base64").length });
+}
+const varied = await client.images.createVariation({ image: await image(), n: 2 });
+const wrongMask = await errorOf(
+  client.images.edit({ image: await image(), mask: await image(), prompt: "a fox" }),
+);
+
 const linked = await client.images.generate({ prompt: "a fox", response_format: "url", output_format: "webp" });
 const file = await fetch(linked.data[0].url);
 const link = { type: file.headers.get("content-type"), bytes: (await file.arrayBuffer()).byteLength };
@@ -44,6 +64,10 @@ console.log(
     images,
     streamed,
     link,
+    edited,
+    editStreamed,
+    varied,
+    wrongMask,
     unknownModel: await errorOf(client.models.retrieve("no/such-model")),
     wrongSize: await errorOf(client.images.generate({ prompt: "a fox", size: "7x7" })),
     wrongKey: await errorOf(new OpenAI({ baseURL, apiKey: "sk-wrong", maxRetries: 0 }).models.list()),
