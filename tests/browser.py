@@ -7,9 +7,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
-from playwright.async_api import Browser, ConsoleMessage, Page, async_playwright
+from playwright.async_api import Browser, ConsoleMessage, Page, async_playwright, expect
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+# Two test processes share two cores, and some of what they run beside this is heavy.
+_PATIENCE_MILLISECONDS = 30_000
+expect.set_options(timeout=_PATIENCE_MILLISECONDS)
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 
@@ -38,7 +42,7 @@ async def opened(browser: Browser, url: str, **context: object) -> AsyncIterator
     """A page in a profile of its own. Fails if a script failed or the page's own policy stopped something."""
     wrong: list[str] = []
     async with await browser.new_context(**context) as profile:  # type: ignore[arg-type]
-        profile.set_default_timeout(15_000)
+        profile.set_default_timeout(_PATIENCE_MILLISECONDS)
         page = await profile.new_page()
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda message: _note(message, wrong))

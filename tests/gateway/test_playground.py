@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import httpx
+import numpy as np
 import pytest
 import pytest_asyncio
 from hatchling.builders.wheel import WheelBuilder
@@ -253,6 +254,164 @@ class TestDrawing:
 
 @needs_chromium
 @pytest.mark.asyncio(loop_scope="module")
+class TestImages:
+    async def test_a_file_is_sent_in_a_size_that_the_model_draws(
+        self, open_page: OpenPage, backend: FakeBackend, halves: Path
+    ) -> None:
+        page = await open_page()
+        await page.keyboard.type("a fox")
+        await page.locator("#image").set_input_files(halves)
+        # Twice as wide as high: the nearest that there is.
+        await expect(page.locator("#size")).to_have_value("88x56")
+        await page.locator("#strength").fill("0.5")
+        await page.locator("#prompt").press("Enter")
+        await drawn(page)
+        (generation,) = backend.generations
+        assert (generation.width, generation.height, generation.strength, generation.mask) == (88, 56, 0.5, None)
+        assert generation.image is not None
+        assert generation.image[28, 4].tolist() == [255, 0, 0]
+        assert generation.image[28, 84].tolist() == [0, 0, 255]
+
+    async def test_what_is_painted_over_is_drawn_anew_and_nothing_else(
+        self, open_page: OpenPage, backend: FakeBackend, halves: Path
+    ) -> None:
+        page = await open_page()
+        await page.keyboard.type("a fox")
+        await page.locator("#image").set_input_files(halves)
+        await page.get_by_role("button", name="Paint a mask").click()
+        await paint(page, (0.75, 0.5), (0.75, 0.6))
+        await use_mask(page)
+        await page.locator("#prompt").press("Enter")
+        await drawn(page)
+        mask = backend.generations[0].mask
+        assert mask is not None
+        assert mask.shape == (56, 88)
+        assert mask[28, 66] == 255
+        assert mask[:, :44].max() == 0
+        assert 20 < (mask == 255).sum() < 500
+        assert backend.generations[0].strength == 1.0
+
+    async def test_the_mask_can_be_painted_taken_back_and_erased_with_the_keyboard(
+        self, open_page: OpenPage, backend: FakeBackend, halves: Path
+    ) -> None:
+        page = await open_page()
+        await page.keyboard.type("a fox")
+        await page.locator("#image").set_input_files(halves)
+        await page.get_by_role("button", name="Paint a mask").click()
+        await expect(page.get_by_label("Mask", exact=True)).to_be_focused()
+        for key in ("Space", "Control+z", "ArrowUp", "ArrowUp", "Shift+ArrowRight", "Shift+ArrowRight"):
+            await page.keyboard.press(key)
+        await page.get_by_role("button", name="Eraser").click()
+        await page.get_by_label("Mask", exact=True).press("Space")
+        await use_mask(page)
+        await page.locator("#prompt").press("Enter")
+        await drawn(page)
+        mask = backend.generations[0].mask
+        assert mask is not None
+        assert mask[28, 44] == 0  # taken back
+        painted = mask.nonzero()
+        assert painted[0].max() < 28
+        assert 40 <= painted[1].min() < painted[1].max() < 56
+
+    async def test_esc_leaves_the_mask_as_it_was(self, open_page: OpenPage, backend: FakeBackend, halves: Path) -> None:
+        page = await open_page()
+        await page.keyboard.type("a fox")
+        await page.locator("#image").set_input_files(halves)
+        await page.get_by_role("button", name="Paint a mask").click()
+        await page.keyboard.press("Space")
+        await page.keyboard.press("Escape")
+        await expect(page.get_by_role("button", name="Paint a mask")).to_be_visible()
+        await page.locator("#prompt").press("Enter")
+        await drawn(page)
+        assert backend.generations[0].mask is None
+
+    async def test_a_mask_ends_with_the_size_that_it_was_painted_for(
+        self, open_page: OpenPage, backend: FakeBackend, halves: Path
+    ) -> None:
+        page = await open_page()
+        await page.keyboard.type("a fox")
+        await page.locator("#image").set_input_files(halves)
+        await page.get_by_role("button", name="Paint a mask").click()
+        await page.keyboard.press("Space")
+        await use_mask(page)
+        await page.locator("#size").select_option("64x64")
+        await expect(page.locator("#status")).to_contain_text("The mask was removed")
+        await page.locator("#prompt").press("Enter")
+        await drawn(page)
+        (generation,) = backend.generations
+        assert generation.mask is None
+        assert generation.image is not None
+        # The middle of the image, so that nothing is distorted.
+        assert generation.image.shape == (64, 64, 3)
+        assert generation.image[32, 2].tolist() == [255, 0, 0]
+
+    async def test_a_picture_can_be_gone_on_from_and_its_request_comes_back_from_history(
+        self, open_page: OpenPage, backend: FakeBackend
+    ) -> None:
+        page = await open_page()
+        await page.keyboard.type("a fox")
+        await page.locator("#seed").fill("77")
+        await page.keyboard.press("Control+Enter")
+        await drawn(page)
+        await page.get_by_role("button", name="Start from this").click()
+        await expect(page.get_by_role("button", name="Paint a mask")).to_be_focused()
+        await page.keyboard.press("Control+Enter")
+        await drawn(page)
+        await page.locator("#strip button").last.click()
+        await expect(page.locator("#start")).to_be_hidden()
+        await page.locator("#strip button").first.click()
+        await expect(page.locator("#start")).to_be_visible()
+        await page.keyboard.press("Control+Enter")
+        await expect(page.locator("#strip li")).to_have_count(3)
+        _, once, again = backend.generations
+        assert once.image is not None
+        assert again.image is not None
+        assert once.image[0, 0].tolist() == again.image[0, 0].tolist() == [77] * 3
+        assert replace(once, image=None) == replace(again, image=None)
+
+    async def test_a_file_that_is_no_image_is_told_beside_it(self, open_page: OpenPage, tmp_path: Path) -> None:
+        file = tmp_path / "x.png"
+        file.write_bytes(b"GIF87a nothing")
+        page = await open_page()
+        await page.locator("#image").set_input_files(file)
+        await expect(page.locator("#image-error")).to_contain_text("not an image")
+
+    async def test_a_model_that_cannot_start_from_images_does_not_offer_it(
+        self, open_page: OpenPage, backend: FakeBackend
+    ) -> None:
+        backend.description = replace(EMOJI, components=MODEL.components)
+        page = await open_page()
+        await expect(page.locator("#image")).to_be_hidden()
+
+
+@pytest.fixture
+def halves(tmp_path: Path) -> Path:
+    """A photo, red on its left and blue on its right."""
+    photo = Image.new("RGB", (640, 320), "red")
+    photo.paste("blue", (320, 0, 640, 320))
+    photo.save(tmp_path / "halves.png")
+    return tmp_path / "halves.png"
+
+
+async def use_mask(page: Page) -> None:
+    await page.get_by_role("button", name="Use the mask").press("Enter")
+    await expect(page.get_by_role("button", name="Change the mask")).to_be_focused()
+
+
+async def paint(page: Page, *points: tuple[float, float]) -> None:
+    """Draws the brush through points, in shares of the picture's width and height."""
+    box = await page.locator("#easel-paint").bounding_box()
+    assert box is not None
+    places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in points]
+    await page.mouse.move(*places[0])
+    await page.mouse.down()
+    for place in places[1:]:
+        await page.mouse.move(*place, steps=4)
+    await page.mouse.up()
+
+
+@needs_chromium
+@pytest.mark.asyncio(loop_scope="module")
 class TestErrors:
     async def test_the_servers_words_stand_beside_the_field_they_are_about(
         self, open_page: OpenPage, backend: FakeBackend
@@ -422,6 +581,31 @@ class TestCode:
         assert once == again
         pictures = [Image.open(tmp_path / f"picture-{index}.png") for index in range(2)]
         assert [picture.getpixel((0, 0)) for picture in pictures] == [((once.seed + i) % 256,) * 3 for i in range(2)]
+
+    @pytest.mark.parametrize("language", ["curl", "Python"])
+    async def test_it_sends_the_files_that_were_sent(
+        self, open_page: OpenPage, backend: FakeBackend, language: str, tmp_path: Path, halves: Path
+    ) -> None:
+        page = await open_page()
+        await page.keyboard.type(AWKWARD)
+        await page.locator("#image").set_input_files(halves)
+        await page.get_by_role("button", name="Paint a mask").click()
+        await page.keyboard.press("Space")
+        await use_mask(page)
+        await page.locator("#prompt").press("Enter")
+        await drawn(page)
+        code = await shown_code(page, language)
+        for name in ("image.png", "mask.png"):
+            async with page.expect_download() as download:
+                await page.get_by_role("link", name=name).click()
+            await (await download.value).save_as(tmp_path / name)
+        await run_code(language, code, tmp_path)
+        once, again = backend.generations
+        assert replace(once, image=None, mask=None) == replace(again, image=None, mask=None)
+        for file, its_copy in ((once.image, again.image), (once.mask, again.mask)):
+            assert file is not None
+            assert its_copy is not None
+            np.testing.assert_array_equal(file, its_copy)
 
     async def test_it_can_be_copied(self, open_page: OpenPage) -> None:
         page = await open_page(permissions=["clipboard-read", "clipboard-write"])
