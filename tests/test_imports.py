@@ -19,6 +19,7 @@ SAMPLER_NEEDS = {"diffusers", "numpy", "tokenizers", "torch", "triton_python_bac
 
 # Each module of the gateway imports only from those before it.
 GATEWAY_LAYERS = [
+    "conformance",
     "errors",
     "request_id",
     "generation",
@@ -35,6 +36,8 @@ GATEWAY_LAYERS = [
     "faults",
     "events",
     "links",
+    "playground",
+    "capabilities",
     "s3",
     "openapi",
     "docs",

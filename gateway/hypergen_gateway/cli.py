@@ -46,16 +46,20 @@ DTYPES = {
 }
 
 
+# Loaded when they are asked for: the exporter may not be installed, and serving needs no HTTP client.
+_ELSEWHERE = {"export": "hypergen_export.cli", "conformance": "hypergen_gateway.conformance.command"}
+
+
 class _Commands(click.Group):
-    """Finds `export` in the exporter's package, if that is installed."""
+    """Finds some commands in modules of their own."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*super().list_commands(ctx), "export"])
+        return sorted([*super().list_commands(ctx), *_ELSEWHERE])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name != "export":
+        if cmd_name not in _ELSEWHERE:
             return super().get_command(ctx, cmd_name)
-        command: click.Command = importlib.import_module("hypergen_export.cli").export
+        command: click.Command = getattr(importlib.import_module(_ELSEWHERE[cmd_name]), cmd_name)
         return command
 
 

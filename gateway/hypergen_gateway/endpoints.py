@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from hypergen_gateway import docs, openai, responses
+from hypergen_gateway import capabilities, docs, openai, playground, responses
 from hypergen_gateway.admission import Admission
 from hypergen_gateway.bodies import media_type, read_form, read_json
 from hypergen_gateway.config import Config
@@ -66,10 +66,12 @@ class Endpoints:
             Route("/health/ready", self.ready),
             Route("/v1/models", self.list_models),
             Route("/v1/models/{id:path}", self.retrieve_model),
+            Route("/v1/capabilities", self.capabilities),
             Route("/v1/images/generations", self.generate_images, methods=["POST"], middleware=bodies),
             Route("/v1/images/edits", self.edit_images, methods=["POST"], middleware=uploads),
             Route("/v1/images/variations", self.vary_image, methods=["POST"], middleware=uploads),
             Route(f"{FILES_PATH}/{{name}}", self.read_file),
+            *playground.routes(),
         ]
 
     async def openapi(self, _: Request) -> Response:
@@ -105,6 +107,10 @@ class Endpoints:
         if wanted != await self._model_id():
             raise ModelNotFoundError("This model does not exist; GET /v1/models lists the one that does.", "model")
         return _json(responses.ModelObject(id=wanted))
+
+    async def capabilities(self, _: Request) -> Response:
+        """What the model draws and how; an extension."""
+        return _json(capabilities.of_model(await self.backend.describe(), await self._model_id()))
 
     async def generate_images(self, request: Request) -> Response:
         """Pictures from a prompt."""

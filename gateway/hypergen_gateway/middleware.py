@@ -27,14 +27,15 @@ from hypergen_gateway.errors import (
 )
 from hypergen_gateway.faults import as_ours, log_fault
 from hypergen_gateway.links import FILES_PATH
+from hypergen_gateway.playground import FILES_PREFIX, PAGE_PATH
 from hypergen_gateway.request_id import accept_or_create, current_request_id
 
 access_logger = logging.getLogger("hypergen_gateway.access")
 
-# Probes come without a key, and so does whoever wants to read how to use one.
-_OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/openapi.json", "/docs"})
-# A link is a key of its own.
-_OPEN_PREFIX = f"{FILES_PATH}/"
+# Probes come without a key, and so do the page, which asks for one, and whoever wants to read how to use one.
+_OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/openapi.json", "/docs", PAGE_PATH})
+# A link is a key of its own; the page's files are everybody's.
+_OPEN_PREFIXES = (f"{FILES_PATH}/", FILES_PREFIX)
 
 
 class RequestLog:
@@ -165,7 +166,7 @@ def _too_large(limit: int) -> BodyTooLargeError:
 
 
 def _is_open(path: str) -> bool:
-    return path in _OPEN_PATHS or path.startswith(_OPEN_PREFIX)
+    return path in _OPEN_PATHS or path.startswith(_OPEN_PREFIXES)
 
 
 def error_response(error: HyperGenError) -> Response:

@@ -200,11 +200,13 @@ async def _greeting(options: ServeOptions, backend: TritonBackend) -> str:
     try:
         description = await backend.describe()
     except UnavailableError:
-        return f"Serving on {url}/v1\nNo model answers on {options.triton.url} yet: requests get a 503 until one does"
+        waiting = f"No model answers on {options.triton.url} yet: requests get a 503 until one does"
+        return f"Serving on {url}/v1, a page to try it on {url}\n{waiting}"
     model = options.gateway.model_id or description.model_id
     secured = options.gateway.api_key is not None
     return (
         f"Serving {model} on {url}/v1 ({description.device}{', with an API key' if secured else ''})"
+        f"\n\nA page to try it on: {url}"
         f"\n\nA picture:\n{_curl_line(url, secured, description.suggestions)}\n{_suggested(description.suggestions)}"
     )
 

@@ -109,7 +109,7 @@ async def test_different_images_in_one_batch_come_out_as_they_would_alone(
     loop = loop_on(unet)
     together = await asyncio.gather(*(last(loop.sample(image_of(**wish), never)) for wish in wishes))
     for one, other in zip(alone, together, strict=True):
-        # A batch of seven rows is summed in another order than one of two. Seen: 1.2e-4; of another image it would be 1.
+        # A batch of seven rows is summed in another order than one of two. Seen: 1.2e-4; another image would be 1.
         assert np.abs(one.latents - other.latents).max() <= 5e-4 * np.abs(one.latents).max()
     # Four rounds of the square batch and of the odd-sized image, then three of the one with 7 steps.
     assert unet.rows_of_calls == [7, 2] * 4 + [2] * 3

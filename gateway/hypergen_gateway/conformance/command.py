@@ -1,0 +1,91 @@
+"""`hypergen conformance`: the rules of OpenAI's Images API, tried on servers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import click
+import httpx
+
+from hypergen_gateway.conformance import auth, edits, generations, headers, mistakes, models, report, streams
+from hypergen_gateway.conformance.rules import Finding, Rule, findings
+from hypergen_gateway.conformance.server import MODELS, Options, Server
+
+AREAS = (
+    models.AREA,
+    models.HEALTH,
+    auth.AREA,
+    generations.AREA,
+    streams.AREA,
+    edits.AREA,
+    edits.VARIATION,
+    mistakes.AREA,
+    mistakes.FIELDS,
+    headers.AREA,
+    headers.LOAD,
+)
+RULES: tuple[Rule, ...] = tuple(rule for area in AREAS for rule in area.rules)
+
+
+@click.command()
+@click.argument("urls", nargs=-1, required=True, metavar="URL...")
+@click.option("--api-key", envvar="HYPERGEN_API_KEY", show_envvar=True, metavar="KEY", help="The servers' key.")
+@click.option("--timeout", type=click.FloatRange(min=1), default=600.0, help="Seconds that one answer may take.")
+@click.option("--extra-body", metavar="JSON", default="{}", help="Fields for every request, such as fewer steps.")
+@click.option("--burst", type=click.IntRange(0, 1000), default=0, help="Requests at once, to fill the queue. [0: none]")
+@click.option("--json", "as_json", is_flag=True, help="Print everything that was found as JSON.")
+@click.option("--markdown", is_flag=True, help="Print a table with a column for each server.")
+def conformance(*, urls: Sequence[str], extra_body: str, as_json: bool, markdown: bool, **given: Any) -> None:
+    """Hold the server at each URL against OpenAI's Images API.
+
+    It draws some fifty small pictures. Rules about what HyperGen adds to the API are marked as extensions. The exit
+    code is 1 if a rule that is no extension fails.
+    """
+    options = Options(extra_body=_read_fields(extra_body), **given)
+    quiet = as_json or markdown
+    by_server = {url: _hold(url, options, quiet) for url in urls}
+    if quiet:
+        click.echo(report.to_json(by_server) if as_json else report.to_markdown(by_server))
+    everything = [finding for found in by_server.values() for finding in found]
+    if any(finding.result == "fail" and not finding.rule.extension for finding in everything):
+        raise SystemExit(1)
+
+
+def _hold(url: str, options: Options, quiet: bool) -> list[Finding]:
+    server = Server(url, options)
+    found: list[Finding] = []
+    try:
+        _reach(server)
+        for finding in findings(RULES, server):
+            if not quiet:
+                _show(finding, is_first=not found or found[-1].rule.area != finding.rule.area)
+            found.append(finding)
+    finally:
+        server.close()
+    click.echo(f"\n{url}: {report.summary(found)}", err=quiet)
+    return found
+
+
+def _reach(server: Server) -> None:
+    try:
+        server.send("GET", MODELS)
+    except (httpx.TransportError, httpx.InvalidURL) as error:
+        raise click.ClickException(f"{server.url} cannot be reached: {error}") from error
+
+
+def _show(finding: Finding, *, is_first: bool) -> None:
+    if is_first:
+        click.echo(f"\n{finding.rule.area}")
+    click.echo(report.line(finding))
+
+
+def _read_fields(text: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise click.UsageError(f"--extra-body is not JSON: {error}.") from error
+    if not isinstance(fields, dict):
+        raise click.UsageError("--extra-body must be a JSON object.")
+    return fields

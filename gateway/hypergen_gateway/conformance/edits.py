@@ -1,0 +1,206 @@
+"""Rules about POST /v1/images/edits and /v1/images/variations: forms as OpenAI's clients send them."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+from PIL import Image, ImageChops
+
+from hypergen_gateway.conformance.rules import Area, need
+from hypergen_gateway.conformance.server import EDITS, VARIATIONS, File, Server
+from hypergen_gateway.conformance.shapes import (
+    described,
+    events_of,
+    json_of,
+    offered,
+    picture_in,
+    pictures_of,
+    refusal,
+)
+
+AREA = Area("edits")
+VARIATION = Area("variations")
+_BOUNDARY = "----conformance"
+
+
+@AREA.rule("`image` and a prompt give a picture")
+def _(server: Server) -> str:
+    return described(pictures_of(offered(server.edit([("image", _picture(server))]))))
+
+
+@AREA.rule("`image[]` is the same, and may come twice")
+def _(server: Server) -> str:
+    once = pictures_of(offered(server.edit([("image[]", _picture(server))])))
+    twice = pictures_of(offered(server.edit([("image[]", _picture(server))] * 2)))
+    return described([*once, *twice])
+
+
+@AREA.rule("raw bytes come as `upload` of application/octet-stream")
+def _(server: Server) -> str:
+    _, content, _ = _picture(server)
+    return described(pictures_of(offered(server.edit([("image", ("upload", content, "application/octet-stream"))]))))
+
+
+@AREA.rule("a file before the prompt, a path as its name, a body in chunks")
+def _(server: Server) -> str:
+    _, content, _ = _picture(server)
+    body = server.body({"n": 1})
+    headers = {"Content-Type": f"multipart/form-data; boundary={_BOUNDARY}"}
+    return described(pictures_of(offered(server.send("POST", EDITS, content=_chunks(content, body), headers=headers))))
+
+
+@AREA.rule("numbers and truth come as text: `n` 2, `stream` false")
+def _(server: Server) -> str:
+    pictures = pictures_of(offered(server.edit([("image", _picture(server))], n=2, stream=False, partial_images=0)))
+    need(len(pictures) == 2, f"{len(pictures)} pictures")
+    return described(pictures)
+
+
+@AREA.rule("JPEG and WebP are images too")
+def _(server: Server) -> str:
+    pictures = []
+    for name in ("jpeg", "webp"):
+        file = (f"image.{name}", _bytes_of(_image(server).convert("RGB"), name), f"image/{name}")
+        pictures += pictures_of(offered(server.edit([("image", file)])))
+    return described(pictures)
+
+
+@AREA.rule("a mask is taken")
+def _(server: Server) -> str:
+    return described(pictures_of(_masked(server)))
+
+
+@AREA.rule("outside the mask the picture stays as it was", extension=True)
+def _(server: Server) -> str:
+    before = _image(server).convert("RGB")
+    (after,) = pictures_of(_masked(server))
+    need(after.size == before.size, described([after]))
+    left = (0, 0, before.width // 2, before.height)
+    difference = ImageChops.difference(before.crop(left), after.convert("RGB").crop(left))
+    worst = max(difference.tobytes())
+    need(worst <= 2, f"up to {worst} of 255 away")
+    return f"at most {worst} of 255 away"
+
+
+@AREA.rule("usage counts the tokens of the image")
+def _(server: Server) -> str:
+    usage = json_of(offered(server.edit([("image", _picture(server))]))).get("usage")
+    need(usage, "no usage")
+    tokens = usage["input_tokens_details"]["image_tokens"]
+    need(tokens > 0, str(usage))
+    return f"{tokens} tokens"
+
+
+@AREA.rule("JSON with the image as a data URL is taken")
+def _(server: Server) -> str:
+    _, content, _ = _picture(server)
+    url = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    response = server.send("POST", EDITS, json=server.body({"images": [{"image_url": url}]}))
+    return described(pictures_of(offered(response)))
+
+
+@AREA.rule("`stream` gives image_edit.completed, with previews before it")
+def _(server: Server) -> str:
+    response = offered(server.edit([("image", _picture(server))], stream=True, partial_images=1), "stream")
+    types = [event.type for event in events_of(response)]
+    need(types[-1] == "image_edit.completed", ", ".join(types))
+    need(types[:-1] == ["image_edit.partial_image"], ", ".join(types))
+    picture_in(events_of(response)[-1].data["b64_json"])
+    return ", ".join(types)
+
+
+@AREA.rule("without an image: 400, param `image`")
+def _(server: Server) -> str:
+    _need_route(server)
+    return refusal(server.edit([("nothing", ("x.txt", b"x", "text/plain"))]), 400, param="image")
+
+
+@AREA.rule("without a prompt: 400, param `prompt`")
+def _(server: Server) -> str:
+    _need_route(server)
+    return refusal(server.edit([("image", _picture(server))], prompt=None), 400, param="prompt")
+
+
+@AREA.rule("an image that is none: 400, param `image`")
+def _(server: Server) -> str:
+    _need_route(server)
+    return refusal(
+        server.edit([("image", ("image.png", b"\x89PNG\r\n\x1a\n rubbish", "image/png"))]), 400, param="image"
+    )
+
+
+@AREA.rule("a mask of another size: 400, param `mask`")
+def _(server: Server) -> str:
+    _need_route(server)
+    mask = ("mask.png", _bytes_of(Image.new("RGBA", (16, 24))), "image/png")
+    return refusal(server.edit([("image", _picture(server)), ("mask", mask)]), 400, param="mask")
+
+
+@AREA.rule("a text that is no number: 400, param `n`")
+def _(server: Server) -> str:
+    _need_route(server)
+    return refusal(server.edit([("image", _picture(server))], n="two"), 400, param="n")
+
+
+@VARIATION.rule("an image alone gives a picture")
+def _(server: Server) -> str:
+    return described(pictures_of(offered(server.edit([("image", _picture(server))], path=VARIATIONS))))
+
+
+@VARIATION.rule("`n: 2` gives two that differ")
+def _(server: Server) -> str:
+    pictures = pictures_of(offered(server.edit([("image", _picture(server))], path=VARIATIONS, n=2)))
+    need(len(pictures) == 2 and pictures[0].tobytes() != pictures[1].tobytes(), described(pictures))
+    return described(pictures)
+
+
+@VARIATION.rule("without an image: 400, param `image`")
+def _(server: Server) -> str:
+    _need_route(server, VARIATIONS)
+    response = server.edit([("nothing", ("x.txt", b"x", "text/plain"))], path=VARIATIONS)
+    return refusal(response, 400, param="image")
+
+
+def _need_route(server: Server, path: str = EDITS) -> None:
+    """Whether there is such a route shows in its answer to nothing at all."""
+    response = server.send("POST", path)
+    if response.status_code in (404, 405, 501):
+        offered(response)
+
+
+def _image(server: Server) -> Image.Image:
+    """What the server itself drew: a picture of a size that suits it."""
+    return pictures_of(server.picture)[0]
+
+
+def _picture(server: Server) -> File:
+    return ("image.png", _bytes_of(_image(server)), "image/png")
+
+
+def _masked(server: Server) -> httpx.Response:
+    """An edit of the right half."""
+    image = _image(server)
+    mask = Image.new("RGBA", image.size, (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (image.width // 2, 0, image.width, image.height))
+    files = [("image", _picture(server)), ("mask", ("mask.png", _bytes_of(mask), "image/png"))]
+    return offered(server.edit(files), "mask")
+
+
+def _bytes_of(image: Image.Image, name: str = "png") -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=name.upper())
+    return buffer.getvalue()
+
+
+def _chunks(content: bytes, body: dict[str, Any]) -> Iterator[bytes]:
+    disposition = 'Content-Disposition: form-data; name="image"; filename="/home/somebody/a picture.png"'
+    yield f"--{_BOUNDARY}\r\n{disposition}\r\nContent-Type: image/png\r\n\r\n".encode()
+    yield content[: len(content) // 2]
+    yield content[len(content) // 2 :]
+    for name, value in body.items():
+        yield f'\r\n--{_BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}'.encode()
+    yield f"\r\n--{_BOUNDARY}--\r\n".encode()

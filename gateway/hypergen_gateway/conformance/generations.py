@@ -1,0 +1,195 @@
+"""Rules about POST /v1/images/generations."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from typing import Any
+
+from hypergen_gateway.conformance.rules import Area, NotTried, need
+from hypergen_gateway.conformance.server import PROMPT, Server
+from hypergen_gateway.conformance.shapes import (
+    described,
+    json_of,
+    offered,
+    open_picture,
+    picture_in,
+    pictures_of,
+    told,
+)
+
+AREA = Area("generations")
+_LONG_PROMPT = ", ".join([PROMPT] * 4)
+
+
+@AREA.rule("a prompt alone gives one picture")
+def _(server: Server) -> str:
+    pictures = pictures_of(server.picture)
+    need(len(pictures) == 1, f"{len(pictures)} pictures")
+    return described(pictures)
+
+
+@AREA.rule("it is a PNG, in base64")
+def _(server: Server) -> str:
+    (picture,) = pictures_of(server.picture)
+    need(picture.format == "PNG", described([picture]))
+    return described([picture])
+
+
+@AREA.rule("`created` is the time of now")
+def _(server: Server) -> str:
+    created = json_of(server.picture)["created"]
+    need(isinstance(created, int) and abs(time.time() - created) < 3600, str(created))
+    return str(created)
+
+
+@AREA.rule("`usage` counts tokens of text and images, and adds them up")
+def _(server: Server) -> str:
+    usage = json_of(server.picture).get("usage")
+    need(usage, "no usage")
+    details = usage["input_tokens_details"]
+    need(usage["input_tokens"] == details["text_tokens"] + details["image_tokens"], str(usage))
+    need(usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"], str(usage))
+    need(usage["input_tokens"] > 0 and usage["output_tokens"] > 0, str(usage))
+    return f"{usage['input_tokens']} + {usage['output_tokens']}"
+
+
+@AREA.rule("the answer says background, output_format and quality in OpenAI's words")
+def _(server: Server) -> str:
+    body = json_of(server.picture)
+    legal = {
+        "background": ("opaque", "transparent"),
+        "output_format": ("png", "jpeg", "webp"),
+        "quality": ("low", "medium", "high"),
+    }
+    said = {name: body.get(name) for name in legal}
+    need(all(said[name] in values for name, values in legal.items()), str(said))
+    return ", ".join(f"{value}" for value in said.values())
+
+
+@AREA.rule("`n: 2` gives two pictures that differ, and a longer prompt more tokens")
+def _(server: Server) -> str:
+    response = offered(server.generate(n=2, prompt=_LONG_PROMPT), "n")
+    pictures = pictures_of(response)
+    need(len(pictures) == 2, f"{len(pictures)} pictures")
+    need(pictures[0].tobytes() != pictures[1].tobytes(), "two pictures that are the same")
+    tokens = [json_of(answer).get("usage", {}).get("input_tokens", 0) for answer in (server.picture, response)]
+    need(tokens[1] > tokens[0], f"{tokens[0]} tokens for a prompt and {tokens[1]} for four times as much")
+    return f"{described(pictures)}; {tokens[0]} and {tokens[1]} tokens"
+
+
+@AREA.rule("a size that is asked for is the picture's, and `auto` is a size")
+def _(server: Server) -> str:
+    (own,) = pictures_of(server.picture)
+    (asked,) = pictures_of(offered(server.generate(size=f"{own.width}x{own.height}", quality="auto"), "size"))
+    need(asked.size == own.size, described([asked]))
+    (auto,) = pictures_of(server.generate(size="auto"))
+    return described([asked, auto])
+
+
+@AREA.rule("`quality: low` is known")
+def _(server: Server) -> str:
+    response = offered(server.generate(quality="low"), "quality")
+    said = json_of(response).get("quality")
+    need(said in (None, "low"), f"quality {said!r}")
+    return f"{described(pictures_of(response))}, quality {said}"
+
+
+@AREA.rule("every other field of OpenAI's clients is taken")
+def _(server: Server) -> str:
+    fields = {
+        "background": "opaque",
+        "moderation": "low",
+        "user": "somebody",
+        "response_format": "b64_json",
+        "output_format": "png",
+        "n": 1,
+        "stream": False,
+        "partial_images": 0,
+    }
+    return described(pictures_of(server.generate(**fields)))
+
+
+@AREA.rule("null is as good as leaving a field out, and unknown fields are no error")
+def _(server: Server) -> str:
+    absent = dict.fromkeys(("n", "size", "quality", "background", "output_format", "stream", "user"))
+    body = absent | server.body({"a_field_of_next_year": {"x": [1]}})
+    return described(pictures_of(server.send("POST", "/images/generations", json=body)))
+
+
+@AREA.rule("a prompt in any script is a prompt")
+def _(server: Server) -> str:
+    return described(pictures_of(server.generate(prompt="кот 猫 🐈 \u202e é")))
+
+
+@AREA.rule("`output_format: jpeg`, with compression")
+def _(server: Server) -> str:
+    return _file_in(server, "jpeg")
+
+
+@AREA.rule("`output_format: webp`, with compression")
+def _(server: Server) -> str:
+    return _file_in(server, "webp")
+
+
+@AREA.rule("`response_format: url` gives a link that opens without the key")
+def _(server: Server) -> str:
+    item = json_of(offered(server.generate(response_format="url"), "response_format"))["data"][0]
+    need(item.get("url"), f"no url but {', '.join(item)}")
+    url = str(item["url"])
+    if url.startswith("data:"):
+        return f"data URL, {described([picture_in(url.partition(',')[2])])}"
+    response = server.send("GET", url, authorised=False)
+    need(response.status_code == 200, f"{url.partition('?')[0]}: {response.status_code}")
+    return described([open_picture(response.content)])
+
+
+@AREA.rule("any `model` will do", extension=True)
+def _(server: Server) -> str:
+    return described(pictures_of(server.generate(model="gpt-image-1")))
+
+
+@AREA.rule("the same `seed` gives the same bytes, and another does not", extension=True)
+def _(server: Server) -> str:
+    digests = [_digests(server, seed=seed)[0] for seed in (7, 7, 8)]
+    need(digests[0] == digests[1] != digests[2], f"seeds 7, 7 and 8: {' '.join(digests)}")
+    return " ".join(digests)
+
+
+@AREA.rule("image i of a request is that of `seed` + i", extension=True)
+def _(server: Server) -> str:
+    several, one = _digests(server, seed=7, n=2), _digests(server, seed=8)
+    need(several[1] == one[0], f"{several[1]} with n 2, {one[0]} alone")
+    return one[0]
+
+
+@AREA.rule("the seed of each picture is returned", extension=True)
+def _(server: Server) -> str:
+    seeds = [item.get("seed") for item in json_of(offered(server.generate(seed=7, n=2)))["data"]]
+    need(seeds == [7, 8], f"{seeds}")
+    return str(seeds)
+
+
+@AREA.rule("`negative_prompt`, `num_inference_steps`, `guidance_scale` change the picture", extension=True)
+def _(server: Server) -> str:
+    plain = _digests(server, seed=7)[0]
+    knobs: dict[str, Any] = {"negative_prompt": "yellow", "num_inference_steps": 3, "guidance_scale": 9.0}
+    same = [name for name, value in knobs.items() if _digests(server, seed=7, **{name: value})[0] == plain]
+    need(not same, f"no effect: {', '.join(same)}")
+    return "each does"
+
+
+def _file_in(server: Server, name: str) -> str:
+    response = offered(server.generate(output_format=name, output_compression=60), "output_format")
+    pictures = pictures_of(response)
+    need([picture.format for picture in pictures] == [name.upper()], f"{described(pictures)} for {name}")
+    said = json_of(response).get("output_format")
+    need(said == name, f"{described(pictures)}, called {said!r}")
+    return described(pictures)
+
+
+def _digests(server: Server, **fields: Any) -> list[str]:
+    response = server.generate(**fields)
+    if response.status_code == 400:
+        raise NotTried(told(response))
+    return [hashlib.sha256(picture.tobytes()).hexdigest()[:8] for picture in pictures_of(response)]

@@ -1,0 +1,143 @@
+"""Rules about wrong requests: each is refused at once, in OpenAI's shape, with what is wrong and where."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+from hypergen_gateway.conformance.rules import Area, need
+from hypergen_gateway.conformance.server import GENERATIONS, MODELS, Server
+from hypergen_gateway.conformance.shapes import error_of, refusal, told
+
+AREA = Area("errors")
+FIELDS = Area("wrong fields")
+
+_MEGABYTE = 1 << 20
+_JSON = {"Content-Type": "application/json"}
+# What gives a server away: where its code lies, what it is written in.
+_INSIDES = ("Traceback (most recent call last)", 'File "/', "site-packages", "/usr/lib/")
+
+_WRONG: dict[str, list[Any]] = {
+    "prompt": [None, "", 7, ["a"], "a" * 32_001],
+    "n": [0, 11, -1, 1.5, "2", True, 2**70],
+    "size": ["64", "0x0", "-64x64", "1000000x1000000", "axb", 64, "63x64"],
+    "quality": ["best", 1],
+    "response_format": ["png", 1],
+    "output_format": ["gif", 1],
+    "output_compression": [101, -1, "x"],
+    "background": ["purple"],
+    "stream": ["yes", 1],
+    "partial_images": [4, -1, "2"],
+    "user": [7],
+}
+_WRONG_EXTENSIONS: dict[str, list[Any]] = {
+    "num_inference_steps": [0, 151, 1.5, "20"],
+    "guidance_scale": [-1, 21, "x"],
+    "seed": [-1, 1.5, 2**63],
+    "scheduler": ["no-such-scheduler", 1],
+}
+
+
+@AREA.rule("an unknown route: 404 in OpenAI's shape")
+def _(server: Server) -> str:
+    return refusal(server.send("GET", "/no/such/route"), 404)
+
+
+@AREA.rule("a method that a route does not have: 405 in OpenAI's shape, with `Allow`")
+def _(server: Server) -> str:
+    response = server.send("GET", GENERATIONS)
+    seen = refusal(response, 405)
+    need("POST" in response.headers.get("allow", ""), f"Allow: {response.headers.get('allow')}")
+    need(server.send("DELETE", MODELS).status_code == 405, "DELETE of the models is something else")
+    return seen
+
+
+@AREA.rule("a body that is no JSON by its type: 415 or 400")
+def _(server: Server) -> str:
+    return _posted(server, b'{"prompt": "a"}', 415, 400, kind="text/plain")
+
+
+@AREA.rule("a body that is empty: 400")
+def _(server: Server) -> str:
+    return _posted(server, b"", 400)
+
+
+@AREA.rule("a body that is broken JSON: 400")
+def _(server: Server) -> str:
+    return _posted(server, b'{"prompt": "a rock', 400)
+
+
+@AREA.rule("a body that is JSON but no object: 400")
+def _(server: Server) -> str:
+    return " · ".join(_posted(server, body, 400) for body in (b"[]", b"null", b'"a"', b"7"))
+
+
+@AREA.rule("a body that is not UTF-8: 400")
+def _(server: Server) -> str:
+    return _posted(server, b'{"prompt": "\xff\xfe"}', 400)
+
+
+@AREA.rule("numbers that JSON does not have (NaN, Infinity): 400")
+def _(server: Server) -> str:
+    return " · ".join(_posted(server, b'{"prompt": "a", "n": %s}' % word, 400) for word in (b"NaN", b"Infinity"))
+
+
+@AREA.rule("JSON nested 100,000 deep: 400")
+def _(server: Server) -> str:
+    depth = 100_000
+    return _posted(server, b'{"prompt": "a", "x": %s%s}' % (b"[" * depth, b"]" * depth), 400, 413)
+
+
+@AREA.rule("a body of 32 MB: 413 or 400, within ten seconds")
+def _(server: Server) -> str:
+    began = time.perf_counter()
+    seen = _posted(server, b'{"prompt": "%s"}' % (b"a" * 32 * _MEGABYTE), 413, 400)
+    seconds = time.perf_counter() - began
+    need(seconds < 10, f"after {seconds:.0f} s: {seen}")
+    return seen
+
+
+@AREA.rule("no error shows the server's insides")
+def _(server: Server) -> str:
+    bodies = [b"", b"[]", b'{"prompt": 7}', b'{"prompt": "a", "size": "' + b"9" * 5000 + b'"}', b"\x00"]
+    answers = [server.send("POST", GENERATIONS, content=body, headers=_JSON) for body in bodies]
+    for response in answers:
+        text = response.text.replace('\\"', '"')  # as it is before JSON escapes it
+        shown = [word for word in _INSIDES if word in text]
+        need(not shown and response.status_code < 500, told(response))
+    return f"{len(answers)} looked at"
+
+
+def _posted(server: Server, body: bytes, *statuses: int, kind: str = "application/json") -> str:
+    return refusal(server.send("POST", GENERATIONS, content=body, headers={"Content-Type": kind}), *statuses)
+
+
+def _refuses(name: str, values: list[Any]) -> Callable[[Server], str]:
+    def check(server: Server) -> str:
+        for value in values:
+            body = {key: kept for key, kept in server.body({}).items() if key != name}
+            body |= {} if value is None else {name: value}
+            response = server.send("POST", GENERATIONS, content=json.dumps(body), headers=_JSON)
+            need(response.status_code == 400, f"{_shown(value)}: {told(response)}")
+            error = error_of(response)
+            need(error["param"] == name, f"{_shown(value)}: param {error['param']!r}, {error['message']}")
+        return str(error["message"])
+
+    return check
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    text = json.dumps(value)
+    return text if len(text) < 30 else f"{text[:12]}… of {len(text)} characters"
+
+
+for _name, _values in _WRONG.items():
+    _cases = ", ".join(_shown(value) for value in _values)
+    FIELDS.rule(f"`{_name}` of {_cases}: 400, param `{_name}`")(_refuses(_name, _values))
+for _name, _values in _WRONG_EXTENSIONS.items():
+    _cases = ", ".join(_shown(value) for value in _values)
+    FIELDS.rule(f"`{_name}` of {_cases}: 400, param `{_name}`", extension=True)(_refuses(_name, _values))

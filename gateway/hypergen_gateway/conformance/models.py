@@ -1,0 +1,87 @@
+"""Rules about models and health."""
+
+from __future__ import annotations
+
+import time
+from urllib.parse import quote
+
+from hypergen_gateway.conformance.rules import Area, Failed, NotTried, need
+from hypergen_gateway.conformance.server import MODELS, Server
+from hypergen_gateway.conformance.shapes import json_of, refusal, told
+
+AREA = Area("models")
+HEALTH = Area("health")
+
+
+@AREA.rule("models are listed in OpenAI's shape")
+def _(server: Server) -> str:
+    response = server.send("GET", MODELS)
+    need(response.status_code == 200, told(response))
+    body = json_of(response)
+    need(body["object"] == "list" and body["data"], told(response))
+    for model in body["data"]:
+        kinds = {"id": str, "object": str, "created": int, "owned_by": str}
+        wrong = [key for key, kind in kinds.items() if not isinstance(model.get(key), kind)]
+        need(not wrong and model["object"] == "model", f"{', '.join(wrong)} of {model}")
+    return ", ".join(model["id"] for model in body["data"])
+
+
+@AREA.rule("`created` is a time in seconds, not in the future")
+def _(server: Server) -> str:
+    created = json_of(server.send("GET", MODELS))["data"][0]["created"]
+    need(isinstance(created, int) and 0 < created <= time.time() + 60, str(created))
+    return str(created)
+
+
+@AREA.rule("one model is retrieved by its id")
+def _(server: Server) -> str:
+    return _retrieved(server, quote(_some_id(server), safe=""))
+
+
+@AREA.rule("so it is with the id's slashes as they are")
+def _(server: Server) -> str:
+    id_ = _some_id(server)
+    if "/" not in id_:
+        raise NotTried(f"{id_} has no slash")
+    return _retrieved(server, quote(id_))
+
+
+@AREA.rule("an unknown model is a 404 `model_not_found`")
+def _(server: Server) -> str:
+    response = server.send("GET", f"{MODELS}/no-such-model")
+    seen = refusal(response, 404)
+    code = response.json()["error"]["code"]
+    need(code == "model_not_found", f"code {code!r}")
+    return seen
+
+
+@HEALTH.rule("GET /health tells status, model, queue_size and device", extension=True)
+def _(server: Server) -> str:
+    response = server.send("GET", f"{server.root}/health", authorised=False)
+    need(response.status_code == 200, told(response))
+    body = json_of(response)
+    need(body["status"] in ("healthy", "unhealthy"), told(response))
+    need(isinstance(body["queue_size"], int) and {"model", "device"} <= body.keys(), told(response))
+    return response.text
+
+
+@HEALTH.rule("there are probes for life and for readiness", extension=True)
+def _(server: Server) -> str:
+    answers = [server.send("GET", f"{server.root}/health/{probe}", authorised=False) for probe in ("live", "ready")]
+    statuses = [answer.status_code for answer in answers]
+    need(statuses == [200, 200], f"live {statuses[0]}, ready {statuses[1]}")
+    return "live 200, ready 200"
+
+
+def _some_id(server: Server) -> str:
+    if server.model_id is None:
+        raise Failed("no model is listed")
+    return server.model_id
+
+
+def _retrieved(server: Server, path: str) -> str:
+    response = server.send("GET", f"{MODELS}/{path}")
+    need(response.status_code == 200, told(response))
+    body = json_of(response)
+    need(body["id"] == server.model_id and body["object"] == "model", told(response))
+    return str(body["id"])

@@ -1,0 +1,119 @@
+"""What answers look like: errors, pictures and events in OpenAI's shape. Fails a rule where they do not."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from PIL import Image, UnidentifiedImageError
+
+from hypergen_gateway.conformance.rules import Failed, NotOffered, need
+
+# What a server without a route or a feature answers.
+_ABSENT = (404, 405, 501)
+
+
+@dataclass(frozen=True)
+class Event:
+    """A server-sent event, its lines as they came and its data."""
+
+    lines: tuple[str, ...]
+    data: Any
+
+    @property
+    def type(self) -> str:
+        """As the data says it."""
+        return str(self.data.get("type"))
+
+
+def told(response: httpx.Response) -> str:
+    """An answer in a few words."""
+    return f"{response.status_code} {response.text[:120]}".strip()
+
+
+def json_of(response: httpx.Response) -> Any:
+    """The body of a JSON answer."""
+    kind = response.headers.get("content-type", "no content type")
+    need(kind.startswith("application/json"), f"{response.status_code} as {kind}")
+    return response.json()
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    """The error in an answer: an object with message, type, param and code."""
+    body = json_of(response)
+    error = body.get("error") if isinstance(body, dict) else None
+    if not isinstance(error, dict):
+        raise Failed(f"not OpenAI's shape: {told(response)}")
+    missing = [key for key in ("message", "type", "param", "code") if key not in error]
+    need(not missing, f"error without {', '.join(missing)}: {told(response)}")
+    need(isinstance(error["message"], str) and error["message"], f"error without a message: {told(response)}")
+    need(isinstance(error["type"], str), f"the error's type is no string: {told(response)}")
+    return error
+
+
+def refusal(response: httpx.Response, *statuses: int, param: str | None = None) -> str:
+    """What was said with an error of one of these statuses; where `param` is given, the error must name it."""
+    need(response.status_code in statuses, f"{told(response)}")
+    error = error_of(response)
+    if param is not None:
+        need(error["param"] == param, f"{response.status_code} with param {error['param']!r}: {error['message']}")
+    return f"{response.status_code}: {error['message']}"
+
+
+def offered(response: httpx.Response, field: str | None = None) -> httpx.Response:
+    """The answer, unless it says that there is no such route, or that this value of a field is not served."""
+    if response.status_code == 200:
+        return response
+    is_refusal = response.status_code == 400 and field is not None and error_of(response)["param"] == field
+    if response.status_code in _ABSENT or is_refusal:
+        raise NotOffered(told(response))
+    raise Failed(told(response))
+
+
+def pictures_of(response: httpx.Response) -> list[Image.Image]:
+    """The pictures of an answer, decoded."""
+    need(response.status_code == 200, told(response))
+    return [picture_in(item["b64_json"]) for item in json_of(response)["data"]]
+
+
+def picture_in(text: str) -> Image.Image:
+    """The picture in base64."""
+    return open_picture(base64.b64decode(text, validate=True))
+
+
+def open_picture(content: bytes) -> Image.Image:
+    """The picture in a file, all of it read."""
+    try:
+        picture = Image.open(io.BytesIO(content))
+        picture.load()
+    except (UnidentifiedImageError, OSError) as error:
+        raise Failed(f"no picture: {content[:20]!r}") from error
+    return picture
+
+
+def described(pictures: Sequence[Image.Image]) -> str:
+    """Pictures in a few words."""
+    return ", ".join(f"{picture.format} {picture.width}x{picture.height}" for picture in pictures)
+
+
+def events_of(response: httpx.Response) -> list[Event]:
+    """The events of a stream, each with JSON as its data; comments are no events."""
+    need(response.status_code == 200, told(response))
+    kind = response.headers.get("content-type", "no content type")
+    need(kind.startswith("text/event-stream"), f"{kind}: {response.text[:80]}")
+    blocks = response.text.replace("\r\n", "\n").split("\n\n")
+    lines = [tuple(line for line in block.split("\n") if line and not line.startswith(":")) for block in blocks]
+    return [Event(block, _data(block)) for block in lines if block]
+
+
+def _data(lines: Sequence[str]) -> Any:
+    text = "\n".join(line.removeprefix("data:").lstrip() for line in lines if line.startswith("data:"))
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise Failed(f"an event whose data is no JSON: {' '.join(lines)[:80]}") from error

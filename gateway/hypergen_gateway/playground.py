@@ -1,0 +1,48 @@
+"""The page at `/`: plain files of the package, and the headers that keep it to itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+from starlette.staticfiles import StaticFiles
+
+# The page comes without a key: it asks for one.
+PAGE_PATH = "/"
+FILES_PREFIX = "/web/"
+
+FOLDER = Path(__file__).parent / "web"
+HEADERS = {
+    # Nothing from elsewhere, nothing inline, no markup made from text; pictures are blobs that the page made itself.
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+    ),
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    # Asked again each time, and answered with 304 until an update: all files of a page are of one version.
+    "Cache-Control": "no-cache",
+}
+
+
+def routes() -> list[BaseRoute]:
+    """The page and its files."""
+    files = StaticFiles(directory=FOLDER)
+
+    async def page(request: Request) -> Response:
+        return await _answer(files, "index.html", request)
+
+    async def file(request: Request) -> Response:
+        return await _answer(files, request.path_params["name"], request)
+
+    return [Route(PAGE_PATH, page), Route(f"{FILES_PREFIX}{{name}}", file)]
+
+
+async def _answer(files: StaticFiles, name: str, request: Request) -> Response:
+    response = await files.get_response(name, request.scope)
+    response.headers.update(HEADERS)
+    return response

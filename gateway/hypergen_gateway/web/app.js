@@ -1,0 +1,244 @@
+// The page: from the settings to a request, from its events to pictures.
+
+import { ApiError, capabilities, draw, storedKey } from "./api.js";
+import { askForKey, setUpCodeDialog, setUpKeyDialog, showCode } from "./dialogs.js";
+import { byId } from "./dom.js";
+import { Form } from "./form.js";
+import { History } from "./history.js";
+import { toBlob } from "./pictures.js";
+import { PARTIAL_IMAGES, seedOf, toRequest } from "./request.js";
+import { Stage } from "./stage.js";
+import { Start } from "./start.js";
+
+const RETRY_MILLISECONDS = 3000;
+// A refusal comes sooner than this, and what was shown is shown on.
+const PATIENCE_MILLISECONDS = 300;
+
+class Playground {
+  #running = null;
+  #shown = null;
+
+  constructor(model) {
+    this.form = new Form(model);
+    this.start = new Start(this.form, say);
+    this.stage = new Stage(model.edits ? (picture) => this.#goOnFrom(picture) : null);
+    this.history = new History((drawing, picture) => this.#reuse(drawing, picture));
+    byId("form").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.#running ? this.stop() : this.draw();
+    });
+    byId("show-code").addEventListener("click", () => showCode(this.#shown.request));
+    byId("reset").addEventListener("click", () => this.start.clear() || this.form.reset());
+    document.addEventListener("keydown", (event) => this.#press(event));
+    for (const type of ["dragover", "drop"]) document.addEventListener(type, (event) => this.#receive(event, event.dataTransfer, model.edits));
+    document.addEventListener("paste", (event) => this.#receive(event, event.clipboardData, model.edits));
+  }
+
+  /** Draws what the settings say; pictures that were finished when it is stopped, or fails, are kept. */
+  async draw() {
+    if (this.#running) return;
+    const running = (this.#running = new AbortController());
+    const settings = this.form.read();
+    const drawing = { settings, pictures: [], began: performance.now() };
+    showProblem(null);
+    this.form.clearErrors();
+    this.#showRunning(drawing);
+    try {
+      const { image, mask, painting } = await this.start.read();
+      Object.assign(drawing, { request: toRequest(settings, image, mask), painting });
+      await this.#drawAll(drawing, running.signal);
+      say(summaryOf(drawing));
+    } catch (error) {
+      this.#fail(error, running.signal.aborted);
+    } finally {
+      this.#running = null;
+      this.#showIdle();
+      this.#keep(drawing);
+    }
+  }
+
+  /** Stops the drawing, here and on the server. */
+  stop() {
+    this.#running?.abort();
+  }
+
+  async #drawAll(drawing, signal) {
+    const count = Number(drawing.settings.n);
+    const prepare = () => this.stage.prepare(count, drawing.settings.size);
+    const patience = setTimeout(prepare, PATIENCE_MILLISECONDS);
+    try {
+      const { first, stream } = await whenAllowed(() => begin(drawing.request, signal));
+      if (!document.querySelector("figure:not(.finished)")) prepare();
+      for (let next = first; !next.done; next = await stream.next()) this.#take(drawing, next.value, count);
+    } finally {
+      clearTimeout(patience);
+    }
+  }
+
+  #take(drawing, event, count) {
+    const index = event.image_index ?? drawing.pictures.length;
+    const blob = toBlob(event.b64_json, event.output_format);
+    const url = URL.createObjectURL(blob);
+    if (event.type.endsWith(".partial_image")) {
+      this.stage.preview(index, url, event.partial_image_index, PARTIAL_IMAGES);
+      if (index === 0) say(`Preview ${event.partial_image_index + 1} of ${PARTIAL_IMAGES}.`);
+      return;
+    }
+    const picture = pictureOf(drawing, index, blob, url);
+    drawing.pictures[index] = picture;
+    this.stage.finish(index, picture);
+    if (count > 1) say(`Picture ${Object.keys(drawing.pictures).length} of ${count} is finished.`);
+  }
+
+  #keep(drawing) {
+    drawing.pictures = drawing.pictures.filter(Boolean);
+    if (drawing.pictures.length) {
+      this.#shown = drawing;
+      this.history.add(drawing);
+    }
+    if (!this.stage.dropUnfinished() && this.#shown) this.stage.show(this.#shown.pictures);
+    this.history.mark(this.#shown, this.#shown?.pictures[0]);
+    byId("show-code").hidden = !this.#shown;
+  }
+
+  #fail(error, stopped) {
+    if (stopped) return say("Stopped.");
+    if (!(error instanceof ApiError)) console.error(error);
+    const wait = error.retryAfter ? ` It may be tried again in ${error.retryAfter} s.` : "";
+    say("");
+    if (!this.form.showError(error.message, error.param)) showProblem(error.message + wait);
+    return undefined;
+  }
+
+  async #reuse(drawing, picture) {
+    if (this.#running) return;
+    this.#shown = drawing;
+    showProblem(null);
+    this.form.clearErrors();
+    this.stage.show([picture]);
+    this.history.mark(drawing, picture);
+    this.form.write({ ...drawing.settings, n: "1", seed: picture.seed });
+    await this.start.restore(drawing.request, drawing.painting, drawing.settings.size);
+    this.form.write({ strength: drawing.settings.strength });
+    say("Its settings are in the form, its seed too.");
+  }
+
+  async #goOnFrom(picture) {
+    byId("settings").open = true;
+    await this.start.choose(picture.blob, picture.size);
+    this.form.write({ prompt: picture.prompt, seed: "" });
+    say("The next picture starts from this one.");
+    byId("paint").focus();
+  }
+
+  #press(event) {
+    if (document.querySelector("dialog[open]") || event.isComposing) return;
+    if (event.key === "Escape" && this.#running) this.stop();
+    const draws = event.key === "Enter" && (event.ctrlKey || event.metaKey || (event.target.id === "prompt" && !event.shiftKey));
+    if (!draws) return;
+    event.preventDefault();
+    this.draw();
+  }
+
+  #receive(event, transfer, edits) {
+    const isFile = [...(transfer?.items ?? [])].some((item) => item.kind === "file");
+    if (!isFile || !edits || document.querySelector("dialog[open]")) return;
+    event.preventDefault();
+    if (event.type !== "dragover" && transfer.files[0]) {
+      byId("settings").open = true;
+      this.start.choose(transfer.files[0]);
+    }
+  }
+
+  #showRunning(drawing) {
+    byId("draw-label").textContent = "Stop";
+    byId("draw-key").textContent = "Esc";
+    document.body.classList.add("drawing");
+    say("Drawing …");
+    const tick = () => (byId("clock").textContent = `${((performance.now() - drawing.began) / 1000).toFixed(1)} s`);
+    this.ticking = setInterval(tick, 100);
+    if (matchMedia("(max-width: 54rem)").matches) byId("stage").scrollIntoView({ block: "nearest" });
+  }
+
+  #showIdle() {
+    clearInterval(this.ticking);
+    byId("clock").textContent = "";
+    byId("draw-label").textContent = "Draw";
+    byId("draw-key").textContent = "Enter";
+    document.body.classList.remove("drawing");
+  }
+}
+
+/** Events of a request, as soon as there is a first one. */
+async function begin(request, signal) {
+  const stream = draw(request, signal);
+  return { first: await stream.next(), stream };
+}
+
+function pictureOf(drawing, index, blob, url) {
+  const { prompt, size } = drawing.settings;
+  const seed = seedOf(drawing.request, index);
+  const words = prompt.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40).replace(/^-|-$/g, "");
+  return { blob, url, prompt, size, seed, filename: `${words || "picture"}-${seed}.${blob.type.slice(6)}` };
+}
+
+function summaryOf(drawing) {
+  const seconds = ((performance.now() - drawing.began) / 1000).toFixed(1);
+  const count = drawing.pictures.length;
+  return `${count === 1 ? "Drawn" : `${count} pictures drawn`} in ${seconds} s.`;
+}
+
+/** What `work` gives, asking for the key as long as the server wants another. */
+async function whenAllowed(work) {
+  for (;;) {
+    try {
+      return await work();
+    } catch (error) {
+      if (error.status !== 401) throw error;
+      byId("change-key").hidden = false;
+      // Without a key there is nothing wrong yet.
+      if (!(await askForKey(storedKey() ? error.message : ""))) throw error;
+    }
+  }
+}
+
+function say(message) {
+  byId("status").textContent = message;
+}
+
+function showProblem(message) {
+  byId("problem").textContent = message ?? "";
+  byId("problem").hidden = !message;
+}
+
+/** The model's description, waiting for a server that is not ready. */
+async function describe() {
+  for (;;) {
+    try {
+      const model = await whenAllowed(capabilities);
+      showProblem(null);
+      return model;
+    } catch (error) {
+      showProblem(error.message);
+      if (error.status === 401) await new Promise((resolve) => byId("change-key").addEventListener("click", resolve, { once: true }));
+      else await new Promise((resolve) => setTimeout(resolve, RETRY_MILLISECONDS));
+    }
+  }
+}
+
+async function main() {
+  if (matchMedia("(max-width: 54rem)").matches) byId("settings").open = false;
+  byId("form").inert = true;
+  setUpKeyDialog();
+  setUpCodeDialog();
+  const model = await describe();
+  byId("model").textContent = model.model;
+  document.title = `${model.model} · HyperGen`;
+  new Playground(model);
+  byId("change-key").hidden = !storedKey();
+  byId("change-key").addEventListener("click", () => askForKey(""));
+  byId("form").inert = false;
+  byId("prompt").focus();
+}
+
+main();

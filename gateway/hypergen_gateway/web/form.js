@@ -1,0 +1,179 @@
+// The settings: filled from what the model can do, read as texts by field name, with the server's words beside them.
+
+import { byId, element } from "./dom.js";
+
+const TEXTS = ["prompt", "negative_prompt", "n", "num_inference_steps", "guidance_scale", "scheduler", "seed", "strength"];
+const RANGES = ["num_inference_steps", "guidance_scale", "strength"];
+const RATIOS = [[1, 1, "square"], [4, 3, "landscape"], [3, 4, "portrait"], [3, 2, "landscape"], [2, 3, "portrait"], [16, 9, "wide"], [9, 16, "tall"]];
+const SUGGESTIONS_SHOWN = 4;
+
+export class Form {
+  /** `model` is what /v1/capabilities says. */
+  constructor(model) {
+    this.model = model;
+    this.#fillChoices();
+    this.reset();
+    this.#suggest();
+    for (const name of RANGES) byId(name).addEventListener("input", () => this.#showValues());
+    byId("size").addEventListener("change", () => this.#showCustomSize());
+    byId("seed").addEventListener("input", () => this.#showValues());
+    byId("clear-seed").addEventListener("click", () => this.write({ seed: "" }) || byId("seed").focus());
+    byId("form").addEventListener("input", (event) => clearError(event.target.closest("[data-param]")));
+  }
+
+  /** The settings as they stand, texts by field name. */
+  read() {
+    const size = byId("size").value === "custom" ? `${byId("width").value}x${byId("height").value}` : byId("size").value;
+    return { ...Object.fromEntries(TEXTS.map((name) => [name, byId(name).value.trim()])), size };
+  }
+
+  /** Sets the settings that are given. */
+  write({ size, ...settings }) {
+    for (const [name, text] of Object.entries(settings)) byId(name).value = text;
+    if (size) this.#chooseSize(size);
+    this.#showValues();
+  }
+
+  /** The model's own settings; the prompt stays. */
+  reset() {
+    const model = this.model;
+    this.write({
+      negative_prompt: "",
+      n: "1",
+      size: model.default_size,
+      num_inference_steps: model.default_num_inference_steps,
+      guidance_scale: model.default_guidance_scale,
+      scheduler: "",
+      seed: "",
+    });
+  }
+
+  /** The legal size that is closest to `width` × `height` in shape, and to the model's own in area. */
+  closestSize(width, height) {
+    const exact = `${width}x${height}`;
+    if (this.#isLegal(width, height)) return exact;
+    if (this.model.sizes.length) return closestShape(this.model.sizes, width / height);
+    return this.#sizeOf(width / height);
+  }
+
+  /** Shows what the server said beside the field it is about; false where there is none. */
+  showError(message, param) {
+    const place = param && byId(`${param}-error`);
+    if (!place) return false;
+    place.textContent = message;
+    place.hidden = false;
+    const control = this.#controlOf(param);
+    control.setAttribute("aria-invalid", "true");
+    if (!control.closest("details")?.open) byId("settings").open = true;
+    control.focus();
+    return true;
+  }
+
+  clearErrors() {
+    document.querySelectorAll("#form .error").forEach((place) => (place.hidden = true));
+    document.querySelectorAll("#form [aria-invalid]").forEach((control) => control.removeAttribute("aria-invalid"));
+  }
+
+  #controlOf(param) {
+    if (param === "size" && byId("size").value === "custom") return byId("width");
+    return byId(param === "mask" ? "paint" : param);
+  }
+
+  #fillChoices() {
+    const { model } = this;
+    const [width, height] = sides(model.default_size);
+    Object.assign(byId("num_inference_steps"), { max: model.max_num_inference_steps });
+    Object.assign(byId("guidance_scale"), { max: model.max_guidance_scale });
+    byId("n").replaceChildren(...range(1, model.max_num_images).map((count) => new Option(count, count)));
+    byId("scheduler").replaceChildren(new Option("the model’s own", ""), ...model.schedulers.map((name) => new Option(name, name)));
+    const limits = { min: model.min_size, max: model.max_size, step: model.size_factor };
+    Object.assign(byId("width"), { ...limits, value: width });
+    Object.assign(byId("height"), { ...limits, value: height });
+    const sizes = model.sizes.length ? model.sizes.map((size) => [size, ""]) : this.#commonSizes();
+    byId("size").replaceChildren(...sizes.map(([size, shape]) => new Option(sizeLabel(size, shape), size)));
+    if (!model.sizes.length) byId("size").append(new Option("other …", "custom"));
+    byId("image-field").hidden = !model.edits;
+  }
+
+  #commonSizes() {
+    const sizes = new Map([[this.model.default_size, shapeOf(this.model.default_size)]]);
+    for (const [width, height, shape] of RATIOS) {
+      const size = this.#sizeOf(width / height);
+      if (!sizes.has(size)) sizes.set(size, shapeOf(size, shape));
+    }
+    return [...sizes];
+  }
+
+  #sizeOf(ratio) {
+    const { min_size: min, max_size: max, size_factor: factor, default_size: own } = this.model;
+    const [width, height] = sides(own);
+    const legal = (side) => Math.round(Math.min(Math.max(side, min), max) / factor) * factor;
+    return `${legal(Math.sqrt(width * height * ratio))}x${legal(Math.sqrt((width * height) / ratio))}`;
+  }
+
+  #isLegal(width, height) {
+    const { min_size: min, max_size: max, size_factor: factor, sizes } = this.model;
+    if (sizes.length) return sizes.includes(`${width}x${height}`);
+    return [width, height].every((side) => side >= min && side <= max && side % factor === 0);
+  }
+
+  #chooseSize(size) {
+    const select = byId("size");
+    const listed = [...select.options].some((option) => option.value === size);
+    select.value = listed ? size : "custom";
+    if (!listed) [byId("width").value, byId("height").value] = sides(size);
+    this.#showCustomSize();
+  }
+
+  #showCustomSize() {
+    byId("custom-size").hidden = byId("size").value !== "custom";
+  }
+
+  #showValues() {
+    for (const name of RANGES) byId(`${name}-value`).textContent = byId(name).value;
+    byId("clear-seed").hidden = byId("seed").value === "";
+  }
+
+  #suggest() {
+    const all = this.model.suggestions;
+    byId("prompt").placeholder = all[0] ?? "a lighthouse at dusk";
+    byId("suggestions").hidden = all.length === 0;
+    const some = [...all].sort(() => Math.random() - 0.5).slice(0, SUGGESTIONS_SHOWN);
+    const chips = some.map((prompt) => chip(prompt, () => this.#choosePrompt(prompt)));
+    if (all.length > some.length) chips.push(chip("others", () => this.#suggest(), "quiet"));
+    byId("suggestions").replaceChildren(...chips);
+  }
+
+  #choosePrompt(prompt) {
+    this.write({ prompt });
+    clearError(byId("prompt").closest("[data-param]"));
+    byId("prompt").focus();
+  }
+}
+
+export const sides = (size) => size.split("x").map(Number);
+
+function chip(text, onClick, kind = "chip") {
+  const button = element("button", { type: "button", className: kind, textContent: text });
+  button.addEventListener("click", onClick);
+  return button;
+}
+
+function clearError(field) {
+  field?.querySelectorAll(".error").forEach((place) => (place.hidden = true));
+  field?.querySelectorAll("[aria-invalid]").forEach((control) => control.removeAttribute("aria-invalid"));
+  if (field?.dataset.param === "size") byId("size-error").hidden = true;
+}
+
+function closestShape(sizes, ratio) {
+  const distance = (size) => Math.abs(Math.log(sides(size)[0] / sides(size)[1] / ratio));
+  return sizes.reduce((best, size) => (distance(size) < distance(best) ? size : best));
+}
+
+function shapeOf(size, otherwise = "") {
+  const [width, height] = sides(size);
+  return width === height ? "square" : otherwise || (width > height ? "landscape" : "portrait");
+}
+
+const sizeLabel = (size, shape) => [size.replace("x", " × "), shape].filter(Boolean).join(" · ");
+const range = (from, to) => Array.from({ length: to - from + 1 }, (_, index) => from + index);

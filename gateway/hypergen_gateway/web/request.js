@@ -1,0 +1,57 @@
+// A request for pictures as it goes over the wire. Knows OpenAI's fields and how they are written; sends nothing.
+
+export const PARTIAL_IMAGES = 3;
+
+const NUMBERS = new Set(["n", "num_inference_steps", "guidance_scale", "seed", "strength"]);
+const JSON_NUMBER = /^-?(0|[1-9]\d*)(\.\d+)?$/;
+
+/**
+ * The request for `settings` (texts by field name; empty ones are left out), starting from `image` if there is one.
+ *
+ * The seed is always sent, so that the request can be sent again for the same pictures. `fields` holds pairs of a name
+ * and its value as JSON, where a number keeps every digit that was typed, and what is no number is left to the server
+ * to refuse in its own words.
+ */
+export function toRequest(settings, image = null, mask = null) {
+  const given = { ...settings, seed: settings.seed || randomSeed() };
+  const fields = Object.entries(given)
+    .filter(([name, text]) => text !== "" && (name !== "strength" || image))
+    .map(([name, text]) => [name, asJson(name, text)]);
+  fields.push(["stream", "true"], ["partial_images", String(PARTIAL_IMAGES)]);
+  return { path: image ? "v1/images/edits" : "v1/images/generations", fields, image, mask };
+}
+
+/** The body of a request, ready for fetch: JSON, or a form where it carries files. */
+export function bodyOf(request) {
+  if (!request.image) return { body: toJson(request.fields), headers: { "Content-Type": "application/json" } };
+  const form = new FormData();
+  for (const [name, value] of texts(request)) form.append(name, value);
+  form.append("image", request.image, "image.png");
+  if (request.mask) form.append("mask", request.mask, "mask.png");
+  return { body: form, headers: {} };
+}
+
+/** Fields as a JSON object. */
+export function toJson(fields) {
+  return `{${fields.map(([name, value]) => `${JSON.stringify(name)}: ${value}`).join(", ")}}`;
+}
+
+/** The fields as a form carries them. */
+export function texts(request) {
+  return request.fields.map(([name, value]) => [name, value.startsWith('"') ? JSON.parse(value) : value]);
+}
+
+/** The seed of picture `index`, exact above 2^53 too. */
+export function seedOf(request, index) {
+  const seed = request.fields.find(([name]) => name === "seed")[1];
+  return (BigInt(seed) + BigInt(index)).toString();
+}
+
+function asJson(name, text) {
+  return NUMBERS.has(name) && JSON_NUMBER.test(text) ? text : JSON.stringify(text);
+}
+
+// Short enough to be read out; larger ones are legal.
+function randomSeed() {
+  return String(crypto.getRandomValues(new Uint32Array(1))[0]);
+}

@@ -1,0 +1,102 @@
+// The pictures that are looked at: being drawn, or drawn. Keeps each to its size, crisp and in its place.
+
+import { byId, element } from "./dom.js";
+import { sides } from "./form.js";
+import { fit } from "./pictures.js";
+
+const COLUMNS = { 1: 1, 2: 2, 3: 3, 4: 2 };
+const GAP = 16;
+const CAPTION = 40;
+
+export class Stage {
+  #tiles = [];
+
+  /** `onStart(picture)` is called when somebody wants to go on from a picture. */
+  constructor(onStart) {
+    this.onStart = onStart;
+    new ResizeObserver(() => this.#arrange()).observe(byId("tiles"));
+    addEventListener("resize", () => this.#arrange());
+    this.clear();
+  }
+
+  /** An empty easel. */
+  clear() {
+    this.#tiles = [];
+    byId("tiles").classList.add("empty");
+    byId("tiles").replaceChildren(element("p", { textContent: "Pictures appear here." }));
+  }
+
+  /** Room for `count` pictures of a size. */
+  prepare(count, size) {
+    const [width, height] = sides(size);
+    this.#show(Array.from({ length: count }, () => newTile(width, height)));
+  }
+
+  /** Shows a preview, the `number`-th of `of`. */
+  preview(index, url, number, of) {
+    const tile = this.#tiles[index];
+    this.#setImage(tile, url, "");
+    tile.progress.value = (number + 1) / (of + 1);
+  }
+
+  /** Shows a finished picture. */
+  finish(index, picture) {
+    const tile = this.#tiles[index];
+    this.#setImage(tile, picture.url, picture.prompt);
+    tile.figure.classList.add("finished");
+    tile.progress.remove();
+    tile.caption.replaceChildren(...this.#captionOf(picture));
+  }
+
+  /** Shows finished pictures. */
+  show(pictures) {
+    this.#show(pictures.map((picture) => newTile(...sides(picture.size))));
+    pictures.forEach((picture, index) => this.finish(index, picture));
+  }
+
+  /** Gives up what is not finished; true if something is left. */
+  dropUnfinished() {
+    this.#show(this.#tiles.filter((tile) => tile.figure.classList.contains("finished")));
+    if (this.#tiles.length === 0) this.clear();
+    return this.#tiles.length > 0;
+  }
+
+  #show(tiles) {
+    this.#tiles = tiles;
+    byId("tiles").classList.remove("empty");
+    byId("tiles").replaceChildren(...tiles.map((tile) => tile.figure));
+    this.#arrange();
+  }
+
+  #setImage(tile, url, alt) {
+    if (tile.preview) URL.revokeObjectURL(tile.preview);
+    tile.preview = alt ? null : url;
+    Object.assign(tile.image, { src: url, alt, hidden: false });
+    tile.figure.classList.add("begun");
+  }
+
+  #captionOf(picture) {
+    const start = element("button", { type: "button", className: "quiet", textContent: "Start from this" });
+    start.addEventListener("click", () => this.onStart(picture));
+    const save = element("a", { className: "quiet", href: picture.url, download: picture.filename, textContent: "Download" });
+    const said = element("span", { textContent: `${picture.size.replace("x", " × ")} · seed ${picture.seed}` });
+    return this.onStart ? [said, save, start] : [said, save];
+  }
+
+  #arrange() {
+    const columns = Math.min(COLUMNS[this.#tiles.length] ?? 4, innerWidth < 480 ? 2 : 4);
+    const rows = Math.ceil(this.#tiles.length / columns);
+    byId("tiles").style.setProperty("--columns", columns);
+    const width = (byId("tiles").clientWidth - GAP * (columns - 1)) / columns;
+    const height = (Math.max(innerHeight * 0.68, 320) - GAP * (rows - 1)) / rows - CAPTION;
+    for (const tile of this.#tiles) fit(tile.frame, tile.width, tile.height, [width, Math.max(height, 96)]);
+  }
+}
+
+function newTile(width, height) {
+  const image = element("img", { alt: "", hidden: true });
+  const progress = element("progress", { max: 1, value: 0, ariaLabel: "Progress" });
+  const frame = element("div", { className: "frame" }, image, progress);
+  const caption = element("figcaption");
+  return { width, height, image, progress, frame, caption, figure: element("figure", {}, frame, caption) };
+}

@@ -1,0 +1,247 @@
+"""`hypergen conformance`: our gateway keeps every rule, and each fault that is put into a server is found."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import httpx
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from fake_backend import FakeBackend, on_loopback
+from hypergen_gateway.app import create_app
+from hypergen_gateway.cli import main
+from hypergen_gateway.config import Config
+from hypergen_gateway.conformance.command import RULES
+from hypergen_gateway.conformance.rules import Finding, findings
+from hypergen_gateway.conformance.server import Options, Server
+from hypergen_gateway.generation import Generation, Picture
+
+KEY = "the-key"
+Handler: TypeAlias = Callable[[httpx.Request], httpx.Response]
+
+
+class KnobsBackend(FakeBackend):
+    """Its pictures change with every knob, and it takes some time over each."""
+
+    async def generate(self, generation: Generation) -> AsyncGenerator[Picture, None]:
+        knobs = (generation.negative_prompt, generation.num_inference_steps, generation.guidance_scale)
+        async for picture in super().generate(generation):
+            await asyncio.sleep(0.001)
+            seed = [picture.seed, *str(knobs).encode()]
+            pixels = np.random.default_rng(seed).integers(0, 255, picture.pixels.shape, dtype=np.uint8)
+            yield replace(picture, pixels=pixels)
+
+
+class TestOurs:
+    async def test_the_gateway_keeps_every_rule(self, ours: str) -> None:
+        result = await conformance(ours, "--api-key", KEY, "--json")
+        (report,) = json.loads(result.stdout)
+        broken = [(rule["rule"], rule["result"], rule["seen"]) for rule in report["rules"] if rule["result"] != "pass"]
+        assert broken == [
+            (
+                "a full queue is a 429 `rate_limit_exceeded` that says when to come again",
+                "not tried",
+                "no --burst was given",
+            )
+        ]
+        assert len(report["rules"]) == len(RULES) > 80
+        assert result.exit_code == 0
+
+    async def test_a_full_queue_is_what_it_should_be(self, ours: str, backend: FakeBackend) -> None:
+        backend.description = replace(await backend.describe(), max_active_images=1)
+        (finding,) = await asyncio.to_thread(found, ours, "a full queue", Options(api_key=KEY, burst=12))
+        assert finding.result == "pass", finding.seen
+        assert "Retry-After: 1" in finding.seen
+
+    async def test_without_the_key_hardly_a_rule_holds(self, ours: str) -> None:
+        result = await conformance(ours)
+        assert result.exit_code == 1
+        assert re.search(r"\d+ rules: \d+ pass, \d{2} fail, 9 not tried", result.stdout)
+
+    async def test_servers_stand_side_by_side_in_markdown(self, ours: str) -> None:
+        result = await conformance(ours, f"{ours}/v1", "--api-key", KEY, "--markdown")
+        lines = result.stdout.splitlines()
+        assert lines[0] == f"| | rule | {ours} | {ours}/v1 |"
+        assert "| models | models are listed in OpenAI's shape | pass | pass |" in lines
+        assert lines[-1] == "| | **not tried** | 1 | 1 |"
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["http://127.0.0.1:1"], "http://127.0.0.1:1/v1 cannot be reached"),
+            (["x"], "x/v1 cannot be reached"),
+            (["http://127.0.0.1:1", "--extra-body", "{"], "--extra-body is not JSON"),
+            (["http://127.0.0.1:1", "--extra-body", "[]"], "--extra-body must be a JSON object"),
+        ],
+    )
+    def test_what_a_user_can_mend_is_said_in_a_line(self, arguments: Sequence[str], message: str) -> None:
+        result = CliRunner().invoke(main, ["conformance", *arguments])
+        assert result.exit_code != 0
+        assert message in result.output
+        assert "Traceback" not in result.output
+
+    async def test_fields_for_every_request_reach_the_server(self, ours: str, backend: FakeBackend) -> None:
+        options = Options(api_key=KEY, extra_body={"num_inference_steps": 3})
+        await asyncio.to_thread(found, ours, "a prompt alone", options)
+        assert backend.generations[0].num_inference_steps == 3
+
+
+@pytest.fixture
+def backend() -> FakeBackend:
+    return KnobsBackend()
+
+
+@pytest.fixture
+async def ours(backend: FakeBackend) -> AsyncIterator[str]:
+    async with on_loopback(create_app(Config(api_key=KEY, max_queue_size=2), backend)) as url:
+        yield url
+
+
+async def conformance(*arguments: str) -> Result:
+    return await asyncio.to_thread(CliRunner(catch_exceptions=False).invoke, main, ["conformance", *arguments])
+
+
+def found(url: str, text: str, options: Options, transport: httpx.BaseTransport | None = None) -> list[Finding]:
+    server = Server(url, options, transport)
+    try:
+        return list(findings([rule for rule in RULES if text in rule.text], server))
+    finally:
+        server.close()
+
+
+def picture(name: str = "PNG") -> str:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, format=name)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def images(**changes: Any) -> Handler:
+    """A server that answers everything with one picture."""
+    usage = {
+        "input_tokens": 3,
+        "output_tokens": 1,
+        "total_tokens": 4,
+        "input_tokens_details": {"text_tokens": 3, "image_tokens": 0},
+    }
+    body = {"created": 1, "data": [{"b64_json": picture()}], "usage": usage} | changes
+    return lambda _: httpx.Response(200, json=body)
+
+
+def event(lines: str = "", type_: str = "image_generation.completed", **data: Any) -> str:
+    body = {"type": type_, "b64_json": picture()} | data
+    return f"event: {type_}\n{lines}data: {json.dumps(body)}\n\n"
+
+
+def stream(*events: str, kind: str = "text/event-stream") -> Handler:
+    return lambda _: httpx.Response(200, text="".join(events), headers={"Content-Type": kind})
+
+
+def answer(status: int, body: Any, **headers: str) -> Handler:
+    return lambda _: httpx.Response(status, json=body, headers=headers)
+
+
+def error(status: int, *, code: str | None = None, param: str | None = None, **headers: str) -> Handler:
+    body = {"error": {"message": "no", "type": "invalid_request_error", "param": param, "code": code}}
+    return answer(status, body, **headers)
+
+
+def broken(_: httpx.Request) -> httpx.Response:
+    raise httpx.ReadError("reset")
+
+
+class TestFaults:
+    """Each rule that is about a shape, against a server whose one answer has a fault."""
+
+    @pytest.mark.parametrize(
+        ("rule", "handler", "seen"),
+        [
+            ("models are listed", answer(200, {"object": "list", "data": []}), "200"),
+            (
+                "models are listed",
+                answer(200, {"object": "list", "data": [{"id": 7, "object": "model"}]}),
+                "id, created",
+            ),
+            ("models are listed", lambda _: httpx.Response(200, text="<html>"), "text/plain"),
+            ("models are listed", broken, "the connection broke: ReadError reset"),
+            ("models are listed", answer(200, [1]), "cannot be read"),
+            ("an unknown model is", answer(404, {"detail": "Not Found"}), "not OpenAI's shape"),
+            ("an unknown model is", error(404, code="not_found"), "'not_found'"),
+            ("without a key", answer(200, {}), "200 {}"),
+            ("with a wrong key", error(401), "code None"),
+            ("a 401 says how", error(401), "no such header"),
+            ("are told apart", error(401), "one message for several: no"),
+            ("a prompt alone", images(data=[{"b64_json": "AAAA"}]), "no picture"),
+            ("a prompt alone", images(data=[{"url": "x"}]), "KeyError: 'b64_json'"),
+            ("a prompt alone", error(500), "500"),
+            ("it is a PNG", images(data=[{"b64_json": picture("JPEG")}]), "JPEG 8x8"),
+            ("is the time of now", images(created=1), "1"),
+            ("counts tokens of text", images(usage=None), "no usage"),
+            ("says background", images(quality="best"), "best"),
+            ("gives two pictures that differ", images(), "1 pictures"),
+            ("gives two pictures that differ", images(data=[{"b64_json": picture()}] * 2), "that are the same"),
+            ("output_format: jpeg", images(), "PNG 8x8 for jpeg"),
+            ("gives a link that opens", images(), "no url but b64_json"),
+            ("answers with server-sent events", stream(event(), kind="text/plain"), "text/plain"),
+            ("says its type twice", stream(event().replace("event: image", "event: x")), "event: x"),
+            ("no `id:`", stream(event("id: 1\n")), "id: 1"),
+            ("no `id:`", stream(event(), "data: [DONE]\n\n"), "no JSON"),
+            ("does not know: clients", stream(event(type_="progress"), event()), "progress"),
+            ("it ends with the finished picture", stream(event(type_="image_generation.partial_image")), "the last"),
+            ("it ends with the finished picture", stream(event()), "without background, created_at"),
+            ("it ends with the finished picture", stream('data: {"error": {}}\n\n'), "the last event is None"),
+            ("gives one or two previews", stream(event()), "previews []"),
+            ("gives two finished pictures", stream(event()), "1 finished"),
+            ("is refused before the stream", stream(event()), "200"),
+            ("an unknown route", answer(404, {"error": "no"}), "not OpenAI's shape"),
+            ("an unknown route", answer(404, {"error": {"message": "no"}}), "without type, param, code"),
+            ("a method that", error(405), "Allow: None"),
+            ("a body that is empty", answer(422, {"detail": []}), "422"),
+            ("insides", answer(400, {"error": 'File "/app/x.py"'}), "File"),
+            ("`n` of 0", error(400, param="size"), "0: param 'size'"),
+            ("`n` of 0", images(), "0: 200"),
+            ("has an `x-request-id`", images(), "no such header"),
+            ("openai-processing-ms", images(), "no such header"),
+        ],
+    )
+    def test_it_is_found(self, rule: str, handler: Handler, seen: str) -> None:
+        finding = self.judged(rule, handler)
+        assert finding.result == "fail"
+        assert seen in finding.seen
+
+    @pytest.mark.parametrize(
+        ("rule", "handler"),
+        [
+            ("`image` and a prompt", error(404)),
+            ("`image[]` is", answer(404, {"detail": "Not Found"})),
+            ("an image alone", error(405)),
+            ("without a prompt: 400", answer(404, {"detail": "Not Found"})),
+            ("output_format: webp", error(400, param="output_format")),
+            ("gives a link that opens", error(400, param="response_format")),
+            ("answers with server-sent events", error(400, param="stream")),
+        ],
+    )
+    def test_what_a_server_does_not_have_is_no_fault(self, rule: str, handler: Handler) -> None:
+        assert self.judged(rule, handler).result == "not offered"
+
+    def judged(self, rule: str, handler: Handler) -> Finding:
+        def listed(request: httpx.Request) -> httpx.Response:
+            # Rules about edits start from a picture of the server's own.
+            if request.url.path.endswith("/generations") and rule.startswith(
+                ("`image", "an image", "without a prompt")
+            ):
+                return images()(request)
+            return handler(request)
+
+        transport = httpx.MockTransport(listed)
+        finding, *_ = found("http://server", rule, Options(api_key=KEY), transport)
+        return finding
