@@ -21,9 +21,10 @@ setup-dev: .venv/.dev
 serve: setup
 	@$(BIN)/hypergen serve $(ARGS)
 
+# Two processes with a thread each: threads of torch that wait for each other spin, and take the other's core.
 test: setup-dev
 	@echo "Running the tests"
-	@$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 check: setup-dev
 	$(BIN)/ruff check
