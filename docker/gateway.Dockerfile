@@ -19,7 +19,8 @@ FROM ${PYTHON_IMAGE}
 COPY --from=build /opt/hypergen /opt/hypergen
 ENV PATH=/opt/hypergen/bin:${PATH} \
     PYTHONDONTWRITEBYTECODE=1 \
-    PYTHONUNBUFFERED=1
+    PYTHONUNBUFFERED=1 \
+    HYPERGEN_CACHE_DIR=/tmp/hypergen
 USER 10001:10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30s \

@@ -54,6 +54,7 @@ class EventStream(Response):
         self._limit = limit
         self._ends = time.monotonic() + limit
         self._queue: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._first: bytes | None = None
         self._making = asyncio.create_task(self._make(frames))
 
     async def begun(self, receive: Receive) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import httpx
+import numpy as np
 import openai
 import pytest
+from PIL import Image
 
 from node_client import install_node_client, run_node_client
+from pictures import file_of, hole, photo, ramp
 from running_server import KEY, Server, pixels_of
 
 AUTHORIZED = {"Authorization": f"Bearer {KEY}"}
@@ -92,6 +96,93 @@ def test_the_same_seed_gives_the_same_bytes(client: openai.OpenAI) -> None:
     assert second is not None
     assert other is not None
     assert first[0].b64_json == second[0].b64_json != other[0].b64_json
+
+
+def test_a_stream_ends_with_the_picture_that_is_drawn_without_one(client: openai.OpenAI) -> None:
+    wish: dict[str, Any] = {"prompt": "a red rocket", "size": "64x64", "extra_body": {"seed": 3}}
+    (alone,) = client.images.generate(**wish).data or []
+    events = list(client.images.generate(**wish, stream=True, partial_images=3))
+    kinds = [event.type.rpartition(".")[2] for event in events]
+    assert kinds == ["partial_image"] * 3 + ["completed"]
+    pictures = [pixels_of(event) for event in events]
+    assert np.array_equal(pictures[-1], pixels_of(alone))
+    distances = [np.abs(picture.astype(int) - pictures[-1]).mean() for picture in pictures]
+    assert distances[0] > distances[1] > distances[2] > distances[3] == 0
+
+
+def test_usage_and_times_are_the_samplers(server: Server) -> None:
+    body = {"prompt": "a red rocket on a blue background", "n": 2, "size": "64x64"}
+    answer = httpx.post(f"{server.url}/v1/images/generations", json=body, headers=AUTHORIZED, timeout=60)
+    usage = answer.json()["usage"]
+    assert usage["input_tokens"] == usage["input_tokens_details"]["text_tokens"] >= 7
+    assert usage["output_tokens"] == 2 * 64
+    phases = dict(phase.split(";dur=") for phase in answer.headers["server-timing"].split(", "))
+    assert list(phases) == ["queue", "encode-text", "denoise", "decode", "encode-image"]
+    assert all(float(phases[phase]) > 0 for phase in ("denoise", "decode"))
+    assert sum(map(float, phases.values())) < int(answer.headers["openai-processing-ms"]) + 50
+
+
+def test_a_link_gives_the_file_without_a_key(client: openai.OpenAI) -> None:
+    response = client.images.generate(
+        prompt="a red rocket", response_format="url", output_format="webp", extra_body={"num_inference_steps": 2}
+    )
+    assert response.data is not None
+    file = httpx.get(response.data[0].url or "")
+    assert (file.status_code, file.headers["content-type"]) == (200, "image/webp")
+    assert Image.open(io.BytesIO(file.content)).format == "WEBP"
+
+
+def test_an_edit_draws_in_the_mask_and_leaves_everything_else_in_its_own_size(client: openai.OpenAI) -> None:
+    response = client.images.edit(
+        image=file_of(photo(101, 67)),
+        mask=file_of(hole(101, 67, (30, 20, 70, 50))),
+        prompt="a red rocket",
+        n=2,
+        extra_body={"seed": 3, "num_inference_steps": 4},
+    )
+    assert response.data is not None
+    first, second = (pixels_of(image) for image in response.data)
+    for picture in (first, second):
+        assert picture.shape == (67, 101, 3)
+        changed = (picture != ramp(101, 67)).any(axis=2)
+        assert changed[20:50, 30:70].mean() > 0.9
+        changed[20:50, 30:70] = False
+        assert not changed.any()
+    assert not np.array_equal(first, second)
+
+
+def test_the_less_strength_the_more_of_an_image_stays(client: openai.OpenAI) -> None:
+    def distance(strength: float) -> float:
+        fields = {"seed": 3, "num_inference_steps": 10, "strength": strength}
+        response = client.images.edit(image=file_of(photo(64, 64)), prompt="a red rocket", extra_body=fields)
+        assert response.data is not None
+        return float(np.abs(pixels_of(response.data[0]).astype(int) - ramp(64, 64)).mean())
+
+    assert distance(0.2) < distance(0.6) < distance(1.0)
+
+
+def test_several_images_are_each_the_start_of_their_pictures_in_a_stream_too(client: openai.OpenAI) -> None:
+    stream = client.images.edit(
+        image=[file_of(photo(64, 64)), file_of(photo(96, 64), "JPEG")],
+        prompt="a red rocket",
+        n=3,
+        stream=True,
+        partial_images=1,
+        extra_body={"num_inference_steps": 4, "strength": 0.9},
+    )
+    events = list(stream)
+    assert sorted(event.type for event in events) == ["image_edit.completed"] * 3 + ["image_edit.partial_image"] * 3
+    shapes = {(dict(event.model_extra or {})["image_index"], pixels_of(event).shape) for event in events}
+    assert shapes == {(0, (64, 64, 3)), (1, (64, 96, 3)), (2, (64, 64, 3))}
+
+
+@pytest.mark.filterwarnings("ignore:deprecated")
+def test_variations_are_of_the_image_and_not_it(client: openai.OpenAI) -> None:
+    response = client.images.create_variation(image=file_of(photo(64, 64)), n=2)
+    assert response.data is not None
+    for image in response.data:
+        assert pixels_of(image).shape == (64, 64, 3)
+        assert not np.array_equal(pixels_of(image), ramp(64, 64))
 
 
 def test_the_request_id_comes_back(server: Server) -> None:

@@ -1,4 +1,4 @@
-"""The command's key from a file: what a secret mounted into a container looks like, and what may be wrong with it."""
+"""The command's key from a file, as a container mounts a secret, and its links: what may be wrong with either."""
 
 from __future__ import annotations
 
@@ -72,3 +72,22 @@ def test_a_file_that_does_not_hold_one_key_is_refused(key_file: Path, content: b
 def test_a_file_that_is_not_text_is_refused(key_file: Path) -> None:
     key_file.write_bytes(b"\xff\xfe")
     assert "not text" in refusal(serve("--api-key-file", str(key_file)))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--public-url", "images.example.com", "https://images.example.com"),
+        ("--link-secret", "short", "16 characters"),
+        ("--link-bucket", "pictures", "s3://BUCKET"),
+        ("--link-lifetime", "0", "--link-lifetime"),
+    ],
+)
+def test_links_that_could_not_work_are_refused(option: str, value: str, says: str) -> None:
+    assert says in refusal(serve(option, value))
+    assert says in refusal(serve(**{f"HYPERGEN_{option.lstrip('-').upper().replace('-', '_')}": value}))
+
+
+def test_a_bucket_without_boto3_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert "pip install 'hypergen-triton[s3]'" in refusal(serve("--link-bucket", "s3://pictures"))

@@ -21,6 +21,7 @@ from hypergen_gateway.errors import UnavailableError
 from hypergen_gateway.openapi import describe_api
 from pictures import file_of, photo
 
+PAGES = ("/openapi.json", "/docs", "/", "/web/{name}")
 API = describe_api(MODEL, secured=False)
 
 
@@ -34,7 +35,7 @@ def test_every_route_is_described_and_nothing_else(backend: FakeBackend) -> None
     served = {
         (route.path.replace(":path}", "}"), method.lower())
         for route in create_app(Config(), backend).routes
-        if isinstance(route, Route) and route.path not in ("/openapi.json", "/docs")
+        if isinstance(route, Route) and route.path not in PAGES
         for method in (route.methods or set()) - {"HEAD"}
     }
     described = {(path, method) for path, methods in API["paths"].items() for method in methods}
@@ -79,6 +80,7 @@ async def test_it_is_there_without_a_model_and_tells_a_model_s_limits_when_there
         ("POST", "/v1/images/generations", {"json": {"prompt": "a", "response_format": "url"}}, "ImagesResponse"),
         ("POST", "/v1/images/variations", {"files": {"image": file_of(photo())}}, "ImagesResponse"),
         ("GET", "/v1/models", {}, "ModelList"),
+        ("GET", "/v1/capabilities", {}, "Capabilities"),
         ("GET", "/v1/models/acme/tiny-emoji", {}, "ModelObject"),
         ("GET", "/health", {}, "Health"),
         ("GET", "/health/ready", {}, "Health"),
