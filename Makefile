@@ -1,10 +1,11 @@
 # make serve   installs what serving needs into .venv/, starts the server with the shipped model
 # make test    installs what the tests need as well, runs them
 # make check   lints, types and import rules
+# make production-check   what is claimed of production and can be shown without a GPU and without Docker, as a table
 # ARGS="…"     is passed on: make serve ARGS="--port 9000", make test ARGS="-k batching"
 
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev serve test check clean
+.PHONY: help setup setup-dev serve test check production-check clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # The release that the project is developed with; a range would let another package pull a different build.
@@ -31,6 +32,10 @@ check: setup-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_imports.py $(ARGS)
+
+production-check: setup-dev
+	@.ci/tools
+	@$(BIN)/pytest -n 2 --dist loadfile -q -m claim --claims $(ARGS)
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache

@@ -14,7 +14,7 @@ COPY docker/constraints.txt /opt/hypergen/
 RUN pip install --no-cache-dir --target /opt/hypergen/packages --constraint /opt/hypergen/constraints.txt \
         --extra-index-url "${TORCH_INDEX}" diffusers numpy tokenizers torch \
     && install --directory --owner=1000 --group=1000 /models
-COPY --chmod=755 docker/triton/drain.py /opt/hypergen/
+COPY --chmod=755 docker/triton/check_plans.py docker/triton/drain.py /opt/hypergen/
 # The sampler needs one thread of torch's; more would only spin while they wait.
 # hadolint ignore=DL3064
 ENV PYTHONPATH=/opt/hypergen/packages:${PYTHONPATH} \
@@ -31,7 +31,8 @@ HEALTHCHECK --interval=5s --timeout=5s --start-period=15m \
          "--output", "/dev/null", "http://127.0.0.1:8000/v2/models/diffusion/ready"]
 # HTTP is for the probes alone. The sampler answers each image in flight from a thread of the pool. A connection that
 # is closed after a minute, once its streams have ended, makes clients look up who serves: replicas come and go.
-CMD ["tritonserver", \
+# Before anything is loaded, the plans' records are held against this TensorRT and this GPU.
+CMD ["/opt/hypergen/check_plans.py", "tritonserver", \
      "--model-repository=/models/repository", \
      "--disable-auto-complete-config", \
      "--backend-config=python,thread-pool-size=64", \

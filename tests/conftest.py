@@ -16,8 +16,23 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from claims import ClaimsTable, attach_claims
 from hypergen_gateway.repository import ExportOptions, find_repository
 from miniature import save_miniature
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--claims", action="store_true", help="which claims about production the tests have proved")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Tests may run in several processes; the one that waits for them hears of all.
+    if config.getoption("--claims") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(ClaimsTable(), "claims")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    attach_claims(items)
 
 
 @pytest.fixture(scope="session")
@@ -30,8 +45,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(shared: Path) -> Path:
-    return _made_once(shared, "sd-1")
+def checkpoint_of(shared: Path) -> Callable[[str], Path]:
+    """A family's miniature."""
+    return functools.partial(_made_once, shared)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(checkpoint_of: Callable[[str], Path]) -> Path:
+    return checkpoint_of("sd-1")
 
 
 @pytest.fixture(scope="session")
@@ -40,12 +61,12 @@ def cache_dir(shared: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def family_of(shared: Path, cache_dir: Path) -> Callable[[str], tuple[Path, Path]]:
+def family_of(checkpoint_of: Callable[[str], Path], cache_dir: Path) -> Callable[[str], tuple[Path, Path]]:
     """A family's miniature and its repository in float32, where `hypergen serve` finds it."""
 
     @functools.cache
     def make(family: str) -> tuple[Path, Path]:
-        folder = _made_once(shared, family)
+        folder = checkpoint_of(family)
         return folder, _export(folder, cache_dir)
 
     return make

@@ -44,6 +44,8 @@ from sampling import Image, UNetRows
 from starts import Canvas, Original
 from stepping import StepLoop
 
+pytestmark = pytest.mark.claim("families")
+
 PROMPT = "a red rocket on a blue background"
 NEGATIVES = {"no negative": None, "an empty one": "", "a negative": "a green cat"}
 # Relative to the largest latent. Both sides are torch in float32; ours runs the UNet on each image's own timestep.

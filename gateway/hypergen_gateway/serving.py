@@ -170,8 +170,8 @@ class _Server(uvicorn.Server):
 
     def stop(self) -> None:
         """Finish the requests under way, refuse new ones."""
+        self.should_exit = True  # first: nobody may be left to read what is said
         click.echo("Stopping: pictures under way are finished first", err=True)
-        self.should_exit = True
 
 
 async def _serve_http(app: Any, listener: socket.socket) -> None:

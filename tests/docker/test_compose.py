@@ -16,6 +16,8 @@ from hypergen_gateway.serving import DRAIN_SECONDS
 
 from .conftest import DOCKER, DOCKERFILES, read_command, run_tool
 
+pytestmark = pytest.mark.claim("compose")
+
 FILE = DOCKER / "compose.yaml"
 VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
 

@@ -17,6 +17,8 @@ from hypergen_gateway.embedded.installation import find_installation
 
 from .conftest import DOCKER, DOCKERFILES, ROOT, run_tool
 
+pytestmark = pytest.mark.claim("images")
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SAMPLER = ROOT / "model_repository" / "diffusion" / "1"
 
@@ -61,6 +63,7 @@ def test_there_are_the_images_that_compose_and_chart_name() -> None:
     assert [file.stem for file in DOCKERFILES] == ["cpu", "export", "gateway", "triton"]
 
 
+@pytest.mark.claim("hadolint")
 @pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.stem)
 def test_hadolint_has_nothing_to_say(file: Path) -> None:
     judged = run_tool("hadolint", "--no-color", file)
@@ -128,7 +131,9 @@ def test_the_python_of_the_images_has_a_stub_in_tritons_wheel() -> None:
 
 def triton_command() -> list[str]:
     (command,) = arguments("triton", "CMD")
-    return re.findall(r'"([^"]+)"', command)
+    check, *triton = re.findall(r'"([^"]+)"', command)
+    assert Path(check).name in {path.name for path in (DOCKER / "triton").iterdir()}
+    return triton
 
 
 def test_the_real_tritonserver_knows_every_flag_of_the_image() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from hypergen_gateway.serving import DRAIN_SECONDS
 
 from .conftest import DOCKER, read_command, run_tool
 
+pytestmark = pytest.mark.claim("chart")
+
 CHART = DOCKER / "kubernetes" / "hypergen"
 # From the oldest that Chart.yaml allows to a new one.
 KUBERNETES = ("1.28", "1.37")
@@ -25,7 +28,7 @@ VALUE_SETS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "scaled": {
         "gateway": {"autoscaling": {"enabled": True}, "service": {"type": "LoadBalancer", "port": 443}},
-        "triton": {"replicas": 3},
+        "triton": {"replicas": 3, "autoscaling": {"enabled": True, "imagesPerReplica": 12}},
         "repository": {"accessMode": "ReadWriteMany", "storageClass": "fast", "size": "1Ti"},
         "gpu": {"nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-L40S"}},
     },
@@ -54,6 +57,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an amount of no unit": ({"triton": {"sharedMemory": "lots"}}, "/triton/sharedMemory"),
     "a drain that ends before clients have gone": ({"triton": {"drain": {"announceSeconds": 10}}}, "announceSeconds"),
     "replicas that cannot share the volume": ({"triton": {"replicas": 2}}, "/repository/accessMode"),
+    "scaling that cannot share the volume": (
+        {"triton": {"autoscaling": {"enabled": True}}},
+        "/repository/accessMode",
+    ),
     "nobody who exports": ({"export": {"enabled": False}}, "/repository/folder"),
     "a way out of the volume": ({"repository": {"folder": "../other"}}, "/repository/folder"),
 }
@@ -115,7 +122,7 @@ def test_what_is_made_follows_the_values(manifests: dict[str, list[dict[str, Any
     kinds = {name: sorted(document["kind"] for document in documents) for name, documents in manifests.items()}
     served = ["Deployment"] * 2 + ["NetworkPolicy"] * 2 + ["PodDisruptionBudget"] * 2 + ["Service"] * 2
     assert kinds["defaults"] == sorted([*served, "Job", "PersistentVolumeClaim"])
-    assert kinds["scaled"] == sorted([*served, "Job", "PersistentVolumeClaim", "HorizontalPodAutoscaler"])
+    assert kinds["scaled"] == sorted([*served, "Job", "PersistentVolumeClaim", *["HorizontalPodAutoscaler"] * 2])
     assert kinds["repository of somebody else"] == [kind for kind in served if kind != "NetworkPolicy"]
 
 
@@ -269,12 +276,49 @@ def test_pictures_under_way_are_finished_before_a_stop(manifests: dict[str, list
 
     program, *options = container(triton)["lifecycle"]["preStop"]["exec"]["command"]
     image = (DOCKER / "triton.Dockerfile").read_text()
-    assert f"COPY --chmod=755 docker/triton/drain.py {Path(program).parent}/" in image
+    assert re.search(rf"^COPY --chmod=755 .*docker/triton/drain\.py {Path(program).parent}/$", image, re.MULTILINE)
     given = runpy.run_path(str(DOCKER / "triton" / "drain.py"))["parser"]().parse_args(options)
     assert pod(triton)["terminationGracePeriodSeconds"] > given.announce + given.limit + 30
     # Longer than a connection lives, and gRPC may take a tenth more.
     (age,) = [int(word.split("=")[1].strip('",')) for word in image.split() if "max-connection-age" in word]
     assert given.announce > 1.1 * age / 1000
+
+
+@pytest.mark.claim("scaling")
+def test_tritons_are_scaled_by_the_images_that_their_samplers_have(
+    manifests: dict[str, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    scaler = one(manifests["scaled"], "HorizontalPodAutoscaler", "triton")["spec"]
+    triton = one(manifests["scaled"], "Deployment", "triton")
+    assert "replicas" not in triton["spec"]
+    assert scaler["scaleTargetRef"] == {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "name": triton["metadata"]["name"],
+    }
+    assert (scaler["minReplicas"], scaler["maxReplicas"]) == (3, 4)
+    (metric,) = scaler["metrics"]
+    (rule,) = yaml.safe_load((CHART.parent / "prometheus-adapter.yaml").read_text())["rules"]["custom"]
+    assert metric["pods"]["metric"]["name"] == rule["name"]["as"]
+    assert metric["pods"]["target"] == {"type": "AverageValue", "averageValue": "12"}
+    check_sums(rule["metricsQuery"], tmp_path / "query.yaml")
+
+
+def check_sums(query: str, file: Path) -> None:
+    """Hold what the adapter's query makes of two pods against what they draw and what waits, by promtool."""
+    asked = query.replace("<<.GroupBy>>", "pod").replace("<<.LabelMatchers>>", 'namespace="pictures"')
+    gauges = {"triton-0": {"active": 4, "waiting": 3}, "triton-1": {"active": 2, "waiting": 0}}
+    series = [
+        {"series": f'hypergen_sampler_{state}_images{{namespace="pictures",pod="{name}"}}', "values": f"{count}x4"}
+        for name, counts in gauges.items()
+        for state, count in counts.items()
+    ]
+    samples = [{"labels": f'{{pod="{name}"}}', "value": sum(counts.values())} for name, counts in gauges.items()]
+    expected = [{"expr": asked, "eval_time": "1m", "exp_samples": samples}]
+    test = {"interval": "15s", "input_series": series, "promql_expr_test": expected}
+    file.write_text(yaml.safe_dump({"tests": [test]}))
+    judged = run_tool("promtool", "test", "rules", file)
+    assert judged.returncode == 0, judged.stdout + judged.stderr
 
 
 def test_shared_memory_is_memory(manifests: dict[str, list[dict[str, Any]]]) -> None:

@@ -19,6 +19,8 @@ from hypergen_gateway.errors import UnavailableError
 
 from .conftest import DOCKER
 
+pytestmark = pytest.mark.claim("prove")
+
 KEY = "the-right-key"
 FAKE_DOCKER = """#!/bin/sh
 echo "$*" >>"$DOCKER_CALLS"

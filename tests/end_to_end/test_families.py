@@ -18,6 +18,8 @@ from diffusers import DiffusionPipeline
 
 from running_server import Pixels, Server, draw, draw_all, start_server, stop_server
 
+pytestmark = pytest.mark.claim("families")
+
 PROMPT = "a red rocket on a blue background"
 # Of 255, as in test_parity: the engine's rounding differs from torch's.
 TOLERANCE = 0.1

@@ -6,28 +6,57 @@ import asyncio
 import json
 import re
 import sys
+import time
 from pathlib import Path
 
 import httpx
+import pytest
 
 from running_server import Server, draw
 
 DOCKER = Path(__file__).parents[2] / "docker"
 # Triton has these where it finds a GPU: docs/user_guide/metrics.md of its sources.
+METRIC = r"(?:nv|hypergen)_\w+"
 GPU_METRICS = {"nv_gpu_utilization", "nv_gpu_memory_used_bytes", "nv_gpu_memory_total_bytes", "nv_gpu_power_usage"}
 
 
-def test_triton_has_every_metric_and_label_that_the_dashboard_asks_for(server: Server) -> None:
+@pytest.mark.claim("metrics")
+def test_triton_has_every_metric_and_label_that_dashboard_and_rules_ask_for(server: Server) -> None:
     dashboard = json.loads((DOCKER / "observability/grafana/dashboards/triton.json").read_text())
     queries = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
+    rules = (DOCKER / "observability" / "rules.yaml").read_text()
     exposed = httpx.get(server.metrics_url).text
-    assert set(re.findall(r"nv_\w+", queries)) <= set(re.findall(r"^nv_\w+", exposed, re.MULTILINE)) | GPU_METRICS
+    there = set(re.findall(rf"^({METRIC})", exposed, re.MULTILINE)) | GPU_METRICS
+    assert set(re.findall(METRIC, queries + rules)) <= there
     models = set(re.findall(r'model!?="(\w+)"', queries))
     assert models == {"diffusion", "unet", "vae_decoder"}
     assert models <= set(re.findall(r'^nv_inference_count{model="(\w+)"', exposed, re.MULTILINE))
     assert re.search(r'^nv_inference_request_failure{model="unet",reason="\w+"', exposed, re.MULTILINE)
 
 
+@pytest.mark.claim("scaling")
+async def test_the_gauges_that_replicas_are_scaled_by_count_the_images_in_the_sampler(server: Server) -> None:
+    async with server.async_client() as client:
+        drawing = [
+            asyncio.create_task(draw(client, prompt="a cat", size="128x128", num_inference_steps=60)) for _ in range(3)
+        ]
+        deadline = time.monotonic() + 60
+        while images_in_the_sampler(server) != len(drawing):
+            assert time.monotonic() < deadline, f"{images_in_the_sampler(server)} images in the sampler"
+            await asyncio.sleep(0.05)
+        await asyncio.gather(*drawing)
+    server.wait_until(lambda: images_in_the_sampler(server) == 0, 10, "counted as idle")
+
+
+def images_in_the_sampler(server: Server) -> float:
+    """What prometheus-adapter.yaml sums up of this Triton."""
+    exposed = httpx.get(server.metrics_url).text
+    counts = re.findall(r"^hypergen_sampler_(?:active|waiting)_images(?:\{.*\})? (\S+)$", exposed, re.MULTILINE)
+    assert len(counts) == 2, exposed
+    return sum(map(float, counts))
+
+
+@pytest.mark.claim("drain")
 async def test_a_drain_lasts_until_the_picture_is_there(server: Server) -> None:
     executions = server.unet_counts()[1]
     async with server.async_client() as client:

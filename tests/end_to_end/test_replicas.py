@@ -36,6 +36,7 @@ def executions(*servers: Server) -> list[int]:
     return [server.unet_counts()[1] for server in servers]
 
 
+@pytest.mark.claim("replicas")
 async def test_a_triton_killed_under_load_takes_no_request_with_it(
     server: Server, second: Server, gateway: Server
 ) -> None:
@@ -55,11 +56,14 @@ async def test_a_triton_killed_under_load_takes_no_request_with_it(
         victim.send_signal(signal.SIGKILL)
         pictures = await asyncio.gather(*requests)
         took = time.monotonic() - began
-    assert all(np.array_equal(picture, wanted) for picture, wanted in zip(pictures, expected, strict=True))
+    # The client asks once: a request that failed would have raised.
+    whole = sum(np.array_equal(picture, wanted) for picture, wanted in zip(pictures, expected, strict=True))
     again = sum("asking for its pictures again" in line for line in gateway.lines)
     print(
-        f"{len(pictures)} requests, {unfinished} under way at the kill, {again} asked again, all done in {took:.1f} s"
+        f"{len(WISHES)} requests, {unfinished} under way when one of two Tritons was killed: {again} asked again of "
+        f"the other, {len(WISHES) - whole} lost, all done in {took:.1f} s"
     )
+    assert whole == len(WISHES)
     assert unfinished
     assert again
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,24 @@ import numpy.typing as npt
 import openvino
 import pytest
 import torch
+from filelock import FileLock
 
 from hypergen_export.build import ExportRequest, Outcome, export
 from hypergen_export.checkpoint import Checkpoint, open_checkpoint
 from hypergen_export.components import STABLE_DIFFUSION, Component
+from hypergen_export.conversion import Job, convert
+from hypergen_export.progress import Progress
 
 Array = npt.NDArray[Any]
 Run = Callable[..., list[Array]]
 COMPONENTS = {component.name: component for component in STABLE_DIFFUSION}
+# Families beside 1.x: those that tests/end_to_end serves are exported whole, of the others the components whose graphs
+# differ from all of these are converted.
+EXPORTED: Mapping[str, tuple[str, ...]] = {
+    "sdxl": ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"),
+    "lcm": ("text_encoder", "unet", "vae_decoder", "vae_encoder"),
+}
+CONVERTED: Mapping[str, tuple[str, ...]] = {"sd-2": ("text_encoder", "unet"), "lcm-sdxl": ("unet",)}
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +53,43 @@ def repository(checkpoint_folder: Path, exported: Path, tmp_path_factory: pytest
     outcome = export(ExportRequest(model=str(checkpoint_folder), output=output, max_batch_size=4, model_id="tiny/one"))
     assert outcome == Outcome(reused=tuple(COMPONENTS))
     return output
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Components of a family's miniature as ONNX in float32, and how far each differs from torch; both by name."""
+
+    checkpoint: Checkpoint
+    onnx: Mapping[str, Path]
+    differences: Mapping[str, float]
+
+
+@pytest.fixture(scope="session")
+def converted(shared: Path, checkpoint_of: Callable[[str], Path]) -> Callable[[str], Converted]:
+    """A family of CONVERTED -> its components there, without the rest of an export."""
+
+    @functools.cache
+    def make(family: str) -> Converted:
+        checkpoint = open_checkpoint(str(checkpoint_of(family)))
+        folder = shared / "converted" / family
+        with FileLock(shared / f"{family}.converted.lock"):
+            differences = _read_or_convert(folder, checkpoint, CONVERTED[family])
+        return Converted(checkpoint, {name: folder / f"{name}.onnx" for name in differences}, differences)
+
+    return make
+
+
+def _read_or_convert(folder: Path, checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, float]:
+    record = folder / "differences.json"
+    if not record.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        components = [each for each in checkpoint.family.components if each.name in names]
+        jobs = [Job(component=each, dtype="float32", onnx=folder / f"{each.name}.onnx") for each in components]
+        with closing(Progress(0)) as progress:
+            parity = convert(checkpoint, jobs, progress, finish=None)
+        record.write_text(json.dumps({name: entry.difference for name, entry in parity.items()}))
+    differences: dict[str, float] = json.loads(record.read_text())
+    return differences
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""Plans of the miniature, built by TensorRT-RTX on the CPU, held against the configuration that Triton gets.
+"""Plans of the miniatures, built by TensorRT-RTX on the CPU, held against the configuration that Triton gets.
+
+Of 1.x a whole repository is exported in float16. Of the other families every component whose graph is its own is built
+from the ONNX that the tests of OpenVINO use, in float32 and for one size.
 
 Without a GPU no engine can be loaded again: what is compared is the network and the profiles that the builder was given
 and accepted, as the record beside each plan states them.
@@ -6,8 +9,11 @@ and accepted, as the record beside each plan states them.
 
 from __future__ import annotations
 
+import functools
 import json
-from dataclasses import replace
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +26,19 @@ from onnx import TensorProto, helper
 from tritonclient.grpc import model_config_pb2 as pb
 
 from hypergen_export.build import ExportRequest, Outcome, export, sampler_sources
-from hypergen_export.checkpoint import Checkpoint
+from hypergen_export.checkpoint import Checkpoint, open_checkpoint
 from hypergen_export.compare import compare
+from hypergen_export.config_pbtxt import EngineOptions, component_config
 from hypergen_export.engines import read_sizes
 from hypergen_export.errors import BadOptionError, ConversionError, MissingDependencyError, NoGpuError
 from hypergen_export.loading import load_module
 from hypergen_export.onnx import capture, write_onnx
 from hypergen_export.profiles import Bounds, Shapes, profiles
-from hypergen_export.tensorrt import Build, Phases, Target, ahead_of_time, build_plan, this_machine
-from hypergen_export.wrappers import WRAPPERS
+from hypergen_export.tensorrt import Build, Phases, Target, ahead_of_time, build_plan, this_machine, write_plan_record
+from hypergen_export.wrappers import wrap
+from miniature import FAMILIES
 
-from .conftest import COMPONENTS
+from .conftest import COMPONENTS, CONVERTED, EXPORTED, Converted
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -39,6 +47,15 @@ NAMES = tuple(COMPONENTS)
 CAPABILITY = "8.6"
 SIZES = read_sizes("64x64,96x64")
 ROWS = 4
+HALF_PRECISION = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+# Beside the whole repository of 1.x in float16. The UNet is the one that is told everything that any is told.
+IN_HALF_PRECISION = [
+    ("sd-1", "text_encoder", "float16"),
+    ("sd-1", "text_encoder", "bfloat16"),
+    ("sd-1", "vae_decoder", "bfloat16"),
+    ("lcm-sdxl", "unet", "float16"),
+]
+EVERY_ENGINE = [(family, name) for family, names in {"sd-1": NAMES, **EXPORTED, **CONVERTED}.items() for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +83,69 @@ def plans(request_made: ExportRequest, target: Target) -> Path:
     return request_made.output
 
 
+@dataclass(frozen=True)
+class Engine:
+    """A component's plan as its record states it, and the configuration that Triton gets with it."""
+
+    plan: Path
+    record: Mapping[str, Any]
+    config: Any
+
+
+@pytest.fixture(scope="module")
+def engine_of(
+    request: pytest.FixtureRequest,
+    target: Target,
+    family_of: Callable[[str], tuple[Path, Path]],
+    converted: Callable[[str], Converted],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str, str], Engine]:
+    """Family and component -> its engine, built once."""
+
+    def find_onnx(family: str, name: str) -> tuple[Checkpoint, Path]:
+        if family in CONVERTED:
+            found = converted(family)
+            return found.checkpoint, found.onnx[name]
+        folder, repository = family_of(family)
+        return open_checkpoint(str(folder)), repository / name / "1" / "model.onnx"
+
+    @functools.cache
+    def make(family: str, name: str) -> Engine:
+        if family == "sd-1":
+            return read_engine(request.getfixturevalue("plans") / name)
+        checkpoint, onnx_file = find_onnx(family, name)
+        folder = tmp_path_factory.mktemp("engine") / name
+        build_engine(checkpoint, onnx_file, target, folder)
+        return read_engine(folder)
+
+    return make
+
+
+def build_engine(checkpoint: Checkpoint, onnx_file: Path, target: Target, folder: Path) -> None:
+    """Write the plan, its record and its configuration into `folder`, which has the component's name."""
+    (component,) = (each for each in checkpoint.family.components if each.name == folder.name)
+    shapes = Shapes(sizes=checkpoint.sizes, pictures=SIZES[1:], rows=ROWS)
+    (folder / "1").mkdir(parents=True)
+    build = Build(
+        name=component.name,
+        onnx=onnx_file,
+        dtype="float32",
+        plan=folder / "1" / "model.plan",
+        profiles=profiles(component, shapes),
+        target=target,
+    )
+    began = time.monotonic()
+    write_plan_record(build, build_plan(build, lambda _: None))
+    print(f"{checkpoint.family.name} {component.name}: built in {time.monotonic() - began:.1f} s")
+    options = EngineOptions(engine="tensorrt", dtype="float32", shapes=shapes)
+    (folder / "config.pbtxt").write_text(component_config(component, options))
+
+
+def read_engine(folder: Path) -> Engine:
+    plan = folder / "1" / "model.plan"
+    return Engine(plan, record_of(folder.parent, folder.name), config_of(folder.parent, folder.name))
+
+
 def record_of(plans: Path, name: str) -> dict[str, Any]:
     record: dict[str, Any] = json.loads((plans / name / "1" / "model.plan.json").read_text())
     return record
@@ -73,6 +153,18 @@ def record_of(plans: Path, name: str) -> dict[str, Any]:
 
 def config_of(plans: Path, name: str) -> Any:
     return text_format.Parse((plans / name / "config.pbtxt").read_text(), pb.ModelConfig())
+
+
+def graph_of(family: str, name: str) -> tuple[Any, ...]:
+    """What tells a component's graph from that of the same component in other families."""
+    kind = FAMILIES[family]
+    own = {
+        "text_encoder": (kind.hidden_act, kind.second_text_encoder),
+        "unet": tuple(sorted(kind.unet.items())),
+        "vae_decoder": (kind.scaling_factor,),
+        "vae_encoder": (kind.scaling_factor,),
+    }
+    return (name, *own.get(name, ()))
 
 
 def bindings(entries: Any) -> dict[str, dict[str, Any]]:
@@ -104,18 +196,33 @@ def test_a_repository_of_plans_has_no_onnx_and_a_record_beside_each_plan(plans: 
     }
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_configuration_names_exactly_the_engines_bindings(plans: Path, name: str) -> None:
-    config, record = config_of(plans, name), record_of(plans, name)
+@pytest.mark.claim("engines")
+def test_every_graph_of_every_family_is_among_those_built() -> None:
+    built = {graph_of(family, name) for family, name in EVERY_ENGINE}
+    for family, kind in FAMILIES.items():
+        names = EXPORTED["sdxl"] if kind.second_text_encoder else NAMES
+        assert {graph_of(family, name) for name in names} <= built, family
+
+
+@pytest.mark.claim("engines", "bindings")
+@pytest.mark.parametrize(("family", "name"), EVERY_ENGINE)
+def test_the_configuration_names_exactly_the_engines_bindings(
+    family: str, name: str, engine_of: Callable[[str, str], Engine]
+) -> None:
+    engine = engine_of(family, name)
+    config, record = engine.config, engine.record
     assert bindings(config.input) == record["inputs"]
     assert bindings(config.output) == record["outputs"]
-    plan = (plans / name / "1" / "model.plan").read_bytes()
+    plan = engine.plan.read_bytes()
     assert all(tensor.encode() in plan for tensor in (*record["inputs"], *record["outputs"]))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_triton_runs_a_component_on_the_gpu_with_all_profiles(plans: Path, name: str) -> None:
-    config, record = config_of(plans, name), record_of(plans, name)
+@pytest.mark.claim("bindings")
+@pytest.mark.parametrize(("family", "name"), EVERY_ENGINE)
+def test_triton_runs_a_component_on_the_gpu_with_all_profiles(
+    family: str, name: str, engine_of: Callable[[str, str], Engine]
+) -> None:
+    config, record = engine_of(family, name).config, engine_of(family, name).record
     assert (config.name, config.backend, config.default_model_filename) == (name, "tensorrt", "model.plan")
     (group,) = config.instance_group
     assert group.kind == pb.ModelInstanceGroup.KIND_GPU
@@ -124,9 +231,12 @@ def test_triton_runs_a_component_on_the_gpu_with_all_profiles(plans: Path, name:
     assert dict(config.parameters)["execution_context_allocation_strategy"].string_value == "ON_PROFILE_CHANGE"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_profile_takes_the_configurations_batches_and_no_larger_one(plans: Path, name: str) -> None:
-    config, record = config_of(plans, name), record_of(plans, name)
+@pytest.mark.claim("bindings")
+@pytest.mark.parametrize(("family", "name"), EVERY_ENGINE)
+def test_every_profile_takes_the_configurations_batches_and_no_larger_one(
+    family: str, name: str, engine_of: Callable[[str, str], Engine]
+) -> None:
+    config, record = engine_of(family, name).config, engine_of(family, name).record
     for profile in record["profiles"]:
         assert profile.keys() == record["inputs"].keys()
         for bounds in profile.values():
@@ -153,12 +263,15 @@ def test_the_sizes_asked_for_are_the_profiles_and_the_samplers(plans: Path) -> N
     assert int(parameters["max_batch_size"]) == config_of(plans, "unet").max_batch_size == ROWS
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_graph_has_every_input_in_a_shape_that_just_one_profile_takes(plans: Path, name: str) -> None:
-    config, record = config_of(plans, name), record_of(plans, name)
+@pytest.mark.claim("graphs")
+@pytest.mark.parametrize(("family", "name"), EVERY_ENGINE)
+def test_a_graph_has_every_input_in_a_shape_that_just_one_profile_takes(
+    family: str, name: str, engine_of: Callable[[str, str], Engine]
+) -> None:
+    config, record = engine_of(family, name).config, engine_of(family, name).record
     specs = config.optimization.cuda.graph_spec
     assert config.optimization.cuda.graphs == bool(specs)
-    assert bool(specs) == (name in ("text_encoder", "unet"))
+    assert bool(specs) == (not name.startswith("vae"))
     for spec in specs:
         assert spec.input.keys() == record["inputs"].keys()
         shapes = {tensor: [spec.batch_size, *spec.input[tensor].dim] for tensor in spec.input}
@@ -166,6 +279,7 @@ def test_a_graph_has_every_input_in_a_shape_that_just_one_profile_takes(plans: P
         assert len(fitting) == 1, shapes
 
 
+@pytest.mark.claim("plans")
 @pytest.mark.parametrize("name", NAMES)
 def test_the_record_says_what_built_the_plan_of_what_and_for_what(plans: Path, name: str) -> None:
     record = record_of(plans, name)
@@ -208,6 +322,7 @@ def _copy(source: Path, target: Path) -> None:
             (target / file.relative_to(source)).hardlink_to(file)
 
 
+@pytest.mark.claim("engines")
 @pytest.mark.parametrize("name", NAMES)
 def test_what_openvino_runs_is_built_in_float32_too(
     name: str, repository: Path, checkpoint: Checkpoint, target: Target, tmp_path: Path
@@ -230,20 +345,21 @@ def test_what_openvino_runs_is_built_in_float32_too(
     assert 0 < shares[0] < 0.5 < shares[-1] <= 1
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("float16", TensorProto.FLOAT16), ("bfloat16", TensorProto.BFLOAT16)])
-@pytest.mark.parametrize("name", ["text_encoder", "vae_decoder"])
+@pytest.mark.claim("precision")
+@pytest.mark.parametrize(("family", "name", "dtype"), IN_HALF_PRECISION)
 def test_half_precision_is_inside_the_graph_and_not_in_its_interface(
-    name: str, dtype: str, expected: int, checkpoint: Checkpoint, target: Target, tmp_path: Path
+    family: str, name: str, dtype: str, checkpoint_of: Callable[[str], Path], target: Target, tmp_path: Path
 ) -> None:
-    component = COMPONENTS[name]
-    wrapped = WRAPPERS[name](load_module(checkpoint, component).to(getattr(torch, dtype)))
+    checkpoint = open_checkpoint(str(checkpoint_of(family)))
+    (component,) = (each for each in checkpoint.family.components if each.name == name)
+    wrapped = wrap(component, load_module(checkpoint, component).to(getattr(torch, dtype)))
     path = tmp_path / "model.onnx"
     write_onnx(component, capture(component, wrapped, checkpoint.sizes), path)
     graph = onnx.load(path).graph
     weights = [tensor.data_type for tensor in graph.initializer if np.prod(tensor.dims) > 100]
     weights = [kind for kind in weights if kind != TensorProto.BOOL]  # the text encoder's causal mask
     assert weights
-    assert set(weights) == {expected}
+    assert set(weights) == {HALF_PRECISION[dtype]}
     interface = [value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)]
     assert set(interface) <= {TensorProto.FLOAT, TensorProto.INT32, TensorProto.UINT8}
     assert compare(component, wrapped.float(), checkpoint.sizes, path, dtype).difference < 0.05 * 255
@@ -254,9 +370,10 @@ def test_half_precision_is_inside_the_graph_and_not_in_its_interface(
     assert plan.stat().st_size > 1000
 
 
+@pytest.mark.claim("precision")
 def test_bfloat16_is_resized_in_float32(checkpoint: Checkpoint, tmp_path: Path) -> None:
     component = COMPONENTS["vae_decoder"]
-    wrapped = WRAPPERS[component.name](load_module(checkpoint, component).to(torch.bfloat16))
+    wrapped = wrap(component, load_module(checkpoint, component).to(torch.bfloat16))
     write_onnx(component, capture(component, wrapped, checkpoint.sizes), tmp_path / "model.onnx")
     graph = onnx.load(tmp_path / "model.onnx").graph
     makers = {output: node for node in graph.node for output in node.output}
@@ -347,6 +464,7 @@ def test_an_export_for_this_machine_needs_tensorrt_and_a_gpu(checkpoint_folder: 
         pytest.skip("this machine has both")
 
 
+@pytest.mark.claim("precision")
 def test_a_component_that_overflows_float16_stays_in_float32() -> None:
     decoder = replace(COMPONENTS["vae_decoder"], overflows_float16=True)
     assert decoder.weights_dtype("float16") == "float32"

@@ -11,6 +11,10 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.claim("drain")
+
 DRAIN = Path(__file__).parents[3] / "docker" / "triton" / "drain.py"
 METRICS = """# HELP nv_inference_exec_count Number of model executions performed
 # TYPE nv_inference_exec_count counter
