@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
+from hypergen_gateway.capabilities import Capabilities
 from hypergen_gateway.fields import EditForm, EditRequest, ImageRequest, VariationForm
 from hypergen_gateway.generation import ModelDescription
 from hypergen_gateway.links import FILES_PATH
@@ -147,6 +148,14 @@ OPERATIONS = (
         answer=ModelObject,
         parameters=(_parameter("id", "path", "The id that /v1/models lists."),),
         errors=(404, 500, 503),
+    ),
+    Operation(
+        method="get",
+        path="/v1/capabilities",
+        id="capabilities",
+        summary="What the model draws and how: an extension of the API",
+        answer=Capabilities,
+        errors=(500, 503),
     ),
     Operation(
         method="get",
