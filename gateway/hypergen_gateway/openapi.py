@@ -153,7 +153,7 @@ OPERATIONS = (
         method="get",
         path="/v1/capabilities",
         id="readCapabilities",
-        summary="What the served model draws and how",
+        summary="What the served model draws and how: an extension of the API",
         answer=Capabilities,
         errors=(500, 503),
     ),

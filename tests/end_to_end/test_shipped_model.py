@@ -14,8 +14,10 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
+from playwright.async_api import Page, expect
 
 import evaluate
+from browser import chromium, needs_chromium, opened
 from captions import plain_caption
 from evaluate import Request, Score, Task, colourless_tasks, score, with_settings
 from running_server import Pixels, Server, pixels_of, start_server, stop_server
@@ -153,3 +155,41 @@ def test_what_the_readme_shows_draws_a_picture(beginning: str, program: str, shi
     with Image.open(tmp_path / "rocket.png") as picture:
         assert (picture.format, picture.size) == ("PNG", (64, 64))
         assert background(np.asarray(picture.convert("RGB"))) == "yellow"
+
+
+@needs_chromium
+async def test_the_playground_draws_what_the_api_draws_and_draws_half_of_it_anew(
+    shipped: Server, pictures: dict[str, Pixels]
+) -> None:
+    async with chromium() as browser, opened(browser, f"{shipped.url}/") as page:
+        await page.locator("#form:not([inert]) #prompt").fill(PROMPTS["yellow"])
+        await page.locator("#seed").fill("1")
+        await page.keyboard.press("Control+Enter")
+        before = await drawn_on(page)
+        np.testing.assert_array_equal(before, pictures["yellow"])
+
+        await page.get_by_role("button", name="Start from this").click()
+        await expect(page.get_by_role("button", name="Paint a mask")).to_be_focused()
+        await page.keyboard.press("Enter")
+        await page.locator("#brush-size").fill("100")
+        await page.get_by_label("Mask", exact=True).focus()
+        for key in ("ArrowRight", "Space"):
+            await page.keyboard.press(key)
+        await page.get_by_role("button", name="Use the mask").click()
+        await expect(page.get_by_role("button", name="Change the mask")).to_be_focused()
+        await page.locator("#prompt").fill(PROMPTS["blue"])
+        await page.locator("#prompt").press("Enter")
+        after = await drawn_on(page)
+    changed = np.abs(after.astype(int) - before.astype(int)).max(axis=2) > 0
+    assert not changed[:, :31].any()
+    assert changed[8:56, 40:56].mean() > 0.9
+
+
+async def drawn_on(page: Page) -> Pixels:
+    """What the page has drawn, when it has; it shows previews on the way."""
+    await expect(page.locator("#status")).to_contain_text("Preview")
+    await expect(page.locator("#status")).to_contain_text("Drawn in")
+    async with page.expect_download() as download:
+        await page.get_by_role("link", name="Download").click()
+    with Image.open(await (await download.value).path()) as picture:
+        return np.asarray(picture.convert("RGB"))

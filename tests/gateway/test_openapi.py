@@ -31,6 +31,10 @@ def validator(name: str) -> Any:
     return jsonschema.Draft202012Validator(schema)
 
 
+# Pages for people.
+PAGES = ("/openapi.json", "/docs", "/", "/web/{name}")
+
+
 def test_every_route_is_described_and_nothing_else(backend: FakeBackend) -> None:
     served = {
         (route.path.replace(":path}", "}"), method.lower())

@@ -25,6 +25,7 @@ AREAS = (
     mistakes.FIELDS,
     headers.AREA,
     headers.LOAD,
+    mistakes.ABUSE,
 )
 RULES: tuple[Rule, ...] = tuple(rule for area in AREAS for rule in area.rules)
 

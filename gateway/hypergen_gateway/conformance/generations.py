@@ -29,6 +29,15 @@ def _(server: Server) -> str:
     return described(pictures)
 
 
+@AREA.rule("without `response_format` it comes as base64 or as a link")
+def _(server: Server) -> str:
+    response = server.generate(response_format=None)
+    need(response.status_code == 200, told(response))
+    held = [name for name, value in json_of(response)["data"][0].items() if value and name in ("b64_json", "url")]
+    need(held, f"neither: {told(response)}")
+    return ", ".join(held)
+
+
 @AREA.rule("it is a PNG, in base64")
 def _(server: Server) -> str:
     (picture,) = pictures_of(server.picture)

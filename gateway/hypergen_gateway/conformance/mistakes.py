@@ -9,10 +9,12 @@ from typing import Any
 
 from hypergen_gateway.conformance.rules import Area, need
 from hypergen_gateway.conformance.server import GENERATIONS, MODELS, Server
-from hypergen_gateway.conformance.shapes import error_of, refusal, told
+from hypergen_gateway.conformance.shapes import described, error_of, pictures_of, refusal, told
 
 AREA = Area("errors")
 FIELDS = Area("wrong fields")
+# Last of all: not every server is well afterwards.
+ABUSE = Area("abuse")
 
 _MEGABYTE = 1 << 20
 _JSON = {"Content-Type": "application/json"}
@@ -84,21 +86,6 @@ def _(server: Server) -> str:
     return " · ".join(_posted(server, b'{"prompt": "a", "n": %s}' % word, 400) for word in (b"NaN", b"Infinity"))
 
 
-@AREA.rule("JSON nested 100,000 deep: 400")
-def _(server: Server) -> str:
-    depth = 100_000
-    return _posted(server, b'{"prompt": "a", "x": %s%s}' % (b"[" * depth, b"]" * depth), 400, 413)
-
-
-@AREA.rule("a body of 32 MB: 413 or 400, within ten seconds")
-def _(server: Server) -> str:
-    began = time.perf_counter()
-    seen = _posted(server, b'{"prompt": "%s"}' % (b"a" * 32 * _MEGABYTE), 413, 400)
-    seconds = time.perf_counter() - began
-    need(seconds < 10, f"after {seconds:.0f} s: {seen}")
-    return seen
-
-
 @AREA.rule("no error shows the server's insides")
 def _(server: Server) -> str:
     bodies = [b"", b"[]", b'{"prompt": 7}', b'{"prompt": "a", "size": "' + b"9" * 5000 + b'"}', b"\x00"]
@@ -108,6 +95,26 @@ def _(server: Server) -> str:
         shown = [word for word in _INSIDES if word in text]
         need(not shown and response.status_code < 500, told(response))
     return f"{len(answers)} looked at"
+
+
+@ABUSE.rule("JSON nested 100,000 deep: 400")
+def _(server: Server) -> str:
+    depth = 100_000
+    return _posted(server, b'{"prompt": "a", "x": %s%s}' % (b"[" * depth, b"]" * depth), 400, 413)
+
+
+@ABUSE.rule("a body of 32 MB: 413 or 400, within ten seconds")
+def _(server: Server) -> str:
+    began = time.perf_counter()
+    seen = _posted(server, b'{"prompt": "%s"}' % (b"a" * 32 * _MEGABYTE), 413, 400)
+    seconds = time.perf_counter() - began
+    need(seconds < 10, f"after {seconds:.0f} s: {seen}")
+    return seen
+
+
+@ABUSE.rule("after all that the server still draws")
+def _(server: Server) -> str:
+    return described(pictures_of(server.generate()))
 
 
 def _posted(server: Server, body: bytes, *statuses: int, kind: str = "application/json") -> str:

@@ -78,7 +78,9 @@ def offered(response: httpx.Response, field: str | None = None) -> httpx.Respons
 def pictures_of(response: httpx.Response) -> list[Image.Image]:
     """The pictures of an answer, decoded."""
     need(response.status_code == 200, told(response))
-    return [picture_in(item["b64_json"]) for item in json_of(response)["data"]]
+    items = json_of(response)["data"]
+    need(all(isinstance(item.get("b64_json"), str) for item in items), f"no b64_json: {told(response)}")
+    return [picture_in(item["b64_json"]) for item in items]
 
 
 def picture_in(text: str) -> Image.Image:

@@ -4,6 +4,8 @@ import { storedKey, storeKey } from "./api.js";
 import { byId, element } from "./dom.js";
 import { toCurl, toPython } from "./snippets.js";
 
+let shown = null; // the request whose code is shown
+
 /** Asks for the key, saying why; false if there was none. */
 export function askForKey(problem) {
   const dialog = byId("key-dialog");
@@ -40,7 +42,7 @@ export function showCode(request) {
   });
   byId("code-files").hidden = links.length === 0;
   byId("code-files").replaceChildren("It reads ", ...links.flatMap((link, index) => (index ? [" and ", link] : [link])), ".");
-  byId("code-dialog").request = request;
+  shown = request;
   byId("code-dialog").addEventListener("close", () => links.forEach((link) => URL.revokeObjectURL(link.href)), { once: true });
   chooseLanguage("curl");
   byId("code-dialog").showModal();
@@ -55,7 +57,7 @@ export function setUpCodeDialog() {
 
 function chooseLanguage(language) {
   const write = language === "curl" ? toCurl : toPython;
-  byId("code").textContent = write(byId("code-dialog").request, document.baseURI, Boolean(storedKey()));
+  byId("code").textContent = write(shown, document.baseURI, Boolean(storedKey()));
   byId("code-status").textContent = "";
   for (const name of ["curl", "python"]) byId(`code-${name}`).setAttribute("aria-pressed", String(name === language));
 }
