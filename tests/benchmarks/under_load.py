@@ -70,7 +70,10 @@ def _address(tool: Tool, options: argparse.Namespace) -> Iterator[Address]:
 
 def _model_id(url: str, key: str | None) -> str:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    answer = httpx.get(f"{url}/v1/models", headers=headers, timeout=10)
+    try:
+        answer = httpx.get(f"{url}/v1/models", headers=headers, timeout=10)
+    except httpx.HTTPError as error:
+        raise ToolError(f"{url} does not answer: {error}") from error
     if answer.status_code != httpx.codes.OK:
         raise ToolError(f"{url}/v1/models answers {answer.status_code}")
     model: str = answer.json()["data"][0]["id"]
