@@ -37,7 +37,7 @@ RULES: tuple[Rule, ...] = tuple(rule for area in AREAS for rule in area.rules)
 @click.option("--extra-body", metavar="JSON", default="{}", help="Fields for every request, such as fewer steps.")
 @click.option("--burst", type=click.IntRange(0, 1000), default=0, help="Requests at once, to fill the queue. [0: none]")
 @click.option("--json", "as_json", is_flag=True, help="Print everything that was found as JSON.")
-@click.option("--markdown", is_flag=True, help="Print a table with a column for each server.")
+@click.option("--markdown", is_flag=True, help="Print tables with a column for each server.")
 def conformance(*, urls: Sequence[str], extra_body: str, as_json: bool, markdown: bool, **given: Any) -> None:
     """Hold the server at each URL against OpenAI's Images API.
 

@@ -51,15 +51,33 @@ def to_json(by_server: Mapping[str, Sequence[Finding]]) -> str:
 
 
 def to_markdown(by_server: Mapping[str, Sequence[Finding]]) -> str:
-    """A table with a column for each server."""
-    rows = [f"| | rule | {' | '.join(by_server)} |", f"|---|---|{'---|' * len(by_server)}"]
-    for same in zip(*by_server.values(), strict=True):
-        results = " | ".join(finding.result for finding in same)
-        rows.append(f"| {same[0].rule.area} | {_text(same[0])} | {results} |")
-    totals = [Counter(finding.result for finding in findings) for findings in by_server.values()]
-    for result in RESULTS:
-        rows.append(f"| | **{result}** | {' | '.join(str(total[result]) for total in totals)} |")
-    return "\n".join(rows)
+    """Two tables with a column for each server: how many rules of each area passed, and every rule."""
+    areas = list(dict.fromkeys(finding.rule.area for findings in by_server.values() for finding in findings))
+    columns = by_server.values()
+    counts = [[area, *(_count(findings, area) for findings in columns)] for area in areas]
+    total = ["**all**", *(_count(findings) for findings in columns)]
+    rules = [
+        [same[0].rule.area, _text(same[0]), *(finding.result for finding in same)]
+        for same in zip(*columns, strict=True)
+    ]
+    return "\n\n".join(
+        [
+            _table(["rules that hold", *by_server], [*counts, total]),
+            _table(["", "rule", *by_server], rules),
+        ]
+    )
+
+
+def _count(findings: Sequence[Finding], area: str | None = None) -> str:
+    """How many of an area's rules passed, and how many are not offered or could not be tried."""
+    results = [finding.result for finding in findings if area in (None, finding.rule.area)]
+    left = [f"{results.count(result)} {result}" for result in RESULTS[2:] if result in results]
+    return f"{results.count('pass')} of {len(results)}" + (f" ({', '.join(left)})" if left else "")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _text(finding: Finding) -> str:

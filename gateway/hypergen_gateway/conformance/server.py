@@ -39,7 +39,9 @@ class Server:
         self.url = base if base.endswith("/v1") else f"{base}/v1"
         self.root = self.url.removesuffix("/v1")
         self.options = options
-        self._http = httpx.Client(timeout=options.timeout, transport=transport)
+        # A connection for each request: what is done to one must not be the next one's fault.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self._http = httpx.Client(timeout=options.timeout, transport=transport, limits=limits)
 
     def close(self) -> None:
         """Gives back connections."""
