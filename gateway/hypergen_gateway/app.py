@@ -18,6 +18,7 @@ from hypergen_gateway.drawing import Studio
 from hypergen_gateway.endpoints import Endpoints
 from hypergen_gateway.errors import HyperGenError
 from hypergen_gateway.generation import Backend
+from hypergen_gateway.jobs import Jobs, Keeping
 from hypergen_gateway.links import Links, LocalLinks
 from hypergen_gateway.middleware import ApiKey, Errors, RequestLog, answer_http_exception
 
@@ -27,7 +28,9 @@ logger = logging.getLogger(__name__)
 def create_app(config: Config, backend: Backend) -> Starlette:
     """The gateway's ASGI application. It closes the backend when it shuts down."""
     admission = Admission(config.max_queue_size)
-    endpoints = Endpoints(config, backend, admission, Studio(backend, admission), links := _links(config))
+    keeping = Keeping(grace=config.retry_grace, seconds=config.retry_seconds, nbytes=config.retry_bytes)
+    jobs, links = Jobs(keeping, lambda _: None), _links(config)
+    endpoints = Endpoints(config, backend, admission, Studio(backend, admission), jobs, links)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -37,6 +40,7 @@ def create_app(config: Config, backend: Backend) -> Starlette:
             yield
         finally:
             await cancel(tidying)
+            await jobs.close()
             await backend.close()
 
     app = Starlette(

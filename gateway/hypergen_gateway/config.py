@@ -31,6 +31,11 @@ class Config:
     max_queue_size: int = 100
     # Seconds from a complete request to its pictures. OpenAI's clients give up after 600 by default.
     request_timeout: float = 600.0
+    # Seconds that work goes on for a client that may come back for it. OpenAI's clients do after half a second, then one.
+    retry_grace: float = 5.0
+    # Finished work is kept for a client whose answer was lost: this many seconds, and bytes of all of it together.
+    retry_seconds: float = 120.0
+    retry_bytes: int = 256 << 20
     # Quiet seconds in a stream after which a comment shows that the server is still there.
     heartbeat_interval: float = 15.0
     # Where clients reach this server, for links; None: where the request came to.
@@ -58,6 +63,9 @@ class Config:
             raise ValueError("the API key is empty; leave it out to serve without one")
         if self.max_queue_size < 0:
             raise ValueError("max_queue_size is negative; 0 already means that nobody waits")
+        for name in ("retry_grace", "retry_seconds", "retry_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is negative; 0 already switches it off")
         if self.link_secret is not None and len(self.link_secret) < _SHORTEST_SECRET:
             raise ValueError(f"the secret for links is shorter than {_SHORTEST_SECRET} characters")
         if self.public_url is not None and not _is_url(self.public_url, "http", "https"):

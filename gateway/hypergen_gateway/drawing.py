@@ -11,11 +11,12 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from hypergen_gateway.admission import Admission
+from hypergen_gateway.admission import Admission, Place
 from hypergen_gateway.connection import cancel
 from hypergen_gateway.errors import InternalError
 from hypergen_gateway.generation import Backend, Generation, ModelDescription, Picture
 from hypergen_gateway.images import FileFormat, encode
+from hypergen_gateway.pace import Work
 from hypergen_gateway.starts import Retouch, Start
 
 
@@ -60,6 +61,11 @@ class Finished:
     size: tuple[int, int]
     encode_image: float
 
+    @property
+    def nbytes(self) -> int:
+        """The memory that it takes."""
+        return len(self.file) + self.picture.pixels.nbytes
+
 
 def parts_of(generation: Generation, starts: Sequence[Start], strength: float | None) -> list[Part]:
     """What draws the pictures of `generation`, where picture i starts from image i mod k."""
@@ -82,21 +88,78 @@ def _part_from(generation: Generation, start: Start, strength: float | None) -> 
     return Part(generation=started, retouch=start.retouch)
 
 
+def work_of(order: Order) -> Work:
+    """What an order asks of the sampler. A picture that starts from an image takes the last part of its steps."""
+    model = order.model
+    loads = [_rows(part.generation) * part.generation.width * part.generation.height for part in order.parts]
+    steps = [
+        part.generation.num_inference_steps * (1.0 if part.generation.strength is None else part.generation.strength)
+        for part in order.parts
+    ]
+    return Work(
+        images=order.num_images,
+        steps=max(*steps, 1.0),
+        load=sum(loads) / len(loads) / (model.default_width * model.default_height),
+    )
+
+
+def _rows(generation: Generation) -> int:
+    """Rows of the UNet that a picture takes: two under classifier-free guidance."""
+    return 2 if generation.guidance_scale > 1 else 1
+
+
 class Studio:
     """Draws orders."""
 
     def __init__(self, backend: Backend, admission: Admission) -> None:
-        self._backend = backend
-        self._admission = admission
+        self.backend = backend
+        self.admission = admission
 
-    async def draw(self, order: Order) -> AsyncGenerator[Drawn, None]:
-        """Previews and pictures as they come; the wait for a place counts as time in the queue.
+    def take(self, order: Order, deadline: float | None = None) -> Drawing:
+        """An order to be drawn, within `deadline` seconds if at all."""
+        return Drawing(self, order, deadline)
 
-        Raises whatever the backend does, and `InternalError` if a picture is missing at the end.
+
+class Drawing:
+    """An order on its way, drawn once. `place` is known once it has begun."""
+
+    def __init__(self, studio: Studio, order: Order, deadline: float | None) -> None:
+        self.order = order
+        self.place: Place | None = None
+        self._studio = studio
+        self._deadline = deadline
+
+    async def pictures(self) -> AsyncGenerator[Finished, None]:
+        """Previews and pictures as files, in the order in which they are drawn.
+
+        Raises whatever admission and the backend do, and `InternalError` if a picture is missing at the end.
         """
+        files: asyncio.Queue[asyncio.Future[Finished] | None] = asyncio.Queue()
+        drawing = asyncio.create_task(self._draw_into(files))
+        try:
+            while (file := await files.get()) is not None:
+                yield await file
+            await drawing
+        finally:
+            await cancel(drawing)
+
+    async def _draw_into(self, files: asyncio.Queue[asyncio.Future[Finished] | None]) -> None:
+        """Starts each picture's encoding without waiting for it: the place in the queue is given up before."""
+        try:
+            async with aclosing(self._draw()) as everything:
+                async for drawn in everything:
+                    encoding = asyncio.to_thread(finish, drawn, self.order.file_format)
+                    files.put_nowait(asyncio.ensure_future(encoding))
+        finally:
+            files.put_nowait(None)
+
+    async def _draw(self) -> AsyncGenerator[Drawn, None]:
+        """Previews and pictures as they come; the wait for a place counts as time in the queue."""
+        order, admission = self.order, self._studio.admission
         began = time.perf_counter()
         finals = 0
-        async with self._admission.admit(order.num_images, order.model.max_active_images):
+        self.place = admission.arrive(work_of(order), order.model.max_active_images, self._deadline)
+        async with admission.turn(self.place):
             waited = _milliseconds_since(began)
             streams = [self._draw_part(part) for part in order.parts]
             async with aclosing(_merged(streams)) as everything:
@@ -106,15 +169,8 @@ class Studio:
         if finals != order.num_images:
             raise InternalError(f"{finals} pictures came back instead of {order.num_images}")
 
-    async def draw_finals(self, order: Order) -> list[Finished]:
-        """The finished pictures, in the order of their indices. They are encoded after their place was given up."""
-        async with aclosing(self.draw(order)) as stream:
-            finals = [drawn async for drawn in stream if drawn.picture.is_final]
-        finals.sort(key=lambda drawn: drawn.picture.index)
-        return await asyncio.gather(*(asyncio.to_thread(finish, drawn, order.file_format) for drawn in finals))
-
     async def _draw_part(self, part: Part) -> AsyncGenerator[Drawn, None]:
-        async with aclosing(self._backend.generate(part.generation)) as pictures:
+        async with aclosing(self._studio.backend.generate(part.generation)) as pictures:
             async for picture in pictures:
                 yield Drawn(part=part, picture=replace(picture, index=part.first_index + picture.index))
 
