@@ -15,6 +15,7 @@ class CuttingProxy:
     def __init__(self, host: str, port: int) -> None:
         self._upstream = (host, port)
         self._open: set[asyncio.StreamWriter] = set()
+        self.handling: set[asyncio.Task[None]] = set()
         self.url = ""
         self.connections = 0
         self.swallowed = 0
@@ -27,6 +28,10 @@ class CuttingProxy:
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self.handling.add(task)
+        task.add_done_callback(self.handling.discard)
         upstream_reader, upstream_writer = await asyncio.open_connection(*self._upstream)
         pair = {writer, upstream_writer}
         self._open |= pair
@@ -58,8 +63,7 @@ class CuttingProxy:
 async def cutting_proxy(url: str) -> AsyncIterator[CuttingProxy]:
     """A proxy in front of the server at `url`; its own is `proxy.url`."""
     parts = urlsplit(url)
-    assert parts.hostname is not None and parts.port is not None
-    proxy = CuttingProxy(parts.hostname, parts.port)
+    proxy = CuttingProxy(parts.hostname or "", parts.port or 0)
     server = await asyncio.start_server(proxy.handle, "127.0.0.1", 0)
     proxy.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:
@@ -67,3 +71,4 @@ async def cutting_proxy(url: str) -> AsyncIterator[CuttingProxy]:
     finally:
         server.close()
         proxy.cut()
+        await asyncio.gather(*proxy.handling, return_exceptions=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.routing import BaseRoute, Route
 
 from hypergen_gateway.admission import Admission
 from hypergen_gateway.config import Config
@@ -20,7 +22,8 @@ from hypergen_gateway.errors import HyperGenError
 from hypergen_gateway.generation import Backend
 from hypergen_gateway.jobs import Jobs, Keeping
 from hypergen_gateway.links import Links, LocalLinks
-from hypergen_gateway.middleware import ApiKey, Errors, RequestLog, answer_http_exception
+from hypergen_gateway.metrics import Metrics
+from hypergen_gateway.middleware import METRICS_PATH, OPEN_PATHS, ApiKey, Errors, RequestLog, answer_http_exception
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +31,13 @@ logger = logging.getLogger(__name__)
 def create_app(config: Config, backend: Backend) -> Starlette:
     """The gateway's ASGI application. It closes the backend when it shuts down."""
     admission = Admission(config.max_queue_size)
+    metrics = Metrics(admission)
     keeping = Keeping(grace=config.retry_grace, seconds=config.retry_seconds, nbytes=config.retry_bytes)
-    jobs, links = Jobs(keeping, lambda _: None), _links(config)
-    endpoints = Endpoints(config, backend, admission, Studio(backend, admission), jobs, links)
+    jobs, links = Jobs(keeping, metrics.joined), _links(config)
+    studio = Studio(backend, admission, [metrics])
+    endpoints = Endpoints(config, backend, admission, studio, jobs, links, metrics)
+    routes = endpoints.routes()
+    open_paths = OPEN_PATHS if config.metrics_need_key else OPEN_PATHS | {METRICS_PATH}
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -44,11 +51,11 @@ def create_app(config: Config, backend: Backend) -> Starlette:
             await backend.close()
 
     app = Starlette(
-        routes=endpoints.routes(),
+        routes=routes,
         middleware=[
-            Middleware(RequestLog),
+            Middleware(RequestLog, routes=_paths(routes), observe=metrics.served),
             Middleware(Errors),
-            Middleware(ApiKey, api_key=config.api_key),
+            Middleware(ApiKey, api_key=config.api_key, open_paths=open_paths),
         ],
         exception_handlers={HTTPException: answer_http_exception},
         lifespan=lifespan,
@@ -56,6 +63,10 @@ def create_app(config: Config, backend: Backend) -> Starlette:
     # A redirect of "/v1/models/" would be the one answer that is not OpenAI's.
     app.router.redirect_slashes = False
     return app
+
+
+def _paths(routes: Sequence[BaseRoute]) -> dict[Any, str]:
+    return {route.endpoint: route.path for route in routes if isinstance(route, Route)}
 
 
 def _links(config: Config) -> Links:

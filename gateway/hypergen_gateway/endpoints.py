@@ -33,7 +33,8 @@ from hypergen_gateway.fields import EditForm, EditRequest, ImageRequest, Picture
 from hypergen_gateway.generation import Backend, ModelDescription
 from hypergen_gateway.jobs import Job, Jobs
 from hypergen_gateway.links import FILES_PATH, Links, LocalLinks
-from hypergen_gateway.middleware import BodyLimit
+from hypergen_gateway.metrics import MEDIA_TYPE, Metrics
+from hypergen_gateway.middleware import METRICS_PATH, BodyLimit
 from hypergen_gateway.openapi import describe_api
 from hypergen_gateway.responses import Health
 from hypergen_gateway.starts import Start, Uploads, open_starts
@@ -51,6 +52,7 @@ class Endpoints:
     studio: Studio
     jobs: Jobs
     links: Links
+    metrics: Metrics
     # Images are opened by two threads at most: each may need a few hundred megabytes for a moment.
     decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
 
@@ -68,6 +70,7 @@ class Endpoints:
             Route("/health", self.health),
             Route("/health/live", self.live),
             Route("/health/ready", self.ready),
+            Route(METRICS_PATH, self.read_metrics),
             Route("/v1/models", self.list_models),
             Route("/v1/models/{id:path}", self.retrieve_model),
             Route("/v1/capabilities", self.capabilities),
@@ -100,6 +103,10 @@ class Endpoints:
         """200 when a picture could be made, else 503."""
         health = await self._health()
         return _json(health, status=200 if health.status == "healthy" else 503)
+
+    async def read_metrics(self, _: Request) -> Response:
+        """The gateway's own metrics; Triton has the sampler's."""
+        return Response(self.metrics.exposition(), media_type=MEDIA_TYPE)
 
     async def list_models(self, _: Request) -> Response:
         """The one model."""
@@ -160,6 +167,7 @@ class Endpoints:
             model=model,
             file_format=openai.file_format_of(wanted),
         )
+        request.state.drawn = {"images": order.num_images, "steps": order.num_images * order.num_inference_steps}
         caller = read_caller(request.headers)
         deadline = deadline_of(wanted, caller)
         asked = await asyncio.to_thread(read_asked, caller, request.url.path, wanted, order)

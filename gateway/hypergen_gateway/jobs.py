@@ -9,7 +9,6 @@ means two different pictures. Knows no HTTP.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import OrderedDict, defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
@@ -18,10 +17,6 @@ from dataclasses import dataclass
 from hypergen_gateway.connection import cancel
 from hypergen_gateway.drawing import Drawing, Finished
 from hypergen_gateway.errors import IdempotencyKeyReusedError, UnavailableError
-
-# Whose answer was lost on its last stretch asks again after OpenAI's clients' first back-off, of half a second and then
-# of one. What was delivered longer ago has arrived: then the retry is another request's, which never came here before.
-_LOST_ANSWER_SECONDS = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +43,15 @@ class Asked:
 class Keeping:
     """How long work is kept for a client that may come back for it.
 
-    `grace` is how many seconds it goes on without a listener; what is finished stays for `seconds`, as long as all of it
-    takes no more than `nbytes`.
+    `grace` is how many seconds it goes on without a listener; what is finished stays for `seconds`, as long as all of
+    it takes no more than `nbytes`. What was delivered longer than `lost_answer` seconds ago has arrived, as OpenAI's
+    clients back off for half a second and then for one: a retry without a key is another request's, then.
     """
 
     grace: float
     seconds: float
     nbytes: int
+    lost_answer: float = 3.0
 
 
 class Job:
@@ -65,7 +62,8 @@ class Job:
         self.asked = asked
         self.may_return = asked.may_return
         self.listeners = 0
-        self.delivered_at: float | None = None
+        self.end: asyncio.TimerHandle | None = None  # set while nobody listens
+        self.delivered_at: float | None = None  # of the loop's clock
         self._unattended = unattended
         self._pictures: list[Finished] = []
         self._news = asyncio.Event()
@@ -91,6 +89,8 @@ class Job:
     def attended(self) -> Iterator[None]:
         """Somebody is there for the job, and need not listen yet."""
         self.listeners += 1
+        if self.end is not None:
+            self.end.cancel()
         try:
             yield
         finally:
@@ -111,7 +111,7 @@ class Job:
             if self.task.cancelled():  # by nobody who listens: the server ends, or gRPC's channel is closed
                 raise UnavailableError("The server is shutting down.")
             self.task.result()
-            self.delivered_at = time.monotonic()
+            self.delivered_at = asyncio.get_running_loop().time()
 
     async def finals(self) -> list[Finished]:
         """The finished pictures in the order of their indices, when all are there."""
@@ -131,7 +131,7 @@ class Job:
 
 
 class Jobs:
-    """The jobs of one gateway. Belongs to one event loop; `joined` is told why somebody did not need a job of its own."""
+    """The jobs of one gateway. Belongs to one event loop; `joined` is told why somebody joined a job."""
 
     def __init__(self, keeping: Keeping, joined: Callable[[str], object]) -> None:
         self._keeping = keeping
@@ -177,9 +177,10 @@ class Jobs:
             if job.has_failed:  # it is this failure that is tried again
                 self._forget(job)
                 return None
+        now = asyncio.get_running_loop().time()
         for job in reversed(family):
             # Nobody has noticed yet that its client is gone, or its answer was lost on the way.
-            if job.delivered_at is None or time.monotonic() - job.delivered_at < _LOST_ANSWER_SECONDS:
+            if job.delivered_at is None or now - job.delivered_at < self._keeping.lost_answer:
                 return job
         return None
 
@@ -197,12 +198,11 @@ class Jobs:
         """The last listener of a job has left it."""
         if not job.task.done():
             grace = self._keeping.grace if job.may_return else 0.0
-            asyncio.get_running_loop().call_later(grace, self._give_up, job)
+            job.end = asyncio.get_running_loop().call_later(grace, self._give_up, job)
 
     def _give_up(self, job: Job) -> None:
-        if not job.listeners and not job.task.done():
-            self._forget(job)
-            job.task.cancel()
+        self._forget(job)
+        job.task.cancel()
 
     def _ended(self, job: Job) -> None:
         self._running.discard(job)

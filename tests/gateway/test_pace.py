@@ -44,9 +44,9 @@ def test_figures_that_contradict_each_other_never_make_a_round_free(samples: lis
 def test_requests_together_take_as_long_as_their_rounds_do() -> None:
     pace = learned((1, 0.01))  # 10 ms per image and round
     alone = forecast(pace, 4, [], [Rounds(1, 1.0, 50)])
-    assert (alone.placed, alone.done) == (0, pytest.approx(0.5))
+    assert [alone.placed, alone.done] == pytest.approx([0, 0.5])
     beside = forecast(pace, 4, [Rounds(2, 1.0, 10)], [Rounds(1, 1.0, 50)])
-    assert (beside.placed, beside.done) == (0, pytest.approx(10 * 0.03 + 40 * 0.01))
+    assert [beside.placed, beside.done] == pytest.approx([0, 10 * 0.03 + 40 * 0.01])
 
 
 def test_who_waits_is_placed_when_enough_places_are_free_and_overtakes_nobody() -> None:
