@@ -48,6 +48,7 @@ GATEWAY_LAYERS = [
     "triton",
     "middleware",
     "metrics",
+    "tracing",
     "endpoints",
     "app",
     "embedded",

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -23,18 +23,30 @@ from hypergen_gateway.generation import Backend
 from hypergen_gateway.jobs import Jobs, Keeping
 from hypergen_gateway.links import Links, LocalLinks
 from hypergen_gateway.metrics import Metrics
-from hypergen_gateway.middleware import METRICS_PATH, OPEN_PATHS, ApiKey, Errors, RequestLog, answer_http_exception
+from hypergen_gateway.middleware import (
+    METRICS_PATH,
+    OPEN_PATHS,
+    ApiKey,
+    Errors,
+    RequestLog,
+    Trace,
+    answer_http_exception,
+)
+
+if TYPE_CHECKING:  # OpenTelemetry is there only where traces are wanted
+    from hypergen_gateway.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
 
-def create_app(config: Config, backend: Backend) -> Starlette:
-    """The gateway's ASGI application. It closes the backend when it shuts down."""
+def create_app(config: Config, backend: Backend, tracing: Tracing | None = None) -> Starlette:
+    """The gateway's ASGI application. It closes the backend, and the tracing, when it shuts down."""
     admission = Admission(config.max_queue_size)
     metrics = Metrics(admission)
     keeping = Keeping(grace=config.retry_grace, seconds=config.retry_seconds, nbytes=config.retry_bytes)
     jobs, links = Jobs(keeping, metrics.joined), _links(config)
-    studio = Studio(backend, admission, [metrics])
+    observers = [metrics] if tracing is None else [metrics, tracing]
+    studio = Studio(backend, admission, observers)
     endpoints = Endpoints(config, backend, admission, studio, jobs, links, metrics)
     routes = endpoints.routes()
     open_paths = OPEN_PATHS if config.metrics_need_key else OPEN_PATHS | {METRICS_PATH}
@@ -49,11 +61,14 @@ def create_app(config: Config, backend: Backend) -> Starlette:
             await cancel(tidying)
             await jobs.close()
             await backend.close()
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
 
     app = Starlette(
         routes=routes,
         middleware=[
-            Middleware(RequestLog, routes=_paths(routes), observe=metrics.served),
+            Middleware(Trace) if tracing is None else Middleware(Trace, traced=tracing.middleware),
+            Middleware(RequestLog, routes=_paths(routes), observers=observers),
             Middleware(Errors),
             Middleware(ApiKey, api_key=config.api_key, open_paths=open_paths),
         ],

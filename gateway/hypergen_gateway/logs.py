@@ -12,7 +12,7 @@ import sys
 from datetime import datetime, timezone
 from typing import Any, Literal
 
-from hypergen_gateway.request_id import current_request_id
+from hypergen_gateway.request_id import current_request_id, current_trace_id
 
 LogFormat = Literal["text", "json"]
 # What a user at a terminal is told; shown whatever the level.
@@ -32,6 +32,8 @@ class JsonLines(logging.Formatter):
         }
         if request_id := current_request_id.get():
             line["request_id"] = request_id
+        if trace_id := current_trace_id():
+            line["trace_id"] = trace_id
         line |= getattr(record, "fields", {})
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)

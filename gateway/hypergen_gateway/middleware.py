@@ -1,6 +1,6 @@
 """What happens to every request, whatever it asks for. Pure ASGI, so bodies and responses stream through untouched.
 
-From the outside in: request id and access log, errors, API key; a body's limit is its route's.
+From the outside in: trace, request id and access log, errors, API key; a body's limit is its route's.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -31,7 +31,7 @@ from hypergen_gateway.errors import (
 from hypergen_gateway.faults import as_ours, log_fault
 from hypergen_gateway.links import FILES_PATH
 from hypergen_gateway.playground import FILES_PREFIX, PAGE_PATH
-from hypergen_gateway.request_id import accept_or_create, current_request_id
+from hypergen_gateway.request_id import accept_or_create, current_request_id, current_trace, read_trace
 
 access_logger = logging.getLogger("hypergen_gateway.access")
 
@@ -58,21 +58,45 @@ class Served:
 
     def fields(self) -> dict[str, str | int]:
         """What a structured log says of it."""
-        told = {"method": self.method, "route": self.route, "status": self.status, "ms": round(self.seconds * 1000)}
+        told: dict[str, str | int] = {"method": self.method, "route": self.route}
+        told |= {"status": self.status, "ms": round(self.seconds * 1000)}
         drawn = {"images": self.images, "steps": self.steps}
         return told | {name: value for name, value in drawn.items() if value is not None}
 
 
+class Observer(Protocol):
+    """Is told of every request."""
+
+    def served(self, served: Served) -> None:
+        """It was answered."""
+        ...
+
+
+class Trace:
+    """Takes up the trace that a client's request belongs to; `traced` makes a span of it where traces are wanted."""
+
+    def __init__(self, app: ASGIApp, traced: Callable[[ASGIApp], ASGIApp] = lambda app: app) -> None:
+        self._app = traced(app)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = read_trace(Headers(scope=scope)) if scope["type"] == "http" else {}
+        token = current_trace.set(given)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            current_trace.reset(token)
+
+
 class RequestLog:
-    """Gives every request an id, sends it back with the time taken, writes one line to the log and tells `observe`.
+    """Gives every request an id, sends it back with the time taken, writes one line to the log and tells the observers.
 
     `routes` names the path of each endpoint, with what varies in braces.
     """
 
-    def __init__(self, app: ASGIApp, routes: Mapping[Any, str], observe: Callable[[Served], object]) -> None:
+    def __init__(self, app: ASGIApp, routes: Mapping[Any, str], observers: Sequence[Observer]) -> None:
         self._app = app
         self._routes = routes
-        self._observe = observe
+        self._observers = observers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -115,7 +139,8 @@ class RequestLog:
             current_request_id.get(),
             extra={"fields": served.fields()},
         )
-        self._observe(served)
+        for observer in self._observers:
+            observer.served(served)
 
 
 class Errors:

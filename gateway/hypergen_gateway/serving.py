@@ -8,13 +8,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
+import os
 import shlex
 import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import uvicorn
 
@@ -27,6 +29,10 @@ from hypergen_gateway.logs import console
 from hypergen_gateway.repository import ExportOptions, find_repository
 from hypergen_gateway.triton import TritonBackend
 
+if TYPE_CHECKING:
+    from hypergen_gateway.tracing import Tracing
+
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -35,6 +41,7 @@ DRAIN_SECONDS = 120
 # A model that brings no prompts of its own is asked for this.
 ANY_PROMPT = "a lighthouse at dusk"
 SUGGESTIONS_SHOWN = 5
+TRACE_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 # One picture of the largest model on the slowest machine.
 DRAW_SECONDS = 3600
 
@@ -74,7 +81,19 @@ async def serve(options: ServeOptions) -> None:
     with _listen(options.host, options.port) as listener:
         async with _connected(options.triton, options.gateway.request_timeout) as backend:
             console.info(await _greeting(options, backend))
-            await _serve_http(create_app(options.gateway, backend), listener)
+            await _serve_http(create_app(options.gateway, backend, _tracing()), listener)
+
+
+def _tracing() -> Tracing | None:
+    """Traces, where OpenTelemetry's own variables name an endpoint."""
+    if not any(os.environ.get(name) for name in TRACE_ENDPOINTS):
+        return None
+    try:
+        from hypergen_gateway.tracing import Tracing
+    except ImportError as error:
+        logger.warning("There will be no traces without %s: pip install 'hypergen-triton[otel]'", error.name)
+        return None
+    return Tracing()
 
 
 async def draw(options: TritonOptions, wanted: dict[str, Any]) -> Picture:
