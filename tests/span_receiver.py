@@ -1,13 +1,20 @@
-"""A collector for OTLP over HTTP, as far as tests need one: it takes spans in, by OpenTelemetry's own messages."""
+"""A collector for OTLP over HTTP, as far as tests need one: it takes spans in, by OpenTelemetry's own messages.
+
+Python's SDK sends protobuf; Triton sends JSON, in which ids are in hexadecimal rather than in protobuf's base64.
+"""
 
 from __future__ import annotations
 
+import base64
+import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from google.protobuf.json_format import ParseDict
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
@@ -36,7 +43,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         assert self.path == "/v1/traces"
-        self.server.take(ExportTraceServiceRequest.FromString(body))
+        is_json = self.headers["Content-Type"].startswith("application/json")
+        self.server.take(_read_json(body) if is_json else ExportTraceServiceRequest.FromString(body))
         answer = ExportTraceServiceResponse().SerializeToString()
         self.send_response(200)
         self.send_header("Content-Type", "application/x-protobuf")
@@ -46,6 +54,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         """Says nothing."""
+
+
+def _read_json(body: bytes) -> ExportTraceServiceRequest:
+    ids = re.compile(rb'("(?:traceId|spanId|parentSpanId)"\s*:\s*")([0-9a-fA-F]+)')
+    encoded = ids.sub(lambda match: match[1] + base64.b64encode(bytes.fromhex(match[2].decode())), body)
+    return ParseDict(json.loads(encoded), ExportTraceServiceRequest(), ignore_unknown_fields=True)
 
 
 @contextmanager

@@ -22,9 +22,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from hypergen_gateway.admission import Place
 from hypergen_gateway.drawing import Finished
 from hypergen_gateway.errors import HyperGenError
-from hypergen_gateway.middleware import OPEN_PATHS, Served
+from hypergen_gateway.middleware import METRICS_PATH, OPEN_PATHS, Served
 from hypergen_gateway.request_id import current_request_id, current_trace
 
+_UNTRACED = OPEN_PATHS | {METRICS_PATH}
 # The phases of a picture in their order, as spans are called; what a file takes comes last.
 _PHASES = {"queue": "queue", "encode_text": "text encoder", "denoise": "denoising", "decode": "decoder"}
 
@@ -47,10 +48,10 @@ class Tracing:
         self._provider.shutdown()
 
     def middleware(self, app: ASGIApp) -> ASGIApp:
-        """Makes a span of each request, as a child of the client's if it sends a `traceparent`; probes have none."""
+        """Makes a span of each request but probes, as a child of the client's if it sends a `traceparent`."""
 
         async def traced(scope: Scope, receive: Receive, send: Send) -> None:
-            if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+            if scope["type"] != "http" or scope["path"] in _UNTRACED:
                 await app(scope, receive, send)
                 return
             given = current_trace.get()
