@@ -59,7 +59,9 @@ class _Handler(BaseHTTPRequestHandler):
 def _read_json(body: bytes) -> ExportTraceServiceRequest:
     ids = re.compile(rb'("(?:traceId|spanId|parentSpanId)"\s*:\s*")([0-9a-fA-F]+)')
     encoded = ids.sub(lambda match: match[1] + base64.b64encode(bytes.fromhex(match[2].decode())), body)
-    return ParseDict(json.loads(encoded), ExportTraceServiceRequest(), ignore_unknown_fields=True)
+    request = ExportTraceServiceRequest()
+    ParseDict(json.loads(encoded), request, ignore_unknown_fields=True)
+    return request
 
 
 @contextmanager

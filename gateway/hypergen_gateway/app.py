@@ -45,7 +45,7 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
     metrics = Metrics(admission)
     keeping = Keeping(grace=config.retry_grace, seconds=config.retry_seconds, nbytes=config.retry_bytes)
     jobs, links = Jobs(keeping, metrics.joined), _links(config)
-    observers = [metrics] if tracing is None else [metrics, tracing]
+    observers: list[Metrics | Tracing] = [metrics] if tracing is None else [metrics, tracing]
     studio = Studio(backend, admission, observers)
     endpoints = Endpoints(config, backend, admission, studio, jobs, links, metrics)
     routes = endpoints.routes()

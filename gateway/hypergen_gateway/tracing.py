@@ -22,10 +22,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from hypergen_gateway.admission import Place
 from hypergen_gateway.drawing import Finished
 from hypergen_gateway.errors import HyperGenError
-from hypergen_gateway.middleware import METRICS_PATH, OPEN_PATHS, Served
+from hypergen_gateway.middleware import METRICS_PATH, PROBE_PATHS, Served
 from hypergen_gateway.request_id import current_request_id, current_trace
 
-_UNTRACED = OPEN_PATHS | {METRICS_PATH}
+_UNTRACED = PROBE_PATHS | {METRICS_PATH}
 # The phases of a picture in their order, as spans are called; what a file takes comes last.
 _PHASES = {"queue": "queue", "encode_text": "text encoder", "denoise": "denoising", "decode": "decoder"}
 
