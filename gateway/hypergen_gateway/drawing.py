@@ -48,6 +48,13 @@ class Order:
         """The steps that each picture was asked for with."""
         return self.parts[0].generation.num_inference_steps
 
+    @property
+    def nbytes(self) -> int:
+        """The memory that the images take that it starts from."""
+        kept = (part.retouch.kept for part in self.parts if part.retouch is not None)
+        given = (array for part in self.parts for array in (part.generation.image, part.generation.mask))
+        return sum(array.nbytes for array in (*given, *kept) if array is not None)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Drawn:

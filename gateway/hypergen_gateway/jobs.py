@@ -82,8 +82,8 @@ class Job:
 
     @property
     def nbytes(self) -> int:
-        """The memory that its pictures take."""
-        return sum(finished.nbytes for finished in self._pictures)
+        """The memory that its pictures take, and the images that they started from."""
+        return self.drawing.order.nbytes + sum(finished.nbytes for finished in self._pictures)
 
     @contextmanager
     def attended(self) -> Iterator[None]:
