@@ -27,8 +27,8 @@ def install_node_client() -> Path:
     if node is None or npm is None:
         give_up("node or npm is not installed")
     INSTALLED.mkdir(parents=True, exist_ok=True)
-    for name in ("package.json", "client.mjs"):
-        shutil.copyfile(SOURCE / name, INSTALLED / name)
+    for file in SOURCE.iterdir():
+        shutil.copyfile(file, INSTALLED / file.name)
     if not (INSTALLED / "node_modules/openai/package.json").is_file():
         command = [npm, "install", "--no-audit", "--no-fund", "--no-package-lock"]
         installed = subprocess.run(command, cwd=INSTALLED, capture_output=True, text=True, timeout=240, check=False)
@@ -37,12 +37,14 @@ def install_node_client() -> Path:
     return INSTALLED
 
 
-async def run_node_client(folder: Path, base_url: str, api_key: str, model: str) -> dict[str, Any]:
+async def run_node_client(
+    folder: Path, base_url: str, api_key: str, model: str = "", script: str = "client.mjs"
+) -> dict[str, Any]:
     """What the script saw of the gateway at `base_url`, which ends in /v1."""
     environment = {"HYPERGEN_BASE_URL": base_url, "HYPERGEN_API_KEY": api_key, "HYPERGEN_MODEL": model}
     process = await asyncio.create_subprocess_exec(
         "node",
-        "client.mjs",
+        script,
         cwd=folder,
         env=os.environ | environment,
         stdout=asyncio.subprocess.PIPE,

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import openai
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.grpc import InferenceServerClient
 
 HYPERGEN = str(Path(sys.executable).parent / "hypergen")
@@ -106,7 +107,7 @@ def start_server(*arguments: str, model: str, key: str | None = KEY, ready: bool
     )
     server = Server(process, port, model)
     threading.Thread(target=_collect, args=(server,), daemon=True).start()
-    server.wait_until(lambda: any(line.startswith("Serving ") for line in server.lines), 180, "serving")
+    server.wait_until(lambda: any("Serving " in line for line in server.lines), 180, "serving")
     server.wait_until(lambda: _answers(server, "/health/ready" if ready else "/health/live"), 10, "answering")
     return server
 
@@ -132,6 +133,17 @@ def stop_server(server: Server) -> int:
     except subprocess.TimeoutExpired:
         server.process.kill()
         raise
+
+
+def samples_of(exposition: str, prefix: str) -> dict[str, float]:
+    """The samples of metrics whose name begins with `prefix`, by the rest of the name and the labels in order."""
+    samples = {}
+    for family in text_string_to_metric_families(exposition):
+        for name, labels, value, *_ in family.samples:
+            if name.startswith(prefix) and not name.endswith("_created"):
+                told = ",".join(f'{label}="{labels[label]}"' for label in sorted(labels))
+                samples[name.removeprefix(prefix) + (f"{{{told}}}" if told else "")] = value
+    return samples
 
 
 def pixels_of(image: Any) -> Pixels:

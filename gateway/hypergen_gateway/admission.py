@@ -1,7 +1,8 @@
 """Who may go to Triton now, and who waits.
 
 Triton does not push back on a decoupled model: it takes every request at once. So at most as many images as the
-sampler works on are let through, the other requests wait here in order of arrival, and beyond a limit they are refused.
+sampler works on are let through, the other requests wait here in order of arrival, and who would wait in vain is
+refused at once: beyond a limit of waiting requests, or when the pictures would come after the client's deadline.
 """
 
 from __future__ import annotations
@@ -9,88 +10,194 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from hypergen_gateway.errors import QueueFullError
+from hypergen_gateway.errors import DeadlineTooShortError, QueueFullError
+from hypergen_gateway.pace import Forecast, Pace, Rounds, Work, forecast
 
 # The SDKs do not wait for a Retry-After above 120 s.
 _LONGEST_RETRY_AFTER = 120.0
-# How much the latest request counts in the mean duration.
-_SMOOTHING = 0.2
+_SHORTEST_RETRY_AFTER = 0.1
+_UNKNOWN_RETRY_AFTER = 1.0
+# An idle server that nobody has measured for this long lets a request try what the old figures would forbid.
+_TRUSTED_SECONDS = 60.0
 
 
 @dataclass(eq=False)
-class _Ticket:
-    images: int
+class Place:
+    """A request in the queue or at work.
+
+    `position` is its number in the queue when it came, 0 if it went straight to work; `estimate` how many seconds it
+    would take until it is done, as far as was known then.
+    """
+
+    work: Work
+    places: int
     capacity: int
+    position: int = 0
+    estimate: float | None = None
     called: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    @property
+    def rounds(self) -> float:
+        """The rounds that it takes part in; of more images than there are places some start after others."""
+        return self.work.steps * self.work.images / self.places
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """When a request went to work: the time, and the load on the sampler summed over time until then."""
+
+    seconds: float
+    load_seconds: float
 
 
 class Admission:
-    """A first-come, first-served gate for images. Belongs to one event loop."""
+    """A first-come, first-served gate for images. Belongs to one event loop; `clock` gives seconds."""
 
-    def __init__(self, max_waiting: int) -> None:
+    def __init__(self, max_waiting: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_waiting = max_waiting
-        self._waiting: deque[_Ticket] = deque()
-        self._running: dict[_Ticket, float] = {}  # with the time of entry
-        self._mean_seconds: float | None = None
+        self._clock = clock
+        self._pace = Pace()
+        self._waiting: deque[Place] = deque()
+        self._running: dict[Place, _Entry] = {}
+        self._now = self._measured_at = clock()
+        self._load_seconds = 0.0
 
     @property
     def waiting(self) -> int:
         """Requests that wait."""
         return len(self._waiting)
 
-    @asynccontextmanager
-    async def admit(self, images: int, capacity: int) -> AsyncIterator[None]:
-        """Holds places for `images` out of `capacity` while the block runs; raises `QueueFullError` at once."""
+    @property
+    def running(self) -> int:
+        """Requests at work."""
+        return len(self._running)
+
+    @property
+    def running_images(self) -> int:
+        """Places that are taken."""
+        return sum(place.places for place in self._running)
+
+    def arrive(self, work: Work, capacity: int, deadline: float | None = None) -> Place:
+        """A place out of `capacity`, at work or in the queue; whoever gets one goes on to its `turn` at once.
+
+        Raises:
+            QueueFullError: as many wait as may wait.
+            DeadlineTooShortError: as far as is known, the work would not be done within `deadline` seconds.
+        """
+        self._tick()
         # A request of more images than there are places takes them all, or it would wait for ever.
-        ticket = _Ticket(min(images, capacity), capacity)
-        await self._enter(ticket)
+        place = Place(work, min(work.images, capacity), capacity)
+        goes_at_once = not self._waiting and self._fits(place)
+        if not goes_at_once and len(self._waiting) >= self._max_waiting:
+            raise QueueFullError("Too many requests are waiting. Try again later.", self._seconds_to_next_place(place))
+        expected = self._forecast([*self._waiting, place])
+        if expected is not None:
+            place.estimate = expected.done
+            self._check_deadline(place, expected.done, deadline)
+        if goes_at_once:
+            self._start(place)
+        else:
+            self._waiting.append(place)
+            place.position = len(self._waiting)
+        return place
+
+    @asynccontextmanager
+    async def turn(self, place: Place) -> AsyncIterator[None]:
+        """Waits until it is the place's turn, and holds it while the block runs."""
+        await self._called(place)
         try:
             yield
-            self._measure(time.monotonic() - self._running[ticket])
+            self._measure(place)
         finally:
-            del self._running[ticket]
-            self._call_next()
+            self._leave(place)
 
-    async def _enter(self, ticket: _Ticket) -> None:
-        if not self._waiting and self._fits(ticket):
-            self._running[ticket] = time.monotonic()
+    def rounds_left(self, place: Place) -> float:
+        """How many of its rounds a request would still take, as far as the pace tells; all of them while it waits."""
+        self._tick()
+        if place not in self._running or not self._pace.is_known:
+            return place.rounds
+        seconds, load = self._stay(place)
+        return max(place.rounds - seconds / self._pace.round_seconds(load), 0.0)
+
+    def _check_deadline(self, place: Place, expected: float, deadline: float | None) -> None:
+        if deadline is None or expected <= deadline:
             return
-        if len(self._waiting) >= self._max_waiting:
-            raise QueueFullError("Too many requests are waiting. Try again later.", self._seconds_to_next_place())
-        self._waiting.append(ticket)
+        alone = forecast(self._pace, place.capacity, [], [_rounds(place, place.rounds)]).done
+        if alone <= deadline:
+            raise DeadlineTooShortError(expected, deadline, _retry_after(expected - deadline))
+        is_idle = not self._running and not self._waiting
+        if not is_idle or self._now - self._measured_at < _TRUSTED_SECONDS:
+            raise DeadlineTooShortError(alone, deadline, None)
+
+    async def _called(self, place: Place) -> None:
+        if place in self._running:
+            return
         try:
-            await ticket.called
+            await place.called
         except asyncio.CancelledError:
-            self._forget(ticket)
+            # Perhaps in the very moment in which it was called.
+            if place in self._waiting:
+                self._waiting.remove(place)
+            self._leave(place)
             raise
 
-    def _forget(self, ticket: _Ticket) -> None:
-        """A waiting request left, perhaps in the very moment in which it was called."""
-        if ticket in self._running:
-            del self._running[ticket]
-        else:
-            self._waiting.remove(ticket)
-        self._call_next()
-
-    def _call_next(self) -> None:
+    def _leave(self, place: Place) -> None:
+        self._tick()
+        self._running.pop(place, None)
         while self._waiting and self._fits(self._waiting[0]):
-            ticket = self._waiting.popleft()
-            self._running[ticket] = time.monotonic()
-            ticket.called.set_result(None)
+            following = self._waiting.popleft()
+            self._start(following)
+            following.called.set_result(None)
 
-    def _fits(self, ticket: _Ticket) -> bool:
-        return sum(running.images for running in self._running) + ticket.images <= ticket.capacity
+    def _start(self, place: Place) -> None:
+        self._running[place] = _Entry(self._now, self._load_seconds)
 
-    def _measure(self, seconds: float) -> None:
-        mean = seconds if self._mean_seconds is None else self._mean_seconds
-        self._mean_seconds = mean + _SMOOTHING * (seconds - mean)
+    def _fits(self, place: Place) -> bool:
+        return self.running_images + place.places <= place.capacity
 
-    def _seconds_to_next_place(self) -> float:
-        """With k requests running, one ends about every k-th part of a request's duration; 1 s if none ended yet."""
-        if self._mean_seconds is None:
-            return 1.0
-        return min(self._mean_seconds / max(len(self._running), 1), _LONGEST_RETRY_AFTER)
+    def _tick(self) -> None:
+        """Moves time and load on to now; called before the load changes."""
+        now = self._clock()
+        self._load_seconds += (now - self._now) * sum(place.places * place.work.load for place in self._running)
+        self._now = now
+
+    def _stay(self, place: Place) -> tuple[float, float]:
+        """How many seconds a request has been at work, and the mean load of the sampler meanwhile."""
+        entry = self._running[place]
+        seconds = self._now - entry.seconds
+        own = place.places * place.work.load
+        return seconds, (self._load_seconds - entry.load_seconds) / seconds if seconds else own
+
+    def _measure(self, place: Place) -> None:
+        self._tick()
+        seconds, load = self._stay(place)
+        if seconds:
+            self._pace.learn(load, seconds / place.rounds)
+            self._measured_at = self._now
+
+    def _forecast(self, waiting: list[Place]) -> Forecast | None:
+        if not self._pace.is_known:
+            return None
+        return forecast(
+            self._pace,
+            waiting[-1].capacity,
+            [_rounds(place, self.rounds_left(place)) for place in self._running],
+            [_rounds(place, place.rounds) for place in waiting],
+        )
+
+    def _seconds_to_next_place(self, place: Place) -> float:
+        """Until the first that waits is called, and another may wait."""
+        expected = self._forecast([self._waiting[0] if self._waiting else place])
+        return _UNKNOWN_RETRY_AFTER if expected is None else _retry_after(expected.placed)
+
+
+def _rounds(place: Place, left: float) -> Rounds:
+    return Rounds(place.places, place.work.load, left)
+
+
+def _retry_after(seconds: float) -> float:
+    return min(max(seconds, _SHORTEST_RETRY_AFTER), _LONGEST_RETRY_AFTER)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.routing import BaseRoute, Route
 
 from hypergen_gateway.admission import Admission
 from hypergen_gateway.config import Config
@@ -18,16 +20,36 @@ from hypergen_gateway.drawing import Studio
 from hypergen_gateway.endpoints import Endpoints
 from hypergen_gateway.errors import HyperGenError
 from hypergen_gateway.generation import Backend
+from hypergen_gateway.jobs import Jobs, Keeping
 from hypergen_gateway.links import Links, LocalLinks
-from hypergen_gateway.middleware import ApiKey, Errors, RequestLog, answer_http_exception
+from hypergen_gateway.metrics import Metrics
+from hypergen_gateway.middleware import (
+    METRICS_PATH,
+    OPEN_PATHS,
+    ApiKey,
+    Errors,
+    RequestLog,
+    Trace,
+    answer_http_exception,
+)
+
+if TYPE_CHECKING:  # OpenTelemetry is there only where traces are wanted
+    from hypergen_gateway.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
 
-def create_app(config: Config, backend: Backend) -> Starlette:
-    """The gateway's ASGI application. It closes the backend when it shuts down."""
+def create_app(config: Config, backend: Backend, tracing: Tracing | None = None) -> Starlette:
+    """The gateway's ASGI application. It closes the backend, and the tracing, when it shuts down."""
     admission = Admission(config.max_queue_size)
-    endpoints = Endpoints(config, backend, admission, Studio(backend, admission), links := _links(config))
+    metrics = Metrics(admission)
+    keeping = Keeping(grace=config.retry_grace, seconds=config.retry_seconds, nbytes=config.retry_bytes)
+    jobs, links = Jobs(keeping, metrics.joined), _links(config)
+    observers: list[Metrics | Tracing] = [metrics] if tracing is None else [metrics, tracing]
+    studio = Studio(backend, admission, observers)
+    endpoints = Endpoints(config, backend, admission, studio, jobs, links, metrics)
+    routes = endpoints.routes()
+    open_paths = OPEN_PATHS if config.metrics_need_key else OPEN_PATHS | {METRICS_PATH}
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -37,14 +59,18 @@ def create_app(config: Config, backend: Backend) -> Starlette:
             yield
         finally:
             await cancel(tidying)
+            await jobs.close()
             await backend.close()
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
 
     app = Starlette(
-        routes=endpoints.routes(),
+        routes=routes,
         middleware=[
-            Middleware(RequestLog),
+            Middleware(Trace) if tracing is None else Middleware(Trace, traced=tracing.middleware),
+            Middleware(RequestLog, routes=_paths(routes), observers=observers),
             Middleware(Errors),
-            Middleware(ApiKey, api_key=config.api_key),
+            Middleware(ApiKey, api_key=config.api_key, open_paths=open_paths),
         ],
         exception_handlers={HTTPException: answer_http_exception},
         lifespan=lifespan,
@@ -52,6 +78,10 @@ def create_app(config: Config, backend: Backend) -> Starlette:
     # A redirect of "/v1/models/" would be the one answer that is not OpenAI's.
     app.router.redirect_slashes = False
     return app
+
+
+def _paths(routes: Sequence[BaseRoute]) -> dict[Any, str]:
+    return {route.endpoint: route.path for route in routes if isinstance(route, Route)}
 
 
 def _links(config: Config) -> Links:

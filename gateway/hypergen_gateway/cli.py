@@ -10,9 +10,7 @@ import asyncio
 import functools
 import importlib
 import importlib.util
-import logging
 import secrets
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -25,6 +23,7 @@ from hypergen_gateway.config import Config
 from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.errors import HyperGenError
 from hypergen_gateway.images import encode
+from hypergen_gateway.logs import LogFormat, set_up_logging
 from hypergen_gateway.repository import SHIPPED_MODEL, ExportFailedError, ExportOptions, default_cache_dir
 from hypergen_gateway.serving import (
     PortUnavailableError,
@@ -96,9 +95,10 @@ def _triton_options(command: Callable[..., None]) -> Any:
         help="Where exported models are kept.",
     )
     @_option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
+    @_option("--log-format", type=click.Choice(["text", "json"]), default="text", help="json: one object per line.")
     @functools.wraps(command)
-    def with_triton(*, model: str | None, log_level: str, **given: Any) -> None:
-        _set_up_logging(log_level)
+    def with_triton(*, model: str | None, log_level: str, log_format: LogFormat, **given: Any) -> None:
+        set_up_logging(log_level, log_format)
         with _one_line_errors():
             command(triton=_read_triton_options(model, given), model=model, **given)
 
@@ -138,10 +138,12 @@ def _cpu_dtype() -> str:
 @_option("--api-key-file", type=click.Path(path_type=Path), help="Read the key from this file, such as a secret's.")
 @_option("--max-queue-size", type=click.IntRange(min=0), default=100, help="Requests that may wait; more get a 429.")
 @_option("--request-timeout", type=click.FloatRange(min=1), default=600.0, help="Seconds until a request is given up.")
+@_option("--retry-grace", type=click.FloatRange(min=0), default=5.0, help="Seconds work goes on when its client left.")
 @_option("--public-url", metavar="URL", help="Where clients reach the server, for links. [default: as they came]")
 @_option("--link-lifetime", type=click.FloatRange(min=1), default=3600.0, help="Seconds that a picture's link lasts.")
 @_option("--link-secret", metavar="SECRET", help="Signs links, so that they outlive a restart. [default: random]")
 @_option("--link-bucket", metavar="s3://BUCKET/PREFIX", help="Keep pictures with links there. [default: the cache]")
+@_option("--metrics-need-key", is_flag=True, help="Ask for the API key on /metrics, too.")
 @_option("--reload", is_flag=True, help="Start again when the project's code changes.")
 @_triton_options
 def serve_command(*, triton: TritonOptions, model: str | None, reload: bool, **given: Any) -> None:
@@ -215,13 +217,6 @@ def _read_size(text: str | None) -> tuple[int | None, int | None]:
     return int(width), int(height)
 
 
-def _set_up_logging(level: str) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("hypergen_gateway").setLevel(level.upper())
-
-
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
     """Every error that a user can mend is one line and an exit code other than 0, never a traceback."""
@@ -249,6 +244,6 @@ def _run_reloading(options: ServeOptions) -> None:
 def _serve_again(options: ServeOptions, sockets: Any) -> None:
     """One life of a reloaded server; `sockets` is what uvicorn hands over, none here."""
     assert not sockets
-    _set_up_logging("info")
+    set_up_logging("info", "text")
     with _one_line_errors():
         run_until_signalled(serve(options))

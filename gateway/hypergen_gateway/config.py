@@ -15,6 +15,12 @@ _POSITIVE = (
     "heartbeat_interval",
     "link_lifetime",
 )
+_ZERO_MEANS = {
+    "max_queue_size": "nobody waits",
+    "retry_grace": "work ends with its client",
+    "retry_seconds": "nothing finished is kept",
+    "retry_bytes": "nothing finished is kept",
+}
 _SHORTEST_SECRET = 16
 _LONGEST_S3_LIFETIME = 7 * 24 * 3600  # of a signature of version 4
 
@@ -25,12 +31,19 @@ class Config:
 
     # Without a key everybody who reaches the port may use it. Kept out of repr, and so out of logs.
     api_key: str | None = field(default=None, repr=False)
+    # Whether /metrics asks for the key, too. Scrapers come without one, and learn how much is drawn, never what.
+    metrics_need_key: bool = False
     # The id that clients see; None: the one that the exported model carries.
     model_id: str | None = None
     # Requests that may wait for a place in Triton; the next one gets a 429.
     max_queue_size: int = 100
     # Seconds from a complete request to its pictures. OpenAI's clients give up after 600 by default.
     request_timeout: float = 600.0
+    # Seconds work goes on for a client that may come back for it: OpenAI's clients do after half a second, then one.
+    retry_grace: float = 5.0
+    # Finished work is kept for a client whose answer was lost: this many seconds, and bytes of all of it together.
+    retry_seconds: float = 120.0
+    retry_bytes: int = 256 << 20
     # Quiet seconds in a stream after which a comment shows that the server is still there.
     heartbeat_interval: float = 15.0
     # Where clients reach this server, for links; None: where the request came to.
@@ -56,8 +69,9 @@ class Config:
         """A setting that would quietly switch protection off is refused here rather than found out later."""
         if self.api_key is not None and not self.api_key.strip():
             raise ValueError("the API key is empty; leave it out to serve without one")
-        if self.max_queue_size < 0:
-            raise ValueError("max_queue_size is negative; 0 already means that nobody waits")
+        for name, meaning in _ZERO_MEANS.items():
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is negative; 0 already means that {meaning}")
         if self.link_secret is not None and len(self.link_secret) < _SHORTEST_SECRET:
             raise ValueError(f"the secret for links is shorter than {_SHORTEST_SECRET} characters")
         if self.public_url is not None and not _is_url(self.public_url, "http", "https"):

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
+from typing import Protocol
 
-from hypergen_gateway.admission import Admission
+from hypergen_gateway.admission import Admission, Place
 from hypergen_gateway.connection import cancel
-from hypergen_gateway.errors import InternalError
+from hypergen_gateway.errors import HyperGenError, InternalError
 from hypergen_gateway.generation import Backend, Generation, ModelDescription, Picture
 from hypergen_gateway.images import FileFormat, encode
+from hypergen_gateway.pace import Work
 from hypergen_gateway.starts import Retouch, Start
 
 
@@ -41,6 +43,18 @@ class Order:
         """How many pictures there will be."""
         return sum(part.generation.num_images for part in self.parts)
 
+    @property
+    def num_inference_steps(self) -> int:
+        """The steps that each picture was asked for with."""
+        return self.parts[0].generation.num_inference_steps
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that the images take that it starts from."""
+        kept = (part.retouch.kept for part in self.parts if part.retouch is not None)
+        given = (array for part in self.parts for array in (part.generation.image, part.generation.mask))
+        return sum(array.nbytes for array in (*given, *kept) if array is not None)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Drawn:
@@ -59,6 +73,11 @@ class Finished:
     file: bytes
     size: tuple[int, int]
     encode_image: float
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that it takes."""
+        return len(self.file) + self.picture.pixels.nbytes
 
 
 def parts_of(generation: Generation, starts: Sequence[Start], strength: float | None) -> list[Part]:
@@ -82,22 +101,105 @@ def _part_from(generation: Generation, start: Start, strength: float | None) -> 
     return Part(generation=started, retouch=start.retouch)
 
 
+def work_of(order: Order) -> Work:
+    """What an order asks of the sampler. A picture that starts from an image takes the last part of its steps."""
+    model = order.model
+    loads = [_rows(part.generation) * part.generation.width * part.generation.height for part in order.parts]
+    strengths = [1.0 if part.generation.strength is None else part.generation.strength for part in order.parts]
+    return Work(
+        images=order.num_images,
+        steps=max(order.num_inference_steps * max(strengths), 1.0),
+        load=sum(loads) / len(loads) / (model.default_width * model.default_height),
+    )
+
+
+def _rows(generation: Generation) -> int:
+    """Rows of the UNet that a picture takes: two under classifier-free guidance."""
+    return 2 if generation.guidance_scale > 1 else 1
+
+
+class Observer(Protocol):
+    """Is told how drawings go. The seconds are those since the drawing began."""
+
+    def refused(self, error: HyperGenError) -> None:
+        """It was not let in."""
+        ...
+
+    def came(self, finished: Finished, seconds: float, *, is_first: bool) -> None:
+        """A preview or a picture is there; the first of its kind, or not."""
+        ...
+
+    def completed(self, place: Place, seconds: float) -> None:
+        """All of its pictures are drawn."""
+        ...
+
+    def abandoned(self, steps: float) -> None:
+        """It was given up, which saves these many steps of its images."""
+        ...
+
+
 class Studio:
     """Draws orders."""
 
-    def __init__(self, backend: Backend, admission: Admission) -> None:
-        self._backend = backend
-        self._admission = admission
+    def __init__(self, backend: Backend, admission: Admission, observers: Sequence[Observer] = ()) -> None:
+        self.backend = backend
+        self.admission = admission
+        self.observers = observers
 
-    async def draw(self, order: Order) -> AsyncGenerator[Drawn, None]:
-        """Previews and pictures as they come; the wait for a place counts as time in the queue.
+    def take(self, order: Order, deadline: float | None = None) -> Drawing:
+        """An order to be drawn, within `deadline` seconds if at all."""
+        return Drawing(self, order, deadline)
 
-        Raises whatever the backend does, and `InternalError` if a picture is missing at the end.
+
+class Drawing:
+    """An order on its way, drawn once. `place` is known once it has begun."""
+
+    def __init__(self, studio: Studio, order: Order, deadline: float | None) -> None:
+        self.order = order
+        self.place: Place | None = None
+        self._studio = studio
+        self._deadline = deadline
+        self._began = time.perf_counter()
+        self._kinds = set[bool]()  # finals, previews or both, of those that have come
+
+    async def pictures(self) -> AsyncGenerator[Finished, None]:
+        """Previews and pictures as files, in the order in which they are drawn.
+
+        Raises whatever admission and the backend do, and `InternalError` if a picture is missing at the end.
         """
-        began = time.perf_counter()
+        files: asyncio.Queue[asyncio.Future[Finished] | None] = asyncio.Queue()
+        drawing = asyncio.create_task(self._draw_into(files))
+        try:
+            while (file := await files.get()) is not None:
+                finished = await file
+                self._tell_of(finished)
+                yield finished
+            await drawing
+        finally:
+            await cancel(drawing)
+
+    def _tell_of(self, finished: Finished) -> None:
+        is_final = finished.picture.is_final
+        for observer in self._studio.observers:
+            observer.came(finished, self._seconds(), is_first=is_final not in self._kinds)
+        self._kinds.add(is_final)
+
+    async def _draw_into(self, files: asyncio.Queue[asyncio.Future[Finished] | None]) -> None:
+        """Starts each picture's encoding without waiting for it: the place in the queue is given up before."""
+        try:
+            async with aclosing(self._draw()) as everything:
+                async for drawn in everything:
+                    encoding = asyncio.to_thread(finish, drawn, self.order.file_format)
+                    files.put_nowait(asyncio.ensure_future(encoding))
+        finally:
+            files.put_nowait(None)
+
+    async def _draw(self) -> AsyncGenerator[Drawn, None]:
+        """Previews and pictures as they come; the wait for a place counts as time in the queue."""
+        order = self.order
         finals = 0
-        async with self._admission.admit(order.num_images, order.model.max_active_images):
-            waited = _milliseconds_since(began)
+        async with self._turn():
+            waited = _milliseconds_since(self._began)
             streams = [self._draw_part(part) for part in order.parts]
             async with aclosing(_merged(streams)) as everything:
                 async for drawn in everything:
@@ -106,15 +208,36 @@ class Studio:
         if finals != order.num_images:
             raise InternalError(f"{finals} pictures came back instead of {order.num_images}")
 
-    async def draw_finals(self, order: Order) -> list[Finished]:
-        """The finished pictures, in the order of their indices. They are encoded after their place was given up."""
-        async with aclosing(self.draw(order)) as stream:
-            finals = [drawn async for drawn in stream if drawn.picture.is_final]
-        finals.sort(key=lambda drawn: drawn.picture.index)
-        return await asyncio.gather(*(asyncio.to_thread(finish, drawn, order.file_format) for drawn in finals))
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """Holds a place, and tells the observers what became of it."""
+        admission, observers = self._studio.admission, self._studio.observers
+        try:
+            place = admission.arrive(work_of(self.order), self.order.model.max_active_images, self._deadline)
+        except HyperGenError as error:
+            for observer in observers:
+                observer.refused(error)
+            raise
+        self.place = place
+        rounds_left = place.rounds
+        try:
+            async with admission.turn(place):
+                try:
+                    yield
+                finally:
+                    rounds_left = admission.rounds_left(place)
+        except (asyncio.CancelledError, GeneratorExit):
+            for observer in observers:
+                observer.abandoned(rounds_left * place.places)
+            raise
+        for observer in observers:
+            observer.completed(place, self._seconds())
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._began
 
     async def _draw_part(self, part: Part) -> AsyncGenerator[Drawn, None]:
-        async with aclosing(self._backend.generate(part.generation)) as pictures:
+        async with aclosing(self._studio.backend.generate(part.generation)) as pictures:
             async for picture in pictures:
                 yield Drawn(part=part, picture=replace(picture, index=part.first_index + picture.index))
 

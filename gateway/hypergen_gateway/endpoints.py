@@ -7,6 +7,7 @@ a client is told in `responses`.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import aclosing, suppress
@@ -22,15 +23,18 @@ from starlette.routing import BaseRoute, Route
 from hypergen_gateway import capabilities, docs, openai, playground, responses
 from hypergen_gateway.admission import Admission
 from hypergen_gateway.bodies import media_type, read_form, read_json
+from hypergen_gateway.callers import Caller, deadline_of, read_asked, read_caller
 from hypergen_gateway.config import Config
 from hypergen_gateway.connection import while_connected
-from hypergen_gateway.drawing import Drawn, Finished, Order, Studio, finish, parts_of
+from hypergen_gateway.drawing import Finished, Order, Studio, parts_of
 from hypergen_gateway.errors import HyperGenError, ModelNotFoundError, NotFoundError
 from hypergen_gateway.events import EventStream, to_frame
 from hypergen_gateway.fields import EditForm, EditRequest, ImageRequest, PictureRequest, VariationForm, from_texts
 from hypergen_gateway.generation import Backend, ModelDescription
+from hypergen_gateway.jobs import Job, Jobs
 from hypergen_gateway.links import FILES_PATH, Links, LocalLinks
-from hypergen_gateway.middleware import BodyLimit
+from hypergen_gateway.metrics import MEDIA_TYPE, Metrics
+from hypergen_gateway.middleware import METRICS_PATH, BodyLimit
 from hypergen_gateway.openapi import describe_api
 from hypergen_gateway.responses import Health
 from hypergen_gateway.starts import Start, Uploads, open_starts
@@ -46,7 +50,9 @@ class Endpoints:
     backend: Backend
     admission: Admission
     studio: Studio
+    jobs: Jobs
     links: Links
+    metrics: Metrics
     # Images are opened by two threads at most: each may need a few hundred megabytes for a moment.
     decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
 
@@ -64,6 +70,7 @@ class Endpoints:
             Route("/health", self.health),
             Route("/health/live", self.live),
             Route("/health/ready", self.ready),
+            Route(METRICS_PATH, self.read_metrics),
             Route("/v1/models", self.list_models),
             Route("/v1/models/{id:path}", self.retrieve_model),
             Route("/v1/capabilities", self.capabilities),
@@ -96,6 +103,10 @@ class Endpoints:
         """200 when a picture could be made, else 503."""
         health = await self._health()
         return _json(health, status=200 if health.status == "healthy" else 503)
+
+    async def read_metrics(self, _: Request) -> Response:
+        """The gateway's own metrics; Triton has the sampler's."""
+        return Response(self.metrics.exposition(), media_type=MEDIA_TYPE)
 
     async def list_models(self, _: Request) -> Response:
         """The one model."""
@@ -156,9 +167,16 @@ class Endpoints:
             model=model,
             file_format=openai.file_format_of(wanted),
         )
-        if wanted.stream:
-            return await self._stream(request, wanted, order)
-        return await while_connected(request.receive, self._answer(request, wanted, order), self.config.request_timeout)
+        request.state.drawn = {"images": order.num_images, "steps": order.num_images * order.num_inference_steps}
+        caller = read_caller(request.headers)
+        deadline = deadline_of(wanted, caller)
+        asked = await asyncio.to_thread(read_asked, caller, request.url.path, wanted, order)
+        job = self.jobs.join(asked, lambda: self.studio.take(order, deadline))
+        limit = min(deadline or math.inf, self.config.request_timeout)
+        with job.attended():
+            if wanted.stream:
+                return await self._stream(request, wanted, job, caller, limit)
+            return await while_connected(request.receive, self._answer(request, wanted, job), limit)
 
     async def read_file(self, request: Request) -> Response:
         """The picture behind a link."""
@@ -171,34 +189,26 @@ class Endpoints:
         headers = {"Cache-Control": f"private, max-age={stored.seconds_left}", "X-Content-Type-Options": "nosniff"}
         return Response(stored.content, media_type=stored.media_type, headers=headers)
 
-    async def _answer(self, request: Request, wanted: PictureRequest, order: Order) -> Response:
-        finished = await self.studio.draw_finals(order)
-        urls = await self._publish(request, finished, order) if wanted.response_format == "url" else None
-        headers = {"Server-Timing": responses.server_timing(finished)}
+    async def _answer(self, request: Request, wanted: PictureRequest, job: Job) -> Response:
+        finished = await job.finals()
+        urls = await self._publish(request, finished, job) if wanted.response_format == "url" else None
+        headers = {"Server-Timing": responses.server_timing(finished), **_place_headers(job)}
         return await asyncio.to_thread(
             lambda: _json(responses.images_response(wanted, finished, urls), headers=headers)
         )
 
-    async def _publish(self, request: Request, finished: Sequence[Finished], order: Order) -> list[str]:
-        base_url = self.config.public_url or str(request.base_url)
-        return await asyncio.gather(
-            *(self.links.publish(picture.file, order.file_format, base_url) for picture in finished)
-        )
+    async def _publish(self, request: Request, finished: Sequence[Finished], job: Job) -> list[str]:
+        base_url, file_format = self.config.public_url or str(request.base_url), job.drawing.order.file_format
+        return await asyncio.gather(*(self.links.publish(picture.file, file_format, base_url) for picture in finished))
 
-    async def _stream(self, request: Request, wanted: PictureRequest, order: Order) -> Response:
-        stream = EventStream(
-            self._frames(wanted, order), heartbeat=self.config.heartbeat_interval, limit=self.config.request_timeout
-        )
+    async def _stream(
+        self, request: Request, wanted: PictureRequest, job: Job, caller: Caller, limit: float
+    ) -> Response:
+        heartbeat = min(self.config.heartbeat_interval, (caller.patience or math.inf) / 2)
+        stream = EventStream(_frames(wanted, job), heartbeat=heartbeat, limit=limit)
         await stream.begun(request.receive)
+        stream.headers.update(_place_headers(job))
         return stream
-
-    async def _frames(self, wanted: PictureRequest, order: Order) -> AsyncGenerator[bytes, None]:
-        previews: Counter[int] = Counter()
-        async with aclosing(self.studio.draw(order)) as pictures:
-            async for drawn in pictures:
-                number = previews[drawn.picture.index]
-                previews[drawn.picture.index] += 1
-                yield await asyncio.to_thread(_frame, wanted, order, drawn, number)
 
     async def _model_id(self) -> str:
         return self.config.model_id or (await self.backend.describe()).model_id
@@ -226,10 +236,30 @@ async def _or_none(answer: Coroutine[Any, Any, T], limit: float) -> T | None:
     return None
 
 
-def _frame(wanted: PictureRequest, order: Order, drawn: Drawn, number: int) -> bytes:
-    """Encodes a picture and the event that carries it; `number` counts a picture's previews. Blocks."""
-    event = responses.image_event(wanted, finish(drawn, order.file_format), number)
+async def _frames(wanted: PictureRequest, job: Job) -> AsyncGenerator[bytes, None]:
+    previews: Counter[int] = Counter()
+    async with aclosing(job.listen()) as pictures:
+        async for finished in pictures:
+            number = previews[finished.picture.index]
+            previews[finished.picture.index] += 1
+            yield await asyncio.to_thread(_frame, wanted, finished, number)
+
+
+def _frame(wanted: PictureRequest, finished: Finished, number: int) -> bytes:
+    """The event that carries a picture; `number` counts a picture's previews. Blocks."""
+    event = responses.image_event(wanted, finished, number)
     return to_frame(event.type, event)
+
+
+def _place_headers(job: Job) -> dict[str, str]:
+    """The place in the queue that a request had when it came, and how long it was going to take."""
+    place = job.drawing.place
+    if place is None:
+        return {}
+    headers = {"x-hypergen-queue-position": str(place.position)}
+    if place.estimate is not None:
+        headers["x-hypergen-estimated-ms"] = str(round(place.estimate * 1000))
+    return headers
 
 
 def _json(model: BaseModel, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -41,6 +41,15 @@ class InvalidRequestError(HyperGenError):
     type = "invalid_request_error"
 
 
+class IdempotencyKeyReusedError(InvalidRequestError):
+    """The key of another request. Not a 409, which OpenAI's clients would try again."""
+
+    code = "idempotency_key_reused"
+
+    def __init__(self) -> None:
+        super().__init__("This Idempotency-Key was used for another request. Use a new one for each.")
+
+
 class AuthenticationError(InvalidRequestError):
     """The API key is missing, malformed or wrong."""
 
@@ -122,6 +131,22 @@ class QueueFullError(RetryableError):
     status = 429
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
+
+
+class DeadlineTooShortError(QueueFullError):
+    """The pictures would come too late. `retry_after` is None where not even an idle server would make them in time."""
+
+    code = "deadline_too_short"
+
+    def __init__(self, expected: float, deadline: float, retry_after: float | None) -> None:
+        even = " even on an idle server" if retry_after is None else ""
+        message = f"The pictures would take about {expected:.3g} s{even}, and the request allows {deadline:.3g} s."
+        super().__init__(message, retry_after or 0.0)
+        self.could_be_met = retry_after is not None
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return super().headers if self.could_be_met else {"x-should-retry": "false"}
 
 
 class ClientClosedRequestError(HyperGenError):

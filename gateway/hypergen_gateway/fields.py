@@ -69,6 +69,11 @@ class PictureFields(_Body):
     seed: int | None = Field(
         default=None, ge=0, le=MAX_SEED, description="Picture i is drawn from seed + i. Random unless given."
     )
+    deadline_ms: int | None = Field(
+        default=None,
+        ge=1,
+        description="Refuse at once what would take longer than this many milliseconds, and give up what does.",
+    )
     lora_path: str | None = None
     lora_scale: float = Field(default=1.0, ge=0.0, le=2.0)
 

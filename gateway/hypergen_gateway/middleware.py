@@ -1,6 +1,6 @@
 """What happens to every request, whatever it asks for. Pure ASGI, so bodies and responses stream through untouched.
 
-From the outside in: request id and access log, errors, API key; a body's limit is its route's.
+From the outside in: trace, request id and access log, errors, API key; a body's limit is its route's.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ import asyncio
 import hmac
 import logging
 import time
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -28,21 +31,72 @@ from hypergen_gateway.errors import (
 from hypergen_gateway.faults import as_ours, log_fault
 from hypergen_gateway.links import FILES_PATH
 from hypergen_gateway.playground import FILES_PREFIX, PAGE_PATH
-from hypergen_gateway.request_id import accept_or_create, current_request_id
+from hypergen_gateway.request_id import accept_or_create, current_request_id, current_trace, read_trace
 
 access_logger = logging.getLogger("hypergen_gateway.access")
 
+PROBE_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
+METRICS_PATH = "/metrics"
 # Probes come without a key, and so do the page, which asks for one, and whoever wants to read how to use one.
-_OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/openapi.json", "/docs", PAGE_PATH})
+OPEN_PATHS = PROBE_PATHS | {"/openapi.json", "/docs", PAGE_PATH}
 # A link is a key of its own; the page's files are everybody's.
 _OPEN_PREFIXES = (f"{FILES_PATH}/", FILES_PREFIX)
+# Anything else that a client may write there would be one more label of a metric.
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A request that was answered. `route` and `method` are among few; what was drawn is known where it was tried."""
+
+    method: str
+    route: str
+    status: int
+    seconds: float
+    images: int | None = None
+    steps: int | None = None
+
+    def fields(self) -> dict[str, str | int]:
+        """What a structured log says of it."""
+        told: dict[str, str | int] = {"method": self.method, "route": self.route}
+        told |= {"status": self.status, "ms": round(self.seconds * 1000)}
+        drawn = {"images": self.images, "steps": self.steps}
+        return told | {name: value for name, value in drawn.items() if value is not None}
+
+
+class Observer(Protocol):
+    """Is told of every request."""
+
+    def served(self, served: Served) -> None:
+        """It was answered."""
+        ...
+
+
+class Trace:
+    """Takes up the trace that a client's request belongs to; `traced` makes a span of it where traces are wanted."""
+
+    def __init__(self, app: ASGIApp, traced: Callable[[ASGIApp], ASGIApp] = lambda app: app) -> None:
+        self._app = traced(app)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = read_trace(Headers(scope=scope)) if scope["type"] == "http" else {}
+        token = current_trace.set(given)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            current_trace.reset(token)
 
 
 class RequestLog:
-    """Gives every request an id, sends it back with the time taken, and writes one line to the log."""
+    """Gives every request an id, sends it back with the time taken, writes one line to the log and tells the observers.
 
-    def __init__(self, app: ASGIApp) -> None:
+    `routes` names the path of each endpoint, with what varies in braces.
+    """
+
+    def __init__(self, app: ASGIApp, routes: Mapping[Any, str], observers: Sequence[Observer]) -> None:
         self._app = app
+        self._routes = routes
+        self._observers = observers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -65,15 +119,28 @@ class RequestLog:
         try:
             await self._app(scope, receive, send_with_headers)
         finally:
-            access_logger.info(
-                "%s %s %d %d ms %s",
-                scope["method"],
-                quote(scope["path"], safe="/:@"),
-                status,
-                _milliseconds_since(started),
-                request_id,
-            )
+            self._tell(scope, status, time.perf_counter() - started)
             current_request_id.reset(token)
+
+    def _tell(self, scope: Scope, status: int, seconds: float) -> None:
+        served = Served(
+            method=scope["method"] if scope["method"] in _METHODS else "other",
+            route=self._routes.get(scope.get("endpoint"), "other"),
+            status=status,
+            seconds=seconds,
+            **scope.get("state", {}).get("drawn", {}),
+        )
+        access_logger.info(
+            "%s %s %d %d ms %s",
+            scope["method"],
+            quote(scope["path"], safe="/:@"),
+            status,
+            round(seconds * 1000),
+            current_request_id.get(),
+            extra={"fields": served.fields()},
+        )
+        for observer in self._observers:
+            observer.served(served)
 
 
 class Errors:
@@ -108,16 +175,20 @@ class Errors:
 
 
 class ApiKey:
-    """Lets a request through that carries the key; without a configured key, every request."""
+    """Lets a request through that carries the key or goes to an open path; without a configured key, every request."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, api_key: str | None, open_paths: Container[str] = OPEN_PATHS) -> None:
         self._app = app
+        self._open_paths = open_paths
         self._api_key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._api_key is not None and not _is_open(scope["path"]):
+        if scope["type"] == "http" and self._api_key is not None and not self._is_open(scope["path"]):
             self._check([value for name, value in scope["headers"] if name == b"authorization"], self._api_key)
         await self._app(scope, receive, send)
+
+    def _is_open(self, path: str) -> bool:
+        return path in self._open_paths or path.startswith(_OPEN_PREFIXES)
 
     @staticmethod
     def _check(given: list[bytes], api_key: bytes) -> None:
@@ -163,10 +234,6 @@ class BodyLimit:
 
 def _too_large(limit: int) -> BodyTooLargeError:
     return BodyTooLargeError(f"The body is too large: at most {limit:,} bytes are read.")
-
-
-def _is_open(path: str) -> bool:
-    return path in _OPEN_PATHS or path.startswith(_OPEN_PREFIXES)
 
 
 def error_response(error: HyperGenError) -> Response:

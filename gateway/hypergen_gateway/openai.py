@@ -83,6 +83,7 @@ _LEGAL: dict[str, str] = {
     "image": "a PNG, JPEG or WebP file; an edit takes up to {max_images}",
     "images": 'an array of 1 to {max_images} objects such as {{"image_url": "data:image/png;base64,…"}}',
     "mask": 'a PNG, transparent where the image is drawn anew; in JSON {{"image_url": "data:image/png;base64,…"}}',
+    "deadline_ms": "an integer of at least 1",
     "lora_path": "absent",
     "lora_scale": "a number from 0 to 2",
 }

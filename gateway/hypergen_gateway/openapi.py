@@ -73,7 +73,10 @@ ERRORS: dict[int, str] = {
     410: "The link has expired.",
     413: "The body is larger than the server reads.",
     415: "The body is of another type than the route reads.",
-    429: "As many requests wait as may wait; `Retry-After` says when to come again.",
+    429: (
+        "As many requests wait as may wait, or the pictures would come after the deadline; `Retry-After` says when to "
+        "come again, `x-should-retry: false` that not even an idle server would be in time."
+    ),
     500: "A fault of the server; its log has the details under the request id.",
     503: "The model is not available at the moment; `Retry-After` says when to come again.",
     504: "The pictures were not ready in time.",
@@ -87,6 +90,10 @@ _TAKE_NULL = {"ImageRequest", "EditRequest"}
 _STREAM = (
     "With `stream: true`, server-sent events: at most `partial_images` previews of each picture, then the picture. "
     'A comment keeps a quiet stream open; what fails after the first event ends it with `data: {"error": …}`.'
+)
+_REPEAT = (
+    "The same request with the same `Idempotency-Key` header is drawn once and answered each time; so is what OpenAI's "
+    "clients send again by themselves when a connection breaks."
 )
 _EDIT = (
     "The first image's transparent pixels in `mask` are drawn anew and the others stay; without a mask the whole image "
@@ -106,7 +113,7 @@ OPERATIONS = (
         path="/v1/images/generations",
         id="createImage",
         summary="Draw pictures from a prompt",
-        description=_STREAM,
+        description=f"{_STREAM} {_REPEAT}",
         bodies={_JSON: ImageRequest},
         answer=ImagesResponse,
         streams=True,
@@ -117,7 +124,7 @@ OPERATIONS = (
         path="/v1/images/edits",
         id="createImageEdit",
         summary="Draw pictures from a prompt and images",
-        description=f"{_EDIT} {_STREAM}",
+        description=f"{_EDIT} {_STREAM} {_REPEAT}",
         bodies={_FORM: EditForm, _JSON: EditRequest},
         answer=ImagesResponse,
         streams=True,
@@ -128,6 +135,7 @@ OPERATIONS = (
         path="/v1/images/variations",
         id="createImageVariation",
         summary="Draw pictures like an image",
+        description=_REPEAT,
         bodies={_FORM: VariationForm},
         answer=ImagesResponse,
         errors=(*_BODY_ERRORS, *_WORK_ERRORS),
@@ -249,7 +257,8 @@ def _statuses(operation: Operation) -> list[int]:
 
 
 def _success(operation: Operation) -> JsonObject:
-    headers = _headers("x-request-id", "openai-processing-ms")
+    place = ("x-hypergen-queue-position", "x-hypergen-estimated-ms") if operation.bodies else ()
+    headers = _headers("x-request-id", "openai-processing-ms", *place)
     if operation.answer is None:
         file = {"schema": {"type": "string", "format": "binary"}}
         files = {f"image/{name}": file for name in ("png", "jpeg", "webp")}

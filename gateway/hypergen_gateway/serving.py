@@ -8,15 +8,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
+import os
 import shlex
 import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import click
 import uvicorn
 
 from hypergen_gateway.app import create_app
@@ -24,9 +25,14 @@ from hypergen_gateway.config import Config
 from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.errors import UnavailableError
 from hypergen_gateway.generation import Generation, ModelDescription, Picture
+from hypergen_gateway.logs import console
 from hypergen_gateway.repository import ExportOptions, find_repository
 from hypergen_gateway.triton import TritonBackend
 
+if TYPE_CHECKING:
+    from hypergen_gateway.tracing import Tracing
+
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -35,6 +41,7 @@ DRAIN_SECONDS = 120
 # A model that brings no prompts of its own is asked for this.
 ANY_PROMPT = "a lighthouse at dusk"
 SUGGESTIONS_SHOWN = 5
+TRACE_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 # One picture of the largest model on the slowest machine.
 DRAW_SECONDS = 3600
 
@@ -73,8 +80,20 @@ async def serve(options: ServeOptions) -> None:
     # Bound before the engines are loaded: a busy port is known at once.
     with _listen(options.host, options.port) as listener:
         async with _connected(options.triton, options.gateway.request_timeout) as backend:
-            click.echo(await _greeting(options, backend), err=True)
-            await _serve_http(create_app(options.gateway, backend), listener)
+            console.info(await _greeting(options, backend))
+            await _serve_http(create_app(options.gateway, backend, _tracing()), listener)
+
+
+def _tracing() -> Tracing | None:
+    """Traces, where OpenTelemetry's own variables name an endpoint."""
+    if not any(os.environ.get(name) for name in TRACE_ENDPOINTS):
+        return None
+    try:
+        from hypergen_gateway.tracing import Tracing
+    except ImportError as error:
+        logger.warning("There will be no traces without %s: pip install 'hypergen-triton[otel]'", error.name)
+        return None
+    return Tracing()
 
 
 async def draw(options: TritonOptions, wanted: dict[str, Any]) -> Picture:
@@ -84,7 +103,7 @@ async def draw(options: TritonOptions, wanted: dict[str, Any]) -> Picture:
             generation = _complete(wanted, await backend.describe())
         except UnavailableError as error:
             raise UnavailableError(f"No model answers on {options.url}.") from error
-        click.echo(f"Drawing in {generation.num_inference_steps} steps …", err=True)
+        console.info(f"Drawing in {generation.num_inference_steps} steps …")
         async with contextlib.aclosing(backend.generate(generation)) as pictures:
             return await anext(pictures)
 
@@ -154,10 +173,10 @@ async def _embedded(options: TritonOptions) -> AsyncIterator[str]:
 
     repository = await find_repository(options.model, options.export)
     began = time.monotonic()
-    click.echo("Starting Triton …", err=True)
+    console.info("Starting Triton …")
     async with embedded_triton(repository) as triton:
         seconds = time.monotonic() - began
-        click.echo(f"Triton is ready after {seconds:.1f} s: gRPC on {triton.url}, {triton.metrics_url}", err=True)
+        console.info(f"Triton is ready after {seconds:.1f} s: gRPC on {triton.url}, {triton.metrics_url}")
         yield triton.url
 
 
@@ -171,7 +190,7 @@ class _Server(uvicorn.Server):
     def stop(self) -> None:
         """Finish the requests under way, refuse new ones."""
         self.should_exit = True  # first: nobody may be left to read what is said
-        click.echo("Stopping: pictures under way are finished first", err=True)
+        console.info("Stopping: pictures under way are finished first")
 
 
 async def _serve_http(app: Any, listener: socket.socket) -> None:

@@ -30,7 +30,7 @@ from hypergen_gateway.errors import (
     UnavailableError,
 )
 from hypergen_gateway.generation import Generation, ModelDescription, Picture, Timings
-from hypergen_gateway.request_id import current_request_id
+from hypergen_gateway.request_id import current_request_id, current_trace
 
 logger = logging.getLogger(__name__)
 
@@ -161,10 +161,9 @@ class TritonBackend:
             "inputs": _to_inputs(generation),
             "request_id": current_request_id.get(),
         }
-        # Without this header an error comes as text in the stream, without its code.
-        responses = self._client.stream_infer(
-            _only(request), stream_timeout=self._request_timeout, headers={"triton_grpc_error": "true"}
-        )
+        # Without the first an error comes as text in the stream, without its code. The others are for Triton's traces.
+        headers = {"triton_grpc_error": "true", **current_trace.get()}
+        responses = self._client.stream_infer(_only(request), stream_timeout=self._request_timeout, headers=headers)
         try:
             with self._gate():
                 async for result, error in responses:

@@ -39,7 +39,7 @@ def node() -> Path:
 
 @pytest.fixture
 async def gateway(backend: FakeBackend) -> AsyncIterator[str]:
-    async with on_loopback(create_app(Config(api_key=KEY, max_queue_size=1), backend)) as url:
+    async with on_loopback(create_app(Config(api_key=KEY, max_queue_size=1, retry_grace=0.2), backend)) as url:
         yield url
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fake_backend import FakeBackend
+from fake_backend import FakeBackend, until
 from hypergen_gateway.generation import Pixels
 from pictures import file_of, hole, photo, ramp
 from wire import data_url, form, part
@@ -148,7 +148,7 @@ class TestForms:
         files = [("image[]", file_of(photo())) for _ in range(2)]
         response = await client.post(EDITS, data={"prompt": "a", "n": "2"}, files=files)
         assert response.status_code == 500
-        assert backend.running == 0
+        await until(lambda: backend.running == 0)
 
     async def test_links_and_server_timing_are_there_too(self, client: httpx.AsyncClient) -> None:
         data = {"prompt": "a", "response_format": "url"}

@@ -208,7 +208,7 @@ class TestGenerations:
             response = await client.post(GENERATIONS, json={"prompt": "a"})
         assert response.status_code == 504
         assert response.json()["error"]["code"] == "timeout"
-        assert backend.running == 0
+        await until(lambda: backend.running == 0)
 
     async def test_work_that_is_cancelled_from_below_is_a_503(self, backend: FakeBackend) -> None:
         backend.failure = asyncio.CancelledError()  # type: ignore[assignment]
@@ -272,7 +272,7 @@ class TestClientsThatLeave:
         client = LeavingClient(create_app(Config(), backend), {"prompt": "a"})
         await until(lambda: backend.running == 1)
         await client.leave()
-        assert backend.running == 0
+        await until(lambda: backend.running == 0)
         assert client.statuses == [499]
         assert f"POST {GENERATIONS} 499" in caplog.text
 
@@ -305,7 +305,7 @@ async def test_a_request_cut_off_by_the_server_s_end_still_gets_an_openai_error(
         await client.task
     assert client.statuses == [503]
     assert json.loads(client.content)["error"]["code"] == "service_unavailable"
-    assert backend.running == 0
+    await until(lambda: backend.running == 0)
 
 
 async def test_the_app_closes_the_backend_and_starts_without_triton(backend: FakeBackend) -> None:

@@ -31,8 +31,8 @@ def validator(name: str) -> Any:
     return jsonschema.Draft202012Validator(schema)
 
 
-# Pages for people.
-PAGES = ("/openapi.json", "/docs", "/", "/web/{name}")
+# Pages for people, and one for Prometheus.
+PAGES = ("/openapi.json", "/docs", "/", "/web/{name}", "/metrics")
 
 
 def test_every_route_is_described_and_nothing_else(backend: FakeBackend) -> None:

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,16 @@ def free_ports() -> Ports:
         return Ports(first.getsockname()[1], second.getsockname()[1])
 
 
+def trace_options(environment: Mapping[str, str]) -> list[str]:
+    """What makes Triton send its spans of requests that come with a trace to where the gateway sends its own."""
+    base = environment.get("OTEL_EXPORTER_OTLP_ENDPOINT", "").rstrip("/")
+    url = environment.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or (base and f"{base}/v1/traces")
+    if not url:
+        return []
+    settings = ["mode=opentelemetry", "rate=1", "level=TIMESTAMPS", f"opentelemetry,url={url}"]
+    return [f"--trace-config={each}" for each in [*settings, "opentelemetry,resource=service.name=hypergen-triton"]]
+
+
 @dataclass(frozen=True)
 class Launch:
     """Everything that a start of the server needs, the same at every restart."""
@@ -85,6 +96,7 @@ class Launch:
             "--backend-config=python,thread-pool-size=64",
             f"--backend-config=python,shm-region-prefix-name={self.run_folder.name}",
             "--exit-timeout-secs=5",
+            *trace_options(os.environ),
         ]
 
     def environment(self) -> dict[str, str]:

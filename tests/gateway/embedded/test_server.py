@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hypergen_gateway.embedded.errors import EmbeddedError
-from hypergen_gateway.embedded.server import log_level_of
+from hypergen_gateway.embedded.server import log_level_of, trace_options
 from hypergen_gateway.embedded.supervisor import embedded_triton
 
 BROKEN_MODEL = """
@@ -69,3 +69,14 @@ async def test_a_failed_start_leaves_no_process_and_no_folder(tmp_path: Path) ->
         await start(tmp_path / "nowhere")
     assert ours() <= before
     assert not [child for child in psutil.Process().children() if child.name() == "tritonserver"]
+
+
+def test_triton_traces_where_the_gateway_does_and_nowhere_else() -> None:
+    assert trace_options({}) == []
+    expected = ["mode=opentelemetry", "rate=1", "level=TIMESTAMPS", "opentelemetry,url=http://collector:4318/v1/traces"]
+    for environment in (
+        {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318/"},
+        {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://collector:4318/v1/traces"},
+    ):
+        options = [option.removeprefix("--trace-config=") for option in trace_options(environment)]
+        assert options == [*expected, "opentelemetry,resource=service.name=hypergen-triton"]

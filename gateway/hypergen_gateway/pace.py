@@ -1,0 +1,114 @@
+"""How fast the sampler is, and when work will be done.
+
+Knows the sampler's way of working: images that take steps together share its rounds, one step each per round. A round
+takes longer the more it carries, and what a finished request took tells how long. Knows no clock, so that every
+figure here follows from its arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+# How much older requests count beside the latest one: ten of them are what is remembered.
+_MEMORY = 0.9
+# The weight of the one thing known beforehand: that a round without images takes no time. Without it, requests that all
+# came one at a time would say nothing about how long two together take.
+_PRIOR = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a request asks of the sampler.
+
+    `load` is what one of its images adds to a round: rows of the UNet times pixels, relative to the model's own size.
+    """
+
+    images: int
+    steps: float
+    load: float
+
+
+class Pace:
+    """Seconds of a round as a line over its load, fitted by least squares to what requests took."""
+
+    def __init__(self) -> None:
+        self._weight = self._loads = self._seconds = self._squares = self._products = 0.0
+
+    @property
+    def is_known(self) -> bool:
+        """Whether a request has been measured."""
+        return self._weight > 0
+
+    def learn(self, load: float, seconds: float) -> None:
+        """A request's rounds carried `load` on average and took `seconds` each."""
+        self._weight = self._weight * _MEMORY + 1.0
+        self._loads = self._loads * _MEMORY + load
+        self._seconds = self._seconds * _MEMORY + seconds
+        self._squares = self._squares * _MEMORY + load * load
+        self._products = self._products * _MEMORY + load * seconds
+
+    def round_seconds(self, load: float) -> float:
+        """What a round of `load` takes; only where the pace is known."""
+        weight = self._weight + _PRIOR
+        slope = (weight * self._products - self._loads * self._seconds) / (
+            weight * self._squares - self._loads * self._loads
+        )
+        fixed = (self._seconds - slope * self._loads) / weight
+        if slope < 0:
+            return self._seconds / self._weight
+        if fixed < 0:
+            return self._products / self._squares * load
+        return fixed + slope * load
+
+
+@dataclass(eq=False)
+class Rounds:
+    """A request's way through the sampler: the places it takes, the load of each and the rounds that are left."""
+
+    places: int
+    load: float
+    left: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Seconds from now until a request has a place, and until its last picture is done."""
+
+    placed: float
+    done: float
+
+
+@dataclass
+class _Race:
+    """Requests on their way; the sampler takes all that have a place one step further per round."""
+
+    pace: Pace
+    capacity: int
+    running: list[Rounds]
+    now: float = 0.0
+    placed: dict[int, float] = field(default_factory=dict)
+
+    def let_in(self, waiting: list[Rounds]) -> None:
+        while waiting and sum(each.places for each in self.running) + waiting[0].places <= self.capacity:
+            self.placed[id(waiting[0])] = self.now
+            self.running.append(waiting.pop(0))
+
+    def until_one_is_done(self) -> None:
+        load = sum(each.places * each.load for each in self.running)
+        rounds = min(each.left for each in self.running)
+        self.now += rounds * self.pace.round_seconds(load)
+        for each in self.running:
+            each.left -= rounds
+        self.running = [each for each in self.running if each.left > 0]
+
+
+def forecast(pace: Pace, capacity: int, running: Sequence[Rounds], waiting: Sequence[Rounds]) -> Forecast:
+    """When the last of `waiting` will be placed and done, by playing what the sampler is going to do."""
+    race = _Race(pace, capacity, [Rounds(each.places, each.load, max(each.left, 1.0)) for each in running])
+    queue = [Rounds(min(each.places, capacity), each.load, max(each.left, 1.0)) for each in waiting]
+    last = queue[-1]
+    while queue or last in race.running:
+        race.let_in(queue)
+        race.until_one_is_done()
+    return Forecast(race.placed[id(last)], race.now)

@@ -1,0 +1,27 @@
+"""Connections that break: OpenAI's client asks again, and the UNet does its work once."""
+
+from __future__ import annotations
+
+import asyncio
+
+import openai
+
+from cutting_proxy import cutting_proxy
+from running_server import KEY, Server, draw
+
+STEPS = 40
+ROWS = 2 * STEPS  # under classifier-free guidance
+
+
+async def test_a_retry_after_a_cut_connection_joins_its_own_work(server: Server) -> None:
+    before = server.unet_counts()[0]
+    async with cutting_proxy(server.url) as proxy:
+        async with openai.AsyncOpenAI(base_url=f"{proxy.url}/v1", api_key=KEY) as client:
+            wish = {"prompt": "cat", "size": "256x256", "num_inference_steps": STEPS, "scheduler": "ddim"}
+            request = asyncio.create_task(draw(client, **wish))
+            while server.unet_counts()[0] < before + 4:
+                await asyncio.sleep(0.02)
+            proxy.cut()
+            assert (await request).shape == (256, 256, 3)
+        assert proxy.connections == 2
+    assert server.unet_counts()[0] == before + ROWS
