@@ -14,11 +14,12 @@ from hypergen_export.components import Component
 _PACKAGE = Path(__file__).parent
 # Sources that decide what a component's ONNX is, and what plan is built of it; others decide what stands around them.
 _PLAN = ("profiles.py", "tensorrt.py")
+_MERGING = ("lora.py", "merging.py")
 _CONVERSION = ("components.py", "examples.py", "wrappers.py", "loading.py", "onnx.py", "compare.py")
 
 
 def component_key(checkpoint: Checkpoint, component: Component) -> str:
-    """Key of a component's ONNX: the module's files and the sources that convert it."""
+    """Key of a component's ONNX: the module's files, the LoRA merged into them, and the sources that convert them."""
     folder = checkpoint.folder / component.module
     weights = [folder / name for name in checkpoint.weights(component.module).files]
     return _digest(
@@ -27,6 +28,7 @@ def component_key(checkpoint: Checkpoint, component: Component) -> str:
         dict(checkpoint.sizes),
         _contents([folder / "config.json", *(_PACKAGE / name for name in _CONVERSION)]),
         [_identity(path) for path in weights],
+        *_lora_parts(component),
     )
 
 
@@ -44,6 +46,13 @@ def tokenizer_key(checkpoint: Checkpoint, tokenizer: str) -> str:
 def repository_key(parts: Iterable[str], settings: dict[str, str], sources: Iterable[Path]) -> str:
     """Key of a whole repository: its parts' keys, every setting, and all files that shape the rest."""
     return _digest(list(parts), settings, _contents([*sources, *_PACKAGE.glob("*.py")]))
+
+
+def _lora_parts(component: Component) -> list[Any]:
+    """By the file's content: it is small, and its name and time say little."""
+    if component.lora is None:
+        return []
+    return [component.lora.sha256, component.lora.scale, _contents(_PACKAGE / name for name in _MERGING)]
 
 
 def _identity(path: Path) -> tuple[str, str, int]:
