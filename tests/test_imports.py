@@ -51,6 +51,7 @@ GATEWAY_LAYERS = [
     "cli",
 ]
 SAMPLER_LAYERS = [
+    "variants",
     "contract",
     "samplers",
     "prompts",

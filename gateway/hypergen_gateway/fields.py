@@ -69,8 +69,12 @@ class PictureFields(_Body):
     seed: int | None = Field(
         default=None, ge=0, le=MAX_SEED, description="Picture i is drawn from seed + i. Random unless given."
     )
-    lora_path: str | None = None
-    lora_scale: float = Field(default=1.0, ge=0.0, le=2.0)
+    lora_path: str | None = Field(
+        default=None, description="The name of a LoRA that the model is served with. Without one: the model as it is."
+    )
+    lora_scale: float | None = Field(
+        default=None, ge=0.0, le=2.0, description="A scale at which that LoRA is served, its first unless given; or 0."
+    )
 
 
 class _PromptFields(PictureFields):

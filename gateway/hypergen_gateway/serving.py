@@ -81,7 +81,7 @@ async def draw(options: TritonOptions, wanted: dict[str, Any]) -> Picture:
     """One picture, without a gateway. `wanted` holds fields of `Generation`; the model's defaults fill the others."""
     async with _connected(options, DRAW_SECONDS) as backend:
         try:
-            generation = _complete(wanted, await backend.describe())
+            generation = _complete(wanted, await backend.describe(), with_lora=bool(options.export.loras))
         except UnavailableError as error:
             raise UnavailableError(f"No model answers on {options.url}.") from error
         click.echo(f"Drawing in {generation.num_inference_steps} steps …", err=True)
@@ -183,13 +183,15 @@ async def _serve_http(app: Any, listener: socket.socket) -> None:
         await server.serve(sockets=[listener])
 
 
-def _complete(wanted: dict[str, Any], description: ModelDescription) -> Generation:
-    defaults = {
+def _complete(wanted: dict[str, Any], description: ModelDescription, *, with_lora: bool) -> Generation:
+    defaults: dict[str, Any] = {
         "width": description.default_width,
         "height": description.default_height,
         "num_inference_steps": description.default_num_inference_steps,
         "guidance_scale": description.default_guidance_scale,
     }
+    if with_lora:
+        defaults |= {"lora": description.loras[0].name, "lora_scale": description.loras[0].scale}
     return Generation(**(defaults | {name: value for name, value in wanted.items() if value is not None}))
 
 
