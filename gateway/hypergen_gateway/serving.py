@@ -23,7 +23,7 @@ from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.errors import UnavailableError
-from hypergen_gateway.generation import Generation, ModelDescription, Picture
+from hypergen_gateway.generation import Generation, Lora, ModelDescription, Picture
 from hypergen_gateway.repository import ExportOptions, find_repository
 from hypergen_gateway.triton import TritonBackend
 
@@ -206,11 +206,16 @@ async def _greeting(options: ServeOptions, backend: TritonBackend) -> str:
         return f"Serving on {url}/v1, a page to try it on {url}\n{waiting}"
     model = options.gateway.model_id or description.model_id
     secured = options.gateway.api_key is not None
+    details = [description.device, *(["with an API key"] if secured else []), *_lora_names(description.loras)]
     return (
-        f"Serving {model} on {url}/v1 ({description.device}{', with an API key' if secured else ''})"
+        f"Serving {model} on {url}/v1 ({', '.join(details)})"
         f"\n\nA page to try it on: {url}"
         f"\n\nA picture:\n{_curl_line(url, secured, description.suggestions)}\n{_suggested(description.suggestions)}"
     )
+
+
+def _lora_names(loras: Sequence[Lora]) -> list[str]:
+    return [f"with the LoRA {lora.name} at {lora.scale:g}" for lora in loras]
 
 
 def _suggested(prompts: Sequence[str]) -> str:

@@ -99,7 +99,7 @@ def for_other_layers(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor
 
 
 def for_more_layers(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
-    return name.replace("up_blocks.2", "up_blocks.3").replace("layers.1", "layers.2"), tensor
+    return name.replace("up_blocks.1", "up_blocks.2").replace("layers.1", "layers.2"), tensor
 
 
 @pytest.mark.parametrize("name", MODULES)
