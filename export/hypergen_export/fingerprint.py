@@ -64,7 +64,8 @@ def _identity(path: Path) -> tuple[str, str, int]:
 
 
 def _contents(paths: Iterable[Path]) -> list[tuple[str, str]]:
-    return [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in sorted(paths)]
+    # In the order of their names: that of their paths would change with the place of the checkpoint.
+    return sorted((path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in paths)
 
 
 def _digest(*parts: Any) -> str:
