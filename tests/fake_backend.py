@@ -27,6 +27,7 @@ MODEL = ModelDescription(
     min_size=32,
     max_size=1536,
     sizes=(),
+    loras=(),
     default_num_inference_steps=20,
     default_guidance_scale=5.0,
     max_num_images=10,

@@ -24,6 +24,7 @@ PARAMETERS = {
     "min_size": "32",
     "max_size": "512",
     "sizes": "",
+    "loras": '[{"name": "ink", "scale": 0.5, "models": {"unet": "unet.ink@0.5"}}]',
     "default_num_inference_steps": "20",
     "default_guidance_scale": "5.5",
     "default_scheduler": "euler",

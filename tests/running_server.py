@@ -69,11 +69,11 @@ class Server:
         answer: dict[str, Any] = httpx.get(f"{self.url}/health", timeout=10).json()
         return answer
 
-    def unet_counts(self) -> tuple[int, int]:
-        """Rows and executions of the UNet since the start, as Triton counts them."""
+    def unet_counts(self, model: str = "unet") -> tuple[int, int]:
+        """Rows and executions of the UNet, or of another model, since the start, as Triton counts them."""
         triton = InferenceServerClient(self.triton_url)
         try:
-            statistics = triton.get_inference_statistics("unet", client_timeout=10).model_stats[0]
+            statistics = triton.get_inference_statistics(model, client_timeout=10).model_stats[0]
             return statistics.inference_count, statistics.execution_count
         finally:
             triton.close()

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,15 @@ from PIL import Image as PILImage
 from conditions import Array, conditions_of, merge, outputs_of, texts_of
 from contract import Architecture, InvalidInputError, Request
 from hypergen_export.checkpoint import Checkpoint, open_checkpoint
+from hypergen_export.components import Component
 from hypergen_export.defaults import checkpoint_parameters
 from hypergen_export.examples import by_name
 from hypergen_export.loading import load_module
+from hypergen_export.lora import Lora, read_loras
+from hypergen_export.merging import merge_lora
 from hypergen_export.tokenizer import write_tokenizer
 from hypergen_export.wrappers import wrap
+from loras import Weights, lora_weights, save_by_diffusers, save_by_kohya
 from miniature import FAMILIES, save_miniature
 from prompts import PromptTokenizers
 from samplers import SCHEDULERS, make_scheduler
@@ -388,3 +393,40 @@ def test_prompt_tokens_are_those_that_the_text_encoders_read(
     sampler = pair_of(family).sampler
     request = request_of(**{"prompt": "a red rocket on blue", **changes})
     assert sampler.tokenize(texts_of(request, sampler.architecture)).count == tokens
+
+
+def by_kohya(folder: Path, weights: dict[str, Weights]) -> Path:
+    return save_by_kohya(folder / "kohya.safetensors", weights, alpha=4.0)
+
+
+@pytest.mark.parametrize(
+    ("family", "save"), [("sd-1", save_by_diffusers), ("sdxl", save_by_diffusers), ("sdxl", by_kohya)]
+)
+async def test_a_merged_lora_draws_as_diffusers_pipeline_does_with_it(
+    family: str, save: Callable[[Path, dict[str, Weights]], Path], pair_of: Any, tmp_path: Path
+) -> None:
+    plain: Sampler = pair_of(family).sampler
+    checkpoint = plain.checkpoint
+    encoders = [each.module for each in checkpoint.family.text_encoders]
+    file = save(tmp_path, lora_weights(checkpoint.folder, "unet", *encoders))
+    (lora,) = read_loras([f"{file}:0.5"])
+    merged = {each.name: wrap(each, merged_module(checkpoint, each, lora)) for each in changed_by(lora, checkpoint)}
+    assert merged.keys() == {"unet", *encoders}
+    pipeline = pipeline_of(checkpoint.folder)
+    pipeline.load_lora_weights(str(file))
+    pipeline.fuse_lora(lora_scale=0.5)
+    request = request_of(guidance_scale=5.0, negative_prompt="a green cat")
+    ours = await dataclasses.replace(plain, modules=plain.modules | merged).draw(request)
+    held(ours, by_diffusers(pipeline, request))
+    base, _ = await plain.draw(request)
+    assert np.abs(base - ours[0]).mean() > 0.01 * np.abs(base).max(), "the LoRA changes nothing"
+
+
+def changed_by(lora: Lora, checkpoint: Checkpoint) -> list[Component]:
+    return [component for component in checkpoint.family.components if component.module in lora.modules]
+
+
+def merged_module(checkpoint: Checkpoint, component: Component, lora: Lora) -> torch.nn.Module:
+    module = load_module(checkpoint, component)
+    merge_lora(checkpoint, component.module, module, lora)
+    return module

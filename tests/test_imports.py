@@ -57,6 +57,7 @@ GATEWAY_LAYERS = [
     "cli",
 ]
 SAMPLER_LAYERS = [
+    "variants",
     "contract",
     "samplers",
     "prompts",

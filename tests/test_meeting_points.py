@@ -22,7 +22,6 @@ from samplers import SCHEDULERS
 
 ROOT = Path(__file__).parents[1]
 SAMPLER = ROOT / "model_repository" / "diffusion"
-NOT_SERVED_YET = {"lora", "lora_scale"}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +43,7 @@ def test_the_gateway_sends_the_inputs_that_the_sampler_declares(template: Any) -
     declared = {entry.name: model_config_pb2.DataType.Name(entry.data_type) for entry in template.input}
     sent = {name: f"TYPE_{datatype.replace('BYTES', 'STRING')}" for name, datatype in triton.INPUT_TYPES.items()}
     assert sent == declared
-    assert set(sent) | NOT_SERVED_YET == {field.name for field in dataclasses.fields(Generation)}
+    assert set(sent) == {field.name for field in dataclasses.fields(Generation)}
 
 
 def test_the_sampler_answers_with_the_outputs_that_it_declares(template: Any) -> None:
@@ -81,7 +80,7 @@ def test_an_export_brings_the_files_that_the_sampler_opens(exported: Path) -> No
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_the_sampler_calls_components_by_their_tensors(family: Family) -> None:
     """Text encoders and conditions are named by parameters, which the exporter takes from its table."""
-    named = strings_of(SAMPLER / "1" / "bls.py") | strings_of(SAMPLER / "1" / "conditions.py")
+    named = {name for file in ("bls", "conditions", "variants") for name in strings_of(SAMPLER / "1" / f"{file}.py")}
     for component in family.components:
         assert component.name in named or component in family.text_encoders
         assert {tensor.name for tensor in (*component.inputs, *component.outputs)} <= named

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -20,10 +21,20 @@ from hypergen_export.checkpoint import SCHEDULER, Checkpoint, open_checkpoint
 from hypergen_export.components import Component
 from hypergen_export.defaults import checkpoint_parameters
 from hypergen_export.engines import ENGINES, OPENVINO, TENSORRT, Size, check_dtype, choose_sizes, size_parameters
-from hypergen_export.errors import MissingDependencyError
+from hypergen_export.errors import BadLoraError, MissingDependencyError
 from hypergen_export.fingerprint import component_key, plan_key, repository_key, tokenizer_key
+from hypergen_export.lora import Lora
 from hypergen_export.profiles import Shapes, profiles
-from hypergen_export.repository import check_space, file_sizes, link_or_copy, read_record, staged, write_record
+from hypergen_export.repository import (
+    Earlier,
+    check_space,
+    exports_beside,
+    file_sizes,
+    link_or_copy,
+    read_record,
+    staged,
+    write_record,
+)
 from hypergen_export.tensorrt import Build, Target, build_plan, this_machine, write_plan_record
 from hypergen_export.weights import float32_bytes
 
@@ -44,6 +55,7 @@ class ExportRequest:
     """What is asked for. `max_batch_size` counts images; guidance gives each of them two rows in a UNet call.
 
     `sizes` are pictures' widths and heights, for an engine that must know them; empty: the checkpoint's own.
+    `loras` are served beside the checkpoint as it is.
     """
 
     model: str
@@ -53,6 +65,7 @@ class ExportRequest:
     max_batch_size: int = 8
     sizes: tuple[Size, ...] = ()
     model_id: str = ""
+    loras: tuple[Lora, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -85,8 +98,7 @@ def export(request: ExportRequest, target: Target | None = None) -> Outcome:
     TensorRT's plans are for `target`, or for this machine.
     """
     output = request.output.expanduser().resolve()
-    record = read_record(output) or {}
-    plan = _plan(request, output, record, target)
+    plan = _plan(request, Earlier(output, read_record(output) or {}), target)
     if plan.is_up_to_date:
         return Outcome()
     check_space(output, plan.bytes_to_write)
@@ -97,32 +109,50 @@ def export(request: ExportRequest, target: Target | None = None) -> Outcome:
     return Outcome(converted=tuple(component.name for component in plan.outdated), reused=reused)
 
 
-def _plan(request: ExportRequest, output: Path, record: Mapping[str, Any], target: Target | None) -> Plan:
+def _plan(request: ExportRequest, earlier: Earlier, target: Target | None) -> Plan:
     """Everything that can be refused before anything is done, is refused here, what costs least first."""
     engine = ENGINES[request.engine]
     check_dtype(engine, request.dtype)
     checkpoint = open_checkpoint(request.model)
+    _check_loras(request, checkpoint)
     sizes = choose_sizes(engine, request.sizes, checkpoint_parameters(checkpoint, ()))
     if engine is OPENVINO:
-        return Plan(checkpoint, request, output, record, sizes, None)
+        return Plan(checkpoint, request, earlier, sizes, None)
     target = target or this_machine()
     target.check_dtype(request.dtype)
-    return Plan(checkpoint, request, output, record, sizes, target)
+    return Plan(checkpoint, request, earlier, sizes, target)
+
+
+def _check_loras(request: ExportRequest, checkpoint: Checkpoint) -> None:
+    for lora in request.loras:
+        strange = sorted(lora.modules - checkpoint.family.modules.keys())
+        if strange:
+            raise BadLoraError(f"{lora.file}: changes {strange[0]}, which {request.model} does not have")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A request held against the record of the export that is already there (empty if none is).
+    """A request held against the export that is already there (one without a record where none is).
 
     `sizes` are those that are built in, empty for an engine that takes any; `target` is what TensorRT builds for.
     """
 
     checkpoint: Checkpoint
     request: ExportRequest
-    output: Path
-    record: Mapping[str, Any]
+    earlier: Earlier
     sizes: tuple[Size, ...]
     target: Target | None
+
+    @cached_property
+    def components(self) -> tuple[Component, ...]:
+        """The checkpoint's own, then for each LoRA those that it changes."""
+        variants = (variant for lora in self.request.loras for variant in self.variants(lora).values())
+        return (*self.checkpoint.family.components, *variants)
+
+    def variants(self, lora: Lora) -> dict[str, Component]:
+        """Component -> what takes its place under the LoRA, for those that it changes."""
+        own = self.checkpoint.family.components
+        return {component.name: component.with_lora(lora) for component in own if component.module in lora.modules}
 
     @property
     def shapes(self) -> Shapes:
@@ -132,7 +162,7 @@ class Plan:
     @cached_property
     def keys(self) -> dict[str, str]:
         """Component -> key of the file that its engine loads."""
-        return {component.name: self._key(component) for component in self.checkpoint.family.components}
+        return {component.name: self._key(component) for component in self.components}
 
     @cached_property
     def tokenizer_keys(self) -> dict[str, str]:
@@ -151,23 +181,40 @@ class Plan:
     @property
     def is_up_to_date(self) -> bool:
         """Whether there is nothing to do."""
-        same: bool = self.record.get("key") == self.key
-        return same and self._intact("")
+        same: bool = self.earlier.record.get("key") == self.key
+        return same and self.earlier.is_intact("")
 
     @cached_property
-    def outdated(self) -> list[Component]:
-        """Components to convert."""
-        return [c for c in self.checkpoint.family.components if not self._holds(c)]
+    def sources(self) -> dict[str, Earlier]:
+        """Component -> an export that has its file, for those of which there is one.
+
+        Beside the place of this one lie those of the same checkpoint with other LoRAs or options: what they have in
+        common is converted once, and no export takes away what another, which may be served just now, still needs.
+        """
+        sources: dict[str, Earlier] = {}
+        for export in (*exports_beside(self.earlier.folder), self.earlier):
+            sources |= {each.name: export for each in self.components if self._is_held(each, export)}
+        return sources
 
     @property
     def reused(self) -> list[Component]:
-        """Components that the earlier export has."""
-        return [c for c in self.checkpoint.family.components if c not in self.outdated]
+        """Components that an earlier export has."""
+        return [component for component in self.components if component.name in self.sources]
+
+    @property
+    def outdated(self) -> list[Component]:
+        """Components to convert; those with a LoRA first, for whether it fits shows when it is merged."""
+        missing = (component for component in self.components if component.name not in self.sources)
+        return sorted(missing, key=lambda component: component.lora is None)
+
+    def recorded(self, component: Component) -> Mapping[str, Any]:
+        """What the export that a reused component comes from says of it."""
+        return self.sources[component.name].component(component.name)
 
     def holds_tokenizer(self, name: str) -> bool:
         """Whether the earlier export has this tokenizer's file."""
-        same: bool = self.record.get("tokenizers", {}).get(name) == self.tokenizer_keys[name]
-        return same and self._intact(str(tokenizer_file(name)))
+        same: bool = self.earlier.record.get("tokenizers", {}).get(name) == self.tokenizer_keys[name]
+        return same and self.earlier.is_intact(str(tokenizer_file(name)))
 
     @property
     def bytes_to_write(self) -> int:
@@ -186,16 +233,9 @@ class Plan:
             return key
         return plan_key(key, self.weights_dtype(component), self.target, profiles(component, self.shapes))
 
-    def _holds(self, component: Component) -> bool:
-        entry = self.record.get("components", {}).get(component.name, {})
-        same: bool = entry.get("key") == self.keys[component.name]
-        return same and self._intact(f"{component.name}/1/")
-
-    def _intact(self, prefix: str) -> bool:
-        """Whether the files that the earlier export wrote under `prefix` are there in full."""
-        recorded = self.record.get("files", {}).items()
-        files = {name: size for name, size in recorded if name.startswith(prefix)}
-        return bool(files) and files.items() <= file_sizes(self.output).items()
+    def _is_held(self, component: Component, export: Earlier) -> bool:
+        same: bool = export.component(component.name).get("key") == self.keys[component.name]
+        return same and export.is_intact(f"{component.name}/1/")
 
 
 def version_folder(repository: Path, component: Component) -> Path:
@@ -220,11 +260,11 @@ def sampler_sources() -> list[Path]:
 
 def _fill(plan: Plan, folder: Path) -> dict[str, Any]:
     """Write everything but the record into `folder`; returns component -> parity of those converted."""
-    for component in plan.checkpoint.family.components:
+    for component in plan.components:
         version_folder(folder, component).mkdir(parents=True)
     (folder / _SAMPLER / "1").mkdir(parents=True)
     for component in plan.reused:
-        _take_over(version_folder(plan.output, component), version_folder(folder, component))
+        _take_over(version_folder(plan.sources[component.name].folder, component), version_folder(folder, component))
     _write_configs(plan, folder)
     for source in sampler_sources():
         shutil.copyfile(source, folder / _SAMPLER / "1" / source.name)
@@ -240,20 +280,33 @@ def _write_configs(plan: Plan, folder: Path) -> None:
 
     request = plan.request
     options = EngineOptions(engine=request.engine, dtype=request.dtype, shapes=plan.shapes)
-    for component in plan.checkpoint.family.components:
+    for component in plan.components:
         text = component_config(component, options)
         (folder / component.name / "config.pbtxt").write_text(text, encoding="utf-8")
     template = (sampler_folder() / "config.pbtxt").read_text(encoding="utf-8")
     own = checkpoint_parameters(plan.checkpoint, known_schedulers(template))
-    parameters = request.settings | own | size_parameters(plan.sizes, own)
+    parameters = request.settings | own | size_parameters(plan.sizes, own) | _lora_parameters(plan)
     (folder / _SAMPLER / "config.pbtxt").write_text(sampler_config(template, parameters), encoding="utf-8")
+
+
+def _lora_parameters(plan: Plan) -> dict[str, str]:
+    """The LoRAs by name and scale, and which models take the components' places; all models that are called."""
+    loras = [
+        {
+            "name": lora.name,
+            "scale": lora.scale,
+            "models": {component: variant.name for component, variant in plan.variants(lora).items()},
+        }
+        for lora in plan.request.loras
+    ]
+    return {"loras": json.dumps(loras), "components": ",".join(component.name for component in plan.components)}
 
 
 def _put_tokenizer(plan: Plan, name: str, folder: Path) -> None:
     from hypergen_export.tokenizer import write_tokenizer
 
     if plan.holds_tokenizer(name):
-        link_or_copy(plan.output / tokenizer_file(name), folder / tokenizer_file(name))
+        link_or_copy(plan.earlier.folder / tokenizer_file(name), folder / tokenizer_file(name))
         return
     with _needs_the_extra():
         write_tokenizer(plan.checkpoint, name, folder / tokenizer_file(name))
@@ -300,7 +353,6 @@ def _needs_the_extra() -> Iterator[None]:
 
 
 def _record(plan: Plan, folder: Path, parity: Mapping[str, Any]) -> dict[str, Any]:
-    earlier = plan.record.get("components", {})
     return {
         "key": plan.key,
         "model": plan.request.model,
@@ -310,11 +362,12 @@ def _record(plan: Plan, folder: Path, parity: Mapping[str, Any]) -> dict[str, An
         "components": {
             component.name: {
                 "key": plan.keys[component.name],
-                "parity": parity.get(component.name) or earlier[component.name]["parity"],
+                "parity": parity.get(component.name) or plan.recorded(component)["parity"],
             }
-            for component in plan.checkpoint.family.components
+            for component in plan.components
         },
         "tokenizers": plan.tokenizer_keys,
+        "loras": [{"name": lora.name, "scale": lora.scale, "sha256": lora.sha256} for lora in plan.request.loras],
         "files": file_sizes(folder),
     }
 

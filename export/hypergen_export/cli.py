@@ -19,6 +19,7 @@ from hypergen_export.build import ExportRequest, Outcome
 from hypergen_export.build import export as build
 from hypergen_export.engines import ENGINES, read_sizes
 from hypergen_export.errors import ExportError, InterruptedExportError
+from hypergen_export.lora import read_loras
 
 _DTYPES = {
     "float32": "float32",
@@ -58,6 +59,15 @@ _DTYPES = {
     show_default=True,
     help="Images per UNet call; with guidance an image takes two rows of it.",
 )
+@click.option(
+    "--lora",
+    "loras",
+    metavar="[NAME=]PATH[:SCALE]",
+    multiple=True,
+    envvar="HYPERGEN_LORA",
+    show_envvar=True,
+    help="A LoRA (.safetensors, or a folder that holds it) to serve beside MODEL, merged at this scale; repeatable.",
+)
 @click.option("--model-id", help="The id that clients see.  [default: MODEL]")
 @click.option(
     "--output",
@@ -65,7 +75,7 @@ _DTYPES = {
     required=True,
     help="Folder of the Triton repository; an earlier export there is replaced.",
 )
-def export(*, model: str, output: Path, dtype: str, sizes: str | None, **options: Any) -> None:
+def export(*, model: str, output: Path, dtype: str, sizes: str | None, loras: tuple[str, ...], **options: Any) -> None:
     """Export MODEL, a diffusers checkpoint's hub id or folder, to a Triton model repository.
 
     `hypergen/emoji` is the checkpoint that ships with the project.
@@ -74,7 +84,9 @@ def export(*, model: str, output: Path, dtype: str, sizes: str | None, **options
     options["model_id"] = options["model_id"] or model
     try:
         asked = () if sizes is None else read_sizes(sizes)
-        request = ExportRequest(model=model, output=output, dtype=_DTYPES[dtype], sizes=asked, **options)
+        request = ExportRequest(
+            model=model, output=output, dtype=_DTYPES[dtype], sizes=asked, loras=read_loras(loras), **options
+        )
         with _interruptible():
             outcome = build(request)
     except ExportError as error:

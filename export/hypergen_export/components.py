@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from hypergen_export.lora import Lora
+
 FLOAT, INT, BYTE = "FP32", "INT32", "UINT8"
 
 # Axes that a request chooses. Every other name in `Tensor.axes` is fixed by the checkpoint (`Sizes`).
@@ -63,6 +65,7 @@ class Component:
     largest difference to torch, relative to the largest magnitude where that exceeds one; for UINT8 it is absolute.
     `wrapper` is a key of `wrappers.WRAPPERS`, empty where that is the component's name. `overflows_float16`: values
     inside leave float16's range, so an engine must compute this one in float32, whatever it computes the others in.
+    `lora` is merged into the module's weights.
     """
 
     name: str
@@ -73,6 +76,11 @@ class Component:
     tolerance: float
     wrapper: str = ""
     overflows_float16: bool = False
+    lora: Lora | None = None
+
+    def with_lora(self, lora: Lora) -> Component:
+        """The model that serves this component's pictures with the LoRA, beside this one."""
+        return replace(self, name=f"{self.name}.{lora.label}", wrapper=self.wrapper or self.name, lora=lora)
 
     def weights_dtype(self, dtype: str) -> str:
         """What this component is computed in where `dtype` is asked for."""

@@ -51,7 +51,7 @@ def convert(
 def _convert(checkpoint: Checkpoint, job: Job, progress: Progress, finish: Finish | None) -> Parity:
     component = job.component
     with progress.stage(f"{component.name}: load"):
-        module = load_module(checkpoint, component).to(getattr(torch, job.dtype))
+        module = _load(checkpoint, component).to(getattr(torch, job.dtype))
         wrapped = wrap(component, module)
     with progress.stage(f"{component.name}: capture"):
         program = capture(component, wrapped, checkpoint.sizes)
@@ -66,12 +66,21 @@ def _convert(checkpoint: Checkpoint, job: Job, progress: Progress, finish: Finis
     return parity
 
 
+def _load(checkpoint: Checkpoint, component: Component) -> torch.nn.Module:
+    module = load_module(checkpoint, component)
+    if component.lora:
+        from hypergen_export.merging import merge_lora
+
+        merge_lora(checkpoint, component.module, module, component.lora)
+    return module
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the libraries' remarks and bars to themselves: what matters of them comes back as our errors."""
-    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity(logging.CRITICAL)
     diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity(logging.CRITICAL)
     transformers.utils.logging.disable_progress_bar()
     for name in ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -33,6 +33,10 @@ class BrokenCheckpointError(ExportError):
     """Files that the layout promises are missing or cannot be read."""
 
 
+class BadLoraError(ExportError):
+    """A LoRA that is missing, cannot be read, or is made for another model."""
+
+
 class OutputRefusedError(ExportError):
     """The output folder may not or cannot be written."""
 

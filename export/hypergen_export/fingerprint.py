@@ -14,11 +14,12 @@ from hypergen_export.components import Component
 _PACKAGE = Path(__file__).parent
 # Sources that decide what a component's ONNX is, and what plan is built of it; others decide what stands around them.
 _PLAN = ("profiles.py", "tensorrt.py")
+_MERGING = ("lora.py", "merging.py")
 _CONVERSION = ("components.py", "examples.py", "wrappers.py", "loading.py", "onnx.py", "compare.py")
 
 
 def component_key(checkpoint: Checkpoint, component: Component) -> str:
-    """Key of a component's ONNX: the module's files and the sources that convert it."""
+    """Key of a component's ONNX: the module's files, the LoRA merged into them, and the sources that convert them."""
     folder = checkpoint.folder / component.module
     weights = [folder / name for name in checkpoint.weights(component.module).files]
     return _digest(
@@ -27,6 +28,7 @@ def component_key(checkpoint: Checkpoint, component: Component) -> str:
         dict(checkpoint.sizes),
         _contents([folder / "config.json", *(_PACKAGE / name for name in _CONVERSION)]),
         [_identity(path) for path in weights],
+        *_lora_parts(component),
     )
 
 
@@ -46,6 +48,13 @@ def repository_key(parts: Iterable[str], settings: dict[str, str], sources: Iter
     return _digest(list(parts), settings, _contents([*sources, *_PACKAGE.glob("*.py")]))
 
 
+def _lora_parts(component: Component) -> list[Any]:
+    """By the file's content: it is small, and its name and time say little."""
+    if component.lora is None:
+        return []
+    return [component.lora.sha256, component.lora.scale, _contents(_PACKAGE / name for name in _MERGING)]
+
+
 def _identity(path: Path) -> tuple[str, str, int]:
     """A weight file without reading it: the hub's cache names it by its hash; elsewhere size and time must do."""
     if path.is_symlink() and path.readlink().parent.name == "blobs":
@@ -55,7 +64,8 @@ def _identity(path: Path) -> tuple[str, str, int]:
 
 
 def _contents(paths: Iterable[Path]) -> list[tuple[str, str]]:
-    return [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in sorted(paths)]
+    # In the order of their names: that of their paths would change with the place of the checkpoint.
+    return sorted((path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in paths)
 
 
 def _digest(*parts: Any) -> str:

@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,34 @@ FORMAT = "hypergen triton repository"
 _SPARE_BYTES = 32 * 2**20
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """An export that is already there."""
+
+    folder: Path
+    record: Mapping[str, Any]
+
+    def component(self, name: str) -> Mapping[str, Any]:
+        """What it recorded of a component; nothing where it has none of that name."""
+        recorded: Mapping[str, Any] = self.record.get("components", {}).get(name, {})
+        return recorded
+
+    def is_intact(self, prefix: str) -> bool:
+        """Whether the files that it wrote under `prefix` are there in full."""
+        recorded = self.record.get("files", {}).items()
+        files = {name: size for name, size in recorded if name.startswith(prefix)}
+        return bool(files) and files.items() <= file_sizes(self.folder).items()
+
+
+def exports_beside(output: Path) -> Iterator[Earlier]:
+    """The finished exports in the folder in which `output` is, or will be."""
+    with contextlib.suppress(OSError):
+        for folder in sorted(output.parent.iterdir()):
+            record = None if folder.name.startswith(".") or folder == output else _read(folder)
+            if record is not None:
+                yield Earlier(folder, record)
+
+
 def read_record(output: Path) -> Mapping[str, Any] | None:
     """The record of the export at `output`; None where there is nothing yet.
 
@@ -34,13 +63,19 @@ def read_record(output: Path) -> Mapping[str, Any] | None:
     with _disk_errors(output):
         if not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir())):
             return None
-    try:
-        record = json.loads((output / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        record = None
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
+    record = _read(output)
+    if record is None:
         raise OutputRefusedError(f"{output}: exists and is no exported repository; name another --output or remove it")
     return record
+
+
+def _read(folder: Path) -> Mapping[str, Any] | None:
+    """The record in `folder`; None where no export wrote one."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and record.get("format") == FORMAT else None
 
 
 def check_space(output: Path, needed: int) -> None:

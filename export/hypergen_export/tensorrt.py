@@ -10,7 +10,6 @@ profiles are what TensorRT takes. Neither is imported before something is built.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 from hypergen_export.cuda import first_gpu
 from hypergen_export.errors import BadOptionError, ConversionError, MissingDependencyError
 from hypergen_export.profiles import Profile
+from hypergen_export.weights import sha256
 
 # A tactic's scratch memory. Without a limit it may be the whole GPU, which the served model has to share.
 _WORKSPACE_BYTES = 8 * 2**30
@@ -28,7 +28,6 @@ _WORKSPACE_BYTES = 8 * 2**30
 _TYPES = {"FLOAT": "FP32", "HALF": "FP16", "BF16": "BF16", "INT32": "INT32", "INT64": "INT64", "UINT8": "UINT8"}
 # Tensor cores compute in bfloat16 since Ampere.
 _BFLOAT16_SINCE = (8, 0)
-_READ_BYTES = 2**20
 
 Report = Callable[[float], None]
 
@@ -127,7 +126,7 @@ def write_plan_record(build: Build, interface: Interface) -> None:
     record = {
         **asdict(build.target),
         "dtype": build.dtype,
-        "onnx_sha256": _sha256(sorted(build.onnx.parent.glob(f"{build.onnx.name}*"))),  # weights may lie beside it
+        "onnx_sha256": sha256(sorted(build.onnx.parent.glob(f"{build.onnx.name}*"))),  # weights may lie beside it
         **asdict(interface),
         "profiles": [{name: asdict(bounds) for name, bounds in profile.items()} for profile in build.profiles],
     }
@@ -147,16 +146,6 @@ def _import(library: str) -> Any:
 
 def _capability_name(compute_capability: str) -> str:
     return "SM" + compute_capability.replace(".", "")
-
-
-def _sha256(files: Sequence[Path]) -> str:
-    """Hash of the files' contents, one after the other."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while chunk := file.read(_READ_BYTES):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _configure(trt: Any, builder: Any, build: Build) -> Any:

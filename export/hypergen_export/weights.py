@@ -1,12 +1,17 @@
-"""Which of a module's weight files to load: names alone, so that the hub can be asked before anything is fetched."""
+"""Weight files without torch: which of a module's to load, and what their headers and bytes tell.
+
+The choice is by names alone, so that the hub can be asked before anything is fetched.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _NAME = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)"
@@ -16,6 +21,7 @@ _NAME = re.compile(
 # safetensors run no code when they are read; among them, full precision before half.
 _FORMATS = ("safetensors", "bin")
 _VARIANTS = ("", "fp16", "bf16")
+_READ_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +52,29 @@ def float32_bytes(folder: Path, weights: Weights) -> int:
     return sum(_float32_bytes(folder / name, weights) for name in weights.files if not name.endswith(".json"))
 
 
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """What a safetensors file says about its tensors, by name. Raises ValueError, OSError."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= size - 8:
+            raise ValueError("it does not begin with a header")
+        header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no json object")
+    return header
+
+
+def sha256(files: Iterable[Path]) -> str:
+    """Hash of the files' contents, one after the other."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while chunk := file.read(_READ_BYTES):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
 def _rank(group: tuple[str, str]) -> tuple[int, int, str]:
     kind, variant = group
     place = _VARIANTS.index(variant) if variant in _VARIANTS else len(_VARIANTS)
@@ -62,11 +91,9 @@ def _float32_bytes(path: Path, weights: Weights) -> int:
 def _safetensors_elements(path: Path) -> int:
     """Elements that a safetensors header declares; 0 for a broken file, which loading will report."""
     try:
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        tensors = (entry for name, entry in header.items() if name != "__metadata__")
+        tensors = (entry for name, entry in safetensors_header(path).items() if name != "__metadata__")
         return sum(_product(entry["shape"]) for entry in tensors)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError):
+    except (ValueError, KeyError, TypeError):
         return 0
 
 

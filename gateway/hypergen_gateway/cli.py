@@ -86,7 +86,12 @@ def _triton_options(command: Callable[..., None]) -> Any:
     )
     @_option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where the engines run.")
     @_option("--max-batch-size", type=click.IntRange(1, 128), default=8, help="Images that share one UNet call.")
-    @_option("--lora", type=str, metavar="PATH", help="Not supported yet.")
+    @_option(
+        "--lora",
+        metavar="[NAME=]PATH[:SCALE]",
+        multiple=True,
+        help="A LoRA (.safetensors, or its folder) that requests may ask for as lora_path=NAME; repeatable.",
+    )
     @_option(
         "--cache-dir",
         type=click.Path(file_okay=False, path_type=Path),
@@ -106,10 +111,10 @@ def _triton_options(command: Callable[..., None]) -> Any:
 
 
 def _read_triton_options(model: str | None, given: dict[str, Any]) -> TritonOptions:
-    url, device, lora = given.pop("triton_url"), given.pop("device"), given.pop("lora")
+    url, device, loras = given.pop("triton_url"), given.pop("device"), given.pop("lora")
     dtype = DTYPES[given.pop("dtype")]
-    if lora is not None:
-        raise click.UsageError("--lora is not supported yet.")
+    if url is not None and loras:
+        raise click.UsageError("--triton-url serves what is exported: give --lora to 'hypergen export'.")
     if url is None and (device == "cuda" or dtype == "float16"):
         raise click.UsageError(
             "The embedded Triton runs on the CPU, in float32 or bfloat16; for a GPU, make TensorRT engines with "
@@ -119,6 +124,7 @@ def _read_triton_options(model: str | None, given: dict[str, Any]) -> TritonOpti
         dtype=_cpu_dtype() if dtype == "auto" else dtype,
         max_batch_size=given.pop("max_batch_size"),
         cache_dir=given.pop("cache_dir"),
+        loras=loras,
     )
     return TritonOptions(model=model or SHIPPED_MODEL, url=url, export=export)
 

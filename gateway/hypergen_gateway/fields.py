@@ -74,8 +74,12 @@ class PictureFields(_Body):
         ge=1,
         description="Refuse at once what would take longer than this many milliseconds, and give up what does.",
     )
-    lora_path: str | None = None
-    lora_scale: float = Field(default=1.0, ge=0.0, le=2.0)
+    lora_path: str | None = Field(
+        default=None, description="The name of a LoRA that the model is served with. Without one: the model as it is."
+    )
+    lora_scale: float | None = Field(
+        default=None, ge=0.0, le=2.0, description="A scale at which that LoRA is served, its first unless given; or 0."
+    )
 
 
 class _PromptFields(PictureFields):

@@ -36,7 +36,7 @@ class Generation:
     mask: Pixels | None = None  # [height, width]; 255 is repainted, 0 stays as in `image`
     strength: float | None = None  # from 0 to 1, how much of `image` is noised away; None: the model's default
     lora: str | None = None  # the name of one that the model was exported with
-    lora_scale: float | None = None
+    lora_scale: float | None = None  # one of its scales; None: the usual one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,14 @@ class Picture:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lora:
+    """A LoRA that is merged into a model at this scale."""
+
+    name: str
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelDescription:
     """What a served model says about itself. The fields are named as the parameters in its `config.pbtxt`."""
 
@@ -79,6 +87,7 @@ class ModelDescription:
     min_size: int
     max_size: int
     sizes: tuple[str, ...]  # WIDTHxHEIGHT of those built in; none where the engines take any
+    loras: tuple[Lora, ...]  # each at each of its scales, the usual one first
     default_num_inference_steps: int
     default_guidance_scale: float
     max_num_images: int

@@ -53,7 +53,6 @@ _STEPS_BY_QUALITY: dict[Quality, float] = {"low": 0.5, "medium": 1.0, "high": 1.
 # Values that the API has and this server does not: for these fields, only what stands here is served.
 _SERVED: dict[str, tuple[object, ...]] = {
     "background": ("auto", "opaque"),
-    "lora_path": (None,),
 }
 
 # What a field may hold, to complete "It must be …". Braces are filled from the model's description.
@@ -84,7 +83,7 @@ _LEGAL: dict[str, str] = {
     "images": 'an array of 1 to {max_images} objects such as {{"image_url": "data:image/png;base64,…"}}',
     "mask": 'a PNG, transparent where the image is drawn anew; in JSON {{"image_url": "data:image/png;base64,…"}}',
     "deadline_ms": "an integer of at least 1",
-    "lora_path": "absent",
+    "lora_path": "{known_loras}",
     "lora_scale": "a number from 0 to 2",
 }
 
@@ -184,6 +183,7 @@ def to_generation(request: PictureRequest, model: ModelDescription) -> Generatio
         scheduler=request.scheduler,
         seed=seed,
         partial_images=request.partial_images if request.stream else 0,
+        **_lora(request, model),
     )
     _check_limits(generation, request, model)
     return generation
@@ -200,6 +200,23 @@ def _check_limits(generation: Generation, request: PictureRequest, model: ModelD
     for name, fine in legal.items():
         if not fine:
             raise _invalid(name, {name: getattr(request, name)}, model)
+
+
+def _lora(request: PictureRequest, model: ModelDescription) -> dict[str, Any]:
+    """The LoRA and its scale, both absent for the model as it is: also at scale 0, and where a scale stands alone."""
+    if request.lora_path is None:
+        return {}
+    scales = [lora.scale for lora in model.loras if lora.name == request.lora_path]
+    if not scales:
+        raise _invalid("lora_path", {"lora_path": request.lora_path}, model)
+    scale = scales[0] if request.lora_scale is None else request.lora_scale
+    if scale not in (0, *scales):
+        known = ", ".join(f"{one:g}" for one in scales)
+        raise InvalidRequestError(
+            f"Invalid value for 'lora_scale': {scale:g}. '{request.lora_path}' is served at {known}; 0 leaves it out.",
+            "lora_scale",
+        )
+    return {"lora": request.lora_path, "lora_scale": scale} if scale else {}
 
 
 def asked_size(request: PictureRequest, model: ModelDescription) -> tuple[int, int] | None:
@@ -223,6 +240,11 @@ def _legal_sizes(model: ModelDescription) -> str:
     )
 
 
+def _known_loras(model: ModelDescription) -> str:
+    names = dict.fromkeys(repr(lora.name) for lora in model.loras)
+    return f"one of {', '.join(names)}" if names else "absent, as the model is served without any LoRA"
+
+
 def _steps_for(quality: str, model: ModelDescription) -> int:
     steps = round(model.default_num_inference_steps * _STEPS_BY_QUALITY[_QUALITIES[quality]])
     return min(max(steps, 1), model.max_num_inference_steps)
@@ -232,6 +254,7 @@ def _invalid(name: str, given: dict[str, Any], model: ModelDescription) -> Inval
     more = {
         "known_schedulers": ", ".join(model.schedulers),
         "legal_sizes": _legal_sizes(model),
+        "known_loras": _known_loras(model),
         "max_images": MAX_IMAGES,
     }
     legal = _LEGAL[name].format(**vars(model), **more)

@@ -33,6 +33,7 @@ class ExportOptions:
     dtype: str
     max_batch_size: int
     cache_dir: Path
+    loras: tuple[str, ...] = ()  # [NAME=]PATH[:SCALE], which the exporter reads
 
 
 def default_cache_dir() -> Path:
@@ -49,6 +50,8 @@ async def find_repository(model: str, options: ExportOptions) -> Path:
     """
     if (Path(model) / "diffusion" / "config.pbtxt").is_file():
         _refuse_plans(Path(model))
+        if options.loras:
+            raise EmbeddedError(f"{model} is exported already: give --lora to 'hypergen export', with the checkpoint.")
         return Path(model)
     output = options.cache_dir / _folder_name(model, options)
     await _export(model, options, output)
@@ -64,11 +67,15 @@ def _refuse_plans(repository: Path) -> None:
 
 
 def _folder_name(model: str, options: ExportOptions) -> str:
-    """Readable, and distinct for distinct checkpoints."""
+    """Readable, and distinct for distinct checkpoints and LoRAs; the exporter shares what they have in common."""
     place = str(Path(model).resolve()) if Path(model).exists() else model
-    digest = hashlib.sha256(place.encode()).hexdigest()[:8]
     readable = re.sub(r"[^A-Za-z0-9.]+", "-", Path(model).name).strip("-.") or "model"
-    return f"{readable}-{digest}-openvino-{options.dtype}-b{options.max_batch_size}"
+    loras = f"-lora-{_digest(*options.loras)}" if options.loras else ""
+    return f"{readable}-{_digest(place)}-openvino-{options.dtype}-b{options.max_batch_size}{loras}"
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:8]
 
 
 async def _export(model: str, options: ExportOptions, output: Path) -> None:
@@ -76,6 +83,7 @@ async def _export(model: str, options: ExportOptions, output: Path) -> None:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "hypergen_export", model, "--engine", "openvino", "--dtype", options.dtype),
         *("--max-batch-size", str(options.max_batch_size), "--output", str(output)),
+        *(f"--lora={lora}" for lora in options.loras),
         start_new_session=True,
     )
     try:

@@ -24,7 +24,7 @@ from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.errors import UnavailableError
-from hypergen_gateway.generation import Generation, ModelDescription, Picture
+from hypergen_gateway.generation import Generation, Lora, ModelDescription, Picture
 from hypergen_gateway.logs import console
 from hypergen_gateway.repository import ExportOptions, find_repository
 from hypergen_gateway.triton import TritonBackend
@@ -100,7 +100,7 @@ async def draw(options: TritonOptions, wanted: dict[str, Any]) -> Picture:
     """One picture, without a gateway. `wanted` holds fields of `Generation`; the model's defaults fill the others."""
     async with _connected(options, DRAW_SECONDS) as backend:
         try:
-            generation = _complete(wanted, await backend.describe())
+            generation = _complete(wanted, await backend.describe(), with_lora=bool(options.export.loras))
         except UnavailableError as error:
             raise UnavailableError(f"No model answers on {options.url}.") from error
         console.info(f"Drawing in {generation.num_inference_steps} steps …")
@@ -202,13 +202,15 @@ async def _serve_http(app: Any, listener: socket.socket) -> None:
         await server.serve(sockets=[listener])
 
 
-def _complete(wanted: dict[str, Any], description: ModelDescription) -> Generation:
-    defaults = {
+def _complete(wanted: dict[str, Any], description: ModelDescription, *, with_lora: bool) -> Generation:
+    defaults: dict[str, Any] = {
         "width": description.default_width,
         "height": description.default_height,
         "num_inference_steps": description.default_num_inference_steps,
         "guidance_scale": description.default_guidance_scale,
     }
+    if with_lora:
+        defaults |= {"lora": description.loras[0].name, "lora_scale": description.loras[0].scale}
     return Generation(**(defaults | {name: value for name, value in wanted.items() if value is not None}))
 
 
@@ -223,11 +225,16 @@ async def _greeting(options: ServeOptions, backend: TritonBackend) -> str:
         return f"Serving on {url}/v1, a page to try it on {url}\n{waiting}"
     model = options.gateway.model_id or description.model_id
     secured = options.gateway.api_key is not None
+    details = [description.device, *(["with an API key"] if secured else []), *_lora_names(description.loras)]
     return (
-        f"Serving {model} on {url}/v1 ({description.device}{', with an API key' if secured else ''})"
+        f"Serving {model} on {url}/v1 ({', '.join(details)})"
         f"\n\nA page to try it on: {url}"
         f"\n\nA picture:\n{_curl_line(url, secured, description.suggestions)}\n{_suggested(description.suggestions)}"
     )
+
+
+def _lora_names(loras: Sequence[Lora]) -> list[str]:
+    return [f"with the LoRA {lora.name} at {lora.scale:g}" for lora in loras]
 
 
 def _suggested(prompts: Sequence[str]) -> str:

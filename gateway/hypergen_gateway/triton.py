@@ -29,7 +29,7 @@ from hypergen_gateway.errors import (
     QueueFullError,
     UnavailableError,
 )
-from hypergen_gateway.generation import Generation, ModelDescription, Picture, Timings
+from hypergen_gateway.generation import Generation, Lora, ModelDescription, Picture, Timings
 from hypergen_gateway.request_id import current_request_id, current_trace
 
 logger = logging.getLogger(__name__)
@@ -74,12 +74,14 @@ INPUT_TYPES: dict[str, str] = {
     "image": "UINT8",
     "mask": "UINT8",
     "strength": "FP32",
+    "lora": "BYTES",
+    "lora_scale": "FP32",
 }
 
 OUTPUTS = ("image", "image_index", "step", "is_final", "seed", "prompt_tokens", "timings_ms")
 
 # What a client calls an input; where nothing stands, the same.
-_PARAMS: Mapping[str, str] = {"num_images": "n", "width": "size", "height": "size"}
+_PARAMS: Mapping[str, str] = {"num_images": "n", "width": "size", "height": "size", "lora": "lora_path"}
 
 # A Triton that went away has been noticed by then, and left out.
 RETRY_SECONDS = 0.2
@@ -91,6 +93,7 @@ _READERS: dict[str, Callable[[str], object]] = {
     "float": float,
     "tuple[str, ...]": lambda text: tuple(name for name in text.split(",") if name),
     "Lines": lambda text: tuple(text.splitlines()),
+    "tuple[Lora, ...]": lambda text: tuple(Lora(name=one["name"], scale=one["scale"]) for one in json.loads(text)),
 }
 
 
@@ -248,7 +251,7 @@ def _to_description(parameters: Mapping[str, str]) -> ModelDescription:
     for field in dataclasses.fields(ModelDescription):
         try:
             values[field.name] = _READERS[str(field.type)](parameters[field.name])
-        except (KeyError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             given = parameters.get(field.name)
             detail = f"parameter {field.name!r} of the model {SAMPLER!r} is {given!r}; export the model again"
             raise InternalError(detail) from error

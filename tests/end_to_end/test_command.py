@@ -105,7 +105,7 @@ def test_a_gateway_may_start_before_its_triton() -> None:
         assert stop_server(server) == 0
 
 
-@pytest.mark.parametrize("option", ["--device=cuda", "--dtype=float16", "--lora=x", "--api-key="])
+@pytest.mark.parametrize("option", ["--device=cuda", "--dtype=float16", "--api-key="])
 def test_what_the_embedded_server_cannot_do_is_refused(option: str) -> None:
     assert one_line_error(hypergen("serve", option))
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import openvino
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from hypergen_export.build import ExportRequest, Outcome, export, sampler_sources
 from hypergen_export.config_pbtxt import read_config
-from hypergen_export.errors import OutputRefusedError, ParityMissedError
+from hypergen_export.errors import BadLoraError, OutputRefusedError, ParityMissedError
+from hypergen_export.lora import read_loras
+from loras import lora_weights, save_by_diffusers
 
-from .conftest import edit_json, leftovers
+from .conftest import Array, edit_json, leftovers
 
 NAMES = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 
@@ -137,3 +142,77 @@ def test_a_missed_parity_leaves_nothing(checkpoint_copy: Path, tmp_path: Path) -
     with pytest.raises(ParityMissedError, match="text_encoder"):
         export(ExportRequest(model=str(checkpoint_copy), output=tmp_path / "repository"))
     assert leftovers(tmp_path) == []
+
+
+@pytest.fixture(scope="module")
+def words(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA that changes the text encoder alone, which takes seconds to convert."""
+    return save_by_diffusers(tmp_path_factory.mktemp("words"), lora_weights(checkpoint_folder, "text_encoder"))
+
+
+@pytest.fixture(scope="module")
+def with_loras(checkpoint_folder: Path, repository: Path, words: Path) -> tuple[ExportRequest, Outcome]:
+    """An export beside the one without LoRAs. Read only."""
+    request = ExportRequest(
+        model=str(checkpoint_folder),
+        output=repository.with_name("with-loras"),
+        max_batch_size=4,
+        model_id="tiny/one",
+        loras=read_loras([f"words={words}:0.5", f"words={words}:1.5"]),
+    )
+    return request, export(request)
+
+
+def test_a_lora_is_a_further_model_of_each_component_that_it_changes(
+    with_loras: tuple[ExportRequest, Outcome],
+) -> None:
+    request, outcome = with_loras
+    variants = ("text_encoder.words@0.5", "text_encoder.words@1.5")
+    assert outcome == Outcome(converted=variants, reused=NAMES), "what lies beside it is taken over"
+    base = read_config((request.output / "text_encoder" / "config.pbtxt").read_text())
+    for name in variants:
+        config = read_config((request.output / name / "config.pbtxt").read_text())
+        assert config.name == name
+        config.name = "text_encoder"
+        assert config == base
+    assert sampler_parameter(request.output, "components") == ",".join((*NAMES, *variants))
+    assert json.loads(sampler_parameter(request.output, "loras")) == [
+        {"name": "words", "scale": 0.5, "models": {"text_encoder": variants[0]}},
+        {"name": "words", "scale": 1.5, "models": {"text_encoder": variants[1]}},
+    ]
+    assert export(request) == Outcome()
+
+
+def test_the_scale_is_in_the_weights(with_loras: tuple[ExportRequest, Outcome]) -> None:
+    """The smaller one lies nearer to the checkpoint as it is."""
+    output = with_loras[0].output
+    names = ("text_encoder", "text_encoder.words@0.5", "text_encoder.words@1.5")
+    base, half, more = (hidden_states(output / name / "1" / "model.onnx") for name in names)
+    assert 1e-3 < np.abs(half - base).mean() < np.abs(more - base).mean()
+
+
+def hidden_states(path: Path) -> Array:
+    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return np.asarray(compiled([np.arange(16, dtype=np.int32)[None]])[0])
+
+
+def test_loras_leave_and_come_back_without_a_conversion(
+    with_loras: tuple[ExportRequest, Outcome], repository: Path, tmp_path: Path
+) -> None:
+    request = replace(with_loras[0], output=repository.with_name("again"))
+    one = replace(request, loras=request.loras[1:])
+    assert export(one) == Outcome(reused=(*NAMES, "text_encoder.words@1.5"))
+    assert export(replace(request, loras=())) == Outcome(reused=NAMES)
+    assert not (request.output / "text_encoder.words@1.5").exists()
+    assert sampler_parameter(request.output, "loras") == "[]"
+    assert export(one) == Outcome(reused=(*NAMES, "text_encoder.words@1.5"))
+    shutil.move(request.output, tmp_path / "elsewhere")
+
+
+def test_a_lora_for_a_module_that_the_model_lacks_is_refused_before_anything_is_done(
+    request_again: ExportRequest, tmp_path: Path
+) -> None:
+    save_file({"lora_te2_x.lora_down.weight": torch.zeros(1)}, tmp_path / "xl.safetensors")
+    loras = read_loras([str(tmp_path / "xl.safetensors")])
+    with pytest.raises(BadLoraError, match=r"xl\.safetensors: changes text_encoder_2, which .* does not have"):
+        export(replace(request_again, loras=loras))

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from .conftest import edit_json, leftovers
 
@@ -66,6 +68,13 @@ def test_an_unknown_folder(tmp_path: Path) -> None:
     line = one_line(run(tmp_path / "nowhere", "--output", tmp_path / "repository"))
     assert "no such folder" in line
     assert leftovers(tmp_path) == []
+
+
+def test_a_lora_that_does_not_fit(checkpoint_folder: Path, repository_copy: Path, tmp_path: Path) -> None:
+    weights = {f"unet.conv_in.lora_{half}.weight": torch.zeros(4, 9, 3, 3) for half in "AB"}
+    save_file(weights, tmp_path / "x.safetensors")
+    line = one_line(run(checkpoint_folder, "--lora", tmp_path / "x.safetensors", "--output", repository_copy))
+    assert line.endswith("x.safetensors: does not fit this model's unet (the weights' shapes differ)")
 
 
 def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:

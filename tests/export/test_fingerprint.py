@@ -8,6 +8,7 @@ import pytest
 
 from hypergen_export.checkpoint import Checkpoint, open_checkpoint
 from hypergen_export.fingerprint import component_key, plan_key, repository_key, tokenizer_key
+from hypergen_export.lora import Lora
 
 from .conftest import COMPONENTS, edit_json
 
@@ -92,3 +93,17 @@ def test_a_repositorys_key_follows_parts_settings_and_sources(tmp_path: Path, ch
     assert repository_key(parts, {"dtype": "bfloat16"}, [source]) != key
     source.write_text("two")
     assert repository_key(parts, {"dtype": "float32"}, [source]) != key
+
+
+def test_a_merged_loras_content_and_scale_are_in_the_key(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"one")
+    (tmp_path / "b.safetensors").write_bytes(b"two")
+    (tmp_path / "c.safetensors").write_bytes(b"one")
+
+    def key(file: str, scale: float) -> str:
+        lora = Lora(name="ink", file=tmp_path / file, scale=scale)
+        return component_key(checkpoint, COMPONENTS["unet"].with_lora(lora))
+
+    given = [key("a.safetensors", 1), key("b.safetensors", 1), key("a.safetensors", 0.5)]
+    assert len({component_key(checkpoint, COMPONENTS["unet"]), *given}) == 4
+    assert key("c.safetensors", 1) == given[0], "where the file lies is all the same"

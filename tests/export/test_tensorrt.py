@@ -32,10 +32,12 @@ from hypergen_export.config_pbtxt import EngineOptions, component_config
 from hypergen_export.engines import read_sizes
 from hypergen_export.errors import BadOptionError, ConversionError, MissingDependencyError, NoGpuError
 from hypergen_export.loading import load_module
+from hypergen_export.lora import read_loras
 from hypergen_export.onnx import capture, write_onnx
 from hypergen_export.profiles import Bounds, Shapes, profiles
 from hypergen_export.tensorrt import Build, Phases, Target, ahead_of_time, build_plan, this_machine, write_plan_record
 from hypergen_export.wrappers import wrap
+from loras import lora_weights, save_by_diffusers
 from miniature import FAMILIES
 
 from .conftest import COMPONENTS, CONVERTED, EXPORTED, Converted
@@ -243,6 +245,19 @@ def test_every_profile_takes_the_configurations_batches_and_no_larger_one(
             assert (bounds["smallest"][0], bounds["largest"][0]) == (1, config.max_batch_size)
             assert bounds["smallest"][1:] == bounds["usual"][1:] == bounds["largest"][1:]
             assert bounds["smallest"][0] <= bounds["usual"][0] <= bounds["largest"][0]
+
+
+def test_a_lora_has_plans_of_its_own(
+    plans: Path, request_made: ExportRequest, target: Target, checkpoint_folder: Path, tmp_path: Path
+) -> None:
+    file = save_by_diffusers(tmp_path, lora_weights(checkpoint_folder, "text_encoder"))
+    request = replace(request_made, output=plans.with_name("with-lora"), loras=read_loras([f"words={file}:0.5"]))
+    name = "text_encoder.words@0.5"
+    assert export(request, target) == Outcome(converted=(name,), reused=NAMES)
+    theirs, ours = record_of(plans, "text_encoder"), record_of(request.output, name)
+    assert ours.pop("onnx_sha256") != theirs.pop("onnx_sha256")
+    assert ours == theirs
+    assert config_of(request.output, name).name == name
 
 
 def test_the_sizes_asked_for_are_the_profiles_and_the_samplers(plans: Path) -> None:

@@ -88,7 +88,7 @@ WRONG_VALUES: list[tuple[str, Any, str]] = [
     ("seed", 2**63, "from 0 to 9223372036854775807"),
     ("seed", 1.0, "from 0 to 9223372036854775807"),
     ("seed", "1", "from 0 to 9223372036854775807"),
-    ("lora_path", "/etc/passwd", "not supported by this server"),
+    ("lora_path", "/etc/passwd", "must be absent, as the model is served without any LoRA"),
     ("lora_scale", 3, "from 0 to 2"),
 ]
 

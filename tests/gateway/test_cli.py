@@ -91,3 +91,13 @@ def test_links_that_could_not_work_are_refused(option: str, value: str, says: st
 def test_a_bucket_without_boto3_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert "pip install 'hypergen-triton[s3]'" in refusal(serve("--link-bucket", "s3://pictures"))
+
+
+def test_loras_belong_to_an_export(tmp_path: Path) -> None:
+    line = refusal(serve("--triton-url", "127.0.0.1:1", "--lora", "ink=ink.safetensors"))
+    assert "give --lora to 'hypergen export'" in line
+    (tmp_path / "diffusion").mkdir()
+    (tmp_path / "diffusion" / "config.pbtxt").touch()
+    result = serve(str(tmp_path), "--port", str(free_port()), HYPERGEN_LORA="ink=a.safetensors clay=b.safetensors")
+    assert result.exit_code == 1
+    assert f"{tmp_path} is exported already: give --lora to 'hypergen export'" in result.output

@@ -11,7 +11,7 @@ from fake_backend import MODEL
 from hypergen_gateway.bodies import parse_json
 from hypergen_gateway.errors import InvalidRequestError
 from hypergen_gateway.fields import ImageRequest
-from hypergen_gateway.generation import MAX_SEED, Generation, ModelDescription
+from hypergen_gateway.generation import MAX_SEED, Generation, Lora, ModelDescription
 from hypergen_gateway.images import FileFormat
 from hypergen_gateway.openai import file_format_of, quality_of, read_request, to_generation
 
@@ -121,3 +121,43 @@ def test_previews_are_for_streams() -> None:
 )
 def test_format_and_compression_say_which_file_is_made(fields: dict[str, Any], made: FileFormat) -> None:
     assert file_format_of(read_request({"prompt": "a fox"} | fields, ImageRequest, MODEL)) == made
+
+
+WITH_LORAS = replace(
+    MODEL, loras=(Lora(name="ink", scale=0.8), Lora(name="ink", scale=0.4), Lora(name="clay", scale=1.0))
+)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, (None, None)),
+        ({"lora_path": "ink"}, ("ink", 0.8)),
+        ({"lora_path": "ink", "lora_scale": None}, ("ink", 0.8)),
+        ({"lora_path": "ink", "lora_scale": 0.4}, ("ink", 0.4)),
+        ({"lora_path": "clay", "lora_scale": 1}, ("clay", 1.0)),
+        ({"lora_path": "ink", "lora_scale": 0}, (None, None)),
+        ({"lora_scale": 0.7}, (None, None)),
+    ],
+)
+def test_a_lora_is_asked_for_by_name_at_one_of_its_scales(fields: dict[str, Any], expected: tuple[Any, Any]) -> None:
+    made = generation(WITH_LORAS, **fields)
+    assert (made.lora, made.lora_scale) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"lora_path": "oil"}, "lora_path", "\"oil\". It must be one of 'ink', 'clay'."),
+        ({"lora_path": ""}, "lora_path", "It must be one of 'ink', 'clay'."),
+        ({"lora_path": "/srv/ink.safetensors", "lora_scale": 0}, "lora_path", "It must be one of 'ink', 'clay'."),
+        ({"lora_path": "ink", "lora_scale": 1}, "lora_scale", "1. 'ink' is served at 0.8, 0.4; 0 leaves it out."),
+    ],
+)
+def test_another_lora_or_scale_is_refused_with_those_that_are_there(
+    fields: dict[str, Any], param: str, message: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        generation(WITH_LORAS, **fields)
+    assert refused.value.param == param
+    assert refused.value.message.endswith(message)

@@ -26,7 +26,7 @@ from hypergen_gateway.errors import (
     QueueFullError,
     UnavailableError,
 )
-from hypergen_gateway.generation import Generation, ModelDescription, Picture, Timings
+from hypergen_gateway.generation import Generation, Lora, ModelDescription, Picture, Timings
 from hypergen_gateway.request_id import current_request_id
 from hypergen_gateway.triton import INPUT_TYPES, TritonBackend
 
@@ -43,6 +43,8 @@ FULL = Generation(
     guidance_scale=5.5,
     scheduler="euler",
     seed=7,
+    lora="ink",
+    lora_scale=0.5,
 )
 
 
@@ -98,6 +100,7 @@ class TestDescribe:
             min_size=32,
             max_size=512,
             sizes=(),
+            loras=(Lora(name="ink", scale=0.5),),
             default_num_inference_steps=20,
             default_guidance_scale=5.5,
             max_num_images=10,
@@ -110,14 +113,16 @@ class TestDescribe:
     async def test_every_field_is_a_parameter_of_the_same_name(self) -> None:
         assert {field.name for field in fields(ModelDescription)} <= PARAMETERS.keys()
 
-    @pytest.mark.parametrize("value", [None, "many"])
+    @pytest.mark.parametrize(
+        ("name", "value"), [("max_size", None), ("max_size", "many"), ("loras", "ink"), ("loras", "[7]")]
+    )
     async def test_a_missing_or_unreadable_parameter_is_named_in_the_log_s_detail(
-        self, triton: FakeTriton, backend: TritonBackend, value: str | None
+        self, triton: FakeTriton, backend: TritonBackend, name: str, value: str | None
     ) -> None:
-        del triton.parameters["max_size"]
+        del triton.parameters[name]
         if value is not None:
-            triton.parameters["max_size"] = value
-        with pytest.raises(InternalError, match="max_size"):
+            triton.parameters[name] = value
+        with pytest.raises(InternalError, match=name):
             await backend.describe()
 
     async def test_it_is_read_once(self, triton: FakeTriton, backend: TritonBackend) -> None:
@@ -357,6 +362,8 @@ TRANSLATIONS: list[tuple[grpc.StatusCode, str, type[HyperGenError], str | None]]
     (CODE.INVALID_ARGUMENT, "image: must be [48, 64, 3], not [1, 1, 3]", InvalidRequestError, "image"),
     (CODE.INVALID_ARGUMENT, "mask: needs an image", InvalidRequestError, "mask"),
     (CODE.INVALID_ARGUMENT, "strength: leaves no step", InvalidRequestError, "strength"),
+    (CODE.INVALID_ARGUMENT, "lora: must be one of ink", InvalidRequestError, "lora_path"),
+    (CODE.INVALID_ARGUMENT, "lora_scale: must be 0, 0.5", InvalidRequestError, "lora_scale"),
     (CODE.INVALID_ARGUMENT, "partial_images: must be from 0 to 3", InvalidRequestError, "partial_images"),
     (CODE.INVALID_ARGUMENT, "unexpected inference input 'mask' for model 'diffusion'", InternalError, None),
     (CODE.INVALID_ARGUMENT, "unet: got a wrong shape", InternalError, None),

@@ -17,6 +17,7 @@ PARAMETERS = {
     "min_size": "16",
     "max_size": "128",
     "sizes": "",
+    "loras": "[]",
     "default_num_inference_steps": "20",
     "max_num_inference_steps": "150",
     "default_guidance_scale": "3.5",
@@ -156,3 +157,47 @@ def test_guidance_is_skipped_at_scale_1_and_where_the_unet_has_it_inside(
 ) -> None:
     architecture = Architecture.from_model_config(model_config(guidance_width=width))
     assert architecture.guides(check_request({"prompt": "x", "guidance_scale": scale}, LIMITS)) is guides
+
+
+INK, SOFT_INK, CLAY = (
+    {"name": "ink", "scale": 0.8, "models": {"unet": "unet.ink@0.8", "text_encoder": "text_encoder.ink@0.8"}},
+    {"name": "ink", "scale": 0.4, "models": {"unet": "unet.ink@0.4", "text_encoder": "text_encoder.ink@0.4"}},
+    {"name": "clay", "scale": 1.0, "models": {"text_encoder_2": "text_encoder_2.clay@1"}},
+)
+WITH_LORAS = Limits.from_model_config(model_config(loras=json.dumps([INK, SOFT_INK, CLAY])))
+
+
+@pytest.mark.parametrize(
+    ("given", "models"),
+    [
+        ({}, ["unet", "text_encoder", "text_encoder_2"]),
+        ({"lora": "ink"}, ["unet.ink@0.8", "text_encoder.ink@0.8", "text_encoder_2"]),
+        ({"lora": "ink", "lora_scale": 0.4}, ["unet.ink@0.4", "text_encoder.ink@0.4", "text_encoder_2"]),
+        ({"lora": "clay"}, ["unet", "text_encoder", "text_encoder_2.clay@1"]),
+        ({"lora": "ink", "lora_scale": 0.0}, ["unet", "text_encoder", "text_encoder_2"]),
+    ],
+)
+def test_a_lora_takes_the_place_of_what_it_changes(given: dict[str, Any], models: list[str]) -> None:
+    variant = check_request({"prompt": "x", **given}, WITH_LORAS).variant
+    assert [variant.unet, variant.model("text_encoder"), variant.model("text_encoder_2")] == models
+
+
+@pytest.mark.parametrize(
+    ("given", "limits", "problem"),
+    [
+        ({"lora": "oil"}, WITH_LORAS, "lora: must be one of ink, clay, not 'oil'"),
+        ({"lora": "oil"}, LIMITS, "lora: must be absent, as this model has none, not 'oil'"),
+        ({"lora": "ink", "lora_scale": 1.0}, WITH_LORAS, "lora_scale: must be 0, 0.4, 0.8, not 1"),
+        ({"lora": "ink", "lora_scale": float("nan")}, WITH_LORAS, "lora_scale: must be 0, 0.4, 0.8, not nan"),
+        ({"lora_scale": 1.0}, WITH_LORAS, "lora_scale: needs a lora"),
+    ],
+)
+def test_another_lora_or_scale_is_refused(given: dict[str, Any], limits: Limits, problem: str) -> None:
+    with pytest.raises(InvalidInputError, match=f"^{problem}$"):
+        check_request({"prompt": "x", **given}, limits)
+
+
+@pytest.mark.parametrize("loras", ["ink", "[7]", '[{"name": "ink"}, {"path": "x"}]'])
+def test_a_parameter_of_no_use_keeps_the_model_from_starting(loras: str) -> None:
+    with pytest.raises(ValueError, match=r"loras|Expecting"):
+        Limits.from_model_config(model_config(loras=loras))

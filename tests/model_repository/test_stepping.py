@@ -18,6 +18,7 @@ from samplers import SCHEDULERS, make_scheduler
 from sampling import Image, UNetRows
 from starts import Canvas
 from stepping import ClientGoneError, Round, Sample, StepLoop, UNet
+from variants import BASE, Variant
 
 REQUEST = Request(
     prompt="a red rocket",
@@ -113,6 +114,25 @@ async def test_different_images_in_one_batch_come_out_as_they_would_alone(
         assert np.abs(one.latents - other.latents).max() <= 5e-4 * np.abs(one.latents).max()
     # Four rounds of the square batch and of the odd-sized image, then three of the one with 7 steps.
     assert unet.rows_of_calls == [7, 2] * 4 + [2] * 3
+
+
+async def test_images_of_different_models_share_no_batch(unet: Any, image_of: Callable[..., Image]) -> None:
+    """Two LoRAs that change the UNet; one that does not, and is in a batch with the checkpoint as it is."""
+    ink = Variant(name="ink", scale=1.0, models={"unet": "unet.ink@1"})
+    clay = Variant(name="clay", scale=1.0, models={"unet": "unet.clay@1"})
+    words = Variant(name="words", scale=1.0, models={"text_encoder": "text_encoder.words@1"})
+    calls: list[tuple[str, int]] = []
+
+    async def record(rows: UNetRows) -> Array:
+        calls.append((rows.model, len(rows.sample)))
+        answer: Array = await unet(rows)
+        return answer
+
+    loop = loop_on(record)
+    variants = [BASE, ink, words, clay, ink, BASE]
+    wishes = [{"seed": seed, "variant": variant, "num_inference_steps": 2} for seed, variant in enumerate(variants)]
+    await asyncio.gather(*(last(loop.sample(image_of(**wish), never)) for wish in wishes))
+    assert calls == [("unet", 6), ("unet.ink@1", 4), ("unet.clay@1", 2)] * 2
 
 
 async def test_an_image_joins_between_steps(unet: Any, image_of: Callable[..., Image]) -> None:

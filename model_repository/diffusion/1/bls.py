@@ -28,12 +28,12 @@ class ComponentUnavailableError(ComponentError):
 
 
 class Components:
-    """The engines of one checkpoint. The dynamic batcher in front of each merges calls that meet there."""
+    """The engines of a checkpoint and its LoRAs. The dynamic batcher in front of each merges calls that meet there."""
 
     async def encode_text(
         self, encoder: str, input_ids: npt.NDArray[np.int32], outputs: Sequence[str]
     ) -> dict[str, Array]:
-        """[B, L] token ids to the named outputs of a text encoder, such as hidden states [B, L, D]."""
+        """[B, L] token ids to the named outputs of the model of a text encoder, such as hidden states [B, L, D]."""
         return await _call(encoder, {"input_ids": input_ids}, outputs)
 
     async def unet(self, rows: UNetRows) -> Array:
@@ -44,7 +44,7 @@ class Components:
             "timestep": rows.timestep[:, None],
             **rows.conditions,
         }
-        answer: Array = (await _call("unet", inputs, ["model_output"]))["model_output"]
+        answer: Array = (await _call(rows.model, inputs, ["model_output"]))["model_output"]
         return answer
 
     async def encode(self, picture: npt.NDArray[np.uint8]) -> tuple[Array, Array]:

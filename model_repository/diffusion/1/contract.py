@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from variants import BASE, Variant, read_variants
+
 Pixels = npt.NDArray[np.uint8]
 
 MAX_SEED = 2**63 - 1
@@ -55,6 +57,8 @@ class Limits:
     latent_channels: int
     vae_scale_factor: int
     schedulers: tuple[str, ...]
+    loras: tuple[Variant, ...]
+    """Those that a request may ask for; of the scales of one, the first is the usual one."""
 
     @classmethod
     def from_model_config(cls, model_config: str) -> Limits:
@@ -106,7 +110,12 @@ class Architecture:
 def _parameters(cls: type, model_config: str) -> dict[str, Any]:
     """The parameters that are fields of `cls`, each of its field's type."""
     given = {key: entry["string_value"] for key, entry in json.loads(model_config)["parameters"].items()}
-    readers: dict[str, Any] = {"int": int, "float": float, "tuple[str, ...]": _names}
+    readers: dict[str, Any] = {
+        "int": int,
+        "float": float,
+        "tuple[str, ...]": _names,
+        "tuple[Variant, ...]": read_variants,
+    }
     try:
         return {name: readers[str(kind)](given[name]) for name, kind in cls.__annotations__.items()}
     except KeyError as missing:
@@ -140,6 +149,8 @@ class Request:
     """[height, width] over `image`: 255 is repainted, 0 stays."""
     strength: float = 1.0
     """How much of `image` is noised away: 1 is all of it."""
+    variant: Variant = BASE
+    """The checkpoint as it is, or with one of `Limits.loras`."""
 
 
 def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
@@ -175,6 +186,7 @@ def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
         image=given.get("image"),
         mask=given.get("mask"),
         strength=_strength(given),
+        variant=_variant(given, limits),
     )
 
 
@@ -224,6 +236,26 @@ def _strength(given: Mapping[str, Any]) -> float:
     unasked = 0.8 if "image" in given and "mask" not in given else 1.0
     strength: float = _within("strength", given.get("strength", unasked), 0.0, 1.0)
     return strength
+
+
+def _variant(given: Mapping[str, Any], limits: Limits) -> Variant:
+    """The LoRA at its usual scale where none is given; a scale of 0 is the checkpoint as it is."""
+    if "lora" not in given:
+        if "lora_scale" in given:
+            raise InvalidInputError("lora_scale", "needs a lora")
+        return BASE
+    known = {lora.scale: lora for lora in limits.loras if lora.name == given["lora"]}
+    if not known:
+        names = ", ".join(dict.fromkeys(lora.name for lora in limits.loras))
+        legal = f"one of {names}" if names else "absent, as this model has none"
+        raise InvalidInputError("lora", f"must be {legal}, not {given['lora'][:64]!r}")
+    known[0.0] = BASE
+    scale = given.get("lora_scale", next(iter(known)))
+    if scale not in known:
+        raise InvalidInputError(
+            "lora_scale", f"must be {', '.join(f'{one:g}' for one in sorted(known))}, not {scale:g}"
+        )
+    return known[scale]
 
 
 def _scheduler(name: str, limits: Limits) -> str:

@@ -16,7 +16,7 @@ from bls import ComponentUnavailableError
 from contract import InvalidInputError, Pixels, QueueFullError
 from stepping import ClientGoneError
 
-TEXTS = ("prompt", "negative_prompt", "scheduler")
+TEXTS = ("prompt", "negative_prompt", "scheduler", "lora")
 ARRAYS = ("image", "mask")
 
 

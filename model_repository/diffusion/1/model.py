@@ -99,7 +99,7 @@ class TritonPythonModel:
         began = time.perf_counter()
         request = _with_own_pixels(request)
         tokens = self._tokenize(texts_of(request, self._architecture))
-        texts, original = await asyncio.gather(self._encode_texts(tokens.ids), self._encode_image(request))
+        texts, original = await asyncio.gather(self._encode_texts(request, tokens.ids), self._encode_image(request))
         return _Job(
             request=request,
             conditions=conditions_of(request, texts, self._architecture),
@@ -115,10 +115,11 @@ class TritonPythonModel:
             cancelled=sender.is_cancelled,
         )
 
-    async def _encode_texts(self, ids: list[Any]) -> dict[str, Array]:
+    async def _encode_texts(self, request: Request, ids: list[Any]) -> dict[str, Array]:
         """What the text encoders make of the texts together: hidden states [T, L, D] and, of some, a pooled [T, P]."""
         made_of = self._architecture
-        calls = zip(made_of.text_encoders, ids, outputs_of(made_of), strict=True)
+        models = [request.variant.model(encoder) for encoder in made_of.text_encoders]
+        calls = zip(models, ids, outputs_of(made_of), strict=True)
         return merge(await asyncio.gather(*(self._components.encode_text(*call) for call in calls)))
 
     async def _encode_image(self, request: Request) -> Original | None:

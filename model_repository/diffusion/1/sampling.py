@@ -23,8 +23,12 @@ from starts import Canvas, start_of
 
 @dataclass(frozen=True)
 class UNetRows:
-    """The rows that one image adds to a batch: [R, C, h, w], [R] and [R, …], with R = 2 under guidance, else 1."""
+    """The rows that one image adds to a batch: [R, C, h, w], [R] and [R, …], with R = 2 under guidance, else 1.
 
+    `model` is the UNet's name in Triton.
+    """
+
+    model: str
     sample: Array
     timestep: Array
     conditions: Conditions
@@ -47,6 +51,7 @@ class Image:
         self, request: Request, conditions: Conditions, canvas: Canvas, scheduler_config: Mapping[str, Any]
     ) -> None:
         self.steps_done = 0
+        self.model = request.variant.unet
         self._conditions = conditions
         self._guidance_scale = request.guidance_scale
         self._scheduler = make_scheduler(request.scheduler, scheduler_config)
@@ -64,7 +69,7 @@ class Image:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the latents: only equal ones can share a batch."""
+        """Height and width of the latents: only equal ones can share a batch, and those of one `model`."""
         return self._latents.shape[2], self._latents.shape[3]
 
     @property
@@ -91,6 +96,7 @@ class Image:
         timestep = self._timesteps[self.steps_done]
         scaled = self._scheduler.scale_model_input(self._latents, timestep).numpy()
         return UNetRows(
+            model=self.model,
             sample=np.repeat(scaled, self.rows, axis=0),
             timestep=np.full(self.rows, float(timestep), dtype=np.float32),
             conditions=self._conditions,

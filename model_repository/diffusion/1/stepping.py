@@ -214,11 +214,11 @@ class StepLoop:
         return sum(ticket.image.steps - ticket.image.steps_done for ticket in gone)
 
     def _batches(self) -> Iterable[list[_Ticket]]:
-        """Split the active images into batches of one size and at most `max_rows` rows."""
-        by_size: dict[tuple[int, int], list[_Ticket]] = defaultdict(list)
+        """Split the active images into batches of one model and size, and at most `max_rows` rows."""
+        alike: dict[tuple[str, tuple[int, int]], list[_Ticket]] = defaultdict(list)
         for ticket in self._active:
-            by_size[ticket.image.size].append(ticket)
-        for tickets in by_size.values():
+            alike[ticket.image.model, ticket.image.size].append(ticket)
+        for tickets in alike.values():
             yield from self._fill(tickets)
 
     def _fill(self, tickets: list[_Ticket]) -> Iterable[list[_Ticket]]:
@@ -256,6 +256,7 @@ def _fail(tickets: Iterable[_Ticket], error: BaseException) -> None:
 
 def _stack(rows: list[UNetRows]) -> UNetRows:
     return UNetRows(
+        model=rows[0].model,
         sample=np.concatenate([row.sample for row in rows]),
         timestep=np.concatenate([row.timestep for row in rows]),
         conditions={name: np.concatenate([row.conditions[name] for row in rows]) for name in rows[0].conditions},

@@ -1,0 +1,40 @@
+"""The checkpoint with a LoRA merged into its weights: which models serve it in place of the checkpoint's own.
+
+Knows the parameter `loras` of `config.pbtxt`; knows nothing of how it came about.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A LoRA at one scale; without a name the checkpoint as it is."""
+
+    name: str = ""
+    scale: float = 0.0
+    models: Mapping[str, str] = field(default_factory=dict)
+    """Component -> the model in its place, for those that the LoRA changes."""
+
+    def model(self, component: str) -> str:
+        """The model that serves the component."""
+        return self.models.get(component, component)
+
+    @property
+    def unet(self) -> str:
+        """The model that takes the steps: images of one can share its batches."""
+        return self.model("unet")
+
+
+BASE = Variant()
+
+
+def read_variants(text: str) -> tuple[Variant, ...]:
+    """The parameter's value, a JSON list. Raises ValueError."""
+    try:
+        return tuple(Variant(**entry) for entry in json.loads(text))
+    except TypeError as error:
+        raise ValueError(f"config.pbtxt of diffusion has a parameter loras of no use ({error})") from None
