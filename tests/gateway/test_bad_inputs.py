@@ -180,7 +180,7 @@ async def test_json_is_json_however_it_is_written(client: httpx.AsyncClient, con
         ("DELETE", "/v1/models", 405),
         ("POST", "/health", 405),
         ("PATCH", "/v1/models/x", 405),
-        ("GET", "/", 404),
+        ("GET", "/index.html", 404),
         ("GET", "/v1", 404),
         ("POST", "/v1/chat/completions", 404),
         ("POST", URL + "/", 404),

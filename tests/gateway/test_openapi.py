@@ -21,7 +21,6 @@ from hypergen_gateway.errors import UnavailableError
 from hypergen_gateway.openapi import describe_api
 from pictures import file_of, photo
 
-PAGES = ("/openapi.json", "/docs", "/", "/web/{name}")
 API = describe_api(MODEL, secured=False)
 
 
