@@ -30,7 +30,7 @@ class Place:
     """A request in the queue or at work.
 
     `position` is its number in the queue when it came, 0 if it went straight to work; `estimate` how many seconds it
-    would take until it is done, as far as was known then.
+    would take until it is done, as far as was known then: who comes later and finds a place shares the sampler with it.
     """
 
     work: Work

@@ -19,7 +19,7 @@ from hypergen_gateway.middleware import Served
 MEDIA_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 # From a health check to the largest model on the slowest machine.
 _SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
-_RATIOS = (0.5, 0.67, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2)
+_RATIOS = (0.5, 0.67, 0.8, 1, 1.25, 1.5, 2, 3, 5)
 
 
 class Metrics:
