@@ -85,7 +85,7 @@ export class Form {
     Object.assign(byId("num_inference_steps"), { max: model.max_num_inference_steps });
     Object.assign(byId("guidance_scale"), { max: model.max_guidance_scale });
     byId("n").replaceChildren(...range(1, model.max_num_images).map((count) => new Option(count, count)));
-    byId("scheduler").replaceChildren(new Option("the model’s own", ""), ...model.schedulers.map((name) => new Option(name, name)));
+    byId("scheduler").replaceChildren(new Option("model’s own", ""), ...model.schedulers.map((name) => new Option(name, name)));
     const limits = { min: model.min_size, max: model.max_size, step: model.size_factor };
     Object.assign(byId("width"), { ...limits, value: width });
     Object.assign(byId("height"), { ...limits, value: height });
