@@ -310,6 +310,6 @@ class TestNode:
         ]
         assert len(seen["varied"]["data"]) == 2
         assert (seen["wrongMask"]["name"], seen["wrongMask"]["param"]) == ("BadRequestError", "mask")
-        assert seen["link"]["bytes"] > 50
+        assert seen["link"]["bytes"] > 20  # a flat WebP has some fifty
         assert seen["link"]["type"] == "image/webp"
         assert all(seen[error]["requestID"] for error in ("unknownModel", "wrongSize", "wrongKey"))
