@@ -39,9 +39,9 @@ HERE = Path(__file__).parent
 EMOJI = emoji_list()
 NATIVE = (NATIVE_SIDE, NATIVE_SIDE)
 BATCH = 25
-# All sizes and places of training and sizes between and beside them.
-SHIFTS = (-1, 0, 1)
-PLACES = tuple(Placement(side, x, y) for side, y, x in product((50, 52, 54, 56, 58), SHIFTS, SHIFTS))
+# The two sizes of training, those between and beside them, and shifts of a pixel.
+SHIFTS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
+PLACES = tuple(Placement(side, *shift) for side, shift in product(range(42, 59, 2), SHIFTS))
 SHEET_COLUMNS, SHEET_CELL, SHEET_LINE = 8, 96, 14
 
 

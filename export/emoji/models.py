@@ -31,8 +31,8 @@ SUGGESTIONS = [
     for index, emoji in enumerate(emoji_list())
 ]
 DEFAULTS = {
-    "num_inference_steps": 20,
-    "guidance_scale": 3.0,
+    "num_inference_steps": 10,
+    "guidance_scale": 2.0,
     "width": NATIVE_SIDE,
     "height": NATIVE_SIDE,
     "min_size": 56,

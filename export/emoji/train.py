@@ -1,12 +1,14 @@
-"""Trains the checkpoint that ships with the project, from nothing, on two CPU cores: one command, five stages.
+"""Trains the checkpoint that ships with the project on CPU cores: one command, five stages.
 
-    nice -n 19 python export/emoji/train.py
+    nice -n 19 python export/emoji/train.py                                                    from nothing
+    nice -n 19 python export/emoji/train.py --start export/emoji/checkpoint --folder build/on  on from a checkpoint
 
 The VAE; the latents of every picture of the world; the text encoder taught by itself to tell emoji and colour from a
 caption (learnt through the UNet alone it is slow); UNet and text encoder together (latent diffusion with
-v-prediction); the VAE's decoder alone, once more. Every stage keeps its state in the working folder and goes on from
-it when started again. What a step sees depends on the seed and the step's number alone, so a run that was interrupted
-equals one that was not.
+v-prediction); the VAE's decoder alone, on what that UNet draws. With a checkpoint to start from, its parts take the
+place of the first and the third stage, and the others go on at half the pace. Every stage keeps its state in the
+working folder and goes on from it when started again. What a step sees depends on the seed and the step's number alone,
+so a run that was interrupted equals one that was not.
 
 Each core is a process of one thread with its share of every batch, and gradients are averaged between them: where
 other programs take some of the cores, threads that wait for each other at every operation are several times slower.
@@ -15,8 +17,10 @@ other programs take some of the cores, threads that wait for each other at every
 from __future__ import annotations
 
 import copy
+import shutil
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -25,13 +29,15 @@ from typing import Any
 import click
 import torch
 import torch.distributed as dist
+from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
 from tqdm import tqdm
 
-from captions import caption
+from captions import caption, plain_caption
 from models import (
+    DEFAULTS,
     POSITIONS,
     TEXT_WIDTH,
     build_scheduler,
@@ -48,13 +54,16 @@ from stage import Plan, Stage, random_of, share
 from world import COLOUR_NAMES, NATIVE_SIDE, PLACEMENTS, colour_table, compose, cutouts, emoji_list, held_out_colour
 
 EMOJI = emoji_list()
+NATIVE = (NATIVE_SIDE, NATIVE_SIDE)
 # Sizes beside the native one, width and height, so that they do not break; a step in six is at one of them.
 OTHER_SIZES = ((56, 56), (72, 72), (80, 80), (64, 96), (96, 64), (96, 96))
 OTHER_SIZE_EVERY = 6
 CAPTION_DROPPED, COLOUR_UNSAID, EMOJI_UNSAID = 0.10, 0.15, 0.03
 KL_WEIGHT = 1e-3
+# How often the UNet draws every picture for the decoder, in how many steps (the first, from noise alone, is left out).
+DRAWS, REDRAW_STEPS = 2, 5
+DRAWN_SHARE = 0.75  # of the latents in the decoder's last stage; the others come from the encoder
 NOISY_TIMESTEPS = 0.6  # the exponent of uniform numbers; 1 would take all timesteps alike
-MIDDLE = 13  # of the placements: the larger emoji, not shifted
 
 
 @dataclass(frozen=True)
@@ -62,12 +71,18 @@ class Options:
     """What the command line chooses."""
 
     folder: Path
+    start: Path | None
     seed: int
     vae_steps: int
     text_steps: int
     joint_steps: int
     decoder_steps: int
     processes: int
+    bfloat16: bool
+
+    def precision(self) -> torch.autocast:
+        """What a stage computes its pictures in; weights and their steps stay in single precision."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -105,15 +120,14 @@ def _caption(random: Random, emoji: int, colour: int) -> str:
 def size_of(step: int) -> tuple[int, int]:
     """Width and height of a step's pictures: the native size, and every so often one of the others in turn."""
     if step % OTHER_SIZE_EVERY != OTHER_SIZE_EVERY - 1:
-        return NATIVE_SIDE, NATIVE_SIDE
+        return NATIVE
     return OTHER_SIZES[step // OTHER_SIZE_EVERY % len(OTHER_SIZES)]
 
 
 def cutouts_of_all_sizes() -> dict[tuple[int, int], Tensor]:
-    """All emoji: everywhere at the native size, at the others in the middle and at one of the two scales."""
-    middle = PLACEMENTS[MIDDLE : MIDDLE + 1]
-    others = {size: cutouts(EMOJI, middle, size) for size in OTHER_SIZES}
-    return {(NATIVE_SIDE, NATIVE_SIDE): cutouts(EMOJI)} | others
+    """All emoji: in every way at the native size, in the first way alone at the others."""
+    others = {size: cutouts(EMOJI, PLACEMENTS[:1], size) for size in OTHER_SIZES}
+    return {NATIVE: cutouts(EMOJI)} | others
 
 
 # Stage 1: the VAE
@@ -128,7 +142,8 @@ def train_vae(folder: Path, plan: Plan, options: Options) -> nn.Module:
         of_size = cuts[size_of(step)]
         picks = choose(random_of(plan, options.seed, step), share(plan), of_size.shape[1])
         pictures = compose(of_size[picks.emoji, picks.placement], colour_table()[picks.colour]) * 2 - 1
-        return vae_loss(vae, pictures.contiguous(memory_format=torch.channels_last))
+        with options.precision():
+            return vae_loss(vae, pictures.contiguous(memory_format=torch.channels_last))
 
     return stage.run(loss_of)["vae"]
 
@@ -156,6 +171,9 @@ class Latents:
     by_size: dict[tuple[int, int], Tensor]
     scaling_factor: float
 
+    def mean(self, size: tuple[int, int], picks: Choice) -> Tensor:
+        return self.by_size[size][picks.emoji, picks.placement, picks.colour, 0].float()
+
     def sample(self, size: tuple[int, int], picks: Choice) -> Tensor:
         chosen = self.by_size[size][picks.emoji, picks.placement, picks.colour].float()
         return chosen[:, 0] + chosen[:, 1] * torch.randn_like(chosen[:, 1])
@@ -165,7 +183,7 @@ def encode_world(folder: Path, vae: Any) -> Latents:
     file = folder / "latents.pt"
     if not file.exists():
         raw = {size: _encode(vae, cuts) for size, cuts in cutouts_of_all_sizes().items()}
-        factor = 1 / float(raw[NATIVE_SIDE, NATIVE_SIDE][:, :, :, 0].float().std())
+        factor = 1 / float(raw[NATIVE][:, :, :, 0].float().std())
         by_size = {size: (value.float() * factor).bfloat16() for size, value in raw.items()}
         if dist.get_rank() == 0:
             torch.save({"by_size": by_size, "scaling_factor": factor}, file)
@@ -173,29 +191,29 @@ def encode_world(folder: Path, vae: Any) -> Latents:
     return Latents(**torch.load(file, weights_only=True))
 
 
-def _encode(vae: Any, cuts: Tensor) -> Tensor:
-    """Every process encodes its share of the emoji; all of them get the whole."""
-    shares = [cuts[rank :: dist.get_world_size()] for rank in range(dist.get_world_size())]
-    mine = _encode_share(vae, shares[dist.get_rank()])
-    sent = [torch.empty(len(one), *mine.shape[1:]) for one in shares]
-    dist.all_gather(sent, mine)
-    whole = torch.empty(len(cuts), *mine.shape[1:])
-    for rank, one in enumerate(sent):
-        whole[rank :: dist.get_world_size()] = one
-    return whole.bfloat16()
-
-
 @torch.no_grad()
-def _encode_share(vae: Any, cuts: Tensor) -> Tensor:
+def _encode(vae: Any, cuts: Tensor) -> Tensor:
     colours = colour_table()
-    rows = []
-    name = f"latents {cuts.shape[-1]}×{cuts.shape[-2]}"
-    for row in tqdm(cuts, desc=name, mininterval=5, disable=dist.get_rank() != 0):
+
+    def encode_emoji(emoji: int) -> Tensor:
+        row = cuts[emoji]
         pictures = compose(row.repeat_interleave(len(colours), 0), colours.repeat(len(row), 1)) * 2 - 1
         posterior = vae.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist
-        both = torch.stack([posterior.mean, posterior.std], dim=1).float().contiguous()
-        rows.append(both.unflatten(0, (len(row), len(colours))))
-    return torch.stack(rows)
+        return torch.stack([posterior.mean, posterior.std], dim=1).unflatten(0, (len(row), len(colours)))
+
+    return of_all_emoji(encode_emoji, f"latents {cuts.shape[-1]}×{cuts.shape[-2]}")
+
+
+def of_all_emoji(row_of: Callable[[int], Tensor], name: str) -> Tensor:
+    """bfloat16 [emoji, …]: every process makes the rows of its share of the emoji; all of them get the whole."""
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    mine = tqdm(range(rank, len(EMOJI), processes), desc=name, mininterval=5, disable=rank > 0)
+    sent: list[Any] = [None] * processes
+    dist.all_gather_object(sent, torch.stack([row_of(emoji) for emoji in mine]).bfloat16().contiguous())
+    whole: Tensor = torch.empty(len(EMOJI), *sent[0].shape[1:], dtype=torch.bfloat16)
+    for sender, rows in enumerate(sent):
+        whole[sender::processes] = rows
+    return whole
 
 
 # Stage 3: the text encoder by itself
@@ -245,11 +263,12 @@ class Parts:
     vae: Any
     tokenizer: Any
     text_encoder: Any
+    unet: Any
     latents: Latents
 
 
-def train_jointly(folder: Path, plan: Plan, options: Options, parts: Parts) -> nn.ModuleDict:
-    unet = build_unet().to(memory_format=torch.channels_last)
+def train_jointly(folder: Path, plan: Plan, options: Options, parts: Parts) -> Parts:
+    unet = parts.unet.to(memory_format=torch.channels_last)
     modules = nn.ModuleDict({"unet": unet, "text_encoder": copy.deepcopy(parts.text_encoder)})
     modules.requires_grad_(True).train()
     stage = Stage(folder, plan, modules)
@@ -259,9 +278,15 @@ def train_jointly(folder: Path, plan: Plan, options: Options, parts: Parts) -> n
         size = size_of(step)
         picks = choose(random, share(plan), parts.latents.by_size[size].shape[1])
         texts = captions_of(random, picks)
-        return diffusion_loss(modules, parts, texts, parts.latents.sample(size, picks))
+        with options.precision():
+            return diffusion_loss(modules, parts, texts, parts.latents.mean(size, picks))
 
-    return stage.run(loss_of, lambda: write(folder, parts, stage.averages))
+    def learnt() -> Parts:
+        averages: Any = stage.averages
+        return replace(parts, unet=averages["unet"], text_encoder=averages["text_encoder"])
+
+    stage.run(loss_of, lambda: write(folder, learnt()))
+    return learnt()
 
 
 def diffusion_loss(modules: nn.ModuleDict, parts: Parts, texts: list[str], latents: Tensor) -> Tensor:
@@ -277,42 +302,103 @@ def diffusion_loss(modules: nn.ModuleDict, parts: Parts, texts: list[str], laten
     return functional.mse_loss(output, target)
 
 
-# Stage 5: the decoder alone
+# Stage 5: what the UNet draws, and the decoder alone
 
 
-def sharpen_decoder(folder: Path, plan: Plan, seed: int, parts: Parts) -> Any:
-    """The latents stay what the UNet learnt; sharpness is the decoder's alone, and half as dear to train."""
+@torch.no_grad()
+def draw_world(folder: Path, options: Options, parts: Parts) -> Tensor:
+    """bfloat16 [emoji, draws, placements, colours, C, H/8, W/8]: what the UNet makes of every picture's latents under
+    so much noise that of the two placements theirs can just be told."""
+    file = folder / "drawn.pt"
+    true = parts.latents.by_size[NATIVE][:, :, :, 0]
+
+    def draw_emoji(emoji: int) -> Tensor:
+        torch.manual_seed(options.seed + emoji)
+        captions = [plain_caption(EMOJI[emoji].name, colour) for colour in COLOUR_NAMES]
+        latents = true[emoji].float().expand(DRAWS, -1, -1, -1, -1, -1)
+        with options.precision():
+            return redraw(parts, latents.flatten(0, 2), captions * (DRAWS * len(PLACEMENTS))).view_as(latents)
+
+    if not file.exists():
+        drawn = of_all_emoji(draw_emoji, "drawn latents")
+        if dist.get_rank() == 0:
+            torch.save(drawn, file)
+    dist.barrier()
+    return without_slips(torch.load(file, weights_only=True), true)
+
+
+def without_slips(drawn: Tensor, true: Tensor) -> Tensor:
+    """Drawings [emoji, draws, placements, …] that came out in another placement give way to the true latents."""
+    own = torch.arange(len(PLACEMENTS))[:, None]
+    distances = torch.stack([(drawn - true[:, None, [other]]).square().mean((-3, -2, -1)) for other in own], dim=-1)
+    slipped = distances.argmin(-1) != own
+    return torch.where(slipped[..., None, None, None], true[:, None], drawn)
+
+
+def redraw(parts: Parts, latents: Tensor, captions: list[str]) -> Tensor:
+    """The latents after noise and the few steps that take it away again, with the stored guidance."""
+    scheduler = build_scheduler()
+    scheduler.set_timesteps(REDRAW_STEPS)
+    timesteps = scheduler.timesteps[1:]
+    states = parts.text_encoder(tokenize(parts.tokenizer, [""] * len(captions) + captions))[0]
+    latents = scheduler.add_noise(latents, torch.randn_like(latents), timesteps[:1])
+    for timestep in timesteps:
+        without, towards = parts.unet(latents.repeat(2, 1, 1, 1), timestep, states, return_dict=False)[0].chunk(2)
+        guided = without + DEFAULTS["guidance_scale"] * (towards - without)
+        latents = scheduler.step(guided.float(), timestep, latents).prev_sample
+    return latents
+
+
+def sharpen_decoder(folder: Path, plan: Plan, options: Options, parts: Parts) -> Any:
+    """The decoder learns to see the true picture in what the UNet draws, and still in what the encoder gives."""
+    drawn = draw_world(folder, options, parts)
     vae = copy.deepcopy(parts.vae).to(memory_format=torch.channels_last)
     decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
     stage = Stage(folder, plan, decoder.requires_grad_(True))
-    cuts = cutouts(EMOJI)
+    cuts = cutouts_of_all_sizes()
 
     def loss_of(step: int) -> Tensor:
-        picks = choose(random_of(plan, seed, step), share(plan), len(PLACEMENTS))
-        pictures = compose(cuts[picks.emoji, picks.placement], colour_table()[picks.colour]) * 2 - 1
-        latents = parts.latents.sample((NATIVE_SIDE, NATIVE_SIDE), picks) / parts.latents.scaling_factor
-        restored = vae.decode(latents.contiguous(memory_format=torch.channels_last)).sample
-        return restoration_loss(restored - pictures)
+        size = size_of(step)
+        picks = choose(random_of(plan, options.seed, step), share(plan), cuts[size].shape[1])
+        pictures = compose(cuts[size][picks.emoji, picks.placement], colour_table()[picks.colour]) * 2 - 1
+        latents = parts.latents.sample(size, picks)
+        if size == NATIVE:
+            latents = mixed(latents, drawn, picks)
+        latents = (latents / parts.latents.scaling_factor).contiguous(memory_format=torch.channels_last)
+        with options.precision():
+            return restoration_loss(vae.decode(latents).sample - pictures)
 
     averages: Any = stage.run(loss_of)
     vae.decoder, vae.post_quant_conv = averages["decoder"], averages["post_quant_conv"]
     return vae
 
 
-def write(folder: Path, parts: Parts, averages: Any) -> None:
-    """Writes the averaged model in the shipped layout."""
-    unet, text_encoder, vae = (copy.deepcopy(one) for one in (averages["unet"], averages["text_encoder"], parts.vae))
+def mixed(encoded: Tensor, drawn: Tensor, picks: Choice) -> Tensor:
+    """Most of the latents replaced by one of the UNet's drawings of the same picture."""
+    count = len(encoded)
+    redrawn = drawn[picks.emoji, torch.randint(DRAWS, (count,)), picks.placement, picks.colour].float()
+    return torch.where(torch.rand(count, 1, 1, 1) < DRAWN_SHARE, redrawn, encoded)
+
+
+def write(folder: Path, parts: Parts) -> None:
+    """Writes the model in the shipped layout."""
+    unet, text_encoder, vae = (copy.deepcopy(one) for one in (parts.unet, parts.text_encoder, parts.vae))
     vae.register_to_config(scaling_factor=parts.latents.scaling_factor, force_upcast=False)
     save_checkpoint(pipeline_of(vae, text_encoder, parts.tokenizer, unet), folder / "tokenizer", folder / "checkpoint")
 
 
-def learn(rank: int, options: Options) -> None:
-    """All stages that are not done, in one of the processes."""
-    torch.set_num_threads(1)
-    meeting = f"file://{(options.folder / 'meeting').absolute()}"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=options.processes)
+def parts_of(start: Path, folder: Path) -> Parts:
+    """Everything as an earlier run left it; only the world's latents are made anew."""
+    earlier: Any = StableDiffusionPipeline.from_pretrained(start, safety_checker=None, torch_dtype=torch.float32)
+    shutil.copytree(start / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
+    latents = encode_world(folder, earlier.vae)
+    return Parts(earlier.vae, earlier.tokenizer, earlier.text_encoder, earlier.unet, latents)
+
+
+def learn_parts(options: Options) -> Parts:
+    """Stages 1 to 3, and a UNet that knows nothing yet."""
     folder, seed = options.folder, options.seed
-    if rank == 0 and not (folder / "tokenizer").exists():
+    if dist.get_rank() == 0 and not (folder / "tokenizer").exists():
         write_tokenizer(folder / "tokenizer", seed)
     dist.barrier()
     tokenizer = read_tokenizer(folder / "tokenizer")
@@ -321,25 +407,38 @@ def learn(rank: int, options: Options) -> None:
     latents = encode_world(folder, vae)
     torch.manual_seed(seed)
     plan = Plan("text_encoder", options.text_steps, 0.02, 1e-3, 256, 20, 0.98)
-    parts = Parts(vae, tokenizer, teach_text_encoder(folder, plan, options, tokenizer), latents)
+    text_encoder = teach_text_encoder(folder, plan, options, tokenizer)
     torch.manual_seed(seed)
-    averages = train_jointly(folder, Plan("joint", options.joint_steps, 0.02, 1.2e-3, 64), options, parts)
-    decoder = sharpen_decoder(
-        folder, Plan("decoder", options.decoder_steps, 0.02, 1.5e-3, 8, average=0.995), seed, parts
-    )
+    return Parts(vae, tokenizer, text_encoder, build_unet(), latents)
+
+
+def learn(rank: int, options: Options) -> None:
+    """All stages that are not done, in one of the processes."""
+    torch.set_num_threads(1)
+    meeting = f"file://{(options.folder / 'meeting').absolute()}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=options.processes)
+    folder = options.folder
+    parts = parts_of(options.start, folder) if options.start else learn_parts(options)
+    gentle = 0.5 if options.start else 1.0
+    plan = Plan("joint", options.joint_steps, 0.02 * gentle, 1.2e-3 * gentle, 64)
+    parts = train_jointly(folder, plan, options, parts)
+    plan = Plan("decoder", options.decoder_steps, 0.02 * gentle, 1.5e-3 * gentle, 8, average=0.995)
+    decoder = sharpen_decoder(folder, plan, options, parts)
     if rank == 0:
-        write(folder, replace(parts, vae=decoder), averages)
+        write(folder, replace(parts, vae=decoder))
     dist.destroy_process_group()
 
 
 @click.command(help=__doc__)
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("build/emoji"), show_default=True)
+@click.option("--start", type=click.Path(path_type=Path), help="A checkpoint to go on from.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--vae-steps", type=int, default=2600, show_default=True)
 @click.option("--text-steps", type=int, default=300, show_default=True)
 @click.option("--joint-steps", type=int, default=1800, show_default=True)
 @click.option("--decoder-steps", type=int, default=600, show_default=True)
 @click.option("--processes", type=int, default=2, show_default=True, help="One for each core.")
+@click.option("--bfloat16", is_flag=True, help="Half as long on processors with AVX512_BF16 or AMX.")
 def main(**chosen: Any) -> None:
     options = Options(**chosen)
     options.folder.mkdir(parents=True, exist_ok=True)

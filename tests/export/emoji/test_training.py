@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import train
+from models import build_scheduler
 from stage import Plan, Stage, hidden_matrices, random_of, shares_of
-from train import EMOJI, captions_of, choose
+from train import EMOJI, Choice, Parts, captions_of, choose, mixed, of_all_emoji, redraw, without_slips
 from world import held_out_colour
 
 
@@ -87,3 +89,47 @@ def test_held_out_pairs_are_never_chosen() -> None:
 def test_a_tenth_of_the_captions_is_dropped() -> None:
     empty = captions_of(Random(1), choose(Random(0), 5000, 3)).count("")
     assert 0.08 < empty / 5000 < 0.12
+
+
+def test_rows_of_all_emoji_come_in_their_order() -> None:
+    rows = of_all_emoji(lambda emoji: torch.full((2,), float(emoji)), "rows")
+    assert torch.equal(rows, torch.arange(len(EMOJI)).bfloat16()[:, None].expand(-1, 2))
+
+
+class Knowing:
+    """A UNet that knows which latents lie under the noise: the velocity that leads to them, by its definition."""
+
+    def __init__(self, latents: Tensor) -> None:
+        self._latents = latents.repeat(2, 1, 1, 1)
+        self._cumulated = build_scheduler().alphas_cumprod
+
+    def __call__(self, noisy: Tensor, timestep: Tensor, *_states: Tensor, **_options: bool) -> tuple[Tensor]:
+        signal, noise = self._cumulated[timestep].sqrt(), (1 - self._cumulated[timestep]).sqrt()
+        return (signal * (noisy - signal * self._latents) / noise - noise * self._latents,)
+
+
+def test_a_unet_that_knows_the_latents_draws_them_again() -> None:
+    latents = torch.randn(3, 16, 8, 8)
+    parts = Parts(
+        vae=None,
+        tokenizer=lambda texts, **_: {"input_ids": torch.zeros(len(texts), 1)},
+        text_encoder=lambda ids: (ids,),
+        unet=Knowing(latents),
+        latents=train.Latents({}, 1.0),
+    )
+    assert torch.allclose(redraw(parts, latents, ["a", "b", "c"]), latents, atol=1e-4)
+
+
+def test_a_drawing_in_the_other_placement_gives_way_to_the_true_latents() -> None:
+    true = torch.tensor([0.0, 1.0])[None, :, None, None, None, None]
+    drawn = torch.tensor([[0.2, 0.9], [0.8, 0.4]])[None, :, :, None, None, None, None]
+    assert without_slips(drawn, true).flatten().tolist() == pytest.approx([0.2, 0.9, 0.0, 1.0])
+
+
+def test_three_quarters_of_the_decoders_latents_are_drawn() -> None:
+    count = 4000
+    picks = Choice(torch.zeros(count).long(), torch.ones(count).long(), torch.ones(count).long())
+    drawn = torch.zeros(1, train.DRAWS, 2, 2, 1, 1, 1)
+    drawn[0, :, 1, 1] = 1
+    share = mixed(torch.zeros(count, 1, 1, 1), drawn, picks).mean()
+    assert share == pytest.approx(0.75, abs=0.03)
