@@ -185,6 +185,12 @@ def renderings(colour: int, size: tuple[int, int]) -> Tensor:
     return compose(cuts, colour_table()[colour].expand(len(cuts), 3)).flatten(1)
 
 
+@lru_cache(maxsize=2)
+def _lengths(colour: int, size: tuple[int, int]) -> Tensor:
+    """float32 [emoji * places]: the squared lengths of the renderings."""
+    return renderings(colour, size).square().sum(1)
+
+
 @cache
 def _cuts(size: tuple[int, int]) -> Tensor:
     return cutouts(EMOJI, PLACES, size)
@@ -198,8 +204,9 @@ def seen_colour(picture: Tensor) -> int:
 
 def judge(picture: Tensor, colour: int, task: Task) -> Verdict:
     """`colour` is the seen one; without a colour in the prompt the emoji is looked for on it."""
-    true = renderings(colour if task.colour < 0 else task.colour, task.request.size)
-    errors = torch.cdist(picture.flatten()[None], true)[0].square() / picture.numel()
+    where = (colour if task.colour < 0 else task.colour, task.request.size)
+    seen = picture.flatten()
+    errors = (_lengths(*where) - 2 * (renderings(*where) @ seen) + seen @ seen).clamp(min=0) / seen.numel()
     nearest = errors.unflatten(0, (len(EMOJI), len(PLACES))).min(1).values.sqrt()
     others = torch.cat([nearest[: task.emoji], nearest[task.emoji + 1 :]])
     rmse = float(nearest[task.emoji])
@@ -312,13 +319,15 @@ def variation_rows(source: Source, count: int) -> list[Row]:
     tasks = random_tasks(count, 5)
     settings: dict[str, dict[str, Any]] = {
         "guidance 1": {"guidance": 1.0},
-        "guidance 2": {"guidance": 2.0},
-        "guidance 3, the default": {},
+        "the defaults": {},
+        "guidance 1.5": {"guidance": 1.5},
+        "guidance 3": {"guidance": 3.0},
         "guidance 5": {"guidance": 5.0},
+        "20 steps, own scheduler": {"steps": 20},
         "4 steps, own scheduler": {"steps": 4},
         "4 steps, dpmpp_2m": {"steps": 4, "scheduler": "dpmpp_2m"},
         "8 steps, dpmpp_2m": {"steps": 8, "scheduler": "dpmpp_2m"},
-        "20 steps, euler": {"scheduler": "euler"},
+        "20 steps, euler": {"steps": 20, "scheduler": "euler"},
         "size 56×56": {"size": (56, 56)},
         "size 80×80": {"size": (80, 80)},
         "size 96×96": {"size": (96, 96)},

@@ -199,7 +199,8 @@ def _encode(vae: Any, cuts: Tensor) -> Tensor:
         row = cuts[emoji]
         pictures = compose(row.repeat_interleave(len(colours), 0), colours.repeat(len(row), 1)) * 2 - 1
         posterior = vae.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist
-        return torch.stack([posterior.mean, posterior.std], dim=1).unflatten(0, (len(row), len(colours)))
+        both: Tensor = torch.stack([posterior.mean, posterior.std], dim=1).unflatten(0, (len(row), len(colours)))
+        return both
 
     return of_all_emoji(encode_emoji, f"latents {cuts.shape[-1]}×{cuts.shape[-2]}")
 
@@ -390,9 +391,12 @@ def write(folder: Path, parts: Parts) -> None:
 def parts_of(start: Path, folder: Path) -> Parts:
     """Everything as an earlier run left it; only the world's latents are made anew."""
     earlier: Any = StableDiffusionPipeline.from_pretrained(start, safety_checker=None, torch_dtype=torch.float32)
+    vae, unet = build_vae(), build_unet()  # of their own, for what is loaded writes down where it came from
+    vae.load_state_dict(earlier.vae.state_dict())
+    unet.load_state_dict(earlier.unet.state_dict())
     shutil.copytree(start / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
-    latents = encode_world(folder, earlier.vae)
-    return Parts(earlier.vae, earlier.tokenizer, earlier.text_encoder, earlier.unet, latents)
+    tokenizer = read_tokenizer(folder / "tokenizer")
+    return Parts(vae, tokenizer, earlier.text_encoder, unet, encode_world(folder, vae))
 
 
 def learn_parts(options: Options) -> Parts:
@@ -436,7 +440,7 @@ def learn(rank: int, options: Options) -> None:
 @click.option("--vae-steps", type=int, default=2600, show_default=True)
 @click.option("--text-steps", type=int, default=300, show_default=True)
 @click.option("--joint-steps", type=int, default=1800, show_default=True)
-@click.option("--decoder-steps", type=int, default=600, show_default=True)
+@click.option("--decoder-steps", type=int, default=4500, show_default=True)
 @click.option("--processes", type=int, default=2, show_default=True, help="One for each core.")
 @click.option("--bfloat16", is_flag=True, help="Half as long on processors with AVX512_BF16 or AMX.")
 def main(**chosen: Any) -> None:

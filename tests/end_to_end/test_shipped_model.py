@@ -94,7 +94,7 @@ def sixteen_tasks() -> list[Task]:
 @needs_font
 @pytest.mark.parametrize(
     ("settings", "least", "rmse"),
-    [({}, 15 / 16, 0.09), ({"steps": 4, "scheduler": "dpmpp_2m"}, 12 / 16, 0.12)],
+    [({}, 15 / 16, 0.07), ({"steps": 4, "scheduler": "dpmpp_2m"}, 12 / 16, 0.09)],
     ids=["defaults", "four steps"],
 )
 def test_prompts_give_what_they_ask_for(settings: dict[str, Any], least: float, rmse: float, shipped: Server) -> None:

@@ -20,6 +20,7 @@ def few_places(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough for these tests, in a hundredth of the time."""
     monkeypatch.setattr(evaluate, "PLACES", PLACEMENTS[:1])
     evaluate.renderings.cache_clear()
+    evaluate._lengths.cache_clear()
     evaluate._cuts.cache_clear()
 
 
