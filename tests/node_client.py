@@ -1,8 +1,9 @@
-"""OpenAI's Node client, for tests: installed once under build/, driven by tests/gateway/node/client.mjs."""
+"""OpenAI's Node client and Vercel's AI SDK, for tests: installed once under build/, driven by tests/gateway/node/."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "tests/gateway/node"
@@ -18,7 +20,7 @@ INSTALLED = ROOT / "build/node-client"
 
 
 def install_node_client() -> Path:
-    """A folder with the script and its dependency.
+    """A folder with the scripts and their dependencies.
 
     Where there is no Node the test is skipped with the reason, but in CI, which must have all tools, it fails.
     """
@@ -27,21 +29,30 @@ def install_node_client() -> Path:
     if node is None or npm is None:
         give_up("node or npm is not installed")
     INSTALLED.mkdir(parents=True, exist_ok=True)
-    for file in SOURCE.iterdir():
-        shutil.copyfile(file, INSTALLED / file.name)
-    if not (INSTALLED / "node_modules/openai/package.json").is_file():
-        command = [npm, "install", "--no-audit", "--no-fund", "--no-package-lock"]
-        installed = subprocess.run(command, cwd=INSTALLED, capture_output=True, text=True, timeout=240, check=False)
-        if installed.returncode != 0:
-            give_up(f"npm cannot install the openai package: {installed.stderr[-200:]}")
+    # The tests run in several processes at once.
+    with FileLock(INSTALLED.with_name("node-client.lock")):
+        for file in SOURCE.iterdir():
+            shutil.copyfile(file, INSTALLED / file.name)
+        wanted, done = INSTALLED / "package.json", INSTALLED / "node_modules/.installed.json"
+        if not done.is_file() or done.read_bytes() != wanted.read_bytes():
+            command = [npm, "install", "--no-audit", "--no-fund", "--no-package-lock"]
+            installed = subprocess.run(command, cwd=INSTALLED, capture_output=True, text=True, timeout=240, check=False)
+            if installed.returncode != 0:
+                give_up(f"npm cannot install the clients: {installed.stderr[-200:]}")
+            shutil.copyfile(wanted, done)
     return INSTALLED
 
 
 async def run_node_client(
-    folder: Path, base_url: str, api_key: str, model: str = "", script: str = "client.mjs"
+    folder: Path, base_url: str, api_key: str, model: str = "", mask: bytes = b"", script: str = "client.mjs"
 ) -> dict[str, Any]:
-    """What the script saw of the gateway at `base_url`, which ends in /v1."""
-    environment = {"HYPERGEN_BASE_URL": base_url, "HYPERGEN_API_KEY": api_key, "HYPERGEN_MODEL": model}
+    """What the script saw of the gateway at `base_url`, which ends in /v1. `mask` is a PNG file."""
+    environment = {
+        "HYPERGEN_BASE_URL": base_url,
+        "HYPERGEN_API_KEY": api_key,
+        "HYPERGEN_MODEL": model,
+        "HYPERGEN_MASK": base64.b64encode(mask).decode(),
+    }
     process = await asyncio.create_subprocess_exec(
         "node",
         script,

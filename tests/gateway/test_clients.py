@@ -1,4 +1,4 @@
-"""OpenAI's own clients, unchanged, over a real connection: Python, sync and async, and Node."""
+"""Clients, unchanged, over a real connection: OpenAI's own, Python, sync and async, and Node; Vercel's AI SDK."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import io
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -25,6 +26,7 @@ from fake_backend import FakeBackend, on_loopback, until
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.errors import UnavailableError
+from hypergen_gateway.generation import Generation
 from node_client import install_node_client, run_node_client
 from pictures import file_of, hole, photo
 
@@ -313,3 +315,44 @@ class TestNode:
         assert seen["link"]["bytes"] > 20  # a flat WebP has some fifty
         assert seen["link"]["type"] == "image/webp"
         assert all(seen[error]["requestID"] for error in ("unknownModel", "wrongSize", "wrongKey"))
+
+
+class TestAiSdk:
+    """It has no streams of pictures, and reads nothing of an answer but the pictures."""
+
+    @pytest.fixture
+    async def seen(self, node: Path, gateway: str) -> dict[str, Any]:
+        return await run_node_client(node, f"{gateway}/v1", KEY, mask=file_of(hole()), script="ai-sdk.mjs")
+
+    async def test_it_generates_edits_and_understands_errors(self, seen: dict[str, Any], backend: FakeBackend) -> None:
+        assert [(file.format, file.size, file.getpixel((0, 0))) for file in files_in(seen["generated"])] == [
+            ("PNG", (64, 48), (7, 7, 7)),
+            ("PNG", (64, 48), (8, 8, 8)),
+        ]
+        assert (seen["generated"]["warnings"], bool(seen["generated"]["requestID"])) == ([], True)
+        assert [warning["feature"] for warning in seen["webp"]["warnings"]] == ["seed"]
+        assert (seen["webp"]["images"][0]["mediaType"], files_in(seen["webp"])[0].format) == ("image/webp", "WEBP")
+        assert [len(files_in(seen[edit])) for edit in ("edited", "editedFromSeveral", "repainted")] == [1, 2, 1]
+        generated, _, edited, *several, repainted = backend.generations
+        assert (generated.num_images, generated.num_inference_steps) == (2, 4)
+        assert (start_of(edited), start_of(repainted)) == (7, 7)
+        assert sorted((start_of(edit), edit.strength) for edit in several) == [(7, 0.5), (8, 0.5)]
+        assert (edited.mask is None, repainted.mask is not None) == (True, True)
+
+        def error(name: str) -> tuple[Any, ...]:
+            return tuple(seen[name][key] for key in ("statusCode", "param", "code", "isRetryable"))
+
+        assert error("wrongSize") == (400, "size", None, False)
+        assert error("wrongMask") == (400, "mask", None, False)
+        assert error("wrongKey") == (401, None, "invalid_api_key", False)
+        assert "multiples of 8" in seen["wrongSize"]["message"]
+
+
+def start_of(edit: Generation) -> int:
+    """The grey of the picture that it starts from."""
+    assert edit.image is not None
+    return int(edit.image.max())
+
+
+def files_in(answer: dict[str, Any]) -> list[Image.Image]:
+    return [Image.open(io.BytesIO(base64.b64decode(image["base64"]))) for image in answer["images"]]
