@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,17 @@ from hypergen_gateway.config import Config
 from pictures import file_of, hole, photo
 
 KEY = "sk-correct-horse"
+pytestmark = pytest.mark.filterwarnings("ignore:Item .* on TypedDict class")  # litellm's own types
 
 
 @pytest.fixture(scope="module")
 def litellm() -> Any:
     """Imported here: it takes seconds, which whoever collects these tests without running them need not wait."""
-    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or the import fetches the prices of models
-    import litellm
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # or the import fetches the prices of models
+        import litellm
 
-    litellm.telemetry = False
-    return litellm
+        return litellm
 
 
 @pytest.fixture
