@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -162,6 +164,7 @@ async def test_the_playground_draws_what_the_api_draws_and_draws_half_of_it_anew
     shipped: Server, pictures: dict[str, Pixels]
 ) -> None:
     async with chromium() as browser, opened(browser, f"{shipped.url}/") as page:
+        await page.evaluate(TAKE_DOWN)
         await page.locator("#form:not([inert]) #prompt").fill(PROMPTS["yellow"])
         await page.locator("#seed").fill("1")
         await page.keyboard.press("Control+Enter")
@@ -185,10 +188,24 @@ async def test_the_playground_draws_what_the_api_draws_and_draws_half_of_it_anew
     assert changed[8:56, 40:56].mean() > 0.9
 
 
+# What the status line says goes by in a tenth of a second: the page takes it down.
+TAKE_DOWN = """() => {
+  const status = document.getElementById("status");
+  window.said = [];
+  new MutationObserver(() => window.said.push(status.textContent)).observe(
+    status, {childList: true, subtree: true, characterData: true});
+}"""
+
+
 async def drawn_on(page: Page) -> Pixels:
     """What the page has drawn, when it has; it shows previews on the way."""
-    await expect(page.locator("#status")).to_contain_text("Preview")
-    await expect(page.locator("#status")).to_contain_text("Drawn in")
+    said: list[str] = []
+    deadline = time.monotonic() + 60
+    while not any(line.startswith("Drawn in") for line in said):
+        assert time.monotonic() < deadline, said
+        await asyncio.sleep(0.05)
+        said += await page.evaluate("() => window.said.splice(0)")
+    assert any(line.startswith("Preview") for line in said), said
     async with page.expect_download() as download:
         await page.get_by_role("link", name="Download").click()
     with Image.open(await (await download.value).path()) as picture:
