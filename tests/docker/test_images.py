@@ -110,7 +110,8 @@ def test_the_triton_image_brings_what_the_sampler_imports() -> None:
 
 def test_every_requirement_is_pinned_within_what_the_project_asks_for() -> None:
     wanted = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["export"]]
-    wanted += PROJECT["optional-dependencies"]["embedded"]
+    for extra in ("embedded", "otel", "s3"):
+        wanted += PROJECT["optional-dependencies"][extra]
     for requirement in map(Requirement, wanted):
         assert requirement.specifier.contains(pins()[canonical(requirement.name)]), requirement
 
