@@ -121,6 +121,7 @@ class TritonServer:
         self._last_lines: deque[str] = deque(maxlen=200)
         self._reader = asyncio.create_task(self._read_log())
         self._models: list[psutil.Process] = []
+        self._stopping = False
 
     @classmethod
     async def start(cls, launch: Launch) -> TritonServer:
@@ -164,6 +165,7 @@ class TritonServer:
     async def stop(self, timeout: float) -> None:
         """Ask it to end, and kill what has not ended after `timeout` seconds."""
         models = _stubs_of(self._process.pid) or self._models
+        self._stopping = True
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
         with contextlib.suppress(asyncio.TimeoutError):
@@ -185,7 +187,8 @@ class TritonServer:
             line = raw.decode("utf-8", "replace").rstrip()
             if line:
                 self._last_lines.append(line)
-                logger.log(log_level_of(line), "%s", line)
+                # That large models take longer to unload than Triton waits for them concerns nobody: it ends anyway.
+                logger.log(logging.DEBUG if self._stopping else log_level_of(line), "%s", line)
 
     def _reason(self) -> str:
         """The first error that Triton logged, or its last words, on one line."""
