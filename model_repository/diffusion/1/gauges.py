@@ -1,7 +1,7 @@
 """What the sampler adds to Triton's own metrics.
 
 Knows Triton's custom metrics and the step loop's reports. An update is a round trip to Triton's process, and the loop
-stands still meanwhile, so rounds are summed up between updates.
+stands still meanwhile, so rounds in which no image comes or goes are summed up between updates.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton_python_backend_utils as pb_utils
 
 from stepping import Round
 
-# Seconds between updates while there is work; where it ends, one follows at once.
+# Seconds between updates while the same images are at work; where the work ends, one follows at once.
 INTERVAL = 0.5
 
 GAUGES = {
@@ -42,12 +42,14 @@ class Gauges:
         self._metric("unet_max_rows", "Rows that a call of the UNet may have", kinds.GAUGE).set(max_rows)
         self._growth: Counter[str] = Counter()
         self._updated = 0.0
+        self._shown = (0, 0)
 
     def report(self, done: Round) -> None:
         """Take in a round of the step loop."""
         self._growth.update({name: getattr(done, name) for name in COUNTERS})
-        is_at_work = done.active + done.waiting > 0
-        if not is_at_work or time.monotonic() - self._updated >= INTERVAL:
+        at_work = (done.active, done.waiting)
+        # A single step is over before anybody was seen at work, and counts as well.
+        if not any(at_work) or at_work != self._shown or time.monotonic() - self._updated >= INTERVAL:
             self._update(done)
 
     def _update(self, done: Round) -> None:
@@ -57,6 +59,7 @@ class Gauges:
             self._counters[name].increment(amount)
         self._growth.clear()
         self._updated = time.monotonic()
+        self._shown = (done.active, done.waiting)
 
     def _metric(self, name: str, description: str, kind: Any) -> Any:
         family = pb_utils.MetricFamily(name=f"hypergen_sampler_{name}", description=description, kind=kind)
