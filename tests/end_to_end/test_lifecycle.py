@@ -36,8 +36,9 @@ def model_process(server: Server, model: str) -> psutil.Process:
     return found
 
 
-def shared_memory() -> set[str]:
-    return {region.name for region in Path("/dev/shm").glob("hypergen-triton-*")}
+def shared_memory(server: Server) -> list[str]:
+    """The regions of this server's Triton: they are named after the process that started it."""
+    return [region.name for region in Path("/dev/shm").glob(f"hypergen-triton-{server.process.pid}-*")]
 
 
 def test_a_second_start_finds_the_export_and_is_quick(server: Server, own_server: Server) -> None:
@@ -80,13 +81,13 @@ async def test_sigterm_lets_pictures_finish(own_server: Server) -> None:
 
 
 def test_nothing_is_left_after_the_end(checkpoint: Path, cache_dir: Path) -> None:
-    before = shared_memory()
     server = start_server("--dtype", "float32", "--cache-dir", str(cache_dir), model=str(checkpoint))
     family = psutil.Process(server.process.pid).children(recursive=True)
     assert family
+    assert shared_memory(server)
     assert stop_server(server) == 0
     assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
-    assert shared_memory() <= before
+    assert not shared_memory(server)
 
 
 def test_triton_does_not_outlive_a_killed_gateway(own_server: Server) -> None:
