@@ -1,0 +1,273 @@
+"""What is measured, as things that draw: servers behind OpenAI's client, and libraries in a process of their own.
+
+A picture is there when its pixels are in memory, decoded: a server's answer is timed up to that, with the client's work
+in it, a library's call from inside its own process, which spares it the pipe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import io
+import itertools
+import json
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import httpx
+import numpy as np
+import openai
+import psutil
+from PIL import Image
+
+from benchmarks.environments import ToolError
+
+# A worker's answer is one line of JSON; that it loads may take as long as torch.compile takes.
+STOP_SECONDS = 20
+# What any of them would otherwise look for on the hub.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DO_NOT_TRACK": "1"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """One picture, the same for whoever draws it."""
+
+    prompt: str
+    width: int
+    height: int
+    steps: int
+    guidance: float
+    seed: int
+
+
+class Contender(Protocol):
+    """Draws pictures. `process` is the one that was started; its children belong to it."""
+
+    name: str
+    process: psutil.Process
+
+    async def draw(self, wish: Wish) -> float:
+        """Seconds until the picture was there. Raises ToolError, also when it took longer than the limit."""
+
+    async def stop(self) -> None:
+        """End it and all its children."""
+
+
+class Server:
+    """An HTTP server with OpenAI's API, asked by OpenAI's own client."""
+
+    def __init__(self, name: str, process: psutil.Popen, url: str, limit: float) -> None:
+        self.name = name
+        self.process = process
+        self.url = url
+        self._limit = limit
+        self._client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=limit)
+
+    async def draw(self, wish: Wish) -> float:
+        began = time.perf_counter()
+        try:
+            response = await asyncio.wait_for(self._ask(wish), self._limit)
+        except (asyncio.TimeoutError, openai.OpenAIError) as error:
+            raise _failure(self, error, self._limit) from error
+        assert response.data is not None
+        with Image.open(io.BytesIO(base64.b64decode(response.data[0].b64_json or ""))) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        seconds = time.perf_counter() - began
+        _check(self, pixels.shape, float(pixels.std()), wish)
+        return seconds
+
+    async def _ask(self, wish: Wish) -> openai.types.ImagesResponse:
+        own = {"num_inference_steps": wish.steps, "guidance_scale": wish.guidance, "seed": wish.seed}
+        size: Any = f"{wish.width}x{wish.height}"
+        return await self._client.images.generate(
+            prompt=wish.prompt, size=size, response_format="b64_json", extra_body=own
+        )
+
+    async def stop(self) -> None:
+        await self._client.close()
+        await asyncio.to_thread(end, self.process)
+
+
+class Worker:
+    """A library in a process of its own, which `workers/protocol.py` describes."""
+
+    def __init__(self, name: str, process: asyncio.subprocess.Process, limit: float) -> None:
+        self.name = name
+        self.process = psutil.Process(process.pid)
+        self._pipes = process
+        self._limit = limit
+        self._numbers = itertools.count()
+        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._reader: asyncio.Task[None] | None = None
+
+    async def load(self, options: dict[str, Any], limit: float) -> None:
+        """Have it load the checkpoint. Raises ToolError."""
+        self._send(options)
+        assert self._pipes.stdout is not None
+        try:
+            line = await asyncio.wait_for(self._pipes.stdout.readline(), limit)
+        except asyncio.TimeoutError as error:
+            raise ToolError(f"{self.name} was not ready after {limit:,.0f} s") from error
+        if not line:
+            raise ToolError(f"{self.name} ended while it loaded")
+        self._reader = asyncio.create_task(self._read())
+
+    async def draw(self, wish: Wish, **more: Any) -> float:
+        number = next(self._numbers)
+        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = future
+        self._send({"id": number, **asdict(wish), **more})
+        try:
+            answer = await asyncio.wait_for(future, self._limit)
+        except asyncio.TimeoutError as error:
+            raise _failure(self, error, self._limit) from error
+        if "error" in answer:
+            raise ToolError(f"{self.name}: {answer['error']}")
+        _check(self, answer["shape"], answer["spread"], wish)
+        seconds: float = answer["seconds"]
+        return seconds
+
+    async def stop(self) -> None:
+        if self._reader is not None:
+            self._reader.cancel()
+        await asyncio.to_thread(end, self.process)
+        with contextlib.suppress(ProcessLookupError):
+            await self._pipes.wait()
+
+    def _send(self, fields: dict[str, Any]) -> None:
+        assert self._pipes.stdin is not None
+        self._pipes.stdin.write(json.dumps(fields).encode() + b"\n")
+
+    async def _read(self) -> None:
+        assert self._pipes.stdout is not None
+        async for line in self._pipes.stdout:
+            answer = json.loads(line)
+            future = self._waiting.pop(answer["id"])
+            if not future.done():
+                future.set_result(answer)
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_result({"error": "the process has ended"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Seconds that loading and one picture may take."""
+
+    load: float
+    picture: float
+
+
+async def start_server(name: str, command: Sequence[str], ready: str, log: Path, limits: Limits) -> Server:
+    """Start the command with `--host` and `--port`, and wait until `ready` answers with 200. Raises ToolError."""
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}"
+    with _log(log) as output:
+        process = psutil.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            env=os.environ | OFFLINE,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        await _until_ready(name, process, url + ready, limits.load)
+    except BaseException as error:
+        end(process)
+        if isinstance(error, ToolError):
+            raise ToolError(f"{error}; {_last_line(log)}") from error
+        raise
+    return Server(name, process, url, limits.picture)
+
+
+async def start_worker(
+    name: str, command: Sequence[str], options: dict[str, Any], log: Path, limits: Limits
+) -> Worker:
+    """Start the worker's script and have it load. Raises ToolError."""
+    with _log(log) as output:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            env=os.environ | OFFLINE | options.get("environment", {}),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=output,
+        )
+    worker = Worker(name, process, limits.picture)
+    try:
+        await worker.load(options, limits.load)
+    except BaseException as error:
+        await worker.stop()
+        if isinstance(error, ToolError):
+            raise ToolError(f"{error}; {_last_line(log)}") from error
+        raise
+    return worker
+
+
+def memory(process: psutil.Process) -> tuple[int, int]:
+    """Bytes of the process and its children: what each maps, added up, and the same with shared pages counted once."""
+    infos = []
+    for each in (process, *process.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            infos.append(each.memory_full_info())
+    return sum(info.rss for info in infos), sum(info.pss for info in infos)
+
+
+def end(process: psutil.Process) -> None:
+    """SIGTERM, as an orchestrator does; what is still there after a while is killed, children included."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = [process, *process.children(recursive=True)]
+        process.terminate()
+        _, left = psutil.wait_procs(family, STOP_SECONDS)
+        for each in left:
+            each.kill()
+        psutil.wait_procs(left, STOP_SECONDS)
+
+
+async def _until_ready(name: str, process: psutil.Popen, url: str, limit: float) -> None:
+    deadline = time.monotonic() + limit
+    async with httpx.AsyncClient(timeout=5) as client:
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if (await client.get(url)).status_code == httpx.codes.OK:
+                    return
+            if process.poll() is not None:
+                raise ToolError(f"{name} ended with {process.poll()} while it started")
+            if time.monotonic() > deadline:
+                raise ToolError(f"{name} was not ready after {limit:,.0f} s")
+            await asyncio.sleep(0.05)
+
+
+def _check(contender: Contender, shape: Sequence[int], spread: float, wish: Wish) -> None:
+    """A quick answer that is no picture of the size asked for is no result."""
+    if tuple(shape[-3:]) != (wish.height, wish.width, 3) or spread == 0:
+        raise ToolError(f"{contender.name} drew {tuple(shape)} with a spread of {spread:.1f}")
+
+
+def _failure(contender: Contender, error: Exception, limit: float) -> ToolError:
+    if isinstance(error, (asyncio.TimeoutError, openai.APITimeoutError)):
+        return ToolError(f"{contender.name} took longer than {limit:,.0f} s for a picture")
+    return ToolError(f"{contender.name}: {type(error).__name__}: {error}"[:500])
+
+
+def _log(path: Path) -> IO[bytes]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("wb")
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return f"{log} ends: {lines[-1][:300]}" if lines else f"{log} is empty"
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port

@@ -1,0 +1,159 @@
+"""Who is measured: ours, the floor under it, and every peer; what each installs, and how it starts on a checkpoint.
+
+Each peer at its best sensible configuration: a pipeline that is loaded once and reused, all cores, its own defaults for
+everything but what has to be alike, which is checkpoint, scheduler, steps, guidance, size and, where it can, precision.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.contenders import Contender, Server, Worker, start_server, start_worker
+from benchmarks.environments import install, run
+from benchmarks.subjects import Subject, repository
+
+WORKERS = Path(__file__).parent / "workers"
+TORCH = "torch==2.13.0"
+CONVERT_SECONDS = 900
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ground:
+    """Where and with what it is measured: `hypergen` is the command under test, `dtype` the precision of ours."""
+
+    work: Path
+    hypergen: Path
+    dtype: str
+
+    def environment(self, name: str, packages: tuple[str, ...]) -> Path:
+        """The Python of a peer's environment, installed if need be."""
+        return install(self.work / "environments" / name, packages)
+
+    def log(self, name: str) -> Path:
+        return self.work / "logs" / f"{name}.log"
+
+    def converted(self, subject: Subject, kind: str) -> Path:
+        """Where a peer's own form of the checkpoint is kept."""
+        return self.work / "converted" / f"{subject.name}-{kind}"
+
+
+Start = Callable[[Ground, Subject], Coroutine[Any, Any, Contender]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """`about` is what the report says of it; `subjects` are the checkpoints that it can load, with why if not all."""
+
+    name: str
+    about: str
+    start: Start
+    subjects: tuple[str, ...] = ("shipped", "sd15")
+    why_not: str = ""
+
+
+@contextlib.asynccontextmanager
+async def running(peer: Peer, ground: Ground, subject: Subject) -> AsyncIterator[Any]:
+    """The contender for as long as it is needed. Raises ToolError."""
+    print(f"Starting {peer.name} with {subject.name}", file=sys.stderr)
+    contender = await peer.start(ground, subject)
+    try:
+        yield contender
+    finally:
+        await contender.stop()
+
+
+async def _ours(ground: Ground, subject: Subject) -> Server:
+    folder = repository(subject, ground.hypergen, ground.dtype, ground.work)
+    command = [str(ground.hypergen), "serve", str(folder)]
+    return await start_server("ours", command, "/health/ready", ground.log("ours"), subject.limits)
+
+
+def _hypergen(dtype: str) -> Start:
+    async def start(ground: Ground, subject: Subject) -> Server:
+        python = ground.environment("hypergen", ("hypergen==0.1.0", TORCH))
+        command = [str(python.parent / "hypergen"), "serve", str(subject.checkpoint), "--device", "cpu"]
+        command += ["--dtype", dtype, "--max-batch-size", "8"]
+        name = f"hypergen-{dtype}"
+        return await start_server(name, command, "/health", ground.log(name), subject.limits)
+
+    return start
+
+
+async def _floor(ground: Ground, subject: Subject) -> Worker:
+    folder = repository(subject, ground.hypergen, ground.dtype, ground.work)
+    options = {
+        "repository": str(folder),
+        "precision": _openvino_precision(ground.dtype),
+        "latent_channels": subject.latent_channels,
+    }
+    # The components' own Python: that of the command under test.
+    python = ground.hypergen.parent / "python"
+    return await _work("floor", [str(python), str(WORKERS / "floor.py")], options, ground, subject)
+
+
+def _diffusers(dtype: str, *, compiled: bool = False) -> Start:
+    async def start(ground: Ground, subject: Subject) -> Worker:
+        python = ground.environment("diffusers", ("diffusers", "transformers", "accelerate", TORCH))
+        options = {"checkpoint": str(subject.checkpoint), "dtype": dtype, "compile": compiled}
+        options["environment"] = {"TORCHINDUCTOR_CACHE_DIR": str(ground.work / "inductor")}
+        name = f"diffusers-{dtype}{'-compiled' if compiled else ''}"
+        return await _work(name, [str(python), str(WORKERS / "pipeline.py")], options, ground, subject)
+
+    return start
+
+
+def _genai(at_a_time: int = 1) -> Start:
+    async def start(ground: Ground, subject: Subject) -> Worker:
+        packages = ("openvino-genai==2026.4.1.0", "diffusers", "transformers", TORCH)
+        python = ground.environment("openvino_genai", packages)
+        folder = ground.converted(subject, "genai")
+        if not (folder / "model_index.json").exists():
+            print(f"Converting {subject.name} for OpenVINO GenAI", file=sys.stderr)
+            script = str(WORKERS / "convert_for_genai.py")
+            run([str(python), script, str(subject.checkpoint), str(folder)], CONVERT_SECONDS)
+        options = {"converted": str(folder), "precision": _openvino_precision(ground.dtype), "at_a_time": at_a_time}
+        command = [str(python), str(WORKERS / "genai.py")]
+        return await _work(f"genai-{at_a_time}", command, options, ground, subject)
+
+    return start
+
+
+async def _work(name: str, command: list[str], options: dict[str, Any], ground: Ground, subject: Subject) -> Worker:
+    return await start_worker(name, command, options, ground.log(name), subject.limits)
+
+
+def _openvino_precision(dtype: str) -> str:
+    return {"bfloat16": "bf16", "float32": "f32"}[dtype]
+
+
+OURS = Peer(name="ours", about="`hypergen serve`, asked over HTTP", start=_ours)
+FLOOR = Peer(
+    name="floor",
+    about="our components back to back in one process, OpenVINO and diffusers' scheduler, nothing around them",
+    start=_floor,
+)
+HYPERGEN = Peer(name="hypergen", about="HyperGen 0.1.0 as its server, float32, asked over HTTP", start=_hypergen("float32"))
+GENAI = Peer(name="openvino_genai", about="OpenVINO GenAI's Text2ImagePipeline, in our precision", start=_genai())
+GENAI_CLONES = Peer(name="openvino_genai_clones", about="the same, two clones at a time", start=_genai(2))
+
+PEERS: Mapping[str, Peer] = {
+    peer.name: peer
+    for peer in (
+        FLOOR,
+        HYPERGEN,
+        Peer(name="hypergen_bfloat16", about="HyperGen 0.1.0 in bfloat16", start=_hypergen("bfloat16")),
+        Peer(name="diffusers", about="diffusers' pipeline in float32", start=_diffusers("float32")),
+        Peer(name="diffusers_bfloat16", about="the same in bfloat16", start=_diffusers("bfloat16")),
+        Peer(
+            name="diffusers_compiled",
+            about="the same in bfloat16, UNet and decoder by torch.compile",
+            start=_diffusers("bfloat16", compiled=True),
+        ),
+        GENAI,
+    )
+}

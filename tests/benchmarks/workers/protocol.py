@@ -1,0 +1,55 @@
+"""How a peer that is a library is driven from outside: a line of JSON for each picture, on standard input and output.
+
+Imports nothing but the standard library and numpy, which every peer's environment has. A worker says how it loads its
+pipeline and how it draws; this says when, and for how long it took.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+Job = dict[str, Any]
+# A job to pixels [n, height, width, 3] or [height, width, 3], uint8.
+Draw = Callable[[Job], Any]
+# The line that names the checkpoint and the worker's options -> one function for each job that may run at a time.
+Load = Callable[[Job], list[Draw]]
+
+
+def serve(load: Load) -> None:
+    """Load, say so, then answer jobs until standard input ends. What libraries print goes to standard error."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    lock = threading.Lock()
+
+    def answer(**fields: Any) -> None:
+        with lock:
+            answers.write(json.dumps(fields) + "\n")
+
+    draws = load(json.loads(sys.stdin.readline()))
+    idle = list(draws)
+    answer(ready=True)
+    with ThreadPoolExecutor(len(draws)) as executor:
+        for line in sys.stdin:
+            executor.submit(_answer_one, json.loads(line), idle, answer)
+
+
+def _answer_one(job: Job, idle: list[Draw], answer: Callable[..., None]) -> None:
+    draw = idle.pop()
+    try:
+        began = time.perf_counter()
+        pixels = np.asarray(draw(job))
+        seconds = time.perf_counter() - began
+        answer(id=job["id"], seconds=seconds, shape=pixels.shape, spread=float(pixels.std()))
+    except Exception as error:
+        answer(id=job["id"], error=f"{type(error).__name__}: {error}"[:500])
+    finally:
+        idle.append(draw)
