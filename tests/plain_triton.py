@@ -44,7 +44,7 @@ def responses(url: str, **inputs: Any) -> Generator[Response, None, None]:
     client = InferenceServerClient(url)
     try:
         client.start_stream(lambda result, error: answers.put(error or result))
-        tensors = [_tensor(name, value) for name, value in inputs.items()]
+        tensors = [tensor(name, value) for name, value in inputs.items()]
         client.async_stream_infer("diffusion", tensors, enable_empty_final_response=True)
         is_last = False
         while not is_last:
@@ -59,11 +59,12 @@ def responses(url: str, **inputs: Any) -> Generator[Response, None, None]:
         client.close()
 
 
-def _tensor(name: str, value: Any) -> InferInput:
+def tensor(name: str, value: Any) -> InferInput:
+    """One input of the model, of the type that it has there."""
     datatype = DATATYPES[name]
     if isinstance(value, str):
         value = value.encode()
     array = value if isinstance(value, np.ndarray) else np.array([value], dtype=triton_to_np_dtype(datatype))
-    tensor = InferInput(name, list(array.shape), datatype)
-    tensor.set_data_from_numpy(array)
-    return tensor
+    made = InferInput(name, list(array.shape), datatype)
+    made.set_data_from_numpy(array)
+    return made

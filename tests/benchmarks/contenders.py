@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import os
+import re
 import socket
 import subprocess
 import time
@@ -63,10 +64,11 @@ class Contender(Protocol):
 class Server:
     """An HTTP server with OpenAI's API, asked by OpenAI's own client."""
 
-    def __init__(self, name: str, process: psutil.Popen, url: str, limit: float) -> None:
+    def __init__(self, name: str, process: psutil.Popen, url: str, log: Path, limit: float) -> None:
         self.name = name
-        self.process = process
+        self.process: psutil.Process = process
         self.url = url
+        self._log = log
         self._limit = limit
         self._client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=limit)
 
@@ -89,6 +91,13 @@ class Server:
         return await self._client.images.generate(
             prompt=wish.prompt, size=size, response_format="b64_json", extra_body=own
         )
+
+    def said(self, pattern: str) -> str:
+        """The group of the pattern in what the server has said. Raises ToolError."""
+        found = re.search(pattern, self._log.read_text(errors="replace"))
+        if found is None:
+            raise ToolError(f"{self.name} has not said {pattern!r}")
+        return found[1]
 
     async def stop(self) -> None:
         await self._client.close()
@@ -184,12 +193,10 @@ async def start_server(name: str, command: Sequence[str], ready: str, log: Path,
         if isinstance(error, ToolError):
             raise ToolError(f"{error}; {_last_line(log)}") from error
         raise
-    return Server(name, process, url, limits.picture)
+    return Server(name, process, url, log, limits.picture)
 
 
-async def start_worker(
-    name: str, command: Sequence[str], options: dict[str, Any], log: Path, limits: Limits
-) -> Worker:
+async def start_worker(name: str, command: Sequence[str], options: dict[str, Any], log: Path, limits: Limits) -> Worker:
     """Start the worker's script and have it load. Raises ToolError."""
     with _log(log) as output:
         process = await asyncio.create_subprocess_exec(

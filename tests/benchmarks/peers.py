@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.contenders import Contender, Server, Worker, start_server, start_worker
 from benchmarks.environments import install, run
-from benchmarks.subjects import Subject, repository
+from benchmarks.subjects import Subject, cache, repository
 
 WORKERS = Path(__file__).parent / "workers"
 TORCH = "torch==2.13.0"
@@ -68,8 +68,9 @@ async def running(peer: Peer, ground: Ground, subject: Subject) -> AsyncIterator
 
 
 async def _ours(ground: Ground, subject: Subject) -> Server:
-    folder = repository(subject, ground.hypergen, ground.dtype, ground.work)
-    command = [str(ground.hypergen), "serve", str(folder)]
+    """On the checkpoint, as a user starts it: it exports what is not exported yet."""
+    command = [str(ground.hypergen), "serve", str(subject.checkpoint), "--dtype", ground.dtype]
+    command += ["--cache-dir", str(cache(subject, ground.work))]
     return await start_server("ours", command, "/health/ready", ground.log("ours"), subject.limits)
 
 
@@ -85,9 +86,8 @@ def _hypergen(dtype: str) -> Start:
 
 
 async def _floor(ground: Ground, subject: Subject) -> Worker:
-    folder = repository(subject, ground.hypergen, ground.dtype, ground.work)
     options = {
-        "repository": str(folder),
+        "repository": str(repository(subject, ground.dtype, ground.work)),
         "precision": _openvino_precision(ground.dtype),
         "latent_channels": subject.latent_channels,
     }
@@ -99,8 +99,14 @@ async def _floor(ground: Ground, subject: Subject) -> Worker:
 def _diffusers(dtype: str, *, compiled: bool = False) -> Start:
     async def start(ground: Ground, subject: Subject) -> Worker:
         python = ground.environment("diffusers", ("diffusers", "transformers", "accelerate", TORCH))
-        options = {"checkpoint": str(subject.checkpoint), "dtype": dtype, "compile": compiled}
-        options["environment"] = {"TORCHINDUCTOR_CACHE_DIR": str(ground.work / "inductor")}
+        options = {
+            "checkpoint": str(subject.checkpoint),
+            "dtype": dtype,
+            "compile": compiled,
+            # Compiling takes minutes: it is part of loading.
+            "first": {**asdict(next(subject.wishes())), "steps": 1},
+            "environment": {"TORCHINDUCTOR_CACHE_DIR": str(ground.work / "inductor")},
+        }
         name = f"diffusers-{dtype}{'-compiled' if compiled else ''}"
         return await _work(name, [str(python), str(WORKERS / "pipeline.py")], options, ground, subject)
 
@@ -137,7 +143,9 @@ FLOOR = Peer(
     about="our components back to back in one process, OpenVINO and diffusers' scheduler, nothing around them",
     start=_floor,
 )
-HYPERGEN = Peer(name="hypergen", about="HyperGen 0.1.0 as its server, float32, asked over HTTP", start=_hypergen("float32"))
+HYPERGEN = Peer(
+    name="hypergen", about="HyperGen 0.1.0 as its server, float32, asked over HTTP", start=_hypergen("float32")
+)
 GENAI = Peer(name="openvino_genai", about="OpenVINO GenAI's Text2ImagePipeline, in our precision", start=_genai())
 GENAI_CLONES = Peer(name="openvino_genai_clones", about="the same, two clones at a time", start=_genai(2))
 

@@ -1,8 +1,8 @@
 """Ours beside every peer, on the same machine in the same run: a table of ratios, plots, and build/bench.json.
 
-    make bench                              everything; 45 minutes on two cores
-    make bench ARGS=--quick                 the shipped model alone, few pairs; under five minutes
-    python tests/benchmarks/side_by_side.py --only pictures --peers floor,hypergen
+    make bench                              everything; 45 minutes on two cores, and as much again to set up at first
+    make bench ARGS=--quick                 the shipped model alone, few pairs: under five minutes
+    make bench ARGS="--only throughput one_picture --peers floor,hypergen"
 
 Peers install themselves into folders of their own under --work-dir and stay there, as do the checkpoints and their
 exports. Figures are entered as they come; a later run of some parts completes an earlier one's.
@@ -13,17 +13,35 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.environments import BUILD, ToolError
+from benchmarks.environments import BUILD
 from benchmarks.figures import Book
-from benchmarks.measures import Bench, Effort, pictures
+from benchmarks.measures import load, pictures, serving
+from benchmarks.measures.turns import Bench, Effort
 from benchmarks.peers import PEERS, Ground
-from benchmarks.subjects import has_bf16, sd15, shipped
+from benchmarks.subjects import Subject, has_bf16, sd15, shipped
 
-QUICK = Effort(pairs=5, large_pairs=1)
-FULL = Effort(pairs=15, large_pairs=3)
+QUICK = Effort(pairs=5, large_pairs=1, rounds=1, levels=(1, 8))
+FULL = Effort(pairs=30, large_pairs=3, rounds=3)
+
+PARTS: Mapping[str, Callable[[Bench, Subject], Coroutine[Any, Any, None]]] = {
+    "one_picture": pictures.one_picture,
+    "gateway": serving.gateway,
+    "models": serving.models_per_second,
+    "short_behind_long": load.short_behind_long,
+    "throughput": load.throughput,
+    "mixed_sizes": load.mixed_sizes,
+    "one_core_busy": pictures.one_core_busy,
+    "growth": pictures.growth,
+    "start": serving.start,
+    "first_start": serving.first_start,
+}
+LARGE_PARTS = ("one_picture", "one_core_busy")
+QUICK_PARTS = ("one_picture", "gateway", "models", "short_behind_long", "throughput")
 
 
 def main() -> None:
@@ -36,13 +54,21 @@ async def _measure(options: argparse.Namespace) -> None:
     bench = Bench(
         ground=ground, book=Book(options.output), effort=QUICK if options.quick else FULL, peers=options.peers
     )
-    await pictures(bench, shipped())
+    if "shipped" in options.checkpoints:
+        for name in options.only or (QUICK_PARTS if options.quick else PARTS):
+            await PARTS[name](bench, shipped())
+    if "sd15" in options.checkpoints and not options.quick:
+        for name in options.only or LARGE_PARTS:
+            await PARTS[name](bench, sd15(options.work_dir, options.large_steps))
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Ours beside every peer.")
-    parser.add_argument("--quick", action="store_true", help="the shipped model alone, few pairs")
-    parser.add_argument("--peers", type=lambda text: text.split(","), default=list(PEERS))
+    parser.add_argument("--quick", action="store_true", help="the shipped model alone, few pairs, under five minutes")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--checkpoints", nargs="+", choices=["shipped", "sd15"], default=["shipped", "sd15"])
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS), metavar="PEER")
+    parser.add_argument("--large-steps", type=int, default=4, help="of a picture of the full-size model")
     parser.add_argument("--work-dir", type=Path, default=BUILD / "side-by-side")
     parser.add_argument("--output", type=Path, default=BUILD / "bench.json")
     parser.add_argument("--hypergen", type=Path, default=Path(sys.executable).parent / "hypergen")

@@ -1,4 +1,4 @@
-"""A diffusers checkpoint as OpenVINO GenAI reads it: OpenVINO's own converter on each of its modules, and the tokenizer.
+"""A diffusers checkpoint as OpenVINO GenAI reads it: OpenVINO's own converter on its modules and tokenizer.
 
     python convert_for_genai.py CHECKPOINT OUTPUT
 
@@ -65,7 +65,9 @@ def main() -> None:
 
 
 def _convert_text_encoder(checkpoint: Path, output: Path) -> None:
-    module = CLIPTextModel.from_pretrained(checkpoint / "text_encoder", dtype=torch.float32, attn_implementation="eager")
+    module = CLIPTextModel.from_pretrained(
+        checkpoint / "text_encoder", dtype=torch.float32, attn_implementation="eager"
+    )
     ids = torch.zeros((2, module.config.max_position_embeddings), dtype=torch.int64)
     model = openvino.convert_model(_TextEncoder(module), example_input={"input_ids": ids})
     _save(model, checkpoint, output, "text_encoder")
@@ -76,7 +78,8 @@ def _convert_unet(checkpoint: Path, output: Path) -> None:
     config: Any = module.config
     example = {
         "sample": torch.randn(2, config.in_channels, config.sample_size, config.sample_size),
-        "timestep": torch.tensor(1.0),
+        # One for all rows, a whole number: as GenAI hands it over.
+        "timestep": torch.tensor([1]),
         "encoder_hidden_states": torch.randn(2, 77, config.cross_attention_dim),
     }
     model = openvino.convert_model(_UNet(module), example_input=example)

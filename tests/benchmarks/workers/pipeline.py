@@ -34,6 +34,7 @@ def load(options: Job) -> list[Draw]:
             generator=torch.Generator("cpu").manual_seed(job["seed"]),
         ).images
 
+    draw(options["first"])
     return [draw]
 
 

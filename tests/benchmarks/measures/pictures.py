@@ -1,0 +1,116 @@
+"""One picture at a time: ours against every peer, with idle cores and a busy one, and how the time grows."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+from benchmarks.contenders import Contender, Wish, memory
+from benchmarks.environments import ToolError
+from benchmarks.figures import Figures, latency_figures
+from benchmarks.measures.turns import Bench, take_turns
+from benchmarks.peers import FLOOR, HYPERGEN, OURS, PEERS
+from benchmarks.subjects import Subject
+
+STEPS = (1, 5, 10, 20, 50)
+# The program that keeps a core busy ends by itself after this long.
+BUSY_SECONDS = 1200
+
+
+async def one_picture(bench: Bench, subject: Subject) -> None:
+    """Ours and each peer in turns, and what memory each holds afterwards."""
+    async with bench.running(OURS, subject) as ours:
+        for name in bench.peers:
+            peer = PEERS[name]
+            entry = f"{name}_over_ours_one_picture_{subject.name}"
+            if subject.name not in peer.subjects:
+                bench.fail(entry, peer.why_not)
+                continue
+            try:
+                async with bench.running(peer, subject) as theirs:
+                    pairs = await take_turns(ours, theirs, subject.wishes(), _pairs(bench, subject))
+                    bench.enter(latency_figures(entry, name, pairs) | _memory(subject, name, theirs))
+            except ToolError as error:
+                bench.fail(entry, error)
+        bench.enter(_memory(subject, "ours", ours))
+
+
+def _pairs(bench: Bench, subject: Subject) -> int:
+    return bench.effort.large_pairs if subject.name == "sd15" else bench.effort.pairs
+
+
+def _memory(subject: Subject, name: str, contender: Contender) -> Figures:
+    resident, proportional = memory(contender.process)
+    return {
+        f"memory_{subject.name}_{name}_proportional_mb": round(proportional / 1e6),
+        f"memory_{subject.name}_{name}_resident_mb": round(resident / 1e6),
+    }
+
+
+async def one_core_busy(bench: Bench, subject: Subject) -> None:
+    """Ours and HyperGen in turns while another program computes on one core without a pause."""
+    entry = f"hypergen_over_ours_one_picture_{subject.name}_one_core_busy"
+    wishes = subject.wishes(steps=min(subject.wish.steps, 10) if subject.name == "shipped" else 1)
+    count = bench.effort.rounds if subject.name == "shipped" else 1
+    try:
+        async with bench.running(OURS, subject) as ours, bench.running(HYPERGEN, subject) as theirs:
+            for contender in (ours, theirs):
+                await contender.draw(next(wishes))
+            with _busy_core():
+                bench.enter(latency_figures(entry, "hypergen", await take_turns(ours, theirs, wishes, count)))
+    except ToolError as error:
+        bench.fail(entry, error)
+
+
+@contextlib.contextmanager
+def _busy_core() -> Iterator[None]:
+    core = max(os.sched_getaffinity(0))
+    program = (
+        f"import os, time; os.sched_setaffinity(0, {{{core}}}); end = time.monotonic() + {BUSY_SECONDS}\n"
+        "while time.monotonic() < end: pass"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def growth(bench: Bench, subject: Subject) -> None:
+    """How one picture's time grows with its steps and its size: ours, the floor and HyperGen in turns."""
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            contenders = {
+                peer.name: await stack.enter_async_context(bench.running(peer, subject))
+                for peer in (OURS, FLOOR, HYPERGEN)
+            }
+            for steps in STEPS:
+                await _grow(bench, subject, contenders, f"{steps}_steps", replace(subject.wish, steps=steps))
+            for size in subject.sizes:
+                await _grow(
+                    bench, subject, contenders, f"{size}_pixels", replace(subject.wish, width=size, height=size)
+                )
+    except ToolError as error:
+        bench.fail(f"growth_{subject.name}", error)
+
+
+async def _grow(bench: Bench, subject: Subject, contenders: dict[str, Contender], what: str, wish: Wish) -> None:
+    """The first round warms up."""
+    wishes = subject.wishes(wish.steps, wish.width)
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(bench.effort.rounds + 1):
+        each = next(wishes)
+        for name, contender in contenders.items():
+            taken[name].append(await contender.draw(each))
+    bench.enter(
+        {
+            f"growth_{subject.name}_{what}_{name}_ms": round(statistics.median(seconds[1:]) * 1e3, 2)
+            for name, seconds in taken.items()
+        }
+    )
