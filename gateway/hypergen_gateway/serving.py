@@ -26,6 +26,7 @@ from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.errors import UnavailableError
 from hypergen_gateway.generation import Generation, Lora, ModelDescription, Picture
 from hypergen_gateway.logs import console
+from hypergen_gateway.patience import drop_those_who_do_not_read
 from hypergen_gateway.repository import ExportOptions, find_repository
 from hypergen_gateway.triton import TritonBackend
 
@@ -144,11 +145,13 @@ def _ignore_signals(loop: asyncio.AbstractEventLoop) -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         # socket adds the address to the operating system's words.
         reason = str(error.strerror or error).partition(" (while")[0]
         raise PortUnavailableError(f"Cannot listen on {host}:{port} ({reason}): see --host and --port.") from error
+    drop_those_who_do_not_read(listener)
+    return listener
 
 
 @contextlib.asynccontextmanager
