@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from hypergen_gateway.errors import InvalidRequestError, UnsupportedMediaTypeError
+from hypergen_gateway.faults import raise_if_disk_is_full
 
 # Above this, a body is parsed in a thread: a megabyte takes milliseconds, an image as base64 a good part of a second.
 _PARSED_IN_PLACE = 1 << 20
@@ -41,6 +42,9 @@ async def read_form(request: Request, fields: Container[str]) -> AsyncIterator[d
         raise UnsupportedMediaTypeError("The body must be a form, sent with 'Content-Type: multipart/form-data'.")
     try:
         form = await request.form(max_files=_MAX_FILES, max_fields=_MAX_FIELDS)
+    except OSError as error:  # files go to disk as they come
+        raise_if_disk_is_full(error)
+        raise
     except HTTPException as error:
         raise InvalidRequestError(f"The form cannot be read: {error.detail}") from error
     try:

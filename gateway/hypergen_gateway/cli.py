@@ -144,6 +144,7 @@ def _cpu_dtype() -> str:
 @_option("--api-key-file", type=click.Path(path_type=Path), help="Read the key from this file, such as a secret's.")
 @_option("--max-queue-size", type=click.IntRange(min=0), default=100, help="Requests that may wait; more get a 429.")
 @_option("--request-timeout", type=click.FloatRange(min=1), default=600.0, help="Seconds until a request is given up.")
+@_option("--body-timeout", type=click.FloatRange(min=1), default=30.0, help="Seconds for a body; one more per 32 KiB.")
 @_option("--retry-grace", type=click.FloatRange(min=0), default=5.0, help="Seconds work goes on when its client left.")
 @_option("--public-url", metavar="URL", help="Where clients reach the server, for links. [default: as they came]")
 @_option("--link-lifetime", type=click.FloatRange(min=1), default=3600.0, help="Seconds that a picture's link lasts.")

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 _POSITIVE = (
     "request_timeout",
+    "body_timeout",
     "max_body_bytes",
     "max_upload_bytes",
     "max_json_upload_bytes",
@@ -56,6 +57,8 @@ class Config:
     link_folder: Path | None = None
     # s3://BUCKET/PREFIX to keep them there instead.
     link_bucket: str | None = None
+    # Seconds for a body to arrive, and one more for each 32 KiB of it.
+    body_timeout: float = 30.0
     # A prompt of 32,000 characters, each written as two \uXXXX escapes, twice, fits.
     max_body_bytes: int = 1 << 20
     # A form with images goes to disk as it comes. Sixteen images of 50 MB would be legal; nobody sends those.

@@ -36,6 +36,7 @@ from hypergen_gateway.links import FILES_PATH, Links, LocalLinks
 from hypergen_gateway.metrics import MEDIA_TYPE, Metrics
 from hypergen_gateway.middleware import METRICS_PATH, BodyLimit
 from hypergen_gateway.openapi import describe_api
+from hypergen_gateway.patience import BodyPatience
 from hypergen_gateway.responses import Health
 from hypergen_gateway.starts import Start, Uploads, open_starts
 
@@ -58,11 +59,13 @@ class Endpoints:
 
     def routes(self) -> list[BaseRoute]:
         """Every route. Starlette answers HEAD wherever it answers GET."""
-        bodies = [Middleware(BodyLimit, max_bytes=self.config.max_body_bytes)]
+        patience = Middleware(BodyPatience, seconds=self.config.body_timeout)
+        bodies = [patience, Middleware(BodyLimit, max_bytes=self.config.max_body_bytes)]
         uploads = [
+            patience,
             Middleware(
                 BodyLimit, max_bytes=self.config.max_json_upload_bytes, max_form_bytes=self.config.max_upload_bytes
-            )
+            ),
         ]
         return [
             Route("/openapi.json", self.openapi),

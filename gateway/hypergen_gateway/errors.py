@@ -96,6 +96,17 @@ class MethodNotAllowedError(InvalidRequestError):
         return {"Allow": self.allow}
 
 
+class RequestTimeoutError(InvalidRequestError):
+    """The request did not arrive in time. The connection ends with it: what still comes is half a request."""
+
+    status = 408
+    code = "request_timeout"
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"Connection": "close"}
+
+
 class BodyTooLargeError(InvalidRequestError):
     """The body is larger than the server reads."""
 
@@ -174,6 +185,13 @@ class UnavailableError(RetryableError):
 
     status = 503
     code = "service_unavailable"
+
+
+class StorageFullError(HyperGenError):
+    """The disk is full, on which a picture or an upload would have been kept."""
+
+    status = 507
+    code = "insufficient_storage"
 
 
 class DeadlineExceededError(HyperGenError):

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from http import HTTPStatus
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from hypergen_gateway.errors import ClientClosedRequestError, HyperGenError, InternalError, InvalidRequestError
+from hypergen_gateway.errors import (
+    ClientClosedRequestError,
+    HyperGenError,
+    InternalError,
+    InvalidRequestError,
+    StorageFullError,
+)
 from hypergen_gateway.request_id import current_request_id
 
 logger = logging.getLogger(__name__)
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def as_ours(error: Exception) -> HyperGenError:
@@ -23,6 +32,12 @@ def as_ours(error: Exception) -> HyperGenError:
     if isinstance(error, HTTPException) and error.status_code < 500:
         return InvalidRequestError(HTTPStatus(error.status_code).phrase)
     return InternalError(f"unexpected {type(error).__name__}")
+
+
+def raise_if_disk_is_full(error: OSError) -> None:
+    """Nothing where the error is another one. Raises `StorageFullError`."""
+    if error.errno in _DISK_FULL:
+        raise StorageFullError("The server's disk is full: this cannot be kept. Try again later.") from error
 
 
 def log_fault(ours: HyperGenError, error: Exception) -> None:

@@ -22,6 +22,7 @@ from typing import Protocol
 from urllib.parse import urlencode
 
 from hypergen_gateway.errors import InternalError, LinkExpiredError, NotFoundError
+from hypergen_gateway.faults import raise_if_disk_is_full
 from hypergen_gateway.images import FileFormat
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class LocalLinks:
         try:
             await asyncio.to_thread(self._write, self._folder / name, file, expires)
         except OSError as error:
+            raise_if_disk_is_full(error)
             raise InternalError(f"a picture cannot be kept in {self._folder}: {error.strerror}") from error
         query = urlencode({"expires": expires, "signature": self._sign(name, str(expires))})
         return f"{base_url.rstrip('/')}{FILES_PATH}/{name}?{query}"
@@ -122,8 +124,12 @@ class LocalLinks:
     def _write(path: Path, file: bytes, expires: int) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.touch(mode=0o600, exist_ok=False)
-        path.write_bytes(file)
-        os.utime(path, (expires, expires))
+        try:
+            path.write_bytes(file)
+            os.utime(path, (expires, expires))
+        except OSError:
+            path.unlink()  # half a picture is in the way of the next
+            raise
 
     def _remove_expired(self) -> None:
         if not self._folder.is_dir():

@@ -6,6 +6,7 @@ its value from a client, so that nobody can make more of them.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -41,6 +42,7 @@ class Metrics:
         self._gauge("queued_requests", "Requests that wait for a place").set_function(lambda: admission.waiting)
         self._gauge("active_requests", "Requests at work in Triton").set_function(lambda: admission.running)
         self._gauge("active_images", "Images at work in Triton").set_function(lambda: admission.running_images)
+        self._gauge("asyncio_tasks", "Tasks of the event loop").set_function(_tasks)
         for reason in ("queue_full", "deadline"):
             self._refused.labels(reason)
         for reason in ("idempotency_key", "retry"):
@@ -93,3 +95,10 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, *labels: str, buckets: Sequence[float] = _SECONDS) -> Histogram:
         return Histogram(f"hypergen_gateway_{name}", text, labels, registry=self._registry, buckets=buckets)
+
+
+def _tasks() -> int:
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:  # read outside of the loop
+        return 0

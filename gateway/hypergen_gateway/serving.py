@@ -26,10 +26,12 @@ from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.errors import UnavailableError
 from hypergen_gateway.generation import Generation, Lora, ModelDescription, Picture
 from hypergen_gateway.logs import console
+from hypergen_gateway.patience import drop_those_who_do_not_read
 from hypergen_gateway.repository import ExportOptions, find_repository
 from hypergen_gateway.triton import TritonBackend
 
 if TYPE_CHECKING:
+    from hypergen_gateway.embedded.supervisor import EmbeddedTriton
     from hypergen_gateway.tracing import Tracing
 
 logger = logging.getLogger(__name__)
@@ -143,26 +145,30 @@ def _ignore_signals(loop: asyncio.AbstractEventLoop) -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         # socket adds the address to the operating system's words.
         reason = str(error.strerror or error).partition(" (while")[0]
         raise PortUnavailableError(f"Cannot listen on {host}:{port} ({reason}): see --host and --port.") from error
+    drop_those_who_do_not_read(listener)
+    return listener
 
 
 @contextlib.asynccontextmanager
 async def _connected(options: TritonOptions, request_timeout: float) -> AsyncIterator[TritonBackend]:
     async with contextlib.AsyncExitStack() as stack:
-        url = options.url
-        if url is None:
-            url = await stack.enter_async_context(_embedded(options))
-        backend = TritonBackend(url, request_timeout=request_timeout)
+        if options.url is not None:
+            backend = TritonBackend(options.url, request_timeout=request_timeout)
+        else:
+            triton = await stack.enter_async_context(_embedded(options))
+            backend = TritonBackend(triton.url, request_timeout=request_timeout)
+            triton.at_work = lambda: backend.at_work
         stack.push_async_callback(backend.close)
         yield backend
 
 
 @contextlib.asynccontextmanager
-async def _embedded(options: TritonOptions) -> AsyncIterator[str]:
+async def _embedded(options: TritonOptions) -> AsyncIterator[EmbeddedTriton]:
     # Imported here, because a gateway in front of another Triton is installed without what this needs.
     try:
         from hypergen_gateway.embedded.supervisor import embedded_triton
@@ -177,7 +183,7 @@ async def _embedded(options: TritonOptions) -> AsyncIterator[str]:
     async with embedded_triton(repository) as triton:
         seconds = time.monotonic() - began
         console.info(f"Triton is ready after {seconds:.1f} s: gRPC on {triton.url}, {triton.metrics_url}")
-        yield triton.url
+        yield triton
 
 
 class _Server(uvicorn.Server):

@@ -112,6 +112,12 @@ class TritonBackend:
         self._open_client: InferenceServerClient | None = None
         self._description: ModelDescription | None = None
         self._description_is_fresh = False
+        self._streams = 0
+
+    @property
+    def at_work(self) -> bool:
+        """Whether Triton owes somebody an answer."""
+        return self._streams > 0
 
     async def describe(self) -> ModelDescription:
         """The parameters of the sampler. Read again after a lost connection: another model may have come back."""
@@ -167,6 +173,7 @@ class TritonBackend:
         # Without the first an error comes as text in the stream, without its code. The others are for Triton's traces.
         headers = {"triton_grpc_error": "true", **current_trace.get()}
         responses = self._client.stream_infer(_only(request), stream_timeout=self._request_timeout, headers=headers)
+        self._streams += 1
         try:
             with self._gate():
                 async for result, error in responses:
@@ -174,6 +181,7 @@ class TritonBackend:
                         raise error
                     yield _to_picture(result)
         finally:
+            self._streams -= 1
             responses.cancel()
 
     async def close(self) -> None:

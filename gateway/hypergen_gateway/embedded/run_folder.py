@@ -5,6 +5,7 @@ Knows where Triton looks for backends, and what a server leaves behind that coul
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -16,18 +17,29 @@ from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.embedded.installation import Installation
 
 PREFIX = "hypergen-triton-"
+KILL_SECONDS = 5.0
 OWN_BACKENDS = Path(__file__).parent / "backends"
 
 _no_caches = shutil.ignore_patterns("__pycache__")
 
 
 def remove_abandoned() -> None:
-    """Delete what servers left whose gateway was killed: their folders and their shared memory."""
+    """End and delete what servers left whose gateway was killed: processes that hang, folders, shared memory."""
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*-*"):
         owner = folder.name.removeprefix(PREFIX).partition("-")[0]
         if owner.isdecimal() and not psutil.pid_exists(int(owner)):
+            _kill_processes(folder)
             remove_shared_memory(folder)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _kill_processes(run_folder: Path) -> None:
+    """A server ends with its gateway, unless it hears no signal any more."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(str(run_folder) in argument for argument in process.cmdline()):
+                process.kill()
+                process.wait(KILL_SECONDS)
 
 
 def remove_shared_memory(run_folder: Path) -> None:

@@ -24,6 +24,7 @@ from tritonclient.grpc import InferenceServerClient, InferenceServerException
 from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.embedded.installation import Installation
 from hypergen_gateway.embedded.run_folder import remove_shared_memory
+from hypergen_gateway.embedded.watchdog import LinuxProcess
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +163,11 @@ class TritonServer:
         dead = [model for model in self._models if not _is_alive(model)]
         return f"{len(dead)} of its {len(self._models)} model processes" if dead else None
 
+    def processes(self) -> list[LinuxProcess]:
+        """What the watchdog looks at once the server is ready: the server itself, then its models."""
+        models = [LinuxProcess(model.pid, _name_of(model)) for model in self._models]
+        return [LinuxProcess(self._process.pid, "tritonserver"), *models]
+
     async def stop(self, timeout: float) -> None:
         """Ask it to end, and kill what has not ended after `timeout` seconds."""
         models = _stubs_of(self._process.pid) or self._models
@@ -233,6 +239,14 @@ def _stubs_of(pid: int) -> list[psutil.Process]:
         return [child for child in children if child.name()[:15] == STUB_NAME[:15]]
     except psutil.NoSuchProcess:
         return []
+
+
+def _name_of(stub: psutil.Process) -> str:
+    """A stub's first argument is its model's file, MODEL/1/model.py or the like."""
+    try:
+        return f"the process of {Path(stub.cmdline()[1]).parents[1].name}"
+    except (psutil.NoSuchProcess, IndexError):
+        return "a model's process"
 
 
 def _is_alive(process: psutil.Process) -> bool:

@@ -1,4 +1,4 @@
-"""Keeps an embedded Triton running: starts it, notices when it or one of its processes dies, starts it again.
+"""Keeps an embedded Triton running: starts it, notices when it or one of its processes dies or hangs, starts it again.
 
 Triton 2.51 stays "ready" after a model's process has crashed, and that model's clients wait for ever: so the processes
 themselves are watched, and the whole server is replaced, on the same ports, so that clients find it again.
@@ -10,19 +10,23 @@ import asyncio
 import contextlib
 import logging
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+
+from tritonclient.grpc.aio import InferenceServerClient
+from tritonclient.utils import InferenceServerException
 
 from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.embedded.installation import find_installation
 from hypergen_gateway.embedded.run_folder import make_run_folder, remove_abandoned
 from hypergen_gateway.embedded.server import Launch, TritonServer, free_ports
+from hypergen_gateway.embedded.watchdog import LOOK_SECONDS, PROBE_SECONDS, Watchdog
 
 logger = logging.getLogger(__name__)
 
-WATCH_SECONDS = 0.25
 STOP_SECONDS = 10.0
+PROBE_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 30.0
 
 
@@ -46,13 +50,17 @@ async def embedded_triton(model_repository: Path, start_timeout: float = 600.0) 
 
 
 class EmbeddedTriton:
-    """A Triton that is started again when it or one of its processes dies; made by `embedded_triton`."""
+    """A Triton that is started again when it or one of its processes dies or hangs; made by `embedded_triton`.
+
+    `at_work` says whether somebody waits for Triton, who sets it; then it also hangs if none of its processes works.
+    """
 
     def __init__(self, launch: Launch, start_timeout: float) -> None:
         self._launch = launch
         self._start_timeout = start_timeout
         self._server: TritonServer | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self.at_work: Callable[[], bool] = lambda: False
 
     @property
     def url(self) -> str:
@@ -66,8 +74,7 @@ class EmbeddedTriton:
 
     async def start(self) -> None:
         """Start, wait until ready, and watch from then on."""
-        await self._start_server()
-        self._watcher = asyncio.create_task(self._watch())
+        self._watcher = asyncio.create_task(self._watch(await self._start_server()))
 
     async def stop(self) -> None:
         """End the watch and the server; also after a failed start."""
@@ -78,19 +85,33 @@ class EmbeddedTriton:
         if self._server is not None:
             await self._server.stop(STOP_SECONDS)
 
-    async def _start_server(self) -> None:
+    async def _start_server(self) -> TritonServer:
         self._server = await TritonServer.start(self._launch)
         await self._server.wait_ready(self._start_timeout)
+        return self._server
 
-    async def _watch(self) -> None:
+    async def _watch(self, server: TritonServer) -> None:
         while True:
-            await asyncio.sleep(WATCH_SECONDS)
-            missing = self._server.missing() if self._server else "tritonserver"
-            if missing:
-                logger.error("Triton lost %s; starting it again", missing)
-                await self._replace()
+            fault = await self._fault_of(server)
+            logger.error("Triton %s; starting it again", fault)
+            server = await self._replace()
 
-    async def _replace(self) -> None:
+    async def _fault_of(self, server: TritonServer) -> str:
+        """What has happened to the server, in words, as soon as something has."""
+        watchdog = Watchdog(server.processes(), at_work=lambda: self.at_work())
+        probing = asyncio.create_task(_probe(self.url, watchdog))
+        try:
+            while True:
+                await asyncio.sleep(LOOK_SECONDS)
+                if missing := server.missing():
+                    return f"lost {missing}"
+                if hanging := watchdog.look():
+                    return f"hangs: {hanging}"
+        finally:
+            probing.cancel()
+            await asyncio.wait([probing])
+
+    async def _replace(self) -> TritonServer:
         """Start again until it holds, with growing pauses: a full disk or short memory may pass."""
         pause = 0.5
         while True:
@@ -98,11 +119,26 @@ class EmbeddedTriton:
                 # What is left of it could only fail its clients later.
                 if self._server is not None:
                     await self._server.kill()
-                await self._start_server()
+                server = await self._start_server()
             except (EmbeddedError, OSError) as error:
                 logger.error("%s Next try in %.0f s", error, pause)
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
             else:
                 logger.warning("Triton is back")
-                return
+                return server
+
+
+async def _probe(url: str, watchdog: Watchdog) -> None:
+    """Ask the server again and again whether it lives."""
+    client = InferenceServerClient(url)
+    try:
+        while True:
+            try:
+                answered = bool(await client.is_server_live(client_timeout=PROBE_SECONDS))
+            except InferenceServerException:
+                answered = False
+            watchdog.probed(answered=answered)
+            await asyncio.sleep(PROBE_PAUSE_SECONDS)
+    finally:
+        await client.close()
