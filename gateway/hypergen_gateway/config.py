@@ -29,8 +29,10 @@ _LONGEST_S3_LIFETIME = 7 * 24 * 3600  # of a signature of version 4
 class Config:
     """Settings of one gateway."""
 
-    # Without a key everybody who reaches the port may use it. Kept out of repr, and so out of logs.
-    api_key: str | None = field(default=None, repr=False)
+    # One key or several; without any, everybody who reaches the port may use it. Kept out of repr, and so out of logs.
+    api_key: str | tuple[str, ...] | None = field(default=None, repr=False)
+    # A file with more of them, which is read again when it changes.
+    api_key_file: Path | None = None
     # Whether /metrics asks for the key, too. Scrapers come without one, and learn how much is drawn, never what.
     metrics_need_key: bool = False
     # The id that clients see; None: the one that the exported model carries.
@@ -67,7 +69,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """A setting that would quietly switch protection off is refused here rather than found out later."""
-        if self.api_key is not None and not self.api_key.strip():
+        if not all(key.strip() for key in self.api_keys):
             raise ValueError("the API key is empty; leave it out to serve without one")
         for name, meaning in _ZERO_MEANS.items():
             if getattr(self, name) < 0:
@@ -83,6 +85,16 @@ class Config:
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is not positive")
+
+    @property
+    def api_keys(self) -> tuple[str, ...]:
+        """The keys that were given."""
+        return (self.api_key,) if isinstance(self.api_key, str) else self.api_key or ()
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether clients are asked for a key."""
+        return bool(self.api_keys) or self.api_key_file is not None
 
 
 def _is_url(text: str, *schemes: str) -> bool:

@@ -21,6 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from hypergen_gateway import capabilities, docs, openai, playground, responses
+from hypergen_gateway.access import METRICS_PATH
 from hypergen_gateway.admission import Admission
 from hypergen_gateway.bodies import media_type, read_form, read_json
 from hypergen_gateway.callers import Caller, deadline_of, read_asked, read_caller
@@ -34,7 +35,7 @@ from hypergen_gateway.generation import Backend, ModelDescription
 from hypergen_gateway.jobs import Job, Jobs
 from hypergen_gateway.links import FILES_PATH, Links, LocalLinks
 from hypergen_gateway.metrics import MEDIA_TYPE, Metrics
-from hypergen_gateway.middleware import METRICS_PATH, BodyLimit
+from hypergen_gateway.middleware import BodyLimit
 from hypergen_gateway.openapi import describe_api
 from hypergen_gateway.responses import Health
 from hypergen_gateway.starts import Start, Uploads, open_starts
@@ -215,7 +216,7 @@ class Endpoints:
 
     async def _description(self) -> dict[str, Any]:
         model = await _or_none(self.backend.describe(), self.config.probe_timeout)
-        return describe_api(model, secured=self.config.api_key is not None)
+        return describe_api(model, secured=self.config.needs_key)
 
     async def _health(self) -> Health:
         limit = self.config.probe_timeout

@@ -224,7 +224,7 @@ async def _greeting(options: ServeOptions, backend: TritonBackend) -> str:
         waiting = f"No model answers on {options.triton.url} yet: requests get a 503 until one does"
         return f"Serving on {url}/v1, a page to try it on {url}\n{waiting}"
     model = options.gateway.model_id or description.model_id
-    secured = options.gateway.api_key is not None
+    secured = options.gateway.needs_key
     details = [description.device, *(["with an API key"] if secured else []), *_lora_names(description.loras)]
     return (
         f"Serving {model} on {url}/v1 ({', '.join(details)})"
