@@ -48,6 +48,7 @@ GATEWAY_LAYERS = [
     "docs",
     "triton",
     "access",
+    "browsers",
     "middleware",
     "metrics",
     "tracing",

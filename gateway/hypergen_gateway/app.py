@@ -15,6 +15,7 @@ from starlette.routing import BaseRoute, Route
 
 from hypergen_gateway.access import METRICS_PATH, OPEN_PATHS, ApiKey
 from hypergen_gateway.admission import Admission
+from hypergen_gateway.browsers import OtherWebsites, SecurityHeaders, cors
 from hypergen_gateway.config import Config
 from hypergen_gateway.connection import cancel
 from hypergen_gateway.drawing import Studio
@@ -40,6 +41,8 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
         BadKeysError: the file of API keys cannot be read as such.
     """
     keys = Keys(config.api_keys, config.api_key_file)
+    if "*" in config.cors_origins and not keys:
+        logger.warning("Every website may use this server through its visitors' browsers, and it asks for no key")
     admission = Admission(config.max_queue_size)
     metrics = Metrics(admission)
     keeping = Keeping(grace=config.retry_grace, seconds=config.retry_seconds, nbytes=config.retry_bytes)
@@ -68,8 +71,12 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
         middleware=[
             Middleware(Trace) if tracing is None else Middleware(Trace, traced=tracing.middleware),
             Middleware(RequestLog, routes=_paths(routes), observers=observers),
+            Middleware(SecurityHeaders),
+            *cors(config.cors_origins),
             Middleware(Errors),
-            Middleware(ApiKey, keys=keys, open_paths=open_paths),
+            Middleware(ApiKey, keys=keys, open_paths=open_paths)
+            if keys
+            else Middleware(OtherWebsites, origins=config.cors_origins, public_url=config.public_url),
         ],
         exception_handlers={HTTPException: answer_http_exception},
         lifespan=lifespan,

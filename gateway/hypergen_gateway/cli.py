@@ -164,6 +164,13 @@ class _OneKey(click.types.StringParamType):
 @_option("--max-queue-size", type=click.IntRange(min=0), default=100, help="Requests that may wait; more get a 429.")
 @_option("--request-timeout", type=click.FloatRange(min=1), default=600.0, help="Seconds until a request is given up.")
 @_option("--retry-grace", type=click.FloatRange(min=0), default=5.0, help="Seconds work goes on when its client left.")
+@_option(
+    "--cors-origin",
+    "cors_origins",
+    metavar="ORIGIN",
+    multiple=True,
+    help="A website whose scripts may use the API, such as https://app.example.com; repeatable. '*' is every website.",
+)
 @_option("--public-url", metavar="URL", help="Where clients reach the server, for links. [default: as they came]")
 @_option("--link-lifetime", type=click.FloatRange(min=1), default=3600.0, help="Seconds that a picture's link lasts.")
 @_option("--link-secret", metavar="SECRET", help="Signs links, so that they outlive a restart. [default: random]")

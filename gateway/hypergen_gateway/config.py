@@ -48,6 +48,8 @@ class Config:
     retry_bytes: int = 256 << 20
     # Quiet seconds in a stream after which a comment shows that the server is still there.
     heartbeat_interval: float = 15.0
+    # Websites whose scripts may use the API, such as https://app.example.com; * is every website.
+    cors_origins: tuple[str, ...] = ()
     # Where clients reach this server, for links; None: where the request came to.
     public_url: str | None = None
     # Seconds that a link to a picture is good for; OpenAI's are good for an hour.
@@ -69,22 +71,30 @@ class Config:
 
     def __post_init__(self) -> None:
         """A setting that would quietly switch protection off is refused here rather than found out later."""
+        self._check_numbers()
+        self._check_addresses()
         if not all(key.strip() for key in self.api_keys):
             raise ValueError("the API key is empty; leave it out to serve without one")
+        if self.link_secret is not None and len(self.link_secret) < _SHORTEST_SECRET:
+            raise ValueError(f"the secret for links is shorter than {_SHORTEST_SECRET} characters")
+        if self.link_bucket is not None and self.link_lifetime > _LONGEST_S3_LIFETIME:
+            raise ValueError("links into a bucket are good for seven days at most")
+
+    def _check_numbers(self) -> None:
         for name, meaning in _ZERO_MEANS.items():
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is negative; 0 already means that {meaning}")
-        if self.link_secret is not None and len(self.link_secret) < _SHORTEST_SECRET:
-            raise ValueError(f"the secret for links is shorter than {_SHORTEST_SECRET} characters")
+        for name in _POSITIVE:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is not positive")
+
+    def _check_addresses(self) -> None:
         if self.public_url is not None and not _is_url(self.public_url, "http", "https"):
             raise ValueError("the public URL must look like https://images.example.com")
         if self.link_bucket is not None and not _is_url(self.link_bucket, "s3"):
             raise ValueError("the bucket for links must look like s3://BUCKET or s3://BUCKET/PREFIX")
-        if self.link_bucket is not None and self.link_lifetime > _LONGEST_S3_LIFETIME:
-            raise ValueError("links into a bucket are good for seven days at most")
-        for name in _POSITIVE:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is not positive")
+        if not all(origin == "*" or _is_origin(origin) for origin in self.cors_origins):
+            raise ValueError("an origin for CORS must look like https://app.example.com, or be *")
 
     @property
     def api_keys(self) -> tuple[str, ...]:
@@ -100,3 +110,8 @@ class Config:
 def _is_url(text: str, *schemes: str) -> bool:
     parts = urlsplit(text)
     return parts.scheme in schemes and bool(parts.netloc) and not (parts.query or parts.fragment)
+
+
+def _is_origin(text: str) -> bool:
+    """Whether browsers call a website so: scheme, host and perhaps a port, in small letters."""
+    return _is_url(text, "http", "https") and text == "{0.scheme}://{0.netloc}".format(urlsplit(text)).lower()

@@ -89,8 +89,7 @@ class Endpoints:
     async def docs(self, request: Request) -> Response:
         """The API's description, to be read."""
         page = docs.render(await self._description(), self.config.public_url or str(request.base_url))
-        headers = {"Content-Security-Policy": docs.CONTENT_SECURITY_POLICY, "X-Content-Type-Options": "nosniff"}
-        return HTMLResponse(page, headers=headers)
+        return HTMLResponse(page, headers=docs.HEADERS)
 
     async def health(self, _: Request) -> Response:
         """200 while the process lives; the body says how Triton is."""
@@ -187,7 +186,10 @@ class Endpoints:
         stored = await self.links.read(
             request.path_params["name"], query.get("expires", ""), query.get("signature", "")
         )
-        headers = {"Cache-Control": f"private, max-age={stored.seconds_left}", "X-Content-Type-Options": "nosniff"}
+        headers = {
+            "Cache-Control": f"private, max-age={stored.seconds_left}",
+            "Cross-Origin-Resource-Policy": "cross-origin",  # who has the link may show the picture
+        }
         return Response(stored.content, media_type=stored.media_type, headers=headers)
 
     async def _answer(self, request: Request, wanted: PictureRequest, job: Job) -> Response:

@@ -61,6 +61,19 @@ class AuthenticationError(InvalidRequestError):
         return {"WWW-Authenticate": "Bearer"}
 
 
+class CrossSiteError(InvalidRequestError):
+    """A website that may not use this server asks through a visitor's browser."""
+
+    status = 403
+    code = "cross_site_request"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This server does not answer other websites. Its operator may allow one with --cors-origin, and names the "
+            "server's own address with --public-url if it is this one."
+        )
+
+
 class NotFoundError(InvalidRequestError):
     """No such route."""
 
