@@ -33,7 +33,7 @@ from hypergen_gateway.events import EventStream, to_frame
 from hypergen_gateway.fields import EditForm, EditRequest, ImageRequest, PictureRequest, VariationForm, from_texts
 from hypergen_gateway.generation import Backend, ModelDescription
 from hypergen_gateway.jobs import Job, Jobs
-from hypergen_gateway.links import FILES_PATH, Links, LocalLinks
+from hypergen_gateway.links import FILE_HEADERS, FILES_PATH, Links, LocalLinks
 from hypergen_gateway.metrics import MEDIA_TYPE, Metrics
 from hypergen_gateway.middleware import BodyLimit
 from hypergen_gateway.openapi import describe_api
@@ -186,11 +186,8 @@ class Endpoints:
         stored = await self.links.read(
             request.path_params["name"], query.get("expires", ""), query.get("signature", "")
         )
-        headers = {
-            "Cache-Control": f"private, max-age={stored.seconds_left}",
-            "Cross-Origin-Resource-Policy": "cross-origin",  # who has the link may show the picture
-        }
-        return Response(stored.content, media_type=stored.media_type, headers=headers)
+        headers = {"Cache-Control": f"private, max-age={stored.seconds_left}"}
+        return Response(stored.content, media_type=stored.media_type, headers=FILE_HEADERS | headers)
 
     async def _answer(self, request: Request, wanted: PictureRequest, job: Job) -> Response:
         finished = await job.finals()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -12,7 +13,7 @@ from starlette.applications import Starlette
 from starlette.responses import HTMLResponse
 from starlette.routing import Route
 
-from browser import chromium, needs_chromium
+from browser import chromium, needs_chromium, opened
 from fake_backend import FakeBackend, in_memory, on_loopback
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
@@ -70,6 +71,7 @@ class TestHeaders:
         assert picture.headers["cross-origin-resource-policy"] == "cross-origin"
         assert picture.headers["cache-control"].startswith("private, max-age=")
         assert picture.headers["x-content-type-options"] == "nosniff"
+        assert picture.headers["content-security-policy"].endswith("sandbox")
 
     async def test_a_stream_says_itself_how_it_is_cached(self, client: httpx.AsyncClient) -> None:
         answer = await client.post(URL, json=FOX | {"stream": True})
@@ -208,11 +210,22 @@ ASK = """async ([url, key]) => {
     return [answer.status, answer.headers.get("x-request-id") !== null, "error" in await answer.json()];
   } catch { return "refused by the browser"; }
 }"""
+LOADED = "() => performance.getEntriesByType('resource').map(({name}) => name)"
 SEND_FORM = """async (url) => {
   const body = new FormData();
   body.append("image", new Blob(["x"]), "x.png");
   try { await fetch(url, {method: "POST", mode: "no-cors", body}); } catch {}
 }"""
+
+
+@needs_chromium
+async def test_pages_and_pictures_work_in_a_browser_under_their_own_policies(backend: FakeBackend) -> None:
+    async with chromium() as browser, on_loopback(create_app(Config(), backend)) as url:
+        async with httpx.AsyncClient() as client:
+            answer = await client.post(url + URL, json=FOX | {"response_format": "url"})
+        for address in (f"{url}/", f"{url}/docs", answer.json()["data"][0]["url"]):
+            async with opened(browser, address) as page:  # fails if a policy stops anything
+                assert {urlsplit(request).netloc for request in await page.evaluate(LOADED)} <= {urlsplit(url).netloc}
 
 
 @needs_chromium
