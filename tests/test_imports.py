@@ -50,6 +50,7 @@ GATEWAY_LAYERS = [
     "access",
     "browsers",
     "middleware",
+    "connections",
     "metrics",
     "tracing",
     "endpoints",

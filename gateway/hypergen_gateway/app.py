@@ -26,7 +26,7 @@ from hypergen_gateway.jobs import Jobs, Keeping
 from hypergen_gateway.keys import Keys
 from hypergen_gateway.links import Links, LocalLinks
 from hypergen_gateway.metrics import Metrics
-from hypergen_gateway.middleware import Errors, RequestLog, Trace, answer_http_exception
+from hypergen_gateway.middleware import Errors, HeadLimit, RequestLog, Trace, answer_http_exception
 
 if TYPE_CHECKING:  # OpenTelemetry is there only where traces are wanted
     from hypergen_gateway.tracing import Tracing
@@ -74,6 +74,7 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
             Middleware(SecurityHeaders),
             *cors(config.cors_origins),
             Middleware(Errors),
+            Middleware(HeadLimit),
             Middleware(ApiKey, keys=keys, open_paths=open_paths)
             if keys
             else Middleware(OtherWebsites, origins=config.cors_origins, public_url=config.public_url),

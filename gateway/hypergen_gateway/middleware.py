@@ -21,7 +21,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hypergen_gateway.errors import (
+    AddressTooLongError,
+    AmbiguousBodyError,
     BodyTooLargeError,
+    HeadTooLargeError,
     HyperGenError,
     MethodNotAllowedError,
     NotFoundError,
@@ -34,6 +37,12 @@ access_logger = logging.getLogger("hypergen_gateway.access")
 
 # Anything else that a client may write there would be one more label of a metric.
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+_MAX_ADDRESS_BYTES = 8 << 10
+_MAX_HEADERS = 100
+_MAX_HEAD_BYTES = 32 << 10
+# Of a path that may be any text, in logs and messages.
+_SHOWN_PATH = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +136,7 @@ class RequestLog:
         access_logger.info(
             "%s %s %d %d ms %s%s",
             scope["method"],
-            quote(scope["path"], safe="/:@"),
+            _shown(scope["path"]),
             status,
             round(seconds * 1000),
             current_request_id.get(),
@@ -167,6 +176,27 @@ class Errors:
             ours = as_ours(error)
             log_fault(ours, error)
             await error_response(ours)(scope, receive, send)
+
+
+class HeadLimit:
+    """Refuses heads that no client needs, and those that say twice how long the body is.
+
+    A proxy that believes the length, where we believe the encoding, would take the rest for another request.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = scope["headers"]
+            if len(scope["raw_path"]) + len(scope["query_string"]) > _MAX_ADDRESS_BYTES:
+                raise AddressTooLongError(f"The address is too long: at most {_MAX_ADDRESS_BYTES:,} bytes are read.")
+            if len(headers) > _MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > _MAX_HEAD_BYTES:
+                raise HeadTooLargeError
+            if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
+                raise AmbiguousBodyError
+        await self._app(scope, receive, send)
 
 
 class BodyLimit:
@@ -218,11 +248,17 @@ def answer_http_exception(request: Request, error: Exception) -> Response:
     if allow is not None:
         ours = MethodNotAllowedError(f"The method {request.method} is not allowed here. Allowed: {allow}.", allow)
     elif isinstance(error, HTTPException) and error.status_code == 404:
-        ours = NotFoundError(f"There is no {request.method} {quote(request.url.path, safe='/:@')} here.")
+        ours = NotFoundError(f"There is no {request.method} {_shown(request.url.path)} here.")
     else:
         ours = as_ours(error)
     log_fault(ours, error)
     return error_response(ours)
+
+
+def _shown(path: str) -> str:
+    """A path that cannot be taken for anything else, in a length that bears repeating."""
+    shown = quote(path[:_SHOWN_PATH], safe="/:@")
+    return shown if len(path) <= _SHOWN_PATH else f"{shown}…"
 
 
 def _milliseconds_since(started: float) -> int:

@@ -22,6 +22,7 @@ import uvicorn
 
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
+from hypergen_gateway.connections import allow_open_files, bounded
 from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.errors import UnavailableError
 from hypergen_gateway.generation import Generation, Lora, ModelDescription, Picture
@@ -77,6 +78,7 @@ async def serve(options: ServeOptions) -> None:
     Raises:
         PortUnavailableError, ExportFailedError, EmbeddedError: before anything is served.
     """
+    allow_open_files()
     # Bound before the engines are loaded: a busy port is known at once.
     with _listen(options.host, options.port) as listener:
         async with _connected(options.triton, options.gateway.request_timeout) as backend:
@@ -194,10 +196,7 @@ class _Server(uvicorn.Server):
 
 
 async def _serve_http(app: Any, listener: socket.socket) -> None:
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=DRAIN_SECONDS
-    )
-    server = _Server(config)
+    server = _Server(bounded(app, timeout_graceful_shutdown=DRAIN_SECONDS))
     with _signals_call(server.stop):
         await server.serve(sockets=[listener])
 
