@@ -13,6 +13,7 @@ import numpy as np
 import uvicorn
 from starlette.applications import Starlette
 
+from hypergen_gateway.connections import bounded
 from hypergen_gateway.errors import HyperGenError
 from hypergen_gateway.generation import Generation, ModelDescription, Picture, Timings
 
@@ -141,7 +142,7 @@ class _Server(uvicorn.Server):
 @asynccontextmanager
 async def on_loopback(app: Starlette) -> AsyncIterator[str]:
     """The app under uvicorn on a free port of 127.0.0.1; gives its base URL."""
-    server = _Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
+    server = _Server(bounded(app, port=0))
     serving = asyncio.create_task(server.serve())
     await until(lambda: server.started)
     try:

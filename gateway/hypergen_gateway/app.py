@@ -13,7 +13,9 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import BaseRoute, Route
 
+from hypergen_gateway.access import METRICS_PATH, OPEN_PATHS, ApiKey
 from hypergen_gateway.admission import Admission
+from hypergen_gateway.browsers import OtherWebsites, SecurityHeaders, cors
 from hypergen_gateway.config import Config
 from hypergen_gateway.connection import cancel
 from hypergen_gateway.drawing import Studio
@@ -21,17 +23,10 @@ from hypergen_gateway.endpoints import Endpoints
 from hypergen_gateway.errors import HyperGenError
 from hypergen_gateway.generation import Backend
 from hypergen_gateway.jobs import Jobs, Keeping
+from hypergen_gateway.keys import Keys
 from hypergen_gateway.links import Links, LocalLinks
 from hypergen_gateway.metrics import Metrics
-from hypergen_gateway.middleware import (
-    METRICS_PATH,
-    OPEN_PATHS,
-    ApiKey,
-    Errors,
-    RequestLog,
-    Trace,
-    answer_http_exception,
-)
+from hypergen_gateway.middleware import Errors, HeadLimit, RequestLog, Trace, answer_http_exception
 
 if TYPE_CHECKING:  # OpenTelemetry is there only where traces are wanted
     from hypergen_gateway.tracing import Tracing
@@ -40,7 +35,14 @@ logger = logging.getLogger(__name__)
 
 
 def create_app(config: Config, backend: Backend, tracing: Tracing | None = None) -> Starlette:
-    """The gateway's ASGI application. It closes the backend, and the tracing, when it shuts down."""
+    """The gateway's ASGI application. It closes the backend, and the tracing, when it shuts down.
+
+    Raises:
+        BadKeysError: the file of API keys cannot be read as such.
+    """
+    keys = Keys(config.api_keys, config.api_key_file)
+    if "*" in config.cors_origins and not keys:
+        logger.warning("Every website may use this server through its visitors' browsers, and it asks for no key")
     admission = Admission(config.max_queue_size)
     metrics = Metrics(admission)
     keeping = Keeping(grace=config.retry_grace, seconds=config.retry_seconds, nbytes=config.retry_bytes)
@@ -69,8 +71,13 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
         middleware=[
             Middleware(Trace) if tracing is None else Middleware(Trace, traced=tracing.middleware),
             Middleware(RequestLog, routes=_paths(routes), observers=observers),
+            Middleware(SecurityHeaders),
+            *cors(config.cors_origins),
             Middleware(Errors),
-            Middleware(ApiKey, api_key=config.api_key, open_paths=open_paths),
+            Middleware(HeadLimit),
+            Middleware(ApiKey, keys=keys, open_paths=open_paths)
+            if keys
+            else Middleware(OtherWebsites, origins=config.cors_origins, public_url=config.public_url),
         ],
         exception_handlers={HTTPException: answer_http_exception},
         lifespan=lifespan,

@@ -23,6 +23,7 @@ from hypergen_gateway.config import Config
 from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.errors import HyperGenError
 from hypergen_gateway.images import encode
+from hypergen_gateway.keys import BadKeysError, Keys
 from hypergen_gateway.logs import LogFormat, set_up_logging
 from hypergen_gateway.repository import SHIPPED_MODEL, ExportFailedError, ExportOptions, default_cache_dir
 from hypergen_gateway.serving import (
@@ -136,16 +137,41 @@ def _cpu_dtype() -> str:
     return "bfloat16" if has_bf16 else "float32"
 
 
+class _OneKey(click.types.StringParamType):
+    """An API key. An environment variable holds one, whatever is in it."""
+
+    def split_envvar_value(self, rv: str) -> list[str]:
+        return [rv]
+
+
 @main.command(name="serve")
 @click.argument("model", required=False, envvar="HYPERGEN_MODEL")
 @_option("--host", default="0.0.0.0", help="Address to listen on.")
 @_option("--port", type=click.IntRange(1, 65535), default=8000, help="Port to listen on.")
-@_option("--api-key", metavar="KEY", help="Clients must send it as 'Authorization: Bearer KEY'. [default: no key]")
-@_option("--api-key-file", type=click.Path(path_type=Path), help="Read the key from this file, such as a secret's.")
+@_option(
+    "--api-key",
+    type=_OneKey(),
+    metavar="KEY",
+    multiple=True,
+    help="Clients must send it as 'Authorization: Bearer KEY'; repeatable. Other users of this machine can see what a "
+    "command line says: a file tells them nothing. [default: no key]",
+)
+@_option(
+    "--api-key-file",
+    type=click.Path(path_type=Path),
+    help="Read keys from this file, 'KEY' or 'NAME: KEY' a line, now and whenever it changes; the log has the names.",
+)
 @_option("--max-queue-size", type=click.IntRange(min=0), default=100, help="Requests that may wait; more get a 429.")
 @_option("--request-timeout", type=click.FloatRange(min=1), default=600.0, help="Seconds until a request is given up.")
 @_option("--body-timeout", type=click.FloatRange(min=1), default=30.0, help="Seconds for a body; one more per 32 KiB.")
 @_option("--retry-grace", type=click.FloatRange(min=0), default=5.0, help="Seconds work goes on when its client left.")
+@_option(
+    "--cors-origin",
+    "cors_origins",
+    metavar="ORIGIN",
+    multiple=True,
+    help="A website whose scripts may use the API, such as https://app.example.com; repeatable. '*' is every website.",
+)
 @_option("--public-url", metavar="URL", help="Where clients reach the server, for links. [default: as they came]")
 @_option("--link-lifetime", type=click.FloatRange(min=1), default=3600.0, help="Seconds that a picture's link lasts.")
 @_option("--link-secret", metavar="SECRET", help="Signs links, so that they outlive a restart. [default: random]")
@@ -161,12 +187,12 @@ def serve_command(*, triton: TritonOptions, model: str | None, reload: bool, **g
     # With somebody else's Triton and no MODEL given, the model says its own id.
     served_id = None if triton.url and model is None else triton.model
     host, port = given.pop("host"), given.pop("port")
-    api_key = _read_api_key(given.pop("api_key"), given.pop("api_key_file"))
+    _check_keys(given["api_key"], given["api_key_file"])
     if given["link_bucket"] is not None and importlib.util.find_spec("boto3") is None:
         raise click.UsageError("--link-bucket needs boto3: pip install 'hypergen-triton[s3]'.")
     link_folder = triton.export.cache_dir / "links"
     try:
-        gateway = Config(model_id=served_id, api_key=api_key, link_folder=link_folder, **given)
+        gateway = Config(model_id=served_id, link_folder=link_folder, **given)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     options = ServeOptions(host=host, port=port, triton=triton, gateway=gateway)
@@ -176,20 +202,14 @@ def serve_command(*, triton: TritonOptions, model: str | None, reload: bool, **g
         run_until_signalled(serve(options))
 
 
-def _read_api_key(key: str | None, file: Path | None) -> str | None:
-    """The key as it was given, or what the file holds but for the white space around it."""
-    if file is None:
-        return key
-    if key is not None:
+def _check_keys(given: tuple[str, ...], file: Path | None) -> None:
+    """Says what is wrong with the keys before anything is started."""
+    if given and file is not None:
         raise click.UsageError("--api-key and --api-key-file exclude each other.")
     try:
-        words = file.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise click.UsageError(f"The API key cannot be read from {file}: {reason}.") from error
-    if len(words) != 1:
-        raise click.UsageError(f"{file} must hold the API key and nothing else; it holds {len(words)} words.")
-    return words[0]
+        Keys(given, file)
+    except BadKeysError as error:
+        raise click.UsageError(f"The API keys cannot be read from {file}: {error}.") from error
 
 
 @main.command()

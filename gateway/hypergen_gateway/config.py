@@ -30,8 +30,10 @@ _LONGEST_S3_LIFETIME = 7 * 24 * 3600  # of a signature of version 4
 class Config:
     """Settings of one gateway."""
 
-    # Without a key everybody who reaches the port may use it. Kept out of repr, and so out of logs.
-    api_key: str | None = field(default=None, repr=False)
+    # One key or several; without any, everybody who reaches the port may use it. Kept out of repr, and so out of logs.
+    api_key: str | tuple[str, ...] | None = field(default=None, repr=False)
+    # A file with more of them, which is read again when it changes.
+    api_key_file: Path | None = None
     # Whether /metrics asks for the key, too. Scrapers come without one, and learn how much is drawn, never what.
     metrics_need_key: bool = False
     # The id that clients see; None: the one that the exported model carries.
@@ -47,6 +49,8 @@ class Config:
     retry_bytes: int = 256 << 20
     # Quiet seconds in a stream after which a comment shows that the server is still there.
     heartbeat_interval: float = 15.0
+    # Websites whose scripts may use the API, such as https://app.example.com; * is every website.
+    cors_origins: tuple[str, ...] = ()
     # Where clients reach this server, for links; None: where the request came to.
     public_url: str | None = None
     # Seconds that a link to a picture is good for; OpenAI's are good for an hour.
@@ -70,24 +74,47 @@ class Config:
 
     def __post_init__(self) -> None:
         """A setting that would quietly switch protection off is refused here rather than found out later."""
-        if self.api_key is not None and not self.api_key.strip():
+        self._check_numbers()
+        self._check_addresses()
+        if not all(key.strip() for key in self.api_keys):
             raise ValueError("the API key is empty; leave it out to serve without one")
+        if self.link_secret is not None and len(self.link_secret) < _SHORTEST_SECRET:
+            raise ValueError(f"the secret for links is shorter than {_SHORTEST_SECRET} characters")
+        if self.link_bucket is not None and self.link_lifetime > _LONGEST_S3_LIFETIME:
+            raise ValueError("links into a bucket are good for seven days at most")
+
+    def _check_numbers(self) -> None:
         for name, meaning in _ZERO_MEANS.items():
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is negative; 0 already means that {meaning}")
-        if self.link_secret is not None and len(self.link_secret) < _SHORTEST_SECRET:
-            raise ValueError(f"the secret for links is shorter than {_SHORTEST_SECRET} characters")
+        for name in _POSITIVE:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is not positive")
+
+    def _check_addresses(self) -> None:
         if self.public_url is not None and not _is_url(self.public_url, "http", "https"):
             raise ValueError("the public URL must look like https://images.example.com")
         if self.link_bucket is not None and not _is_url(self.link_bucket, "s3"):
             raise ValueError("the bucket for links must look like s3://BUCKET or s3://BUCKET/PREFIX")
-        if self.link_bucket is not None and self.link_lifetime > _LONGEST_S3_LIFETIME:
-            raise ValueError("links into a bucket are good for seven days at most")
-        for name in _POSITIVE:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is not positive")
+        if not all(origin == "*" or _is_origin(origin) for origin in self.cors_origins):
+            raise ValueError("an origin for CORS must look like https://app.example.com, or be *")
+
+    @property
+    def api_keys(self) -> tuple[str, ...]:
+        """The keys that were given."""
+        return (self.api_key,) if isinstance(self.api_key, str) else self.api_key or ()
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether clients are asked for a key."""
+        return bool(self.api_keys) or self.api_key_file is not None
 
 
 def _is_url(text: str, *schemes: str) -> bool:
     parts = urlsplit(text)
     return parts.scheme in schemes and bool(parts.netloc) and not (parts.query or parts.fragment)
+
+
+def _is_origin(text: str) -> bool:
+    """Whether browsers call a website so: scheme, host and perhaps a port, in small letters."""
+    return _is_url(text, "http", "https") and text == "{0.scheme}://{0.netloc}".format(urlsplit(text)).lower()

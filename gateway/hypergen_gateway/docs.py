@@ -30,9 +30,13 @@ th, td { text-align: left; vertical-align: top; padding: .4em .8em .4em 0; borde
 th { font-weight: 600; } td:first-child { white-space: nowrap; } .required { color: var(--accent); font-size: .85em; }
 """
 _STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
-CONTENT_SECURITY_POLICY = (
-    f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+HEADERS = {
+    "Content-Security-Policy": (
+        f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
 
 
 def render(api: JsonObject, base_url: str) -> str:

@@ -21,6 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from hypergen_gateway import capabilities, docs, openai, playground, responses
+from hypergen_gateway.access import METRICS_PATH
 from hypergen_gateway.admission import Admission
 from hypergen_gateway.bodies import media_type, read_form, read_json
 from hypergen_gateway.callers import Caller, deadline_of, read_asked, read_caller
@@ -32,9 +33,9 @@ from hypergen_gateway.events import EventStream, to_frame
 from hypergen_gateway.fields import EditForm, EditRequest, ImageRequest, PictureRequest, VariationForm, from_texts
 from hypergen_gateway.generation import Backend, ModelDescription
 from hypergen_gateway.jobs import Job, Jobs
-from hypergen_gateway.links import FILES_PATH, Links, LocalLinks
+from hypergen_gateway.links import FILE_HEADERS, FILES_PATH, Links, LocalLinks
 from hypergen_gateway.metrics import MEDIA_TYPE, Metrics
-from hypergen_gateway.middleware import METRICS_PATH, BodyLimit
+from hypergen_gateway.middleware import BodyLimit
 from hypergen_gateway.openapi import describe_api
 from hypergen_gateway.patience import BodyPatience
 from hypergen_gateway.responses import Health
@@ -91,8 +92,7 @@ class Endpoints:
     async def docs(self, request: Request) -> Response:
         """The API's description, to be read."""
         page = docs.render(await self._description(), self.config.public_url or str(request.base_url))
-        headers = {"Content-Security-Policy": docs.CONTENT_SECURITY_POLICY, "X-Content-Type-Options": "nosniff"}
-        return HTMLResponse(page, headers=headers)
+        return HTMLResponse(page, headers=docs.HEADERS)
 
     async def health(self, _: Request) -> Response:
         """200 while the process lives; the body says how Triton is."""
@@ -189,8 +189,8 @@ class Endpoints:
         stored = await self.links.read(
             request.path_params["name"], query.get("expires", ""), query.get("signature", "")
         )
-        headers = {"Cache-Control": f"private, max-age={stored.seconds_left}", "X-Content-Type-Options": "nosniff"}
-        return Response(stored.content, media_type=stored.media_type, headers=headers)
+        headers = {"Cache-Control": f"private, max-age={stored.seconds_left}"}
+        return Response(stored.content, media_type=stored.media_type, headers=FILE_HEADERS | headers)
 
     async def _answer(self, request: Request, wanted: PictureRequest, job: Job) -> Response:
         finished = await job.finals()
@@ -218,7 +218,7 @@ class Endpoints:
 
     async def _description(self) -> dict[str, Any]:
         model = await _or_none(self.backend.describe(), self.config.probe_timeout)
-        return describe_api(model, secured=self.config.api_key is not None)
+        return describe_api(model, secured=self.config.needs_key)
 
     async def _health(self) -> Health:
         limit = self.config.probe_timeout

@@ -61,6 +61,19 @@ class AuthenticationError(InvalidRequestError):
         return {"WWW-Authenticate": "Bearer"}
 
 
+class CrossSiteError(InvalidRequestError):
+    """A website that may not use this server asks through a visitor's browser."""
+
+    status = 403
+    code = "cross_site_request"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This server does not answer other websites. Its operator may allow one with --cors-origin, and names the "
+            "server's own address with --public-url if it is this one."
+        )
+
+
 class NotFoundError(InvalidRequestError):
     """No such route."""
 
@@ -112,6 +125,34 @@ class BodyTooLargeError(InvalidRequestError):
 
     status = 413
     code = "request_too_large"
+
+
+class AddressTooLongError(InvalidRequestError):
+    """The path and query are longer than those of any route."""
+
+    status = 414
+    code = "uri_too_long"
+
+
+class HeadTooLargeError(InvalidRequestError):
+    """The headers are more than any client needs."""
+
+    status = 431
+    code = "headers_too_large"
+
+    def __init__(self) -> None:
+        super().__init__("The headers are too many or too long: at most 100 of them and 32 KiB together are read.")
+
+
+class AmbiguousBodyError(InvalidRequestError):
+    """Length and encoding of the body contradict each other, as in smuggled requests; the connection ends with it."""
+
+    def __init__(self) -> None:
+        super().__init__("A body has either a Content-Length or a Transfer-Encoding.")
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"Connection": "close"}
 
 
 class UnsupportedMediaTypeError(InvalidRequestError):

@@ -28,6 +28,12 @@ from hypergen_gateway.images import FileFormat
 logger = logging.getLogger(__name__)
 
 FILES_PATH = "/files"
+FILE_HEADERS = {
+    # The styles are a browser's own, with which it shows a picture by itself.
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; sandbox",
+    # Who has the link may show the picture.
+    "Cross-Origin-Resource-Policy": "cross-origin",
+}
 
 # What we name files: nothing else reaches the file system, and the dot is no way up.
 _NAME = re.compile(r"[A-Za-z0-9_-]{32}\.(png|jpeg|webp)")

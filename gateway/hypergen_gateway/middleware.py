@@ -1,15 +1,15 @@
 """What happens to every request, whatever it asks for. Pure ASGI, so bodies and responses stream through untouched.
 
-From the outside in: trace, request id and access log, errors, API key; a body's limit is its route's.
+From the outside in: trace, request id and access log, what browsers are told, errors, who may ask (in `browsers` and
+`access`); a body's limit is its route's.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -21,28 +21,28 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hypergen_gateway.errors import (
-    AuthenticationError,
+    AddressTooLongError,
+    AmbiguousBodyError,
     BodyTooLargeError,
+    HeadTooLargeError,
     HyperGenError,
     MethodNotAllowedError,
     NotFoundError,
     UnavailableError,
 )
 from hypergen_gateway.faults import as_ours, log_fault
-from hypergen_gateway.links import FILES_PATH
-from hypergen_gateway.playground import FILES_PREFIX, PAGE_PATH
 from hypergen_gateway.request_id import accept_or_create, current_request_id, current_trace, read_trace
 
 access_logger = logging.getLogger("hypergen_gateway.access")
 
-PROBE_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
-METRICS_PATH = "/metrics"
-# Probes come without a key, and so do the page, which asks for one, and whoever wants to read how to use one.
-OPEN_PATHS = PROBE_PATHS | {"/openapi.json", "/docs", PAGE_PATH}
-# A link is a key of its own; the page's files are everybody's.
-_OPEN_PREFIXES = (f"{FILES_PATH}/", FILES_PREFIX)
 # Anything else that a client may write there would be one more label of a metric.
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+_MAX_ADDRESS_BYTES = 8 << 10
+_MAX_HEADERS = 100
+_MAX_HEAD_BYTES = 32 << 10
+# Of a path that may be any text, in logs and messages.
+_SHOWN_PATH = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,7 @@ class Served:
     route: str
     status: int
     seconds: float
+    key: str | None = None  # the name of the API key, if it has one
     images: int | None = None
     steps: int | None = None
 
@@ -60,8 +61,8 @@ class Served:
         """What a structured log says of it."""
         told: dict[str, str | int] = {"method": self.method, "route": self.route}
         told |= {"status": self.status, "ms": round(self.seconds * 1000)}
-        drawn = {"images": self.images, "steps": self.steps}
-        return told | {name: value for name, value in drawn.items() if value is not None}
+        more = {"key": self.key, "images": self.images, "steps": self.steps}
+        return told | {name: value for name, value in more.items() if value is not None}
 
 
 class Observer(Protocol):
@@ -123,20 +124,23 @@ class RequestLog:
             current_request_id.reset(token)
 
     def _tell(self, scope: Scope, status: int, seconds: float) -> None:
+        state = scope.get("state", {})
         served = Served(
             method=scope["method"] if scope["method"] in _METHODS else "other",
             route=self._routes.get(scope.get("endpoint"), "other"),
             status=status,
             seconds=seconds,
-            **scope.get("state", {}).get("drawn", {}),
+            key=state.get("key_name"),
+            **state.get("drawn", {}),
         )
         access_logger.info(
-            "%s %s %d %d ms %s",
+            "%s %s %d %d ms %s%s",
             scope["method"],
-            quote(scope["path"], safe="/:@"),
+            _shown(scope["path"]),
             status,
             round(seconds * 1000),
             current_request_id.get(),
+            "" if served.key is None else f" {served.key}",
             extra={"fields": served.fields()},
         )
         for observer in self._observers:
@@ -174,31 +178,25 @@ class Errors:
             await error_response(ours)(scope, receive, send)
 
 
-class ApiKey:
-    """Lets a request through that carries the key or goes to an open path; without a configured key, every request."""
+class HeadLimit:
+    """Refuses heads that no client needs, and those that say twice how long the body is.
 
-    def __init__(self, app: ASGIApp, api_key: str | None, open_paths: Container[str] = OPEN_PATHS) -> None:
+    A proxy that believes the length, where we believe the encoding, would take the rest for another request.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._open_paths = open_paths
-        self._api_key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._api_key is not None and not self._is_open(scope["path"]):
-            self._check([value for name, value in scope["headers"] if name == b"authorization"], self._api_key)
+        if scope["type"] == "http":
+            headers = scope["headers"]
+            if len(scope["raw_path"]) + len(scope["query_string"]) > _MAX_ADDRESS_BYTES:
+                raise AddressTooLongError(f"The address is too long: at most {_MAX_ADDRESS_BYTES:,} bytes are read.")
+            if len(headers) > _MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > _MAX_HEAD_BYTES:
+                raise HeadTooLargeError
+            if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
+                raise AmbiguousBodyError
         await self._app(scope, receive, send)
-
-    def _is_open(self, path: str) -> bool:
-        return path in self._open_paths or path.startswith(_OPEN_PREFIXES)
-
-    @staticmethod
-    def _check(given: list[bytes], api_key: bytes) -> None:
-        if not given:
-            raise AuthenticationError("No API key was given. Send it in the header 'Authorization: Bearer KEY'.")
-        scheme, _, key = given[0].partition(b" ")
-        if len(given) > 1 or scheme != b"Bearer" or not key.strip():
-            raise AuthenticationError("The Authorization header is malformed. It must read 'Bearer KEY'.")
-        if not hmac.compare_digest(key, api_key):
-            raise AuthenticationError("The API key is wrong.")
 
 
 class BodyLimit:
@@ -250,11 +248,17 @@ def answer_http_exception(request: Request, error: Exception) -> Response:
     if allow is not None:
         ours = MethodNotAllowedError(f"The method {request.method} is not allowed here. Allowed: {allow}.", allow)
     elif isinstance(error, HTTPException) and error.status_code == 404:
-        ours = NotFoundError(f"There is no {request.method} {quote(request.url.path, safe='/:@')} here.")
+        ours = NotFoundError(f"There is no {request.method} {_shown(request.url.path)} here.")
     else:
         ours = as_ours(error)
     log_fault(ours, error)
     return error_response(ours)
+
+
+def _shown(path: str) -> str:
+    """A path that cannot be taken for anything else, in a length that bears repeating."""
+    shown = quote(path[:_SHOWN_PATH], safe="/:@")
+    return shown if len(path) <= _SHOWN_PATH else f"{shown}…"
 
 
 def _milliseconds_since(started: float) -> int:

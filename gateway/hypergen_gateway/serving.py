@@ -22,6 +22,7 @@ import uvicorn
 
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
+from hypergen_gateway.connections import allow_open_files, bounded
 from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.errors import UnavailableError
 from hypergen_gateway.generation import Generation, Lora, ModelDescription, Picture
@@ -79,6 +80,7 @@ async def serve(options: ServeOptions) -> None:
     Raises:
         PortUnavailableError, ExportFailedError, EmbeddedError: before anything is served.
     """
+    allow_open_files()
     # Bound before the engines are loaded: a busy port is known at once.
     with _listen(options.host, options.port) as listener:
         async with _connected(options.triton, options.gateway.request_timeout) as backend:
@@ -200,10 +202,7 @@ class _Server(uvicorn.Server):
 
 
 async def _serve_http(app: Any, listener: socket.socket) -> None:
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=DRAIN_SECONDS
-    )
-    server = _Server(config)
+    server = _Server(bounded(app, timeout_graceful_shutdown=DRAIN_SECONDS))
     with _signals_call(server.stop):
         await server.serve(sockets=[listener])
 
@@ -230,7 +229,7 @@ async def _greeting(options: ServeOptions, backend: TritonBackend) -> str:
         waiting = f"No model answers on {options.triton.url} yet: requests get a 503 until one does"
         return f"Serving on {url}/v1, a page to try it on {url}\n{waiting}"
     model = options.gateway.model_id or description.model_id
-    secured = options.gateway.api_key is not None
+    secured = options.gateway.needs_key
     details = [description.device, *(["with an API key"] if secured else []), *_lora_names(description.loras)]
     return (
         f"Serving {model} on {url}/v1 ({', '.join(details)})"

@@ -19,10 +19,11 @@ from opentelemetry.trace import SpanKind, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from hypergen_gateway.access import METRICS_PATH, PROBE_PATHS
 from hypergen_gateway.admission import Place
 from hypergen_gateway.drawing import Finished
 from hypergen_gateway.errors import HyperGenError
-from hypergen_gateway.middleware import METRICS_PATH, PROBE_PATHS, Served
+from hypergen_gateway.middleware import Served
 from hypergen_gateway.request_id import current_request_id, current_trace
 
 _UNTRACED = PROBE_PATHS | {METRICS_PATH}

@@ -55,14 +55,19 @@ def test_a_key_and_a_file_exclude_each_other(key_file: Path) -> None:
     assert "--api-key-file" in refusal(serve("--api-key", "k", HYPERGEN_API_KEY_FILE=str(key_file)))
 
 
+def test_a_key_may_be_given_several_times_and_none_of_them_empty() -> None:
+    assert "empty" in refusal(serve("--api-key", "one", "--api-key", " "))
+    assert "empty" in refusal(serve(HYPERGEN_API_KEY=" "))
+
+
 def test_a_file_that_is_missing_or_may_not_be_read_is_named_with_the_reason(tmp_path: Path) -> None:
     line = refusal(serve("--api-key-file", str(tmp_path / "nowhere")))
     assert f"{tmp_path}/nowhere: No such file or directory" in line
     assert f"{tmp_path}: Is a directory" in refusal(serve("--api-key-file", str(tmp_path)))
 
 
-@pytest.mark.parametrize(("content", "says"), [(b"", "0 words"), (b" \n", "0 words"), (b"two words\n", "2 words")])
-def test_a_file_that_does_not_hold_one_key_is_refused(key_file: Path, content: bytes, says: str) -> None:
+@pytest.mark.parametrize(("content", "says"), [(b"", "no key"), (b" \n", "no key"), (b"two words\n", "line 1 is")])
+def test_a_file_that_does_not_hold_keys_is_refused(key_file: Path, content: bytes, says: str) -> None:
     key_file.write_bytes(content)
     line = refusal(serve("--api-key-file", str(key_file)))
     assert says in line

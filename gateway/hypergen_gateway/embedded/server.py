@@ -36,6 +36,10 @@ HARMLESS = (
     "Unable to allocate pinned system memory",
     "HandleCancellation called even when the context was not cancelled",
 )
+# What the environment may hold for us alone.
+SECRETS = frozenset(
+    {"HYPERGEN_API_KEY", "HYPERGEN_LINK_SECRET", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
+)
 # While it loads models Triton does not hear SIGTERM, and nobody waits for it yet.
 LOADING_STOP_SECONDS = 0.5
 # Stubs end by themselves once their server has gone.
@@ -101,9 +105,9 @@ class Launch:
         ]
 
     def environment(self) -> dict[str, str]:
-        """Ours, with Triton's libraries and with this Python first, whose packages the models import."""
+        """Ours without its secrets, with Triton's libraries and this Python first, whose packages the models import."""
         libraries = os.pathsep.join(str(folder) for folder in self.installation.library_folders)
-        return os.environ | {
+        return {name: value for name, value in os.environ.items() if name not in SECRETS} | {
             "LD_LIBRARY_PATH": libraries,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
             # Several processes share the cores: threads that spin while they wait would take them from the UNet.

@@ -1,0 +1,135 @@
+"""How many connections there may be, how long they may say nothing, and what is answered to what is no HTTP.
+
+Knows uvicorn's protocol and h11 under it, which bound neither number nor time, and answer in plain text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import sys
+from typing import Any
+
+import h11
+import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+
+from hypergen_gateway.access import PROBE_PATHS
+from hypergen_gateway.errors import HeadTooLargeError, HyperGenError, InvalidRequestError, UnavailableError
+from hypergen_gateway.middleware import error_response
+
+# Far more than are drawn for at once, as idle ones count; far less than files may be open, as a form may open some.
+MAX_CONNECTIONS = 1000
+# Those above it are told so, if there are not too many of them either.
+MAX_REFUSALS = 200
+# Seconds for the head of a request: one packet, of any client that means well.
+HEAD_SECONDS = 10.0
+# Seconds that the rest of a body may still come after its request was refused.
+REST_SECONDS = 5.0
+# Of each connection one, and some of each form and of gRPC and the models.
+OPEN_FILES = 8192
+# A head that is still not whole then is refused.
+MAX_HEAD_BYTES = 64 << 10
+
+
+class BoundedProtocol(H11Protocol):
+    """uvicorn's protocol with the limits above, and with OpenAI's shape for what never reaches the application."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Starts the clock for the first head; beyond the limit, the application is another one."""
+        super().connection_made(transport)
+        if len(self.connections) > MAX_CONNECTIONS + MAX_REFUSALS:
+            transport.abort()
+        elif len(self.connections) > MAX_CONNECTIONS:
+            self.app = _only_probes(self.app)
+        self._restart_timer(HEAD_SECONDS)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stops the clock."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Runs the clock while a head is on its way, from its first byte on."""
+        super().data_received(data)
+        if self._is_refused():
+            return
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_timer()
+        elif self._timer is None and self.conn.trailing_data[0]:
+            self._restart_timer(HEAD_SECONDS)
+
+    def on_response_complete(self) -> None:
+        """Whoever was refused while sending may send on for a moment only."""
+        if self._is_refused():
+            self._restart_timer(REST_SECONDS)
+        super().on_response_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Says what was wrong, where an answer is still possible, and ends the connection."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            problem = sys.exc_info()[1]  # uvicorn calls this where it has caught what h11 said
+            too_large = isinstance(problem, h11.RemoteProtocolError) and problem.error_status_hint == 431
+            self._answer(HeadTooLargeError() if too_large else InvalidRequestError(msg))
+        self.transport.close()
+
+    def _is_refused(self) -> bool:
+        """Whether the answer is there while the body is still coming."""
+        return self.conn.their_state is h11.SEND_BODY and self.conn.our_state is not h11.SEND_RESPONSE
+
+    def _answer(self, error: HyperGenError) -> None:
+        response = error_response(error)
+        headers = [*response.raw_headers, (b"connection", b"close")]
+        start = h11.Response(status_code=error.status, headers=headers, reason=STATUS_PHRASES[error.status])
+        for event in (start, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """No line in the log: whoever asks for another protocol is answered in this one."""
+
+    def _restart_timer(self, seconds: float) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(seconds, self.transport.abort)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def allow_open_files() -> None:
+    """Lets this process have as many files open as it may, up to what all those connections and their forms need."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft not in (resource.RLIM_INFINITY, allowed) and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+
+
+def bounded(app: Any, **settings: Any) -> uvicorn.Config:
+    """uvicorn's configuration for an application behind such connections. It says nothing by itself."""
+    return uvicorn.Config(
+        app,
+        http=BoundedProtocol,
+        ws="none",
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        **settings,
+    )
+
+
+def _only_probes(app: ASGIApp) -> ASGIApp:
+    """Answers orchestrators, who would end a server that did not, and nobody else."""
+
+    async def busy(scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = error_response(UnavailableError("The server has too many connections."))
+        refusal.headers["Connection"] = "close"
+        await (app if scope.get("path") in PROBE_PATHS else refusal)(scope, receive, send)
+
+    return busy

@@ -1,0 +1,286 @@
+"""What a hostile or broken client can do to a socket: spoken byte by byte to the gateway under uvicorn."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import pytest_asyncio
+
+from fake_backend import FakeBackend, on_loopback
+from hypergen_gateway import connections
+from hypergen_gateway.app import create_app
+from hypergen_gateway.config import Config
+
+BODY = b'{"prompt": "a fox"}'
+LENGTH = b"Content-Length: %d\r\n" % len(BODY)
+CHUNKED = b"Transfer-Encoding: chunked\r\n"
+CHUNKS = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
+POST = b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+LAST = b"Connection: close\r\n\r\n"
+
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+class Wire:
+    """The gateway, and connections to it."""
+
+    def __init__(self, url: str) -> None:
+        self.place = urlsplit(url)
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection(self.place.hostname, self.place.port)
+
+    async def say(self, *parts: bytes, pause: float = 0.0, limit: float = 5.0) -> bytes:
+        """All that is answered until the server ends the connection; what comes later fails the test."""
+        reader, writer = await self.connect()
+        try:
+            for part in parts:
+                writer.write(part)
+                await writer.drain()
+                await asyncio.sleep(pause)
+            return await asyncio.wait_for(reader.read(), limit)
+        except ConnectionError:
+            return b""
+        finally:
+            writer.close()
+
+
+@pytest.fixture(scope="module")
+def backend() -> FakeBackend:
+    return FakeBackend()
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def wire(backend: FakeBackend) -> AsyncIterator[Wire]:
+    async with on_loopback(create_app(Config(), backend)) as url:
+        yield Wire(url)
+
+
+def statuses(answer: bytes) -> list[int]:
+    return [int(part[:3]) for part in answer.split(b"HTTP/1.1 ")[1:]]
+
+
+def error_in(answer: bytes) -> dict[str, Any]:
+    """OpenAI's error in an answer that is one."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"content-type: application/json" in head.lower()
+    assert b"connection: close" in head.lower()
+    error: dict[str, Any] = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+class TestHeads:
+    @pytest.mark.parametrize(
+        ("head", "answers"),
+        [
+            (b"GET /" + b"a" * 8192 + b" HTTP/1.1\r\nHost: x\r\n" + LAST, [414]),
+            (b"GET /health?" + b"a" * 8192 + b" HTTP/1.1\r\nHost: x\r\n" + LAST, [414]),
+            (b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: x\r\n" + LAST, [414, 431]),
+            (b"GET /" + b"a" * 100_000, [431]),
+            (b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * 100 + LAST, [431]),
+            (b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 33_000 + b"\r\n" + LAST, [431]),
+            (b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 10_000_000, [431]),
+            (b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * 1_000_000, [431]),
+        ],
+    )
+    async def test_one_that_no_client_needs_is_refused(self, wire: Wire, head: bytes, answers: list[int]) -> None:
+        answer = await wire.say(head)
+        if not answer and len(head) > 1_000_000:
+            return  # its rest met a closed connection, which took the answer along
+        (status,) = statuses(answer)
+        assert status in answers
+        assert error_in(answer)["code"] == {414: "uri_too_long", 431: "headers_too_large"}[status]
+
+    async def test_what_clients_do_send_fits(self, wire: Wire) -> None:
+        more = b"".join(b"X-%d: %s\r\n" % (number, b"y" * 300) for number in range(90))
+        head = b"GET /health?" + b"a" * 8000 + b" HTTP/1.1\r\nHost: x\r\n" + more + LAST
+        assert statuses(await wire.say(head)) == [200]
+
+    @pytest.mark.parametrize(
+        "rubbish",
+        [
+            b"\r\n\r\n\r\n\x00\x01\x02\r\n\r\n",
+            b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
+            b"GET /\r\n\r\n",
+            b"GET / HTTP/1.1\r\n\r\n",  # no Host
+            b"GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost : x\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: x\r\nA\x00B: c\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: x\r\nA: b\x00c\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: x\r\n: c\r\n\r\n",
+            b"GET /\x00 HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"G\xc3\x84T / HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"GET / HTTP/1.1\r\n Host: x\r\n\r\n",
+        ],
+    )
+    async def test_rubbish_is_a_400_in_openai_s_shape(self, wire: Wire, rubbish: bytes) -> None:
+        answer = await wire.say(rubbish)
+        assert statuses(answer) == [400]
+        assert error_in(answer)["type"] == "invalid_request_error"
+
+    @pytest.mark.parametrize(
+        ("line", "status"),
+        [
+            (b"GET /health HTTP/1.0\r\n\r\n", 200),  # needs no Host
+            (b"GET /%00 HTTP/1.1\r\nHost: x\r\n" + LAST, 404),
+            (b"GET /web/%00 HTTP/1.1\r\nHost: x\r\n" + LAST, 404),
+            (b"GET /files/%00.png?expires=\x00&signature=%00 HTTP/1.1\r\nHost: x\r\n" + LAST, 400),
+            (b"GET /files/%00.png?expires=%00&signature=%00 HTTP/1.1\r\nHost: x\r\n" + LAST, 404),
+            (b"GET /v1/models/%ff%fe HTTP/1.1\r\nHost: x\r\n" + LAST, 404),
+            (b"GET http://127.0.0.1:1/health HTTP/1.1\r\nHost: x\r\n" + LAST, 404),  # no proxy
+            (b"CONNECT 127.0.0.1:22 HTTP/1.1\r\nHost: x\r\n" + LAST, 404),
+            (b"OPTIONS * HTTP/1.1\r\nHost: x\r\n" + LAST, 404),
+            (b"GET /health HTTP/9.9\r\nHost: x\r\n" + LAST, 200),
+            (b"BREW /health HTTP/1.1\r\nHost: x\r\n" + LAST, 405),
+            (b'GET /docs HTTP/1.1\r\nHost: "><script>\r\n' + LAST, 200),
+            (b"GET /health HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: upgrade, close\r\n\r\n", 200),
+            (b"GET /health HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\nConnection: upgrade, close\r\n\r\n", 200),
+            (b"GET /health HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n" + LAST, 200),
+        ],
+    )
+    async def test_the_unusual_is_answered_as_what_it_is(
+        self, wire: Wire, caplog: pytest.LogCaptureFixture, line: bytes, status: int
+    ) -> None:
+        answer = await wire.say(line)
+        assert statuses(answer) == [status]
+        assert b"<script>" not in answer
+        assert not [record for record in caplog.records if record.levelno >= logging.ERROR or record.exc_info]
+
+
+class TestFraming:
+    @pytest.mark.parametrize(
+        ("request_", "answers"),
+        [
+            (POST + LENGTH + LAST + BODY, [200]),
+            (POST + CHUNKED + LAST + CHUNKS, [200]),
+            (POST + LENGTH + LENGTH + LAST + BODY, [200]),  # the same twice says the same
+            # What one side reads as the end and the other does not is how a request is smuggled past a proxy.
+            (POST + LENGTH + CHUNKED + LAST + CHUNKS, [400]),
+            (POST + CHUNKED + LENGTH + LAST + CHUNKS, [400]),
+            (POST + LENGTH + b"Content-Length: 5\r\n" + LAST + BODY, [400]),
+            (POST + b"Content-Length: 19, 5\r\n" + LAST + BODY, [400]),
+            (POST + b"Content-Length: +19\r\n" + LAST + BODY, [400]),
+            (POST + b"Content-Length: -1\r\n" + LAST + BODY, [400]),
+            (POST + b"Content-Length: 0x13\r\n" + LAST + BODY, [400]),
+            (POST + b"Content-Length: 1e1\r\n" + LAST + BODY, [400]),
+            (POST + b"Content-Length: " + b"9" * 5000 + b"\r\n" + LAST + BODY, [400]),
+            (POST + b"Content-Length: " + b"9" * 20 + b"\r\n" + LAST + BODY, [413]),
+            (POST + b"Transfer-Encoding: identity\r\n" + LAST + BODY, [400]),
+            (POST + b"Transfer-Encoding: gzip, chunked\r\n" + LAST + CHUNKS, [400]),
+            (POST + b"Transfer-Encoding: xchunked\r\n" + LAST + CHUNKS, [400]),
+            (POST + CHUNKED + CHUNKED + LAST + CHUNKS, [400]),
+            (POST + b"Transfer-Encoding:\x0bchunked\r\n" + LAST + CHUNKS, [400]),
+            (POST + b"Transfer-Encoding : chunked\r\n" + LAST + CHUNKS, [400]),
+            (POST + CHUNKED + LAST + b"zz\r\n" + BODY, [400]),
+            (POST + CHUNKED + LAST + b"-13\r\n" + BODY, [400]),
+            (POST + CHUNKED + LAST + b"0x13\r\n" + BODY, [400]),
+            (POST + CHUNKED + LAST + b"13\r\n" + BODY + b"XX0\r\n\r\n", [400]),
+            (POST + CHUNKED + LAST + b"f" * 30 + b"\r\n" + BODY, [400]),
+            (POST + CHUNKED + LAST + b"13;" + b"x" * 100_000, [431]),
+            (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", [404, 400]),  # HTTP/2 without asking
+            # Pipelined: in order, and what follows a broken one is not read.
+            (
+                b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n" * 3 + b"GET /nowhere HTTP/1.1\r\nHost: x\r\n" + LAST,
+                [200, 200, 200, 404],
+            ),
+            (POST + LENGTH + CHUNKED + b"\r\n" + CHUNKS + b"GET /health/live HTTP/1.1\r\nHost: x\r\n" + LAST, [400]),
+        ],
+    )
+    async def test_a_body_has_one_end_or_none_is_read(
+        self, wire: Wire, caplog: pytest.LogCaptureFixture, request_: bytes, answers: list[int]
+    ) -> None:
+        assert statuses(await wire.say(request_)) == answers
+        assert not [record for record in caplog.records if record.levelno >= logging.ERROR or record.exc_info]
+
+    async def test_a_folded_header_is_one_value_of_one_header(self, wire: Wire) -> None:
+        folded = b"GET /health HTTP/1.1\r\nHost: x\r\nX-Request-Id: a\r\n b\r\n" + LAST
+        answer = await wire.say(folded)
+        assert statuses(answer) == [200]
+        assert b"x-request-id: req_" in answer  # "a b" is no id of ours to repeat
+
+
+class TestTime:
+    @pytest.fixture(autouse=True)
+    def _hurried(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
+        monkeypatch.setattr(connections, "REST_SECONDS", 0.3)
+
+    async def test_a_connection_that_says_nothing_is_ended(self, wire: Wire) -> None:
+        began = time.monotonic()
+        assert await wire.say(b"") == b""
+        assert 0.25 < time.monotonic() - began < 2
+
+    async def test_a_head_that_comes_drop_by_drop_is_ended(self, wire: Wire) -> None:
+        began = time.monotonic()
+        assert await wire.say(*([b"GET /health HTTP/1.1\r\nHost: x\r\n"] + [b"X: y\r\n"] * 30), pause=0.05) == b""
+        assert time.monotonic() - began < 3
+
+    async def test_so_is_the_head_of_a_second_request(self, wire: Wire) -> None:
+        first = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+        began = time.monotonic()
+        answer = await wire.say(first, b"GET", *[b"G"] * 20, pause=0.05)
+        assert statuses(answer) in ([200], [])
+        assert time.monotonic() - began < 3
+
+    async def test_a_request_may_take_longer_than_its_head(self, wire: Wire, backend: FakeBackend) -> None:
+        backend.open.clear()
+        asyncio.get_running_loop().call_later(0.6, backend.open.set)
+        head, body = POST + LENGTH + LAST, BODY
+        assert statuses(await wire.say(head, body[:5], body[5:], pause=0.2)) == [200]
+
+    async def test_what_follows_a_refusal_is_read_for_a_moment_only(self, wire: Wire) -> None:
+        reader, writer = await wire.connect()
+        writer.write(POST + b"Content-Length: 999999999\r\n\r\n")
+        assert b" 413 " in await reader.readline()
+        began = time.monotonic()
+        with pytest.raises(ConnectionError):
+            await self.send_on(writer)
+        assert time.monotonic() - began < 2
+
+    @staticmethod
+    async def send_on(writer: asyncio.StreamWriter) -> None:
+        for _ in range(500):
+            writer.write(b" " * 1000)
+            await writer.drain()
+            await asyncio.sleep(0.01)
+
+
+class TestNumber:
+    async def test_beyond_the_limit_probes_are_answered_and_then_nobody(
+        self, wire: Wire, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await asyncio.sleep(0.1)  # for the connections of other tests to be gone
+        monkeypatch.setattr(connections, "MAX_CONNECTIONS", 3)
+        monkeypatch.setattr(connections, "MAX_REFUSALS", 2)
+        async with AsyncExitStack() as stack:
+            for _ in range(3):
+                _, writer = await wire.connect()
+                stack.callback(writer.close)
+            refused = await wire.say(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert statuses(refused) == [503]
+            assert error_in(refused)["code"] == "service_unavailable"
+            assert b"retry-after: " in refused.lower()
+            assert statuses(await wire.say(b"GET /health/live HTTP/1.1\r\nHost: x\r\n" + LAST)) == [200]
+            for _ in range(2):
+                _, writer = await wire.connect()
+                stack.callback(writer.close)
+            assert await wire.say(b"GET /health/live HTTP/1.1\r\nHost: x\r\n" + LAST) == b""
+
+        async def answered() -> list[int]:
+            return statuses(await wire.say(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n" + LAST))
+
+        deadline = time.monotonic() + 5
+        while await answered() != [200]:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
