@@ -152,6 +152,8 @@ def _listen(host: str, port: int) -> socket.socket:
         # socket adds the address to the operating system's words.
         reason = str(error.strerror or error).partition(" (while")[0]
         raise PortUnavailableError(f"Cannot listen on {host}:{port} ({reason}): see --host and --port.") from error
+    # asyncio does this for sockets of its own making. Without, the last of an answer waits 40 ms for the client's word.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     drop_those_who_do_not_read(listener)
     return listener
 

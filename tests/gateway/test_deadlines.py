@@ -33,6 +33,11 @@ async def draw_slowly(client: httpx.AsyncClient, backend: FakeBackend, seconds: 
     return await request
 
 
+def milliseconds_of(response: httpx.Response) -> int:
+    """What it took, on a machine that may have other things to do."""
+    return int(response.headers["openai-processing-ms"])
+
+
 async def test_place_and_estimate_are_told_as_soon_as_there_is_a_measurement(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
@@ -47,14 +52,15 @@ async def test_place_and_estimate_are_told_as_soon_as_there_is_a_measurement(
     told = [response.headers for response in await asyncio.gather(*requests)]
     assert [headers["x-hypergen-queue-position"] for headers in told] == ["0", "1", "2"]
     estimates = [int(headers["x-hypergen-estimated-ms"]) for headers in told]
-    assert estimates == pytest.approx([330, 660, 990], rel=0.3)
+    took = milliseconds_of(first)
+    assert estimates == pytest.approx([took * 1.1, took * 2.2, took * 3.3], rel=0.3)
 
 
 async def test_a_stream_tells_them_too(client: httpx.AsyncClient, backend: FakeBackend) -> None:
-    await draw_slowly(client, backend)
+    took = milliseconds_of(await draw_slowly(client, backend))
     response = await client.post(GENERATIONS, json=FOX | {"stream": True})
     assert response.headers["x-hypergen-queue-position"] == "0"
-    assert 200 < int(response.headers["x-hypergen-estimated-ms"]) < 600
+    assert int(response.headers["x-hypergen-estimated-ms"]) == pytest.approx(took * 1.1, rel=0.3)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -71,14 +77,14 @@ async def test_a_deadline_that_cannot_be_met_is_a_429_at_once(
 
 
 async def test_a_deadline_that_could_be_met_later_says_when(client: httpx.AsyncClient, backend: FakeBackend) -> None:
-    await draw_slowly(client, backend)
+    took = milliseconds_of(await draw_slowly(client, backend))
     backend.open.clear()
     working = asyncio.create_task(client.post(GENERATIONS, json=FOX))
     await until(lambda: backend.running == 1)
-    refused = await client.post(GENERATIONS, json=FOX | {"deadline_ms": 450})
+    refused = await client.post(GENERATIONS, json=FOX | {"deadline_ms": took * 3 // 2})
     assert refused.status_code == 429
     assert "x-should-retry" not in refused.headers
-    assert 50 < int(refused.headers["retry-after-ms"]) < 400
+    assert took // 6 < int(refused.headers["retry-after-ms"]) < took * 4 // 3
     backend.open.set()
     assert (await working).status_code == 200
 

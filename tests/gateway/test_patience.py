@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import time
 
 import pytest
@@ -105,3 +106,10 @@ async def test_a_client_that_reads_nothing_loses_its_connection() -> None:
         assert isinstance(await asyncio.wait_for(lost, 10), TimeoutError | ConnectionError)
         writer.transport.abort()
         server.close()
+
+
+def test_no_answer_waits_for_the_client_to_acknowledge_its_beginning() -> None:
+    with _listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
