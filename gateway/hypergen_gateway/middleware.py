@@ -190,7 +190,7 @@ class HeadLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             headers = scope["headers"]
-            if len(scope["raw_path"]) + len(scope["query_string"]) > _MAX_ADDRESS_BYTES:
+            if len(scope["path"]) + len(scope["query_string"]) > _MAX_ADDRESS_BYTES:
                 raise AddressTooLongError(f"The address is too long: at most {_MAX_ADDRESS_BYTES:,} bytes are read.")
             if len(headers) > _MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > _MAX_HEAD_BYTES:
                 raise HeadTooLargeError
