@@ -76,6 +76,9 @@ class BoundedProtocol(H11Protocol):
             problem = sys.exc_info()[1]  # uvicorn calls this where it has caught what h11 said
             too_large = isinstance(problem, h11.RemoteProtocolError) and problem.error_status_hint == 431
             self._answer(HeadTooLargeError() if too_large else InvalidRequestError(msg))
+        if self.cycle is not None:  # the application may be about to answer what came before the rubbish
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         self.transport.close()
 
     def _is_refused(self) -> bool:
