@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -22,6 +23,8 @@ _PARSED_IN_PLACE = 1 << 20
 # Seventeen files and some twenty fields are legal.
 _MAX_FILES = 32
 _MAX_FIELDS = 100
+# Starlette would take any of Python's codecs, some of which take their time, and some of which are no charset at all.
+_CHARSETS = frozenset({b"utf-8", b"utf8", b"us-ascii", b"ascii"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +43,8 @@ async def read_form(request: Request, fields: Container[str]) -> AsyncIterator[d
     """
     if media_type(request) != "multipart/form-data":
         raise UnsupportedMediaTypeError("The body must be a form, sent with 'Content-Type: multipart/form-data'.")
+    if _charset(request) not in _CHARSETS:
+        raise UnsupportedMediaTypeError("A form is read as UTF-8; leave the charset out of its Content-Type.")
     try:
         form = await request.form(max_files=_MAX_FILES, max_fields=_MAX_FIELDS)
     except OSError as error:  # files go to disk as they come
@@ -76,6 +81,11 @@ async def read_json(request: Request, fields: Container[str]) -> dict[str, Any]:
     if len(body) > _PARSED_IN_PLACE:
         return await asyncio.to_thread(parse_json, body, fields)
     return parse_json(body, fields)
+
+
+def _charset(request: Request) -> bytes:
+    _, parameters = parse_options_header(request.headers["content-type"])
+    return parameters.get(b"charset", b"utf-8").strip().lower()
 
 
 def media_type(request: Request) -> str:

@@ -202,6 +202,15 @@ async def test_another_content_type_is_a_415(client: httpx.AsyncClient, path: st
     assert "multipart/form-data" in str(error_of(response)["message"])
 
 
+@pytest.mark.parametrize("charset", ["idna", "punycode", "undefined", "utf-16", "zlib", "../x", "x" * 3000])
+async def test_a_form_in_another_of_python_s_codecs_is_a_415(client: httpx.AsyncClient, charset: str) -> None:
+    sent = form(PROMPT, part("negative_prompt", b"\\" * 100_000), image())
+    sent["headers"]["Content-Type"] += f"; charset={charset}"
+    response = await client.post(EDITS, **sent)
+    assert response.status_code == 415
+    assert "UTF-8" in str(error_of(response)["message"])
+
+
 async def test_a_variation_in_json_is_a_415(client: httpx.AsyncClient) -> None:
     assert (await client.post(VARIATIONS, json={"image": data_url(PHOTO)})).status_code == 415
 
