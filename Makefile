@@ -2,10 +2,11 @@
 # make test    installs what the tests need as well, runs them
 # make check   lints, types and import rules
 # make production-check   what is claimed of production and can be shown without a GPU and without Docker, as a table
+# make audit   installed packages against the known advisories; fails too where they cannot be looked up
 # ARGS="…"     is passed on: make serve ARGS="--port 9000", make test ARGS="-k batching"
 
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev serve test check production-check clean
+.PHONY: help setup setup-dev serve test check production-check audit clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # The release that the project is developed with; a range would let another package pull a different build.
@@ -36,6 +37,9 @@ check: setup-dev
 production-check: setup-dev
 	@.ci/tools
 	@$(BIN)/pytest -n 2 --dist loadfile -q -m claim --claims $(ARGS)
+
+audit: setup-dev
+	@.ci/audit
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache
