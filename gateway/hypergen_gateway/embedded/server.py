@@ -40,6 +40,9 @@ HARMLESS = (
 SECRETS = frozenset(
     {"HYPERGEN_API_KEY", "HYPERGEN_LINK_SECRET", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
 )
+# Of Triton's gRPC, what nobody here needs: by these calls a user of this machine could read its models' memory, load
+# other models or write files where it may. They want a header that no gRPC client can send, as its name has capitals.
+CLOSED_PROTOCOLS = "--grpc-restricted-protocol=shared-memory,model-repository,trace,logging:Nobody=never"
 # While it loads models Triton does not hear SIGTERM, and nobody waits for it yet.
 LOADING_STOP_SECONDS = 0.5
 # Stubs end by themselves once their server has gone.
@@ -93,6 +96,7 @@ class Launch:
             "--allow-http=false",
             "--grpc-address=127.0.0.1",
             f"--grpc-port={self.ports.grpc}",
+            CLOSED_PROTOCOLS,
             "--metrics-address=127.0.0.1",
             f"--metrics-port={self.ports.metrics}",
             "--allow-gpu-metrics=false",
