@@ -1,19 +1,18 @@
 """How many connections there may be, how long they may say nothing, and what is answered to what is no HTTP.
 
-Knows uvicorn's protocol and h11 under it, which bound neither number nor time, and answer in plain text.
+Knows uvicorn's protocol and httptools under it, which bound neither number nor time nor size, and answer in plain text.
 """
 
 from __future__ import annotations
 
 import asyncio
 import resource
-import sys
+from enum import Enum, auto
 from typing import Any
 
-import h11
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from hypergen_gateway.access import PROBE_PATHS
 from hypergen_gateway.errors import HeadTooLargeError, HyperGenError, InvalidRequestError, UnavailableError
@@ -31,14 +30,26 @@ REST_SECONDS = 5.0
 OPEN_FILES = 8192
 # A head that is still not whole then is refused.
 MAX_HEAD_BYTES = 64 << 10
+# httptools takes none apart that is longer; the application has a limit of its own.
+MAX_URL_BYTES = 65535
 
 
-class BoundedProtocol(H11Protocol):
+class _Part(Enum):
+    """What of a request is expected next."""
+
+    HEAD = auto()
+    BODY = auto()
+
+
+class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's protocol with the limits above, and with OpenAI's shape for what never reaches the application."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self._timer: asyncio.TimerHandle | None = None
+        self._part = _Part.HEAD
+        self._head_bytes = 0
+        self.url = b""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Starts the clock for the first head; beyond the limit, the application is another one."""
@@ -55,54 +66,86 @@ class BoundedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Runs the clock while a head is on its way, from its first byte on."""
+        """Counts the bytes of a head, and runs the clock from its first one on."""
+        if self._part is _Part.HEAD:
+            self._head_bytes += len(data)
+            if self._timer is None and not self._is_answering():
+                self._restart_timer(HEAD_SECONDS)
         super().data_received(data)
-        if self._is_refused():
-            return
-        if self.conn.their_state is not h11.IDLE:
-            self._stop_timer()
-        elif self._timer is None and self.conn.trailing_data[0]:
-            self._restart_timer(HEAD_SECONDS)
+        if self._part is _Part.HEAD and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self._refuse(HeadTooLargeError())
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Takes the headers of a head. What follows a chunked body is not read: nobody has checked it."""
+        if self._part is _Part.HEAD:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Checks the head as a whole, and gives a body its time."""
+        _check_head(self.headers, self.parser.get_http_version())
+        self._part = _Part.BODY
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The next thing to come is a head."""
+        self._part, self._head_bytes = _Part.HEAD, 0
+        self._stop_timer()
+        super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """Whoever was refused while sending may send on for a moment only."""
-        if self._is_refused():
+        if self._part is _Part.BODY:
             self._restart_timer(REST_SECONDS)
         super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Says what was wrong, where an answer is still possible, and ends the connection."""
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            problem = sys.exc_info()[1]  # uvicorn calls this where it has caught what h11 said
-            too_large = isinstance(problem, h11.RemoteProtocolError) and problem.error_status_hint == 431
-            self._answer(HeadTooLargeError() if too_large else InvalidRequestError(msg))
-        if self.cycle is not None:  # the application may be about to answer what came before the rubbish
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
+        self._refuse(HeadTooLargeError() if len(self.url) > MAX_URL_BYTES else InvalidRequestError(msg))
+
+    def _refuse(self, error: HyperGenError) -> None:
+        is_about_this_one = self._part is _Part.BODY and not self.pipeline
+        if not self._is_answering() or (is_about_this_one and not self.cycle.response_started):
+            self._answer(error)
         self.transport.close()
 
-    def _is_refused(self) -> bool:
-        """Whether the answer is there while the body is still coming."""
-        return self.conn.their_state is h11.SEND_BODY and self.conn.our_state is not h11.SEND_RESPONSE
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
 
     def _answer(self, error: HyperGenError) -> None:
         response = error_response(error)
-        headers = [*response.raw_headers, (b"connection", b"close")]
-        start = h11.Response(status_code=error.status, headers=headers, reason=STATUS_PHRASES[error.status])
-        for event in (start, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
-            self.transport.write(self.conn.send(event) or b"")
+        lines = [b"%s: %s\r\n" % header for header in [*response.raw_headers, (b"connection", b"close")]]
+        self.transport.write(b"".join([STATUS_LINE[error.status], *lines, b"\r\n", bytes(response.body)]))
 
     def _unsupported_upgrade_warning(self) -> None:
         """No line in the log: whoever asks for another protocol is answered in this one."""
 
     def _restart_timer(self, seconds: float) -> None:
         self._stop_timer()
-        self._timer = self.loop.call_later(seconds, self.transport.abort)
+        self._timer = self.loop.call_later(seconds, self._give_up, seconds)
+
+    def _give_up(self, seconds: float) -> None:
+        if self.pipeline:  # its head is not late: nothing has been read while others' answers were made
+            self._restart_timer(seconds)
+        else:
+            self.transport.abort()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _check_head(headers: list[tuple[bytes, bytes]], version: str) -> None:
+    """What the parser leaves to us. Raises ValueError, which it takes for one of its own."""
+    if version not in ("1.0", "1.1"):
+        raise ValueError("no other version")
+    hosts = [value for name, value in headers if name == b"host"]
+    if len(hosts) > 1 or (not hosts and version == "1.1"):
+        raise ValueError("one Host")
+    codings = [value.strip().lower() for name, value in headers if name == b"transfer-encoding"]
+    if codings not in ([], [b"chunked"]):
+        raise ValueError("no other coding than chunked")
 
 
 def allow_open_files() -> None:
@@ -119,7 +162,6 @@ def bounded(app: Any, **settings: Any) -> uvicorn.Config:
         app,
         http=BoundedProtocol,
         ws="none",
-        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         log_config=None,
         access_log=False,
         server_header=False,
