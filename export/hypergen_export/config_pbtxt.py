@@ -73,7 +73,7 @@ def _complete_openvino(config: Any, component: Component, options: EngineOptions
 
 
 def _add_warm_up(config: Any, component: Component, options: EngineOptions) -> None:
-    """One picture of the usual size before the model is ready: what a shape's first call takes longer, nobody waits for.
+    """One picture of the usual size before the model is ready: nobody waits for what a first call takes longer.
 
     Not of what starts from a picture, as not every request does, and its memory would be taken for good.
     """

@@ -20,7 +20,7 @@ PASSED_ON = ("PERFORMANCE_HINT", "NUM_STREAMS", "INFERENCE_NUM_THREADS")
 # Compiled for its very shapes, a model takes up to a third less time, as kernels are chosen and fused for them. That
 # costs half a second and twice the weights in memory per shape, so larger models than this are compiled once for all.
 SMALL_BYTES = 64 * 2**20
-MAX_EXACT = 16
+MAX_EXACT_ROWS = 16
 Array = npt.NDArray[Any]
 
 
@@ -80,7 +80,7 @@ class _Compiled:
         if self._usual is None and self._is_small:
             self._usual = size
         rows = len(next(iter(batch.values())))
-        if size == self._usual and (rows in self._exact or len(self._exact) < MAX_EXACT):
+        if size == self._usual and rows <= MAX_EXACT_ROWS:
             if rows not in self._exact:
                 self._exact[rows] = self._compile({name: array.shape for name, array in batch.items()})
             return self._exact[rows]
