@@ -67,6 +67,7 @@ SAMPLER_LAYERS = [
     "samplers",
     "prompts",
     "conditions",
+    "text_cache",
     "estimates",
     "starts",
     "overlay",

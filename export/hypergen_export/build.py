@@ -279,12 +279,13 @@ def _write_configs(plan: Plan, folder: Path) -> None:
         from hypergen_export.config_pbtxt import EngineOptions, component_config, known_schedulers, sampler_config
 
     request = plan.request
-    options = EngineOptions(engine=request.engine, dtype=request.dtype, shapes=plan.shapes)
+    template = (sampler_folder() / "config.pbtxt").read_text(encoding="utf-8")
+    own = checkpoint_parameters(plan.checkpoint, known_schedulers(template))
+    usual_size = int(own["default_width"]), int(own["default_height"])
+    options = EngineOptions(engine=request.engine, dtype=request.dtype, shapes=plan.shapes, usual_size=usual_size)
     for component in plan.components:
         text = component_config(component, options)
         (folder / component.name / "config.pbtxt").write_text(text, encoding="utf-8")
-    template = (sampler_folder() / "config.pbtxt").read_text(encoding="utf-8")
-    own = checkpoint_parameters(plan.checkpoint, known_schedulers(template))
     parameters = request.settings | own | size_parameters(plan.sizes, own) | _lora_parameters(plan)
     (folder / _SAMPLER / "config.pbtxt").write_text(sampler_config(template, parameters), encoding="utf-8")
 

@@ -10,17 +10,21 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from hypergen_export.components import Component, Tensor
-from hypergen_export.engines import ENGINES
-from hypergen_export.profiles import Graph, Shapes, graphs, largest_batch, profiles
+from hypergen_export.engines import ENGINES, Size
+from hypergen_export.profiles import Graph, Shapes, graphs, input_shapes, largest_batch, profiles, usual_batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How the components run: `dtype` is what the engine computes in, `shapes` what for."""
+    """How the components run: `dtype` is what the engine computes in, `shapes` what for.
+
+    `usual_size` is that of the pictures that most requests want.
+    """
 
     engine: str
     dtype: str
     shapes: Shapes
+    usual_size: Size
 
 
 def component_config(component: Component, options: EngineOptions) -> str:
@@ -56,7 +60,7 @@ def read_config(text: str) -> Any:
     return text_format.Parse(text, pb.ModelConfig())
 
 
-def _complete_openvino(config: Any, _: Component, options: EngineOptions) -> None:
+def _complete_openvino(config: Any, component: Component, options: EngineOptions) -> None:
     """The parameters have the names of Triton's native OpenVINO backend.
 
     One stream, for latency: the sampler makes one call at a time, and that call gets all cores.
@@ -64,6 +68,22 @@ def _complete_openvino(config: Any, _: Component, options: EngineOptions) -> Non
     config.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=1)
     bf16 = "YES" if options.dtype == "bfloat16" else "NO"
     _set_parameters(config, {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "HINT_BF16": bf16})
+    if not any("height" in tensor.axes for tensor in component.inputs):
+        _add_warm_up(config, component, options)
+
+
+def _add_warm_up(config: Any, component: Component, options: EngineOptions) -> None:
+    """One picture of the usual size before the model is ready: nobody waits for what a first call takes longer.
+
+    Not of what starts from a picture, as not every request does, and its memory would be taken for good.
+    """
+    batch = usual_batch(component, options.shapes.rows)
+    warm_up = config.model_warmup.add(name="usual_size", batch_size=batch)
+    shapes = input_shapes(component, options.shapes, options.usual_size, batch)
+    for entry in config.input:
+        warmed = warm_up.inputs[entry.name]
+        warmed.data_type, warmed.zero_data = entry.data_type, True
+        warmed.dims.extend(shapes[entry.name][1:] or (1,))
 
 
 def _complete_tensorrt(config: Any, component: Component, options: EngineOptions) -> None:

@@ -63,11 +63,10 @@ def largest_batch(component: Component, rows: int) -> int:
 
 def profiles(component: Component, shapes: Shapes) -> tuple[Profile, ...]:
     """The component's profiles, one per size of its inputs: a single one where no input has a side."""
-    largest = largest_batch(component, shapes.rows)
-    usual = min(_USUAL_ROWS, largest)
+    largest, usual = largest_batch(component, shapes.rows), usual_batch(component, shapes.rows)
 
     def bounds(size: Size) -> Profile:
-        smallest_of, usual_of, largest_of = (_input_shapes(component, shapes, size, b) for b in (1, usual, largest))
+        smallest_of, usual_of, largest_of = (input_shapes(component, shapes, size, b) for b in (1, usual, largest))
         return {
             name: Bounds(smallest=smallest_of[name], usual=usual_of[name], largest=largest_of[name])
             for name in smallest_of
@@ -85,7 +84,7 @@ def graphs(component: Component, shapes: Shapes) -> tuple[Graph, ...]:
         Graph(batch=batch, inputs={name: shape[1:] for name, shape in inputs.items()})
         for size in _distinct_sizes(component, shapes)
         for batch in batches
-        for inputs in [_input_shapes(component, shapes, size, batch)]
+        for inputs in [input_shapes(component, shapes, size, batch)]
     )
 
 
@@ -95,7 +94,13 @@ def _distinct_sizes(component: Component, shapes: Shapes) -> Sequence[Size]:
     return shapes.pictures if depends else shapes.pictures[:1]
 
 
-def _input_shapes(component: Component, shapes: Shapes, size: Size, batch: int) -> dict[str, Shape]:
+def usual_batch(component: Component, rows: int) -> int:
+    """Samples in the calls for one picture: two under guidance, and one where a sample is a whole picture."""
+    return min(_USUAL_ROWS, largest_batch(component, rows))
+
+
+def input_shapes(component: Component, shapes: Shapes, size: Size, batch: int) -> dict[str, Shape]:
+    """The shape of each input for `batch` samples of pictures of `size`."""
     width, height = (side // shapes.sizes["vae_scale_factor"] for side in size)
     return {
         tensor.name: tensor.shape(shapes.sizes, batch=batch, height=height, width=width) for tensor in component.inputs

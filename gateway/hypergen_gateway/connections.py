@@ -54,6 +54,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Starts the clock for the first head; beyond the limit, the application is another one."""
         super().connection_made(transport)
+        self.transport = _Together(transport, self.loop)  # type: ignore[assignment]
         if len(self.connections) > MAX_CONNECTIONS + MAX_REFUSALS:
             transport.abort()
         elif len(self.connections) > MAX_CONNECTIONS:
@@ -107,6 +108,9 @@ class BoundedProtocol(HttpToolsProtocol):
         is_about_this_one = self._part is _Part.BODY and not self.pipeline
         if not self._is_answering() or (is_about_this_one and not self.cycle.response_started):
             self._answer(error)
+        if self.cycle is not None:  # the application may be about to answer what came before the rubbish
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         self.transport.close()
 
     def _is_answering(self) -> bool:
@@ -146,6 +150,39 @@ def _check_head(headers: list[tuple[bytes, bytes]], version: str) -> None:
     codings = [value.strip().lower() for name, value in headers if name == b"transfer-encoding"]
     if codings not in ([], [b"chunked"]):
         raise ValueError("no other coding than chunked")
+
+
+class _Together:
+    """A transport that sends what is written in one turn of the loop at once: head and body of an answer are a packet.
+
+    Sent one by one, each costs a system call, and wakes the client up.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._parts: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        """Sends `data` at the end of this turn; much at once, so that the flow is controlled."""
+        if not self._parts:
+            self._loop.call_soon(self._flush)
+        self._parts.append(data)
+        if len(data) > MAX_HEAD_BYTES:
+            self._flush()
+
+    def close(self) -> None:
+        """Ends the connection when everything is sent."""
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        if self._parts:
+            parts, self._parts = self._parts, []
+            self._transport.write(b"".join(parts))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
 
 
 def allow_open_files() -> None:

@@ -16,6 +16,8 @@ from hypergen_gateway.generation import Pixels
 
 FormatName = Literal["png", "jpeg", "webp"]
 
+# zlib's own 6 takes a third longer for 2 % fewer bytes, and of a small picture three times as long.
+_PNG_EFFORT = 4
 # Chroma is kept at full resolution from here on: below, nobody who asks for a small file misses it.
 _FULL_CHROMA = 90
 
@@ -60,7 +62,7 @@ def _options(file_format: FileFormat) -> dict[str, Any]:
         case "webp":
             return {"quality": quality}
         case "png":
-            return {}
+            return {"compress_level": _PNG_EFFORT}
 
 
 def decode(file: BinaryIO, param: str, formats: tuple[str, ...] = _READ_FORMATS) -> Image.Image:

@@ -86,8 +86,30 @@ def test_bfloat16_is_the_backends_hint() -> None:
         tolerance=0.1,
     )
     shapes = Shapes(sizes={"vae_scale_factor": 8}, pictures=(), rows=2)
-    text = component_config(component, EngineOptions(engine="openvino", dtype="bfloat16", shapes=shapes))
+    options = EngineOptions(engine="openvino", dtype="bfloat16", shapes=shapes, usual_size=(64, 64))
+    text = component_config(component, options)
     assert parameters(text_format.Parse(text, pb.ModelConfig()))["HINT_BF16"] == "YES"
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "dims"),
+    [
+        ("text_encoder", 2, {"input_ids": [16]}),
+        ("unet", 2, {"sample": [4, 8, 8], "timestep": [1], "encoder_hidden_states": [16, 32]}),
+        ("vae_decoder", 1, {"latents": [4, 8, 8]}),
+    ],
+)
+def test_a_picture_of_the_usual_size_warms_up_what_every_picture_needs(
+    repository: Path, name: str, rows: int, dims: dict[str, list[int]]
+) -> None:
+    (warm_up,) = parsed(repository / name / "config.pbtxt").model_warmup
+    assert warm_up.batch_size == rows
+    assert {key: list(given.dims) for key, given in warm_up.inputs.items()} == dims
+    assert all(given.zero_data for given in warm_up.inputs.values())
+
+
+def test_what_starts_from_a_picture_is_not_warmed_up(repository: Path) -> None:
+    assert not parsed(repository / "vae_encoder" / "config.pbtxt").model_warmup
 
 
 def test_the_sampler_keeps_its_templates_tensors_and_limits(repository: Path) -> None:

@@ -139,7 +139,7 @@ def build_engine(checkpoint: Checkpoint, onnx_file: Path, target: Target, folder
     began = time.monotonic()
     write_plan_record(build, build_plan(build, lambda _: None))
     print(f"{checkpoint.family.name} {component.name}: built in {time.monotonic() - began:.1f} s")
-    options = EngineOptions(engine="tensorrt", dtype="float32", shapes=shapes)
+    options = EngineOptions(engine="tensorrt", dtype="float32", shapes=shapes, usual_size=(64, 64))
     (folder / "config.pbtxt").write_text(component_config(component, options))
 
 

@@ -29,10 +29,13 @@ from prompts import PromptTokenizers
 from sampling import Image
 from starts import Canvas, Original
 from stepping import Sample, StepLoop
+from text_cache import TextCache
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 # Every BLS call in flight holds a thread of asyncio's default executor, whose own size is but cores + 4.
 BLS_THREADS = 64
+# About three hundred prompts of Stable Diffusion 1.5, or a hundred of SDXL.
+TEXT_CACHE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,7 @@ class TritonPythonModel:
         self._scheduler_config = read_scheduler_config(folder)
         self._tokenize = PromptTokenizers(folder, self._architecture.tokenizers)
         self._components = Components()
+        self._encode_text = TextCache(self._components.encode_text, TEXT_CACHE_BYTES)
         self._gauges = Gauges(self._limits.max_batch_size)
         self._loop: StepLoop | None = None
 
@@ -120,7 +124,7 @@ class TritonPythonModel:
         made_of = self._architecture
         models = [request.variant.model(encoder) for encoder in made_of.text_encoders]
         calls = zip(models, ids, outputs_of(made_of), strict=True)
-        return merge(await asyncio.gather(*(self._components.encode_text(*call) for call in calls)))
+        return merge(await asyncio.gather(*(self._encode_text(*call) for call in calls)))
 
     async def _encode_image(self, request: Request) -> Original | None:
         if request.image is None:

@@ -75,7 +75,7 @@ class _Ticket:
     over: bool = False
     """The last outcome is there: the final latents or an error."""
     abandoned: bool = False
-    """Nobody reads the outcomes any longer."""
+    """Nobody reads the outcomes any longer, or the client has gone."""
     joined: float = field(default_factory=time.perf_counter)
     admitted: float = 0.0
 
@@ -127,6 +127,7 @@ class StepLoop:
         self._waiting: deque[_Ticket] = deque()
         self._active: list[_Ticket] = []
         self._running: asyncio.Task[None] | None = None
+        self._untold: Round | None = None
 
     def reserve(self, images: int) -> None:
         """Claim places for images that will be sampled; each must be given back by `release`.
@@ -182,20 +183,30 @@ class StepLoop:
 
     async def _round(self) -> None:
         self._admit()
-        saved_steps = self._drop_those_whose_client_has_gone()
-        calls = await asyncio.gather(*(self._step(batch) for batch in self._batches()))
+        saved_steps = self._drop_those_nobody_waits_for()
+        steps = asyncio.gather(*(self._step(batch) for batch in self._batches()))
+        # Once the calls are on their way: what is a round trip to Triton costs nothing while the UNet works.
+        await asyncio.sleep(0)
+        self._tell()
+        self._ask_whether_clients_have_gone()
+        calls = await steps
         self._active = [ticket for ticket in self._active if not ticket.over]
-        self._report(
-            Round(
-                active=len(self._active),
-                waiting=len(self._waiting),
-                unet_calls=len(calls),
-                unet_rows=sum(call.rows for call in calls),
-                unet_seconds=sum(call.seconds for call in calls),
-                steps=sum(call.steps for call in calls),
-                saved_steps=saved_steps,
-            )
+        self._untold = Round(
+            active=len(self._active),
+            waiting=len(self._waiting),
+            unet_calls=len(calls),
+            unet_rows=sum(call.rows for call in calls),
+            unet_seconds=sum(call.seconds for call in calls),
+            steps=sum(call.steps for call in calls),
+            saved_steps=saved_steps,
         )
+        if not self._active:
+            self._tell()
+
+    def _tell(self) -> None:
+        done, self._untold = self._untold, None
+        if done is not None:
+            self._report(done)
 
     def _admit(self) -> None:
         while self._waiting and len(self._active) < self._max_active:
@@ -203,11 +214,14 @@ class StepLoop:
             ticket.admitted = time.perf_counter()
             self._active.append(ticket)
 
-    def _drop_those_whose_client_has_gone(self) -> int:
-        """Returns the number of steps that this saves."""
+    def _ask_whether_clients_have_gone(self) -> None:
         answers = {cancelled: cancelled() for cancelled in {ticket.cancelled for ticket in self._active}}
-        tickets = [*self._active, *self._waiting]
-        gone = [ticket for ticket in tickets if ticket.abandoned or answers.get(ticket.cancelled)]
+        for ticket in (*self._active, *self._waiting):
+            ticket.abandoned = ticket.abandoned or answers.get(ticket.cancelled, False)
+
+    def _drop_those_nobody_waits_for(self) -> int:
+        """Returns the number of steps that this saves."""
+        gone = [ticket for ticket in (*self._active, *self._waiting) if ticket.abandoned]
         _fail(gone, ClientGoneError())
         self._active = [ticket for ticket in self._active if not ticket.over]
         self._waiting = deque(ticket for ticket in self._waiting if not ticket.over)
