@@ -189,14 +189,22 @@ class HeadLimit:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            headers = scope["headers"]
             if len(scope["path"]) + len(scope["query_string"]) > _MAX_ADDRESS_BYTES:
                 raise AddressTooLongError(f"The address is too long: at most {_MAX_ADDRESS_BYTES:,} bytes are read.")
-            if len(headers) > _MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > _MAX_HEAD_BYTES:
-                raise HeadTooLargeError
-            if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
-                raise AmbiguousBodyError
+            self._check(scope["headers"])
         await self._app(scope, receive, send)
+
+    @staticmethod
+    def _check(headers: Sequence[tuple[bytes, bytes]]) -> None:
+        size, says_length, says_encoding = 0, False, False
+        for name, value in headers:  # one loop, as every request comes by
+            size += len(name) + len(value)
+            says_length |= name == b"content-length"
+            says_encoding |= name == b"transfer-encoding"
+        if len(headers) > _MAX_HEADERS or size > _MAX_HEAD_BYTES:
+            raise HeadTooLargeError
+        if says_length and says_encoding:
+            raise AmbiguousBodyError
 
 
 class BodyLimit:
