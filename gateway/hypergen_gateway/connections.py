@@ -1,19 +1,17 @@
 """How many connections there may be, how long they may say nothing, and what is answered to what is no HTTP.
 
-Knows uvicorn's protocol and h11 under it, which bound neither number nor time, and answer in plain text.
+Knows uvicorn's protocol and httptools under it, which bound neither number nor size nor time, and answer in plain text.
 """
 
 from __future__ import annotations
 
 import asyncio
 import resource
-import sys
 from typing import Any
 
-import h11
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from hypergen_gateway.access import PROBE_PATHS
 from hypergen_gateway.errors import HeadTooLargeError, HyperGenError, InvalidRequestError, UnavailableError
@@ -29,16 +27,18 @@ HEAD_SECONDS = 10.0
 REST_SECONDS = 5.0
 # Of each connection one, and some of each form and of gRPC and the models.
 OPEN_FILES = 8192
-# A head that is still not whole then is refused.
+# What is still no part of a request then is refused: a head, a chunk's own or a trailer that does not end.
 MAX_HEAD_BYTES = 64 << 10
 
 
-class BoundedProtocol(H11Protocol):
+class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's protocol with the limits above, and with OpenAI's shape for what never reaches the application."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self._timer: asyncio.TimerHandle | None = None
+        self._unparsed = 0  # bytes since something came of them
+        self._in_body = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Starts the clock for the first head; beyond the limit, the application is another one."""
@@ -55,42 +55,60 @@ class BoundedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Runs the clock while a head is on its way, from its first byte on."""
-        super().data_received(data)
-        if self._is_refused():
+        """Runs the clock while a head is on its way, and bounds what the parser keeps until it is whole."""
+        if self.transport.is_closing():
             return
-        if self.conn.their_state is not h11.IDLE:
-            self._stop_timer()
-        elif self._timer is None and self.conn.trailing_data[0]:
+        self._unparsed += len(data)
+        super().data_received(data)
+        if self._unparsed > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self._refuse(HeadTooLargeError())
+        if self._timer is None and not self._is_at_work():
             self._restart_timer(HEAD_SECONDS)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Trailers come by here, too, and are nobody's headers."""
+        if not self._in_body:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """A request begins."""
+        super().on_headers_complete()
+        self._stop_timer()
+        self._unparsed, self._in_body = 0, True
+
+    def on_body(self, body: bytes) -> None:
+        """A part of it is there."""
+        self._unparsed = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """All of it is there."""
+        self._unparsed, self._in_body = 0, False
+        super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """Whoever was refused while sending may send on for a moment only."""
-        if self._is_refused():
+        if self._in_body and not self.pipeline:
             self._restart_timer(REST_SECONDS)
         super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Says what was wrong, where an answer is still possible, and ends the connection."""
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            problem = sys.exc_info()[1]  # uvicorn calls this where it has caught what h11 said
-            too_large = isinstance(problem, h11.RemoteProtocolError) and problem.error_status_hint == 431
-            self._answer(HeadTooLargeError() if too_large else InvalidRequestError(msg))
+        self._refuse(InvalidRequestError(msg))
+
+    def _is_at_work(self) -> bool:
+        return self._in_body or not (self.cycle is None or self.cycle.response_complete)
+
+    def _refuse(self, error: HyperGenError) -> None:
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            response = error_response(error)
+            lines = [STATUS_LINE[error.status], b"connection: close\r\n"]
+            lines += [b"%s: %s\r\n" % header for header in response.raw_headers]
+            self.transport.write(b"".join([*lines, b"\r\n", bytes(response.body)]))
         if self.cycle is not None:  # the application may be about to answer what came before the rubbish
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.transport.close()
-
-    def _is_refused(self) -> bool:
-        """Whether the answer is there while the body is still coming."""
-        return self.conn.their_state is h11.SEND_BODY and self.conn.our_state is not h11.SEND_RESPONSE
-
-    def _answer(self, error: HyperGenError) -> None:
-        response = error_response(error)
-        headers = [*response.raw_headers, (b"connection", b"close")]
-        start = h11.Response(status_code=error.status, headers=headers, reason=STATUS_PHRASES[error.status])
-        for event in (start, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
-            self.transport.write(self.conn.send(event) or b"")
 
     def _unsupported_upgrade_warning(self) -> None:
         """No line in the log: whoever asks for another protocol is answered in this one."""
@@ -119,7 +137,6 @@ def bounded(app: Any, **settings: Any) -> uvicorn.Config:
         app,
         http=BoundedProtocol,
         ws="none",
-        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         log_config=None,
         access_log=False,
         server_header=False,
