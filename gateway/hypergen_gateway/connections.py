@@ -30,6 +30,9 @@ OPEN_FILES = 8192
 # What is still no part of a request then is refused: a head, a chunk's own or a trailer that does not end.
 MAX_HEAD_BYTES = 64 << 10
 
+# The version, and how often Host is there.
+_WELL_FORMED = frozenset({("1.0", 0), ("1.0", 1), ("1.1", 1)})
+
 
 class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's protocol with the limits above, and with OpenAI's shape for what never reaches the application."""
@@ -71,7 +74,10 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """A request begins."""
+        """A request begins. What is raised here is a 400."""
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if (self.parser.get_http_version(), hosts) not in _WELL_FORMED:
+            raise ValueError("another version, or not one Host")
         super().on_headers_complete()
         self._stop_timer()
         self._unparsed, self._in_body = 0, True

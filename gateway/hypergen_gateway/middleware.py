@@ -42,7 +42,6 @@ _MAX_ADDRESS_BYTES = 8 << 10
 _MAX_HEADERS = 100
 _MAX_HEAD_BYTES = 32 << 10
 _FRAMING = frozenset({b"content-length", b"transfer-encoding"})
-_VERSIONS = frozenset({"1.0", "1.1"})
 # Of a path that may be any text, in logs and messages.
 _SHOWN_PATH = 200
 
@@ -181,7 +180,7 @@ class Errors:
 
 
 class HeadLimit:
-    """Refuses heads that no client needs, and those that leave in doubt whom they ask or where the body ends.
+    """Refuses heads that no client needs, and those that leave in doubt where the body ends.
 
     A proxy that believes the length, where we believe the encoding, would take the rest for another request.
     """
@@ -193,22 +192,18 @@ class HeadLimit:
         if scope["type"] == "http":
             if len(scope["path"]) + len(scope["query_string"]) > _MAX_ADDRESS_BYTES:
                 raise AddressTooLongError(f"The address is too long: at most {_MAX_ADDRESS_BYTES:,} bytes are read.")
-            self._check(scope["headers"], scope["http_version"])
+            self._check(scope["headers"])
         await self._app(scope, receive, send)
 
     @staticmethod
-    def _check(headers: Sequence[tuple[bytes, bytes]], version: str) -> None:
-        size, hosts, framings = 0, 0, []
+    def _check(headers: Sequence[tuple[bytes, bytes]]) -> None:
+        size, framings = 0, []
         for name, value in headers:  # one loop, as every request comes by
             size += len(name) + len(value)
-            if name == b"host":
-                hosts += 1
-            elif name in _FRAMING:
+            if name in _FRAMING:
                 framings.append(value.lower())
         if len(headers) > _MAX_HEADERS or size > _MAX_HEAD_BYTES:
             raise HeadTooLargeError
-        if version not in _VERSIONS or hosts > 1 or (not hosts and version == "1.1"):
-            raise MalformedRequestError("A request names one Host, and its version is HTTP/1.0 or HTTP/1.1.")
         if len(framings) > 1 or not all(framing == b"chunked" or framing.isdigit() for framing in framings):
             raise MalformedRequestError("A body has one Content-Length, or one Transfer-Encoding, which is 'chunked'.")
 
