@@ -1,13 +1,12 @@
 """How many connections there may be, how long they may say nothing, and what is answered to what is no HTTP.
 
-Knows uvicorn's protocol and httptools under it, which bound neither number nor time nor size, and answer in plain text.
+Knows uvicorn's protocol and httptools under it, which bound neither number nor size nor time, and answer in plain text.
 """
 
 from __future__ import annotations
 
 import asyncio
 import resource
-from enum import Enum, auto
 from typing import Any
 
 import uvicorn
@@ -28,17 +27,11 @@ HEAD_SECONDS = 10.0
 REST_SECONDS = 5.0
 # Of each connection one, and some of each form and of gRPC and the models.
 OPEN_FILES = 8192
-# A head that is still not whole then is refused.
+# What is still no part of a request then is refused: a head, a chunk's own or a trailer that does not end.
 MAX_HEAD_BYTES = 64 << 10
-# httptools takes none apart that is longer; the application has a limit of its own.
-MAX_URL_BYTES = 65535
 
-
-class _Part(Enum):
-    """What of a request is expected next."""
-
-    HEAD = auto()
-    BODY = auto()
+# The version, and how often Host is there.
+_WELL_FORMED = frozenset({("1.0", 0), ("1.0", 1), ("1.1", 1)})
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -47,9 +40,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self._timer: asyncio.TimerHandle | None = None
-        self._part = _Part.HEAD
-        self._head_bytes = 0
-        self.url = b""
+        self._unparsed = 0  # bytes since something came of them
+        self._in_body = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Starts the clock for the first head; beyond the limit, the application is another one."""
@@ -67,89 +59,75 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Counts the bytes of a head, and runs the clock from its first one on."""
-        if self._part is _Part.HEAD:
-            self._head_bytes += len(data)
-            if self._timer is None and not self._is_answering():
-                self._restart_timer(HEAD_SECONDS)
+        """Runs the clock while a head is on its way, and bounds what the parser keeps until it is whole."""
+        if self.transport.is_closing():
+            return
+        self._unparsed += len(data)
         super().data_received(data)
-        if self._part is _Part.HEAD and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+        if self._unparsed > MAX_HEAD_BYTES and not self.transport.is_closing():
             self._refuse(HeadTooLargeError())
+        if self._timer is None and not self._is_at_work():
+            self._restart_timer(HEAD_SECONDS)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Takes the headers of a head. What follows a chunked body is not read: nobody has checked it."""
-        if self._part is _Part.HEAD:
+        """Trailers come by here, too, and are nobody's headers."""
+        if not self._in_body:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Checks the head as a whole, and gives a body its time."""
-        _check_head(self.headers, self.parser.get_http_version())
-        self._part = _Part.BODY
-        self._stop_timer()
+        """A request begins. What is raised here is a 400."""
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if (self.parser.get_http_version(), hosts) not in _WELL_FORMED:
+            raise ValueError("another version, or not one Host")
         super().on_headers_complete()
+        self._stop_timer()
+        self._unparsed, self._in_body = 0, True
+
+    def on_body(self, body: bytes) -> None:
+        """A part of it is there."""
+        self._unparsed = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The next thing to come is a head."""
-        self._part, self._head_bytes = _Part.HEAD, 0
-        self._stop_timer()
+        """All of it is there."""
+        self._unparsed, self._in_body = 0, False
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """Whoever was refused while sending may send on for a moment only."""
-        if self._part is _Part.BODY:
+        if self._in_body and not self.pipeline:
             self._restart_timer(REST_SECONDS)
         super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Says what was wrong, where an answer is still possible, and ends the connection."""
-        self._refuse(HeadTooLargeError() if len(self.url) > MAX_URL_BYTES else InvalidRequestError(msg))
+        self._refuse(InvalidRequestError(msg))
+
+    def _is_at_work(self) -> bool:
+        return self._in_body or not (self.cycle is None or self.cycle.response_complete)
 
     def _refuse(self, error: HyperGenError) -> None:
-        is_about_this_one = self._part is _Part.BODY and not self.pipeline
-        if not self._is_answering() or (is_about_this_one and not self.cycle.response_started):
-            self._answer(error)
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            response = error_response(error)
+            lines = [STATUS_LINE[error.status], b"connection: close\r\n"]
+            lines += [b"%s: %s\r\n" % header for header in response.raw_headers]
+            self.transport.write(b"".join([*lines, b"\r\n", bytes(response.body)]))
         if self.cycle is not None:  # the application may be about to answer what came before the rubbish
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.transport.close()
-
-    def _is_answering(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
-
-    def _answer(self, error: HyperGenError) -> None:
-        response = error_response(error)
-        lines = [b"%s: %s\r\n" % header for header in [*response.raw_headers, (b"connection", b"close")]]
-        self.transport.write(b"".join([STATUS_LINE[error.status], *lines, b"\r\n", bytes(response.body)]))
 
     def _unsupported_upgrade_warning(self) -> None:
         """No line in the log: whoever asks for another protocol is answered in this one."""
 
     def _restart_timer(self, seconds: float) -> None:
         self._stop_timer()
-        self._timer = self.loop.call_later(seconds, self._give_up, seconds)
-
-    def _give_up(self, seconds: float) -> None:
-        if self.pipeline:  # its head is not late: nothing has been read while others' answers were made
-            self._restart_timer(seconds)
-        else:
-            self.transport.abort()
+        self._timer = self.loop.call_later(seconds, self.transport.abort)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-
-
-def _check_head(headers: list[tuple[bytes, bytes]], version: str) -> None:
-    """What the parser leaves to us. Raises ValueError, which it takes for one of its own."""
-    if version not in ("1.0", "1.1"):
-        raise ValueError("no other version")
-    hosts = [value for name, value in headers if name == b"host"]
-    if len(hosts) > 1 or (not hosts and version == "1.1"):
-        raise ValueError("one Host")
-    codings = [value.strip().lower() for name, value in headers if name == b"transfer-encoding"]
-    if codings not in ([], [b"chunked"]):
-        raise ValueError("no other coding than chunked")
 
 
 class _Together:

@@ -144,11 +144,8 @@ class HeadTooLargeError(InvalidRequestError):
         super().__init__("The headers are too many or too long: at most 100 of them and 32 KiB together are read.")
 
 
-class AmbiguousBodyError(InvalidRequestError):
-    """Length and encoding of the body contradict each other, as in smuggled requests; the connection ends with it."""
-
-    def __init__(self) -> None:
-        super().__init__("A body has either a Content-Length or a Transfer-Encoding.")
+class MalformedRequestError(InvalidRequestError):
+    """HTTP that another server may read otherwise, as smuggled requests are; the connection ends with the answer."""
 
     @property
     def headers(self) -> Mapping[str, str]:

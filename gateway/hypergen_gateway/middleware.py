@@ -22,10 +22,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hypergen_gateway.errors import (
     AddressTooLongError,
-    AmbiguousBodyError,
     BodyTooLargeError,
     HeadTooLargeError,
     HyperGenError,
+    MalformedRequestError,
     MethodNotAllowedError,
     NotFoundError,
     UnavailableError,
@@ -41,6 +41,7 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 _MAX_ADDRESS_BYTES = 8 << 10
 _MAX_HEADERS = 100
 _MAX_HEAD_BYTES = 32 << 10
+_FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 # Of a path that may be any text, in logs and messages.
 _SHOWN_PATH = 200
 
@@ -179,7 +180,7 @@ class Errors:
 
 
 class HeadLimit:
-    """Refuses heads that no client needs, and those that say twice how long the body is.
+    """Refuses heads that no client needs, and those that leave in doubt where the body ends.
 
     A proxy that believes the length, where we believe the encoding, would take the rest for another request.
     """
@@ -189,14 +190,22 @@ class HeadLimit:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            headers = scope["headers"]
             if len(scope["path"]) + len(scope["query_string"]) > _MAX_ADDRESS_BYTES:
                 raise AddressTooLongError(f"The address is too long: at most {_MAX_ADDRESS_BYTES:,} bytes are read.")
-            if len(headers) > _MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > _MAX_HEAD_BYTES:
-                raise HeadTooLargeError
-            if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
-                raise AmbiguousBodyError
+            self._check(scope["headers"])
         await self._app(scope, receive, send)
+
+    @staticmethod
+    def _check(headers: Sequence[tuple[bytes, bytes]]) -> None:
+        size, framings = 0, []
+        for name, value in headers:  # one loop, as every request comes by
+            size += len(name) + len(value)
+            if name in _FRAMING:
+                framings.append(value.lower())
+        if len(headers) > _MAX_HEADERS or size > _MAX_HEAD_BYTES:
+            raise HeadTooLargeError
+        if len(framings) > 1 or not all(framing == b"chunked" or framing.isdigit() for framing in framings):
+            raise MalformedRequestError("A body has one Content-Length, or one Transfer-Encoding, which is 'chunked'.")
 
 
 class BodyLimit:

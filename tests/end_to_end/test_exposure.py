@@ -29,11 +29,7 @@ def family_of(server: Server) -> list[psutil.Process]:
 
 def test_only_the_gateway_s_port_is_where_the_user_put_it_and_all_else_on_loopback(server: Server) -> None:
     family = family_of(server)
-    assert {process.name()[:12] for process in family} >= {
-        "hypergen",
-        "tritonserver"[:12],
-        "triton_python_backend_stub"[:12],
-    }
+    assert {process.name()[:12] for process in family} >= {"hypergen", "tritonserver", "triton_pytho"}
     listening = {
         connection.laddr
         for process in family
@@ -45,7 +41,7 @@ def test_only_the_gateway_s_port_is_where_the_user_put_it_and_all_else_on_loopba
     ports = {address.port for address in others}
     assert {int(server.triton_url.rpartition(":")[2])} < ports  # gRPC and metrics
     assert len(ports) == 2
-    assert all(ipaddress.ip_address(address.ip).is_loopback for address in others)
+    assert all(ipaddress.ip_address(address.ip.removeprefix("::ffff:")).is_loopback for address in others)
 
 
 @pytest.mark.parametrize(

@@ -86,9 +86,10 @@ def test_a_file_that_is_not_text_is_refused(key_file: Path) -> None:
         ("--link-secret", "short", "16 characters"),
         ("--link-bucket", "pictures", "s3://BUCKET"),
         ("--link-lifetime", "0", "--link-lifetime"),
+        ("--cors-origin", "app.example.com", "https://app.example.com"),
     ],
 )
-def test_links_that_could_not_work_are_refused(option: str, value: str, says: str) -> None:
+def test_addresses_that_could_not_work_are_refused(option: str, value: str, says: str) -> None:
     assert says in refusal(serve(option, value))
     assert says in refusal(serve(**{f"HYPERGEN_{option.lstrip('-').upper().replace('-', '_')}": value}))
 
