@@ -113,7 +113,7 @@ def _diffusers(dtype: str, *, compiled: bool = False) -> Start:
     return start
 
 
-def _genai(at_a_time: int = 1) -> Start:
+def _genai(pipelines: int = 1) -> Start:
     async def start(ground: Ground, subject: Subject) -> Worker:
         packages = ("openvino-genai==2026.4.1.0", "diffusers", "transformers", TORCH)
         python = ground.environment("openvino_genai", packages)
@@ -122,9 +122,9 @@ def _genai(at_a_time: int = 1) -> Start:
             print(f"Converting {subject.name} for OpenVINO GenAI", file=sys.stderr)
             script = str(WORKERS / "convert_for_genai.py")
             run([str(python), script, str(subject.checkpoint), str(folder)], CONVERT_SECONDS)
-        options = {"converted": str(folder), "precision": _openvino_precision(ground.dtype), "at_a_time": at_a_time}
+        options = {"converted": str(folder), "precision": _openvino_precision(ground.dtype), "pipelines": pipelines}
         command = [str(python), str(WORKERS / "genai.py")]
-        return await _work(f"genai-{at_a_time}", command, options, ground, subject)
+        return await _work(f"genai-{pipelines}", command, options, ground, subject)
 
     return start
 
@@ -147,7 +147,7 @@ HYPERGEN = Peer(
     name="hypergen", about="HyperGen 0.1.0 as its server, float32, asked over HTTP", start=_hypergen("float32")
 )
 GENAI = Peer(name="openvino_genai", about="OpenVINO GenAI's Text2ImagePipeline, in our precision", start=_genai())
-GENAI_CLONES = Peer(name="openvino_genai_clones", about="the same, two clones at a time", start=_genai(2))
+GENAI_TWICE = Peer(name="openvino_genai_twice", about="the same, two pipelines with a core each", start=_genai(2))
 
 PEERS: Mapping[str, Peer] = {
     peer.name: peer
