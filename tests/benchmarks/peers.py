@@ -129,6 +129,12 @@ def _genai(pipelines: int = 1) -> Start:
     return start
 
 
+async def _sdcpp(ground: Ground, subject: Subject) -> Worker:
+    python = ground.environment("stable_diffusion_cpp", ("stable-diffusion-cpp-python==0.4.7", "numpy"))
+    options = {"checkpoint": str(subject.checkpoint), "flash_attention": True}
+    return await _work("stable_diffusion_cpp", [str(python), str(WORKERS / "sdcpp.py")], options, ground, subject)
+
+
 async def _work(name: str, command: list[str], options: dict[str, Any], ground: Ground, subject: Subject) -> Worker:
     return await start_worker(name, command, options, ground.log(name), subject.limits)
 
@@ -163,5 +169,12 @@ PEERS: Mapping[str, Peer] = {
             start=_diffusers("bfloat16", compiled=True),
         ),
         GENAI,
+        Peer(
+            name="stable_diffusion_cpp",
+            about="stable-diffusion.cpp by its Python package, float16 weights, flash attention",
+            start=_sdcpp,
+            subjects=("sd15",),
+            why_not="it knows a fixed list of architectures, and the shipped model's widths are none of them",
+        ),
     )
 }

@@ -68,7 +68,7 @@ def sd15(work: Path, steps: int) -> Subject:
     if not (checkpoint / "model_index.json").exists():
         print(f"Making a checkpoint of Stable Diffusion 1.5's size in {checkpoint}", file=sys.stderr)
         script = ROOT / "tests" / "benchmarks" / "full_size.py"
-        run([sys.executable, str(script), "sd-1.5", "--only-checkpoint", str(checkpoint)], SECONDS_TO_MAKE)
+        run([sys.executable, str(script), "sd-1.5", "--checkpoint", str(checkpoint)], SECONDS_TO_MAKE)
     return Subject(
         name="sd15",
         checkpoint=checkpoint,

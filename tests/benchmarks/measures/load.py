@@ -54,7 +54,7 @@ async def _by_level(bench: Bench, subject: Subject, ours: Contender, theirs: Con
 
 
 async def _beside_genai(bench: Bench, subject: Subject, ours: Contender) -> None:
-    """GenAI has no server: eight requests one after the other, or by two pipelines with a core each, whichever is faster."""
+    """GenAI has no server: eight requests in turn, or by two pipelines with a core each: the faster counts."""
     name = "throughput_ours_over_openvino_genai_8_in_flight"
     wishes = subject.wishes()
     async with bench.running(GENAI, subject) as one, bench.running(GENAI_TWICE, subject) as two:
