@@ -189,36 +189,39 @@ def _grown(figures: Figures, unit: str) -> list[int]:
 
 
 def _plot_throughput(folder: Path, figures: Figures) -> str:
-    def rates(side: str) -> list[float]:
-        return [
-            float(figures.get(f"throughput_ours_over_hypergen_{level}_in_flight_{side}_per_second", "nan"))
-            for level in LEVELS
-        ]
-
+    """Of the levels that were measured; nothing where none was."""
+    name = "throughput_ours_over_hypergen_{}_in_flight"
+    levels = [level for level in LEVELS if name.format(level) in figures]
+    if not levels:
+        return ""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for side, label in (("ours", "ours"), ("hypergen", "HyperGen 0.1.0")):
-        axes.plot(LEVELS, rates(side), marker="o", label=label)
-    axes.set(
-        xlabel="requests in flight", ylabel="pictures per second", title="Throughput, shipped model", ylim=(0, None)
-    )
+        rates = [float(figures[f"{name.format(level)}_{side}_per_second"]) for level in levels]
+        axes.plot(levels, rates, marker="o", label=label)
+    axes.set(xlabel="requests in flight", ylabel="pictures per second", title="Throughput, shipped model")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(LEVELS, labels=[str(level) for level in LEVELS])
+    axes.set_xticks(levels, labels=[str(level) for level in levels])
     return _save(figure, axes, folder / "throughput.png")
 
 
 def _plot_growth(folder: Path, figures: Figures) -> str:
+    """Of the steps and sizes that were measured; nothing where none was."""
+    if not _grown(figures, "steps"):
+        return ""
     figure, both = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axes, unit in zip(both, ("steps", "pixels"), strict=True):
         numbers = _grown(figures, unit)
         for who, label in (("ours", "ours"), ("floor", "floor"), ("hypergen", "HyperGen 0.1.0")):
-            taken = [float(figures.get(f"growth_shipped_{number}_{unit}_{who}_ms", "nan")) for number in numbers]
+            taken = [float(figures[f"growth_shipped_{number}_{unit}_{who}_ms"]) for number in numbers]
             axes.plot(numbers, taken, marker="o", label=label)
-        axes.set(xlabel=unit if unit == "steps" else "pixels a side", ylabel="ms", title="One picture", ylim=(0, None))
+        axes.set(xlabel=unit if unit == "steps" else "pixels a side", ylabel="ms", title="One picture")
+        axes.set_ylim(0, None)
         axes.grid(alpha=0.3)
     return _save(figure, both[-1], folder / "growth.png")
 
 
 def _save(figure: Canvas, axes: Axes, path: Path) -> str:
+    axes.set_ylim(0, None)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
