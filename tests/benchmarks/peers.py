@@ -67,11 +67,15 @@ async def running(peer: Peer, ground: Ground, subject: Subject) -> AsyncIterator
         await contender.stop()
 
 
-async def _ours(ground: Ground, subject: Subject) -> Server:
-    """On the checkpoint, as a user starts it: it exports what is not exported yet."""
-    command = [str(ground.hypergen), "serve", str(subject.checkpoint), "--dtype", ground.dtype]
-    command += ["--cache-dir", str(cache(subject, ground.work))]
-    return await start_server("ours", command, "/health/ready", ground.log("ours"), subject.limits)
+def _ours(dtype: str = "") -> Start:
+    async def start(ground: Ground, subject: Subject) -> Server:
+        """On the checkpoint, as a user starts it: it exports what is not exported yet."""
+        command = [str(ground.hypergen), "serve", str(subject.checkpoint), "--dtype", dtype or ground.dtype]
+        command += ["--cache-dir", str(cache(subject, ground.work))]
+        name = f"ours-{dtype}" if dtype else "ours"
+        return await start_server(name, command, "/health/ready", ground.log(name), subject.limits)
+
+    return start
 
 
 def _hypergen(dtype: str) -> Start:
@@ -113,7 +117,7 @@ def _diffusers(dtype: str, *, compiled: bool = False) -> Start:
     return start
 
 
-def _genai(pipelines: int = 1) -> Start:
+def _genai(pipelines: int = 1, *, reshaped: bool = False) -> Start:
     async def start(ground: Ground, subject: Subject) -> Worker:
         packages = ("openvino-genai==2026.4.1.0", "diffusers", "transformers", TORCH)
         python = ground.environment("openvino_genai", packages)
@@ -122,9 +126,13 @@ def _genai(pipelines: int = 1) -> Start:
             print(f"Converting {subject.name} for OpenVINO GenAI", file=sys.stderr)
             script = str(WORKERS / "convert_for_genai.py")
             run([str(python), script, str(subject.checkpoint), str(folder)], CONVERT_SECONDS)
-        options = {"converted": str(folder), "precision": _openvino_precision(ground.dtype), "pipelines": pipelines}
+        options: dict[str, Any] = {"converted": str(folder), "pipelines": pipelines}
+        options["precision"] = _openvino_precision(ground.dtype)
+        if reshaped:
+            options["reshaped"] = asdict(subject.wish)
         command = [str(python), str(WORKERS / "genai.py")]
-        return await _work(f"genai-{pipelines}", command, options, ground, subject)
+        name = f"genai-{pipelines}{'-reshaped' if reshaped else ''}"
+        return await _work(name, command, options, ground, subject)
 
     return start
 
@@ -143,7 +151,7 @@ def _openvino_precision(dtype: str) -> str:
     return {"bfloat16": "bf16", "float32": "f32"}[dtype]
 
 
-OURS = Peer(name="ours", about="`hypergen serve`, asked over HTTP", start=_ours)
+OURS = Peer(name="ours", about="`hypergen serve`, asked over HTTP", start=_ours())
 FLOOR = Peer(
     name="floor",
     about="our components back to back in one process, OpenVINO and diffusers' scheduler, nothing around them",
@@ -152,7 +160,9 @@ FLOOR = Peer(
 HYPERGEN = Peer(
     name="hypergen", about="HyperGen 0.1.0 as its server, float32, asked over HTTP", start=_hypergen("float32")
 )
-GENAI = Peer(name="openvino_genai", about="OpenVINO GenAI's Text2ImagePipeline, in our precision", start=_genai())
+GENAI = Peer(
+    name="openvino_genai", about="OpenVINO GenAI's Text2ImagePipeline, any size, in our precision", start=_genai()
+)
 GENAI_TWICE = Peer(name="openvino_genai_twice", about="the same, two pipelines with a core each", start=_genai(2))
 
 PEERS: Mapping[str, Peer] = {
@@ -160,6 +170,13 @@ PEERS: Mapping[str, Peer] = {
     for peer in (
         FLOOR,
         HYPERGEN,
+        Peer(
+            name="ours_float32",
+            about="ours in float32, for those who compare within one precision",
+            start=_ours("float32"),
+            subjects=("shipped",),
+            why_not="left out for the time it takes",
+        ),
         Peer(name="hypergen_bfloat16", about="HyperGen 0.1.0 in bfloat16", start=_hypergen("bfloat16")),
         Peer(name="diffusers", about="diffusers' pipeline in float32", start=_diffusers("float32")),
         Peer(name="diffusers_bfloat16", about="the same in bfloat16", start=_diffusers("bfloat16")),
@@ -169,6 +186,11 @@ PEERS: Mapping[str, Peer] = {
             start=_diffusers("bfloat16", compiled=True),
         ),
         GENAI,
+        Peer(
+            name="openvino_genai_reshaped",
+            about="the same, compiled for one picture of this one size at a time and nothing else",
+            start=_genai(reshaped=True),
+        ),
         Peer(
             name="stable_diffusion_cpp",
             about="stable-diffusion.cpp by its Python package, float16 weights, flash attention",

@@ -42,6 +42,8 @@ PARTS: Mapping[str, Callable[[Bench, Subject], Coroutine[Any, Any, None]]] = {
     "start": serving.start,
     "first_start": serving.first_start,
 }
+# The others take long to start or tell little more.
+QUICK_PEERS = ("floor", "hypergen", "hypergen_bfloat16", "openvino_genai", "diffusers")
 LARGE_PARTS = ("one_picture", "one_core_busy")
 QUICK_PARTS = ("one_picture", "gateway", "models", "short_behind_long", "throughput")
 
@@ -54,7 +56,7 @@ def main() -> None:
         ground=Ground(work=options.work_dir, hypergen=options.hypergen, dtype=options.dtype),
         book=Book(options.output),
         effort=QUICK if options.quick else FULL,
-        peers=options.peers,
+        peers=options.peers or (QUICK_PEERS if options.quick else tuple(PEERS)),
     )
     for subject, part in _plan(options):
         bench.say(f"{subject.name}: {part}")
@@ -79,7 +81,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the shipped model alone, few pairs, under five minutes")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--checkpoints", nargs="+", choices=["shipped", "sd15"], help="[default: both]")
-    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS), metavar="PEER")
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), metavar="PEER", help=f"of {', '.join(PEERS)}")
     parser.add_argument("--large-steps", type=int, default=4, help="of a picture of the full-size model")
     parser.add_argument("--work-dir", type=Path, default=BUILD / "side-by-side")
     parser.add_argument("--output", type=Path, default=BUILD / "bench.json")

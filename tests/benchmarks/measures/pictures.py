@@ -33,7 +33,7 @@ async def one_picture(bench: Bench, subject: Subject) -> None:
                 continue
             try:
                 async with bench.running(peer, subject) as theirs:
-                    pairs = await take_turns(ours, theirs, subject.wishes(), _pairs(bench, subject))
+                    pairs = await take_turns(bench, ours, theirs, subject.wishes(), _pairs(bench, subject))
                     bench.enter(latency_figures(entry, name, pairs) | _memory(subject, name, theirs))
             except ToolError as error:
                 bench.fail(entry, error)
@@ -70,7 +70,7 @@ async def one_core_busy(bench: Bench, subject: Subject) -> None:
             for contender in (ours, theirs):
                 await contender.draw(next(wishes))
             with _busy_core():
-                bench.enter(latency_figures(entry, "hypergen", await take_turns(ours, theirs, wishes, count)))
+                bench.enter(latency_figures(entry, "hypergen", await take_turns(bench, ours, theirs, wishes, count)))
     except ToolError as error:
         bench.fail(entry, error)
 

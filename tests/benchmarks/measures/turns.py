@@ -15,6 +15,9 @@ from benchmarks.figures import Book, Figures, Pairs
 from benchmarks.peers import Ground, Peer, running
 from benchmarks.subjects import Subject
 
+# A pair that takes longer is worth a line of progress.
+TOLD_SECONDS = 5
+
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
@@ -59,13 +62,16 @@ class Bench:
             yield contender
 
 
-async def take_turns(ours: Contender, theirs: Contender, wishes: Iterator[Wish], count: int) -> Pairs:
+async def take_turns(bench: Bench, ours: Contender, theirs: Contender, wishes: Iterator[Wish], count: int) -> Pairs:
     """Each wish to both, one right after the other; who comes first changes. The first wish only warms up."""
     taken: dict[str, list[float]] = {ours.name: [], theirs.name: []}
     for number in range(count + 1):
         wish = next(wishes)
         for contender in (ours, theirs) if number % 2 else (theirs, ours):
             taken[contender.name].append(await contender.draw(wish))
+        if taken[ours.name][-1] + taken[theirs.name][-1] > TOLD_SECONDS:
+            told = ", ".join(f"{name} {seconds[-1]:.1f} s" for name, seconds in taken.items())
+            bench.say(f"  {f'pair {number} of {count}' if number else 'warming up'}: {told}")
     return Pairs(taken[ours.name][1:], taken[theirs.name][1:])
 
 
