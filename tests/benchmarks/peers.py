@@ -6,9 +6,8 @@ everything but what has to be alike, which is checkpoint, scheduler, steps, guid
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,17 +53,6 @@ class Peer:
     start: Start
     subjects: tuple[str, ...] = ("shipped", "sd15")
     why_not: str = ""
-
-
-@contextlib.asynccontextmanager
-async def running(peer: Peer, ground: Ground, subject: Subject) -> AsyncIterator[Any]:
-    """The contender for as long as it is needed. Raises ToolError."""
-    print(f"Starting {peer.name} with {subject.name}", file=sys.stderr)
-    contender = await peer.start(ground, subject)
-    try:
-        yield contender
-    finally:
-        await contender.stop()
 
 
 def _ours(dtype: str = "") -> Start:

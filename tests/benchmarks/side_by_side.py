@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
@@ -51,6 +52,8 @@ QUICK_PARTS = ("one_picture", "gateway", "models", "short_behind_long", "through
 def main() -> None:
     """Measure part after part; a book and a report are there after each."""
     options = _options()
+    # What was started is stopped, too, when this is told to stop.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     options.work_dir.mkdir(parents=True, exist_ok=True)
     bench = Bench(
         ground=Ground(work=options.work_dir, hypergen=options.hypergen, dtype=options.dtype),

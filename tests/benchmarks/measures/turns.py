@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.contenders import Contender, Wish
 from benchmarks.figures import Book, Figures, Pairs
-from benchmarks.peers import Ground, Peer, running
+from benchmarks.peers import Ground, Peer
 from benchmarks.subjects import Subject
 
 # A pair that takes longer is worth a line of progress.
@@ -58,8 +58,11 @@ class Bench:
     async def running(self, peer: Peer, subject: Subject) -> AsyncIterator[Any]:
         """The contender for as long as it is needed. Raises ToolError."""
         self.say(f"{subject.name}: starting {peer.name}")
-        async with running(peer, self.ground, subject) as contender:
+        contender = await peer.start(self.ground, subject)
+        try:
             yield contender
+        finally:
+            await contender.stop()
 
 
 async def take_turns(bench: Bench, ours: Contender, theirs: Contender, wishes: Iterator[Wish], count: int) -> Pairs:
