@@ -127,7 +127,9 @@ def _genai(pipelines: int = 1, *, reshaped: bool = False) -> Start:
 
 async def _sdcpp(ground: Ground, subject: Subject) -> Worker:
     python = ground.environment("stable_diffusion_cpp", ("stable-diffusion-cpp-python==0.4.7", "numpy"))
-    options = {"checkpoint": str(subject.checkpoint), "flash_attention": True}
+    folder = ground.converted(subject, "sdcpp")
+    run([str(python), str(WORKERS / "convert_for_sdcpp.py"), str(subject.checkpoint), str(folder)], CONVERT_SECONDS)
+    options = {"checkpoint": str(folder), "flash_attention": True}
     return await _work("stable_diffusion_cpp", [str(python), str(WORKERS / "sdcpp.py")], options, ground, subject)
 
 

@@ -74,7 +74,7 @@ def sd15(work: Path, steps: int) -> Subject:
         checkpoint=checkpoint,
         wish=Wish(prompt="", width=512, height=512, steps=steps, guidance=7.5, seed=0),
         sizes=(512,),
-        limits=Limits(load=1800, picture=300),
+        limits=Limits(load=1800, picture=600),
     )
 
 
