@@ -3,10 +3,11 @@
 # make check   lints, types and import rules
 # make production-check   what is claimed of production and can be shown without a GPU and without Docker, as a table
 # make audit   installed packages against the known advisories; fails too where they cannot be looked up
+# make bench   ours beside HyperGen 0.1.0, diffusers, OpenVINO GenAI and stable-diffusion.cpp on this machine; ARGS=--quick
 # ARGS="…"     is passed on: make serve ARGS="--port 9000", make test ARGS="-k batching"
 
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev serve test check production-check audit clean
+.PHONY: help setup setup-dev serve test check production-check audit bench clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # The release that the project is developed with; a range would let another package pull a different build.
@@ -40,6 +41,10 @@ production-check: setup-dev
 
 audit: setup-dev
 	@.ci/audit
+
+bench: setup-dev
+	@command -v wrk >/dev/null || PYTHON="$(PYTHON)" sh .ci/system-packages wrk
+	@$(BIN)/python tests/benchmarks/side_by_side.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache

@@ -146,8 +146,14 @@ class Worker:
     async def stop(self) -> None:
         if self._reader is not None:
             self._reader.cancel()
-        await asyncio.to_thread(end, self.process)
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError, asyncio.TimeoutError):
+            children = self.process.children(recursive=True)
+            self._pipes.terminate()
+            # asyncio waits for its own child; psutil, which would take the exit code from it, for that one's.
+            await asyncio.wait_for(self._pipes.wait(), STOP_SECONDS)
+            await asyncio.to_thread(_end_all, children)
+        if self._pipes.returncode is None:
+            self._pipes.kill()
             await self._pipes.wait()
 
     def _send(self, fields: dict[str, Any]) -> None:
@@ -231,10 +237,15 @@ def end(process: psutil.Process) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         family = [process, *process.children(recursive=True)]
         process.terminate()
-        _, left = psutil.wait_procs(family, STOP_SECONDS)
-        for each in left:
+        _end_all(family)
+
+
+def _end_all(family: Sequence[psutil.Process]) -> None:
+    _, left = psutil.wait_procs(family, STOP_SECONDS)
+    for each in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
             each.kill()
-        psutil.wait_procs(left, STOP_SECONDS)
+    psutil.wait_procs(left, STOP_SECONDS)
 
 
 async def _until_ready(name: str, process: psutil.Popen, url: str, limit: float) -> None:

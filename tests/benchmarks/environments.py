@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build"
-# What is compiled from source takes this long on a slow machine.
+# On a slow machine: compiling a peer from source, or ten pictures of a large model under load, one after the other.
 LIMIT_SECONDS = 3600
 
 

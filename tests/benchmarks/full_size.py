@@ -133,6 +133,9 @@ class Cost:
 def main() -> None:
     """Write the checkpoint, export it, serve it for one step, and print what each took."""
     options = _options()
+    if options.checkpoint:
+        save_checkpoint(options.checkpoint, ARCHITECTURES[options.architecture])
+        return
     folder = Path(tempfile.mkdtemp(prefix="full-size-", dir=options.folder))
     try:
         _report(folder, options)
@@ -231,6 +234,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="where to work; sdxl needs 25 GB there  [default: the system's]")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the engines")
     parser.add_argument("--size", default="512x512", help="of the picture  [default: 512x512]")
+    parser.add_argument("--checkpoint", type=Path, help="write the checkpoint there and do no more")
     parser.add_argument("--keep", action="store_true", help="leave the repository there")
     return parser.parse_args()
 

@@ -7,26 +7,18 @@ the time of every request, so that all of them are summed up by the same arithme
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-BUILD = ROOT / "build"
+from benchmarks.environments import BUILD, ROOT, ToolError, run
+from benchmarks.figures import percentile
+
 INPUTS = Path(__file__).parent / "inputs"
-# One level of load may take this long: ten pictures of a large model, one after the other, on a slow machine.
-LIMIT_SECONDS = 3600
 NANOSECONDS = 1e9
-
-
-class ToolError(Exception):
-    """The tool cannot be installed or does not do what it should; `str()` says what it said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +51,7 @@ class Level:
     @property
     def p95(self) -> float:
         """Seconds."""
-        ordered = sorted(end - begin for begin, end in self.spans)
-        return ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
+        return percentile([end - begin for begin, end in self.spans], 0.95)
 
 
 # Address, requests in flight, requests in all, a folder for what the tool writes -> what came of it.
@@ -75,19 +66,6 @@ class Tool:
     packages: tuple[str, ...]
     load: Load
     grpc: bool = False
-
-
-def install(tool: Tool) -> None:
-    """Make the tool's environment, if it is not there. Raises ToolError."""
-    folder = BUILD / tool.name
-    done = folder / "installed"
-    if done.exists() and done.read_text() == repr(tool.packages):
-        return
-    print(f"Installing {', '.join(tool.packages)} into {folder}", file=sys.stderr)
-    if not (folder / "bin" / "pip").exists():
-        _run([sys.executable, "-m", "venv", str(folder)])
-    _run([str(folder / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check", *tool.packages])
-    done.write_text(repr(tool.packages))
 
 
 def _diffusion(address: Address, in_flight: int, requests: int, folder: Path) -> Level:
@@ -112,7 +90,7 @@ def _perf_analyzer(address: Address, options: Sequence[str], in_flight: int, req
     export = folder / "requests.json"
     load = ["--async", "--concurrency-range", str(in_flight), "--request-count", str(requests)]
     (runtime,) = tool.glob("lib/python3.*/site-packages/nvidia/cuda_runtime/lib")  # it is linked to CUDA, GPU or not
-    said = _run(
+    said = run(
         [str(tool / "bin" / "perf_analyzer"), "-u", address.url, *options, *load, "--profile-export-file", str(export)],
         LD_LIBRARY_PATH=str(runtime),
     )
@@ -132,7 +110,7 @@ def _aiperf(address: Address, in_flight: int, requests: int, folder: Path) -> Le
     options += ["--concurrency", str(in_flight), "--request-count", str(requests)]
     if address.key:
         options += ["--api-key", address.key]
-    _run([str(BUILD / "aiperf" / "bin" / "aiperf"), "profile", *options])
+    run([str(BUILD / "aiperf" / "bin" / "aiperf"), "profile", *options])
     records = [json.loads(line) for line in (folder / "profile_export.jsonl").read_text().splitlines()]
     if failed := [record["error"] for record in records if record.get("error")]:
         raise ToolError(f"{len(failed)} of {len(records)} requests failed: {failed[0]}")
@@ -150,22 +128,6 @@ def _tokenizer() -> Path:
     shutil.copytree(ROOT / "export" / "emoji" / "checkpoint" / "tokenizer", folder, dirs_exist_ok=True)
     (folder / "config.json").write_text('{"model_type": "clip"}')
     return folder
-
-
-def _run(command: Sequence[str], **environment: str) -> str:
-    """What it says. Raises ToolError where it fails, with the end of that."""
-    done = subprocess.run(
-        command,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=LIMIT_SECONDS,
-        check=False,
-    )
-    if done.returncode:
-        raise ToolError(f"{Path(command[0]).name} ended with {done.returncode}:\n{done.stdout[-3000:]}")
-    return done.stdout
 
 
 _PERF_ANALYZER = ("tritonclient==2.51.0", "nvidia-cuda-runtime-cu12")

@@ -6,9 +6,8 @@ everything but what has to be alike, which is checkpoint, scheduler, steps, guid
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,22 +55,15 @@ class Peer:
     why_not: str = ""
 
 
-@contextlib.asynccontextmanager
-async def running(peer: Peer, ground: Ground, subject: Subject) -> AsyncIterator[Any]:
-    """The contender for as long as it is needed. Raises ToolError."""
-    print(f"Starting {peer.name} with {subject.name}", file=sys.stderr)
-    contender = await peer.start(ground, subject)
-    try:
-        yield contender
-    finally:
-        await contender.stop()
+def _ours(dtype: str = "") -> Start:
+    async def start(ground: Ground, subject: Subject) -> Server:
+        """On the checkpoint, as a user starts it: it exports what is not exported yet."""
+        command = [str(ground.hypergen), "serve", str(subject.checkpoint), "--dtype", dtype or ground.dtype]
+        command += ["--cache-dir", str(cache(subject, ground.work))]
+        name = f"ours-{dtype}" if dtype else "ours"
+        return await start_server(name, command, "/health/ready", ground.log(name), subject.limits)
 
-
-async def _ours(ground: Ground, subject: Subject) -> Server:
-    """On the checkpoint, as a user starts it: it exports what is not exported yet."""
-    command = [str(ground.hypergen), "serve", str(subject.checkpoint), "--dtype", ground.dtype]
-    command += ["--cache-dir", str(cache(subject, ground.work))]
-    return await start_server("ours", command, "/health/ready", ground.log("ours"), subject.limits)
+    return start
 
 
 def _hypergen(dtype: str) -> Start:
@@ -113,7 +105,7 @@ def _diffusers(dtype: str, *, compiled: bool = False) -> Start:
     return start
 
 
-def _genai(at_a_time: int = 1) -> Start:
+def _genai(pipelines: int = 1, *, reshaped: bool = False) -> Start:
     async def start(ground: Ground, subject: Subject) -> Worker:
         packages = ("openvino-genai==2026.4.1.0", "diffusers", "transformers", TORCH)
         python = ground.environment("openvino_genai", packages)
@@ -122,11 +114,23 @@ def _genai(at_a_time: int = 1) -> Start:
             print(f"Converting {subject.name} for OpenVINO GenAI", file=sys.stderr)
             script = str(WORKERS / "convert_for_genai.py")
             run([str(python), script, str(subject.checkpoint), str(folder)], CONVERT_SECONDS)
-        options = {"converted": str(folder), "precision": _openvino_precision(ground.dtype), "at_a_time": at_a_time}
+        options: dict[str, Any] = {"converted": str(folder), "pipelines": pipelines}
+        options["precision"] = _openvino_precision(ground.dtype)
+        if reshaped:
+            options["reshaped"] = asdict(subject.wish)
         command = [str(python), str(WORKERS / "genai.py")]
-        return await _work(f"genai-{at_a_time}", command, options, ground, subject)
+        name = f"genai-{pipelines}{'-reshaped' if reshaped else ''}"
+        return await _work(name, command, options, ground, subject)
 
     return start
+
+
+async def _sdcpp(ground: Ground, subject: Subject) -> Worker:
+    python = ground.environment("stable_diffusion_cpp", ("stable-diffusion-cpp-python==0.4.7", "numpy"))
+    folder = ground.converted(subject, "sdcpp")
+    run([str(python), str(WORKERS / "convert_for_sdcpp.py"), str(subject.checkpoint), str(folder)], CONVERT_SECONDS)
+    options = {"checkpoint": str(folder), "flash_attention": True}
+    return await _work("stable_diffusion_cpp", [str(python), str(WORKERS / "sdcpp.py")], options, ground, subject)
 
 
 async def _work(name: str, command: list[str], options: dict[str, Any], ground: Ground, subject: Subject) -> Worker:
@@ -137,7 +141,7 @@ def _openvino_precision(dtype: str) -> str:
     return {"bfloat16": "bf16", "float32": "f32"}[dtype]
 
 
-OURS = Peer(name="ours", about="`hypergen serve`, asked over HTTP", start=_ours)
+OURS = Peer(name="ours", about="`hypergen serve`, asked over HTTP", start=_ours())
 FLOOR = Peer(
     name="floor",
     about="our components back to back in one process, OpenVINO and diffusers' scheduler, nothing around them",
@@ -146,22 +150,44 @@ FLOOR = Peer(
 HYPERGEN = Peer(
     name="hypergen", about="HyperGen 0.1.0 as its server, float32, asked over HTTP", start=_hypergen("float32")
 )
-GENAI = Peer(name="openvino_genai", about="OpenVINO GenAI's Text2ImagePipeline, in our precision", start=_genai())
-GENAI_CLONES = Peer(name="openvino_genai_clones", about="the same, two clones at a time", start=_genai(2))
+GENAI = Peer(
+    name="openvino_genai", about="OpenVINO GenAI's Text2ImagePipeline, any size, in our precision", start=_genai()
+)
+GENAI_TWICE = Peer(name="openvino_genai_twice", about="the same, two pipelines with a core each", start=_genai(2))
 
+# In the order in which they are measured: those that a bar names come first.
 PEERS: Mapping[str, Peer] = {
     peer.name: peer
     for peer in (
         FLOOR,
         HYPERGEN,
+        GENAI,
+        Peer(
+            name="stable_diffusion_cpp",
+            about="stable-diffusion.cpp by its Python package, float16 weights, flash attention",
+            start=_sdcpp,
+            subjects=("sd15",),
+            why_not="it knows a fixed list of architectures, and the shipped model's widths are none of them",
+        ),
         Peer(name="hypergen_bfloat16", about="HyperGen 0.1.0 in bfloat16", start=_hypergen("bfloat16")),
-        Peer(name="diffusers", about="diffusers' pipeline in float32", start=_diffusers("float32")),
-        Peer(name="diffusers_bfloat16", about="the same in bfloat16", start=_diffusers("bfloat16")),
+        Peer(
+            name="openvino_genai_reshaped",
+            about="OpenVINO GenAI compiled for one picture of this one size at a time and nothing else",
+            start=_genai(reshaped=True),
+        ),
+        Peer(
+            name="ours_float32",
+            about="ours in float32, for those who compare within one precision",
+            start=_ours("float32"),
+            subjects=("shipped",),
+            why_not="left out for the time it takes",
+        ),
+        Peer(name="diffusers_bfloat16", about="diffusers' pipeline in bfloat16", start=_diffusers("bfloat16")),
+        Peer(name="diffusers", about="the same in float32", start=_diffusers("float32")),
         Peer(
             name="diffusers_compiled",
             about="the same in bfloat16, UNet and decoder by torch.compile",
             start=_diffusers("bfloat16", compiled=True),
         ),
-        GENAI,
     )
 }

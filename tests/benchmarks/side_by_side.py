@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import sys
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.circumstances import circumstances
 from benchmarks.environments import BUILD
 from benchmarks.figures import Book
 from benchmarks.measures import load, pictures, serving
 from benchmarks.measures.turns import Bench, Effort
 from benchmarks.peers import PEERS, Ground
+from benchmarks.report import bars_table, write_report
 from benchmarks.subjects import Subject, has_bf16, sd15, shipped
 
 QUICK = Effort(pairs=5, large_pairs=1, rounds=1, levels=(1, 8))
@@ -40,34 +43,48 @@ PARTS: Mapping[str, Callable[[Bench, Subject], Coroutine[Any, Any, None]]] = {
     "start": serving.start,
     "first_start": serving.first_start,
 }
+# The others take long to start or tell little more.
+QUICK_PEERS = ("floor", "hypergen", "hypergen_bfloat16", "openvino_genai", "diffusers")
 LARGE_PARTS = ("one_picture", "one_core_busy")
 QUICK_PARTS = ("one_picture", "gateway", "models", "short_behind_long", "throughput")
 
 
 def main() -> None:
+    """Measure part after part; a book and a report are there after each."""
     options = _options()
-    asyncio.run(_measure(options))
-
-
-async def _measure(options: argparse.Namespace) -> None:
-    ground = Ground(work=options.work_dir, hypergen=options.hypergen, dtype=options.dtype)
+    # What was started is stopped, too, when this is told to stop.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    options.work_dir.mkdir(parents=True, exist_ok=True)
     bench = Bench(
-        ground=ground, book=Book(options.output), effort=QUICK if options.quick else FULL, peers=options.peers
+        ground=Ground(work=options.work_dir, hypergen=options.hypergen, dtype=options.dtype),
+        book=Book(options.output),
+        effort=QUICK if options.quick else FULL,
+        peers=options.peers or (QUICK_PEERS if options.quick else tuple(PEERS)),
     )
-    if "shipped" in options.checkpoints:
-        for name in options.only or (QUICK_PARTS if options.quick else PARTS):
-            await PARTS[name](bench, shipped())
-    if "sd15" in options.checkpoints and not options.quick:
-        for name in options.only or LARGE_PARTS:
-            await PARTS[name](bench, sd15(options.work_dir, options.large_steps))
+    for subject, part in _plan(options):
+        bench.say(f"{subject.name}: {part}")
+        asyncio.run(PARTS[part](bench, subject))
+        bench.book.enter(circumstances(bench.ground.work / "environments", options.dtype))
+        report = write_report(options.output.parent / "side-by-side", bench.book.figures)
+    print(f"{report}\n\n{bars_table(bench.book.figures)}")
+
+
+def _plan(options: argparse.Namespace) -> Iterator[tuple[Subject, str]]:
+    checkpoints = options.checkpoints or (["shipped"] if options.quick else ["shipped", "sd15"])
+    if "shipped" in checkpoints:
+        for part in options.only or (QUICK_PARTS if options.quick else PARTS):
+            yield shipped(), part
+    if "sd15" in checkpoints:
+        for part in options.only or LARGE_PARTS:
+            yield sd15(options.work_dir, options.large_steps), part
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Ours beside every peer.")
     parser.add_argument("--quick", action="store_true", help="the shipped model alone, few pairs, under five minutes")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--checkpoints", nargs="+", choices=["shipped", "sd15"], default=["shipped", "sd15"])
-    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS), metavar="PEER")
+    parser.add_argument("--checkpoints", nargs="+", choices=["shipped", "sd15"], help="[default: both]")
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), metavar="PEER", help=f"of {', '.join(PEERS)}")
     parser.add_argument("--large-steps", type=int, default=4, help="of a picture of the full-size model")
     parser.add_argument("--work-dir", type=Path, default=BUILD / "side-by-side")
     parser.add_argument("--output", type=Path, default=BUILD / "bench.json")

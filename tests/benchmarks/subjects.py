@@ -68,13 +68,13 @@ def sd15(work: Path, steps: int) -> Subject:
     if not (checkpoint / "model_index.json").exists():
         print(f"Making a checkpoint of Stable Diffusion 1.5's size in {checkpoint}", file=sys.stderr)
         script = ROOT / "tests" / "benchmarks" / "full_size.py"
-        run([sys.executable, str(script), "sd-1.5", "--only-checkpoint", str(checkpoint)], SECONDS_TO_MAKE)
+        run([sys.executable, str(script), "sd-1.5", "--checkpoint", str(checkpoint)], SECONDS_TO_MAKE)
     return Subject(
         name="sd15",
         checkpoint=checkpoint,
         wish=Wish(prompt="", width=512, height=512, steps=steps, guidance=7.5, seed=0),
         sizes=(512,),
-        limits=Limits(load=1800, picture=300),
+        limits=Limits(load=1800, picture=600),
     )
 
 

@@ -23,7 +23,8 @@ import httpx
 import matplotlib as mpl
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.load_tools import BUILD, TOOLS, Address, Level, Tool, ToolError, install
+from benchmarks.environments import BUILD, ToolError, install
+from benchmarks.load_tools import TOOLS, Address, Level, Tool
 from running_server import start_server, stop_server
 
 mpl.use("Agg")
@@ -35,7 +36,7 @@ def main() -> None:
     options = _options()
     tool = TOOLS[options.what]
     try:
-        install(tool)
+        install(BUILD / tool.name, tool.packages)
         with _address(tool, options) as address:
             levels = [_measure(tool, address, in_flight, options) for in_flight in options.in_flight]
     except ToolError as error:

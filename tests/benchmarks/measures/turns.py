@@ -7,22 +7,29 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.contenders import Contender, Wish
 from benchmarks.figures import Book, Figures, Pairs
-from benchmarks.peers import Ground, Peer, running
+from benchmarks.peers import Ground, Peer
 from benchmarks.subjects import Subject
+
+# A pair that takes longer is worth a line of progress.
+TOLD_SECONDS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """How much is measured: pairs of single pictures of each checkpoint, rounds of whatever takes longer."""
+    """How much is measured: pairs of single pictures of each checkpoint, rounds of whatever takes longer.
+
+    After `seconds` no further pair is begun.
+    """
 
     pairs: int
     large_pairs: int
     rounds: int
+    seconds: float = 150
     levels: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
 
 
@@ -55,18 +62,32 @@ class Bench:
     async def running(self, peer: Peer, subject: Subject) -> AsyncIterator[Any]:
         """The contender for as long as it is needed. Raises ToolError."""
         self.say(f"{subject.name}: starting {peer.name}")
-        async with running(peer, self.ground, subject) as contender:
+        contender = await peer.start(self.ground, subject)
+        try:
             yield contender
+        finally:
+            await contender.stop()
 
 
-async def take_turns(ours: Contender, theirs: Contender, wishes: Iterator[Wish], count: int) -> Pairs:
-    """Each wish to both, one right after the other; who comes first changes. The first wish only warms up."""
+async def take_turns(bench: Bench, ours: Contender, theirs: Contender, wishes: Iterator[Wish], count: int) -> Pairs:
+    """Each wish to both, one right after the other; who comes first changes.
+
+    First a picture of one step, to warm up. Fewer pairs than `count` where they take long.
+    """
+    for contender in (ours, theirs):
+        await contender.draw(replace(next(wishes), steps=1))
     taken: dict[str, list[float]] = {ours.name: [], theirs.name: []}
-    for number in range(count + 1):
+    until = time.monotonic() + bench.effort.seconds
+    for number in range(1, count + 1):
         wish = next(wishes)
         for contender in (ours, theirs) if number % 2 else (theirs, ours):
             taken[contender.name].append(await contender.draw(wish))
-    return Pairs(taken[ours.name][1:], taken[theirs.name][1:])
+        if taken[ours.name][-1] + taken[theirs.name][-1] > TOLD_SECONDS:
+            told = ", ".join(f"{name} {seconds[-1]:.1f} s" for name, seconds in taken.items())
+            bench.say(f"  pair {number} of {count}: {told}")
+        if time.monotonic() > until:
+            break
+    return Pairs(taken[ours.name], taken[theirs.name])
 
 
 async def in_flight(contender: Contender, wishes: Iterator[Wish], number: int, count: int) -> float:

@@ -1,6 +1,6 @@
 """The floor: the components of our own repository, back to back in one process, and nothing around them.
 
-Runs in our environment: OpenVINO with the sampler's settings, diffusers' scheduler, the guidance pair in one batch.
+Runs in our environment: OpenVINO compiled for the very shapes, diffusers' scheduler, the guidance pair in one batch.
 No server, no queue, no picture file, no copy between processes.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,49 +19,70 @@ import torch
 from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.workers.protocol import Draw, Job, serve
+from benchmarks.workers.protocol import Job, serve
+
+Run = Callable[[dict[str, Any]], Any]
+LATENT_SCALE = 8
 
 
-def load(options: Job) -> list[Draw]:
-    torch.set_num_threads(1)
-    folder = Path(options["repository"])
-    tokenizer = Tokenizer.from_file(str(folder / "diffusion" / "tokenizer.json"))
-    scheduler_config = json.loads((folder / "diffusion" / "scheduler_config.json").read_text())
-    encode, unet, decode = (_compile(folder, name, options) for name in ("text_encoder", "unet", "vae_decoder"))
-    channels = options["latent_channels"]
+class _Floor:
+    """The components of a repository and the loop over them."""
 
-    def draw(job: Job) -> Any:
+    def __init__(self, options: Job) -> None:
+        torch.set_num_threads(1)
+        folder = Path(options["repository"])
+        self._tokenizer = Tokenizer.from_file(str(folder / "diffusion" / "tokenizer.json"))
+        self._scheduler_config = json.loads((folder / "diffusion" / "scheduler_config.json").read_text())
+        self._channels = options["latent_channels"]
+        self._encode = _compile(folder, "text_encoder", options)
+        self._unet = _compile(folder, "unet", options)
+        self._decode = _compile(folder, "vae_decoder", options)
+
+    def draw(self, job: Job) -> Any:
         texts = ["", job["prompt"]] if job["guidance"] > 1 else [job["prompt"]]
-        ids = np.array([encoding.ids for encoding in tokenizer.encode_batch(texts)], dtype=np.int32)
-        states = encode({"input_ids": ids})["encoder_hidden_states"].copy()
-        scheduler = getattr(diffusers, scheduler_config["_class_name"]).from_config(scheduler_config)
+        ids = np.array([encoding.ids for encoding in self._tokenizer.encode_batch(texts)], dtype=np.int32)
+        states = self._encode({"input_ids": ids})["encoder_hidden_states"].copy()
+        scheduler = getattr(diffusers, self._scheduler_config["_class_name"]).from_config(self._scheduler_config)
         scheduler.set_timesteps(job["steps"])
-        generator = torch.Generator("cpu").manual_seed(job["seed"])
-        latents = torch.randn((1, channels, job["height"] // 8, job["width"] // 8), generator=generator)
-        latents = latents * scheduler.init_noise_sigma
+        latents = self._noise(job) * scheduler.init_noise_sigma
         for timestep in scheduler.timesteps:
             scaled = scheduler.scale_model_input(latents, timestep).numpy()
-            inputs = {
-                "sample": np.repeat(scaled, len(texts), axis=0),
-                "timestep": np.full(len(texts), float(timestep), dtype=np.float32),
-                "encoder_hidden_states": states,
-            }
-            output = torch.from_numpy(unet(inputs)["model_output"])
-            if len(texts) == 2:
-                unconditional, conditional = output.chunk(2)
-                output = unconditional + job["guidance"] * (conditional - unconditional)
+            output = self._step(np.repeat(scaled, len(texts), axis=0), float(timestep), states, job["guidance"])
             latents = scheduler.step(output, timestep, latents).prev_sample
-        return decode({"latents": latents.numpy()})["image"].copy()
+        return self._decode({"latents": latents.numpy()})["image"].copy()
 
-    return [draw]
+    def _noise(self, job: Job) -> torch.Tensor:
+        generator = torch.Generator("cpu").manual_seed(job["seed"])
+        shape = (1, self._channels, job["height"] // LATENT_SCALE, job["width"] // LATENT_SCALE)
+        return torch.randn(shape, generator=generator)
+
+    def _step(self, sample: Any, timestep: float, states: Any, guidance: float) -> torch.Tensor:
+        timesteps = np.full(len(sample), timestep, dtype=np.float32)
+        inputs = {"sample": sample, "timestep": timesteps, "encoder_hidden_states": states}
+        output = torch.from_numpy(self._unet(inputs)["model_output"])
+        if len(sample) == 1:
+            return output
+        unconditional, conditional = output.chunk(2)
+        return unconditional + guidance * (conditional - unconditional)
 
 
-def _compile(folder: Path, name: str, options: Job) -> Any:
+def _compile(folder: Path, name: str, options: Job) -> Run:
+    """The component, compiled anew for every set of shapes that it meets, which runs faster than one for all shapes."""
     properties = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "INFERENCE_PRECISION_HINT": options["precision"]}
-    model = openvino.Core().compile_model(folder / name / "1" / "model.onnx", "CPU", properties)
-    request = model.create_infer_request()
-    return lambda inputs: request.infer(inputs, share_inputs=True, share_outputs=True)
+    core = openvino.Core()
+    requests: dict[tuple[Any, ...], Any] = {}
+
+    def run(inputs: dict[str, Any]) -> Any:
+        shapes = {name: list(array.shape) for name, array in inputs.items()}
+        key = tuple(map(tuple, shapes.values()))
+        if key not in requests:
+            model = core.read_model(folder / name / "1" / "model.onnx")
+            model.reshape(shapes)
+            requests[key] = core.compile_model(model, "CPU", properties).create_infer_request()
+        return requests[key].infer(inputs, share_inputs=True, share_outputs=True)
+
+    return run
 
 
 if __name__ == "__main__":
-    serve(load)
+    serve(lambda options: [_Floor(options).draw])
