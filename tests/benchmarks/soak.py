@@ -84,6 +84,12 @@ class Series:
         return theil_sen(self.times[half:], self.values[half:]) * 3600
 
     @property
+    def growth(self) -> float:
+        """Over the second half, in its unit."""
+        half = len(self.times) // 2
+        return self.slope * (self.times[-1] - self.times[half]) / 3600
+
+    @property
     def grows(self) -> bool:
         """Whether it rises faster than noise would."""
         return self.slope > KINDS[self.kind].limit

@@ -39,7 +39,7 @@ from running_server import (
 
 GENERATIONS = "/v1/images/generations"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
-LONG = {"size": "256x256", "num_inference_steps": 150}
+LONG = {"size": "96x96", "num_inference_steps": 150}
 SHORT = {"prompt": "cat", "size": "64x64", "num_inference_steps": 1}
 BACK_SECONDS = 20.0
 REQUEST_TIMEOUT = 60.0
@@ -156,6 +156,7 @@ async def begun(server: Server, requests: int, triton: Server | None = None) -> 
     client = server.async_client()
     tasks = [asyncio.create_task(draw(client, prompt="cat", seed=seed, **LONG)) for seed in range(requests)]
     while (triton or server).unet_counts()[1] < before + 2:
+        assert not any(task.done() for task in tasks), "\n".join(server.lines[-20:])
         await asyncio.sleep(0.02)
     asyncio.gather(*tasks, return_exceptions=True).add_done_callback(lambda _: asyncio.ensure_future(client.close()))
     return tasks
@@ -355,3 +356,52 @@ async def test_a_start_after_a_killed_gateway_clears_up_even_a_triton_that_hangs
     assert all(isinstance(error, openai.APIConnectionError) for error in ended)
     assert back < BACK_SECONDS
     seen("kill -9 of the gateway, while Triton hangs", "the next start clears up after it", f"{back:.1f} s, with that")
+
+
+@pytest.fixture
+def clock(tmp_path: Path) -> Clock:
+    found = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
+    if not found:
+        pytest.skip("the clock cannot be set for one server alone: apt-get install faketime")
+    return Clock(found[0], tmp_path / "clock")
+
+
+@dataclass(frozen=True)
+class Clock:
+    """The time of day as a server sees it; what measures durations goes on undisturbed, as it does on Linux."""
+
+    library: Path
+    file: Path
+
+    def set(self, offset: str) -> None:
+        self.file.write_text(offset)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "LD_PRELOAD": str(self.library),
+            "FAKETIME_TIMESTAMP_FILE": str(self.file),
+            "FAKETIME_NO_CACHE": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        }
+
+
+async def test_the_clock_may_jump_while_pictures_are_drawn(
+    exported: Path, tmp_path: Path, clock: Clock, seen: Seen
+) -> None:
+    clock.set("+0")
+    server = start_server("--cache-dir", str(tmp_path), model=str(exported), environment=clock.environment)
+    try:
+        outcomes = Counter[str]()
+        for offset in ("+3600", "-7200"):
+            requests = await begun(server, 4)
+            clock.set(offset)
+            async with server.async_client() as client:
+                created = (await client.images.generate(prompt="cat", extra_body={"num_inference_steps": 1})).created
+            assert abs(created - time.time() - int(offset)) < 60, "the server does not see the clock jump"
+            outcomes += Counter(await asyncio.gather(*(outcome_of(request) for request in requests)))
+        assert not any("starting it again" in line for line in server.lines)
+    finally:
+        assert stop_server(server) == 0
+    assert outcomes == {"picture": 8}
+    seen("the clock jumps an hour ahead, then three back", f"8 requests under way: {told(outcomes)}", "–")
