@@ -17,11 +17,13 @@ import pytest
 from filelock import FileLock
 
 from claims import ClaimsTable, attach_claims
+from faults import FaultsTable
 from hypergen_gateway.repository import ExportOptions, find_repository
 from miniature import save_miniature
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults", action="store_true", help="what the tests of faults saw, as a table")
     parser.addoption("--claims", action="store_true", help="which claims about production the tests have proved")
 
 
@@ -29,6 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Tests may run in several processes; the one that waits for them hears of all.
     if config.getoption("--claims") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(ClaimsTable(), "claims")
+    if config.getoption("--faults") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(FaultsTable(), "faults")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -74,6 +75,7 @@ class FakeBackend:
         self.generations.append(generation)
         self.running += 1
         self._running_images += generation.num_images
+        began = time.perf_counter()
         self.most_running_images = max(self.most_running_images, self._running_images)
         try:
             await self.open.wait()
@@ -86,7 +88,10 @@ class FakeBackend:
             if self.late_failure is not None:
                 raise self.late_failure
             for index in reversed(range(generation.num_images - self.missing_pictures)):
-                yield flat_picture(generation, index)
+                picture = flat_picture(generation, index)
+                # As long as a test let it wait, which is what a sampler would say.
+                took = max(picture.timings.denoise, (time.perf_counter() - began) * 1000)
+                yield replace(picture, timings=replace(picture.timings, denoise=took))
         finally:
             self.running -= 1
             self._running_images -= generation.num_images

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 import openai
+import psutil
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.grpc import InferenceServerClient
@@ -93,13 +95,14 @@ def free_port() -> int:
         return port
 
 
-def start_server(*arguments: str, model: str, key: str | None = KEY, ready: bool = True) -> Server:
+def start_server(
+    *arguments: str, model: str, key: str | None = KEY, ready: bool = True, environment: Mapping[str, str] | None = None
+) -> Server:
     """Start `hypergen serve` and wait until it answers, and until it is ready to draw unless told otherwise."""
     port = free_port()
-    environment = os.environ | ({"HYPERGEN_API_KEY": key} if key else {})
     process = subprocess.Popen(
         [HYPERGEN, "serve", *([model] if model else []), "--host", "127.0.0.1", "--port", str(port), *arguments],
-        env=environment,
+        env={**os.environ, **({"HYPERGEN_API_KEY": key} if key else {}), **(environment or {})},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -107,8 +110,14 @@ def start_server(*arguments: str, model: str, key: str | None = KEY, ready: bool
     )
     server = Server(process, port, model)
     threading.Thread(target=_collect, args=(server,), daemon=True).start()
-    server.wait_until(lambda: any("Serving " in line for line in server.lines), 180, "serving")
-    server.wait_until(lambda: _answers(server, "/health/ready" if ready else "/health/live"), 10, "answering")
+    try:
+        server.wait_until(lambda: any("Serving " in line for line in server.lines), 180, "serving")
+        server.wait_until(lambda: _answers(server, "/health/ready" if ready else "/health/live"), 10, "answering")
+    except BaseException:
+        # Nobody else knows of it. In order, as its Triton would live on with it.
+        if process.poll() is None:
+            stop_server(server)
+        raise
     return server
 
 
@@ -133,6 +142,23 @@ def stop_server(server: Server) -> int:
     except subprocess.TimeoutExpired:
         server.process.kill()
         raise
+
+
+def processes(server: Server, name: str) -> list[psutil.Process]:
+    """Those that the server has started, whose name begins so."""
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    return [child for child in children if child.is_running() and child.name().startswith(name)]
+
+
+def model_process(server: Server, model: str) -> psutil.Process:
+    """The one in which Triton runs a model."""
+    (found,) = [each for each in processes(server, "triton_python") if f"/{model}/1/" in " ".join(each.cmdline())]
+    return found
+
+
+def shared_memory(server: Server) -> list[Path]:
+    """The regions of this server's Triton: they are named after the process that started it."""
+    return list(Path("/dev/shm").glob(f"hypergen-triton-{server.process.pid}-*"))
 
 
 def samples_of(exposition: str, prefix: str) -> dict[str, float]:

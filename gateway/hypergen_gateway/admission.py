@@ -31,6 +31,8 @@ class Place:
 
     `position` is its number in the queue when it came, 0 if it went straight to work; `estimate` how many seconds it
     would take until it is done, as far as was known then: who comes later and finds a place shares the sampler with it.
+    `denoising` is how many seconds the sampler says that its rounds took: a connection that is made again, a text that
+    is encoded, are no rounds, and a picture of one step would make them look like one.
     """
 
     work: Work
@@ -38,6 +40,7 @@ class Place:
     capacity: int
     position: int = 0
     estimate: float | None = None
+    denoising: float | None = None
     called: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     @property
@@ -176,7 +179,10 @@ class Admission:
         self._tick()
         seconds, load = self._stay(place)
         if seconds:
-            self._pace.learn(load, seconds / place.rounds)
+            # Of more images than there are places some start after others, and none has seen all rounds.
+            is_told = place.denoising is not None and place.places == place.work.images
+            in_rounds = min(place.denoising or seconds, seconds) if is_told else seconds
+            self._pace.learn(load, in_rounds / place.rounds, seconds - in_rounds)
             self._measured_at = self._now
 
     def _forecast(self, waiting: list[Place]) -> Forecast | None:

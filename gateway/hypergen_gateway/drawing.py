@@ -198,18 +198,20 @@ class Drawing:
         """Previews and pictures as they come; the wait for a place counts as time in the queue."""
         order = self.order
         finals = 0
-        async with self._turn():
+        async with self._turn() as place:
             waited = _milliseconds_since(self._began)
             streams = [self._draw_part(part) for part in order.parts]
             async with aclosing(_merged(streams)) as everything:
                 async for drawn in everything:
-                    finals += drawn.picture.is_final
+                    if drawn.picture.is_final:
+                        finals += 1
+                        place.denoising = max(place.denoising or 0.0, drawn.picture.timings.denoise / 1000)
                     yield replace(drawn, picture=_waited(drawn.picture, waited))
         if finals != order.num_images:
             raise InternalError(f"{finals} pictures came back instead of {order.num_images}")
 
     @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
+    async def _turn(self) -> AsyncIterator[Place]:
         """Holds a place, and tells the observers what became of it."""
         admission, observers = self._studio.admission, self._studio.observers
         try:
@@ -223,7 +225,7 @@ class Drawing:
         try:
             async with admission.turn(place):
                 try:
-                    yield
+                    yield place
                 finally:
                     rounds_left = admission.rounds_left(place)
         except (asyncio.CancelledError, GeneratorExit):

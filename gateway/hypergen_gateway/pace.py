@@ -33,20 +33,26 @@ class Pace:
     """Seconds of a round as a line over its load, fitted by least squares to what requests took."""
 
     def __init__(self) -> None:
-        self._weight = self._loads = self._seconds = self._squares = self._products = 0.0
+        self._weight = self._loads = self._seconds = self._squares = self._products = self._besides = 0.0
 
     @property
     def is_known(self) -> bool:
         """Whether a request has been measured."""
         return self._weight > 0
 
-    def learn(self, load: float, seconds: float) -> None:
-        """A request's rounds carried `load` on average and took `seconds` each."""
+    @property
+    def besides(self) -> float:
+        """The seconds that a request takes besides its rounds; only where the pace is known."""
+        return self._besides / self._weight
+
+    def learn(self, load: float, seconds: float, besides: float = 0.0) -> None:
+        """A request's rounds carried `load` on average and took `seconds` each; all else took `besides`."""
         self._weight = self._weight * _MEMORY + 1.0
         self._loads = self._loads * _MEMORY + load
         self._seconds = self._seconds * _MEMORY + seconds
         self._squares = self._squares * _MEMORY + load * load
         self._products = self._products * _MEMORY + load * seconds
+        self._besides = self._besides * _MEMORY + besides
 
     def round_seconds(self, load: float) -> float:
         """What a round of `load` takes; only where the pace is known."""
@@ -111,4 +117,4 @@ def forecast(pace: Pace, capacity: int, running: Sequence[Rounds], waiting: Sequ
     while queue or last in race.running:
         race.let_in(queue)
         race.until_one_is_done()
-    return Forecast(race.placed[id(last)], race.now)
+    return Forecast(race.placed[id(last)], race.now + pace.besides)

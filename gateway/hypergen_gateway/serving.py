@@ -41,6 +41,8 @@ T = TypeVar("T")
 STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Pictures in the making when the server is told to stop get this long; then their clients get an error.
 DRAIN_SECONDS = 120
+# An embedded Triton that died or hung is back by then, with a model of moderate size; who waited for it need not know.
+RETURN_SECONDS = 30
 # A model that brings no prompts of its own is asked for this.
 ANY_PROMPT = "a lighthouse at dusk"
 SUGGESTIONS_SHOWN = 5
@@ -165,7 +167,7 @@ async def _connected(options: TritonOptions, request_timeout: float) -> AsyncIte
             backend = TritonBackend(options.url, request_timeout=request_timeout)
         else:
             triton = await stack.enter_async_context(_embedded(options))
-            backend = TritonBackend(triton.url, request_timeout=request_timeout)
+            backend = TritonBackend(triton.url, request_timeout=request_timeout, returns_within=RETURN_SECONDS)
             triton.at_work = lambda: backend.at_work
         stack.push_async_callback(backend.close)
         yield backend

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import re
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from typing import Any
@@ -102,13 +103,22 @@ class TritonBackend:
 
     `url` may stand for several that serve the same model: `dns:///HOST:PORT`, or `ipv4:ADDRESS:PORT,ADDRESS:PORT`.
 
-    `request_timeout` bounds a whole generation, `call_timeout` every other call, in seconds.
+    `request_timeout` bounds a whole generation, `call_timeout` every other call, in seconds. A Triton that went away is
+    expected back, or another in its place, after `returns_within` seconds.
     """
 
-    def __init__(self, url: str, *, request_timeout: float = 600.0, call_timeout: float = 2.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        request_timeout: float = 600.0,
+        call_timeout: float = 2.0,
+        returns_within: float = RETRY_SECONDS,
+    ) -> None:
         self._url = url
         self._request_timeout = request_timeout
         self._call_timeout = call_timeout
+        self._returns_within = returns_within
         self._open_client: InferenceServerClient | None = None
         self._description: ModelDescription | None = None
         self._description_is_fresh = False
@@ -145,12 +155,14 @@ class TritonBackend:
     async def generate(self, generation: Generation) -> AsyncGenerator[Picture, None]:
         """The pictures in the order in which they are finished, each after its previews.
 
-        What a Triton that went away still owed is asked for once more, as another may be there: the same seeds give
-        the same pictures.
+        What a Triton that went away still owed is asked for again when it, or another, is there: the same seeds give
+        the same pictures. But only once, as it may be what it went away for.
         """
         came: set[tuple[int, int]] = set()
-        for is_last in (False, True):
+        again = _Again(self._returns_within)
+        while True:
             try:
+                again.begin()
                 async with aclosing(self._stream(generation)) as pictures:
                     async for picture in pictures:
                         if (picture.index, picture.step) not in came:
@@ -158,9 +170,10 @@ class TritonBackend:
                             yield picture
                 return
             except UnavailableError as error:
-                if is_last or self._open_client is None:  # None: closed, so we are the ones who go
+                if self._open_client is None or not again.is_worth_it():  # None: closed, so we are the ones who go
                     raise
-                logger.warning("request %s: asking for its pictures again (%s)", current_request_id.get(), error)
+                if again.is_first:
+                    logger.warning("request %s: asking for its pictures again (%s)", current_request_id.get(), error)
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _stream(self, generation: Generation) -> AsyncGenerator[Picture, None]:
@@ -215,6 +228,34 @@ class TritonBackend:
             if isinstance(ours, UnavailableError | DeadlineExceededError):
                 self._description_is_fresh = False
             raise ours from error
+
+
+class _Again:
+    """Whether what failed is tried again: until a Triton that went away should be back, and begun but twice."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._failures = self._interruptions = 0
+        self._began = self._ends = 0.0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it has failed but once."""
+        return self._failures == 1
+
+    def begin(self) -> None:
+        """Another try."""
+        self._began = time.monotonic()
+
+    def is_worth_it(self) -> bool:
+        """Asked once after each failure."""
+        now = time.monotonic()
+        if not self._failures:
+            self._ends = now + self._seconds
+        self._failures += 1
+        # Nobody was there, where it failed at once; else it was at work.
+        self._interruptions += now - self._began > RETRY_SECONDS
+        return self._interruptions < 2 and now < self._ends
 
 
 async def _only(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:

@@ -3,11 +3,11 @@
     python tests/benchmarks/soak.py                  the shipped model, 20 minutes, two requests in flight
     python tests/benchmarks/soak.py --minutes 5 --in-flight 8
 
-The load comes in rounds. When all requests of a round have ended, it samples each process of the server: memory (PSS,
-so that what is shared counts once), threads, file handles and sockets; beside them /dev/shm, temporary files and the
-tasks of the gateway's event loop. Memory may rise while pools and caches fill; what still rises in the second half is a
-leak. The verdict is the Theil-Sen slope there, the median of the slopes of all pairs of samples, which a few spikes do
-not move. The report is build/soak/report.md.
+The load comes in rounds. When all requests of a round have ended, it samples each process of the server: memory (its
+share of what is no file, as pages of libraries are shared with whatever else runs), threads, file handles and sockets;
+beside them /dev/shm, temporary files and the tasks of the gateway's event loop. Memory may rise while pools and caches
+fill; what still rises in the second half is a leak. The verdict is the Theil-Sen slope there, the median of the slopes
+of all pairs of samples, which a few spikes do not move. The report is build/soak/report.md.
 """
 
 from __future__ import annotations
@@ -84,6 +84,12 @@ class Series:
         return theil_sen(self.times[half:], self.values[half:]) * 3600
 
     @property
+    def growth(self) -> float:
+        """Over the second half, in its unit."""
+        half = len(self.times) // 2
+        return self.slope * (self.times[-1] - self.times[half]) / 3600
+
+    @property
     def grows(self) -> bool:
         """Whether it rises faster than noise would."""
         return self.slope > KINDS[self.kind].limit
@@ -140,11 +146,18 @@ class Samples:
 def _of_process(process: psutil.Process, name: str) -> dict[tuple[str, str], float]:
     with process.oneshot():
         return {
-            ("memory", name): process.memory_full_info().pss / MIB,
+            ("memory", name): _anonymous_memory(process.pid) / MIB,
             ("threads", name): process.num_threads(),
             ("handles", name): process.num_fds(),
             ("sockets", name): len(process.net_connections("all")),
         }
+
+
+def _anonymous_memory(pid: int) -> int:
+    """Bytes, swapped ones included; what several processes share is divided among them."""
+    lines = (line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+    kibibytes = {words[0]: int(words[1]) for words in lines}
+    return 1024 * sum(kibibytes[name] for name in ("Pss_Anon:", "Pss_Shmem:", "SwapPss:"))
 
 
 def _name_of(process: psutil.Process) -> str:
@@ -214,6 +227,8 @@ def write_report(folder: Path, title: str, series: Sequence[Series], outcomes: O
 def _plot(path: Path, series: Sequence[Series]) -> None:
     kinds = [kind for kind in KINDS if any(each.kind == kind for each in series)]
     figure, axes = plt.subplots((len(kinds) + 1) // 2, 2, figsize=(11, 9), layout="constrained")
+    for axis in axes.flat[len(kinds) :]:
+        axis.remove()
     for axis, kind in zip(axes.flat, kinds, strict=False):
         for each in (each for each in series if each.kind == kind):
             axis.plot([seconds / 60 for seconds in each.times], each.values, label=each.name, linewidth=1)

@@ -68,3 +68,10 @@ def test_the_forecast_leaves_what_it_was_given_as_it_was() -> None:
     running, waiting = [Rounds(1, 1.0, 3)], [Rounds(1, 1.0, 4)]
     assert forecast(learned((1, 0.01)), 1, running, waiting) == forecast(learned((1, 0.01)), 1, running, waiting)
     assert (running[0].left, waiting[0].left) == (3, 4)
+
+
+def test_what_a_request_takes_besides_its_rounds_is_not_taken_for_rounds() -> None:
+    pace = Pace()
+    pace.learn(load=1.0, seconds=0.01, besides=2.0)  # one step, on a connection that had to be made again
+    expected = forecast(pace, 8, [], [Rounds(1, 1.0, 100.0)])
+    assert expected.done == pytest.approx(100 * 0.01 + 2.0, rel=0.2)

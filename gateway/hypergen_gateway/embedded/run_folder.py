@@ -27,10 +27,18 @@ def remove_abandoned() -> None:
     """End and delete what servers left whose gateway was killed: processes that hang, folders, shared memory."""
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*-*"):
         owner = folder.name.removeprefix(PREFIX).partition("-")[0]
-        if owner.isdecimal() and not psutil.pid_exists(int(owner)):
+        if owner.isdecimal() and not _is_alive(int(owner)):
             _kill_processes(folder)
             remove_shared_memory(folder)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    """A zombie waits for whoever started it, and holds nothing any more."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _kill_processes(run_folder: Path) -> None:

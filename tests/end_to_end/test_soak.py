@@ -1,0 +1,40 @@
+"""The short form of tests/benchmarks/soak.py: what is counted stays flat, and no request is lost."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.soak import Series, soak, table, theil_sen, verdict
+from running_server import Server
+
+SECONDS = 36.0
+IN_FLIGHT = 4
+# In half of so short a time pools still fill; a picture that is kept for each request would be seen.
+MEMORY_GROWTH = 32.0
+
+
+async def test_what_a_server_holds_does_not_grow_under_mixed_load(server: Server) -> None:
+    series, outcomes = await soak(server, SECONDS, IN_FLIGHT)
+    print(f"{table(series)}\n\n{verdict(series, outcomes)}")
+    assert not outcomes.lost
+    assert outcomes.total > 50
+    assert not [
+        f"{each.kind} of {each.name}: {each.growth:+.1f}"
+        for each in series
+        if each.growth > (MEMORY_GROWTH if "memory" in each.kind else 1)
+    ]
+
+
+def test_the_slope_is_that_of_most_samples() -> None:
+    times = [float(second) for second in range(100)]
+    assert theil_sen(times, [3 * second for second in times]) == pytest.approx(3)
+    spiky = [1000.0 if second % 10 == 0 else 2 * second for second in times]
+    assert theil_sen(times, spiky) == pytest.approx(2, abs=0.05)
+    assert theil_sen([0.0], [1.0]) == 0
+
+
+def test_warming_up_is_no_growth() -> None:
+    times = [float(second) for second in range(200)]
+    series = Series("memory", "unet", times, [min(second, 90.0) for second in times])
+    assert not series.grows
+    assert Series("handles", "gateway", times, [second / 50 for second in times]).grows
