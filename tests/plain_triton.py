@@ -21,6 +21,8 @@ DATATYPES = {
     "num_inference_steps": "INT32",
     "partial_images": "INT32",
     "guidance_scale": "FP32",
+    "guidance_start": "FP32",
+    "guidance_end": "FP32",
     "strength": "FP32",
     "seed": "INT64",
     "image": "UINT8",

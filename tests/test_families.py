@@ -32,6 +32,7 @@ from PIL import Image as PILImage
 
 from conditions import Array, conditions_of, merge, outputs_of, texts_of
 from contract import Architecture, InvalidInputError, Request
+from guidance_interval import guided_steps, interval_arguments
 from hypergen_export.checkpoint import Checkpoint, open_checkpoint
 from hypergen_export.components import Component
 from hypergen_export.defaults import checkpoint_parameters
@@ -171,6 +172,9 @@ def by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:
     }
     if request.negative_prompt is not None:
         wish["negative_prompt"] = request.negative_prompt
+    interval = (request.guidance_start, request.guidance_end)
+    if interval != (0.0, 1.0):
+        wish = interval_arguments(pipeline, wish, *interval)
     runs = [
         pipeline(**wish, generator=torch.Generator().manual_seed(request.seed), output_type=kind).images[0]
         for kind in ("latent", "pil")
@@ -216,6 +220,49 @@ async def test_guidance_equals_that_of_diffusers_pipeline(
     pair = pair_of(family)
     request = request_of(guidance_scale=5.0, negative_prompt=negative_prompt)
     held(await pair.sampler.draw(request), by_diffusers(pair.pipeline, request))
+
+
+@pytest.mark.parametrize("interval", [(0.0, 0.5), (0.2, 0.8), (0.5, 1.0), (0.4, 0.4)], ids=str)
+@pytest.mark.parametrize("family", ["sd-1", "sdxl"])
+async def test_guidance_in_an_interval_equals_diffusers_and_takes_two_rows_there_alone(
+    family: str, interval: tuple[float, float], pair_of: Any
+) -> None:
+    pair = pair_of(family)
+    wish: dict[str, Any] = {"guidance_scale": 5.0, "negative_prompt": "a green cat", "num_inference_steps": 6}
+    request = request_of(**wish, scheduler="euler", guidance_start=interval[0], guidance_end=interval[1])
+    pair.sampler.rows_of_calls.clear()
+    ours = await pair.sampler.draw(request)
+    pair.pipeline.scheduler = make_scheduler("euler", dict(pair.sampler.checkpoint.scheduler))
+    held(ours, by_diffusers(pair.pipeline, request))
+    guided = guided_steps(6, *interval)
+    assert pair.sampler.rows_of_calls == [2 if step in guided else 1 for step in range(6)]
+
+
+@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+async def test_every_scheduler_goes_on_where_guidance_begins_and_ends(scheduler: str, pair_of: Any) -> None:
+    """Some remember the guided and unguided outputs of earlier steps; some take more steps than were asked for."""
+    pair = pair_of("sd-1")
+    request = request_of(
+        scheduler=scheduler, guidance_scale=5.0, guidance_start=0.3, guidance_end=0.7, num_inference_steps=7
+    )
+    pair.pipeline.scheduler = make_scheduler(scheduler, dict(pair.sampler.checkpoint.scheduler))
+    held(await pair.sampler.draw(request), by_diffusers(pair.pipeline, request))
+
+
+async def test_images_guided_in_other_steps_share_batches_and_stay_their_own(pair_of: Any) -> None:
+    sampler = pair_of("sd-1").sampler
+    intervals = [(0.0, 1.0), (0.0, 0.5), (0.25, 0.75), (0.5, 1.0)]
+    requests = [
+        request_of(seed=seed, scheduler="ddim", guidance_scale=5.0, guidance_start=start, guidance_end=end)
+        for seed, (start, end) in enumerate(intervals)
+    ]
+    alone = [await sampler.draw(request) for request in requests]
+    sampler.rows_of_calls.clear()
+    loop = sampler.loop()
+    together = await asyncio.gather(*(sampler.draw(request, loop) for request in requests))
+    for (one, _), (other, _) in zip(alone, together, strict=True):
+        assert np.abs(one - other).max() <= 1e-4 * np.abs(one).max()
+    assert sampler.rows_of_calls == [6, 7, 7, 6]
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 8.5])

@@ -29,6 +29,8 @@ class Generation:
     height: int
     num_inference_steps: int
     guidance_scale: float
+    guidance_start: float | None = None  # from 0 to 1: the share of the steps where guidance begins; None: 0
+    guidance_end: float | None = None  # and where it ends; None: 1
     scheduler: str | None = None  # None: the checkpoint's own
     seed: int
     partial_images: int = 0  # previews of each picture on its way, at evenly spaced steps

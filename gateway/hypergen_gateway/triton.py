@@ -68,6 +68,8 @@ INPUT_TYPES: dict[str, str] = {
     "height": "INT32",
     "num_inference_steps": "INT32",
     "guidance_scale": "FP32",
+    "guidance_start": "FP32",
+    "guidance_end": "FP32",
     "scheduler": "BYTES",
     "seed": "INT64",
     "partial_images": "INT32",

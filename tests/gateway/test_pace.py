@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from fake_backend import MODEL
+from hypergen_gateway.drawing import Order, Part, work_of
+from hypergen_gateway.fields import ImageRequest
+from hypergen_gateway.images import FileFormat
+from hypergen_gateway.openai import read_request, to_generation
 from hypergen_gateway.pace import Pace, Rounds, forecast
 
 
@@ -68,3 +75,21 @@ def test_the_forecast_leaves_what_it_was_given_as_it_was() -> None:
     running, waiting = [Rounds(1, 1.0, 3)], [Rounds(1, 1.0, 4)]
     assert forecast(learned((1, 0.01)), 1, running, waiting) == forecast(learned((1, 0.01)), 1, running, waiting)
     assert (running[0].left, waiting[0].left) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "load"),
+    [
+        ({"guidance_scale": 1.0}, 1.0),
+        ({}, 2.0),
+        ({"guidance_end": 0.5}, 1.5),
+        ({"guidance_start": 0.25, "guidance_end": 0.5}, 1.25),
+        ({"guidance_scale": 1.0, "guidance_end": 0.5}, 1.0),
+        ({"size": "128x96"}, 8.0),
+    ],
+)
+def test_the_load_of_a_picture_is_the_mean_over_its_steps(fields: dict[str, Any], load: float) -> None:
+    """With time a line over load, requests of unequal steps then tell the truth, and are told it."""
+    request = read_request({"prompt": "a fox"} | fields, ImageRequest, MODEL)
+    order = Order(parts=[Part(generation=to_generation(request, MODEL))], model=MODEL, file_format=FileFormat("png"))
+    assert work_of(order).load == pytest.approx(load)

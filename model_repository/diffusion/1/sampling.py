@@ -23,7 +23,7 @@ from starts import Canvas, start_of
 
 @dataclass(frozen=True)
 class UNetRows:
-    """The rows that one image adds to a batch: [R, C, h, w], [R] and [R, …], with R = 2 under guidance, else 1.
+    """The rows that one image adds to a batch: [R, C, h, w], [R] and [R, …], with R = 2 in a guided step, else 1.
 
     `model` is the UNet's name in Triton.
     """
@@ -39,7 +39,7 @@ class Image:
 
     Args:
         request: what to draw; `seed` must already be this image's own.
-        conditions: the UNet's inputs beside latents and timestep, each with the R rows of this image.
+        conditions: the UNet's inputs beside latents and timestep, each with the rows of a guided step.
         canvas: what to draw it on.
         scheduler_config: the checkpoint's.
 
@@ -59,13 +59,14 @@ class Image:
         start = start_of(request, canvas, self._scheduler, generator)
         self._latents, self._timesteps, self._kept = start.latents, start.timesteps, start.kept
         self._extra = _extra_step_arguments(self._scheduler, generator)
+        self._guided_steps = _interval(self.steps, request.guidance_start, request.guidance_end)
         self._preview_steps = preview_steps(self.steps, request.partial_images)
         self._preview: torch.Tensor | None = None
 
     @property
     def rows(self) -> int:
-        """How many rows of a UNet batch this image needs."""
-        return len(self._conditions[HIDDEN_STATES])
+        """How many rows of a UNet batch this image needs for its next step."""
+        return len(self._conditions[HIDDEN_STATES]) if self.steps_done in self._guided_steps else 1
 
     @property
     def size(self) -> tuple[int, int]:
@@ -95,11 +96,13 @@ class Image:
         """The input of this image's next step."""
         timestep = self._timesteps[self.steps_done]
         scaled = self._scheduler.scale_model_input(self._latents, timestep).numpy()
+        rows = self.rows
         return UNetRows(
             model=self.model,
-            sample=np.repeat(scaled, self.rows, axis=0),
-            timestep=np.full(self.rows, float(timestep), dtype=np.float32),
-            conditions=self._conditions,
+            sample=np.repeat(scaled, rows, axis=0),
+            timestep=np.full(rows, float(timestep), dtype=np.float32),
+            # Of two rows the last is the prompt's own.
+            conditions={name: array[-rows:] for name, array in self._conditions.items()},
         )
 
     def advance(self, model_output: Array) -> None:
@@ -114,13 +117,18 @@ class Image:
             self._preview = self._put_back(original_of(self._scheduler, step, timestep, guided, sample), None)
 
     def _guide(self, output: torch.Tensor) -> torch.Tensor:
-        if self.rows == 1:
+        if len(output) == 1:
             return output
         unconditional, conditional = output.chunk(2)
         return unconditional + self._guidance_scale * (conditional - unconditional)
 
     def _put_back(self, latents: torch.Tensor, next_timestep: torch.Tensor | None) -> torch.Tensor:
         return latents if self._kept is None else self._kept.put_back(latents, self._scheduler, next_timestep)
+
+
+def _interval(steps: int, start: float, end: float) -> range:
+    """The steps from one share of them to another, as diffusers' guiders count them."""
+    return range(int(start * steps), int(end * steps))
 
 
 def _to_array(latents: torch.Tensor) -> Array:

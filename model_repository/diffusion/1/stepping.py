@@ -241,8 +241,9 @@ class StepLoop:
             seconds = time.perf_counter() - began
             first = 0
             for ticket in batch:
-                ticket.advance(output[first : first + ticket.image.rows])
-                first += ticket.image.rows
+                following = first + ticket.image.rows  # asked before the step: the next may take another number
+                ticket.advance(output[first:following])
+                first = following
         except Exception as error:
             _fail(batch, error)
             return _Call(rows, 0, time.perf_counter() - began)
