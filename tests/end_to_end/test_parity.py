@@ -94,7 +94,7 @@ def test_a_size_that_the_unets_levels_do_not_divide_equals_diffusers_too(
 def test_guidance_in_an_interval_of_the_steps_equals_diffusers_too(
     pipeline: Any, client: openai.OpenAI, checkpoint: Path
 ) -> None:
-    wish: dict[str, Any] = {"prompt": PROMPT, "guidance_scale": 7.5, "seed": 8, "width": 72, "height": 56}
+    wish: dict[str, Any] = {"prompt": PROMPT, "guidance_scale": 7.5, "seed": 8, "width": 104, "height": 72}
     throughout = by_server(client, **wish, scheduler="ddim")
     ours = by_server(client, **wish, scheduler="ddim", guidance_start=0.2, guidance_end=0.7)
     pipeline.scheduler = DDIMScheduler.from_pretrained(checkpoint / "scheduler")
