@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncGenerator, Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from conditions import Array
 from contract import InvalidInputError, QueueFullError, Request, read_scheduler_config
 from samplers import SCHEDULERS, make_scheduler
-from sampling import Image, UNetRows
+from sampling import Image, UNetRows, steps_between
 from starts import Canvas
 from stepping import ClientGoneError, Round, Sample, StepLoop, UNet
 from variants import BASE, Variant
@@ -133,6 +134,14 @@ async def test_images_of_different_models_share_no_batch(unet: Any, image_of: Ca
     wishes = [{"seed": seed, "variant": variant, "num_inference_steps": 2} for seed, variant in enumerate(variants)]
     await asyncio.gather(*(last(loop.sample(image_of(**wish), never)) for wish in wishes))
     assert calls == [("unet", 6), ("unet.ink@1", 4), ("unet.clay@1", 2)] * 2
+
+
+def test_a_share_of_the_steps_is_what_it_is_on_paper_in_float32_too() -> None:
+    for hundredths, steps in product(range(101), range(1, 151)):
+        share = float(np.float32(hundredths / 100))
+        exact = hundredths * steps // 100
+        assert steps_between(share, 1.0, steps) == range(exact, steps), (share, steps)
+        assert steps_between(0.0, share, steps) == range(exact), (share, steps)
 
 
 async def test_an_image_joins_between_steps(unet: Any, image_of: Callable[..., Image]) -> None:
