@@ -23,6 +23,7 @@ DATATYPES = {
     "guidance_scale": "FP32",
     "guidance_start": "FP32",
     "guidance_end": "FP32",
+    "cache_interval": "INT32",
     "strength": "FP32",
     "seed": "INT64",
     "image": "UINT8",

@@ -70,6 +70,7 @@ INPUT_TYPES: dict[str, str] = {
     "guidance_scale": "FP32",
     "guidance_start": "FP32",
     "guidance_end": "FP32",
+    "cache_interval": "INT32",
     "scheduler": "BYTES",
     "seed": "INT64",
     "partial_images": "INT32",

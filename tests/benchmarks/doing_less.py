@@ -1,6 +1,6 @@
-"""What a picture costs and how good it is when the sampler does less: guidance in an interval, fewer steps.
+"""What a picture costs and how good it is when less is done: guidance in an interval, deep features reused, fewer steps.
 
-A command, not a test, against a server of the shipped model. Every prompt is drawn under every setting before the next
+A command, not a test, against `hypergen serve --deep-cache`, which serves the shipped model. Every prompt is drawn under every setting before the next
 one, one picture at a time; times are ratios to the same prompt's picture with nothing left out, and their median:
 
     python tests/benchmarks/doing_less.py http://127.0.0.1:8000/v1 --count 200
@@ -38,6 +38,11 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "guidance from 0.1 to 0.4": {"guidance_start": 0.1, "guidance_end": 0.4},
     "guidance in the first 0.3": {"guidance_end": 0.3},
     "no guidance": {"guidance_scale": 1.0},
+    "deep features of every 2nd step": {"cache_interval": 2},
+    "deep features of every 3rd step": {"cache_interval": 3},
+    "deep features of every 5th step": {"cache_interval": 5},
+    "every 2nd step, guidance in the first half": {"cache_interval": 2, "guidance_end": 0.5},
+    "every 3rd step, guidance in the first half": {"cache_interval": 3, "guidance_end": 0.5},
     "8 of 10 steps": {"num_inference_steps": 8},
     "7 of 10 steps": {"num_inference_steps": 7},
     "5 of 10 steps": {"num_inference_steps": 5},

@@ -36,6 +36,7 @@ def test_what_is_absent_comes_from_the_model() -> None:
 
 def test_what_is_given_arrives() -> None:
     made = generation(
+        replace(MODEL, max_cache_interval=10),
         negative_prompt="blurry",
         n=2,
         size="96x40",
@@ -43,6 +44,7 @@ def test_what_is_given_arrives() -> None:
         guidance_scale=3,
         guidance_start=0,
         guidance_end=0.6,
+        cache_interval=3,
         scheduler="euler",
         seed=9,
     )
@@ -56,6 +58,7 @@ def test_what_is_given_arrives() -> None:
         guidance_scale=3.0,
         guidance_start=0.0,
         guidance_end=0.6,
+        cache_interval=3,
         scheduler="euler",
         seed=9,
     )

@@ -43,6 +43,7 @@ FULL = Generation(
     guidance_scale=5.5,
     guidance_start=0.25,
     guidance_end=0.75,
+    cache_interval=3,
     scheduler="euler",
     seed=7,
     lora="ink",
@@ -108,6 +109,7 @@ class TestDescribe:
             max_num_images=10,
             max_num_inference_steps=150,
             max_guidance_scale=20.0,
+            max_cache_interval=10,
             max_active_images=32,
             suggestions=("a rocket, red", "a cat"),
         )

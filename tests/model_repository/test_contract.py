@@ -22,6 +22,7 @@ PARAMETERS = {
     "max_num_inference_steps": "150",
     "default_guidance_scale": "3.5",
     "max_guidance_scale": "20",
+    "max_cache_interval": "1",
     "max_num_images": "10",
     "max_active_images": "32",
     "max_waiting_images": "256",
@@ -97,6 +98,8 @@ def test_an_absent_seed_differs_from_request_to_request() -> None:
         ("guidance_start", 1.1),
         ("guidance_end", 1.1),
         ("guidance_end", float("nan")),
+        ("cache_interval", 0),
+        ("cache_interval", 2),
         ("scheduler", "no-such-scheduler"),
         ("seed", -1),
         ("partial_images", -1),
@@ -202,7 +205,7 @@ WITH_LORAS = Limits.from_model_config(model_config(loras=json.dumps([INK, SOFT_I
 )
 def test_a_lora_takes_the_place_of_what_it_changes(given: dict[str, Any], models: list[str]) -> None:
     variant = check_request({"prompt": "x", **given}, WITH_LORAS).variant
-    assert [variant.unet, variant.model("text_encoder"), variant.model("text_encoder_2")] == models
+    assert [variant.model("unet"), variant.model("text_encoder"), variant.model("text_encoder_2")] == models
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,8 @@ class Limits:
     max_num_inference_steps: int
     default_guidance_scale: float
     max_guidance_scale: float
+    max_cache_interval: int
+    """1 where there is no shallow UNet."""
     max_num_images: int
     max_active_images: int
     max_waiting_images: int
@@ -152,6 +154,8 @@ class Request:
     guidance_start: float = 0.0
     guidance_end: float = 1.0
     """The part of the steps that are guided (Kynkäänniemi et al., 2024); outside it the scale is 1."""
+    cache_interval: int = 1
+    """Of so many steps the first one's deep features serve all (DeepCache: Ma et al., 2023)."""
     partial_images: int = 0
     """Previews of each picture."""
     image: Pixels | None = None
@@ -194,6 +198,7 @@ def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
         ),
         guidance_start=guidance_start,
         guidance_end=_within("guidance_end", given.get("guidance_end", 1.0), guidance_start, 1.0),
+        cache_interval=_within("cache_interval", given.get("cache_interval", 1), 1, limits.max_cache_interval),
         scheduler=_scheduler(given.get("scheduler", ""), limits),
         seed=_within("seed", given.get("seed", random_seed()), 0, MAX_SEED - num_images + 1),
         partial_images=_within("partial_images", given.get("partial_images", 0), 0, MAX_PARTIAL_IMAGES),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from conditions import HIDDEN_STATES, Array, Conditions
+from conditions import DEEP_FEATURES, HIDDEN_STATES, MODEL_OUTPUT, Array, Conditions
 from contract import Request
 from estimates import original_of, preview_steps
 from samplers import make_scheduler
@@ -25,13 +25,14 @@ from starts import Canvas, start_of
 class UNetRows:
     """The rows that one image adds to a batch: [R, C, h, w], [R] and [R, …], with R = 2 in a guided step, else 1.
 
-    `model` is the UNet's name in Triton.
+    `model` is the UNet's name in Triton, `outputs` are those that are needed of it.
     """
 
     model: str
     sample: Array
     timestep: Array
     conditions: Conditions
+    outputs: tuple[str, ...] = (MODEL_OUTPUT,)
 
 
 class Image:
@@ -51,7 +52,9 @@ class Image:
         self, request: Request, conditions: Conditions, canvas: Canvas, scheduler_config: Mapping[str, Any]
     ) -> None:
         self.steps_done = 0
-        self.model = request.variant.unet
+        self._variant = request.variant
+        self._cache_interval = request.cache_interval
+        self._deep_features: Array | None = None
         self._conditions = conditions
         self._guidance_scale = request.guidance_scale
         self._scheduler = make_scheduler(request.scheduler, scheduler_config)
@@ -67,6 +70,19 @@ class Image:
     def rows(self) -> int:
         """How many rows of a UNet batch this image needs for its next step."""
         return len(self._conditions[HIDDEN_STATES]) if self.steps_done in self._guided_steps else 1
+
+    @property
+    def model(self) -> str:
+        """The model that takes the next step: images of one can share its batches."""
+        return self._variant.model("unet" if self._reused is None else "unet_shallow")
+
+    @property
+    def _reused(self) -> Array | None:
+        """The deep features of an earlier step, where the next one takes them; that one must have had all its rows."""
+        kept = self._deep_features
+        if self.steps_done % self._cache_interval == 0 or kept is None or len(kept) < self.rows:
+            return None
+        return kept
 
     @property
     def size(self) -> tuple[int, int]:
@@ -96,18 +112,24 @@ class Image:
         """The input of this image's next step."""
         timestep = self._timesteps[self.steps_done]
         scaled = self._scheduler.scale_model_input(self._latents, timestep).numpy()
-        rows = self.rows
+        rows, reused = self.rows, self._reused
+        conditions = self._conditions if reused is None else {**self._conditions, DEEP_FEATURES: reused}
+        are_kept = reused is None and self._cache_interval > 1
         return UNetRows(
             model=self.model,
             sample=np.repeat(scaled, rows, axis=0),
             timestep=np.full(rows, float(timestep), dtype=np.float32),
             # Of two rows the last is the prompt's own.
-            conditions={name: array[-rows:] for name, array in self._conditions.items()},
+            conditions={name: array[-rows:] for name, array in conditions.items()},
+            outputs=(MODEL_OUTPUT, DEEP_FEATURES) if are_kept else (MODEL_OUTPUT,),
         )
 
-    def advance(self, model_output: Array) -> None:
-        """Take one step of the scheduler with the UNet's answer [R, C, h, w] to `unet_rows`."""
-        guided = self._guide(torch.from_numpy(model_output))
+    def advance(self, answer: Mapping[str, Array]) -> None:
+        """Take one step of the scheduler with the UNet's answer to `unet_rows`, each output [R, C, h, w]."""
+        if self._cache_interval > 1 and DEEP_FEATURES in answer:
+            # No longer in Triton's memory, and without the rows of others.
+            self._deep_features = answer[DEEP_FEATURES].copy()
+        guided = self._guide(torch.from_numpy(answer[MODEL_OUTPUT]))
         timestep, sample = self._timesteps[self.steps_done], self._latents
         step = self._scheduler.step(guided, timestep, sample, **self._extra)
         self.steps_done += 1

@@ -23,11 +23,6 @@ class Variant:
         """The model that serves the component."""
         return self.models.get(component, component)
 
-    @property
-    def unet(self) -> str:
-        """The model that takes the steps: images of one can share its batches."""
-        return self.model("unet")
-
 
 BASE = Variant()
 
