@@ -1,6 +1,6 @@
-"""What a picture costs and how good it is when less is done: guidance in an interval, deep features reused, fewer steps.
+"""What a picture costs and how good it is when less is done for it, on the shipped model.
 
-A command, not a test, against `hypergen serve --deep-cache`, which serves the shipped model. Every prompt is drawn under every setting before the next
+A command, not a test, against `hypergen serve --deep-cache`. Every prompt is drawn under every setting before the next
 one, one picture at a time; times are ratios to the same prompt's picture with nothing left out, and their median:
 
     python tests/benchmarks/doing_less.py http://127.0.0.1:8000/v1 --count 200

@@ -205,7 +205,7 @@ WITH_LORAS = Limits.from_model_config(model_config(loras=json.dumps([INK, SOFT_I
 )
 def test_a_lora_takes_the_place_of_what_it_changes(given: dict[str, Any], models: list[str]) -> None:
     variant = check_request({"prompt": "x", **given}, WITH_LORAS).variant
-    assert [variant.model("unet"), variant.model("text_encoder"), variant.model("text_encoder_2")] == models
+    assert [variant.unet, variant.model("text_encoder"), variant.model("text_encoder_2")] == models
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ class Image:
     @property
     def model(self) -> str:
         """The model that takes the next step: images of one can share its batches."""
-        return self._variant.model("unet" if self._reused is None else "unet_shallow")
+        return self._variant.unet if self._reused is None else self._variant.shallow_unet
 
     @property
     def _reused(self) -> Array | None:
