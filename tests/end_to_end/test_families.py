@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -94,6 +95,19 @@ async def test_its_pictures_equal_those_of_diffusers(served: Served, request: py
             assert difference(await draw(client, **full), by_diffusers(served.pipeline, full)) <= TOLERANCE, name
     # Of seven steps three, or four, went through the whole UNet.
     assert served.server.unet_counts("unet_shallow")[1] in (3, 4)
+
+
+async def test_an_interval_of_guidance_is_refused_where_the_unet_has_guidance_inside(
+    served: Served, request: pytest.FixtureRequest
+) -> None:
+    wish = {"prompt": PROMPT, "num_inference_steps": 4, "guidance_scale": 3.0, "guidance_end": 0.5}
+    async with served.server.async_client() as client:
+        if request.node.callspec.params["served"] == "sdxl":
+            assert (await draw(client, **wish)).shape == (64, 64, 3)
+            return
+        with pytest.raises(openai.BadRequestError, match="inside its UNet") as refusal:
+            await draw(client, **wish)
+    assert refusal.value.param == "guidance_end"
 
 
 async def test_requests_that_share_a_batch_give_the_pictures_that_each_gives_alone(served: Served) -> None:

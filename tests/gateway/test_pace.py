@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -85,11 +86,14 @@ def test_the_forecast_leaves_what_it_was_given_as_it_was() -> None:
         ({"guidance_end": 0.5}, 1.5),
         ({"guidance_start": 0.25, "guidance_end": 0.5}, 1.25),
         ({"guidance_scale": 1.0, "guidance_end": 0.5}, 1.0),
+        ({"cache_interval": 3}, 2.0 * (1 + 0.25 + 0.25) / 3),
+        ({"cache_interval": 2, "guidance_end": 0.5}, 1.5 * (1 + 0.25) / 2),
         ({"size": "128x96"}, 8.0),
     ],
 )
 def test_the_load_of_a_picture_is_the_mean_over_its_steps(fields: dict[str, Any], load: float) -> None:
     """With time a line over load, requests of unequal steps then tell the truth, and are told it."""
-    request = read_request({"prompt": "a fox"} | fields, ImageRequest, MODEL)
-    order = Order(parts=[Part(generation=to_generation(request, MODEL))], model=MODEL, file_format=FileFormat("png"))
+    model = replace(MODEL, max_cache_interval=10)
+    request = read_request({"prompt": "a fox"} | fields, ImageRequest, model)
+    order = Order(parts=[Part(generation=to_generation(request, model))], model=model, file_format=FileFormat("png"))
     assert work_of(order).load == pytest.approx(load)
