@@ -21,6 +21,9 @@ from faults import FaultsTable
 from hypergen_gateway.repository import ExportOptions, find_repository
 from miniature import save_miniature
 
+# Families that are exported and served with a shallow UNet: one with attention in it, and one without.
+DEEP_CACHED = ("lcm", "sdxl")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults", action="store_true", help="what the tests of faults saw, as a table")
@@ -89,7 +92,8 @@ def _made_once(shared: Path, family: str) -> Path:
 
 
 def _export(checkpoint: Path, cache_dir: Path) -> Path:
-    options = ExportOptions(dtype="float32", max_batch_size=8, cache_dir=cache_dir)
+    deep_cache = checkpoint.name in DEEP_CACHED
+    options = ExportOptions(dtype="float32", max_batch_size=8, cache_dir=cache_dir, deep_cache=deep_cache)
     # Whoever comes second finds it up to date.
     with FileLock(cache_dir.with_name(f"{checkpoint.name}.export.lock")):
         return asyncio.run(find_repository(str(checkpoint), options))

@@ -12,7 +12,7 @@ import functools
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,10 @@ from PIL import Image as PILImage
 
 from conditions import Array, conditions_of, merge, outputs_of, texts_of
 from contract import Architecture, InvalidInputError, Request
+from deep_cache import deep_features_reused
+from guidance_interval import guided_steps, interval_arguments
 from hypergen_export.checkpoint import Checkpoint, open_checkpoint
-from hypergen_export.components import Component
+from hypergen_export.components import Component, with_deep_cache
 from hypergen_export.defaults import checkpoint_parameters
 from hypergen_export.examples import by_name
 from hypergen_export.loading import load_module
@@ -68,7 +70,8 @@ class Sampler:
     architecture: Architecture
     tokenize: PromptTokenizers
     modules: dict[str, torch.nn.Module]
-    rows_of_calls: list[int]
+    rows_of_calls: list[int] = field(default_factory=list)
+    models_of_calls: list[str] = field(default_factory=list)
 
     async def draw(self, request: Request, loop: StepLoop | None = None) -> tuple[Array, Pixels]:
         """The final latents [C, h, w] and the picture."""
@@ -95,14 +98,15 @@ class Sampler:
         answers = [(self.run(encoder, input_ids=ids), outputs) for encoder, ids, outputs in needed]
         return merge([{name: answer[name] for name in outputs} for answer, outputs in answers])
 
-    async def unet(self, rows: UNetRows) -> Array:
+    async def unet(self, rows: UNetRows) -> dict[str, Array]:
         self.rows_of_calls.append(len(rows.sample))
+        self.models_of_calls.append(rows.model)
         inputs = {"sample": rows.sample, "timestep": rows.timestep, **rows.conditions}
-        answer: Array = self.run("unet", **inputs)["model_output"]
-        return answer
+        answer = self.run(rows.model, **inputs)
+        return {name: answer[name] for name in rows.outputs}
 
     def run(self, name: str, **inputs: npt.NDArray[Any]) -> dict[str, Any]:
-        (component,) = (each for each in self.checkpoint.family.components if each.name == name)
+        (component,) = (each for each in with_deep_cache(self.checkpoint.family.components) if each.name == name)
         tensors = tuple(torch.from_numpy(inputs[tensor.name]) for tensor in component.inputs)
         with torch.no_grad():
             answer = self.modules[name](**by_name(component, tensors))
@@ -135,8 +139,9 @@ def sampler_of(folder: Path) -> Sampler:
     parameters = checkpoint_parameters(checkpoint, SCHEDULERS)
     config = json.dumps({"parameters": {name: {"string_value": value} for name, value in parameters.items()}})
     architecture = Architecture.from_model_config(config)
-    modules = {each.name: wrap(each, load_module(checkpoint, each)) for each in checkpoint.family.components}
-    return Sampler(checkpoint, architecture, PromptTokenizers(folder, architecture.tokenizers), modules, [])
+    components = with_deep_cache(checkpoint.family.components)
+    modules = {each.name: wrap(each, load_module(checkpoint, each)) for each in components}
+    return Sampler(checkpoint, architecture, PromptTokenizers(folder, architecture.tokenizers), modules)
 
 
 def pipeline_of(folder: Path) -> Any:
@@ -171,11 +176,15 @@ def by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:
     }
     if request.negative_prompt is not None:
         wish["negative_prompt"] = request.negative_prompt
-    runs = [
-        pipeline(**wish, generator=torch.Generator().manual_seed(request.seed), output_type=kind).images[0]
-        for kind in ("latent", "pil")
-    ]
-    return runs[0].numpy(), np.asarray(runs[1])
+    interval = (request.guidance_start, request.guidance_end)
+    if interval != (0.0, 1.0):
+        wish = interval_arguments(pipeline, wish, *interval)
+
+    def draw(kind: str) -> Any:
+        with deep_features_reused(pipeline.unet, request.cache_interval):
+            return pipeline(**wish, generator=torch.Generator().manual_seed(request.seed), output_type=kind).images[0]
+
+    return draw("latent").numpy(), np.asarray(draw("pil"))
 
 
 def _given(request: Request) -> dict[str, Any]:
@@ -216,6 +225,106 @@ async def test_guidance_equals_that_of_diffusers_pipeline(
     pair = pair_of(family)
     request = request_of(guidance_scale=5.0, negative_prompt=negative_prompt)
     held(await pair.sampler.draw(request), by_diffusers(pair.pipeline, request))
+
+
+@pytest.mark.parametrize("interval", [(0.0, 0.5), (0.2, 0.8), (0.5, 1.0), (0.4, 0.4)], ids=str)
+@pytest.mark.parametrize("family", ["sd-1", "sdxl"])
+async def test_guidance_in_an_interval_equals_diffusers_and_takes_two_rows_there_alone(
+    family: str, interval: tuple[float, float], pair_of: Any
+) -> None:
+    pair = pair_of(family)
+    wish: dict[str, Any] = {"guidance_scale": 5.0, "negative_prompt": "a green cat", "num_inference_steps": 6}
+    request = request_of(**wish, scheduler="euler", guidance_start=interval[0], guidance_end=interval[1])
+    pair.sampler.rows_of_calls.clear()
+    ours = await pair.sampler.draw(request)
+    pair.pipeline.scheduler = make_scheduler("euler", dict(pair.sampler.checkpoint.scheduler))
+    held(ours, by_diffusers(pair.pipeline, request))
+    guided = guided_steps(6, *interval)
+    assert pair.sampler.rows_of_calls == [2 if step in guided else 1 for step in range(6)]
+
+
+@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+async def test_every_scheduler_goes_on_where_guidance_begins_and_ends(scheduler: str, pair_of: Any) -> None:
+    """Some remember the guided and unguided outputs of earlier steps; some take more steps than were asked for."""
+    pair = pair_of("sd-1")
+    request = request_of(
+        scheduler=scheduler, guidance_scale=5.0, guidance_start=0.3, guidance_end=0.7, num_inference_steps=7
+    )
+    pair.pipeline.scheduler = make_scheduler(scheduler, dict(pair.sampler.checkpoint.scheduler))
+    held(await pair.sampler.draw(request), by_diffusers(pair.pipeline, request))
+
+
+async def test_images_guided_in_other_steps_share_batches_and_stay_their_own(pair_of: Any) -> None:
+    sampler = pair_of("sd-1").sampler
+    intervals = [(0.0, 1.0), (0.0, 0.5), (0.25, 0.75), (0.5, 1.0)]
+    requests = [
+        request_of(seed=seed, scheduler="ddim", guidance_scale=5.0, guidance_start=start, guidance_end=end)
+        for seed, (start, end) in enumerate(intervals)
+    ]
+    alone = [await sampler.draw(request) for request in requests]
+    sampler.rows_of_calls.clear()
+    loop = sampler.loop()
+    together = await asyncio.gather(*(sampler.draw(request, loop) for request in requests))
+    for (one, _), (other, _) in zip(alone, together, strict=True):
+        assert np.abs(one - other).max() <= 1e-4 * np.abs(one).max()
+    assert sampler.rows_of_calls == [6, 7, 7, 6]
+
+
+@pytest.mark.parametrize("interval", [2, 3])
+@pytest.mark.parametrize("family", ["sd-1", "sd-2", "sdxl", "lcm", "lcm-sdxl"])
+async def test_deep_features_are_reused_as_in_deep_cache(family: str, interval: int, pair_of: Any) -> None:
+    pair = pair_of(family)
+    scheduler = "lcm" if family.startswith("lcm") else "euler"
+    request = request_of(
+        width=72, height=56, num_inference_steps=7, guidance_scale=3.0, scheduler=scheduler, cache_interval=interval
+    )
+    pair.pipeline.scheduler = make_scheduler(scheduler, dict(pair.sampler.checkpoint.scheduler))
+    pair.sampler.models_of_calls.clear()
+    ours = await pair.sampler.draw(request)
+    held(ours, by_diffusers(pair.pipeline, request))
+    assert pair.sampler.models_of_calls == ["unet_shallow" if step % interval else "unet" for step in range(7)]
+    whole, _ = await pair.sampler.draw(dataclasses.replace(request, cache_interval=1))
+    assert np.abs(whole - ours[0]).max() > 1e-3 * np.abs(whole).max(), "nothing is left out"
+
+
+@pytest.mark.parametrize("scheduler", ["heun", "pndm"])
+async def test_features_are_reused_over_calls_of_the_unet_where_a_step_makes_several(
+    scheduler: str, pair_of: Any
+) -> None:
+    pair = pair_of("sd-1")
+    request = request_of(scheduler=scheduler, guidance_scale=3.0, cache_interval=3, num_inference_steps=7)
+    pair.pipeline.scheduler = make_scheduler(scheduler, dict(pair.sampler.checkpoint.scheduler))
+    held(await pair.sampler.draw(request), by_diffusers(pair.pipeline, request))
+
+
+async def test_a_row_without_features_of_its_own_goes_through_the_whole_unet(pair_of: Any) -> None:
+    """Guidance begins in a step that would reuse features: the negative prompt has none yet. Ending, it leaves them."""
+    sampler = pair_of("sd-1").sampler
+    wish: dict[str, Any] = {"scheduler": "ddim", "guidance_scale": 5.0, "num_inference_steps": 8, "cache_interval": 4}
+    sampler.rows_of_calls.clear()
+    sampler.models_of_calls.clear()
+    await sampler.draw(request_of(**wish, guidance_start=0.25, guidance_end=0.75))
+    deep, shallow = "unet", "unet_shallow"
+    assert sampler.rows_of_calls == [1, 1, 2, 2, 2, 2, 1, 1]
+    assert sampler.models_of_calls == [deep, shallow, deep, shallow, deep, shallow, shallow, shallow]
+
+
+async def test_images_that_reuse_features_share_batches_with_those_that_do_not(pair_of: Any) -> None:
+    sampler = pair_of("sd-1").sampler
+    requests = [
+        request_of(seed=seed, scheduler="ddim", guidance_scale=5.0, cache_interval=interval)
+        for seed, interval in enumerate([1, 2, 2, 3])
+    ]
+    alone = [await sampler.draw(request) for request in requests]
+    sampler.rows_of_calls.clear()
+    sampler.models_of_calls.clear()
+    loop = sampler.loop()
+    together = await asyncio.gather(*(sampler.draw(request, loop) for request in requests))
+    for (one, _), (other, _) in zip(alone, together, strict=True):
+        assert np.abs(one - other).max() <= 1e-4 * np.abs(one).max()
+    calls = list(zip(sampler.models_of_calls, sampler.rows_of_calls, strict=True))
+    deep, shallow = "unet", "unet_shallow"
+    assert calls == [(deep, 8), (deep, 2), (shallow, 6), (deep, 6), (shallow, 2), (deep, 4), (shallow, 4)]
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 8.5])

@@ -14,7 +14,7 @@ from tritonclient.grpc import model_config_pb2
 
 from contract import Architecture, Limits
 from hypergen_export import checkpoint as exporter_checkpoint
-from hypergen_export.components import FAMILIES, Family
+from hypergen_export.components import FAMILIES, Family, with_deep_cache
 from hypergen_export.defaults import scheduler_name
 from hypergen_gateway import repository, triton
 from hypergen_gateway.generation import Generation, ModelDescription
@@ -81,6 +81,6 @@ def test_an_export_brings_the_files_that_the_sampler_opens(exported: Path) -> No
 def test_the_sampler_calls_components_by_their_tensors(family: Family) -> None:
     """Text encoders and conditions are named by parameters, which the exporter takes from its table."""
     named = {name for file in ("bls", "conditions", "variants") for name in strings_of(SAMPLER / "1" / f"{file}.py")}
-    for component in family.components:
+    for component in with_deep_cache(family.components):
         assert component.name in named or component in family.text_encoders
         assert {tensor.name for tensor in (*component.inputs, *component.outputs)} <= named

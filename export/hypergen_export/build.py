@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hypergen_export.checkpoint import SCHEDULER, Checkpoint, open_checkpoint
-from hypergen_export.components import Component
+from hypergen_export.components import Component, with_deep_cache
 from hypergen_export.defaults import checkpoint_parameters
 from hypergen_export.engines import ENGINES, OPENVINO, TENSORRT, Size, check_dtype, choose_sizes, size_parameters
 from hypergen_export.errors import BadLoraError, MissingDependencyError
@@ -48,6 +48,8 @@ _SAMPLER = "diffusion"
 _VERSIONS = ("hypergen-triton", "torch", "diffusers", "transformers", "onnx", "openvino")
 _ONNX = "model.onnx"
 _STAGES_PER_COMPONENT = 4  # and one more where a plan is built
+# DeepCache loses much beyond five steps or so already.
+_MAX_CACHE_INTERVAL = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ class ExportRequest:
     """What is asked for. `max_batch_size` counts images; guidance gives each of them two rows in a UNet call.
 
     `sizes` are pictures' widths and heights, for an engine that must know them; empty: the checkpoint's own.
-    `loras` are served beside the checkpoint as it is.
+    `loras` are served beside the checkpoint as it is. `deep_cache`: requests may ask for deep features to be reused.
     """
 
     model: str
@@ -66,6 +68,7 @@ class ExportRequest:
     sizes: tuple[Size, ...] = ()
     model_id: str = ""
     loras: tuple[Lora, ...] = ()
+    deep_cache: bool = False
 
     @property
     def rows(self) -> int:
@@ -81,6 +84,7 @@ class ExportRequest:
             "dtype": self.dtype,
             "device": ENGINES[self.engine].device,
             "max_batch_size": str(self.rows),
+            "max_cache_interval": str(_MAX_CACHE_INTERVAL if self.deep_cache else 1),
         }
 
 
@@ -147,12 +151,17 @@ class Plan:
     def components(self) -> tuple[Component, ...]:
         """The checkpoint's own, then for each LoRA those that it changes."""
         variants = (variant for lora in self.request.loras for variant in self.variants(lora).values())
-        return (*self.checkpoint.family.components, *variants)
+        return (*self.own, *variants)
+
+    @cached_property
+    def own(self) -> tuple[Component, ...]:
+        """Those of the checkpoint as it is."""
+        components = self.checkpoint.family.components
+        return with_deep_cache(components) if self.request.deep_cache else components
 
     def variants(self, lora: Lora) -> dict[str, Component]:
         """Component -> what takes its place under the LoRA, for those that it changes."""
-        own = self.checkpoint.family.components
-        return {component.name: component.with_lora(lora) for component in own if component.module in lora.modules}
+        return {each.name: each.with_lora(lora) for each in self.own if each.module in lora.modules}
 
     @property
     def shapes(self) -> Shapes:

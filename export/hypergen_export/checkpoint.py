@@ -73,6 +73,7 @@ class Checkpoint:
             "tokens": min(map(self._tokens, self.family.tokenizers, encoders)),
             "context_width": sum(int(encoder["hidden_size"]) for encoder in encoders),
             "vae_scale_factor": 2 ** (len(self.config("vae")["block_out_channels"]) - 1),
+            "deep_channels": int(self.config("unet")["block_out_channels"][0]),
         }
 
     def _tokens(self, tokenizer: str, text_encoder: Mapping[str, Any]) -> int:

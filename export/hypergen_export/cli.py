@@ -68,6 +68,13 @@ _DTYPES = {
     show_envvar=True,
     help="A LoRA (.safetensors, or a folder that holds it) to serve beside MODEL, merged at this scale; repeatable.",
 )
+@click.option(
+    "--deep-cache",
+    is_flag=True,
+    envvar="HYPERGEN_DEEP_CACHE",
+    show_envvar=True,
+    help="Export a second, shallow UNet, for requests with cache_interval.",
+)
 @click.option("--model-id", help="The id that clients see.  [default: MODEL]")
 @click.option(
     "--output",

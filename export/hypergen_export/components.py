@@ -98,6 +98,7 @@ _HIDDEN_STATES = Tensor(name="encoder_hidden_states", dtype=FLOAT, axes=("tokens
 _GUIDANCE = Tensor(name="timestep_cond", dtype=FLOAT, axes=("guidance_width",))
 _POOLED = Tensor(name="text_embeds", dtype=FLOAT, axes=("pooled_width",))
 _SIZES = Tensor(name="time_ids", dtype=FLOAT, axes=(6,), example="side")
+_DEEP = Tensor(name="deep_features", dtype=FLOAT, axes=("deep_channels", "latent_height", "latent_width"))
 
 
 def _input_ids(example: str) -> Tensor:
@@ -122,6 +123,17 @@ def _unet(*conditions: Tensor) -> Component:
         outputs=(Tensor(name="model_output", dtype=FLOAT, axes=_LATENTS),),
         tolerance=_TOLERANCE,
     )
+
+
+def with_deep_cache(components: tuple[Component, ...]) -> tuple[Component, ...]:
+    """The components with a UNet that tells its deep features, and a shallow one that takes them from an earlier step.
+
+    DeepCache (Ma et al., 2023) at its first branch: all but the last layer of the last block is taken for deep.
+    """
+    (unet,) = (component for component in components if component.name == "unet")
+    telling = replace(unet, wrapper="telling_unet", outputs=(*unet.outputs, _DEEP))
+    shallow = replace(unet, name="unet_shallow", inputs=(*unet.inputs, _DEEP))
+    return (*(telling if component is unet else component for component in components), shallow)
 
 
 _CLIP = Component(

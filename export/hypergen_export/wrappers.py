@@ -58,16 +58,24 @@ class PooledTextEncoder(nn.Module):
         return output.hidden_states[-2].to(torch.float32), output.text_embeds.to(torch.float32)
 
 
+class _Deep:
+    """What lies between the two ends of a UNet: kept by one that tells of it, taken by one that lacks it."""
+
+    features: Tensor
+
+
 class UNet(nn.Module):
     """sample [B, C, h, w], timestep [B], encoder_hidden_states [B, L, D] -> model_output [B, C, h, w].
 
-    The others only where its config wants them: timestep_cond [B, G], text_embeds [B, P], time_ids [B, 6].
+    The others only where its config wants them: timestep_cond [B, G], text_embeds [B, P], time_ids [B, 6]; and where
+    it is a `ShallowUNet`, deep_features [B, D, h, w].
     """
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
         unet.num_upsamplers = _ALWAYS_FORWARD_UPSAMPLE_SIZE
         self.unet = unet
+        self._deep = _Deep()
 
     def forward(  # noqa: PLR0913 - diffusers' inputs, by diffusers' names
         self,
@@ -77,10 +85,13 @@ class UNet(nn.Module):
         timestep_cond: Tensor | None = None,
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
-    ) -> Tensor:
+        deep_features: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
         # Timestep and sizes stay as they are: half precision holds few of the numbers up to 999, and what is made of
         # them is float32 until diffusers casts it.
         dtype = self.unet.dtype
+        if deep_features is not None:
+            self._deep.features = deep_features.to(dtype)
         model_output: Tensor = self.unet(
             sample.to(dtype),
             timestep,
@@ -89,7 +100,56 @@ class UNet(nn.Module):
             added_cond_kwargs={"text_embeds": text_embeds, "time_ids": time_ids},
             return_dict=False,
         )[0]
-        return model_output.to(torch.float32)
+        return self._answer(model_output.to(torch.float32))
+
+    def _answer(self, model_output: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return model_output
+
+
+class TellingUNet(UNet):
+    """A UNet -> also deep_features [B, D, h, w]: what enters the last layer of the last block from below."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__(unet)
+        # Beside it enters, along the channels, what conv_in made.
+        beside = unet.conv_in.out_channels
+
+        def keep(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            self._deep.features = given[0][:, : given[0].shape[1] - beside]
+
+        unet.up_blocks[-1].resnets[-1].register_forward_pre_hook(keep)
+
+    def _answer(self, model_output: Tensor) -> tuple[Tensor, ...]:
+        return model_output, self._deep.features.to(torch.float32)
+
+
+class ShallowUNet(UNet):
+    """A UNet that is given its deep features: its first convolution, the last layer of its last block and what follows.
+
+    It remains a UNet of diffusers, which does the rest: embeddings of time, size and text above all.
+    """
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__(unet)
+        last = unet.up_blocks[-1]
+        last.resnets = last.resnets[-1:]
+        if getattr(last, "attentions", None) is not None:
+            last.attentions = last.attentions[-1:]
+        unet.down_blocks, unet.up_blocks = nn.ModuleList(), nn.ModuleList([last])
+        unet.mid_block = _TakenFrom(self._deep)
+
+
+class _TakenFrom(nn.Module):
+    """In the place of a UNet's middle."""
+
+    has_cross_attention = False
+
+    def __init__(self, deep: _Deep) -> None:
+        super().__init__()
+        self._taken = deep
+
+    def forward(self, *_: Tensor) -> Tensor:
+        return self._taken.features
 
 
 class VaeDecoder(nn.Module):
@@ -138,6 +198,8 @@ WRAPPERS: Mapping[str, Callable[[Any], nn.Module]] = {
     "penultimate_text_encoder": PenultimateTextEncoder,
     "pooled_text_encoder": PooledTextEncoder,
     "unet": UNet,
+    "telling_unet": TellingUNet,
+    "unet_shallow": ShallowUNet,
     "vae_decoder": VaeDecoder,
     "vae_encoder": VaeEncoder,
 }

@@ -93,6 +93,7 @@ def _triton_options(command: Callable[..., None]) -> Any:
         multiple=True,
         help="A LoRA (.safetensors, or its folder) that requests may ask for as lora_path=NAME; repeatable.",
     )
+    @_option("--deep-cache", is_flag=True, help="Add a second, shallow UNet, for requests that say cache_interval.")
     @_option(
         "--cache-dir",
         type=click.Path(file_okay=False, path_type=Path),
@@ -113,9 +114,12 @@ def _triton_options(command: Callable[..., None]) -> Any:
 
 def _read_triton_options(model: str | None, given: dict[str, Any]) -> TritonOptions:
     url, device, loras = given.pop("triton_url"), given.pop("device"), given.pop("lora")
+    deep_cache = given.pop("deep_cache")
     dtype = DTYPES[given.pop("dtype")]
     if url is not None and loras:
         raise click.UsageError("--triton-url serves what is exported: give --lora to 'hypergen export'.")
+    if url is not None and deep_cache:
+        raise click.UsageError("--triton-url serves what is exported: give --deep-cache to 'hypergen export'.")
     if url is None and (device == "cuda" or dtype == "float16"):
         raise click.UsageError(
             "The embedded Triton runs on the CPU, in float32 or bfloat16; for a GPU, make TensorRT engines with "
@@ -126,6 +130,7 @@ def _read_triton_options(model: str | None, given: dict[str, Any]) -> TritonOpti
         max_batch_size=given.pop("max_batch_size"),
         cache_dir=given.pop("cache_dir"),
         loras=loras,
+        deep_cache=deep_cache,
     )
     return TritonOptions(model=model or SHIPPED_MODEL, url=url, export=export)
 

@@ -65,6 +65,25 @@ class PictureFields(_Body):
     guidance_scale: float | None = Field(
         default=None, ge=1.0, description="How closely to follow the prompt; 1 is without guidance and half the work."
     )
+    guidance_start: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=1.0,
+        description="The share of the steps after which guidance begins, 0 unless given; a step without takes half "
+        "the work.",
+    )
+    guidance_end: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=1.0,
+        description="The share of the steps after which guidance ends, 1 unless given; not before `guidance_start`.",
+    )
+    cache_interval: int | None = Field(
+        default=None,
+        ge=1,
+        description="Of so many steps only the first computes the UNet's deep features (DeepCache); 1, unless given, "
+        "is every step. For models that are served with `--deep-cache`.",
+    )
     scheduler: str | None = Field(default=None, description="The sampler's name, such as `euler` or `dpmpp_2m`.")
     seed: int | None = Field(
         default=None, ge=0, le=MAX_SEED, description="Picture i is drawn from seed + i. Random unless given."

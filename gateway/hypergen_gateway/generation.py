@@ -29,6 +29,9 @@ class Generation:
     height: int
     num_inference_steps: int
     guidance_scale: float
+    guidance_start: float | None = None  # from 0 to 1: the share of the steps where guidance begins; None: 0
+    guidance_end: float | None = None  # and where it ends; None: 1
+    cache_interval: int | None = None  # of so many steps the first one's deep features serve all; None: 1
     scheduler: str | None = None  # None: the checkpoint's own
     seed: int
     partial_images: int = 0  # previews of each picture on its way, at evenly spaced steps
@@ -93,6 +96,7 @@ class ModelDescription:
     max_num_images: int
     max_num_inference_steps: int
     max_guidance_scale: float
+    max_cache_interval: int  # 1: the model has no shallow UNet
     max_active_images: int
     suggestions: Lines  # prompts that the model draws well; none for most
 

@@ -75,6 +75,9 @@ _LEGAL: dict[str, str] = {
     "negative_prompt": "a string of at most 32,000 characters",
     "num_inference_steps": "an integer from 1 to {max_num_inference_steps}",
     "guidance_scale": "a number from 1 to {max_guidance_scale:g}",
+    "guidance_start": "a number from 0 to 1",
+    "guidance_end": "a number from 'guidance_start' to 1",
+    "cache_interval": "{legal_cache_intervals}",
     "scheduler": "one of {known_schedulers}",
     "seed": f"an integer from 0 to {MAX_SEED}, and so must be seed + n - 1",
     "strength": "a number from 0 to 1",
@@ -180,6 +183,9 @@ def to_generation(request: PictureRequest, model: ModelDescription) -> Generatio
         height=height,
         num_inference_steps=_steps_for(request.quality, model) if steps is None else steps,
         guidance_scale=model.default_guidance_scale if guidance is None else guidance,
+        guidance_start=request.guidance_start,
+        guidance_end=request.guidance_end,
+        cache_interval=request.cache_interval,
         scheduler=request.scheduler,
         seed=seed,
         partial_images=request.partial_images if request.stream else 0,
@@ -194,6 +200,8 @@ def _check_limits(generation: Generation, request: PictureRequest, model: ModelD
         "n": generation.num_images <= model.max_num_images,
         "num_inference_steps": generation.num_inference_steps <= model.max_num_inference_steps,
         "guidance_scale": generation.guidance_scale <= model.max_guidance_scale,
+        "guidance_end": request.guidance_end is None or (request.guidance_start or 0.0) <= request.guidance_end,
+        "cache_interval": (generation.cache_interval or 1) <= model.max_cache_interval,
         "scheduler": generation.scheduler is None or generation.scheduler in model.schedulers,
         "seed": generation.seed + generation.num_images - 1 <= MAX_SEED,
     }
@@ -240,6 +248,12 @@ def _legal_sizes(model: ModelDescription) -> str:
     )
 
 
+def _legal_cache_intervals(model: ModelDescription) -> str:
+    if model.max_cache_interval == 1:
+        return "1 or absent, as the model is served without --deep-cache"
+    return f"an integer from 1 to {model.max_cache_interval}"
+
+
 def _known_loras(model: ModelDescription) -> str:
     names = dict.fromkeys(repr(lora.name) for lora in model.loras)
     return f"one of {', '.join(names)}" if names else "absent, as the model is served without any LoRA"
@@ -255,6 +269,7 @@ def _invalid(name: str, given: dict[str, Any], model: ModelDescription) -> Inval
         "known_schedulers": ", ".join(model.schedulers),
         "legal_sizes": _legal_sizes(model),
         "known_loras": _known_loras(model),
+        "legal_cache_intervals": _legal_cache_intervals(model),
         "max_images": MAX_IMAGES,
     }
     legal = _LEGAL[name].format(**vars(model), **more)

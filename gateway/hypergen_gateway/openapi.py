@@ -318,6 +318,7 @@ def _limit(properties: JsonObject, model: ModelDescription) -> None:
     limits: dict[str, JsonObject] = {
         "num_inference_steps": {"maximum": model.max_num_inference_steps},
         "guidance_scale": {"maximum": model.max_guidance_scale},
+        "cache_interval": {"maximum": model.max_cache_interval},
         "scheduler": {"enum": list(model.schedulers)},
     }
     for name, limit in limits.items():

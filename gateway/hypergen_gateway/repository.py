@@ -34,6 +34,7 @@ class ExportOptions:
     max_batch_size: int
     cache_dir: Path
     loras: tuple[str, ...] = ()  # [NAME=]PATH[:SCALE], which the exporter reads
+    deep_cache: bool = False
 
 
 def default_cache_dir() -> Path:
@@ -52,6 +53,8 @@ async def find_repository(model: str, options: ExportOptions) -> Path:
         _refuse_plans(Path(model))
         if options.loras:
             raise EmbeddedError(f"{model} is exported already: give --lora to 'hypergen export', with the checkpoint.")
+        if options.deep_cache and not (Path(model) / "unet_shallow").is_dir():
+            raise EmbeddedError(f"{model} is exported already, without: give --deep-cache to 'hypergen export'.")
         return Path(model)
     output = options.cache_dir / _folder_name(model, options)
     await _export(model, options, output)
@@ -71,7 +74,8 @@ def _folder_name(model: str, options: ExportOptions) -> str:
     place = str(Path(model).resolve()) if Path(model).exists() else model
     readable = re.sub(r"[^A-Za-z0-9.]+", "-", Path(model).name).strip("-.") or "model"
     loras = f"-lora-{_digest(*options.loras)}" if options.loras else ""
-    return f"{readable}-{_digest(place)}-openvino-{options.dtype}-b{options.max_batch_size}{loras}"
+    deep_cache = "-deep-cache" if options.deep_cache else ""
+    return f"{readable}-{_digest(place)}-openvino-{options.dtype}-b{options.max_batch_size}{deep_cache}{loras}"
 
 
 def _digest(*texts: str) -> str:
@@ -84,6 +88,7 @@ async def _export(model: str, options: ExportOptions, output: Path) -> None:
         *(sys.executable, "-m", "hypergen_export", model, "--engine", "openvino", "--dtype", options.dtype),
         *("--max-batch-size", str(options.max_batch_size), "--output", str(output)),
         *(f"--lora={lora}" for lora in options.loras),
+        *(["--deep-cache"] if options.deep_cache else []),
         start_new_session=True,
     )
     try:

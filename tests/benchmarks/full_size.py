@@ -5,6 +5,7 @@ on a machine without a GPU, and what that costs; what it draws is noise. A comma
 
     python tests/benchmarks/full_size.py sd-1.5
     python tests/benchmarks/full_size.py sdxl --folder /mnt/large --dtype bfloat16
+    python tests/benchmarks/full_size.py sd-1.5 --deep-cache      also what a step costs of which less is computed
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,19 +21,26 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import openvino
 import psutil
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from hypergen_export.checkpoint import Checkpoint, open_checkpoint
+from hypergen_export.components import with_deep_cache
+from hypergen_export.examples import example_inputs
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from miniature import save_tokenizer
 
 HYPERGEN = str(Path(sys.executable).parent / "hypergen")
 PROMPT = "a red rocket on a blue background"
+STEPS_TIMED = 5
 
 _CLIP_L: dict[str, Any] = {
     "hidden_size": 768,
@@ -150,9 +159,11 @@ def _report(folder: Path, options: argparse.Namespace) -> None:
     print(f"{options.architecture}: {', '.join(f'{name} {count / 1e6:,.0f} M' for name, count in parameters.items())}")
 
     export = (sys.executable, "-m", "hypergen_export", str(checkpoint), "--output", str(repository))
-    cost = measure([*export, "--dtype", options.dtype])
+    cost = measure([*export, "--dtype", options.dtype, *(["--deep-cache"] if options.deep_cache else [])])
     print(cost.output)
     _print_cost("export", cost)
+    if options.deep_cache:
+        _print_steps(open_checkpoint(str(checkpoint)), repository, options)
     shutil.rmtree(checkpoint)
     for path in sorted(repository.glob("*/1/model.onnx*")):
         print(f"{path.relative_to(repository)}: {path.stat().st_size / 1e9:,.2f} GB")
@@ -164,6 +175,31 @@ def _report(folder: Path, options: argparse.Namespace) -> None:
     cost = measure([*picture, "--steps", "1", "--size", options.size])
     print(cost.output)
     _print_cost(f"start and one picture of {options.size} in one step", cost)
+
+
+def _print_steps(checkpoint: Checkpoint, repository: Path, options: argparse.Namespace) -> None:
+    """The UNet's share of a step in OpenVINO: with guidance and without, whole and with deep features reused."""
+    width, height = (int(side) // checkpoint.sizes["vae_scale_factor"] for side in options.size.split("x"))
+    unets = [each for each in with_deep_cache(checkpoint.family.components) if each.module == "unet"]
+    engines = {each: _engine(repository / each.name / "1" / "model.onnx", options.dtype) for each in unets}
+    seconds: dict[tuple[str, int], list[float]] = {}
+    for run in range(STEPS_TIMED + 1):
+        for unet, rows in product(unets, (2, 1)):
+            inputs = example_inputs(unet, checkpoint.sizes, batch=rows, height=height, width=width)
+            began = time.perf_counter()
+            engines[unet].infer({tensor.name: one.numpy() for tensor, one in zip(unet.inputs, inputs, strict=True)})
+            if run > 0:  # the first warms up
+                seconds.setdefault((unet.name, rows), []).append(time.perf_counter() - began)
+    whole = statistics.median(seconds["unet", 2])
+    for (name, rows), found in seconds.items():
+        one = statistics.median(found)
+        print(f"{name}, {rows} rows at {options.size}: {one:.3f} s, {one / whole:.2f} of a guided step")
+
+
+def _engine(file: Path, dtype: str) -> Any:
+    precision = {"float32": "f32", "bfloat16": "bf16"}[dtype]
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
+    return openvino.Core().compile_model(file, "CPU", settings).create_infer_request()
 
 
 def save_checkpoint(folder: Path, architecture: Architecture) -> dict[str, int]:
@@ -235,6 +271,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the engines")
     parser.add_argument("--size", default="512x512", help="of the picture  [default: 512x512]")
     parser.add_argument("--checkpoint", type=Path, help="write the checkpoint there and do no more")
+    parser.add_argument("--deep-cache", action="store_true", help="with a shallow UNet; time whole and shallow steps")
     parser.add_argument("--keep", action="store_true", help="leave the repository there")
     return parser.parse_args()
 

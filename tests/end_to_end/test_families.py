@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from deep_cache import deep_features_reused
 from running_server import Pixels, Server, draw, draw_all, start_server, stop_server
 
 pytestmark = pytest.mark.claim("families")
@@ -30,9 +32,11 @@ WISHES: dict[str, dict[str, dict[str, Any]]] = {
         "an empty negative prompt": {"num_inference_steps": 6, "guidance_scale": 5.0, "negative_prompt": ""},
         "a negative prompt": {"num_inference_steps": 6, "guidance_scale": 5.0, "negative_prompt": "a green cat"},
         "no guidance, another size": {"num_inference_steps": 6, "guidance_scale": 1.0, "size": "104x72"},
+        "deep features reused": {"num_inference_steps": 7, "guidance_scale": 5.0, "cache_interval": 3},
         "its defaults": {},
     },
     "lcm": {
+        "deep features reused": {"num_inference_steps": 7, "size": "104x72", "cache_interval": 2},
         "less guidance": {"num_inference_steps": 6, "guidance_scale": 2.0},
         "no guidance, another size": {"num_inference_steps": 6, "guidance_scale": 1.0, "size": "104x72"},
         "its defaults": {},
@@ -52,7 +56,8 @@ def served(
 ) -> Iterator[Served]:
     folder, repository = family_of(request.param)
     assert repository.parent == cache_dir
-    server = start_server("--dtype", "float32", "--cache-dir", str(cache_dir), model=str(folder))
+    options = ("--dtype", "float32", "--cache-dir", str(cache_dir), "--deep-cache")
+    server = start_server(*options, model=str(folder))
     yield Served(server, pipeline_of(folder))
     assert stop_server(server) == 0, "\n".join(server.lines)
 
@@ -68,9 +73,10 @@ def pipeline_of(folder: Path) -> Any:
 def by_diffusers(pipeline: Any, wish: dict[str, Any]) -> Pixels:
     """What the pipeline draws; where the wish says nothing, by its own defaults."""
     width, height = (int(side) for side in wish.get("size", "64x64").split("x"))
-    given = {name: value for name, value in wish.items() if name not in ("size", "seed")}
+    given = {name: value for name, value in wish.items() if name not in ("size", "seed", "cache_interval")}
     generator = torch.Generator().manual_seed(wish["seed"])
-    return np.asarray(pipeline(**given, width=width, height=height, generator=generator).images[0])
+    with deep_features_reused(pipeline.unet, wish.get("cache_interval", 1)):
+        return np.asarray(pipeline(**given, width=width, height=height, generator=generator).images[0])
 
 
 def difference(ours: Pixels, theirs: Pixels) -> float:
@@ -87,6 +93,21 @@ async def test_its_pictures_equal_those_of_diffusers(served: Served, request: py
             full = {"prompt": PROMPT, "seed": 5, **wish}
             print(name, end=": ")
             assert difference(await draw(client, **full), by_diffusers(served.pipeline, full)) <= TOLERANCE, name
+    # Of seven steps three, or four, went through the whole UNet.
+    assert served.server.unet_counts("unet_shallow")[1] in (3, 4)
+
+
+async def test_an_interval_of_guidance_is_refused_where_the_unet_has_guidance_inside(
+    served: Served, request: pytest.FixtureRequest
+) -> None:
+    wish = {"prompt": PROMPT, "num_inference_steps": 4, "guidance_scale": 3.0, "guidance_end": 0.5}
+    async with served.server.async_client() as client:
+        if request.node.callspec.params["served"] == "sdxl":
+            assert (await draw(client, **wish)).shape == (64, 64, 3)
+            return
+        with pytest.raises(openai.BadRequestError, match="inside its UNet") as refusal:
+            await draw(client, **wish)
+    assert refusal.value.param == "guidance_end"
 
 
 async def test_requests_that_share_a_batch_give_the_pictures_that_each_gives_alone(served: Served) -> None:
@@ -94,6 +115,7 @@ async def test_requests_that_share_a_batch_give_the_pictures_that_each_gives_alo
         {"prompt": "a red rocket", "seed": 1, "num_inference_steps": 12},
         {"prompt": "a blue cat", "seed": 2, "num_inference_steps": 9, "guidance_scale": 4.0},
         {"prompt": "green", "seed": 3, "num_inference_steps": 12, "guidance_scale": 1.0},
+        {"prompt": "a green cat", "seed": 5, "num_inference_steps": 12, "cache_interval": 2},
         {"prompt": "red", "seed": 4, "num_inference_steps": 8, "size": "104x72", "negative_prompt": "cat"},
     ]
     async with served.server.async_client() as client:

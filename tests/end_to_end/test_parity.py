@@ -18,6 +18,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from guidance_interval import interval_arguments
 from running_server import Pixels, pixels_of
 
 PROMPT = "a red rocket on a blue background"
@@ -88,6 +89,18 @@ def test_a_size_that_the_unets_levels_do_not_divide_equals_diffusers_too(
     ours = by_server(client, **wish, scheduler="ddim")
     pipeline.scheduler = DDIMScheduler.from_pretrained(checkpoint / "scheduler")
     assert difference(ours, by_diffusers(pipeline, **wish)) <= TOLERANCE
+
+
+def test_guidance_in_an_interval_of_the_steps_equals_diffusers_too(
+    pipeline: Any, client: openai.OpenAI, checkpoint: Path
+) -> None:
+    wish: dict[str, Any] = {"prompt": PROMPT, "guidance_scale": 7.5, "seed": 8, "width": 104, "height": 72}
+    throughout = by_server(client, **wish, scheduler="ddim")
+    ours = by_server(client, **wish, scheduler="ddim", guidance_start=0.2, guidance_end=0.7)
+    pipeline.scheduler = DDIMScheduler.from_pretrained(checkpoint / "scheduler")
+    theirs = by_diffusers(pipeline, **interval_arguments(pipeline, wish, 0.2, 0.7))
+    assert difference(ours, theirs) <= TOLERANCE
+    assert difference(ours, throughout) > 10 * TOLERANCE, "the interval changes nothing"
 
 
 def test_the_checkpoints_own_scheduler_is_the_default(pipeline: Any, client: openai.OpenAI, checkpoint: Path) -> None:

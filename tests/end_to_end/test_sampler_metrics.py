@@ -29,11 +29,15 @@ def test_rows_calls_and_steps_are_counted(server: Server) -> None:
     before = metrics_of(server)
     ask(server.triton_url, prompt="cat", num_images=2, num_inference_steps=6, guidance_scale=3.0, scheduler="ddim")
     ask(server.triton_url, prompt="cat", num_inference_steps=6, guidance_scale=1.0, scheduler="ddim")
+    # Guided from the fourth step on: three rows and three pairs of them.
+    ask(
+        server.triton_url, prompt="cat", num_inference_steps=6, guidance_scale=3.0, guidance_start=0.5, scheduler="ddim"
+    )
     after = metrics_of(server)
     print(after)
     counted = grown(before, after)
     assert 0 < counted.pop("unet_seconds_total") < 60
-    assert counted == {"unet_calls_total": 12, "unet_rows_total": 30, "steps_total": 18, "saved_steps_total": 0}
+    assert counted == {"unet_calls_total": 18, "unet_rows_total": 39, "steps_total": 24, "saved_steps_total": 0}
     assert after["unet_max_rows"] == 16  # eight images of two rows, as the fixture exports it
 
 

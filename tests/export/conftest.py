@@ -20,18 +20,18 @@ from filelock import FileLock
 
 from hypergen_export.build import ExportRequest, Outcome, export
 from hypergen_export.checkpoint import Checkpoint, open_checkpoint
-from hypergen_export.components import STABLE_DIFFUSION, Component
+from hypergen_export.components import STABLE_DIFFUSION, Component, with_deep_cache
 from hypergen_export.conversion import Job, convert
 from hypergen_export.progress import Progress
 
 Array = npt.NDArray[Any]
 Run = Callable[..., list[Array]]
 COMPONENTS = {component.name: component for component in STABLE_DIFFUSION}
-# Families beside 1.x: those that tests/end_to_end serves are exported whole, of the others the components whose graphs
-# differ from all of these are converted.
+# Families beside 1.x, with what DeepCache needs: those that tests/end_to_end serves are exported whole, of the others
+# the components whose graphs differ from all of these are converted.
 EXPORTED: Mapping[str, tuple[str, ...]] = {
-    "sdxl": ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"),
-    "lcm": ("text_encoder", "unet", "vae_decoder", "vae_encoder"),
+    "sdxl": ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", "unet_shallow"),
+    "lcm": ("text_encoder", "unet", "vae_decoder", "vae_encoder", "unet_shallow"),
 }
 CONVERTED: Mapping[str, tuple[str, ...]] = {"sd-2": ("text_encoder", "unet"), "lcm-sdxl": ("unet",)}
 
@@ -83,7 +83,7 @@ def _read_or_convert(folder: Path, checkpoint: Checkpoint, names: Sequence[str])
     record = folder / "differences.json"
     if not record.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        components = [each for each in checkpoint.family.components if each.name in names]
+        components = [each for each in with_deep_cache(checkpoint.family.components) if each.name in names]
         jobs = [Job(component=each, dtype="float32", onnx=folder / f"{each.name}.onnx") for each in components]
         with closing(Progress(0)) as progress:
             parity = convert(checkpoint, jobs, progress, finish=None)

@@ -2,7 +2,15 @@ from __future__ import annotations
 
 import pytest
 
-from hypergen_export.components import FAMILIES, FREE_AXES, STABLE_DIFFUSION, Component, Family, Tensor
+from hypergen_export.components import (
+    FAMILIES,
+    FREE_AXES,
+    STABLE_DIFFUSION,
+    Component,
+    Family,
+    Tensor,
+    with_deep_cache,
+)
 from hypergen_export.examples import VALUES, example_inputs
 from hypergen_export.wrappers import WRAPPERS
 
@@ -17,8 +25,9 @@ SIZES = {
     "guidance_width": 256,
     "latent_channels": 4,
     "vae_scale_factor": 8,
+    "deep_channels": 320,
 }
-ALL = [component for family in FAMILIES for component in family.components]
+ALL = [each for family in FAMILIES for each in (*family.components, *with_deep_cache(family.components))]
 
 
 @pytest.mark.parametrize("component", dict.fromkeys(ALL), ids=lambda component: component.name)
@@ -48,7 +57,7 @@ def test_a_pipeline_and_its_unets_inputs_belong_to_one_family() -> None:
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_components_agree_on_what_they_hand_to_each_other(family: Family) -> None:
     dims: dict[str, set[tuple[int, ...]]] = {}
-    for component in family.components:
+    for component in with_deep_cache(family.components):
         for tensor in (*component.inputs, *component.outputs):
             if tensor.name != "encoder_hidden_states":  # of which each text encoder gives a share
                 dims.setdefault(tensor.name, set()).add(tensor.dims(SIZES))
@@ -57,8 +66,9 @@ def test_components_agree_on_what_they_hand_to_each_other(family: Family) -> Non
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_every_size_is_stated_by_a_module_or_follows_from_them(family: Family) -> None:
-    derived = {"tokens", "context_width", "vae_scale_factor"}
-    tensors = [tensor for each in family.components for tensor in (*each.inputs, *each.outputs)]
+    derived = {"tokens", "context_width", "vae_scale_factor", "deep_channels"}
+    components = with_deep_cache(family.components)
+    tensors = [tensor for each in components for tensor in (*each.inputs, *each.outputs)]
     named = {axis for tensor in tensors for axis in tensor.axes if isinstance(axis, str) and axis not in FREE_AXES}
     assert named <= derived | family.sizes.keys()
     assert {module for module, _ in family.sizes.values()} <= family.modules.keys()

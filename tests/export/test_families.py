@@ -18,7 +18,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from hypergen_export.checkpoint import Checkpoint, open_checkpoint
-from hypergen_export.components import Component
+from hypergen_export.components import Component, with_deep_cache
 from hypergen_export.examples import by_name, example_inputs
 from hypergen_export.loading import load_module
 from hypergen_export.wrappers import wrap
@@ -51,7 +51,10 @@ def test_a_component_of_another_graph_agrees_with_torch_to_rounding(
 
 
 @pytest.mark.parametrize(("batch", "height", "width"), [(1, 8, 8), (5, 13, 6), (17, 3, 5)])
-@pytest.mark.parametrize(("family", "name"), [("sdxl", "text_encoder_2"), ("sdxl", "unet"), ("lcm", "unet")])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("sdxl", "text_encoder_2"), ("sdxl", "unet"), ("sdxl", "unet_shallow"), ("lcm", "unet"), ("lcm", "unet_shallow")],
+)
 def test_batch_height_and_width_are_free(
     family: str, name: str, batch: int, height: int, width: int, family_of: Callable[[str], tuple[Path, Path]]
 ) -> None:
@@ -69,7 +72,7 @@ def test_batch_height_and_width_are_free(
 def test_each_component_of_xl_declares_the_tables_tensors(family_of: Callable[[str], tuple[Path, Path]]) -> None:
     folder, repository = family_of("sdxl")
     checkpoint = open_checkpoint(str(folder))
-    for component in checkpoint.family.components:
+    for component in with_deep_cache(checkpoint.family.components):
         config: Any = text_format.Parse((repository / component.name / "config.pbtxt").read_text(), pb.ModelConfig())
         for declared, tensors in [(config.input, component.inputs), (config.output, component.outputs)]:
             expected = {tensor.name: list(tensor.dims(checkpoint.sizes)) or [1] for tensor in tensors}
@@ -77,7 +80,7 @@ def test_each_component_of_xl_declares_the_tables_tensors(family_of: Callable[[s
 
 
 def component_of(checkpoint: Checkpoint, name: str) -> Component:
-    (component,) = (each for each in checkpoint.family.components if each.name == name)
+    (component,) = (each for each in with_deep_cache(checkpoint.family.components) if each.name == name)
     return component
 
 

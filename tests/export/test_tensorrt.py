@@ -1,7 +1,7 @@
 """Plans of the miniatures, built by TensorRT-RTX on the CPU, held against the configuration that Triton gets.
 
 Of 1.x a whole repository is exported in float16. Of the other families every component whose graph is its own is built
-from the ONNX that the tests of OpenVINO use, in float32 and for one size.
+from the ONNX that the tests of OpenVINO use, in float32 and for one size; these come with what DeepCache needs.
 
 Without a GPU no engine can be loaded again: what is compared is the network and the profiles that the builder was given
 and accepted, as the record beside each plan states them.
@@ -28,6 +28,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from hypergen_export.build import ExportRequest, Outcome, export, sampler_sources
 from hypergen_export.checkpoint import Checkpoint, open_checkpoint
 from hypergen_export.compare import compare
+from hypergen_export.components import with_deep_cache
 from hypergen_export.config_pbtxt import EngineOptions, component_config
 from hypergen_export.engines import read_sizes
 from hypergen_export.errors import BadOptionError, ConversionError, MissingDependencyError, NoGpuError
@@ -125,7 +126,7 @@ def engine_of(
 
 def build_engine(checkpoint: Checkpoint, onnx_file: Path, target: Target, folder: Path) -> None:
     """Write the plan, its record and its configuration into `folder`, which has the component's name."""
-    (component,) = (each for each in checkpoint.family.components if each.name == folder.name)
+    (component,) = (each for each in with_deep_cache(checkpoint.family.components) if each.name == folder.name)
     shapes = Shapes(sizes=checkpoint.sizes, pictures=SIZES[1:], rows=ROWS)
     (folder / "1").mkdir(parents=True)
     build = Build(
@@ -163,6 +164,7 @@ def graph_of(family: str, name: str) -> tuple[Any, ...]:
     own = {
         "text_encoder": (kind.hidden_act, kind.second_text_encoder),
         "unet": tuple(sorted(kind.unet.items())),
+        "unet_shallow": kind.unet.get("up_block_types", ("CrossAttnUpBlock2D",))[-1:],
         "vae_decoder": (kind.scaling_factor,),
         "vae_encoder": (kind.scaling_factor,),
     }

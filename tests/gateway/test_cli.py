@@ -107,3 +107,12 @@ def test_loras_belong_to_an_export(tmp_path: Path) -> None:
     result = serve(str(tmp_path), "--port", str(free_port()), HYPERGEN_LORA="ink=a.safetensors clay=b.safetensors")
     assert result.exit_code == 1
     assert f"{tmp_path} is exported already: give --lora to 'hypergen export'" in result.output
+
+
+def test_what_is_exported_without_a_shallow_unet_gets_none(tmp_path: Path) -> None:
+    assert "give --deep-cache to 'hypergen export'" in refusal(serve("--triton-url", "127.0.0.1:8001", "--deep-cache"))
+    (tmp_path / "diffusion").mkdir()
+    (tmp_path / "diffusion" / "config.pbtxt").touch()
+    result = serve("--deep-cache", str(tmp_path), "--port", str(free_port()))
+    assert result.exit_code == 1
+    assert f"{tmp_path} is exported already, without: give --deep-cache to 'hypergen export'" in result.output

@@ -36,7 +36,17 @@ def test_what_is_absent_comes_from_the_model() -> None:
 
 def test_what_is_given_arrives() -> None:
     made = generation(
-        negative_prompt="blurry", n=2, size="96x40", num_inference_steps=7, guidance_scale=3, scheduler="euler", seed=9
+        replace(MODEL, max_cache_interval=10),
+        negative_prompt="blurry",
+        n=2,
+        size="96x40",
+        num_inference_steps=7,
+        guidance_scale=3,
+        guidance_start=0,
+        guidance_end=0.6,
+        cache_interval=3,
+        scheduler="euler",
+        seed=9,
     )
     assert made == Generation(
         prompt="a fox",
@@ -46,6 +56,9 @@ def test_what_is_given_arrives() -> None:
         height=40,
         num_inference_steps=7,
         guidance_scale=3.0,
+        guidance_start=0.0,
+        guidance_end=0.6,
+        cache_interval=3,
         scheduler="euler",
         seed=9,
     )

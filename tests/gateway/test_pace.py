@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
+from fake_backend import MODEL
+from hypergen_gateway.drawing import Order, Part, work_of
+from hypergen_gateway.fields import ImageRequest
+from hypergen_gateway.images import FileFormat
+from hypergen_gateway.openai import read_request, to_generation
 from hypergen_gateway.pace import Pace, Rounds, forecast
 
 
@@ -75,3 +83,24 @@ def test_what_a_request_takes_besides_its_rounds_is_not_taken_for_rounds() -> No
     pace.learn(load=1.0, seconds=0.01, besides=2.0)  # one step, on a connection that had to be made again
     expected = forecast(pace, 8, [], [Rounds(1, 1.0, 100.0)])
     assert expected.done == pytest.approx(100 * 0.01 + 2.0, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "load"),
+    [
+        ({"guidance_scale": 1.0}, 1.0),
+        ({}, 2.0),
+        ({"guidance_end": 0.5}, 1.5),
+        ({"guidance_start": 0.25, "guidance_end": 0.5}, 1.25),
+        ({"guidance_scale": 1.0, "guidance_end": 0.5}, 1.0),
+        ({"cache_interval": 3}, 2.0 * (1 + 0.25 + 0.25) / 3),
+        ({"cache_interval": 2, "guidance_end": 0.5}, 1.5 * (1 + 0.25) / 2),
+        ({"size": "128x96"}, 8.0),
+    ],
+)
+def test_the_load_of_a_picture_is_the_mean_over_its_steps(fields: dict[str, Any], load: float) -> None:
+    """With time a line over load, requests of unequal steps then tell the truth, and are told it."""
+    model = replace(MODEL, max_cache_interval=10)
+    request = read_request({"prompt": "a fox"} | fields, ImageRequest, model)
+    order = Order(parts=[Part(generation=to_generation(request, model))], model=model, file_format=FileFormat("png"))
+    assert work_of(order).load == pytest.approx(load)

@@ -104,6 +104,7 @@ class TestCapabilities:
             "max_num_inference_steps": 150,
             "default_guidance_scale": 5.0,
             "max_guidance_scale": 20.0,
+            "max_cache_interval": 1,
             "max_num_images": 10,
             "schedulers": ["ddim", "euler", "euler_a"],
             "edits": True,

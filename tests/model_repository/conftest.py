@@ -19,7 +19,7 @@ class TorchUNet:
         self._unet = unet
         self.rows_of_calls: list[int] = []
 
-    async def __call__(self, rows: UNetRows) -> Array:
+    async def __call__(self, rows: UNetRows) -> dict[str, Array]:
         self.rows_of_calls.append(len(rows.sample))
         with torch.no_grad():
             output = self._unet(
@@ -28,7 +28,7 @@ class TorchUNet:
                 torch.from_numpy(rows.conditions["encoder_hidden_states"]),
                 return_dict=False,
             )[0]
-        return np.asarray(output.numpy())
+        return {"model_output": np.asarray(output.numpy())}
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ PARAMETERS = {
     "max_num_inference_steps": "150",
     "default_guidance_scale": "3.5",
     "max_guidance_scale": "20",
+    "max_cache_interval": "1",
     "max_num_images": "10",
     "max_active_images": "32",
     "max_waiting_images": "256",
@@ -93,6 +94,12 @@ def test_an_absent_seed_differs_from_request_to_request() -> None:
         ("guidance_scale", 20.5),
         ("guidance_scale", float("nan")),
         ("guidance_scale", float("inf")),
+        ("guidance_start", -0.1),
+        ("guidance_start", 1.1),
+        ("guidance_end", 1.1),
+        ("guidance_end", float("nan")),
+        ("cache_interval", 0),
+        ("cache_interval", 2),
         ("scheduler", "no-such-scheduler"),
         ("seed", -1),
         ("partial_images", -1),
@@ -149,6 +156,25 @@ def test_a_strength_out_of_range_is_refused(value: float) -> None:
 def test_what_belongs_to_a_picture_is_refused_without_one(name: str, value: Any) -> None:
     with pytest.raises(InvalidInputError, match=f"^{name}: needs an image"):
         check_request({"prompt": "x", name: value}, LIMITS)
+
+
+def test_guidance_ends_after_it_starts_and_unasked_lasts_throughout() -> None:
+    request = check_request({"prompt": "x"}, LIMITS)
+    assert (request.guidance_start, request.guidance_end) == (0.0, 1.0)
+    request = check_request({"prompt": "x", "guidance_start": 0.4, "guidance_end": 0.4}, LIMITS)
+    assert (request.guidance_start, request.guidance_end) == (0.4, 0.4)
+    with pytest.raises(InvalidInputError, match=r"^guidance_end: must be from 0.5 to 1.0, not 0.2"):
+        check_request({"prompt": "x", "guidance_start": 0.5, "guidance_end": 0.2}, LIMITS)
+
+
+@pytest.mark.parametrize("name", ["guidance_start", "guidance_end"])
+def test_no_interval_is_taken_where_the_unet_has_the_guidance_inside(name: str) -> None:
+    request = check_request({"prompt": "x", name: 0.5}, LIMITS)
+    Architecture.from_model_config(model_config(guidance_width="0")).check(request)
+    distilled = Architecture.from_model_config(model_config(guidance_width="256"))
+    distilled.check(check_request({"prompt": "x", "guidance_start": 0.0, "guidance_end": 1.0}, LIMITS))
+    with pytest.raises(InvalidInputError, match=f"^{name}: must be absent"):
+        distilled.check(request)
 
 
 @pytest.mark.parametrize(("scale", "width", "guides"), [(1.0, "0", False), (1.1, "0", True), (7.5, "256", False)])

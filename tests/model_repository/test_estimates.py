@@ -79,7 +79,8 @@ def test_every_preview_is_the_original_that_the_unet_means(
     alphas_cumprod = torch.cumprod(1 - betas, 0).double().numpy()
     previews = []
     while not image.finished:
-        image.advance(answer_of_one_who_knows(image, alphas_cumprod, prediction_type, guidance_scale))
+        answer = answer_of_one_who_knows(image, alphas_cumprod, prediction_type, guidance_scale)
+        image.advance({"model_output": answer})
         if image.preview is not None:
             previews.append((image.steps_done, image.preview))
     largest = np.abs(ORIGINAL).max()

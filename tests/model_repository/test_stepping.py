@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from conditions import Array
 from contract import InvalidInputError, QueueFullError, Request, read_scheduler_config
 from samplers import SCHEDULERS, make_scheduler
-from sampling import Image, UNetRows
+from sampling import Image, UNetRows, steps_between
 from starts import Canvas
 from stepping import ClientGoneError, Round, Sample, StepLoop, UNet
 from variants import BASE, Variant
@@ -123,9 +124,9 @@ async def test_images_of_different_models_share_no_batch(unet: Any, image_of: Ca
     words = Variant(name="words", scale=1.0, models={"text_encoder": "text_encoder.words@1"})
     calls: list[tuple[str, int]] = []
 
-    async def record(rows: UNetRows) -> Array:
+    async def record(rows: UNetRows) -> Mapping[str, Array]:
         calls.append((rows.model, len(rows.sample)))
-        answer: Array = await unet(rows)
+        answer: Mapping[str, Array] = await unet(rows)
         return answer
 
     loop = loop_on(record)
@@ -133,6 +134,27 @@ async def test_images_of_different_models_share_no_batch(unet: Any, image_of: Ca
     wishes = [{"seed": seed, "variant": variant, "num_inference_steps": 2} for seed, variant in enumerate(variants)]
     await asyncio.gather(*(last(loop.sample(image_of(**wish), never)) for wish in wishes))
     assert calls == [("unet", 6), ("unet.ink@1", 4), ("unet.clay@1", 2)] * 2
+
+
+def test_a_share_of_the_steps_is_what_it_is_on_paper_in_float32_too() -> None:
+    for hundredths, steps in product(range(101), range(1, 151)):
+        share = float(np.float32(hundredths / 100))
+        exact = hundredths * steps // 100
+        assert steps_between(share, 1.0, steps) == range(exact, steps), (share, steps)
+        assert steps_between(0.0, share, steps) == range(exact), (share, steps)
+
+
+def test_a_lora_has_a_shallow_unet_of_its_own_where_it_changes_the_unet(image_of: Callable[..., Image]) -> None:
+    names = {"unet": "unet.ink@1", "unet_shallow": "unet_shallow.ink@1"}
+    ink = Variant(name="ink", scale=1.0, models=names)
+    for variant, models in [(ink, list(names.values())), (BASE, list(names))]:
+        image = image_of(variant=variant, cache_interval=2)
+        called = []
+        for _ in range(4):
+            rows = image.unet_rows()
+            called.append(rows.model)
+            image.advance({name: np.zeros_like(rows.sample) for name in rows.outputs})
+        assert called == models * 2
 
 
 async def test_an_image_joins_between_steps(unet: Any, image_of: Callable[..., Image]) -> None:
@@ -160,9 +182,9 @@ async def test_images_beyond_max_active_wait_their_turn(unet: Any, image_of: Cal
 async def test_the_time_that_an_image_waits_is_told_from_that_of_its_steps(
     unet: Any, image_of: Callable[..., Image]
 ) -> None:
-    async def slow(rows: UNetRows) -> Array:
+    async def slow(rows: UNetRows) -> Mapping[str, Array]:
         await asyncio.sleep(0.02)
-        answer: Array = await unet(rows)
+        answer: Mapping[str, Array] = await unet(rows)
         return answer
 
     loop = loop_on(slow, max_active=1)
@@ -265,10 +287,10 @@ async def test_steps_that_a_gone_client_saves_are_counted_for_all_its_images(
 
 
 async def test_a_failing_batch_ends_its_own_images_alone(unet: Any, image_of: Callable[..., Image]) -> None:
-    async def fails_on_wide(rows: UNetRows) -> Array:
+    async def fails_on_wide(rows: UNetRows) -> Mapping[str, Array]:
         if rows.sample.shape[3] == 9:
             raise RuntimeError("out of memory")
-        answer: Array = await unet(rows)
+        answer: Mapping[str, Array] = await unet(rows)
         return answer
 
     loop = loop_on(fails_on_wide)

@@ -36,16 +36,15 @@ class Components:
         """[B, L] token ids to the named outputs of the model of a text encoder, such as hidden states [B, L, D]."""
         return await _call(encoder, {"input_ids": input_ids}, outputs)
 
-    async def unet(self, rows: UNetRows) -> Array:
-        """The model output [R, C, h, w] for the rows of one batch."""
+    async def unet(self, rows: UNetRows) -> dict[str, Array]:
+        """The outputs, each [R, C, h, w], that the rows of one batch ask for."""
         inputs = {
             "sample": rows.sample,
             # Triton carries the timestep as [R, 1]; the configuration's reshape hands [R] to the engine.
             "timestep": rows.timestep[:, None],
             **rows.conditions,
         }
-        answer: Array = (await _call(rows.model, inputs, ["model_output"]))["model_output"]
-        return answer
+        return await _call(rows.model, inputs, rows.outputs)
 
     async def encode(self, picture: npt.NDArray[np.uint8]) -> tuple[Array, Array]:
         """A picture [H, W, 3] to mean and standard deviation [C, h, w] of its latents."""

@@ -18,6 +18,9 @@ from contract import Architecture, Request
 Array = npt.NDArray[np.float32]
 Conditions = Mapping[str, Array]
 
+# The UNet's outputs, of which a shallow one takes the second.
+MODEL_OUTPUT = "model_output"
+DEEP_FEATURES = "deep_features"
 HIDDEN_STATES = "encoder_hidden_states"
 POOLED = "text_embeds"
 

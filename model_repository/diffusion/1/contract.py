@@ -49,6 +49,8 @@ class Limits:
     max_num_inference_steps: int
     default_guidance_scale: float
     max_guidance_scale: float
+    max_cache_interval: int
+    """1 where there is no shallow UNet."""
     max_num_images: int
     max_active_images: int
     max_waiting_images: int
@@ -101,6 +103,14 @@ class Architecture:
         """
         return request.guidance_scale > 1.0 and not self.guidance_width
 
+    def check(self, request: Request) -> None:
+        """Raise InvalidInputError for what this checkpoint in particular cannot do."""
+        if self.guidance_width and (request.guidance_start, request.guidance_end) != (0.0, 1.0):
+            name = "guidance_start" if request.guidance_start else "guidance_end"
+            raise InvalidInputError(
+                name, "must be absent, as this model's guidance is inside its UNet and costs nothing"
+            )
+
     @property
     def is_latent_consistency(self) -> bool:
         """Whether diffusers serves it by the pipelines of latent consistency models, XL having none of its own."""
@@ -141,6 +151,11 @@ class Request:
     scheduler: str
     """A name of `Limits.schedulers`, or empty for the checkpoint's own."""
     seed: int
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
+    """The part of the steps that are guided (Kynkäänniemi et al., 2024); outside it the scale is 1."""
+    cache_interval: int = 1
+    """Of so many steps the first one's deep features serve all (DeepCache: Ma et al., 2023)."""
     partial_images: int = 0
     """Previews of each picture."""
     image: Pixels | None = None
@@ -162,6 +177,7 @@ def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
     num_images = _within("num_images", given.get("num_images", 1), 1, limits.max_num_images)
     width, height = _size(given, limits)
     _check_pixels(given, width, height)
+    guidance_start = _within("guidance_start", given.get("guidance_start", 0.0), 0.0, 1.0)
     return Request(
         prompt=given["prompt"],
         negative_prompt=given.get("negative_prompt"),
@@ -180,6 +196,9 @@ def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
             1.0,
             limits.max_guidance_scale,
         ),
+        guidance_start=guidance_start,
+        guidance_end=_within("guidance_end", given.get("guidance_end", 1.0), guidance_start, 1.0),
+        cache_interval=_within("cache_interval", given.get("cache_interval", 1), 1, limits.max_cache_interval),
         scheduler=_scheduler(given.get("scheduler", ""), limits),
         seed=_within("seed", given.get("seed", random_seed()), 0, MAX_SEED - num_images + 1),
         partial_images=_within("partial_images", given.get("partial_images", 0), 0, MAX_PARTIAL_IMAGES),

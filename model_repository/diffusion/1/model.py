@@ -89,6 +89,7 @@ class TritonPythonModel:
         sender = triton_request.get_response_sender()
         try:
             request = check_request(read_inputs(triton_request), self._limits)
+            self._architecture.check(request)
             loop.reserve(request.num_images)
             try:
                 await self._draw(await self._prepare(request, sender), loop)

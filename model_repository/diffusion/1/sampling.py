@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from conditions import HIDDEN_STATES, Array, Conditions
+from conditions import DEEP_FEATURES, HIDDEN_STATES, MODEL_OUTPUT, Array, Conditions
 from contract import Request
 from estimates import original_of, preview_steps
 from samplers import make_scheduler
@@ -23,15 +23,16 @@ from starts import Canvas, start_of
 
 @dataclass(frozen=True)
 class UNetRows:
-    """The rows that one image adds to a batch: [R, C, h, w], [R] and [R, …], with R = 2 under guidance, else 1.
+    """The rows that one image adds to a batch: [R, C, h, w], [R] and [R, …], with R = 2 in a guided step, else 1.
 
-    `model` is the UNet's name in Triton.
+    `model` is the UNet's name in Triton, `outputs` are those that are needed of it.
     """
 
     model: str
     sample: Array
     timestep: Array
     conditions: Conditions
+    outputs: tuple[str, ...] = (MODEL_OUTPUT,)
 
 
 class Image:
@@ -39,7 +40,7 @@ class Image:
 
     Args:
         request: what to draw; `seed` must already be this image's own.
-        conditions: the UNet's inputs beside latents and timestep, each with the R rows of this image.
+        conditions: the UNet's inputs beside latents and timestep, each with the rows of a guided step.
         canvas: what to draw it on.
         scheduler_config: the checkpoint's.
 
@@ -51,7 +52,9 @@ class Image:
         self, request: Request, conditions: Conditions, canvas: Canvas, scheduler_config: Mapping[str, Any]
     ) -> None:
         self.steps_done = 0
-        self.model = request.variant.unet
+        self._variant = request.variant
+        self._cache_interval = request.cache_interval
+        self._deep_features: Array | None = None
         self._conditions = conditions
         self._guidance_scale = request.guidance_scale
         self._scheduler = make_scheduler(request.scheduler, scheduler_config)
@@ -59,13 +62,27 @@ class Image:
         start = start_of(request, canvas, self._scheduler, generator)
         self._latents, self._timesteps, self._kept = start.latents, start.timesteps, start.kept
         self._extra = _extra_step_arguments(self._scheduler, generator)
+        self._guided_steps = steps_between(request.guidance_start, request.guidance_end, self.steps)
         self._preview_steps = preview_steps(self.steps, request.partial_images)
         self._preview: torch.Tensor | None = None
 
     @property
     def rows(self) -> int:
-        """How many rows of a UNet batch this image needs."""
-        return len(self._conditions[HIDDEN_STATES])
+        """How many rows of a UNet batch this image needs for its next step."""
+        return len(self._conditions[HIDDEN_STATES]) if self.steps_done in self._guided_steps else 1
+
+    @property
+    def model(self) -> str:
+        """The model that takes the next step: images of one can share its batches."""
+        return self._variant.unet if self._reused is None else self._variant.shallow_unet
+
+    @property
+    def _reused(self) -> Array | None:
+        """The deep features of an earlier step, where the next one takes them; that one must have had all its rows."""
+        kept = self._deep_features
+        if self.steps_done % self._cache_interval == 0 or kept is None or len(kept) < self.rows:
+            return None
+        return kept
 
     @property
     def size(self) -> tuple[int, int]:
@@ -95,16 +112,24 @@ class Image:
         """The input of this image's next step."""
         timestep = self._timesteps[self.steps_done]
         scaled = self._scheduler.scale_model_input(self._latents, timestep).numpy()
+        rows, reused = self.rows, self._reused
+        conditions = self._conditions if reused is None else {**self._conditions, DEEP_FEATURES: reused}
+        are_kept = reused is None and self._cache_interval > 1
         return UNetRows(
             model=self.model,
-            sample=np.repeat(scaled, self.rows, axis=0),
-            timestep=np.full(self.rows, float(timestep), dtype=np.float32),
-            conditions=self._conditions,
+            sample=np.repeat(scaled, rows, axis=0),
+            timestep=np.full(rows, float(timestep), dtype=np.float32),
+            # Of two rows the last is the prompt's own.
+            conditions={name: array[-rows:] for name, array in conditions.items()},
+            outputs=(MODEL_OUTPUT, DEEP_FEATURES) if are_kept else (MODEL_OUTPUT,),
         )
 
-    def advance(self, model_output: Array) -> None:
-        """Take one step of the scheduler with the UNet's answer [R, C, h, w] to `unet_rows`."""
-        guided = self._guide(torch.from_numpy(model_output))
+    def advance(self, answer: Mapping[str, Array]) -> None:
+        """Take one step of the scheduler with the UNet's answer to `unet_rows`, each output [R, C, h, w]."""
+        if self._cache_interval > 1 and DEEP_FEATURES in answer:
+            # No longer in Triton's memory, and without the rows of others.
+            self._deep_features = answer[DEEP_FEATURES].copy()
+        guided = self._guide(torch.from_numpy(answer[MODEL_OUTPUT]))
         timestep, sample = self._timesteps[self.steps_done], self._latents
         step = self._scheduler.step(guided, timestep, sample, **self._extra)
         self.steps_done += 1
@@ -114,13 +139,21 @@ class Image:
             self._preview = self._put_back(original_of(self._scheduler, step, timestep, guided, sample), None)
 
     def _guide(self, output: torch.Tensor) -> torch.Tensor:
-        if self.rows == 1:
+        if len(output) == 1:
             return output
         unconditional, conditional = output.chunk(2)
         return unconditional + self._guidance_scale * (conditional - unconditional)
 
     def _put_back(self, latents: torch.Tensor, next_timestep: torch.Tensor | None) -> torch.Tensor:
         return latents if self._kept is None else self._kept.put_back(latents, self._scheduler, next_timestep)
+
+
+def steps_between(start: float, end: float, steps: int) -> range:
+    """The steps from one share of them to another, as diffusers' guiders count them.
+
+    Rounded first: 0.7 of 10 steps are 7, though in float32 they come to a little less.
+    """
+    return range(int(round(start * steps, 3)), int(round(end * steps, 3)))
 
 
 def _to_array(latents: torch.Tensor) -> Array:

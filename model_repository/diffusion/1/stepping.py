@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +21,7 @@ from conditions import Array
 from contract import QueueFullError
 from sampling import Image, UNetRows
 
-UNet = Callable[[UNetRows], Awaitable[Array]]
+UNet = Callable[[UNetRows], Awaitable[Mapping[str, Array]]]
 
 
 class ClientGoneError(Exception):
@@ -79,8 +79,8 @@ class _Ticket:
     joined: float = field(default_factory=time.perf_counter)
     admitted: float = 0.0
 
-    def advance(self, model_output: Array) -> None:
-        self.image.advance(model_output)
+    def advance(self, answer: Mapping[str, Array]) -> None:
+        self.image.advance(answer)
         if self.image.preview is not None:
             self._hand_over(self.image.preview)
         if self.image.finished:
@@ -102,7 +102,7 @@ class StepLoop:
     """Owns the active images and those that wait for a place among them.
 
     Args:
-        unet: answers one batch of rows.
+        unet: answers one batch of rows with the outputs that they ask for, by name.
         max_rows: rows of one UNet call, at least 2.
         max_active: images that take steps at a time; all share the UNet evenly.
         max_waiting: images that may wait, first come first served.
@@ -251,12 +251,13 @@ class StepLoop:
         rows = sum(ticket.image.rows for ticket in batch)
         began = time.perf_counter()
         try:
-            output = await self._unet(_stack([ticket.image.unet_rows() for ticket in batch]))
+            answer = await self._unet(_stack([ticket.image.unet_rows() for ticket in batch]))
             seconds = time.perf_counter() - began
             first = 0
             for ticket in batch:
-                ticket.advance(output[first : first + ticket.image.rows])
-                first += ticket.image.rows
+                following = first + ticket.image.rows  # asked before the step: the next may take another number
+                ticket.advance({name: array[first:following] for name, array in answer.items()})
+                first = following
         except Exception as error:
             _fail(batch, error)
             return _Call(rows, 0, time.perf_counter() - began)
@@ -274,4 +275,5 @@ def _stack(rows: list[UNetRows]) -> UNetRows:
         sample=np.concatenate([row.sample for row in rows]),
         timestep=np.concatenate([row.timestep for row in rows]),
         conditions={name: np.concatenate([row.conditions[name] for row in rows]) for name in rows[0].conditions},
+        outputs=max((row.outputs for row in rows), key=len),
     )

@@ -28,6 +28,11 @@ class Variant:
         """The model that takes the steps: images of one can share its batches."""
         return self.model("unet")
 
+    @property
+    def shallow_unet(self) -> str:
+        """The model that takes the steps in which deep features are reused, where there is one."""
+        return self.model("unet_shallow")
+
 
 BASE = Variant()
 

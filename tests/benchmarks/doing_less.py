@@ -1,0 +1,111 @@
+"""What a picture costs and how good it is when less is done for it, on the shipped model.
+
+A command, not a test, against `hypergen serve --deep-cache`. Every prompt is drawn under every setting before the next
+one, one picture at a time; times are ratios to the same prompt's picture with nothing left out, and their median:
+
+    python tests/benchmarks/doing_less.py http://127.0.0.1:8000/v1 --count 200
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import httpx
+from PIL import Image
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "export" / "emoji"))
+from evaluate import Task, random_tasks, score_pictures
+
+OFF = "nothing left out"
+# What a request says beside prompt and seed.
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    OFF: {},
+    "guidance in the first half": {"guidance_end": 0.5},
+    "guidance in the second half": {"guidance_start": 0.5},
+    "guidance from 0.2 to 0.8": {"guidance_start": 0.2, "guidance_end": 0.8},
+    "guidance from 0.2 to 0.6": {"guidance_start": 0.2, "guidance_end": 0.6},
+    "guidance from 0.1 to 0.4": {"guidance_start": 0.1, "guidance_end": 0.4},
+    "guidance in the first 0.3": {"guidance_end": 0.3},
+    "no guidance": {"guidance_scale": 1.0},
+    "deep features of every 2nd step": {"cache_interval": 2},
+    "deep features of every 3rd step": {"cache_interval": 3},
+    "deep features of every 5th step": {"cache_interval": 5},
+    "every 2nd step, guidance in the first half": {"cache_interval": 2, "guidance_end": 0.5},
+    "every 3rd step, guidance in the first half": {"cache_interval": 3, "guidance_end": 0.5},
+    "8 of 10 steps": {"num_inference_steps": 8},
+    "7 of 10 steps": {"num_inference_steps": 7},
+    "5 of 10 steps": {"num_inference_steps": 5},
+}
+SEED = 11
+
+
+@dataclass
+class Drawn:
+    """The pictures of one setting in the order of the tasks, and the seconds that each took."""
+
+    pictures: list[Image.Image] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+@click.command(help=__doc__)
+@click.argument("url")
+@click.option("--key", envvar="HYPERGEN_API_KEY", help="The server's API key.")
+@click.option("--count", default=200, show_default=True, help="Prompts.")
+@click.option("--only", multiple=True, help="Settings whose name holds this; repeatable.")
+def main(url: str, key: str | None, count: int, only: tuple[str, ...]) -> None:
+    chosen = {
+        name: fields
+        for name, fields in SETTINGS.items()
+        if name == OFF or not only or any(words in name for words in only)
+    }
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    tasks = random_tasks(count, SEED)
+    with httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=60) as client:
+        drawn = draw_by_turns(client, tasks, chosen)
+    click.echo(f"{count} prompts, {os.cpu_count()} CPUs\n")
+    click.echo("| | time | emoji right | colour right | RMSE |\n|---|---|---|---|---|")
+    for name, own in drawn.items():
+        click.echo(_row(name, own, drawn[OFF], tasks))
+
+
+def draw_by_turns(
+    client: httpx.Client, tasks: list[Task], settings: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Drawn]:
+    """Every task under every setting; a first round, which warms up, is not counted."""
+    drawn = {name: Drawn() for name in settings}
+    for number, task in enumerate(tqdm([tasks[0], *tasks], desc="prompts", leave=False)):
+        for name, fields in settings.items():
+            began = time.perf_counter()
+            picture = _draw(client, task, fields)
+            if number > 0:
+                drawn[name].seconds.append(time.perf_counter() - began)
+                drawn[name].pictures.append(picture)
+    return drawn
+
+
+def _draw(client: httpx.Client, task: Task, fields: Mapping[str, Any]) -> Image.Image:
+    body = {"prompt": task.request.prompt, "seed": task.request.seed, "response_format": "b64_json", **fields}
+    response = client.post("images/generations", json=body)
+    response.raise_for_status()
+    return Image.open(io.BytesIO(base64.b64decode(response.json()["data"][0]["b64_json"]))).convert("RGB")
+
+
+def _row(name: str, own: Drawn, off: Drawn, tasks: list[Task]) -> str:
+    ratio = statistics.median(mine / others for mine, others in zip(own.seconds, off.seconds, strict=True))
+    seen = score_pictures(own.pictures, tasks)
+    return f"| {name} | {ratio:.2f} | {seen.emoji:.1%} | {seen.colour:.1%} | {seen.rmse:.3f} |"
+
+
+if __name__ == "__main__":
+    main()
