@@ -31,7 +31,14 @@ from hypergen_gateway.openapi import describe_api
 from pictures import bomb, file_of, hole, photo
 
 # What is legal here depends on the model or on another field, which the description tells in words alone.
-BEYOND_WORDS = {"size": "auto", "background": "auto", "output_format": "webp", "lora_path": None, "seed": 1}
+BEYOND_WORDS: dict[str, Any] = {
+    "size": "auto",
+    "background": "auto",
+    "output_format": "webp",
+    "lora_path": None,
+    "seed": 1,
+}
+BEYOND_WORDS |= {"guidance_start": 0.25, "guidance_end": 0.75}
 # A deadline of a millisecond passes, and that is a 504.
 BEYOND_WORDS["deadline_ms"] = None
 
