@@ -21,7 +21,7 @@ def circumstances(environments: Path, dtype: str) -> Figures:
         "circumstances_cpu": _cpu(),
         "circumstances_cores": len(os.sched_getaffinity(0)),
         "circumstances_precision_of_ours_the_floor_and_openvino_genai": dtype,
-        "circumstances_processes_that_wanted_to_run_at_the_last_part_s_end": round(load, 1),
+        "circumstances_load_when_the_last_part_ended": round(load, 1),
         "circumstances_last_part_ended": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
         "circumstances_ours": _versions(None),
     }
@@ -38,5 +38,5 @@ def _cpu() -> str:
 
 def _versions(folder: Path | None) -> str:
     found = importlib.metadata.distributions(path=[str(folder)]) if folder else importlib.metadata.distributions()
-    versions = {each.metadata["Name"].lower(): each.version for each in found}
+    versions = {each.metadata["Name"].lower().replace("_", "-"): each.version for each in found}
     return ", ".join(f"{name} {versions[name]}" for name in TOLD if name in versions)

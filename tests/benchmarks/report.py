@@ -146,9 +146,9 @@ def _throughput(figures: Figures) -> str:
 
 def _server(figures: Figures) -> str:
     entries = [
-        ("start to first picture, files cached", "start_warm_shipped_hypergen_over_ours", "median_ms"),
-        ("start to first picture, files not cached", "start_cold_shipped_hypergen_over_ours", "median_ms"),
-        ("a 4-step job behind eight of 50, p95", "p95_short_behind_long_hypergen_over_ours", "p95_ms"),
+        ("start to first picture, files cached, ms", "start_warm_shipped_hypergen_over_ours", "median_ms"),
+        ("start to first picture, files not cached, ms", "start_cold_shipped_hypergen_over_ours", "median_ms"),
+        ("a 4-step job behind eight of 50, p95, ms", "p95_short_behind_long_hypergen_over_ours", "p95_ms"),
         ("`/v1/models` per second", "models_per_second_ours_over_hypergen", "per_second"),
     ]
     rows = [
@@ -162,8 +162,8 @@ def _server(figures: Figures) -> str:
     rows += [
         ("first start ever, with export and checks, s", _number(figures.get("start_first_shipped_ours_s")), "", ""),
         ("HTTP less gRPC, one picture, ms", _number(figures.get("gateway_share_ms")), "", ""),
-        ("the same, a picture of one step", _number(figures.get("gateway_share_one_step_ms")), "", ""),
-        ("by the server's own clock", _number(figures.get("gateway_share_ms_by_its_own_timings")), "", ""),
+        ("the same, a picture of one step, ms", _number(figures.get("gateway_share_one_step_ms")), "", ""),
+        ("by the server's own clock, ms", _number(figures.get("gateway_share_ms_by_its_own_timings")), "", ""),
     ]
     return _table(("", "ours", "HyperGen 0.1.0", "ratio"), rows)
 
