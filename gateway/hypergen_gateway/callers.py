@@ -70,7 +70,7 @@ def deadline_of(wanted: PictureRequest, caller: Caller) -> float | None:
 
 
 def read_asked(caller: Caller, route: str, wanted: PictureRequest, order: Order) -> Asked:
-    """What tells whether a request is asked again. Reads every pixel that came with it, so it is called in a thread."""
+    """What tells whether a request is asked again. Reads every pixel that came with it: many belong in a thread."""
     return Asked(
         owner=caller.owner,
         fingerprint=_fingerprint(route, wanted, order) if caller.may_return else "",
