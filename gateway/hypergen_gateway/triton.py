@@ -159,7 +159,7 @@ class TritonBackend:
         """The pictures in the order in which they are finished, each after its previews.
 
         What a Triton that went away still owed is asked for again when it, or another, is there: the same seeds give
-        the same pictures. But only once, as it may be what it went away for.
+        the same pictures. But not for ever, as it may be what it went away for.
         """
         came: set[tuple[int, int]] = set()
         again = _Again(self._returns_within)
@@ -234,7 +234,7 @@ class TritonBackend:
 
 
 class _Again:
-    """Whether what failed is tried again: until a Triton that went away should be back, and begun but twice."""
+    """Whether what failed is tried again: until Triton should be back, and at most three times where it was at work."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -258,7 +258,7 @@ class _Again:
         self._failures += 1
         # Nobody was there, where it failed at once; else it was at work.
         self._interruptions += now - self._began > RETRY_SECONDS
-        return self._interruptions < 2 and now < self._ends
+        return self._interruptions < 3 and now < self._ends
 
 
 async def _only(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:

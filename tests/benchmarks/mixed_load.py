@@ -24,7 +24,7 @@ from PIL import Image
 from running_server import KEY, Server
 
 GENERATIONS = "/v1/images/generations"
-SIZES = ("64x64", "96x64", "64x96", "56x88", "96x96")
+SIZES = ("64x64", "96x64", "64x96", "80x64", "96x96")
 FORMATS = ("png", "jpeg", "webp")
 SCHEDULERS = ("ddim", "euler", "euler_a", "dpmpp_2m", "unipc", "heun")
 PROMPTS = ("a rocket on a yellow background", "a cat", "two cats in the rain, " * 20, "😀")
@@ -65,6 +65,17 @@ async def drive(server: Server, seconds: float, in_flight: int, chance: random.R
                     outcomes.lost.append(f"{doing.__name__}: {error!r}")
 
         await asyncio.gather(*(one_after_another() for _ in range(in_flight)))
+
+
+async def touch_every_shape(server: Server) -> None:
+    """Draw every size, alone and together with others, as an engine keeps something for each shape that it has seen."""
+    headers = {"Authorization": f"Bearer {KEY}"}
+    async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=LIMIT_SECONDS) as client:
+        for size in SIZES:
+            for images in range(1, 9):
+                for guidance in (1, 2):
+                    wish = {"prompt": PROMPTS[0], "size": size, "n": images, "guidance_scale": guidance}
+                    await _generate(client, {**wish, "num_inference_steps": 2}, 200)
 
 
 def _wish(chance: random.Random, **more: Any) -> dict[str, Any]:

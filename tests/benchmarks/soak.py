@@ -32,7 +32,7 @@ import matplotlib as mpl
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.mixed_load import Outcomes, drive
+from benchmarks.mixed_load import Outcomes, drive, touch_every_shape
 from running_server import Server, samples_of, start_server, stop_server
 
 mpl.use("Agg")
@@ -248,6 +248,7 @@ def main() -> None:
     options = parser.parse_args()
     server = start_server("--max-queue-size", "4", "--link-lifetime", "60", model=options.model)
     try:
+        asyncio.run(touch_every_shape(server))
         series, outcomes = asyncio.run(soak(server, options.minutes * 60, options.in_flight))
     finally:
         stop_server(server)

@@ -33,7 +33,7 @@ def test_a_second_start_finds_the_export_and_is_quick(server: Server, own_server
 async def test_sigterm_lets_pictures_finish_and_refuses_new_ones(own_server: Server) -> None:
     async with own_server.async_client() as client:
         before = own_server.unet_counts()[1]
-        request = asyncio.create_task(draw(client, prompt="cat", size="256x256", num_inference_steps=150))
+        request = asyncio.create_task(draw(client, prompt="cat", size="128x128", num_inference_steps=150))
         while own_server.unet_counts()[1] < before + 2:
             await asyncio.sleep(0.02)
         own_server.process.send_signal(signal.SIGTERM)
@@ -41,7 +41,7 @@ async def test_sigterm_lets_pictures_finish_and_refuses_new_ones(own_server: Ser
         assert not request.done()
         with pytest.raises(httpx.ConnectError):
             await asyncio.to_thread(httpx.get, own_server.url)
-        assert (await request).shape == (256, 256, 3)
+        assert (await request).shape == (128, 128, 3)
     assert await asyncio.to_thread(own_server.process.wait, 30) == 0
 
 

@@ -333,6 +333,32 @@ class TestGenerate:
             *((1, 1), (1, 2), (1, 3), (1, 20)),
         ]
 
+    async def test_a_triton_that_is_expected_back_is_waited_for(self, triton: FakeTriton) -> None:
+        triton.hangs, triton.pictures_before_trouble = True, 1
+        async with serving(triton) as url:
+            backend = TritonBackend(url, request_timeout=10, returns_within=5)
+            stream = backend.generate(replace(FOX, num_images=2))
+            came = [await anext(stream)]
+        coming = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(1.0)  # several tries at a port on which nobody listens
+        assert not coming.done()
+        triton.hangs = False
+        async with serving(triton, port=int(url.rpartition(":")[2])), aclosing(stream):
+            came += [await coming, *[picture async for picture in stream]]
+        await backend.close()
+        assert [picture.index for picture in came] == [0, 1]
+        assert len(triton.requests) == 2
+
+    async def test_a_triton_that_stays_away_is_waited_for_no_longer_than_expected(self, triton: FakeTriton) -> None:
+        async with serving(triton) as url:
+            backend = TritonBackend(url, request_timeout=10, returns_within=0.6)
+            await pictures(backend)
+        began = time.monotonic()
+        with pytest.raises(UnavailableError):
+            await pictures(backend)
+        assert 0.6 <= time.monotonic() - began < 3
+        await backend.close()
+
     async def test_a_closed_backend_opens_again(self, backend: TritonBackend) -> None:
         await pictures(backend)
         await backend.close()
