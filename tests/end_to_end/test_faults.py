@@ -51,13 +51,16 @@ Seen = Callable[[str, str, str], None]
 
 @dataclass(frozen=True)
 class Disk:
-    """A file system of its own, small enough to be filled."""
+    """A file system of its own, small enough to be filled; where none can be mounted, a folder that cannot be."""
 
     folder: Path
+    obstacle: str = ""
 
     @contextlib.contextmanager
     def full(self) -> Iterator[None]:
         """Without a free byte while it lasts."""
+        if self.obstacle:
+            pytest.skip(f"a small file system cannot be mounted here: {self.obstacle}")
         ballast = self.folder / "ballast"
         try:
             with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
@@ -73,10 +76,9 @@ class Disk:
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disk]:
     folder = tmp_path_factory.mktemp("disk")
     mounting = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(folder)], capture_output=True)
-    if mounting.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {mounting.stderr.decode().strip()}")
-    yield Disk(folder)
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    yield Disk(folder, mounting.stderr.decode().strip())
+    if not mounting.returncode:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture(scope="module")
