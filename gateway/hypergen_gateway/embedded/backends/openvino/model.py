@@ -8,6 +8,8 @@ Knows nothing of diffusion. Runs inside Triton's Python stub.
 from __future__ import annotations
 
 import json
+import time
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,12 @@ PASSED_ON = ("PERFORMANCE_HINT", "NUM_STREAMS", "INFERENCE_NUM_THREADS")
 # costs half a second and twice the weights in memory per shape, so larger models than this are compiled once for all.
 SMALL_BYTES = 64 * 2**20
 MAX_EXACT_ROWS = 16
+# Shapes of other sizes than the usual one that are compiled as well; one that nobody has used for so long makes room.
+MAX_OTHERS = 12
+UNUSED_SECONDS = 60.0
 Array = npt.NDArray[Any]
+Shape = tuple[int, ...]
+Shapes = tuple[Shape, ...]
 
 
 class TritonPythonModel:
@@ -59,36 +66,50 @@ class TritonPythonModel:
 
 
 class _Compiled:
-    """A model's compilations: one for any shape and, of a small model, one for each batch of the usual size.
+    """A model's compilations: one for any shape and, of a small model, one for each shape that it is called with.
 
-    The usual size is the first that the model meets; the exporter's warm-up makes it the checkpoint's default. What
-    serves a shape is settled at its first use, so that equal calls give equal results.
+    The usual size is the first that the model meets; the exporter's warm-up makes it the checkpoint's default. All its
+    batches have room, so that nobody who asks for odd sizes makes it slow for the others.
     """
 
     def __init__(self, file: Path, properties: dict[str, Any]) -> None:
         self._core = openvino.Core()
         self._file = file
         self._properties = properties
-        self._usual: list[tuple[int, ...]] | None = None
-        self._exact: dict[int, Any] = {}
+        self._usual: Shapes | None = None
+        self._exact: dict[Shapes, Any] = {}
+        self._others: OrderedDict[Shapes, float] = OrderedDict()  # when each was used last
         self._is_small = sum(each.stat().st_size for each in file.parent.iterdir()) <= SMALL_BYTES
         self._any = None if self._is_small else self._compile({})
 
     def request_for(self, batch: dict[str, Array]) -> Any:
         """The infer request for arrays of these shapes."""
-        size = [array.shape[1:] for array in batch.values()]
-        if self._usual is None and self._is_small:
-            self._usual = size
-        rows = len(next(iter(batch.values())))
-        if size == self._usual and rows <= MAX_EXACT_ROWS:
-            if rows not in self._exact:
-                self._exact[rows] = self._compile({name: array.shape for name, array in batch.items()})
-            return self._exact[rows]
-        if self._any is None:
-            self._any = self._compile({})
-        return self._any
+        shapes = tuple(array.shape for array in batch.values())
+        if not self._is_small or not self._has_room(shapes):
+            if self._any is None:
+                self._any = self._compile({})
+            return self._any
+        if shapes not in self._exact:
+            self._exact[shapes] = self._compile(dict(zip(batch, shapes, strict=True)))
+        return self._exact[shapes]
 
-    def _compile(self, shapes: dict[str, tuple[int, ...]]) -> Any:
+    def _has_room(self, shapes: Shapes) -> bool:
+        size = tuple(shape[1:] for shape in shapes)
+        if self._usual is None:
+            self._usual = size
+        if shapes[0][0] > MAX_EXACT_ROWS or size == self._usual:
+            return shapes[0][0] <= MAX_EXACT_ROWS
+        now = time.monotonic()
+        if shapes not in self._others and len(self._others) == MAX_OTHERS:
+            oldest, used = next(iter(self._others.items()))
+            if now - used < UNUSED_SECONDS:
+                return False
+            del self._others[oldest], self._exact[oldest]
+        self._others[shapes] = now
+        self._others.move_to_end(shapes)
+        return True
+
+    def _compile(self, shapes: dict[str, Shape]) -> Any:
         model = self._core.read_model(self._file)
         if shapes:
             model.reshape(shapes)
