@@ -77,11 +77,15 @@ _EULER = {
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A pipeline's class and, by subfolder, what makes each module; tokenizers by subfolder and padding."""
+    """A pipeline's class and, by subfolder, what makes each module; tokenizers by subfolder and padding.
+
+    `absent` are the parts that the pipeline can do without, and is told so.
+    """
 
     pipeline: str
     modules: dict[str, Callable[[], torch.nn.Module]]
     tokenizers: dict[str, str]
+    absent: tuple[str, ...] = ("feature_extractor", "image_encoder")
 
 
 def _text_model(kind: type, **config: Any) -> torch.nn.Module:
@@ -103,6 +107,7 @@ ARCHITECTURES = {
             "vae": lambda: AutoencoderKL(sample_size=512, scaling_factor=0.18215, **_VAE),
         },
         tokenizers={"tokenizer": "<|endoftext|>"},
+        absent=("feature_extractor", "image_encoder", "safety_checker"),
     ),
     "sdxl": Architecture(
         pipeline="StableDiffusionXLPipeline",
@@ -204,7 +209,8 @@ def _engine(file: Path, dtype: str) -> Any:
 
 def save_checkpoint(folder: Path, architecture: Architecture) -> dict[str, int]:
     """Write a checkpoint with random weights in float16; returns each module's number of parameters."""
-    counts, classes = {}, {}
+    counts: dict[str, int] = {}
+    classes: dict[str, list[str | None]] = {}
     for name, make in architecture.modules.items():
         with torch.device("meta"):
             module = make().half()
@@ -214,6 +220,8 @@ def save_checkpoint(folder: Path, architecture: Architecture) -> dict[str, int]:
         module.save_pretrained(folder / name)  # type: ignore[operator]
     for name, pad_token in architecture.tokenizers.items():
         save_tokenizer(folder / name, pad_token, positions=77)
+        classes[name] = ["transformers", "CLIPTokenizer"]
+    classes |= {name: [None, None] for name in architecture.absent}
     index = {"_class_name": architecture.pipeline, "scheduler": ["diffusers", _EULER["_class_name"]], **classes}
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(_EULER))

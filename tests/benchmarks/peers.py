@@ -33,8 +33,8 @@ class Ground:
         """The Python of a peer's environment, installed if need be."""
         return install(self.work / "environments" / name, packages)
 
-    def log(self, name: str) -> Path:
-        return self.work / "logs" / f"{name}.log"
+    def log(self, name: str, subject: Subject) -> Path:
+        return self.work / "logs" / f"{name}-{subject.name}.log"
 
     def converted(self, subject: Subject, kind: str) -> Path:
         """Where a peer's own form of the checkpoint is kept."""
@@ -61,7 +61,7 @@ def _ours(dtype: str = "") -> Start:
         command = [str(ground.hypergen), "serve", str(subject.checkpoint), "--dtype", dtype or ground.dtype]
         command += ["--cache-dir", str(cache(subject, ground.work))]
         name = f"ours-{dtype}" if dtype else "ours"
-        return await start_server(name, command, "/health/ready", ground.log(name), subject.limits)
+        return await start_server(name, command, "/health/ready", ground.log(name, subject), subject.limits)
 
     return start
 
@@ -72,7 +72,7 @@ def _hypergen(dtype: str) -> Start:
         command = [str(python.parent / "hypergen"), "serve", str(subject.checkpoint), "--device", "cpu"]
         command += ["--dtype", dtype, "--max-batch-size", "8"]
         name = f"hypergen-{dtype}"
-        return await start_server(name, command, "/health", ground.log(name), subject.limits)
+        return await start_server(name, command, "/health", ground.log(name, subject), subject.limits)
 
     return start
 
@@ -134,7 +134,7 @@ async def _sdcpp(ground: Ground, subject: Subject) -> Worker:
 
 
 async def _work(name: str, command: list[str], options: dict[str, Any], ground: Ground, subject: Subject) -> Worker:
-    return await start_worker(name, command, options, ground.log(name), subject.limits)
+    return await start_worker(name, command, options, ground.log(name, subject), subject.limits)
 
 
 def _openvino_precision(dtype: str) -> str:
