@@ -145,6 +145,7 @@ def test_the_sampler_knows_its_checkpoint(repository: Path) -> None:
         "latent_channels": "4",
         "vae_scale_factor": "8",
         "max_batch_size": "8",
+        "max_cache_interval": "1",
     }
 
 
