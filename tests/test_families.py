@@ -520,11 +520,11 @@ async def test_a_merged_lora_draws_as_diffusers_pipeline_does_with_it(
     file = save(tmp_path, lora_weights(checkpoint.folder, "unet", *encoders))
     (lora,) = read_loras([f"{file}:0.5"])
     merged = {each.name: wrap(each, merged_module(checkpoint, each, lora)) for each in changed_by(lora, checkpoint)}
-    assert merged.keys() == {"unet", *encoders}
+    assert merged.keys() == {"unet", "unet_shallow", *encoders}
     pipeline = pipeline_of(checkpoint.folder)
     pipeline.load_lora_weights(str(file))
     pipeline.fuse_lora(lora_scale=0.5)
-    request = request_of(guidance_scale=5.0, negative_prompt="a green cat")
+    request = request_of(guidance_scale=5.0, negative_prompt="a green cat", cache_interval=2)
     ours = await dataclasses.replace(plain, modules=plain.modules | merged).draw(request)
     held(ours, by_diffusers(pipeline, request))
     base, _ = await plain.draw(request)
@@ -532,7 +532,8 @@ async def test_a_merged_lora_draws_as_diffusers_pipeline_does_with_it(
 
 
 def changed_by(lora: Lora, checkpoint: Checkpoint) -> list[Component]:
-    return [component for component in checkpoint.family.components if component.module in lora.modules]
+    components = with_deep_cache(checkpoint.family.components)
+    return [component for component in components if component.module in lora.modules]
 
 
 def merged_module(checkpoint: Checkpoint, component: Component, lora: Lora) -> torch.nn.Module:

@@ -45,6 +45,7 @@ def test_the_miniature_is_a_stable_diffusion(checkpoint: Checkpoint) -> None:
         "vocabulary": 540,
         "text_width": 32,
         "context_width": 32,
+        "deep_channels": 16,
         "latent_channels": 4,
         "vae_scale_factor": 8,
     }
