@@ -13,7 +13,7 @@ import logging
 import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from typing import Any
 
 import grpc
@@ -126,6 +126,7 @@ class TritonBackend:
         self._description: ModelDescription | None = None
         self._description_is_fresh = False
         self._streams = 0
+        self._ending = set[asyncio.Future[None]]()
 
     @property
     def at_work(self) -> bool:
@@ -190,18 +191,29 @@ class TritonBackend:
         headers = {"triton_grpc_error": "true", **current_trace.get()}
         responses = self._client.stream_infer(_only(request), stream_timeout=self._request_timeout, headers=headers)
         self._streams += 1
+        owed = generation.num_images
         try:
             with self._gate():
                 async for result, error in responses:
                     if error is not None:
                         raise error
-                    yield _to_picture(result)
+                    picture = _to_picture(result)
+                    owed -= picture.is_final
+                    yield picture
+                    if not owed:
+                        return
         finally:
             self._streams -= 1
-            responses.cancel()
+            if owed:
+                responses.cancel()
+            else:  # all is there: that Triton says so is a round trip for which nobody has to wait
+                self._ending.add(ending := asyncio.ensure_future(_read_to_end(responses)))
+                ending.add_done_callback(self._ending.discard)
 
     async def close(self) -> None:
         """Closes the connection."""
+        for ending in self._ending:
+            ending.cancel()
         if self._open_client is not None:
             await self._open_client.close()
             self._open_client = None
@@ -264,6 +276,12 @@ class _Again:
 async def _only(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
     # Nothing may fail in here: tritonclient shows an exception of this generator as a cancellation.
     yield request
+
+
+async def _read_to_end(responses: Any) -> None:
+    with suppress(grpc.aio.AioRpcError, grpc.aio.UsageError, InferenceServerException):
+        async for _ in responses:
+            pass
 
 
 def _to_inputs(generation: Generation) -> list[InferInput]:
