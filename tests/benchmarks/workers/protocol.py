@@ -34,10 +34,13 @@ def serve(load: Load) -> None:
         with lock:
             answers.write(json.dumps(fields) + "\n")
 
-    draws = load(json.loads(sys.stdin.readline()))
+    # Loaded, and first drawn, by the thread that draws: OpenMP keeps threads for each one that ever used it, and once
+    # they are more than the cores none of them waits awake any more, which makes torch nearly twice as slow.
+    loader = ThreadPoolExecutor(1)
+    draws = loader.submit(load, json.loads(sys.stdin.readline())).result()
     idle = list(draws)
     answer(ready=True)
-    with ThreadPoolExecutor(len(draws)) as executor:
+    with loader if len(draws) == 1 else ThreadPoolExecutor(len(draws)) as executor:
         for line in sys.stdin:
             executor.submit(_answer_one, json.loads(line), idle, answer)
 
