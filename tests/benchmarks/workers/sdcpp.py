@@ -36,7 +36,7 @@ def load(options: Job) -> list[Draw]:
             sample_method="euler",
             seed=job["seed"],
         )
-        return np.asarray(picture)
+        return np.asarray(picture.convert("RGB"))  # it comes with an alpha channel
 
     return [draw]
 
