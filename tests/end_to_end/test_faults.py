@@ -415,7 +415,9 @@ async def test_the_clock_may_jump_while_pictures_are_drawn(
     exported: Path, tmp_path: Path, clock: Clock, seen: Seen
 ) -> None:
     clock.set("+0")
-    server = start_server("--cache-dir", str(tmp_path), model=str(exported), environment=clock.environment)
+    # Its own temporary folder: psutil cannot wait under that library, if there is anything of others to clear up.
+    environment = clock.environment | {"TMPDIR": str(tmp_path)}
+    server = start_server("--cache-dir", str(tmp_path / "cache"), model=str(exported), environment=environment)
     try:
         outcomes = Counter[str]()
         for offset in ("+3600", "-7200"):

@@ -44,7 +44,8 @@ def _is_alive(pid: int) -> bool:
 def _kill_processes(run_folder: Path) -> None:
     """A server ends with its gateway, unless it hears no signal any more."""
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
+        # Nor may clearing up after another keep this one from its start.
+        with contextlib.suppress(psutil.Error, OSError):
             if any(str(run_folder) in argument for argument in process.cmdline()):
                 process.kill()
                 process.wait(KILL_SECONDS)
