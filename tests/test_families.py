@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +99,7 @@ class Sampler:
         answers = [(self.run(encoder, input_ids=ids), outputs) for encoder, ids, outputs in needed]
         return merge([{name: answer[name] for name in outputs} for answer, outputs in answers])
 
-    async def unet(self, rows: UNetRows) -> dict[str, Array]:
+    def unet(self, rows: UNetRows) -> dict[str, Array]:
         self.rows_of_calls.append(len(rows.sample))
         self.models_of_calls.append(rows.model)
         inputs = {"sample": rows.sample, "timestep": rows.timestep, **rows.conditions}
@@ -322,9 +323,10 @@ async def test_images_that_reuse_features_share_batches_with_those_that_do_not(p
     together = await asyncio.gather(*(sampler.draw(request, loop) for request in requests))
     for (one, _), (other, _) in zip(alone, together, strict=True):
         assert np.abs(one - other).max() <= 1e-4 * np.abs(one).max()
-    calls = list(zip(sampler.models_of_calls, sampler.rows_of_calls, strict=True))
+    calls = Counter(zip(sampler.models_of_calls, sampler.rows_of_calls, strict=True))
     deep, shallow = "unet", "unet_shallow"
-    assert calls == [(deep, 8), (deep, 2), (shallow, 6), (deep, 6), (shallow, 2), (deep, 4), (shallow, 4)]
+    rounds = [(deep, 8), (deep, 2), (shallow, 6), (deep, 6), (shallow, 2), (deep, 4), (shallow, 4)]
+    assert calls == Counter(rounds), "those of a round run side by side"
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 8.5])
@@ -356,8 +358,8 @@ async def test_size_prompt_and_negative_prompt_of_each_image_stay_its_own_in_a_b
     together = await asyncio.gather(*(sampler.draw(request, loop) for request in requests))
     for (one, _), (other, _) in zip(alone, together, strict=True):
         assert np.abs(one - other).max() <= 1e-4 * np.abs(one).max()
-    # Four rounds of the square ones and of the odd-sized one, then two of the one with six steps.
-    assert sampler.rows_of_calls == [5, 2] * 4 + [2] * 2
+    # Four rounds of the square ones beside the odd-sized one, then two of the one with six steps.
+    assert Counter(sampler.rows_of_calls) == Counter([5, 2] * 4 + [2] * 2)
 
 
 IMAGE_TO_IMAGE = {

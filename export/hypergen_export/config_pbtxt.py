@@ -37,7 +37,6 @@ def component_config(component: Component, options: EngineOptions) -> str:
         input=[_fill(pb.ModelInput(), tensor, options.shapes) for tensor in component.inputs],
         output=[_fill(pb.ModelOutput(), tensor, options.shapes) for tensor in component.outputs],
     )
-    config.dynamic_batching.SetInParent()
     _COMPLETE[options.engine](config, component, options)
     return _text(config)
 
@@ -63,8 +62,11 @@ def read_config(text: str) -> Any:
 def _complete_openvino(config: Any, component: Component, options: EngineOptions) -> None:
     """The parameters have the names of Triton's native OpenVINO backend.
 
-    One stream, for latency: the sampler makes one call at a time, and that call gets all cores.
+    One stream, for latency: the sampler makes one call at a time, and that call gets all cores. Its steps come in
+    batches already; a batcher before the UNet would find nothing to merge, and hand each on by one more thread.
     """
+    if component.module != "unet":
+        config.dynamic_batching.SetInParent()
     config.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=1)
     bf16 = "YES" if options.dtype == "bfloat16" else "NO"
     _set_parameters(config, {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "HINT_BF16": bf16})
@@ -88,6 +90,7 @@ def _add_warm_up(config: Any, component: Component, options: EngineOptions) -> N
 
 def _complete_tensorrt(config: Any, component: Component, options: EngineOptions) -> None:
     """All profiles in one instance per GPU: unnamed, Triton would use the first alone."""
+    config.dynamic_batching.SetInParent()
     config.max_batch_size = largest_batch(component, options.shapes.rows)
     names = [str(index) for index, _ in enumerate(profiles(component, options.shapes))]
     config.instance_group.add(kind=pb.ModelInstanceGroup.KIND_GPU, count=1, profile=names)

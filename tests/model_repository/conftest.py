@@ -19,7 +19,7 @@ class TorchUNet:
         self._unet = unet
         self.rows_of_calls: list[int] = []
 
-    async def __call__(self, rows: UNetRows) -> dict[str, Array]:
+    def __call__(self, rows: UNetRows) -> dict[str, Array]:
         self.rows_of_calls.append(len(rows.sample))
         with torch.no_grad():
             output = self._unet(

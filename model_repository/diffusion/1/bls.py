@@ -28,7 +28,7 @@ class ComponentUnavailableError(ComponentError):
 
 
 class Components:
-    """The engines of a checkpoint and its LoRAs. The dynamic batcher in front of each merges calls that meet there."""
+    """The engines of a checkpoint and its LoRAs."""
 
     async def encode_text(
         self, encoder: str, input_ids: npt.NDArray[np.int32], outputs: Sequence[str]
@@ -36,15 +36,15 @@ class Components:
         """[B, L] token ids to the named outputs of the model of a text encoder, such as hidden states [B, L, D]."""
         return await _call(encoder, {"input_ids": input_ids}, outputs)
 
-    async def unet(self, rows: UNetRows) -> dict[str, Array]:
-        """The outputs, each [R, C, h, w], that the rows of one batch ask for."""
+    def unet(self, rows: UNetRows) -> dict[str, Array]:
+        """The outputs, each [R, C, h, w], that the rows of one batch ask for. The calling thread waits for them."""
         inputs = {
             "sample": rows.sample,
             # Triton carries the timestep as [R, 1]; the configuration's reshape hands [R] to the engine.
             "timestep": rows.timestep[:, None],
             **rows.conditions,
         }
-        return await _call(rows.model, inputs, rows.outputs)
+        return _outputs(rows.model, _request(rows.model, inputs, rows.outputs).exec(), rows.outputs)
 
     async def encode(self, picture: npt.NDArray[np.uint8]) -> tuple[Array, Array]:
         """A picture [H, W, 3] to mean and standard deviation [C, h, w] of its latents."""
@@ -61,13 +61,19 @@ class Components:
 async def _call(
     model: str, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]
 ) -> dict[str, npt.NDArray[Any]]:
-    request = pb_utils.InferenceRequest(
+    return _outputs(model, await _request(model, inputs, outputs).async_exec(), outputs)
+
+
+def _request(model: str, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]) -> Any:
+    return pb_utils.InferenceRequest(
         model_name=model,
         inputs=[pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in inputs.items()],
         requested_output_names=list(outputs),
         preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU),
     )
-    response = await request.async_exec()
+
+
+def _outputs(model: str, response: Any, outputs: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
     if response.has_error():
         message = response.error().message()
         unavailable = any(words in message for words in UNAVAILABLE)

@@ -1,7 +1,7 @@
 """What the sampler adds to Triton's own metrics.
 
-Knows Triton's custom metrics and the step loop's reports. An update is a round trip to Triton's process, and the loop
-stands still meanwhile, so rounds in which no image comes or goes are summed up between updates.
+Knows Triton's custom metrics and the step loop's reports. An update is a few round trips to Triton's process, and the
+steps stand still meanwhile, so rounds are summed up between updates.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import triton_python_backend_utils as pb_utils
 
 from stepping import Round
 
-# Seconds between updates while the same images are at work; where the work ends, one follows at once.
-INTERVAL = 0.5
+# Seconds of work between updates; where the work ends, one follows at once.
+INTERVAL = 0.25
 
 GAUGES = {
     "active": ("active_images", "Images that take steps"),
@@ -41,15 +41,18 @@ class Gauges:
         self._counters = {name: self._metric(*texts, kinds.COUNTER) for name, texts in COUNTERS.items()}
         self._metric("unet_max_rows", "Rows that a call of the UNet may have", kinds.GAUGE).set(max_rows)
         self._growth: Counter[str] = Counter()
+        self._is_at_work = False
         self._updated = 0.0
-        self._shown = (0, 0)
 
     def report(self, done: Round) -> None:
         """Take in a round of the step loop."""
         self._growth.update({name: getattr(done, name) for name in COUNTERS})
-        at_work = (done.active, done.waiting)
-        # A single step is over before anybody was seen at work, and counts as well.
-        if not any(at_work) or at_work != self._shown or time.monotonic() - self._updated >= INTERVAL:
+        if not self._is_at_work:
+            self._is_at_work, self._updated = True, time.monotonic()
+        if not (done.active or done.waiting):
+            self._is_at_work = False
+            self._update(done)
+        elif time.monotonic() - self._updated >= INTERVAL:
             self._update(done)
 
     def _update(self, done: Round) -> None:
@@ -59,7 +62,6 @@ class Gauges:
             self._counters[name].increment(amount)
         self._growth.clear()
         self._updated = time.monotonic()
-        self._shown = (done.active, done.waiting)
 
     def _metric(self, name: str, description: str, kind: Any) -> Any:
         family = pb_utils.MetricFamily(name=f"hypergen_sampler_{name}", description=description, kind=kind)

@@ -117,7 +117,7 @@ class Image:
         are_kept = reused is None and self._cache_interval > 1
         return UNetRows(
             model=self.model,
-            sample=np.repeat(scaled, rows, axis=0),
+            sample=np.concatenate([scaled] * rows),
             timestep=np.full(rows, float(timestep), dtype=np.float32),
             # Of two rows the last is the prompt's own.
             conditions={name: array[-rows:] for name, array in conditions.items()},
@@ -129,7 +129,7 @@ class Image:
         if self._cache_interval > 1 and DEEP_FEATURES in answer:
             # No longer in Triton's memory, and without the rows of others.
             self._deep_features = answer[DEEP_FEATURES].copy()
-        guided = self._guide(torch.from_numpy(answer[MODEL_OUTPUT]))
+        guided = torch.from_numpy(self._guide(answer[MODEL_OUTPUT]))
         timestep, sample = self._timesteps[self.steps_done], self._latents
         step = self._scheduler.step(guided, timestep, sample, **self._extra)
         self.steps_done += 1
@@ -138,10 +138,10 @@ class Image:
         if self.steps_done in self._preview_steps:
             self._preview = self._put_back(original_of(self._scheduler, step, timestep, guided, sample), None)
 
-    def _guide(self, output: torch.Tensor) -> torch.Tensor:
+    def _guide(self, output: Array) -> Array:
         if len(output) == 1:
             return output
-        unconditional, conditional = output.chunk(2)
+        unconditional, conditional = output[:1], output[1:]
         return unconditional + self._guidance_scale * (conditional - unconditional)
 
     def _put_back(self, latents: torch.Tensor, next_timestep: torch.Tensor | None) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Step-level continuous batching: one loop owns every active image and takes them all one step further per round.
 
 Images of equal latent size share UNet calls whatever their prompt, seed, step, guidance or scheduler; they join and
-leave between rounds. Knows images and a UNet to call; knows nothing of Triton.
+leave between rounds. The rounds have a thread of their own, which calls the UNet itself: by way of the event loop,
+every step would wait twice more for a thread to wake up. Knows images and a UNet to call; knows nothing of Triton.
 
 Triton's own dynamic batcher cannot do this for a loop that sends its next request only after the last answer: such
 requests split into cohorts that never merge again, and every change of size breaks a batch.
@@ -10,9 +11,11 @@ requests split into cohorts that never merge again, and every change of size bre
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +24,12 @@ from conditions import Array
 from contract import QueueFullError
 from sampling import Image, UNetRows
 
-UNet = Callable[[UNetRows], Awaitable[Mapping[str, Array]]]
+UNet = Callable[[UNetRows], Mapping[str, Array]]
+
+# Batches of one round, which differ in size or model, that are in flight at a time.
+CALLS_AT_A_TIME = 8
+# Seconds between questions whether the clients are still there, each a round trip to Triton.
+ASK_SECONDS = 0.05
 
 
 class ClientGoneError(Exception):
@@ -72,10 +80,11 @@ class _Ticket:
     image: Image
     cancelled: Callable[[], bool]
     outcomes: asyncio.Queue[Sample | BaseException] = field(default_factory=asyncio.Queue)
+    events: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     over: bool = False
     """The last outcome is there: the final latents or an error."""
-    abandoned: bool = False
-    """Nobody reads the outcomes any longer, or the client has gone."""
+    end: BaseException | None = None
+    """Why the image takes no further step: nobody reads the outcomes any longer, or the client has gone."""
     joined: float = field(default_factory=time.perf_counter)
     admitted: float = 0.0
 
@@ -90,23 +99,26 @@ class _Ticket:
     def fail(self, error: BaseException) -> None:
         if not self.over:
             self.over = True
-            self.outcomes.put_nowait(error)
+            self._tell(error)
 
     def _hand_over(self, latents: Array) -> None:
         now = time.perf_counter()
         waited, took = self.admitted - self.joined, now - self.admitted
-        self.outcomes.put_nowait(Sample(latents, self.image.steps_done, self.image.finished, waited, took, now))
+        self._tell(Sample(latents, self.image.steps_done, self.image.finished, waited, took, now))
+
+    def _tell(self, outcome: Sample | BaseException) -> None:
+        self.events.call_soon_threadsafe(self.outcomes.put_nowait, outcome)
 
 
 class StepLoop:
     """Owns the active images and those that wait for a place among them.
 
     Args:
-        unet: answers one batch of rows with the outputs that they ask for, by name.
+        unet: answers one batch of rows with the outputs that they ask for, by name; called from several threads.
         max_rows: rows of one UNet call, at least 2.
         max_active: images that take steps at a time; all share the UNet evenly.
         max_waiting: images that may wait, first come first served.
-        report: is told of every round.
+        report: is told of every round, in the thread of the rounds.
     """
 
     def __init__(
@@ -124,10 +136,16 @@ class StepLoop:
         self._max_active = max_active
         self._max_waiting = max_waiting
         self._reserved = 0
+        self._tickets: set[_Ticket] = set()
+        self._watch: asyncio.Task[None] | None = None
+        self._threads = ThreadPoolExecutor(1 + CALLS_AT_A_TIME, "steps")
+        # Between the event loop and the thread of the rounds: who has come, and whether that thread is there.
+        self._lock = threading.Lock()
+        self._arrived: list[_Ticket] = []
+        self._is_running = False
+        # The thread's own.
         self._waiting: deque[_Ticket] = deque()
         self._active: list[_Ticket] = []
-        self._running: asyncio.Task[None] | None = None
-        self._untold: Round | None = None
 
     def reserve(self, images: int) -> None:
         """Claim places for images that will be sampled; each must be given back by `release`.
@@ -148,16 +166,14 @@ class StepLoop:
         """Take the image through all its steps; yields its previews, if it has any, and last its final latents.
 
         The steps go on whether or not a preview has been fetched. Closing the generator ends the image.
-        `cancelled` is asked once per round, and once for all images that share it: it is a round trip to Triton.
+        `cancelled` is asked now and then, and once for all images that share it.
 
         Raises:
             ClientGoneError: `cancelled` said so.
             Exception: whatever the UNet raised for this image's batch.
         """
         ticket = _Ticket(image, cancelled)
-        self._waiting.append(ticket)
-        if self._running is None or self._running.done():
-            self._running = asyncio.create_task(self._run())
+        self._enter(ticket)
         try:
             while True:
                 outcome = await ticket.outcomes.get()
@@ -167,46 +183,67 @@ class StepLoop:
                 if outcome.is_final:
                     return
         finally:
-            ticket.abandoned = True
+            self._tickets.remove(ticket)
+            ticket.end = ClientGoneError()
 
-    async def _run(self) -> None:
+    def _enter(self, ticket: _Ticket) -> None:
+        self._tickets.add(ticket)
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.create_task(self._watch_clients())
+        with self._lock:
+            self._arrived.append(ticket)
+            starts, self._is_running = not self._is_running, True
+        if starts:
+            # After this turn of the event loop, in which the other images of the same request come.
+            ticket.events.call_soon(self._threads.submit, self._run)
+
+    async def _watch_clients(self) -> None:
+        while self._tickets:
+            await asyncio.sleep(ASK_SECONDS)
+            for cancelled in {ticket.cancelled for ticket in self._tickets}:
+                if (end := _end(cancelled)) is not None:
+                    for ticket in self._tickets:
+                        ticket.end = end if ticket.cancelled == cancelled else ticket.end
+
+    def _run(self) -> None:
         try:
-            while self._waiting or self._active:
-                await self._round()
-                # Finished images are on their way to the decoder, and new ones may have come: let them go first.
-                await asyncio.sleep(0)
+            while self._has_work():
+                self._round()
         except BaseException as error:
-            # Nobody awaits this task: what ends it must reach those that wait for their images.
-            _fail([*self._active, *self._waiting], error)
-            self._active.clear()
-            self._waiting.clear()
+            # Nobody looks at this thread: what ends it must reach those that wait for their images.
+            with self._lock:
+                _fail([*self._active, *self._waiting, *self._arrived], error)
+                self._active.clear()
+                self._waiting.clear()
+                self._arrived.clear()
+                self._is_running = False
 
-    async def _round(self) -> None:
+    def _has_work(self) -> bool:
+        """Take in who has come. Where it is nobody, the thread ends with this, and the next one starts it again."""
+        with self._lock:
+            self._waiting.extend(self._arrived)
+            self._arrived.clear()
+            self._is_running = bool(self._waiting or self._active)
+            return self._is_running
+
+    def _round(self) -> None:
         self._admit()
         saved_steps = self._drop_those_nobody_waits_for()
-        steps = asyncio.gather(*(self._step(batch) for batch in self._batches()))
-        # Once the calls are on their way: what is a round trip to Triton costs nothing while the UNet works.
-        await asyncio.sleep(0)
-        self._tell()
-        self._ask_whether_clients_have_gone()
-        calls = await steps
+        batches = self._batches()
+        elsewhere = [self._threads.submit(self._step, batch) for batch in batches[1:]]
+        calls = [self._step(batch) for batch in batches[:1]] + [call.result() for call in elsewhere]
         self._active = [ticket for ticket in self._active if not ticket.over]
-        self._untold = Round(
-            active=len(self._active),
-            waiting=len(self._waiting),
-            unet_calls=len(calls),
-            unet_rows=sum(call.rows for call in calls),
-            unet_seconds=sum(call.seconds for call in calls),
-            steps=sum(call.steps for call in calls),
-            saved_steps=saved_steps,
+        self._report(
+            Round(
+                active=len(self._active),
+                waiting=len(self._waiting),
+                unet_calls=len(calls),
+                unet_rows=sum(call.rows for call in calls),
+                unet_seconds=sum(call.seconds for call in calls),
+                steps=sum(call.steps for call in calls),
+                saved_steps=saved_steps,
+            )
         )
-        if not self._active:
-            self._tell()
-
-    def _tell(self) -> None:
-        done, self._untold = self._untold, None
-        if done is not None:
-            self._report(done)
 
     def _admit(self) -> None:
         while self._waiting and len(self._active) < self._max_active:
@@ -214,26 +251,21 @@ class StepLoop:
             ticket.admitted = time.perf_counter()
             self._active.append(ticket)
 
-    def _ask_whether_clients_have_gone(self) -> None:
-        answers = {cancelled: cancelled() for cancelled in {ticket.cancelled for ticket in self._active}}
-        for ticket in (*self._active, *self._waiting):
-            ticket.abandoned = ticket.abandoned or answers.get(ticket.cancelled, False)
-
     def _drop_those_nobody_waits_for(self) -> int:
         """Returns the number of steps that this saves."""
-        gone = [ticket for ticket in (*self._active, *self._waiting) if ticket.abandoned]
-        _fail(gone, ClientGoneError())
+        gone = [ticket for ticket in (*self._active, *self._waiting) if ticket.end is not None]
+        for ticket in gone:
+            ticket.fail(ticket.end or ClientGoneError())
         self._active = [ticket for ticket in self._active if not ticket.over]
         self._waiting = deque(ticket for ticket in self._waiting if not ticket.over)
         return sum(ticket.image.steps - ticket.image.steps_done for ticket in gone)
 
-    def _batches(self) -> Iterable[list[_Ticket]]:
+    def _batches(self) -> list[list[_Ticket]]:
         """Split the active images into batches of one model and size, and at most `max_rows` rows."""
         alike: dict[tuple[str, tuple[int, int]], list[_Ticket]] = defaultdict(list)
         for ticket in self._active:
             alike[ticket.image.model, ticket.image.size].append(ticket)
-        for tickets in alike.values():
-            yield from self._fill(tickets)
+        return [batch for tickets in alike.values() for batch in self._fill(tickets)]
 
     def _fill(self, tickets: list[_Ticket]) -> Iterable[list[_Ticket]]:
         batch: list[_Ticket] = []
@@ -246,12 +278,12 @@ class StepLoop:
             rows += ticket.image.rows
         yield batch
 
-    async def _step(self, batch: list[_Ticket]) -> _Call:
+    def _step(self, batch: list[_Ticket]) -> _Call:
         """One UNet call and one scheduler step for each image of the batch; its failure ends these images alone."""
         rows = sum(ticket.image.rows for ticket in batch)
         began = time.perf_counter()
         try:
-            answer = await self._unet(_stack([ticket.image.unet_rows() for ticket in batch]))
+            answer = self._unet(_stack([ticket.image.unet_rows() for ticket in batch]))
             seconds = time.perf_counter() - began
             first = 0
             for ticket in batch:
@@ -269,7 +301,16 @@ def _fail(tickets: Iterable[_Ticket], error: BaseException) -> None:
         ticket.fail(error)
 
 
+def _end(cancelled: Callable[[], bool]) -> BaseException | None:
+    try:
+        return ClientGoneError() if cancelled() else None
+    except Exception as error:
+        return error
+
+
 def _stack(rows: list[UNetRows]) -> UNetRows:
+    if len(rows) == 1:
+        return rows[0]
     return UNetRows(
         model=rows[0].model,
         sample=np.concatenate([row.sample for row in rows]),
