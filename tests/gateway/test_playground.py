@@ -278,8 +278,7 @@ class TestImages:
     ) -> None:
         page = await open_page()
         await page.keyboard.type("a fox")
-        await page.locator("#image").set_input_files(halves)
-        await page.get_by_role("button", name="Paint a mask").click()
+        await begin_mask(page, halves)
         await paint(page, (0.75, 0.5), (0.75, 0.6))
         await use_mask(page)
         await page.locator("#prompt").press("Enter")
@@ -297,8 +296,7 @@ class TestImages:
     ) -> None:
         page = await open_page()
         await page.keyboard.type("a fox")
-        await page.locator("#image").set_input_files(halves)
-        await page.get_by_role("button", name="Paint a mask").click()
+        await begin_mask(page, halves)
         await expect(page.get_by_label("Mask", exact=True)).to_be_focused()
         for key in ("Space", "Control+z", "ArrowUp", "ArrowUp", "Shift+ArrowRight", "Shift+ArrowRight"):
             await page.keyboard.press(key)
@@ -317,8 +315,7 @@ class TestImages:
     async def test_esc_leaves_the_mask_as_it_was(self, open_page: OpenPage, backend: FakeBackend, halves: Path) -> None:
         page = await open_page()
         await page.keyboard.type("a fox")
-        await page.locator("#image").set_input_files(halves)
-        await page.get_by_role("button", name="Paint a mask").click()
+        await begin_mask(page, halves)
         await page.keyboard.press("Space")
         await page.keyboard.press("Escape")
         await expect(page.get_by_role("button", name="Paint a mask")).to_be_visible()
@@ -331,8 +328,7 @@ class TestImages:
     ) -> None:
         page = await open_page()
         await page.keyboard.type("a fox")
-        await page.locator("#image").set_input_files(halves)
-        await page.get_by_role("button", name="Paint a mask").click()
+        await begin_mask(page, halves)
         await page.keyboard.press("Space")
         await use_mask(page)
         await page.locator("#size").select_option("64x64")
@@ -392,6 +388,11 @@ def halves(tmp_path: Path) -> Path:
     photo.paste("blue", (320, 0, 640, 320))
     photo.save(tmp_path / "halves.png")
     return tmp_path / "halves.png"
+
+
+async def begin_mask(page: Page, photo: Path) -> None:
+    await page.locator("#image").set_input_files(photo)
+    await page.get_by_role("button", name="Paint a mask").click()
 
 
 async def use_mask(page: Page) -> None:
@@ -589,8 +590,7 @@ class TestCode:
     ) -> None:
         page = await open_page()
         await page.keyboard.type(AWKWARD)
-        await page.locator("#image").set_input_files(halves)
-        await page.get_by_role("button", name="Paint a mask").click()
+        await begin_mask(page, halves)
         await page.keyboard.press("Space")
         await use_mask(page)
         await page.locator("#prompt").press("Enter")
