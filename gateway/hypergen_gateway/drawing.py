@@ -119,7 +119,7 @@ def _part_from(generation: Generation, start: Start, strength: float | None) -> 
 def work_of(order: Order) -> Work:
     """What an order asks of the sampler. A picture that starts from an image takes the last part of its steps."""
     model = order.model
-    loads = [_load(part.generation) for part in order.parts]
+    loads = [_load(part.generation, model) for part in order.parts]
     strengths = [1.0 if part.generation.strength is None else part.generation.strength for part in order.parts]
     return Work(
         images=order.num_images,
@@ -128,19 +128,19 @@ def work_of(order: Order) -> Work:
     )
 
 
-def _load(generation: Generation) -> float:
+def _load(generation: Generation, model: ModelDescription) -> float:
     """Rows times pixels that a picture adds to a round, on the mean of its steps.
 
     The mean tells the whole truth, as a round's time is taken for a line over its load.
     """
     interval = generation.cache_interval or 1
     depth = (1.0 + (interval - 1) * _SHALLOW) / interval
-    return _rows(generation) * depth * generation.width * generation.height
+    return _rows(generation, model) * depth * generation.width * generation.height
 
 
-def _rows(generation: Generation) -> float:
+def _rows(generation: Generation, model: ModelDescription) -> float:
     """Rows of the UNet that a picture takes: two in the steps under classifier-free guidance, else one."""
-    if generation.guidance_scale <= 1:
+    if generation.guidance_scale <= 1 or model.guidance_width:
         return 1.0
     end = 1.0 if generation.guidance_end is None else generation.guidance_end
     return 1.0 + end - (generation.guidance_start or 0.0)
