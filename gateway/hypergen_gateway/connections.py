@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import resource
+from collections.abc import Callable
 from typing import Any
 
+import httptools
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -16,6 +18,9 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from hypergen_gateway.access import PROBE_PATHS
 from hypergen_gateway.errors import HeadTooLargeError, HyperGenError, InvalidRequestError, UnavailableError
 from hypergen_gateway.middleware import error_response
+
+# What an application puts into its lifespan's state to be told the statuses of requests that it never hears of.
+TELL_UNHEARD = "tell_unheard"
 
 # Far more than are drawn for at once, as idle ones count; far less than files may be open, as a form may open some.
 MAX_CONNECTIONS = 1000
@@ -50,7 +55,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if len(self.connections) > MAX_CONNECTIONS + MAX_REFUSALS:
             transport.abort()
         elif len(self.connections) > MAX_CONNECTIONS:
-            self.app = _only_probes(self.app)
+            self.app = _only_probes(self.app, self._tell)
         self._restart_timer(HEAD_SECONDS)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -62,8 +67,14 @@ class BoundedProtocol(HttpToolsProtocol):
         """Runs the clock while a head is on its way, and bounds what the parser keeps until it is whole."""
         if self.transport.is_closing():
             return
+        self._unset_keepalive_if_required()
         self._unparsed += len(data)
-        super().data_received(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            pass  # whoever asks for another protocol is answered in this one
+        except httptools.HttpParserError:  # no line in the log: anybody can send rubbish, as much as they like
+            self._refuse(InvalidRequestError("Invalid HTTP request received."))
         if self._unparsed > MAX_HEAD_BYTES and not self.transport.is_closing():
             self._refuse(HeadTooLargeError())
         if self._timer is None and not self._is_at_work():
@@ -99,14 +110,12 @@ class BoundedProtocol(HttpToolsProtocol):
             self._restart_timer(REST_SECONDS)
         super().on_response_complete()
 
-    def send_400_response(self, msg: str) -> None:
-        """Says what was wrong, where an answer is still possible, and ends the connection."""
-        self._refuse(InvalidRequestError(msg))
-
     def _is_at_work(self) -> bool:
         return self._in_body or not (self.cycle is None or self.cycle.response_complete)
 
     def _refuse(self, error: HyperGenError) -> None:
+        """Says what was wrong, where an answer is still possible, and ends the connection."""
+        self._tell(error.status)
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             response = error_response(error)
             lines = [STATUS_LINE[error.status], b"connection: close\r\n"]
@@ -117,8 +126,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self.cycle.message_event.set()
         self.transport.close()
 
-    def _unsupported_upgrade_warning(self) -> None:
-        """No line in the log: whoever asks for another protocol is answered in this one."""
+    def _tell(self, status: int) -> None:
+        tell: Callable[[int], None] | None = self.app_state.get(TELL_UNHEARD)
+        if tell is not None:
+            tell(status)
 
     def _restart_timer(self, seconds: float) -> None:
         self._stop_timer()
@@ -184,12 +195,16 @@ def bounded(app: Any, **settings: Any) -> uvicorn.Config:
     )
 
 
-def _only_probes(app: ASGIApp) -> ASGIApp:
+def _only_probes(app: ASGIApp, tell: Callable[[int], None]) -> ASGIApp:
     """Answers orchestrators, who would end a server that did not, and nobody else."""
 
     async def busy(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("path") in PROBE_PATHS:
+            await app(scope, receive, send)
+            return
         refusal = error_response(UnavailableError("The server has too many connections."))
         refusal.headers["Connection"] = "close"
-        await (app if scope.get("path") in PROBE_PATHS else refusal)(scope, receive, send)
+        tell(refusal.status_code)
+        await refusal(scope, receive, send)
 
     return busy

@@ -53,6 +53,14 @@ class Wire:
         finally:
             writer.close()
 
+    async def unheard(self, status: int) -> float:
+        """How many requests the gateway has refused with this status before it heard of them."""
+        answer = await self.say(b"GET /metrics HTTP/1.1\r\nHost: x\r\n" + LAST)
+        lines = [line.split() for line in answer.decode().splitlines()]
+        name = f'hypergen_gateway_unheard_requests_total{{status="{status}"}}'
+        (value,) = [words[1] for words in lines if words[:1] == [name]]
+        return float(value)
+
 
 @pytest.fixture(scope="module")
 def backend() -> FakeBackend:
@@ -124,10 +132,15 @@ class TestHeads:
             b"GET / HTTP/1.1\r\n Host: x\r\n\r\n",
         ],
     )
-    async def test_rubbish_is_a_400_in_openai_s_shape(self, wire: Wire, rubbish: bytes) -> None:
+    async def test_rubbish_is_a_400_in_openai_s_shape_counted_and_not_logged(
+        self, wire: Wire, caplog: pytest.LogCaptureFixture, rubbish: bytes
+    ) -> None:
+        before = await wire.unheard(400)
         answer = await wire.say(rubbish)
         assert statuses(answer) == [400]
         assert error_in(answer)["type"] == "invalid_request_error"
+        assert await wire.unheard(400) == before + 1
+        assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
     @pytest.mark.parametrize(
         ("line", "status"),
@@ -274,6 +287,7 @@ class TestNumber:
         self, wire: Wire, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         await asyncio.sleep(0.1)  # for the connections of other tests to be gone
+        before = await wire.unheard(503)
         monkeypatch.setattr(connections, "MAX_CONNECTIONS", 3)
         monkeypatch.setattr(connections, "MAX_REFUSALS", 2)
         async with AsyncExitStack() as stack:
@@ -297,3 +311,4 @@ class TestNumber:
         while await answered() != [200]:
             assert time.monotonic() < deadline
             await asyncio.sleep(0.01)
+        assert await wire.unheard(503) > before
