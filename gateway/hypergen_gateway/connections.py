@@ -16,7 +16,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from hypergen_gateway.access import PROBE_PATHS
-from hypergen_gateway.errors import HeadTooLargeError, HyperGenError, InvalidRequestError, UnavailableError
+from hypergen_gateway.errors import (
+    HeadTooLargeError,
+    HyperGenError,
+    InvalidRequestError,
+    RequestTimeoutError,
+    UnavailableError,
+)
 from hypergen_gateway.middleware import error_response
 
 # What an application puts into its lifespan's state to be told the statuses of requests that it never hears of.
@@ -46,7 +52,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().__init__(*arguments, **settings)
         self._timer: asyncio.TimerHandle | None = None
         self._unparsed = 0  # bytes since something came of them
-        self._in_body = False
+        self._in_head = self._in_body = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Starts the clock for the first head; beyond the limit, the application is another one."""
@@ -56,7 +62,7 @@ class BoundedProtocol(HttpToolsProtocol):
             transport.abort()
         elif len(self.connections) > MAX_CONNECTIONS:
             self.app = _only_probes(self.app, self._tell)
-        self._restart_timer(HEAD_SECONDS)
+        self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stops the clock."""
@@ -78,7 +84,12 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._unparsed > MAX_HEAD_BYTES and not self.transport.is_closing():
             self._refuse(HeadTooLargeError())
         if self._timer is None and not self._is_at_work():
-            self._restart_timer(HEAD_SECONDS)
+            self._await_head()
+
+    def on_message_begin(self) -> None:
+        """The first byte of a head is there."""
+        self._in_head = True
+        super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Trailers come by here, too, and are nobody's headers."""
@@ -92,7 +103,7 @@ class BoundedProtocol(HttpToolsProtocol):
             raise ValueError("another version, or not one Host")
         super().on_headers_complete()
         self._stop_timer()
-        self._unparsed, self._in_body = 0, True
+        self._unparsed, self._in_head, self._in_body = 0, False, True
 
     def on_body(self, body: bytes) -> None:
         """A part of it is there."""
@@ -107,7 +118,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Whoever was refused while sending may send on for a moment only."""
         if self._in_body and not self.pipeline:
-            self._restart_timer(REST_SECONDS)
+            self._restart_timer(REST_SECONDS, self.transport.abort)
         super().on_response_complete()
 
     def _is_at_work(self) -> bool:
@@ -131,9 +142,19 @@ class BoundedProtocol(HttpToolsProtocol):
         if tell is not None:
             tell(status)
 
-    def _restart_timer(self, seconds: float) -> None:
+    def _await_head(self) -> None:
+        self._restart_timer(HEAD_SECONDS, self._give_up_head)
+
+    def _give_up_head(self) -> None:
+        """Whoever has begun is told so; who has said nothing expects nothing."""
+        if self._in_head:
+            self._refuse(RequestTimeoutError("The head of the request did not arrive in time."))
+        else:
+            self.transport.abort()
+
+    def _restart_timer(self, seconds: float, at_end: Callable[[], None]) -> None:
         self._stop_timer()
-        self._timer = self.loop.call_later(seconds, self.transport.abort)
+        self._timer = self.loop.call_later(seconds, at_end)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
