@@ -37,8 +37,11 @@ VALUE_SETS: dict[str, dict[str, Any]] = {
         "model": {"id": "acme/gated", "sizes": ["1024x1024", "768x1344"], "hubTokenSecret": "hub"},
         "images": {"pullSecrets": ["registry"]},
     },
-    "browsers, LoRAs and a shallow UNet": {
-        "gateway": {"corsOrigins": ["https://app.example.com", "http://localhost:3000"]},
+    "browsers, links, LoRAs and a shallow UNet": {
+        "gateway": {
+            "corsOrigins": ["https://app.example.com", "http://localhost:3000"],
+            "links": {"publicUrl": "https://images.example.com", "bucket": "s3://pictures/made", "secret": "bucket"},
+        },
         "model": {
             "deepCache": True,
             "loras": [INK, {"name": "words", "file": "trained/words", "scale": 1}],
@@ -74,6 +77,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a LoRA out of its volume": ({"model": {"loras": [INK | {"file": "../ink"}], "lorasClaim": "l"}}, "/loras/0/file"),
     "a LoRA that is not there": ({"model": {"loras": [INK | {"scale": 0}], "lorasClaim": "l"}}, "/loras/0/scale"),
     "a page in place of its website": ({"gateway": {"corsOrigins": ["https://a.example/x"]}}, "/corsOrigins/0"),
+    "a bucket of another kind": ({"gateway": {"links": {"bucket": "gs://pictures"}}}, "/gateway/links/bucket"),
     "nobody who exports": ({"export": {"enabled": False}}, "/repository/folder"),
     "a way out of the volume": ({"repository": {"folder": "../other"}}, "/repository/folder"),
 }
@@ -175,11 +179,15 @@ def test_the_gateway_understands_its_arguments(manifests: dict[str, list[dict[st
     assert container(gateway)["securityContext"]["readOnlyRootFilesystem"] is True
 
 
-def test_websites_and_loras_arrive_where_they_are_read(manifests: dict[str, list[dict[str, Any]]]) -> None:
-    documents = manifests["browsers, LoRAs and a shallow UNet"]
-    served = read_command(container(one(documents, "Deployment", "gateway"))["args"])
+def test_websites_links_and_loras_arrive_where_they_are_read(manifests: dict[str, list[dict[str, Any]]]) -> None:
+    documents = manifests["browsers, links, LoRAs and a shallow UNet"]
+    gateway = container(one(documents, "Deployment", "gateway"))
+    served = read_command(gateway["args"])
+    given = {name: served[name] for name in ("cors_origins", "public_url", "link_bucket")}
+    assert gateway["envFrom"] == [{"secretRef": {"name": "bucket"}}]
+    assert (given["public_url"], given["link_bucket"]) == ("https://images.example.com", "s3://pictures/made")
     assert served["cors_origins"] == ("https://app.example.com", "http://localhost:3000")
-    assert Config(cors_origins=served["cors_origins"])
+    assert Config(**given)
     export = one(documents, "Job", "export")
     options = read_command(container(export)["args"])
     assert options["deep_cache"] is True
