@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,10 +101,6 @@ def _export(checkpoint: Path, cache_dir: Path) -> Path:
 @pytest.fixture(scope="session")
 def pipeline(checkpoint: Path) -> Any:
     """diffusers' own pipeline of the checkpoint; whoever uses it sets its scheduler."""
-    from diffusers import StableDiffusionPipeline
+    from pipelines import pipeline_of
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pipe = StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipeline_of(checkpoint)

@@ -35,6 +35,7 @@ MODEL = ModelDescription(
     max_num_images=10,
     max_num_inference_steps=150,
     max_guidance_scale=20.0,
+    guidance_width=0,
     max_cache_interval=1,
     max_active_images=4,
     suggestions=(),

@@ -31,6 +31,7 @@ PARAMETERS = {
     "max_num_images": "10",
     "max_num_inference_steps": "150",
     "max_guidance_scale": "20",
+    "guidance_width": "0",
     "max_cache_interval": "10",
     "max_active_images": "32",
     "max_waiting_images": "256",

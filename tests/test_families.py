@@ -12,7 +12,7 @@ import functools
 import json
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ import numpy.typing as npt
 import pytest
 import torch
 from diffusers import (
-    DiffusionPipeline,
     LatentConsistencyModelImg2ImgPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
@@ -46,6 +45,7 @@ from hypergen_export.tokenizer import write_tokenizer
 from hypergen_export.wrappers import wrap
 from loras import Weights, lora_weights, save_by_diffusers, save_by_kohya
 from miniature import FAMILIES, save_miniature
+from pipelines import pipeline_of
 from prompts import PromptTokenizers
 from samplers import SCHEDULERS, make_scheduler
 from sampling import Image, UNetRows
@@ -145,14 +145,6 @@ def sampler_of(folder: Path) -> Sampler:
     return Sampler(checkpoint, architecture, PromptTokenizers(folder, architecture.tokenizers), modules)
 
 
-def pipeline_of(folder: Path) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pipeline = DiffusionPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def request_of(**changes: Any) -> Request:
     wish: dict[str, Any] = {
         "prompt": PROMPT,
@@ -210,6 +202,17 @@ def held(ours: tuple[Array, Pixels], theirs: tuple[Array, Pixels], tolerance: fl
     assert levels.mean() <= 0.01
 
 
+async def drawn_together(sampler: Sampler, requests: Sequence[Request]) -> None:
+    """Draws in one loop what equals what is drawn alone; only the calls made together are left noted."""
+    alone = [await sampler.draw(request) for request in requests]
+    sampler.rows_of_calls.clear()
+    sampler.models_of_calls.clear()
+    loop = sampler.loop()
+    together = await asyncio.gather(*(sampler.draw(request, loop) for request in requests))
+    for (one, _), (other, _) in zip(alone, together, strict=True):
+        assert np.abs(one - other).max() <= 1e-4 * np.abs(one).max()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_a_familys_picture_equals_the_one_of_diffusers_pipeline(family: str, pair_of: Any) -> None:
     pair = pair_of(family)
@@ -262,12 +265,7 @@ async def test_images_guided_in_other_steps_share_batches_and_stay_their_own(pai
         request_of(seed=seed, scheduler="ddim", guidance_scale=5.0, guidance_start=start, guidance_end=end)
         for seed, (start, end) in enumerate(intervals)
     ]
-    alone = [await sampler.draw(request) for request in requests]
-    sampler.rows_of_calls.clear()
-    loop = sampler.loop()
-    together = await asyncio.gather(*(sampler.draw(request, loop) for request in requests))
-    for (one, _), (other, _) in zip(alone, together, strict=True):
-        assert np.abs(one - other).max() <= 1e-4 * np.abs(one).max()
+    await drawn_together(sampler, requests)
     assert sampler.rows_of_calls == [6, 7, 7, 6]
 
 
@@ -316,13 +314,7 @@ async def test_images_that_reuse_features_share_batches_with_those_that_do_not(p
         request_of(seed=seed, scheduler="ddim", guidance_scale=5.0, cache_interval=interval)
         for seed, interval in enumerate([1, 2, 2, 3])
     ]
-    alone = [await sampler.draw(request) for request in requests]
-    sampler.rows_of_calls.clear()
-    sampler.models_of_calls.clear()
-    loop = sampler.loop()
-    together = await asyncio.gather(*(sampler.draw(request, loop) for request in requests))
-    for (one, _), (other, _) in zip(alone, together, strict=True):
-        assert np.abs(one - other).max() <= 1e-4 * np.abs(one).max()
+    await drawn_together(sampler, requests)
     calls = Counter(zip(sampler.models_of_calls, sampler.rows_of_calls, strict=True))
     deep, shallow = "unet", "unet_shallow"
     rounds = [(deep, 8), (deep, 2), (shallow, 6), (deep, 6), (shallow, 2), (deep, 4), (shallow, 4)]
@@ -352,12 +344,7 @@ async def test_size_prompt_and_negative_prompt_of_each_image_stay_its_own_in_a_b
         request_of(seed=3, guidance_scale=3.0, negative_prompt="green", num_inference_steps=6),
         request_of(seed=4, width=72, height=40, guidance_scale=2.0),
     ]
-    alone = [await sampler.draw(request) for request in requests]
-    sampler.rows_of_calls.clear()
-    loop = sampler.loop()
-    together = await asyncio.gather(*(sampler.draw(request, loop) for request in requests))
-    for (one, _), (other, _) in zip(alone, together, strict=True):
-        assert np.abs(one - other).max() <= 1e-4 * np.abs(one).max()
+    await drawn_together(sampler, requests)
     # Four rounds of the square ones beside the odd-sized one, then two of the one with six steps.
     assert Counter(sampler.rows_of_calls) == Counter([5, 2] * 4 + [2] * 2)
 

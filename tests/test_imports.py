@@ -28,6 +28,7 @@ GATEWAY_LAYERS = [
     "config",
     "images",
     "faults",
+    "threads",
     "bodies",
     "patience",
     "fields",

@@ -18,6 +18,7 @@ from hypergen_gateway.admission import Admission
 from hypergen_gateway.browsers import OtherWebsites, SecurityHeaders, cors
 from hypergen_gateway.config import Config
 from hypergen_gateway.connection import cancel
+from hypergen_gateway.connections import TELL_UNHEARD
 from hypergen_gateway.drawing import Studio
 from hypergen_gateway.endpoints import Endpoints
 from hypergen_gateway.errors import HyperGenError
@@ -54,11 +55,11 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
     open_paths = OPEN_PATHS if config.metrics_need_key else OPEN_PATHS | {METRICS_PATH}
 
     @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+    async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Any]]:
         tidying = asyncio.create_task(links.run())
         await _read_description(backend)
         try:
-            yield
+            yield {TELL_UNHEARD: metrics.unheard}
         finally:
             await cancel(tidying)
             await jobs.close()

@@ -26,6 +26,7 @@ class Capabilities(BaseModel):
     max_num_inference_steps: int
     default_guidance_scale: float
     max_guidance_scale: float
+    guidance_interval: bool = Field(description="Whether `guidance_start` and `guidance_end` can be said.")
     max_cache_interval: int = Field(description="1 where the model is served without `--deep-cache`.")
     max_num_images: int
     schedulers: tuple[str, ...]
@@ -46,6 +47,7 @@ def of_model(model: ModelDescription, id_: str) -> Capabilities:
         max_num_inference_steps=model.max_num_inference_steps,
         default_guidance_scale=model.default_guidance_scale,
         max_guidance_scale=model.max_guidance_scale,
+        guidance_interval=model.guidance_width == 0,
         max_cache_interval=model.max_cache_interval,
         max_num_images=model.max_num_images,
         schedulers=model.schedulers,

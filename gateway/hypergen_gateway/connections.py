@@ -7,15 +7,26 @@ from __future__ import annotations
 
 import asyncio
 import resource
+from collections.abc import Callable
 from typing import Any
 
+import httptools
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from hypergen_gateway.access import PROBE_PATHS
-from hypergen_gateway.errors import HeadTooLargeError, HyperGenError, InvalidRequestError, UnavailableError
+from hypergen_gateway.errors import (
+    HeadTooLargeError,
+    HyperGenError,
+    InvalidRequestError,
+    RequestTimeoutError,
+    UnavailableError,
+)
 from hypergen_gateway.middleware import error_response
+
+# What an application puts into its lifespan's state to be told the statuses of requests that it never hears of.
+TELL_UNHEARD = "tell_unheard"
 
 # Far more than are drawn for at once, as idle ones count; far less than files may be open, as a form may open some.
 MAX_CONNECTIONS = 1000
@@ -41,7 +52,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().__init__(*arguments, **settings)
         self._timer: asyncio.TimerHandle | None = None
         self._unparsed = 0  # bytes since something came of them
-        self._in_body = False
+        self._in_head = self._in_body = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Starts the clock for the first head; beyond the limit, the application is another one."""
@@ -50,8 +61,8 @@ class BoundedProtocol(HttpToolsProtocol):
         if len(self.connections) > MAX_CONNECTIONS + MAX_REFUSALS:
             transport.abort()
         elif len(self.connections) > MAX_CONNECTIONS:
-            self.app = _only_probes(self.app)
-        self._restart_timer(HEAD_SECONDS)
+            self.app = _only_probes(self.app, self._tell)
+        self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stops the clock."""
@@ -62,12 +73,23 @@ class BoundedProtocol(HttpToolsProtocol):
         """Runs the clock while a head is on its way, and bounds what the parser keeps until it is whole."""
         if self.transport.is_closing():
             return
+        self._unset_keepalive_if_required()
         self._unparsed += len(data)
-        super().data_received(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            pass  # whoever asks for another protocol is answered in this one
+        except httptools.HttpParserError:  # no line in the log: anybody can send rubbish, as much as they like
+            self._refuse(InvalidRequestError("Invalid HTTP request received."))
         if self._unparsed > MAX_HEAD_BYTES and not self.transport.is_closing():
             self._refuse(HeadTooLargeError())
         if self._timer is None and not self._is_at_work():
-            self._restart_timer(HEAD_SECONDS)
+            self._await_head()
+
+    def on_message_begin(self) -> None:
+        """The first byte of a head is there."""
+        self._in_head = True
+        super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Trailers come by here, too, and are nobody's headers."""
@@ -81,7 +103,7 @@ class BoundedProtocol(HttpToolsProtocol):
             raise ValueError("another version, or not one Host")
         super().on_headers_complete()
         self._stop_timer()
-        self._unparsed, self._in_body = 0, True
+        self._unparsed, self._in_head, self._in_body = 0, False, True
 
     def on_body(self, body: bytes) -> None:
         """A part of it is there."""
@@ -96,17 +118,15 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Whoever was refused while sending may send on for a moment only."""
         if self._in_body and not self.pipeline:
-            self._restart_timer(REST_SECONDS)
+            self._restart_timer(REST_SECONDS, self.transport.abort)
         super().on_response_complete()
-
-    def send_400_response(self, msg: str) -> None:
-        """Says what was wrong, where an answer is still possible, and ends the connection."""
-        self._refuse(InvalidRequestError(msg))
 
     def _is_at_work(self) -> bool:
         return self._in_body or not (self.cycle is None or self.cycle.response_complete)
 
     def _refuse(self, error: HyperGenError) -> None:
+        """Says what was wrong, where an answer is still possible, and ends the connection."""
+        self._tell(error.status)
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             response = error_response(error)
             lines = [STATUS_LINE[error.status], b"connection: close\r\n"]
@@ -117,12 +137,24 @@ class BoundedProtocol(HttpToolsProtocol):
             self.cycle.message_event.set()
         self.transport.close()
 
-    def _unsupported_upgrade_warning(self) -> None:
-        """No line in the log: whoever asks for another protocol is answered in this one."""
+    def _tell(self, status: int) -> None:
+        tell: Callable[[int], None] | None = self.app_state.get(TELL_UNHEARD)
+        if tell is not None:
+            tell(status)
 
-    def _restart_timer(self, seconds: float) -> None:
+    def _await_head(self) -> None:
+        self._restart_timer(HEAD_SECONDS, self._give_up_head)
+
+    def _give_up_head(self) -> None:
+        """Whoever has begun is told so; who has said nothing expects nothing."""
+        if self._in_head:
+            self._refuse(RequestTimeoutError("The head of the request did not arrive in time."))
+        else:
+            self.transport.abort()
+
+    def _restart_timer(self, seconds: float, at_end: Callable[[], None]) -> None:
         self._stop_timer()
-        self._timer = self.loop.call_later(seconds, self.transport.abort)
+        self._timer = self.loop.call_later(seconds, at_end)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -184,12 +216,16 @@ def bounded(app: Any, **settings: Any) -> uvicorn.Config:
     )
 
 
-def _only_probes(app: ASGIApp) -> ASGIApp:
+def _only_probes(app: ASGIApp, tell: Callable[[int], None]) -> ASGIApp:
     """Answers orchestrators, who would end a server that did not, and nobody else."""
 
     async def busy(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("path") in PROBE_PATHS:
+            await app(scope, receive, send)
+            return
         refusal = error_response(UnavailableError("The server has too many connections."))
         refusal.headers["Connection"] = "close"
-        await (app if scope.get("path") in PROBE_PATHS else refusal)(scope, receive, send)
+        tell(refusal.status_code)
+        await refusal(scope, receive, send)
 
     return busy

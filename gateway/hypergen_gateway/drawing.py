@@ -6,6 +6,8 @@ Knows the order of the work: a place in the queue, the backend, what becomes of 
 from __future__ import annotations
 
 import asyncio
+import functools
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -19,10 +21,11 @@ from hypergen_gateway.generation import Backend, Generation, ModelDescription, P
 from hypergen_gateway.images import FileFormat, encode
 from hypergen_gateway.pace import Work
 from hypergen_gateway.starts import Retouch, Start
+from hypergen_gateway.threads import off_the_loop
 
 # What a row takes of a step in which deep features are reused, against one that goes through the whole UNet.
 _SHALLOW = 0.25
-# A fifth of a millisecond in a PNG, which is what it takes to have a thread do it and to hear of it.
+# A fifth of a millisecond in a PNG.
 _QUICK_BYTES = 16 << 10
 
 
@@ -68,6 +71,13 @@ class Drawn:
     part: Part
     picture: Picture
 
+    @property
+    def nbytes(self) -> int:
+        """The memory of the pixels that are turned into its file: as drawn, and as retouched."""
+        retouch = self.part.retouch
+        retouched = math.prod(retouch.size) * self.picture.pixels.shape[-1] if retouch is not None else 0
+        return self.picture.pixels.nbytes + retouched
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Finished:
@@ -109,7 +119,7 @@ def _part_from(generation: Generation, start: Start, strength: float | None) -> 
 def work_of(order: Order) -> Work:
     """What an order asks of the sampler. A picture that starts from an image takes the last part of its steps."""
     model = order.model
-    loads = [_load(part.generation) for part in order.parts]
+    loads = [_load(part.generation, model) for part in order.parts]
     strengths = [1.0 if part.generation.strength is None else part.generation.strength for part in order.parts]
     return Work(
         images=order.num_images,
@@ -118,19 +128,19 @@ def work_of(order: Order) -> Work:
     )
 
 
-def _load(generation: Generation) -> float:
+def _load(generation: Generation, model: ModelDescription) -> float:
     """Rows times pixels that a picture adds to a round, on the mean of its steps.
 
     The mean tells the whole truth, as a round's time is taken for a line over its load.
     """
     interval = generation.cache_interval or 1
     depth = (1.0 + (interval - 1) * _SHALLOW) / interval
-    return _rows(generation) * depth * generation.width * generation.height
+    return _rows(generation, model) * depth * generation.width * generation.height
 
 
-def _rows(generation: Generation) -> float:
+def _rows(generation: Generation, model: ModelDescription) -> float:
     """Rows of the UNet that a picture takes: two in the steps under classifier-free guidance, else one."""
-    if generation.guidance_scale <= 1:
+    if generation.guidance_scale <= 1 or model.guidance_width:
         return 1.0
     end = 1.0 if generation.guidance_end is None else generation.guidance_end
     return 1.0 + end - (generation.guidance_start or 0.0)
@@ -207,7 +217,9 @@ class Drawing:
         try:
             async with aclosing(self._draw()) as everything:
                 async for drawn in everything:
-                    files.put_nowait(asyncio.ensure_future(_finish(drawn, self.order.file_format)))
+                    work = functools.partial(finish, drawn, self.order.file_format)
+                    file = off_the_loop(work, drawn.nbytes, quick=_QUICK_BYTES)
+                    files.put_nowait(asyncio.ensure_future(file))
         finally:
             files.put_nowait(None)
 
@@ -261,15 +273,8 @@ class Drawing:
                 yield Drawn(part=part, picture=replace(picture, index=part.first_index + picture.index))
 
 
-async def _finish(drawn: Drawn, file_format: FileFormat) -> Finished:
-    """A picture's file: made in a thread, unless asking one takes as long."""
-    if drawn.picture.pixels.nbytes <= _QUICK_BYTES and drawn.part.retouch is None:
-        return finish(drawn, file_format)
-    return await asyncio.to_thread(finish, drawn, file_format)
-
-
 def finish(drawn: Drawn, file_format: FileFormat) -> Finished:
-    """A picture's file. Blocks, so it is called in a thread."""
+    """A picture's file. Blocks."""
     began = time.perf_counter()
     pixels, retouch = drawn.picture.pixels, drawn.part.retouch
     if retouch is not None:

@@ -7,9 +7,10 @@ a client is told in `responses`.
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -40,9 +41,10 @@ from hypergen_gateway.openapi import describe_api
 from hypergen_gateway.patience import BodyPatience
 from hypergen_gateway.responses import Health
 from hypergen_gateway.starts import Start, Uploads, open_starts
+from hypergen_gateway.threads import off_the_loop
 
 T = TypeVar("T")
-# A tenth of a millisecond in base64, and half of what it takes to have a thread do it and to hear of it.
+# A tenth of a millisecond in base64.
 _QUICK_BYTES = 128 << 10
 
 
@@ -175,7 +177,9 @@ class Endpoints:
         request.state.drawn = {"images": order.num_images, "steps": order.num_images * order.num_inference_steps}
         caller = read_caller(request.headers)
         deadline = deadline_of(wanted, caller)
-        asked = await _off_the_loop(order.nbytes, lambda: read_asked(caller, request.url.path, wanted, order))
+        asked = await off_the_loop(
+            lambda: read_asked(caller, request.url.path, wanted, order), order.nbytes, quick=_QUICK_BYTES
+        )
         job = self.jobs.join(asked, lambda: self.studio.take(order, deadline))
         limit = min(deadline or math.inf, self.config.request_timeout)
         with job.attended():
@@ -199,8 +203,10 @@ class Endpoints:
         urls = await self._publish(request, finished, job) if wanted.response_format == "url" else None
         headers = {"Server-Timing": responses.server_timing(finished), **_place_headers(job)}
         nbytes = sum(len(picture.file) for picture in finished)
-        return await _off_the_loop(
-            nbytes, lambda: _json(responses.images_response(wanted, finished, urls), headers=headers)
+        return await off_the_loop(
+            lambda: _json(responses.images_response(wanted, finished, urls), headers=headers),
+            nbytes,
+            quick=_QUICK_BYTES,
         )
 
     async def _publish(self, request: Request, finished: Sequence[Finished], job: Job) -> list[str]:
@@ -248,7 +254,8 @@ async def _frames(wanted: PictureRequest, job: Job) -> AsyncGenerator[bytes, Non
         async for finished in pictures:
             number = previews[finished.picture.index]
             previews[finished.picture.index] += 1
-            yield await asyncio.to_thread(_frame, wanted, finished, number)
+            frame = functools.partial(_frame, wanted, finished, number)
+            yield await off_the_loop(frame, len(finished.file), quick=_QUICK_BYTES)
 
 
 def _frame(wanted: PictureRequest, finished: Finished, number: int) -> bytes:
@@ -266,11 +273,6 @@ def _place_headers(job: Job) -> dict[str, str]:
     if place.estimate is not None:
         headers["x-hypergen-estimated-ms"] = str(round(place.estimate * 1000))
     return headers
-
-
-async def _off_the_loop(nbytes: int, work: Callable[[], T]) -> T:
-    """The result of `work` on that much data: in a thread, unless the change of threads would take longer."""
-    return work() if nbytes <= _QUICK_BYTES else await asyncio.to_thread(work)
 
 
 def _json(model: BaseModel, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

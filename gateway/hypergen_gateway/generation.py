@@ -96,6 +96,7 @@ class ModelDescription:
     max_num_images: int
     max_num_inference_steps: int
     max_guidance_scale: float
+    guidance_width: int  # 0: guidance takes a second row of the UNet, in the steps that are guided; else it is inside
     max_cache_interval: int  # 1: the model has no shallow UNet
     max_active_images: int
     suggestions: Lines  # prompts that the model draws well; none for most

@@ -42,11 +42,20 @@ _CLEANING_SECONDS = 60.0
 _WRITING_SECONDS = 60.0
 
 
+def name_of(file: bytes, file_format: FileFormat, secret: bytes) -> str:
+    """The name of a picture's file: the same whenever it is published, and not to be guessed without the secret."""
+    digest = hmac.digest(secret, file, "sha256")[:24]
+    return f"{base64.urlsafe_b64encode(digest).decode()}.{file_format.name}"
+
+
 class Links(Protocol):
     """Where pictures are kept for clients that asked for a link."""
 
     async def publish(self, file: bytes, file_format: FileFormat, base_url: str) -> str:
-        """Keeps a file and gives its link; `base_url` is where the client reaches this server."""
+        """Keeps a file, once however often it is published, and gives a link to it.
+
+        `base_url` is where the client reaches this server.
+        """
         ...
 
     async def run(self) -> None:
@@ -64,7 +73,7 @@ class StoredFile:
 
 
 class LocalLinks:
-    """Keeps files in a folder, each under a random name with the end of its life as its time of modification.
+    """Keeps files in a folder, with the end of its life as each one's time of modification.
 
     Servers may share a folder: each removes whatever has expired. They open each other's links if they share `secret`.
     """
@@ -84,10 +93,9 @@ class LocalLinks:
 
     async def publish(self, file: bytes, file_format: FileFormat, base_url: str) -> str:
         """Writes the file, readable by this user alone."""
-        name = f"{secrets.token_urlsafe(24)}.{file_format.name}"
         expires = int(time.time() + self._lifetime)
         try:
-            await asyncio.to_thread(self._write, self._folder / name, file, expires)
+            name = await asyncio.to_thread(self._write, self._folder, file, file_format, self._secret, expires)
         except OSError as error:
             raise_if_disk_is_full(error)
             raise InternalError(f"a picture cannot be kept in {self._folder}: {error.strerror}") from error
@@ -127,15 +135,21 @@ class LocalLinks:
         return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
 
     @staticmethod
-    def _write(path: Path, file: bytes, expires: int) -> None:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.touch(mode=0o600, exist_ok=False)
+    def _write(folder: Path, file: bytes, file_format: FileFormat, secret: bytes, expires: int) -> str:
+        """The name that it has then."""
+        name = name_of(file, file_format, secret)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Its links may be open already: nobody reads half a picture. It is tidied up, too, if it stays behind.
+        part = folder / f"{secrets.token_urlsafe(24)}.{file_format.name}"
+        part.touch(mode=0o600, exist_ok=False)
         try:
-            path.write_bytes(file)
-            os.utime(path, (expires, expires))
+            part.write_bytes(file)
+            os.utime(part, (expires, expires))
+            part.replace(folder / name)
         except OSError:
-            path.unlink()  # half a picture is in the way of the next
+            part.unlink()  # half a picture is in the way of the next
             raise
+        return name
 
     def _remove_expired(self) -> None:
         if not self._folder.is_dir():

@@ -37,6 +37,7 @@ class Metrics:
         self._steps = self._counter("steps", "Steps of denoising in the pictures made")
         self._saved = self._counter("saved_steps", "Steps not taken, as their client had gone; estimated while at work")
         self._refused = self._counter("refused", "Requests refused by admission", "reason")
+        self._unheard = self._counter("unheard_requests", "Requests refused at their head, or at the door", "status")
         self._joined = self._counter("joined", "Requests that joined the work of an earlier one", "reason")
         self._ratio = self._histogram("estimate_ratio", "Time taken by time estimated on arrival", buckets=_RATIOS)
         self._gauge("queued_requests", "Requests that wait for a place").set_function(lambda: admission.waiting)
@@ -45,6 +46,8 @@ class Metrics:
         self._gauge("asyncio_tasks", "Tasks of the event loop").set_function(_tasks)
         for reason in ("queue_full", "deadline"):
             self._refused.labels(reason)
+        for status in (400, 408, 431, 503):
+            self._unheard.labels(str(status))
         for reason in ("idempotency_key", "retry"):
             self._joined.labels(reason)
 
@@ -56,6 +59,10 @@ class Metrics:
         """A request was answered."""
         self._requests.labels(served.route, served.method, str(served.status)).inc()
         self._seconds.labels(served.route).observe(served.seconds)
+
+    def unheard(self, status: int) -> None:
+        """A request was refused by the connection: as no HTTP, too slow, too large or one too many."""
+        self._unheard.labels(str(status)).inc()
 
     def joined(self, reason: str) -> None:
         """A request joined a job."""

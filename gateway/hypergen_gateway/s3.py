@@ -18,6 +18,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from hypergen_gateway.errors import InternalError
 from hypergen_gateway.images import FileFormat
+from hypergen_gateway.links import name_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +34,13 @@ class S3Links:
         parts = urlsplit(url)
         self._bucket, self._prefix = parts.netloc, parts.path.strip("/")
         self._lifetime = int(lifetime)
+        self._secret = secrets.token_bytes(32)
         self._client: Any = boto3.session.Session().client("s3", config=_BOTO_CONFIG)
 
     async def publish(self, file: bytes, file_format: FileFormat, base_url: str) -> str:  # noqa: ARG002
         """Uploads the file. The link leads to the bucket, whatever address the client knows this server by."""
-        name = f"{secrets.token_urlsafe(24)}.{file_format.name}"
-        key = f"{self._prefix}/{name}" if self._prefix else name
         try:
-            return await asyncio.to_thread(self._upload, key, file, file_format)
+            return await asyncio.to_thread(self._upload, file, file_format)
         except (BotoCoreError, ClientError) as error:
             raise InternalError(f"a picture cannot be kept in the bucket {self._bucket!r}: {error}") from error
 
@@ -51,7 +51,9 @@ class S3Links:
         except (BotoCoreError, ClientError) as error:
             logger.warning("the bucket %r for pictures cannot be used: %s", self._bucket, error)
 
-    def _upload(self, key: str, file: bytes, file_format: FileFormat) -> str:
+    def _upload(self, file: bytes, file_format: FileFormat) -> str:
+        name = name_of(file, file_format, self._secret)
+        key = f"{self._prefix}/{name}" if self._prefix else name
         place = {"Bucket": self._bucket, "Key": key}
         self._client.put_object(**place, Body=file, ContentType=file_format.media_type)
         link: str = self._client.generate_presigned_url("get_object", Params=place, ExpiresIn=self._lifetime)

@@ -22,6 +22,7 @@ from .conftest import DOCKER, read_command, run_tool
 pytestmark = pytest.mark.claim("chart")
 
 CHART = DOCKER / "kubernetes" / "hypergen"
+INK = {"name": "ink", "file": "ink.safetensors", "scale": 0.8}
 # From the oldest that Chart.yaml allows to a new one.
 KUBERNETES = ("1.28", "1.37")
 VALUE_SETS: dict[str, dict[str, Any]] = {
@@ -35,6 +36,17 @@ VALUE_SETS: dict[str, dict[str, Any]] = {
     "gated model": {
         "model": {"id": "acme/gated", "sizes": ["1024x1024", "768x1344"], "hubTokenSecret": "hub"},
         "images": {"pullSecrets": ["registry"]},
+    },
+    "browsers, links, LoRAs and a shallow UNet": {
+        "gateway": {
+            "corsOrigins": ["https://app.example.com", "http://localhost:3000"],
+            "links": {"publicUrl": "https://images.example.com", "bucket": "s3://pictures/made", "secret": "bucket"},
+        },
+        "model": {
+            "deepCache": True,
+            "loras": [INK, {"name": "words", "file": "trained/words", "scale": 1}],
+            "lorasClaim": "loras",
+        },
     },
     "repository of somebody else": {
         "export": {"enabled": False},
@@ -61,6 +73,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"triton": {"autoscaling": {"enabled": True}}},
         "/repository/accessMode",
     ),
+    "LoRAs from nowhere": ({"model": {"loras": [INK]}}, "/model/lorasClaim"),
+    "a LoRA out of its volume": ({"model": {"loras": [INK | {"file": "../ink"}], "lorasClaim": "l"}}, "/loras/0/file"),
+    "a LoRA that is not there": ({"model": {"loras": [INK | {"scale": 0}], "lorasClaim": "l"}}, "/loras/0/scale"),
+    "a page in place of its website": ({"gateway": {"corsOrigins": ["https://a.example/x"]}}, "/corsOrigins/0"),
+    "a bucket of another kind": ({"gateway": {"links": {"bucket": "gs://pictures"}}}, "/gateway/links/bucket"),
     "nobody who exports": ({"export": {"enabled": False}}, "/repository/folder"),
     "a way out of the volume": ({"repository": {"folder": "../other"}}, "/repository/folder"),
 }
@@ -162,6 +179,25 @@ def test_the_gateway_understands_its_arguments(manifests: dict[str, list[dict[st
     assert container(gateway)["securityContext"]["readOnlyRootFilesystem"] is True
 
 
+def test_websites_links_and_loras_arrive_where_they_are_read(manifests: dict[str, list[dict[str, Any]]]) -> None:
+    documents = manifests["browsers, links, LoRAs and a shallow UNet"]
+    gateway = container(one(documents, "Deployment", "gateway"))
+    served = read_command(gateway["args"])
+    given = {name: served[name] for name in ("cors_origins", "public_url", "link_bucket")}
+    assert gateway["envFrom"] == [{"secretRef": {"name": "bucket"}}]
+    assert (given["public_url"], given["link_bucket"]) == ("https://images.example.com", "s3://pictures/made")
+    assert served["cors_origins"] == ("https://app.example.com", "http://localhost:3000")
+    assert Config(**given)
+    export = one(documents, "Job", "export")
+    options = read_command(container(export)["args"])
+    assert options["deep_cache"] is True
+    assert options["loras"] == ("ink=/loras/ink.safetensors:0.8", "words=/loras/trained/words:1")
+    (mount,) = [mount for mount in container(export)["volumeMounts"] if mount["name"] == "loras"]
+    (volume,) = [volume for volume in pod(export)["volumes"] if volume["name"] == "loras"]
+    assert (mount["mountPath"], mount["readOnly"]) == ("/loras", True)
+    assert volume["persistentVolumeClaim"] == {"claimName": "loras", "readOnly": True}
+
+
 def test_the_key_is_named_and_never_written_down(manifests: dict[str, list[dict[str, Any]]]) -> None:
     gateway = one(manifests["defaults"], "Deployment", "gateway")
     (volume,) = [volume for volume in pod(gateway)["volumes"] if volume["name"] == "api-key"]
@@ -192,10 +228,12 @@ def test_only_what_engines_depend_on_exports_anew(tmp_path: Path) -> None:
         return str(one(documents, "Job", "export")["metadata"]["name"])
 
     base = job({})
-    assert job({"gateway": {"replicas": 5}, "model": {"hubTokenSecret": "hub"}}) == base
+    assert job({"gateway": {"replicas": 5}, "model": {"hubTokenSecret": "hub", "lorasClaim": "loras"}}) == base
     others: list[dict[str, Any]] = [
         {"model": {"id": "acme/other"}},
         {"model": {"sizes": ["768x768"]}},
+        {"model": {"deepCache": True}},
+        {"model": {"loras": [INK], "lorasClaim": "loras"}},
         {"images": {"export": {"tag": "0.2.0"}}},
         {"gpu": {"nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-L4"}}},
     ]

@@ -5,7 +5,6 @@ The others differ in weights and schedulers alone: tests/test_families.py holds 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,9 @@ import numpy as np
 import openai
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 
 from deep_cache import deep_features_reused
+from pipelines import pipeline_of
 from running_server import Pixels, Server, draw, draw_all, start_server, stop_server
 
 pytestmark = pytest.mark.claim("families")
@@ -60,14 +59,6 @@ def served(
     server = start_server(*options, model=str(folder))
     yield Served(server, pipeline_of(folder))
     assert stop_server(server) == 0, "\n".join(server.lines)
-
-
-def pipeline_of(folder: Path) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pipeline = DiffusionPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def by_diffusers(pipeline: Any, wish: dict[str, Any]) -> Pixels:

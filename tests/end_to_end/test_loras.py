@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,10 @@ import numpy as np
 import openai
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 
 from hypergen_gateway.repository import ExportOptions, find_repository
 from loras import lora_weights, save_by_diffusers, save_by_kohya
+from pipelines import pipeline_of
 from running_server import KEY, Pixels, Server, draw, draw_all, start_server, stop_server
 
 # Of 255, as in test_parity and test_batching.
@@ -66,10 +65,7 @@ def server(checkpoint: Path, repository: Path, loras: tuple[str, ...]) -> Iterat
 
 
 def by_diffusers(checkpoint: Path, file: Path, scale: float, wish: dict[str, Any]) -> Pixels:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pipeline = StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = pipeline_of(checkpoint)
     pipeline.load_lora_weights(str(file))
     pipeline.fuse_lora(lora_scale=scale)
     given = {name: value for name, value in wish.items() if name != "seed"}

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
@@ -18,6 +17,7 @@ from hypergen_export.loading import load_module
 from hypergen_export.lora import read_loras
 from hypergen_export.merging import merge_lora
 from loras import TARGETS, Weights, lora_weights, save_by_diffusers, save_by_kohya, save_by_peft
+from pipelines import pipeline_of
 
 from .conftest import COMPONENTS
 
@@ -68,7 +68,7 @@ def test_merging_equals_load_lora_weights_and_fuse_lora(
     tmp_path: Path,
 ) -> None:
     file = save(tmp_path, weights)
-    pipeline: Any = StableDiffusionPipeline.from_pretrained(checkpoint_folder, safety_checker=None)
+    pipeline = pipeline_of(checkpoint_folder)
     pipeline.load_lora_weights(str(file))
     pipeline.fuse_lora(lora_scale=SCALE)
     pipeline.unload_lora_weights()

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 
 from hypergen_export.wrappers import TextEncoder, UNet, VaeDecoder, VaeEncoder
+from pipelines import pipeline_of
 
 
 @pytest.fixture(scope="module")
 def pipeline(checkpoint_folder: Path) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return StableDiffusionPipeline.from_pretrained(checkpoint_folder, safety_checker=None)
+    return pipeline_of(checkpoint_folder)
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ CHUNKED = b"Transfer-Encoding: chunked\r\n"
 CHUNKS = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
 POST = b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 LAST = b"Connection: close\r\n\r\n"
+LIVE = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -52,6 +53,14 @@ class Wire:
             return b""
         finally:
             writer.close()
+
+    async def unheard(self, status: int) -> float:
+        """How many requests the gateway has refused with this status before it heard of them."""
+        answer = await self.say(b"GET /metrics HTTP/1.1\r\nHost: x\r\n" + LAST)
+        lines = [line.split() for line in answer.decode().splitlines()]
+        name = f'hypergen_gateway_unheard_requests_total{{status="{status}"}}'
+        (value,) = [words[1] for words in lines if words[:1] == [name]]
+        return float(value)
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +133,15 @@ class TestHeads:
             b"GET / HTTP/1.1\r\n Host: x\r\n\r\n",
         ],
     )
-    async def test_rubbish_is_a_400_in_openai_s_shape(self, wire: Wire, rubbish: bytes) -> None:
+    async def test_rubbish_is_a_400_in_openai_s_shape_counted_and_not_logged(
+        self, wire: Wire, caplog: pytest.LogCaptureFixture, rubbish: bytes
+    ) -> None:
+        before = await wire.unheard(400)
         answer = await wire.say(rubbish)
         assert statuses(answer) == [400]
         assert error_in(answer)["type"] == "invalid_request_error"
+        assert await wire.unheard(400) == before + 1
+        assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
     @pytest.mark.parametrize(
         ("line", "status"),
@@ -234,16 +248,22 @@ class TestTime:
         assert await wire.say(b"") == b""
         assert 0.25 < time.monotonic() - began < 2
 
+    @pytest.mark.parametrize("begun", [b"G", b"GET /health HTTP/1.1\r\nHost: x\r\n"])
+    @pytest.mark.parametrize("first", [b"", LIVE])
+    async def test_a_head_that_stops_half_way_is_a_408(self, wire: Wire, first: bytes, begun: bytes) -> None:
+        before = await wire.unheard(408)
+        began = time.monotonic()
+        answer = await wire.say(first, begun, pause=0.1)
+        assert statuses(answer) == [200] * bool(first) + [408]
+        refusal = answer[answer.rindex(b"HTTP/1.1") :]
+        assert error_in(refusal)["code"] == "request_timeout"
+        assert 0.25 < time.monotonic() - began < 2
+        assert await wire.unheard(408) == before + 1
+
     async def test_a_head_that_comes_drop_by_drop_is_ended(self, wire: Wire) -> None:
         began = time.monotonic()
-        assert await wire.say(*([b"GET /health HTTP/1.1\r\nHost: x\r\n"] + [b"X: y\r\n"] * 30), pause=0.05) == b""
-        assert time.monotonic() - began < 3
-
-    async def test_so_is_the_head_of_a_second_request(self, wire: Wire) -> None:
-        first = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
-        began = time.monotonic()
-        answer = await wire.say(first, b"GET", *[b"G"] * 20, pause=0.05)
-        assert statuses(answer) in ([200], [])
+        answer = await wire.say(*([b"GET /health HTTP/1.1\r\nHost: x\r\n"] + [b"X: y\r\n"] * 30), pause=0.05)
+        assert statuses(answer) in ([408], [])  # the next drop met a closed connection, which took the answer along
         assert time.monotonic() - began < 3
 
     async def test_a_request_may_take_longer_than_its_head(self, wire: Wire, backend: FakeBackend) -> None:
@@ -274,6 +294,7 @@ class TestNumber:
         self, wire: Wire, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         await asyncio.sleep(0.1)  # for the connections of other tests to be gone
+        before = await wire.unheard(503)
         monkeypatch.setattr(connections, "MAX_CONNECTIONS", 3)
         monkeypatch.setattr(connections, "MAX_REFUSALS", 2)
         async with AsyncExitStack() as stack:
@@ -297,3 +318,4 @@ class TestNumber:
         while await answered() != [200]:
             assert time.monotonic() < deadline
             await asyncio.sleep(0.01)
+        assert await wire.unheard(503) > before

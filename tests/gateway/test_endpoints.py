@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 import pytest
 from PIL import Image
-from starlette.applications import Starlette
 
+from asgi_client import LeavingClient
 from fake_backend import FakeBackend, in_memory, until
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
@@ -230,46 +230,13 @@ class TestGenerations:
         assert (refused.headers["retry-after"], refused.headers["retry-after-ms"]) == ("1", "1000")
 
 
-class LeavingClient:
-    """A POST, spoken in ASGI, whose client hangs up when told to."""
-
-    def __init__(self, app: Starlette, body: object, *, whole: bool = True) -> None:
-        self._messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": not whole}]
-        self._left = asyncio.Event()
-        self.statuses: list[int] = []
-        self.content = b""
-        scope = {
-            "type": "http",
-            "method": "POST",
-            "path": GENERATIONS,
-            "query_string": b"",
-            "headers": [(b"content-type", b"application/json")],
-        }
-        self.task = asyncio.ensure_future(app(scope, self._receive, self._send))
-
-    async def leave(self) -> None:
-        self._left.set()
-        await asyncio.wait_for(self.task, 5)
-
-    async def _receive(self) -> dict[str, Any]:
-        if self._messages:
-            return self._messages.pop()
-        await self._left.wait()
-        return {"type": "http.disconnect"}
-
-    async def _send(self, message: Any) -> None:
-        if message["type"] == "http.response.start":
-            self.statuses.append(message["status"])
-        self.content += message.get("body", b"")
-
-
 class TestClientsThatLeave:
     async def test_leaving_stops_the_work_and_is_logged_as_499(
         self, backend: FakeBackend, caplog: pytest.LogCaptureFixture
     ) -> None:
         caplog.set_level(logging.INFO, "hypergen_gateway.access")
         backend.open.clear()
-        client = LeavingClient(create_app(Config(), backend), {"prompt": "a"})
+        client = LeavingClient(create_app(Config(), backend), GENERATIONS, {"prompt": "a"})
         await until(lambda: backend.running == 1)
         await client.leave()
         await until(lambda: backend.running == 0)
@@ -279,7 +246,7 @@ class TestClientsThatLeave:
     async def test_leaving_the_queue_frees_the_place(self, backend: FakeBackend) -> None:
         backend.open.clear()
         app = create_app(Config(), backend)
-        working, waiting = (LeavingClient(app, {"prompt": "a", "n": 4}) for _ in range(2))
+        working, waiting = (LeavingClient(app, GENERATIONS, {"prompt": "a", "n": 4}) for _ in range(2))
         await until(lambda: backend.running == 1)
         async with in_memory(app) as client:
             await asyncio.sleep(0.05)
@@ -290,7 +257,7 @@ class TestClientsThatLeave:
         await working.leave()
 
     async def test_leaving_in_the_middle_of_the_body_is_a_499_too(self, backend: FakeBackend) -> None:
-        client = LeavingClient(create_app(Config(), backend), {"prompt": "a"}, whole=False)
+        client = LeavingClient(create_app(Config(), backend), GENERATIONS, {"prompt": "a"}, whole=False)
         await client.leave()
         assert client.statuses == [499]
         assert backend.generations == []
@@ -298,7 +265,7 @@ class TestClientsThatLeave:
 
 async def test_a_request_cut_off_by_the_server_s_end_still_gets_an_openai_error(backend: FakeBackend) -> None:
     backend.open.clear()
-    client = LeavingClient(create_app(Config(), backend), {"prompt": "a"})
+    client = LeavingClient(create_app(Config(), backend), GENERATIONS, {"prompt": "a"})
     await until(lambda: backend.running == 1)
     client.task.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -15,14 +15,15 @@ from typing import Any
 import httpx
 import pytest
 from PIL import Image
-from starlette.applications import Starlette
 
+from asgi_client import LeavingClient
 from fake_backend import FakeBackend, in_memory, on_loopback, until
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.errors import InvalidRequestError, QueueFullError, UnavailableError
 
 GENERATIONS = "/v1/images/generations"
+STREAM: dict[str, Any] = {"prompt": "a fox", "stream": True}
 FRAME = re.compile(rb"event: (image_generation\.(?:partial_image|completed))\ndata: (\{[^\n]*\})\n\n")
 
 
@@ -37,8 +38,7 @@ def events_in(content: bytes) -> list[dict[str, Any]]:
 
 @asynccontextmanager
 async def streaming(client: httpx.AsyncClient, **fields: Any) -> AsyncIterator[httpx.Response]:
-    body = {"prompt": "a fox", "stream": True} | fields
-    async with client.stream("POST", GENERATIONS, json=body, timeout=10) as response:
+    async with client.stream("POST", GENERATIONS, json=STREAM | fields, timeout=10) as response:
         yield response
 
 
@@ -178,44 +178,18 @@ class TestFailures:
         await until(lambda: backend.running == 0)
 
 
-class StreamingClient:
-    """A client, spoken in ASGI, that reads until it hangs up."""
-
-    def __init__(self, app: Starlette, **fields: Any) -> None:
-        body = json.dumps({"prompt": "a", "stream": True} | fields).encode()
-        self._messages = [{"type": "http.request", "body": body, "more_body": False}]
-        self._left = asyncio.Event()
-        self.sent: list[dict[str, Any]] = []
-        headers = [(b"content-type", b"application/json")]
-        scope = {"type": "http", "method": "POST", "path": GENERATIONS, "query_string": b"", "headers": headers}
-        self.task = asyncio.ensure_future(app(scope, self._receive, self._send))
-
-    async def leave(self) -> None:
-        self._left.set()
-        await asyncio.wait_for(self.task, 5)
-
-    async def _receive(self) -> dict[str, Any]:
-        if self._messages:
-            return self._messages.pop()
-        await self._left.wait()
-        return {"type": "http.disconnect"}
-
-    async def _send(self, message: Any) -> None:
-        self.sent.append(message)
-
-
 class TestDepartures:
     async def test_leaving_before_the_first_event_stops_the_work(self, backend: FakeBackend) -> None:
         backend.open.clear()
-        client = StreamingClient(create_app(Config(), backend))
+        client = LeavingClient(create_app(Config(), backend), GENERATIONS, STREAM)
         await until(lambda: backend.running == 1)
         await client.leave()
         await until(lambda: backend.running == 0)
-        assert client.sent[0]["status"] == 499
+        assert client.statuses == [499]
 
     async def test_leaving_in_the_middle_stops_the_work(self, backend: FakeBackend) -> None:
         backend.finishing.clear()
-        client = StreamingClient(create_app(Config(), backend), partial_images=1)
+        client = LeavingClient(create_app(Config(), backend), GENERATIONS, STREAM | {"partial_images": 1})
         await until(lambda: len(client.sent) == 2)
         assert backend.running == 1
         await client.leave()
@@ -223,7 +197,7 @@ class TestDepartures:
 
     async def test_a_stream_that_the_server_s_end_cuts_off_says_so(self, backend: FakeBackend) -> None:
         backend.finishing.clear()
-        client = StreamingClient(create_app(Config(), backend), partial_images=1)
+        client = LeavingClient(create_app(Config(), backend), GENERATIONS, STREAM | {"partial_images": 1})
         await until(lambda: len(client.sent) == 2)
         client.task.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -30,6 +30,10 @@ def links(tmp_path: Path) -> LocalLinks:
     return LocalLinks(tmp_path / "links", lifetime=60)
 
 
+def files_in(folder: Path) -> list[Path]:
+    return list(folder.iterdir())
+
+
 def parts(url: str) -> tuple[str, str, str]:
     """Name, expiry and signature in a link."""
     split = urlsplit(url)
@@ -48,11 +52,23 @@ class TestLocalLinks:
     async def test_names_cannot_be_guessed_and_files_are_read_by_their_owner_alone(
         self, links: LocalLinks, tmp_path: Path
     ) -> None:
-        names = {parts(await links.publish(b"", PNG, BASE))[0] for _ in range(20)}
+        contents = [bytes([number]) for number in range(20)]
+        names = {parts(await links.publish(content, PNG, BASE))[0] for content in contents}
         assert len(names) == 20
         assert {len(name) for name in names} == {32 + len(".png")}
         folder = tmp_path / "links"
         assert {path.stat().st_mode & 0o777 for path in (folder, *folder.iterdir())} == {0o700, 0o600}
+        stranger = LocalLinks(tmp_path / "other", lifetime=60)
+        assert not names & {parts(await stranger.publish(content, PNG, BASE))[0] for content in contents}
+
+    async def test_a_file_that_is_published_again_is_kept_once_and_longer(self, tmp_path: Path) -> None:
+        short, long = (LocalLinks(tmp_path, lifetime=lifetime, secret="s" * 16) for lifetime in (60, 600))
+        first = parts(await short.publish(b"a file", PNG, BASE))
+        second = parts(await long.publish(b"a file", PNG, BASE))
+        (kept,) = files_in(tmp_path)
+        assert kept.name == first[0] == second[0]
+        assert kept.stat().st_mtime == int(second[1]) > int(first[1])
+        assert [(await short.read(*link)).content for link in (first, second)] == [b"a file"] * 2
 
     async def test_whatever_is_changed_in_a_link_closes_it(self, links: LocalLinks) -> None:
         name, expires, signature = parts(await links.publish(b"x", PNG, BASE))
@@ -89,7 +105,7 @@ class TestLocalLinks:
         with pytest.raises(LinkExpiredError):
             await links.read(*link)
         tidying = asyncio.create_task(links.run())
-        await until(lambda: not list(tmp_path.iterdir()))
+        await until(lambda: not files_in(tmp_path))
         tidying.cancel()
         with pytest.raises(LinkExpiredError):
             await links.read(*link)
@@ -157,6 +173,16 @@ class TestOverHttp:
             assert file.headers["cache-control"].startswith("private, max-age=3")
             assert file.headers["x-content-type-options"] == "nosniff"
             assert (await client.head(image["url"])).status_code == 200
+
+    async def test_a_request_that_is_asked_again_leaves_one_file(
+        self, client: httpx.AsyncClient, tmp_path: Path
+    ) -> None:
+        body = {"prompt": "a", "response_format": "url"}
+        headers = {"Idempotency-Key": "k"}
+        answers = [await client.post(GENERATIONS, json=body, headers=headers) for _ in range(2)]
+        assert len(files_in(tmp_path)) == 1
+        for answer in answers:
+            assert (await client.get(answer.json()["data"][0]["url"])).status_code == 200
 
     @pytest.mark.parametrize("path", ["/files/x", "/files/x.png?expires=1&signature=x", "/files/../../etc/passwd"])
     async def test_anything_else_is_a_404_in_openai_s_shape(self, client: httpx.AsyncClient, path: str) -> None:

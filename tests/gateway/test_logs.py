@@ -26,7 +26,7 @@ def say_garbage(port: int) -> None:
         connection.recv(1024)
 
 
-def test_in_json_every_line_is_an_object_uvicorn_s_too_and_none_holds_the_key() -> None:
+def test_in_json_every_line_is_an_object_none_is_about_rubbish_and_none_holds_the_key() -> None:
     server = start("--log-format", "json")
     headers = {"Authorization": f"Bearer {KEY}", "x-request-id": "mine-1"}
     refused = httpx.post(f"{server.url}/v1/images/generations", json={"prompt": "a"}, headers=headers)
@@ -39,9 +39,7 @@ def test_in_json_every_line_is_an_object_uvicorn_s_too_and_none_holds_the_key() 
     assert access["request_id"] == "mine-1"
     assert (access["method"], access["route"], access["level"]) == ("POST", "/v1/images/generations", "info")
     assert isinstance(access["ms"], int)
-    assert [line["message"] for line in lines if line["logger"] == "uvicorn.error"] == [
-        "Invalid HTTP request received."
-    ]
+    assert not [line for line in lines if line["logger"].startswith("uvicorn")]
     assert any(line["message"].startswith("Serving on") for line in lines)
     assert not any(KEY in line for line in server.lines)
 

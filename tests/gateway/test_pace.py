@@ -10,7 +10,7 @@ import pytest
 from fake_backend import MODEL
 from hypergen_gateway.drawing import Order, Part, work_of
 from hypergen_gateway.fields import ImageRequest
-from hypergen_gateway.images import FileFormat
+from hypergen_gateway.images import PNG
 from hypergen_gateway.openai import read_request, to_generation
 from hypergen_gateway.pace import Pace, Rounds, forecast
 
@@ -102,5 +102,11 @@ def test_the_load_of_a_picture_is_the_mean_over_its_steps(fields: dict[str, Any]
     """With time a line over load, requests of unequal steps then tell the truth, and are told it."""
     model = replace(MODEL, max_cache_interval=10)
     request = read_request({"prompt": "a fox"} | fields, ImageRequest, model)
-    order = Order(parts=[Part(generation=to_generation(request, model))], model=model, file_format=FileFormat("png"))
+    order = Order(parts=[Part(generation=to_generation(request, model))], model=model, file_format=PNG)
     assert work_of(order).load == pytest.approx(load)
+
+
+def test_guidance_inside_the_unet_adds_no_row() -> None:
+    model = replace(MODEL, guidance_width=256)
+    generation = to_generation(ImageRequest(prompt="a fox", guidance_scale=8.0), model)
+    assert work_of(Order(parts=[Part(generation=generation)], model=model, file_format=PNG)).load == 1.0

@@ -39,6 +39,7 @@ EMOJI = replace(
     default_height=64,
     min_size=56,
     max_size=96,
+    max_cache_interval=10,
     suggestions=("a rocket", "a dog", "a cat", "a fox", "an owl", "a bee"),
 )
 # What shells, Python and forms each want to take for their own.
@@ -104,7 +105,8 @@ class TestCapabilities:
             "max_num_inference_steps": 150,
             "default_guidance_scale": 5.0,
             "max_guidance_scale": 20.0,
-            "max_cache_interval": 1,
+            "guidance_interval": True,
+            "max_cache_interval": 10,
             "max_num_images": 10,
             "schedulers": ["ddim", "euler", "euler_a"],
             "edits": True,
@@ -165,6 +167,9 @@ class TestDrawing:
         await page.get_by_label("Pictures", exact=True).select_option("3")
         await choose_range(page, "num_inference_steps", "7")
         await choose_range(page, "guidance_scale", "2.5")
+        await choose_range(page, "guidance_start", "0.2")
+        await choose_range(page, "guidance_end", "0.75")
+        await choose_range(page, "cache_interval", "3")
         await page.get_by_label("Scheduler").select_option("euler")
         await page.get_by_label("Seed", exact=True).fill("9223372036854775800")
         await page.get_by_label("Prompt", exact=True).press("Enter")
@@ -178,6 +183,9 @@ class TestDrawing:
                 height=56,
                 num_inference_steps=7,
                 guidance_scale=2.5,
+                guidance_start=0.2,
+                guidance_end=0.75,
+                cache_interval=3,
                 scheduler="euler",
                 seed=9223372036854775800,
                 partial_images=3,
@@ -196,7 +204,27 @@ class TestDrawing:
         (generation,) = backend.generations
         own = (generation.width, generation.height, generation.num_inference_steps, generation.guidance_scale)
         assert own == (64, 64, 20, 5.0)
-        assert (generation.scheduler, generation.negative_prompt) == (None, None)
+        unsaid = (generation.scheduler, generation.negative_prompt, generation.guidance_start, generation.guidance_end)
+        assert (*unsaid, generation.cache_interval) == (None,) * 5
+
+    async def test_guidance_never_ends_before_it_begins(self, open_page: OpenPage) -> None:
+        page = await open_page()
+        start, end = page.get_by_label("Guidance from"), page.get_by_label("Guidance to")
+        await start.fill("0.4")
+        await end.fill("0.3")
+        await expect(start).to_have_value("0.3")
+        await start.fill("0.9")
+        await expect(end).to_have_value("0.9")
+        await expect(page.locator("#guidance_end-value")).to_have_text("90 %")
+        await choose_range(page, "guidance_scale", "1")
+        await expect(start).to_be_hidden()
+
+    async def test_what_a_model_cannot_do_is_not_offered(self, open_page: OpenPage, backend: FakeBackend) -> None:
+        backend.description = replace(EMOJI, guidance_width=256, max_cache_interval=1)
+        page = await open_page()
+        await expect(page.get_by_label("Guidance", exact=True)).to_be_visible()
+        for name in ("Guidance from", "Guidance to", "Deep features"):
+            await expect(page.get_by_label(name)).to_be_hidden()
 
     async def test_previews_are_shown_while_it_draws(self, open_page: OpenPage, backend: FakeBackend) -> None:
         backend.finishing.clear()
@@ -278,8 +306,7 @@ class TestImages:
     ) -> None:
         page = await open_page()
         await page.keyboard.type("a fox")
-        await page.locator("#image").set_input_files(halves)
-        await page.get_by_role("button", name="Paint a mask").click()
+        await begin_mask(page, halves)
         await paint(page, (0.75, 0.5), (0.75, 0.6))
         await use_mask(page)
         await page.locator("#prompt").press("Enter")
@@ -297,8 +324,7 @@ class TestImages:
     ) -> None:
         page = await open_page()
         await page.keyboard.type("a fox")
-        await page.locator("#image").set_input_files(halves)
-        await page.get_by_role("button", name="Paint a mask").click()
+        await begin_mask(page, halves)
         await expect(page.get_by_label("Mask", exact=True)).to_be_focused()
         for key in ("Space", "Control+z", "ArrowUp", "ArrowUp", "Shift+ArrowRight", "Shift+ArrowRight"):
             await page.keyboard.press(key)
@@ -317,8 +343,7 @@ class TestImages:
     async def test_esc_leaves_the_mask_as_it_was(self, open_page: OpenPage, backend: FakeBackend, halves: Path) -> None:
         page = await open_page()
         await page.keyboard.type("a fox")
-        await page.locator("#image").set_input_files(halves)
-        await page.get_by_role("button", name="Paint a mask").click()
+        await begin_mask(page, halves)
         await page.keyboard.press("Space")
         await page.keyboard.press("Escape")
         await expect(page.get_by_role("button", name="Paint a mask")).to_be_visible()
@@ -331,8 +356,7 @@ class TestImages:
     ) -> None:
         page = await open_page()
         await page.keyboard.type("a fox")
-        await page.locator("#image").set_input_files(halves)
-        await page.get_by_role("button", name="Paint a mask").click()
+        await begin_mask(page, halves)
         await page.keyboard.press("Space")
         await use_mask(page)
         await page.locator("#size").select_option("64x64")
@@ -392,6 +416,11 @@ def halves(tmp_path: Path) -> Path:
     photo.paste("blue", (320, 0, 640, 320))
     photo.save(tmp_path / "halves.png")
     return tmp_path / "halves.png"
+
+
+async def begin_mask(page: Page, photo: Path) -> None:
+    await page.locator("#image").set_input_files(photo)
+    await page.get_by_role("button", name="Paint a mask").click()
 
 
 async def use_mask(page: Page) -> None:
@@ -589,8 +618,7 @@ class TestCode:
     ) -> None:
         page = await open_page()
         await page.keyboard.type(AWKWARD)
-        await page.locator("#image").set_input_files(halves)
-        await page.get_by_role("button", name="Paint a mask").click()
+        await begin_mask(page, halves)
         await page.keyboard.press("Space")
         await use_mask(page)
         await page.locator("#prompt").press("Enter")
@@ -649,7 +677,8 @@ class TestEverybody:
             await page.keyboard.press("Tab")
         wanted = [
             *("prompt", "others", "draw", "negative_prompt", "image", "size", "n", "num_inference_steps"),
-            *("guidance_scale", "scheduler", "seed", "reset", "Download", "Start from this", "show-code"),
+            *("guidance_scale", "guidance_start", "guidance_end", "cache_interval"),
+            *("scheduler", "seed", "reset", "Download", "Start from this", "show-code"),
         ]
         assert [name for name in reached if name in wanted][: len(wanted)] == wanted
 

@@ -109,6 +109,7 @@ class TestDescribe:
             max_num_images=10,
             max_num_inference_steps=150,
             max_guidance_scale=20.0,
+            guidance_width=0,
             max_cache_interval=10,
             max_active_images=32,
             suggestions=("a rocket, red", "a cat"),

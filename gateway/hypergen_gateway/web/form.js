@@ -2,8 +2,18 @@
 
 import { byId, element } from "./dom.js";
 
-const TEXTS = ["prompt", "negative_prompt", "n", "num_inference_steps", "guidance_scale", "scheduler", "seed", "strength"];
-const RANGES = ["num_inference_steps", "guidance_scale", "strength"];
+const asItIs = (value) => value;
+const percent = (value) => `${Math.round(value * 100)} %`;
+// Each slider's name, and how its value is written.
+const RANGES = {
+  num_inference_steps: asItIs,
+  guidance_scale: asItIs,
+  guidance_start: percent,
+  guidance_end: percent,
+  cache_interval: (value) => (value === "1" ? "in every step" : `in 1 of ${value} steps`),
+  strength: asItIs,
+};
+const TEXTS = ["prompt", "negative_prompt", "n", "scheduler", "seed", ...Object.keys(RANGES)];
 const RATIOS = [[1, 1, "square"], [4, 3, "landscape"], [3, 4, "portrait"], [3, 2, "landscape"], [2, 3, "portrait"], [16, 9, "wide"], [9, 16, "tall"]];
 const SUGGESTIONS_SHOWN = 4;
 
@@ -14,7 +24,9 @@ export class Form {
     this.#fillChoices();
     this.reset();
     this.#suggest();
-    for (const name of RANGES) byId(name).addEventListener("input", () => this.#showValues());
+    byId("guidance_start").addEventListener("input", () => this.#push("guidance_end", Math.max));
+    byId("guidance_end").addEventListener("input", () => this.#push("guidance_start", Math.min));
+    for (const name of Object.keys(RANGES)) byId(name).addEventListener("input", () => this.#showValues());
     byId("size").addEventListener("change", () => this.#showCustomSize());
     byId("seed").addEventListener("input", () => this.#showValues());
     byId("clear-seed").addEventListener("click", () => this.write({ seed: "" }) || byId("seed").focus());
@@ -43,6 +55,9 @@ export class Form {
       size: model.default_size,
       num_inference_steps: model.default_num_inference_steps,
       guidance_scale: model.default_guidance_scale,
+      guidance_start: "0",
+      guidance_end: "1",
+      cache_interval: "1",
       scheduler: "",
       seed: "",
     });
@@ -84,6 +99,8 @@ export class Form {
     const [width, height] = sides(model.default_size);
     Object.assign(byId("num_inference_steps"), { max: model.max_num_inference_steps });
     Object.assign(byId("guidance_scale"), { max: model.max_guidance_scale });
+    Object.assign(byId("cache_interval"), { max: model.max_cache_interval });
+    byId("cache-field").hidden = model.max_cache_interval === 1;
     byId("n").replaceChildren(...range(1, model.max_num_images).map((count) => new Option(count, count)));
     byId("scheduler").replaceChildren(new Option("model’s own", ""), ...model.schedulers.map((name) => new Option(name, name)));
     const limits = { min: model.min_size, max: model.max_size, step: model.size_factor };
@@ -130,8 +147,20 @@ export class Form {
   }
 
   #showValues() {
-    for (const name of RANGES) byId(`${name}-value`).textContent = byId(name).value;
+    for (const [name, written] of Object.entries(RANGES)) {
+      const text = written(byId(name).value);
+      byId(`${name}-value`).textContent = text;
+      byId(name).setAttribute("aria-valuetext", text);
+    }
+    // At scale 1 there is no guidance that could begin or end.
+    byId("guidance-interval").hidden = !this.model.guidance_interval || byId("guidance_scale").value === "1";
     byId("clear-seed").hidden = byId("seed").value === "";
+  }
+
+  // Guidance ends where it begins at the earliest: one end of the interval takes the other along.
+  #push(name, furthest) {
+    const [start, end] = [byId("guidance_start").value, byId("guidance_end").value];
+    byId(name).value = furthest(start, end);
   }
 
   #suggest() {

@@ -2,11 +2,15 @@
 
 export const PARTIAL_IMAGES = 3;
 
-const NUMBERS = new Set(["n", "num_inference_steps", "guidance_scale", "seed", "strength"]);
+const NUMBERS = new Set([
+  ...["n", "num_inference_steps", "guidance_scale", "guidance_start", "guidance_end", "cache_interval", "seed", "strength"],
+]);
+// What a request says by leaving these out.
+const UNSAID = { guidance_start: "0", guidance_end: "1", cache_interval: "1" };
 const JSON_NUMBER = /^-?(0|[1-9]\d*)(\.\d+)?$/;
 
 /**
- * The request for `settings` (texts by field name; empty ones are left out), starting from `image` if there is one.
+ * The request for `settings` (texts by field name; those that change nothing are left out), starting from `image` if there is one.
  *
  * The seed is always sent, so that the request can be sent again for the same pictures. `fields` holds pairs of a name
  * and its value as JSON, where a number keeps every digit that was typed, and what is no number is left to the server
@@ -15,7 +19,7 @@ const JSON_NUMBER = /^-?(0|[1-9]\d*)(\.\d+)?$/;
 export function toRequest(settings, image = null, mask = null) {
   const given = { ...settings, seed: settings.seed || randomSeed() };
   const fields = Object.entries(given)
-    .filter(([name, text]) => text !== "" && (name !== "strength" || image))
+    .filter(([name, text]) => text !== "" && text !== UNSAID[name] && (name !== "strength" || image))
     .map(([name, text]) => [name, asJson(name, text)]);
   fields.push(["stream", "true"], ["partial_images", String(PARTIAL_IMAGES)]);
   return { path: image ? "v1/images/edits" : "v1/images/generations", fields, image, mask };

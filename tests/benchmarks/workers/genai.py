@@ -14,7 +14,7 @@ from typing import Any
 import openvino_genai
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.workers.protocol import Draw, Job, serve
+from benchmarks.workers.protocol import Draw, Job, in_diffusers_words, serve
 
 
 def load(options: Job) -> list[Draw]:
@@ -39,15 +39,7 @@ def _pipeline(options: Job, properties: dict[str, str]) -> Any:
 
 def _draw(pipe: Any) -> Draw:
     def draw(job: Job) -> Any:
-        return pipe.generate(
-            job["prompt"],
-            width=job["width"],
-            height=job["height"],
-            num_inference_steps=job["steps"],
-            guidance_scale=job["guidance"],
-            num_images_per_prompt=job.get("images", 1),
-            rng_seed=job["seed"],
-        ).data
+        return pipe.generate(job["prompt"], **in_diffusers_words(job), rng_seed=job["seed"]).data
 
     return draw
 

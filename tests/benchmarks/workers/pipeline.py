@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.workers.protocol import Draw, Job, serve
+from benchmarks.workers.protocol import Draw, Job, in_diffusers_words, serve
 
 
 def load(options: Job) -> list[Draw]:
@@ -24,15 +24,8 @@ def load(options: Job) -> list[Draw]:
         pipe.vae.decode = torch.compile(pipe.vae.decode)
 
     def draw(job: Job) -> Any:
-        return pipe(
-            job["prompt"],
-            width=job["width"],
-            height=job["height"],
-            num_inference_steps=job["steps"],
-            guidance_scale=job["guidance"],
-            num_images_per_prompt=job.get("images", 1),
-            generator=torch.Generator("cpu").manual_seed(job["seed"]),
-        ).images
+        generator = torch.Generator("cpu").manual_seed(job["seed"])
+        return pipe(job["prompt"], **in_diffusers_words(job), generator=generator).images
 
     draw(options["first"])
     return [draw]

@@ -45,6 +45,17 @@ def serve(load: Load) -> None:
             executor.submit(_answer_one, json.loads(line), idle, answer)
 
 
+def in_diffusers_words(job: Job) -> dict[str, Any]:
+    """A picture's settings, but for its seed, in the words of diffusers' pipelines and of those that copied them."""
+    return {
+        "width": job["width"],
+        "height": job["height"],
+        "num_inference_steps": job["steps"],
+        "guidance_scale": job["guidance"],
+        "num_images_per_prompt": job.get("images", 1),
+    }
+
+
 def _answer_one(job: Job, idle: list[Draw], answer: Callable[..., None]) -> None:
     draw = idle.pop()
     try:

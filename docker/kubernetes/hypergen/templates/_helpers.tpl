@@ -20,7 +20,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 
 {{/* What an export depends on, short: names its job and its folder. */}}
 {{- define "hypergen.exportKey" -}}
-{{- $model := omit .Values.model "hubTokenSecret" }}
+{{- $model := omit .Values.model "hubTokenSecret" "lorasClaim" }}
 {{- list $model .Values.images.export .Values.gpu.nodeSelector | toJson | sha256sum | trunc 10 }}
 {{- end }}
 
