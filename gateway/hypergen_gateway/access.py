@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Scope
 
 from hypergen_gateway.errors import AuthenticationError
 from hypergen_gateway.keys import Key, Keys
@@ -22,17 +22,16 @@ _OPEN_PREFIXES = (f"{FILES_PATH}/", FILES_PREFIX)
 class ApiKey:
     """Lets a request through that carries a key or goes to an open path; where there are no keys, every request."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, open_paths: Container[str] = OPEN_PATHS) -> None:
-        self._app = app
+    def __init__(self, keys: Keys, open_paths: Container[str] = OPEN_PATHS) -> None:
         self._open_paths = open_paths
         self._keys = keys
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._keys and not self._is_open(scope["path"]):
+    def __call__(self, scope: Scope) -> None:
+        """Raises `AuthenticationError`; else notes the key's name, if it has one."""
+        if self._keys and not self._is_open(scope["path"]):
             key = self._check([value for name, value in scope["headers"] if name == b"authorization"])
             if key.name is not None:
                 scope.setdefault("state", {})["key_name"] = key.name
-        await self._app(scope, receive, send)
 
     def _is_open(self, path: str) -> bool:
         return path in self._open_paths or path.startswith(_OPEN_PREFIXES)

@@ -9,13 +9,13 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp
 
 from hypergen_gateway.access import METRICS_PATH, OPEN_PATHS, ApiKey
 from hypergen_gateway.admission import Admission
-from hypergen_gateway.browsers import OtherWebsites, SecurityHeaders, cors
+from hypergen_gateway.browsers import OtherWebsites, cors
 from hypergen_gateway.config import Config
 from hypergen_gateway.connection import cancel
 from hypergen_gateway.connections import TELL_UNHEARD
@@ -27,12 +27,23 @@ from hypergen_gateway.jobs import Jobs, Keeping
 from hypergen_gateway.keys import Keys
 from hypergen_gateway.links import Links, LocalLinks
 from hypergen_gateway.metrics import Metrics
-from hypergen_gateway.middleware import Errors, HeadLimit, RequestLog, Trace, answer_http_exception
+from hypergen_gateway.middleware import Checks, Errors, RequestLog, Trace, check_head
 
 if TYPE_CHECKING:  # OpenTelemetry is there only where traces are wanted
     from hypergen_gateway.tracing import Tracing
 
 logger = logging.getLogger(__name__)
+
+
+class Gateway(Starlette):
+    """Starlette without its own layers around errors: ours answer all of them, at one place."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """The router within what the application was given, and nothing else."""
+        app: ASGIApp = self.router
+        for layer, arguments, settings in reversed(self.user_middleware):
+            app = layer(app, *arguments, **settings)
+        return app
 
 
 def create_app(config: Config, backend: Backend, tracing: Tracing | None = None) -> Starlette:
@@ -67,20 +78,16 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
 
-    app = Starlette(
+    who_may_ask = ApiKey(keys, open_paths) if keys else OtherWebsites(config.cors_origins, config.public_url)
+    app = Gateway(
         routes=routes,
         middleware=[
             Middleware(Trace) if tracing is None else Middleware(Trace, traced=tracing.middleware),
             Middleware(RequestLog, routes=_paths(routes), observers=observers),
-            Middleware(SecurityHeaders),
             *cors(config.cors_origins),
             Middleware(Errors),
-            Middleware(HeadLimit),
-            Middleware(ApiKey, keys=keys, open_paths=open_paths)
-            if keys
-            else Middleware(OtherWebsites, origins=config.cors_origins, public_url=config.public_url),
+            Middleware(Checks, checks=(check_head, who_may_ask)),
         ],
-        exception_handlers={HTTPException: answer_http_exception},
         lifespan=lifespan,
     )
     # A redirect of "/v1/models/" would be the one answer that is not OpenAI's.

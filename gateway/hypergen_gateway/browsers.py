@@ -7,13 +7,13 @@ another website asks for.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Scope
 
 from hypergen_gateway.errors import CrossSiteError
 
@@ -25,6 +25,7 @@ _HEADERS = (
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"cache-control", b"no-store"),
 )
+_NAMES = frozenset(name for name, _ in _HEADERS)
 # What scripts may read of an answer beside its body.
 _EXPOSED = (
     "openai-processing-ms",
@@ -41,25 +42,10 @@ _ANY = "*"
 _PRIVATE_NAMES = (".localhost", ".local", ".internal", ".home.arpa", ".lan")
 
 
-class SecurityHeaders:
-    """Adds to every answer what browsers need to be told."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                given = message.get("headers", ())
-                names = {name for name, _ in given}
-                message["headers"] = [*given, *(header for header in _HEADERS if header[0] not in names)]
-            await send(message)
-
-        await self._app(scope, receive, send_with_headers)
+def security_headers(given: Collection[tuple[bytes, bytes]]) -> Iterable[tuple[bytes, bytes]]:
+    """What browsers need to be told beside what an answer says itself."""
+    names = {name for name, _ in given}
+    return _HEADERS if names.isdisjoint(_NAMES) else [header for header in _HEADERS if header[0] not in names]
 
 
 def cors(origins: Collection[str]) -> list[Middleware]:
@@ -89,14 +75,13 @@ class OtherWebsites:
     his website the server's own. Where a key is needed, neither has it.
     """
 
-    def __init__(self, app: ASGIApp, origins: Collection[str], public_url: str | None = None) -> None:
-        self._app = app
+    def __init__(self, origins: Collection[str], public_url: str | None = None) -> None:
         self._origins = frozenset([*origins, *([] if public_url is None else [_origin_of(public_url)])])
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST" and not self._may_ask(Headers(scope=scope)):
+    def __call__(self, scope: Scope) -> None:
+        """Raises `CrossSiteError`."""
+        if scope["method"] == "POST" and not self._may_ask(Headers(scope=scope)):
             raise CrossSiteError
-        await self._app(scope, receive, send)
 
     def _may_ask(self, headers: Headers) -> bool:
         origin = headers.get("origin")

@@ -230,7 +230,7 @@ class Drawing:
         async with self._turn() as place:
             waited = _milliseconds_since(self._began)
             streams = [self._draw_part(part) for part in order.parts]
-            async with aclosing(_merged(streams)) as everything:
+            async with aclosing(streams[0] if len(streams) == 1 else _merged(streams)) as everything:
                 async for drawn in everything:
                     if drawn.picture.is_final:
                         finals += 1

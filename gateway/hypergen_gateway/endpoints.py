@@ -10,16 +10,17 @@ import asyncio
 import functools
 import math
 from collections import Counter
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from pydantic import BaseModel
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
+from starlette.types import Receive, Scope, Send
 
 from hypergen_gateway import capabilities, docs, openai, playground, responses
 from hypergen_gateway.access import METRICS_PATH
@@ -44,6 +45,7 @@ from hypergen_gateway.starts import Start, Uploads, open_starts
 from hypergen_gateway.threads import off_the_loop
 
 T = TypeVar("T")
+Answer: TypeAlias = Callable[[Request], Awaitable[Response]]
 # A tenth of a millisecond in base64.
 _QUICK_BYTES = 128 << 10
 
@@ -63,7 +65,7 @@ class Endpoints:
     decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
 
     def routes(self) -> list[BaseRoute]:
-        """Every route. Starlette answers HEAD wherever it answers GET."""
+        """Every route, in the order in which they are tried: those that are wanted most come first."""
         patience = Middleware(BodyPatience, seconds=self.config.body_timeout)
         bodies = [patience, Middleware(BodyLimit, max_bytes=self.config.max_body_bytes)]
         uploads = [
@@ -73,19 +75,19 @@ class Endpoints:
             ),
         ]
         return [
-            Route("/openapi.json", self.openapi),
-            Route("/docs", self.docs),
-            Route("/health", self.health),
-            Route("/health/live", self.live),
-            Route("/health/ready", self.ready),
-            Route(METRICS_PATH, self.read_metrics),
-            Route("/v1/models", self.list_models),
-            Route("/v1/models/{id:path}", self.retrieve_model),
-            Route("/v1/capabilities", self.capabilities),
-            Route("/v1/images/generations", self.generate_images, methods=["POST"], middleware=bodies),
-            Route("/v1/images/edits", self.edit_images, methods=["POST"], middleware=uploads),
-            Route("/v1/images/variations", self.vary_image, methods=["POST"], middleware=uploads),
-            Route(f"{FILES_PATH}/{{name}}", self.read_file),
+            _get("/v1/models", self.list_models),
+            _post("/v1/images/generations", self.generate_images, bodies),
+            _post("/v1/images/edits", self.edit_images, uploads),
+            _post("/v1/images/variations", self.vary_image, uploads),
+            _get(f"{FILES_PATH}/{{name}}", self.read_file),
+            _get("/v1/models/{id:path}", self.retrieve_model),
+            _get("/v1/capabilities", self.capabilities),
+            _get("/health", self.health),
+            _get("/health/live", self.live),
+            _get("/health/ready", self.ready),
+            _get(METRICS_PATH, self.read_metrics),
+            _get("/openapi.json", self.openapi),
+            _get("/docs", self.docs),
             *playground.routes(),
         ]
 
@@ -240,6 +242,26 @@ class Endpoints:
             queue_size=self.admission.waiting,
             device=model.device if model else None,
         )
+
+
+class _Endpoint:
+    """An endpoint as ASGI has it. Starlette would make it one that answers errors, as our own layer does anyway."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = await self._answer(Request(scope, receive, send))
+        await response(scope, receive, send)
+
+
+def _get(path: str, answer: Answer) -> Route:
+    """A route of GET, and so of HEAD."""
+    return Route(path, _Endpoint(answer), methods=["GET"])
+
+
+def _post(path: str, answer: Answer, middleware: Sequence[Middleware]) -> Route:
+    return Route(path, _Endpoint(answer), methods=["POST"], middleware=middleware)
 
 
 async def _or_none(answer: Coroutine[Any, Any, T], limit: float) -> T | None:

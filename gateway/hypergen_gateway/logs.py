@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
+from collections.abc import Mapping
 from datetime import datetime, timezone
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from hypergen_gateway.request_id import current_request_id, current_trace_id
 
@@ -19,8 +21,17 @@ LogFormat = Literal["text", "json"]
 console = logging.getLogger("hypergen_gateway.console")
 
 
+@runtime_checkable
+class HasFields(Protocol):
+    """A message that is more than its text."""
+
+    def fields(self) -> Mapping[str, Any]:
+        """What it says, by name."""
+        ...
+
+
 class JsonLines(logging.Formatter):
-    """One JSON object per line. A record's `fields`, given as `extra`, are keys beside the message."""
+    """One JSON object per line. What a message has as `fields` are keys beside it."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line; an exception is a key of it, so that it stays one."""
@@ -34,19 +45,36 @@ class JsonLines(logging.Formatter):
             line["request_id"] = request_id
         if trace_id := current_trace_id():
             line["trace_id"] = trace_id
-        line |= getattr(record, "fields", {})
+        if isinstance(record.msg, HasFields):
+            line |= record.msg.fields()
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
+class TextLines(logging.Formatter):
+    """Python's own lines. As they come in crowds, the text of a time is made once a second."""
+
+    _second = (-1, "")
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: ARG002, N802
+        """Local time, to the millisecond."""
+        second = int(record.created)
+        if self._second[0] != second:
+            self._second = (second, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second)))
+        return f"{self._second[1]},{int(record.msecs):03d}"
+
+
 def set_up_logging(level: str, log_format: LogFormat) -> None:
     """Sets up the process's loggers; warnings of Python's become lines, too."""
     handler = logging.StreamHandler(sys.stderr)
-    text = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")
+    text = TextLines("%(asctime)s %(levelname)-7s %(message)s")
     handler.setFormatter(JsonLines() if log_format == "json" else text)
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.captureWarnings(True)
+    # No line names these, and every record would look them up: see "Optimization" in Python's logging HOWTO.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
     logging.getLogger("hypergen_gateway").setLevel(level.upper())
     console.setLevel(logging.INFO)
     console.handlers.clear()

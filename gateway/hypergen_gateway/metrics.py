@@ -7,6 +7,7 @@ its value from a client, so that nobody can make more of them.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -31,6 +32,7 @@ class Metrics:
         ProcessCollector(registry=self._registry)
         self._requests = self._counter("requests", "Requests answered", "route", "method", "status")
         self._seconds = self._histogram("request_seconds", "From a request to the end of its answer", "route")
+        self._counted_by = functools.cache(self._look_up)  # there are few of them, and they stay
         self._first = self._histogram("first_image_seconds", "From a request to its first preview or picture", "kind")
         self._phases = self._histogram("phase_seconds", "Where a picture's time went", "phase")
         self._images = self._counter("images", "Previews and pictures made", "kind")
@@ -57,8 +59,9 @@ class Metrics:
 
     def served(self, served: Served) -> None:
         """A request was answered."""
-        self._requests.labels(served.route, served.method, str(served.status)).inc()
-        self._seconds.labels(served.route).observe(served.seconds)
+        requests, seconds = self._counted_by(served.route, served.method, served.status)
+        requests.inc()
+        seconds.observe(served.seconds)
 
     def unheard(self, status: int) -> None:
         """A request was refused by the connection: as no HTTP, too slow, too large or one too many."""
@@ -93,6 +96,10 @@ class Metrics:
     def abandoned(self, steps: float) -> None:
         """A request was given up before `steps` of its images' steps."""
         self._saved.inc(steps)
+
+    def _look_up(self, route: str, method: str, status: int) -> tuple[Counter, Histogram]:
+        """What counts such requests."""
+        return self._requests.labels(route, method, str(status)), self._seconds.labels(route)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"hypergen_gateway_{name}", text, labels, registry=self._registry)

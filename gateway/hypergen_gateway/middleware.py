@@ -1,6 +1,6 @@
 """What happens to every request, whatever it asks for. Pure ASGI, so bodies and responses stream through untouched.
 
-From the outside in: trace, request id and access log, what browsers are told, errors, who may ask (in `browsers` and
+From the outside in: trace; request id, access log and what browsers are told; errors; who may ask (in `browsers` and
 `access`); a body's limit is its route's.
 """
 
@@ -9,17 +9,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hypergen_gateway.browsers import security_headers
 from hypergen_gateway.errors import (
     AddressTooLongError,
     BodyTooLargeError,
@@ -31,7 +30,7 @@ from hypergen_gateway.errors import (
     UnavailableError,
 )
 from hypergen_gateway.faults import as_ours, log_fault
-from hypergen_gateway.request_id import accept_or_create, current_request_id, current_trace, read_trace
+from hypergen_gateway.request_id import accept_or_create, current_request_id, current_trace, find_header, read_trace
 
 access_logger = logging.getLogger("hypergen_gateway.access")
 
@@ -46,10 +45,14 @@ _FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 _SHOWN_PATH = 200
 
 
-@dataclass(frozen=True, kw_only=True)
-class Served:
-    """A request that was answered. `route` and `method` are among few; what was drawn is known where it was tried."""
+class Served(NamedTuple):
+    """A request that was answered. What was drawn is known where it was tried.
 
+    `method` and `route` are among few; `asked` has both as they were, to be shown. It is its own line in the log.
+    """
+
+    request_id: str
+    asked: str
     method: str
     route: str
     status: int
@@ -57,6 +60,10 @@ class Served:
     key: str | None = None  # the name of the API key, if it has one
     images: int | None = None
     steps: int | None = None
+
+    def __str__(self) -> str:
+        key = "" if self.key is None else f" {self.key}"
+        return f"{self.asked} {self.status} {round(self.seconds * 1000)} ms {self.request_id}{key}"
 
     def fields(self) -> dict[str, str | int]:
         """What a structured log says of it."""
@@ -81,7 +88,7 @@ class Trace:
         self._app = traced(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        given = read_trace(Headers(scope=scope)) if scope["type"] == "http" else {}
+        given = read_trace(scope["headers"]) if scope["type"] == "http" else {}
         token = current_trace.set(given)
         try:
             await self._app(scope, receive, send)
@@ -91,6 +98,8 @@ class Trace:
 
 class RequestLog:
     """Gives every request an id, sends it back with the time taken, writes one line to the log and tells the observers.
+
+    What browsers need to be told is added with it, as every layer around an answer takes its time.
 
     `routes` names the path of each endpoint, with what varies in braces.
     """
@@ -104,19 +113,23 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = accept_or_create(Headers(scope=scope).get("x-request-id"))
+        request_id = accept_or_create(find_header(scope["headers"], b"x-request-id"))
         token = current_request_id.set(request_id)
         started = time.perf_counter()
         status = 500
 
-        async def send_with_headers(message: Message) -> None:
+        def send_with_headers(message: Message) -> Awaitable[None]:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = request_id
-                headers["openai-processing-ms"] = str(_milliseconds_since(started))
-            await send(message)
+                given = message.get("headers", ())
+                message["headers"] = [
+                    *given,
+                    *security_headers(given),
+                    (b"x-request-id", request_id.encode()),
+                    (b"openai-processing-ms", b"%d" % _milliseconds_since(started)),
+                ]
+            return send(message)
 
         try:
             await self._app(scope, receive, send_with_headers)
@@ -125,25 +138,19 @@ class RequestLog:
             current_request_id.reset(token)
 
     def _tell(self, scope: Scope, status: int, seconds: float) -> None:
-        state = scope.get("state", {})
+        method, path, state = scope["method"], scope["path"], scope.get("state", {})
+        route = self._routes.get(scope.get("endpoint"), "other")
         served = Served(
-            method=scope["method"] if scope["method"] in _METHODS else "other",
-            route=self._routes.get(scope.get("endpoint"), "other"),
+            request_id=current_request_id.get(),
+            asked=f"{method} {path if path == route else _shown(path)}",
+            method=method if method in _METHODS else "other",
+            route=route,
             status=status,
             seconds=seconds,
             key=state.get("key_name"),
             **state.get("drawn", {}),
         )
-        access_logger.info(
-            "%s %s %d %d ms %s%s",
-            scope["method"],
-            _shown(scope["path"]),
-            status,
-            round(seconds * 1000),
-            current_request_id.get(),
-            "" if served.key is None else f" {served.key}",
-            extra={"fields": served.fields()},
-        )
+        access_logger.info(served)
         for observer in self._observers:
             observer.served(served)
 
@@ -160,10 +167,10 @@ class Errors:
             return
         response_started = False
 
-        async def watched_send(message: Message) -> None:
+        def watched_send(message: Message) -> Awaitable[None]:
             nonlocal response_started
             response_started = True
-            await send(message)
+            return send(message)
 
         try:
             await self._app(scope, receive, watched_send)
@@ -174,38 +181,39 @@ class Errors:
         except Exception as error:
             if response_started:
                 raise
-            ours = as_ours(error)
-            log_fault(ours, error)
-            await error_response(ours)(scope, receive, send)
+            await _answer_to(error, scope)(scope, receive, send)
 
 
-class HeadLimit:
+class Checks:
+    """Lets no request in to which one of `checks` has an objection, which it raises."""
+
+    def __init__(self, app: ASGIApp, checks: Sequence[Callable[[Scope], None]]) -> None:
+        self._app = app
+        self._checks = checks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            for check in self._checks:
+                check(scope)
+        await self._app(scope, receive, send)
+
+
+def check_head(scope: Scope) -> None:
     """Refuses heads that no client needs, and those that leave in doubt where the body ends.
 
     A proxy that believes the length, where we believe the encoding, would take the rest for another request.
     """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            if len(scope["path"]) + len(scope["query_string"]) > _MAX_ADDRESS_BYTES:
-                raise AddressTooLongError(f"The address is too long: at most {_MAX_ADDRESS_BYTES:,} bytes are read.")
-            self._check(scope["headers"])
-        await self._app(scope, receive, send)
-
-    @staticmethod
-    def _check(headers: Sequence[tuple[bytes, bytes]]) -> None:
-        size, framings = 0, []
-        for name, value in headers:  # one loop, as every request comes by
-            size += len(name) + len(value)
-            if name in _FRAMING:
-                framings.append(value.lower())
-        if len(headers) > _MAX_HEADERS or size > _MAX_HEAD_BYTES:
-            raise HeadTooLargeError
-        if len(framings) > 1 or not all(framing == b"chunked" or framing.isdigit() for framing in framings):
-            raise MalformedRequestError("A body has one Content-Length, or one Transfer-Encoding, which is 'chunked'.")
+    if len(scope["path"]) + len(scope["query_string"]) > _MAX_ADDRESS_BYTES:
+        raise AddressTooLongError(f"The address is too long: at most {_MAX_ADDRESS_BYTES:,} bytes are read.")
+    size, framings = 0, []
+    for name, value in scope["headers"]:  # one loop, as every request comes by
+        size += len(name) + len(value)
+        if name in _FRAMING:
+            framings.append(value.lower())
+    if len(scope["headers"]) > _MAX_HEADERS or size > _MAX_HEAD_BYTES:
+        raise HeadTooLargeError
+    if len(framings) > 1 or not all(framing == b"chunked" or framing.isdigit() for framing in framings):
+        raise MalformedRequestError("A body has one Content-Length, or one Transfer-Encoding, which is 'chunked'.")
 
 
 class BodyLimit:
@@ -248,16 +256,17 @@ def error_response(error: HyperGenError) -> Response:
     return JSONResponse(error.body, status_code=error.status, headers=dict(error.headers))
 
 
-def answer_http_exception(request: Request, error: Exception) -> Response:
-    """Starlette's own errors: no such route, no such method. OPTIONS is told the methods that there are."""
+def _answer_to(error: Exception, scope: Scope) -> Response:
+    """Starlette's own errors are no such route, no such method. OPTIONS is told the methods that there are."""
+    method = scope["method"]
     allow = (error.headers or {}).get("Allow") if isinstance(error, HTTPException) else None
-    if allow is not None and request.method == "OPTIONS":
+    if allow is not None and method == "OPTIONS":
         return Response(status_code=204, headers={"Allow": f"{allow}, OPTIONS"})
     ours: HyperGenError
     if allow is not None:
-        ours = MethodNotAllowedError(f"The method {request.method} is not allowed here. Allowed: {allow}.", allow)
+        ours = MethodNotAllowedError(f"The method {method} is not allowed here. Allowed: {allow}.", allow)
     elif isinstance(error, HTTPException) and error.status_code == 404:
-        ours = NotFoundError(f"There is no {request.method} {_shown(request.url.path)} here.")
+        ours = NotFoundError(f"There is no {method} {_shown(scope['path'])} here.")
     else:
         ours = as_ours(error)
     log_fault(ours, error)

@@ -5,10 +5,14 @@ the request.
 from __future__ import annotations
 
 import re
-import uuid
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
+from typing import TypeAlias
+
+# As ASGI gives them, names in lower case.
+RawHeaders: TypeAlias = Iterable[tuple[bytes, bytes]]
 
 # Empty outside a request.
 current_request_id: ContextVar[str] = ContextVar("current_request_id", default="")
@@ -27,15 +31,24 @@ def accept_or_create(candidate: str | None) -> str:
     """The client's own id if it is a sane one, else a new one."""
     if candidate is not None and _SANE.fullmatch(candidate):
         return candidate
-    return f"req_{uuid.uuid4().hex}"
+    return f"req_{secrets.token_hex(16)}"
 
 
-def read_trace(headers: Mapping[str, str]) -> Mapping[str, str]:
+def read_trace(headers: RawHeaders) -> Mapping[str, str]:
     """The trace that a client's request belongs to, in well-formed headers; empty if it names none."""
-    parent, state = headers.get("traceparent", ""), headers.get("tracestate", "")
-    if not _TRACE_PARENT.fullmatch(parent):
+    parent = find_header(headers, b"traceparent")
+    if parent is None or not _TRACE_PARENT.fullmatch(parent):
         return {}
+    state = find_header(headers, b"tracestate") or ""
     return {"traceparent": parent} | ({"tracestate": state} if _TRACE_STATE.fullmatch(state) else {})
+
+
+def find_header(headers: RawHeaders, name: bytes) -> str | None:
+    """The first of that name. Every request comes by here, most of them without it."""
+    for each, value in headers:
+        if each == name:
+            return value.decode("latin-1")
+    return None
 
 
 def current_trace_id() -> str:

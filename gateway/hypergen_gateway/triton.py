@@ -11,16 +11,18 @@ import dataclasses
 import json
 import logging
 import re
+import struct
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager, suppress
 from typing import Any
 
 import grpc
 import numpy as np
-from tritonclient.grpc import InferInput
-from tritonclient.grpc.aio import InferenceServerClient
-from tritonclient.utils import InferenceServerException, triton_to_np_dtype
+from tritonclient.grpc import InferResult
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
+from tritonclient.utils import triton_to_np_dtype
 
 from hypergen_gateway.errors import (
     DeadlineExceededError,
@@ -37,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 SAMPLER = "diffusion"
 
-# These replace all of tritonclient's own defaults.
 _CHANNEL_ARGS: list[tuple[str, int | str]] = [
     # Where the address stands for several Tritons, streams go to each in turn, and to none that is gone.
     ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),
@@ -82,6 +83,9 @@ INPUT_TYPES: dict[str, str] = {
     "lora_scale": "FP32",
 }
 
+# A tensor of BYTES holds before each text its length.
+_LENGTH = struct.Struct("<I")
+
 OUTPUTS = ("image", "image_index", "step", "is_final", "seed", "prompt_tokens", "timings_ms")
 
 # What a client calls an input; where nothing stands, the same.
@@ -122,7 +126,7 @@ class TritonBackend:
         self._request_timeout = request_timeout
         self._call_timeout = call_timeout
         self._returns_within = returns_within
-        self._open_client: InferenceServerClient | None = None
+        self._open_service: _Service | None = None
         self._description: ModelDescription | None = None
         self._description_is_fresh = False
         self._streams = 0
@@ -146,15 +150,15 @@ class TritonBackend:
 
     async def ready(self) -> bool:
         """Whether the server and every model that a picture needs are ready."""
-        client, limit = self._client, self._call_timeout
+        triton, limit = self._service.triton, self._call_timeout
         try:
             models = (SAMPLER, *(await self.describe()).components)
             with self._gate():
-                probes = [client.is_model_ready(name, client_timeout=limit) for name in models]
-                answers = await asyncio.gather(client.is_server_ready(client_timeout=limit), *probes)
+                probes = [triton.ModelReady(pb.ModelReadyRequest(name=name), timeout=limit) for name in models]
+                answers = await asyncio.gather(triton.ServerReady(pb.ServerReadyRequest(), timeout=limit), *probes)
         except HyperGenError:
             return False
-        return all(answers)
+        return all(answer.ready for answer in answers)
 
     async def generate(self, generation: Generation) -> AsyncGenerator[Picture, None]:
         """The pictures in the order in which they are finished, each after its previews.
@@ -174,7 +178,7 @@ class TritonBackend:
                             yield picture
                 return
             except UnavailableError as error:
-                if self._open_client is None or not again.is_worth_it():  # None: closed, so we are the ones who go
+                if self._open_service is None or not again.is_worth_it():  # None: closed, so we are the ones who go
                     raise
                 if again.is_first:
                     logger.warning("request %s: asking for its pictures again (%s)", current_request_id.get(), error)
@@ -182,22 +186,15 @@ class TritonBackend:
 
     async def _stream(self, generation: Generation) -> AsyncGenerator[Picture, None]:
         """One stream per request, as Triton closes a stream to report an error with its code."""
-        request = {
-            "model_name": SAMPLER,
-            "inputs": _to_inputs(generation),
-            "request_id": current_request_id.get(),
-        }
         # Without the first an error comes as text in the stream, without its code. The others are for Triton's traces.
-        headers = {"triton_grpc_error": "true", **current_trace.get()}
-        responses = self._client.stream_infer(_only(request), stream_timeout=self._request_timeout, headers=headers)
+        headers = (("triton_grpc_error", "true"), *current_trace.get().items())
+        call = self._service.infer(_to_request(generation), timeout=self._request_timeout, metadata=headers)
         self._streams += 1
         owed = generation.num_images
         try:
             with self._gate():
-                async for result, error in responses:
-                    if error is not None:
-                        raise error
-                    picture = _to_picture(result)
+                async for response in call:
+                    picture = _to_picture(response)
                     owed -= picture.is_final
                     yield picture
                     if not owed:
@@ -205,30 +202,31 @@ class TritonBackend:
         finally:
             self._streams -= 1
             if owed:
-                responses.cancel()
+                call.cancel()
             else:  # all is there: that Triton says so is a round trip for which nobody has to wait
-                self._ending.add(ending := asyncio.ensure_future(_read_to_end(responses)))
+                self._ending.add(ending := asyncio.ensure_future(_read_to_end(call)))
                 ending.add_done_callback(self._ending.discard)
 
     async def close(self) -> None:
         """Closes the connection."""
         for ending in self._ending:
             ending.cancel()
-        if self._open_client is not None:
-            await self._open_client.close()
-            self._open_client = None
+        if self._open_service is not None:
+            await self._open_service.channel.close(None)
+            self._open_service = None
 
     @property
-    def _client(self) -> InferenceServerClient:
+    def _service(self) -> _Service:
         # One for good, as each one leaks a little, and made here, as it binds itself to the running loop.
-        if self._open_client is None:
-            self._open_client = InferenceServerClient(self._url, channel_args=_CHANNEL_ARGS)
-        return self._open_client
+        if self._open_service is None:
+            self._open_service = _Service(self._url)
+        return self._open_service
 
     async def _read_description(self) -> ModelDescription:
         try:
             with self._gate():
-                response = await self._client.get_model_config(SAMPLER, client_timeout=self._call_timeout)
+                request = pb.ModelConfigRequest(name=SAMPLER)
+                response = await self._service.triton.ModelConfig(request, timeout=self._call_timeout)
         except DeadlineExceededError as error:  # no picture was late: a Triton that hangs is not there
             raise UnavailableError("The image model does not answer at the moment. Try again later.") from error
         return _to_description({name: value.string_value for name, value in response.config.parameters.items()})
@@ -238,11 +236,26 @@ class TritonBackend:
         """Where foreign errors become ours."""
         try:
             yield
-        except (grpc.aio.AioRpcError, grpc.aio.UsageError, InferenceServerException) as error:
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
             ours = _translate(error)
             if isinstance(ours, UnavailableError | DeadlineExceededError):
                 self._description_is_fresh = False
             raise ours from error
+
+
+class _Service:
+    """Triton's gRPC service over one connection."""
+
+    def __init__(self, url: str) -> None:
+        self.channel = grpc.aio.insecure_channel(url, options=_CHANNEL_ARGS)
+        self.triton = GRPCInferenceServiceStub(self.channel)
+        # Triton takes any number of requests in a stream. With one it is the same as a call that has one, and gRPC
+        # sends that, its headers and its end together.
+        self.infer = self.channel.unary_stream(
+            "/inference.GRPCInferenceService/ModelStreamInfer",
+            request_serializer=pb.ModelInferRequest.SerializeToString,
+            response_deserializer=pb.ModelStreamInferResponse.FromString,
+        )
 
 
 class _Again:
@@ -273,33 +286,36 @@ class _Again:
         return self._interruptions < 3 and now < self._ends
 
 
-async def _only(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-    # Nothing may fail in here: tritonclient shows an exception of this generator as a cancellation.
-    yield request
-
-
-async def _read_to_end(responses: Any) -> None:
-    with suppress(grpc.aio.AioRpcError, grpc.aio.UsageError, InferenceServerException):
-        async for _ in responses:
+async def _read_to_end(call: Any) -> None:
+    with suppress(grpc.aio.AioRpcError, grpc.aio.UsageError):
+        async for _ in call:
             pass
 
 
-def _to_inputs(generation: Generation) -> list[InferInput]:
-    given = {name: getattr(generation, name) for name in INPUT_TYPES}
-    return [_to_input(name, value) for name, value in given.items() if value is not None]
+def _to_request(generation: Generation) -> Any:
+    request = pb.ModelInferRequest(model_name=SAMPLER, id=current_request_id.get())
+    for name, datatype in INPUT_TYPES.items():
+        value = getattr(generation, name)
+        if value is not None:
+            shape, content = _to_tensor(datatype, value)
+            request.inputs.add(name=name, datatype=datatype, shape=shape)
+            request.raw_input_contents.append(content)
+    return request
 
 
-def _to_input(name: str, value: Any) -> InferInput:
-    datatype = INPUT_TYPES[name]
+def _to_tensor(datatype: str, value: Any) -> tuple[tuple[int, ...], bytes]:
+    """A tensor's shape and content: of an image, or of one value."""
     if isinstance(value, str):
-        value = value.encode()
+        text = value.encode()
+        return (1,), _LENGTH.pack(len(text)) + text
     array = value if isinstance(value, np.ndarray) else np.array([value], dtype=triton_to_np_dtype(datatype))
-    tensor = InferInput(name, list(array.shape), datatype)
-    tensor.set_data_from_numpy(array)
-    return tensor
+    return array.shape, array.tobytes()
 
 
-def _to_picture(result: Any) -> Picture:
+def _to_picture(response: Any) -> Picture:
+    if response.error_message:
+        raise InternalError(f"Triton answered inside the stream: {response.error_message}")
+    result = InferResult(response.infer_response)
     tensors = {name: result.as_numpy(name) for name in OUTPUTS}
     missing = [name for name, tensor in tensors.items() if tensor is None]
     if missing:
@@ -346,11 +362,7 @@ def _translate(error: Exception) -> HyperGenError:
 def _code_and_message(error: Exception) -> tuple[str, str]:
     if isinstance(error, grpc.aio.AioRpcError):
         return error.code().name, error.details() or ""
-    if isinstance(error, grpc.aio.UsageError):  # the channel was closed: we are shutting down
-        return "UNAVAILABLE", str(error)
-    # tritonclient writes "StatusCode.UNAVAILABLE", or None for an error inside a stream.
-    status, message = error.status(), error.message()  # type: ignore[attr-defined]
-    return str(status).removeprefix("StatusCode."), str(message or "")
+    return "UNAVAILABLE", str(error)  # the channel was closed: we are shutting down
 
 
 def _invalid_argument(message: str) -> HyperGenError:

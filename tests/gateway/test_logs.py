@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import socket
+from dataclasses import dataclass
 
 import httpx
 import pytest
 
-from hypergen_gateway.logs import JsonLines
+from hypergen_gateway.logs import JsonLines, TextLines
 from hypergen_gateway.request_id import current_request_id
 from running_server import KEY, Server, free_port, start_server, stop_server
 
@@ -53,7 +54,21 @@ def test_as_text_the_same_is_for_people() -> None:
     assert len({line for line in server.lines if line.startswith("Serving on")}) == 1
 
 
-def record(message: str, **more: object) -> logging.LogRecord:
+@dataclass
+class Said:
+    """A message with fields."""
+
+    text: str
+    images: object
+
+    def __str__(self) -> str:
+        return self.text
+
+    def fields(self) -> dict[str, object]:
+        return {"images": self.images}
+
+
+def record(message: object, **more: object) -> logging.LogRecord:
     made = logging.LogRecord("a.logger", logging.ERROR, __file__, 1, message, None, None)
     for name, value in more.items():
         setattr(made, name, value)
@@ -65,7 +80,7 @@ def test_a_line_has_its_request_s_id_its_fields_and_its_traceback() -> None:
     try:
         raise ValueError("two\nlines")
     except ValueError as error:
-        text = JsonLines().format(record('"quoted"', fields={"images": 2}, exc_info=(ValueError, error, None)))
+        text = JsonLines().format(record(Said('"quoted"', 2), exc_info=(ValueError, error, None)))
     finally:
         current_request_id.reset(token)
     assert "\n" not in text
@@ -75,14 +90,21 @@ def test_a_line_has_its_request_s_id_its_fields_and_its_traceback() -> None:
 
 
 def test_what_is_no_json_by_itself_is_written_as_text() -> None:
-    line = json.loads(JsonLines().format(record("a", fields={"port": {free_port}})))
-    assert "free_port" in line["port"]
+    line = json.loads(JsonLines().format(record(Said("a", {free_port}))))
+    assert "free_port" in line["images"]
     assert "request_id" not in line
 
 
 def test_time_is_in_utc_and_sortable() -> None:
     made = record("a", created=0.25)
     assert json.loads(JsonLines().format(made))["time"] == "1970-01-01T00:00:00.250+00:00"
+
+
+def test_a_line_of_text_says_when_as_python_s_own_formatter_does() -> None:
+    ours, own = TextLines("%(asctime)s"), logging.Formatter("%(asctime)s")
+    for seconds in (0.25, 0.999, 1.0, 1_700_000_000.0005, 0.5):
+        made = record("a", created=seconds, msecs=int(seconds % 1 * 1000))
+        assert ours.format(made) == own.format(made)
 
 
 @pytest.mark.parametrize("value", ["yaml", ""])
