@@ -129,8 +129,8 @@ async def _sdcpp(ground: Ground, subject: Subject) -> Worker:
     python = ground.environment("stable_diffusion_cpp", ("stable-diffusion-cpp-python==0.4.7", "numpy"))
     folder = ground.converted(subject, "sdcpp")
     run([str(python), str(WORKERS / "convert_for_sdcpp.py"), str(subject.checkpoint), str(folder)], CONVERT_SECONDS)
-    options = {"checkpoint": str(folder), "flash_attention": True}
-    return await _work("stable_diffusion_cpp", [str(python), str(WORKERS / "sdcpp.py")], options, ground, subject)
+    command = [str(python), str(WORKERS / "sdcpp.py")]
+    return await _work("stable_diffusion_cpp", command, {"checkpoint": str(folder)}, ground, subject)
 
 
 async def _work(name: str, command: list[str], options: dict[str, Any], ground: Ground, subject: Subject) -> Worker:
@@ -164,7 +164,7 @@ PEERS: Mapping[str, Peer] = {
         GENAI,
         Peer(
             name="stable_diffusion_cpp",
-            about="stable-diffusion.cpp by its Python package, float16 weights, flash attention",
+            about="stable-diffusion.cpp by its Python package, float16 weights, convolutions done directly",
             start=_sdcpp,
             subjects=("sd15",),
             why_not="it knows a fixed list of architectures, and the shipped model's widths are none of them",

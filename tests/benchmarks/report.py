@@ -72,6 +72,8 @@ def write_report(folder: Path, figures: Figures) -> Path:
             for subject in SUBJECTS
             for section in (f"## One picture, {SUBJECTS[subject]}", _pictures(figures, subject))
         ),
+        "## How close to the processor",
+        _hardware(figures),
         "## Many requests at once",
         _throughput(figures),
         _plot_throughput(folder, figures),
@@ -120,6 +122,22 @@ def _pictures(figures: Figures, subject: str) -> str:
     heads = ("", "theirs ÷ ours", "lowest to highest, pairs", "ours, ms", "p95", "theirs, ms", "p95", "memory, MB", "")
     ours = _number(figures.get(f"memory_{subject}_ours_proportional_mb"))
     return f"{_table(heads, rows)}\n\nMemory counts shared pages once; ours is {ours} MB, all processes together."
+
+
+def _hardware(figures: Figures) -> str:
+    columns = (
+        "unet_gflop",
+        "unet_gflop_per_second",
+        "matrix_product_bfloat16_gflop_per_second",
+        "matrix_product_float32_gflop_per_second",
+        "unet_share_of_matrix_product",
+    )
+    rows = [
+        (words, *(_number(figures.get(f"hardware_{subject}_{column}")) for column in columns))
+        for subject, words in SUBJECTS.items()
+    ]
+    heads = ("UNet, a guided step", "GFLOP", "GFLOP/s", "a matrix product, bfloat16", "float32", "UNet ÷ product")
+    return _table(heads, rows)
 
 
 def _throughput(figures: Figures) -> str:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.circumstances import circumstances
 from benchmarks.environments import BUILD
 from benchmarks.figures import Book
-from benchmarks.measures import load, pictures, serving
+from benchmarks.measures import hardware, load, pictures, serving
 from benchmarks.measures.turns import Bench, Effort
 from benchmarks.peers import PEERS, Ground
 from benchmarks.report import bars_table, write_report
@@ -33,6 +33,7 @@ FULL = Effort(pairs=30, large_pairs=3, rounds=3)
 
 PARTS: Mapping[str, Callable[[Bench, Subject], Coroutine[Any, Any, None]]] = {
     "one_picture": pictures.one_picture,
+    "hardware": hardware.hardware,
     "gateway": serving.gateway,
     "models": serving.models_per_second,
     "short_behind_long": load.short_behind_long,
@@ -45,7 +46,7 @@ PARTS: Mapping[str, Callable[[Bench, Subject], Coroutine[Any, Any, None]]] = {
 }
 # The others take long to start or tell little more.
 QUICK_PEERS = ("floor", "hypergen", "hypergen_bfloat16", "openvino_genai", "diffusers")
-LARGE_PARTS = ("one_picture", "one_core_busy")
+LARGE_PARTS = ("one_picture", "hardware", "one_core_busy")
 QUICK_PARTS = ("one_picture", "gateway", "models", "short_behind_long", "throughput")
 
 

@@ -1,6 +1,7 @@
 """stable-diffusion.cpp through its Python package, on the diffusers folder, which it reads itself.
 
-All cores (its own default is half of them), weights in the precision of the checkpoint, flash attention in the UNet.
+All cores (its own default is half of them), weights in the precision of the checkpoint, convolutions done directly, and
+no flash attention, which is meant for GPUs and takes longer here.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def load(options: Job) -> list[Draw]:
         model_path=options["checkpoint"],
         n_threads=len(os.sched_getaffinity(0)),
         vae_decode_only=True,
-        diffusion_flash_attn=options["flash_attention"],
+        diffusion_conv_direct=True,
+        vae_conv_direct=True,
         verbose=False,
     )
 
