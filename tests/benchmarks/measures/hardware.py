@@ -1,0 +1,101 @@
+"""How close the UNet comes to what the processor can do: its rate beside that of one large matrix product.
+
+In float32, too, which is what a peer in float32 can reach at best, and so bounds what bfloat16 can win over it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import diffusers
+import numpy as np
+import numpy.typing as npt
+import openvino
+import torch
+from openvino import opset13 as ops
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.environments import ToolError
+from benchmarks.figures import Figures
+from benchmarks.measures.turns import Bench
+from benchmarks.peers import OURS
+from benchmarks.subjects import Subject, repository
+
+PRECISIONS = {"bfloat16": "bf16", "float32": "f32"}
+# Of a square matrix: 16 MB in bfloat16, in which the product is as efficient as it gets.
+WIDTH = 2880
+ROUNDS = 9
+Arrays = dict[str, npt.NDArray[np.float32]]
+
+
+async def hardware(bench: Bench, subject: Subject) -> None:
+    """The rates of a matrix product in both precisions and of the UNet in ours, in turns; in GFLOP per second."""
+    name = f"hardware_{subject.name}"
+    try:
+        async with bench.running(OURS, subject):  # which exports what is not exported yet
+            pass
+        bench.enter(await asyncio.to_thread(_rates, name, bench.ground.dtype, subject, bench))
+    except ToolError as error:
+        bench.fail(name, error)
+
+
+def _rates(name: str, dtype: str, subject: Subject, bench: Bench) -> Figures:
+    inputs, gflop = _guided_step(subject)
+    file = repository(subject, dtype, bench.ground.work) / "unet" / "1" / "model.onnx"
+    unet = _compile(openvino.Core().read_model(file), inputs, PRECISIONS[dtype])
+    products = [_compile(*_product(), hint) for hint in PRECISIONS.values()]
+    seconds = _in_turns([unet, *products])
+    product_gflop = 2 * WIDTH**3 / 1e9
+    rates = [gflop / seconds[0], *(product_gflop / each for each in seconds[1:])]
+    peaks = dict(zip(PRECISIONS, rates[1:], strict=True))
+    return {
+        f"{name}_unet_share_of_matrix_product": round(rates[0] / peaks[dtype], 3),
+        f"{name}_unet_gflop": round(gflop, 2),
+        f"{name}_unet_gflop_per_second": round(rates[0], 1),
+        **{f"{name}_matrix_product_{kind}_gflop_per_second": round(rate, 1) for kind, rate in peaks.items()},
+    }
+
+
+def _guided_step(subject: Subject) -> tuple[Arrays, float]:
+    """The UNet's inputs for a picture under guidance, and what it computes from them, in GFLOP."""
+    config = json.loads((subject.checkpoint / "unet" / "config.json").read_text())
+    tokens = json.loads((subject.checkpoint / "text_encoder" / "config.json").read_text())["max_position_embeddings"]
+    shapes = {
+        "sample": (2, config["in_channels"], subject.wish.height // 8, subject.wish.width // 8),
+        "timestep": (2,),
+        "encoder_hidden_states": (2, tokens, config["cross_attention_dim"]),
+    }
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        diffusers.UNet2DConditionModel.from_config(config)(*(torch.ones(shape) for shape in shapes.values()))
+    return {name: np.ones(shape, np.float32) for name, shape in shapes.items()}, counter.get_total_flops() / 1e9
+
+
+def _product() -> tuple[Any, Arrays]:
+    left = ops.parameter([WIDTH, WIDTH], np.float32, name="left")
+    left.output(0).set_names({"left"})
+    right = ops.constant(np.ones((WIDTH, WIDTH), np.float32))
+    product = ops.matmul(left, right, transpose_a=False, transpose_b=True)
+    return openvino.Model([product], [left], "product"), {"left": np.ones((WIDTH, WIDTH), np.float32)}
+
+
+def _compile(model: Any, inputs: Arrays, precision: str) -> Callable[[], Any]:
+    model.reshape({name: list(array.shape) for name, array in inputs.items()})
+    properties = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "INFERENCE_PRECISION_HINT": precision}
+    request = openvino.Core().compile_model(model, "CPU", properties).create_infer_request()
+    return lambda: request.infer(inputs, share_inputs=True)
+
+
+def _in_turns(calls: Sequence[Callable[[], Any]]) -> list[float]:
+    """Median seconds of each. The first round warms up."""
+    taken: list[list[float]] = [[] for _ in calls]
+    for _ in range(ROUNDS + 1):
+        for call, seconds in zip(calls, taken, strict=True):
+            began = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - began)
+    return [statistics.median(seconds[1:]) for seconds in taken]
