@@ -93,7 +93,6 @@ def set_up_logging(level: str, log_format: LogFormat) -> None:
     logging.captureWarnings(True)
     # No line names these, and every record would look them up: see "Optimization" in Python's logging HOWTO.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging._srcfile = None
     logging.getLogger("hypergen_gateway").setLevel(level.upper())
     console.setLevel(logging.INFO)
     console.handlers.clear()

@@ -75,7 +75,12 @@ async def test_refusals_joins_and_estimates_are_counted(backend: FakeBackend) ->
     async with in_memory(create_app(Config(max_queue_size=0), backend)) as client:
         for _ in range(2):
             await client.post(GENERATIONS, json=FOX | {"n": 4}, headers={"Idempotency-Key": "a"})
-        await client.post(GENERATIONS, json=FOX | {"n": 4})
+        backend.open.clear()
+        slow = asyncio.create_task(client.post(GENERATIONS, json=FOX | {"n": 4}))
+        await until(lambda: backend.running == 1)
+        await asyncio.sleep(0.05)
+        backend.open.set()
+        await slow
         await client.post(GENERATIONS, json=FOX | {"num_inference_steps": 150, "deadline_ms": 1})
         backend.open.clear()
         working = asyncio.create_task(client.post(GENERATIONS, json=FOX | {"n": 4}))
