@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing, suppress
@@ -119,7 +120,7 @@ class Endpoints:
 
     async def list_models(self, _: Request) -> Response:
         """The one model."""
-        return _json(responses.ModelList(data=[responses.ModelObject(id=await self._model_id())]))
+        return Response(_model_list(await self._model_id(), int(time.time())), media_type="application/json")
 
     async def retrieve_model(self, request: Request) -> Response:
         """The one model, if the id is its own to the letter."""
@@ -297,7 +298,16 @@ def _place_headers(job: Job) -> dict[str, str]:
     return headers
 
 
+@functools.lru_cache(maxsize=1)
+def _model_list(model: str, created: int) -> str:
+    """The answer that lists the one model, the same for a second."""
+    return _to_json(responses.ModelList(data=[responses.ModelObject(id=model, created=created)]))
+
+
 def _json(model: BaseModel, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(_to_json(model), status_code=status, headers=headers, media_type="application/json")
+
+
+def _to_json(model: BaseModel) -> str:
     # OpenAI leaves an unknown optional field out rather than sending null; health says null.
-    content = model.model_dump_json(exclude_none=not isinstance(model, Health))
-    return Response(content, status_code=status, headers=headers, media_type="application/json")
+    return model.model_dump_json(exclude_none=not isinstance(model, Health))

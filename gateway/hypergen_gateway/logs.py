@@ -53,28 +53,46 @@ class JsonLines(logging.Formatter):
 
 
 class TextLines(logging.Formatter):
-    """Python's own lines. As they come in crowds, the text of a time is made once a second."""
+    """The lines that Python's own formatter makes of `FORMAT`, sooner: there is one for every request."""
 
-    _second = (-1, "")
+    FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
 
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: ARG002, N802
-        """Local time, to the millisecond."""
+    def __init__(self) -> None:
+        super().__init__(self.FORMAT)
+        self._second = (-1, "")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line; a traceback follows it."""
+        if record.exc_info or record.exc_text or record.stack_info:
+            return super().format(record)
+        return f"{self._time_of(record)},{int(record.msecs):03d} {record.levelname:<7} {record.getMessage()}"
+
+    def _time_of(self, record: logging.LogRecord) -> str:
+        """Local time; its text is made once a second."""
         second = int(record.created)
         if self._second[0] != second:
             self._second = (second, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second)))
-        return f"{self._second[1]},{int(record.msecs):03d}"
+        return self._second[1]
+
+
+class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 has no arguments for it
+    """Standard error, which Python flushes after every line by itself."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+
+    def flush(self) -> None:
+        """Nothing is left to be flushed."""
 
 
 def set_up_logging(level: str, log_format: LogFormat) -> None:
     """Sets up the process's loggers; warnings of Python's become lines, too."""
-    handler = logging.StreamHandler(sys.stderr)
-    text = TextLines("%(asctime)s %(levelname)-7s %(message)s")
-    handler.setFormatter(JsonLines() if log_format == "json" else text)
+    handler = _Stderr()
+    handler.setFormatter(JsonLines() if log_format == "json" else TextLines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.captureWarnings(True)
     # No line names these, and every record would look them up: see "Optimization" in Python's logging HOWTO.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging._srcfile = None
     logging.getLogger("hypergen_gateway").setLevel(level.upper())
     console.setLevel(logging.INFO)
     console.handlers.clear()

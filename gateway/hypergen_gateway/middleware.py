@@ -150,9 +150,15 @@ class RequestLog:
             key=state.get("key_name"),
             **state.get("drawn", {}),
         )
-        access_logger.info(served)
+        _log(served)
         for observer in self._observers:
             observer.served(served)
+
+
+def _log(served: Served) -> None:
+    """The line of a request. It tells of no place in the code, so none is looked for."""
+    if access_logger.isEnabledFor(logging.INFO):
+        access_logger.handle(access_logger.makeRecord(access_logger.name, logging.INFO, "", 0, served, (), None))
 
 
 class Errors:

@@ -100,11 +100,13 @@ def test_time_is_in_utc_and_sortable() -> None:
     assert json.loads(JsonLines().format(made))["time"] == "1970-01-01T00:00:00.250+00:00"
 
 
-def test_a_line_of_text_says_when_as_python_s_own_formatter_does() -> None:
-    ours, own = TextLines("%(asctime)s"), logging.Formatter("%(asctime)s")
+def test_lines_of_text_are_those_of_python_s_own_formatter() -> None:
+    ours, own = TextLines(), logging.Formatter(TextLines.FORMAT)
+    failure = ValueError("two\nlines")
     for seconds in (0.25, 0.999, 1.0, 1_700_000_000.0005, 0.5):
-        made = record("a", created=seconds, msecs=int(seconds % 1 * 1000))
-        assert ours.format(made) == own.format(made)
+        for more in ({}, {"exc_info": (ValueError, failure, None)}, {"stack_info": "Stack"}):
+            made = record("%d of %d", created=seconds, msecs=seconds % 1 * 1000, args=(1, 2), **more)
+            assert ours.format(made) == own.format(made)
 
 
 @pytest.mark.parametrize("value", ["yaml", ""])
