@@ -1,0 +1,82 @@
+"""A model's compilations in OpenVINO: one for any shape and, of a small model, one for each of a few shapes.
+
+Knows shapes and memory, nothing of Triton. The backend's `model.py` imports it as a part of the installed package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import openvino
+
+from hypergen_gateway.embedded.backends.openvino.flattening import flatten_channel_scales
+
+# Compiled for its very shapes, a model takes up to a fifth less time. That costs half a second and three times the
+# weights in memory per shape, so larger models than this are compiled once for all.
+SMALL_BYTES = 64 * 2**20
+# One picture without guidance and with it, and full batches: between them little is to be gained, and a compilation for
+# each count of rows would take a gigabyte.
+EXACT_ROWS = frozenset({1, 2, 4, 8, 16})
+# Kernels that the compilation for any shape keeps. With OpenVINO's own 5000 their memory grows for as long as new sizes
+# come, past a gigabyte; with fewer, sizes that come by turns are slower.
+KEPT_KERNELS = 2000
+Array = npt.NDArray[Any]
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Compilations:
+    """What a model was compiled to, each when it is first needed; none is ever dropped or compiled again."""
+
+    def __init__(self, file: Path, properties: Mapping[str, Any]) -> None:
+        self._core = openvino.Core()
+        self._properties = {**properties, "CPU_RUNTIME_CACHE_CAPACITY": str(KEPT_KERNELS)}
+        # Read once: what is compiled of its copies shares its weights, as far as they are not packed for kernels.
+        self._model = self._core.read_model(file)
+        flatten_channel_scales(self._model)
+        self._choice = ExactShapes()
+        self._exact: dict[int, Any] = {}
+        self._is_small = sum(each.stat().st_size for each in file.parent.iterdir()) <= SMALL_BYTES
+        self._any = None if self._is_small else self._compile(self._model)
+
+    def request_for(self, batch: Mapping[str, Array]) -> Any:
+        """The infer request for arrays of these shapes, rows first."""
+        shapes = {name: array.shape for name, array in batch.items()}
+        if self._is_small and self._choice.includes(shapes):
+            return self._exact_request(shapes)
+        if self._any is None:
+            self._any = self._compile(self._model)
+        return self._any
+
+    def _exact_request(self, shapes: Shapes) -> Any:
+        rows = _rows(shapes)
+        if rows not in self._exact:
+            model = self._model.clone()
+            model.reshape(dict(shapes))
+            self._exact[rows] = self._compile(model)
+        return self._exact[rows]
+
+    def _compile(self, model: Any) -> Any:
+        return self._core.compile_model(model, "CPU", self._properties).create_infer_request()
+
+
+class ExactShapes:
+    """Which shapes are worth a compilation of their own: `EXACT_ROWS` of the usual size.
+
+    The usual size is the first that the model meets; the exporter's warm-up makes it the checkpoint's default.
+    """
+
+    def __init__(self) -> None:
+        self._usual: Shapes | None = None
+
+    def includes(self, shapes: Shapes) -> bool:
+        """Whether these are; the first ones make their size the usual one."""
+        size = {name: shape[1:] for name, shape in shapes.items()}
+        self._usual = self._usual or size
+        return size == self._usual and _rows(shapes) in EXACT_ROWS
+
+
+def _rows(shapes: Shapes) -> int:
+    return next(iter(shapes.values()))[0]

@@ -1,0 +1,109 @@
+"""What the OpenVINO backend compiles, and that a model gives the same whatever it was compiled for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import openvino
+import pytest
+from openvino import opset13 as ops
+
+from hypergen_gateway.embedded.backends.openvino import compilations
+from hypergen_gateway.embedded.backends.openvino.compilations import EXACT_ROWS, Array, Compilations, ExactShapes
+from hypergen_gateway.embedded.backends.openvino.flattening import flatten_channel_scales
+
+CHANNELS, GROUPS = 6, 2
+PROPERTIES = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": "1"}
+
+
+def group_norm(silu: bool = True, read_twice: bool = False) -> openvino.Model:
+    """As torch exports it: groups to rows, MVN, back, scale, shift; [batch, channels, height, width]."""
+    chance = np.random.default_rng(0)
+    scale, shift = (chance.standard_normal((CHANNELS, 1, 1)).astype(np.float32) for _ in range(2))
+    x = ops.parameter([-1, CHANNELS, -1, -1], np.float32, name="x")
+    rows = ops.mvn(ops.reshape(x, np.array([0, GROUPS, -1]), True), np.array([2]), True, 1e-5, "INSIDE_SQRT")
+    scaled = ops.multiply(ops.reshape(rows, ops.shape_of(x), False), scale)
+    y = ops.add(scaled, shift)
+    if silu:
+        y = ops.multiply(y, ops.sigmoid(y))
+    results = [ops.result(y, name="y"), *([ops.result(scaled, name="scaled")] if read_twice else [])]
+    return openvino.Model(results, [x], "group_norm")
+
+
+def run(model: openvino.Model, x: Array) -> Array:
+    outputs = openvino.Core().compile_model(model, "CPU", PROPERTIES)({"x": x})
+    return np.asarray(outputs[0])
+
+
+def picture(rows: int, height: int = 4, width: int = 4) -> Array:
+    return np.random.default_rng(rows).standard_normal((rows, CHANNELS, height, width)).astype(np.float32)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "model.xml"
+    openvino.save_model(group_norm(), path, compress_to_fp16=False)
+    return path
+
+
+def test_full_batches_of_the_usual_size_are_worth_a_compilation() -> None:
+    choice = ExactShapes()
+    assert choice.includes({"sample": (2, 16, 8, 8), "timestep": (2,)})
+    included = {rows for rows in range(1, 33) if choice.includes({"sample": (rows, 16, 8, 8), "timestep": (rows,)})}
+    assert included == EXACT_ROWS
+
+
+def test_no_other_size_is_however_often_it_comes() -> None:
+    choice = ExactShapes()
+    choice.includes({"sample": (2, 16, 8, 8)})
+    assert not any(choice.includes({"sample": (2, 16, 8, 12)}) for _ in range(100))
+    assert choice.includes({"sample": (1, 16, 8, 8)})
+
+
+def test_the_usual_size_is_the_first_whatever_its_rows() -> None:
+    choice = ExactShapes()
+    assert not choice.includes({"sample": (3, 16, 8, 8)})
+    assert choice.includes({"sample": (2, 16, 8, 8)})
+
+
+def test_a_small_model_has_one_request_for_each_exact_shape_and_one_for_all_others(file: Path) -> None:
+    model = Compilations(file, PROPERTIES)
+    batches = [picture(rows, *size) for size in ((4, 4), (4, 6), (6, 4)) for rows in range(1, 18)]
+    requests = {batch.shape: model.request_for({"x": batch}) for batch in batches}
+    assert len({id(request) for request in requests.values()}) == len(EXACT_ROWS) + 1
+    assert all(model.request_for({"x": batch}) is requests[batch.shape] for batch in batches), "compiled again"
+
+
+def test_a_large_model_has_one_request_for_everything(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilations, "SMALL_BYTES", 0)
+    model = Compilations(file, PROPERTIES)
+    assert model.request_for({"x": picture(1)}) is model.request_for({"x": picture(2, 6, 4)})
+
+
+def test_what_comes_out_depends_on_no_compilation(file: Path) -> None:
+    model = Compilations(file, PROPERTIES)
+    for batch in (picture(2), picture(3), picture(2, 4, 6), picture(16)):
+        seen = next(iter(model.request_for({"x": batch}).infer({"x": batch}).values()))
+        np.testing.assert_allclose(seen, run(group_norm(), batch), atol=1e-5)
+
+
+@pytest.mark.parametrize("silu", [True, False])
+def test_channels_are_scaled_over_flattened_height_and_width(silu: bool) -> None:
+    model, batch = group_norm(silu), picture(2, 4, 6)
+    assert flatten_channel_scales(model) == 1
+    (scaled,) = [node for node in model.get_ops() if _scales(node)]
+    assert scaled.get_output_partial_shape(0).rank.get_length() == 3
+    np.testing.assert_allclose(run(model, batch), run(group_norm(silu), batch), atol=1e-6)
+
+
+def test_a_scaled_tensor_that_something_else_reads_stays_as_it_is() -> None:
+    model = group_norm(read_twice=True)
+    assert flatten_channel_scales(model) == 0
+    np.testing.assert_array_equal(run(model, picture(2)), run(group_norm(read_twice=True), picture(2)))
+
+
+def _scales(node: openvino.Node) -> bool:
+    if node.get_type_name() != "Multiply":
+        return False
+    return str(node.input_value(1).get_node().get_type_name()) == "Constant"
