@@ -11,7 +11,7 @@ from running_server import Server
 SECONDS = 36.0
 IN_FLIGHT = 4
 # In half of so short a time pools still fill, MiB and threads; what every request leaves is seen.
-GROWTH = {"memory": 32.0, "shared memory": 4.0, "threads": 8.0}
+GROWTH = {"memory": 16.0, "shared memory": 4.0, "threads": 8.0}
 
 
 async def test_what_a_server_holds_does_not_grow_under_mixed_load(server: Server) -> None:

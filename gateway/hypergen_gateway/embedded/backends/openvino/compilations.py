@@ -35,10 +35,11 @@ class Compilations:
         self._properties = {**properties, "CPU_RUNTIME_CACHE_CAPACITY": str(KEPT_KERNELS)}
         # Read once: what is compiled of its copies shares its weights, as far as they are not packed for kernels.
         self._model = self._core.read_model(file)
-        flatten_channel_scales(self._model)
         self._choice = ExactShapes()
         self._exact: dict[int, Any] = {}
         self._is_small = sum(each.stat().st_size for each in file.parent.iterdir()) <= SMALL_BYTES
+        if self._is_small:  # others draw larger pictures, whose rows are long enough
+            flatten_channel_scales(self._model)
         self._any = None if self._is_small else self._compile(self._model)
 
     def request_for(self, batch: Mapping[str, Array]) -> Any:
