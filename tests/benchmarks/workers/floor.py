@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.workers.protocol import Job, serve
-from hypergen_gateway.embedded.backends.openvino.flattening import flatten_channel_scales
+from hypergen_gateway.embedded.backends.openvino.compilations import read_model
 
 Run = Callable[[dict[str, Any]], Any]
 LATENT_SCALE = 8
@@ -77,8 +77,7 @@ def _compile(folder: Path, name: str, options: Job) -> Run:
         shapes = {name: list(array.shape) for name, array in inputs.items()}
         key = tuple(map(tuple, shapes.values()))
         if key not in requests:
-            model = core.read_model(folder / name / "1" / "model.onnx")
-            flatten_channel_scales(model)
+            model = read_model(core, folder / name / "1" / "model.onnx")
             model.reshape(shapes)
             requests[key] = core.compile_model(model, "CPU", properties).create_infer_request()
         return requests[key].infer(inputs, share_inputs=True, share_outputs=True)

@@ -5,10 +5,11 @@ Knows shapes and memory, nothing of Triton. The backend's `model.py` imports it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import openvino
 
@@ -34,33 +35,57 @@ class Compilations:
         self._core = openvino.Core()
         self._properties = {**properties, "CPU_RUNTIME_CACHE_CAPACITY": str(KEPT_KERNELS)}
         # Read once: what is compiled of its copies shares its weights, as far as they are not packed for kernels.
-        self._model = self._core.read_model(file)
+        self._model = read_model(self._core, file)
         self._choice = ExactShapes()
-        self._exact: dict[int, Any] = {}
-        self._is_small = sum(each.stat().st_size for each in file.parent.iterdir()) <= SMALL_BYTES
-        if self._is_small:  # others draw larger pictures, whose rows are long enough
-            flatten_channel_scales(self._model)
-        self._any = None if self._is_small else self._compile(self._model)
+        self._exact: dict[int, Compilation] = {}
+        self._is_small = is_small(file)
+        self._any = None if self._is_small else Compilation(self._compile(self._model))
 
-    def request_for(self, batch: Mapping[str, Array]) -> Any:
-        """The infer request for arrays of these shapes, rows first."""
+    def find(self, batch: Mapping[str, Array]) -> Compilation:
+        """The one for arrays of these shapes, rows first."""
         shapes = {name: array.shape for name, array in batch.items()}
         if self._is_small and self._choice.includes(shapes):
-            return self._exact_request(shapes)
+            return self._find_exact(shapes)
         if self._any is None:
-            self._any = self._compile(self._model)
+            self._any = Compilation(self._compile(self._model))
         return self._any
 
-    def _exact_request(self, shapes: Shapes) -> Any:
+    def _find_exact(self, shapes: Shapes) -> Compilation:
         rows = _rows(shapes)
         if rows not in self._exact:
             model = self._model.clone()
             model.reshape(dict(shapes))
-            self._exact[rows] = self._compile(model)
+            self._exact[rows] = ExactCompilation(self._compile(model), shapes)
         return self._exact[rows]
 
     def _compile(self, model: Any) -> Any:
         return self._core.compile_model(model, "CPU", self._properties).create_infer_request()
+
+
+class Compilation:
+    """What runs arrays of any shape; the outputs' memory is used again by the next inference."""
+
+    def __init__(self, request: Any) -> None:
+        self._request = request
+
+    def infer(self, batch: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+        """The outputs of these names."""
+        results = self._request.infer(batch, share_inputs=True)
+        return {name: results[name] for name in outputs}
+
+
+class ExactCompilation(Compilation):
+    """One for a single shape. Arrays are copied into its own tensors: to hand them over takes twice as long."""
+
+    def __init__(self, request: Any, inputs: Iterable[str]) -> None:
+        super().__init__(request)
+        self._inputs = {name: request.get_tensor(name).data for name in inputs}
+
+    def infer(self, batch: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+        for name, array in batch.items():
+            np.copyto(self._inputs[name], array)
+        self._request.infer()
+        return {name: self._request.get_tensor(name).data for name in outputs}
 
 
 class ExactShapes:
@@ -77,6 +102,19 @@ class ExactShapes:
         size = {name: shape[1:] for name, shape in shapes.items()}
         self._usual = self._usual or size
         return size == self._usual and _rows(shapes) in EXACT_ROWS
+
+
+def read_model(core: openvino.Core, file: Path) -> Any:
+    """The model, of a small one as OpenVINO runs it faster; others draw larger pictures, whose rows are long enough."""
+    model = core.read_model(file)
+    if is_small(file):
+        flatten_channel_scales(model)
+    return model
+
+
+def is_small(file: Path) -> bool:
+    """Whether the model, with its weights beside it, is worth compilations for single shapes."""
+    return sum(each.stat().st_size for each in file.parent.iterdir()) <= SMALL_BYTES
 
 
 def _rows(shapes: Shapes) -> int:

@@ -50,9 +50,7 @@ class TritonPythonModel:
 
     def _infer(self, parts: dict[str, list[Array]]) -> dict[str, Array]:
         batch = {name: part[0] if len(part) == 1 else np.concatenate(part) for name, part in parts.items()}
-        # share_inputs only: the outputs' memory is used again by the next inference.
-        results = self._compilations.request_for(batch).infer(batch, share_inputs=True)
-        return {name: results[name] for name in self._outputs}
+        return self._compilations.find(batch).infer(batch, self._outputs)
 
 
 def _properties(parameters: dict[str, dict[str, str]]) -> dict[str, Any]:
