@@ -353,8 +353,9 @@ def _translate(error: Exception) -> HyperGenError:
     if code == "DEADLINE_EXCEEDED":
         return DeadlineExceededError("Triton did not answer in time.")
     # NOT_FOUND: the server runs and has not loaded the model, or no longer. CANCELLED: it gave the work up, as we
-    # did not, which is what a Triton that shuts down does.
-    if code in {"UNAVAILABLE", "NOT_FOUND", "CANCELLED"}:
+    # did not, which is what a Triton that shuts down does. The words: the sampler's process died or hangs, and nobody
+    # else has noticed yet.
+    if code in {"UNAVAILABLE", "NOT_FOUND", "CANCELLED"} or "is not healthy" in message:
         return UnavailableError("The image model is not available at the moment. Try again later.", retry_after=2.0)
     return InternalError(f"Triton answered {code}: {message}")
 

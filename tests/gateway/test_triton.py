@@ -403,9 +403,10 @@ TRANSLATIONS: list[tuple[grpc.StatusCode, str, type[HyperGenError], str | None]]
     (CODE.UNAVAILABLE, "Server not ready", UnavailableError, None),
     (CODE.NOT_FOUND, "Request for unknown model: 'diffusion' is not found", UnavailableError, None),
     (CODE.CANCELLED, "cancelled", UnavailableError, None),
+    (CODE.INTERNAL, "Stub process 'diffusion_0_0' is not healthy.", UnavailableError, None),
     (CODE.DEADLINE_EXCEEDED, "too slow", DeadlineExceededError, None),
     (CODE.INTERNAL, "Traceback: /srv/secret.py", InternalError, None),
-    (CODE.UNKNOWN, "Stub process 'diffusion_0_0' is not healthy.", InternalError, None),
+    (CODE.UNKNOWN, "Stub process 'diffusion_0_0' is not healthy.", UnavailableError, None),
     (CODE.UNIMPLEMENTED, "decoupled", InternalError, None),
     (CODE.RESOURCE_EXHAUSTED, "message too large", InternalError, None),
 ]

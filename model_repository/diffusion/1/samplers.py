@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 
 def _import_diffusers() -> Any:
     """diffusers without torch's compiler, which it loads to mark what is not to be compiled, and does without.
@@ -32,6 +34,7 @@ def _import_diffusers() -> Any:
 
 
 diffusers = _import_diffusers()
+FrozenDict = diffusers.configuration_utils.FrozenDict
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,10 @@ def make_scheduler(name: str, checkpoint_config: Mapping[str, Any]) -> Any:
 
     A scheduler holds the state of one image's sampling, so every image has its own.
     """
-    return copy.deepcopy(_pristine(name, json.dumps(checkpoint_config)))
+    pristine = _pristine(name, json.dumps(checkpoint_config))
+    # diffusers replaces a scheduler's tensors and never writes into one: copies share them, and the configuration.
+    shared = [value for value in vars(pristine).values() if isinstance(value, (torch.Tensor, FrozenDict))]
+    return copy.deepcopy(pristine, {id(value): value for value in shared})
 
 
 @functools.lru_cache(maxsize=2 * len(SCHEDULERS))

@@ -6,6 +6,7 @@ latents. Knows torch and diffusers; the UNet itself and what it is told of the p
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -163,5 +164,10 @@ def _to_array(latents: torch.Tensor) -> Array:
 def _extra_step_arguments(scheduler: Any, generator: torch.Generator) -> dict[str, Any]:
     """As diffusers' `prepare_extra_step_kwargs`, with its default eta of 0: only what this `step` accepts."""
     offered = {"eta": 0.0, "generator": generator}
-    accepted = inspect.signature(scheduler.step).parameters
-    return {name: value for name, value in offered.items() if name in accepted}
+    kind: Any = type(scheduler)
+    return {name: value for name, value in offered.items() if name in _step_arguments(kind)}
+
+
+@functools.cache
+def _step_arguments(kind: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.step).parameters)
