@@ -32,7 +32,8 @@ from stepping import Sample, StepLoop
 from text_cache import TextCache
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-# Every BLS call in flight holds a thread of asyncio's default executor, whose own size is but cores + 4.
+# Every BLS call in flight, but for the UNet's, holds a thread of asyncio's default executor, whose own size is but
+# cores + 4.
 BLS_THREADS = 64
 # About three hundred prompts of Stable Diffusion 1.5, or a hundred of SDXL.
 TEXT_CACHE_BYTES = 64 * 2**20
@@ -49,7 +50,7 @@ class _Job:
     encode_seconds: float
     sender: Any
     cancelled: Callable[[], bool]
-    """One bound method for all of them: the step loop then asks Triton once a round for all."""
+    """One bound method for all of them: the step loop then asks Triton once for all."""
 
 
 class TritonPythonModel:

@@ -200,10 +200,9 @@ class StepLoop:
     async def _watch_clients(self) -> None:
         while self._tickets:
             await asyncio.sleep(ASK_SECONDS)
-            for cancelled in {ticket.cancelled for ticket in self._tickets}:
-                if (end := _end(cancelled)) is not None:
-                    for ticket in self._tickets:
-                        ticket.end = end if ticket.cancelled == cancelled else ticket.end
+            ends = {cancelled: _end(cancelled) for cancelled in {ticket.cancelled for ticket in self._tickets}}
+            for ticket in self._tickets:
+                ticket.end = ends[ticket.cancelled] or ticket.end
 
     def _run(self) -> None:
         try:
@@ -253,12 +252,12 @@ class StepLoop:
 
     def _drop_those_nobody_waits_for(self) -> int:
         """Returns the number of steps that this saves."""
-        gone = [ticket for ticket in (*self._active, *self._waiting) if ticket.end is not None]
-        for ticket in gone:
-            ticket.fail(ticket.end or ClientGoneError())
+        gone = [(ticket, ticket.end) for ticket in (*self._active, *self._waiting) if ticket.end is not None]
+        for ticket, end in gone:
+            ticket.fail(end)
         self._active = [ticket for ticket in self._active if not ticket.over]
         self._waiting = deque(ticket for ticket in self._waiting if not ticket.over)
-        return sum(ticket.image.steps - ticket.image.steps_done for ticket in gone)
+        return sum(ticket.image.steps - ticket.image.steps_done for ticket, _ in gone)
 
     def _batches(self) -> list[list[_Ticket]]:
         """Split the active images into batches of one model and size, and at most `max_rows` rows."""

@@ -25,6 +25,7 @@ from benchmarks.figures import Figures
 from benchmarks.measures.turns import Bench
 from benchmarks.peers import OURS
 from benchmarks.subjects import Subject, repository
+from hypergen_gateway.embedded.backends.openvino.compilations import read_model
 
 PRECISIONS = {"bfloat16": "bf16", "float32": "f32"}
 # Of a square matrix: 16 MB in bfloat16, in which the product is as efficient as it gets.
@@ -47,7 +48,7 @@ async def hardware(bench: Bench, subject: Subject) -> None:
 def _rates(name: str, dtype: str, subject: Subject, bench: Bench) -> Figures:
     inputs, gflop = _guided_step(subject)
     file = repository(subject, dtype, bench.ground.work) / "unet" / "1" / "model.onnx"
-    unet = _compile(openvino.Core().read_model(file), inputs, PRECISIONS[dtype])
+    unet = _compile(read_model(openvino.Core(), file), inputs, PRECISIONS[dtype])
     products = [_compile(*_product(), hint) for hint in PRECISIONS.values()]
     seconds = _in_turns([unet, *products])
     product_gflop = 2 * WIDTH**3 / 1e9
