@@ -218,6 +218,22 @@ class InternalError(HyperGenError):
         return self.detail
 
 
+class NonFiniteImageError(HyperGenError):
+    """The model computed infinities or NaN for this image. The same request would do so again."""
+
+    code = "image_not_finite"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The model computed values that are not finite, so there is no image to show. "
+            "Another scheduler, guidance_scale or LoRA scale may help."
+        )
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"x-should-retry": "false"}
+
+
 class UnavailableError(RetryableError):
     """Triton, or a model that it should serve, is not ready."""
 

@@ -29,6 +29,7 @@ from hypergen_gateway.errors import (
     HyperGenError,
     InternalError,
     InvalidRequestError,
+    NonFiniteImageError,
     QueueFullError,
     UnavailableError,
 )
@@ -350,6 +351,8 @@ def _translate(error: Exception) -> HyperGenError:
         return _invalid_argument(message)
     if code == "UNAVAILABLE" and message.startswith("queue full"):
         return QueueFullError("Too many requests are waiting. Try again later.")
+    if code == "INTERNAL" and message.startswith("not finite"):
+        return NonFiniteImageError()
     if code == "DEADLINE_EXCEEDED":
         return DeadlineExceededError("Triton did not answer in time.")
     # NOT_FOUND: the server runs and has not loaded the model, or no longer. CANCELLED: it gave the work up, as we

@@ -23,6 +23,7 @@ from hypergen_gateway.errors import (
     HyperGenError,
     InternalError,
     InvalidRequestError,
+    NonFiniteImageError,
     QueueFullError,
     UnavailableError,
 )
@@ -404,6 +405,7 @@ TRANSLATIONS: list[tuple[grpc.StatusCode, str, type[HyperGenError], str | None]]
     (CODE.NOT_FOUND, "Request for unknown model: 'diffusion' is not found", UnavailableError, None),
     (CODE.CANCELLED, "cancelled", UnavailableError, None),
     (CODE.INTERNAL, "Stub process 'diffusion_0_0' is not healthy.", UnavailableError, None),
+    (CODE.INTERNAL, "not finite: the latents after step 3 of 6", NonFiniteImageError, None),
     (CODE.DEADLINE_EXCEEDED, "too slow", DeadlineExceededError, None),
     (CODE.INTERNAL, "Traceback: /srv/secret.py", InternalError, None),
     (CODE.UNKNOWN, "Stub process 'diffusion_0_0' is not healthy.", UnavailableError, None),
@@ -463,6 +465,18 @@ class TestBehindTheGateway:
         response = await client.post("/v1/images/generations", json={"prompt": "a fox", "n": 2, "seed": 5})
         assert response.status_code == 200
         assert [image["seed"] for image in response.json()["data"]] == [5, 6]
+
+    async def test_an_image_that_is_not_finite_is_an_error_that_says_so_and_is_not_tried_again(
+        self, triton: FakeTriton, client: httpx.AsyncClient
+    ) -> None:
+        await client.get("/v1/models")
+        triton.failure = (CODE.INTERNAL, "not finite: the latents after step 3 of 6")
+        response = await client.post("/v1/images/generations", json={"prompt": "a fox"})
+        assert response.status_code == 500
+        assert response.headers["x-should-retry"] == "false"
+        error = response.json()["error"]
+        assert (error["type"], error["code"]) == ("server_error", "image_not_finite")
+        assert error["message"].startswith("The model computed values that are not finite")
 
     @pytest.mark.parametrize(
         ("failure", "status"),

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from conditions import Array
-from contract import InvalidInputError, QueueFullError, Request, read_scheduler_config
+from contract import InvalidInputError, NonFiniteLatentsError, QueueFullError, Request, read_scheduler_config
 from samplers import SCHEDULERS, make_scheduler
 from sampling import Image, UNetRows, steps_between
 from starts import Canvas
@@ -319,6 +319,32 @@ async def test_a_failing_batch_ends_its_own_images_alone(unet: Any, image_of: Ca
     assert isinstance(wide, RuntimeError)
     assert isinstance(square, Sample)
     assert (await last(loop.sample(image_of(), never))).latents.shape == (4, 8, 8)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+async def test_an_image_whose_latents_are_not_finite_fails_and_leaves_the_others_of_its_batch_as_they_are(
+    value: float, unet: Any, image_of: Callable[..., Image]
+) -> None:
+    images = [image_of(seed=seed, num_inference_steps=steps) for seed, steps in [(1, 4), (2, 6), (3, 4)]]
+    healthy = [await last(loop_on(unet).sample(image_of(seed=seed), never)) for seed in (1, 3)]
+
+    def breaks_the_second(rows: UNetRows) -> Mapping[str, Array]:
+        answer: dict[str, Array] = {name: array.copy() for name, array in unet(rows).items()}
+        if len(rows.sample) == 6 and unet.rows_of_calls.count(6) == 3:
+            answer["model_output"][3] = value
+        return answer
+
+    unet.rows_of_calls.clear()
+    loop = loop_on(breaks_the_second)
+    first, second, third = await asyncio.gather(
+        *(last(loop.sample(image, never)) for image in images), return_exceptions=True
+    )
+    assert isinstance(second, NonFiniteLatentsError)
+    assert str(second) == "not finite: the latents after step 3 of 6"
+    assert unet.rows_of_calls == [6, 6, 6, 4], "it takes no further step"
+    for alone, together in zip(healthy, (first, third), strict=True):
+        assert isinstance(together, Sample)
+        assert np.abs(alone.latents - together.latents).max() <= 1e-4 * np.abs(alone.latents).max()
 
 
 async def test_no_image_waits_for_ever_when_triton_cannot_be_asked(unet: Any, image_of: Callable[..., Image]) -> None:

@@ -30,6 +30,10 @@ class InvalidInputError(ValueError):
         super().__init__(f"{name}: {problem}")
 
 
+class NonFiniteLatentsError(ArithmeticError):
+    """An image's latents are no longer numbers: its picture would be black. Its message is for the client."""
+
+
 class QueueFullError(RuntimeError):
     """No room to wait in. `str()` starts with "queue full"."""
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
 from bls import ComponentUnavailableError
-from contract import InvalidInputError, Pixels, QueueFullError
+from contract import InvalidInputError, NonFiniteLatentsError, Pixels, QueueFullError
 from stepping import ClientGoneError
 
 TEXTS = ("prompt", "negative_prompt", "scheduler", "lora")
@@ -91,6 +91,7 @@ def _triton_error(error: BaseException) -> Any:
         QueueFullError: pb_utils.TritonError.UNAVAILABLE,
         ComponentUnavailableError: pb_utils.TritonError.UNAVAILABLE,
         ClientGoneError: pb_utils.TritonError.CANCELLED,
+        NonFiniteLatentsError: pb_utils.TritonError.INTERNAL,
     }
     code = codes.get(type(error))
     if code is not None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from conditions import DEEP_FEATURES, HIDDEN_STATES, MODEL_OUTPUT, Array, Conditions
-from contract import Request
+from contract import NonFiniteLatentsError, Request
 from estimates import original_of, preview_steps
 from samplers import make_scheduler
 from starts import Canvas, start_of
@@ -126,7 +126,11 @@ class Image:
         )
 
     def advance(self, answer: Mapping[str, Array]) -> None:
-        """Take one step of the scheduler with the UNet's answer to `unet_rows`, each output [R, C, h, w]."""
+        """Take one step of the scheduler with the UNet's answer to `unet_rows`, each output [R, C, h, w].
+
+        Raises:
+            NonFiniteLatentsError: it leads to infinities or NaN, which no later step would turn into a picture.
+        """
         if self._cache_interval > 1 and DEEP_FEATURES in answer:
             # No longer in Triton's memory, and without the rows of others.
             self._deep_features = answer[DEEP_FEATURES].copy()
@@ -134,6 +138,8 @@ class Image:
         timestep, sample = self._timesteps[self.steps_done], self._latents
         step = self._scheduler.step(guided, timestep, sample, **self._extra)
         self.steps_done += 1
+        if not step.prev_sample.isfinite().all():
+            raise NonFiniteLatentsError(f"not finite: the latents after step {self.steps_done} of {self.steps}")
         self._latents = self._put_back(step.prev_sample, None if self.finished else self._timesteps[self.steps_done])
         self._preview = None
         if self.steps_done in self._preview_steps:

@@ -89,7 +89,11 @@ class _Ticket:
     admitted: float = 0.0
 
     def advance(self, answer: Mapping[str, Array]) -> None:
-        self.image.advance(answer)
+        try:
+            self.image.advance(answer)
+        except Exception as error:
+            self.fail(error)
+            return
         if self.image.preview is not None:
             self._hand_over(self.image.preview)
         if self.image.finished:
@@ -278,20 +282,23 @@ class StepLoop:
         yield batch
 
     def _step(self, batch: list[_Ticket]) -> _Call:
-        """One UNet call and one scheduler step for each image of the batch; its failure ends these images alone."""
+        """One UNet call and one scheduler step for each image of the batch.
+
+        A call that fails ends the images of its batch, a step that fails its own image.
+        """
         rows = sum(ticket.image.rows for ticket in batch)
         began = time.perf_counter()
         try:
             answer = self._unet(_stack([ticket.image.unet_rows() for ticket in batch]))
-            seconds = time.perf_counter() - began
-            first = 0
-            for ticket in batch:
-                following = first + ticket.image.rows  # asked before the step: the next may take another number
-                ticket.advance({name: array[first:following] for name, array in answer.items()})
-                first = following
         except Exception as error:
             _fail(batch, error)
             return _Call(rows, 0, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        first = 0
+        for ticket in batch:
+            following = first + ticket.image.rows  # asked before the step: the next may take another number
+            ticket.advance({name: array[first:following] for name, array in answer.items()})
+            first = following
         return _Call(rows, len(batch), seconds)
 
 
