@@ -22,7 +22,8 @@ from hypergen_export.components import Component, with_deep_cache
 from hypergen_export.defaults import checkpoint_parameters
 from hypergen_export.engines import ENGINES, OPENVINO, TENSORRT, Size, check_dtype, choose_sizes, size_parameters
 from hypergen_export.errors import BadLoraError, MissingDependencyError
-from hypergen_export.fingerprint import component_key, plan_key, repository_key, tokenizer_key
+from hypergen_export.fingerprint import component_key, plan_key, repository_key, tokenizer_key, weight_files
+from hypergen_export.hashes import ContentHashes
 from hypergen_export.lora import Lora
 from hypergen_export.profiles import Shapes, profiles
 from hypergen_export.repository import (
@@ -32,6 +33,7 @@ from hypergen_export.repository import (
     file_sizes,
     link_or_copy,
     read_record,
+    remember,
     staged,
     write_record,
 )
@@ -103,7 +105,10 @@ def export(request: ExportRequest, target: Target | None = None) -> Outcome:
     """
     output = request.output.expanduser().resolve()
     plan = _plan(request, Earlier(output, read_record(output) or {}), target)
+    _hash_weights(plan)
     if plan.is_up_to_date:
+        if plan.hashes.has_news:
+            remember(output, plan.earlier.record | {"hashes": plan.hashes.remembered})
         return Outcome()
     check_space(output, plan.bytes_to_write)
     with staged(output) as folder:
@@ -111,6 +116,17 @@ def export(request: ExportRequest, target: Target | None = None) -> Outcome:
         write_record(folder, _record(plan, folder, parity))
     reused = tuple(component.name for component in plan.reused)
     return Outcome(converted=tuple(component.name for component in plan.outdated), reused=reused)
+
+
+def _hash_weights(plan: Plan) -> None:
+    """Read what no earlier export knows by its content: many gigabytes, so with progress."""
+    files = [file for module in plan.checkpoint.family.modules for file in weight_files(plan.checkpoint, module)]
+    unknown = plan.hashes.unknown(files)
+    if unknown:
+        with _needs_the_extra():
+            from hypergen_export.progress import Progress
+        with contextlib.closing(Progress(1)) as progress, progress.stage("weights: hash") as report:
+            plan.hashes.read(unknown, report)
 
 
 def _plan(request: ExportRequest, earlier: Earlier, target: Target | None) -> Plan:
@@ -158,6 +174,12 @@ class Plan:
         """Those of the checkpoint as it is."""
         components = self.checkpoint.family.components
         return with_deep_cache(components) if self.request.deep_cache else components
+
+    @cached_property
+    def hashes(self) -> ContentHashes:
+        """The checkpoint's files by their content."""
+        exports = (*exports_beside(self.earlier.folder), self.earlier)
+        return ContentHashes({stamp: known for each in exports for stamp, known in each.hashes.items()})
 
     def variants(self, lora: Lora) -> dict[str, Component]:
         """Component -> what takes its place under the LoRA, for those that it changes."""
@@ -237,7 +259,7 @@ class Plan:
         return component.weights_dtype(self.request.dtype) if self.target else "float32"
 
     def _key(self, component: Component) -> str:
-        key = component_key(self.checkpoint, component)
+        key = component_key(self.checkpoint, component, self.hashes)
         if self.target is None:
             return key
         return plan_key(key, self.weights_dtype(component), self.target, profiles(component, self.shapes))
@@ -378,6 +400,7 @@ def _record(plan: Plan, folder: Path, parity: Mapping[str, Any]) -> dict[str, An
         },
         "tokenizers": plan.tokenizer_keys,
         "loras": [{"name": lora.name, "scale": lora.scale, "sha256": lora.sha256} for lora in plan.request.loras],
+        "hashes": plan.hashes.remembered,
         "files": file_sizes(folder),
     }
 

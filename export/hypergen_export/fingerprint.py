@@ -10,6 +10,7 @@ from typing import Any
 
 from hypergen_export.checkpoint import Checkpoint
 from hypergen_export.components import Component
+from hypergen_export.hashes import ContentHashes
 
 _PACKAGE = Path(__file__).parent
 # Sources that decide what a component's ONNX is, and what plan is built of it; others decide what stands around them.
@@ -18,18 +19,22 @@ _MERGING = ("lora.py", "merging.py")
 _CONVERSION = ("components.py", "examples.py", "wrappers.py", "loading.py", "onnx.py", "compare.py")
 
 
-def component_key(checkpoint: Checkpoint, component: Component) -> str:
+def component_key(checkpoint: Checkpoint, component: Component, hashes: ContentHashes) -> str:
     """Key of a component's ONNX: the module's files, the LoRA merged into them, and the sources that convert them."""
     folder = checkpoint.folder / component.module
-    weights = [folder / name for name in checkpoint.weights(component.module).files]
     return _digest(
         component.name,
         component.wrapper,
         dict(checkpoint.sizes),
         _contents([folder / "config.json", *(_PACKAGE / name for name in _CONVERSION)]),
-        [_identity(path) for path in weights],
+        [(path.name, hashes(path)) for path in weight_files(checkpoint, component.module)],
         *_lora_parts(component),
     )
+
+
+def weight_files(checkpoint: Checkpoint, module: str) -> list[Path]:
+    """The files that hold the module's weights."""
+    return [checkpoint.folder / module / name for name in checkpoint.weights(module).files]
 
 
 def plan_key(onnx_key: str, *circumstances: Any) -> str:
@@ -53,14 +58,6 @@ def _lora_parts(component: Component) -> list[Any]:
     if component.lora is None:
         return []
     return [component.lora.sha256, component.lora.scale, _contents(_PACKAGE / name for name in _MERGING)]
-
-
-def _identity(path: Path) -> tuple[str, str, int]:
-    """A weight file without reading it: the hub's cache names it by its hash; elsewhere size and time must do."""
-    if path.is_symlink() and path.readlink().parent.name == "blobs":
-        return path.name, path.readlink().name, 0
-    status = path.stat()
-    return path.name, str(status.st_size), status.st_mtime_ns
 
 
 def _contents(paths: Iterable[Path]) -> list[tuple[str, str]]:

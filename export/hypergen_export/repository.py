@@ -38,6 +38,12 @@ class Earlier:
         recorded: Mapping[str, Any] = self.record.get("components", {}).get(name, {})
         return recorded
 
+    @property
+    def hashes(self) -> Mapping[str, str]:
+        """Large files of checkpoints by what the file system says of them."""
+        known = self.record.get("hashes")
+        return known if isinstance(known, dict) else {}
+
     def is_intact(self, prefix: str) -> bool:
         """Whether the files that it wrote under `prefix` are there in full."""
         recorded = self.record.get("files", {}).items()
@@ -114,6 +120,13 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write hypergen.json."""
     text = json.dumps({"format": FORMAT, **record}, indent=2, ensure_ascii=False)
     (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+
+
+def remember(output: Path, record: Mapping[str, Any]) -> None:
+    """Replace the record of a finished export, as far as it may be written: what is added only saves time."""
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory(prefix=f".{RECORD}.", dir=output) as folder:
+        write_record(Path(folder), record)
+        (Path(folder) / RECORD).replace(output / RECORD)
 
 
 def file_sizes(folder: Path) -> dict[str, int]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from hypergen_export.build import ExportRequest, Outcome, export, sampler_sources
 from hypergen_export.config_pbtxt import read_config
 from hypergen_export.errors import BadLoraError, OutputRefusedError, ParityMissedError
+from hypergen_export.hashes import LARGE
 from hypergen_export.lora import read_loras
 from loras import lora_weights, save_by_diffusers
 
@@ -110,6 +113,60 @@ def test_other_weights_convert_their_component_alone(checkpoint_copy: Path, requ
     assert outcome == Outcome(converted=("text_encoder",), reused=NAMES[1:])
     after = onnx_files(request_again.output)
     assert {name for name in NAMES if before[name] != after[name]} == {"text_encoder"}
+
+
+def test_a_checkpoint_is_never_served_with_the_weights_of_another_of_the_same_sizes_and_times(
+    checkpoint_folder: Path, request_again: ExportRequest, tmp_path: Path
+) -> None:
+    """As they come out of Nix, a buildpack or an archive: two fine-tunes, exported into one cache."""
+    first, second = (Path(shutil.copytree(checkpoint_folder, tmp_path / name)) for name in ("first", "second"))
+    path = second / "text_encoder" / "model.safetensors"
+    save_file({name: tensor * 1.1 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    for file in (*first.rglob("*"), *second.rglob("*")):
+        os.utime(file, (1, 1))
+    assert export(replace(request_again, model=str(first))) == Outcome()
+    before = hidden_states(request_again.output / "text_encoder" / "1" / "model.onnx")
+    other = replace(request_again, model=str(second), output=tmp_path / "other")
+    shutil.copytree(request_again.output, tmp_path / "beside")
+    assert export(other) == Outcome(converted=("text_encoder",), reused=NAMES[1:])
+    after = hidden_states(other.output / "text_encoder" / "1" / "model.onnx")
+    assert np.abs(after - before).max() > 0.01
+
+
+def test_large_weights_are_read_once_and_known_to_every_export_beside(
+    checkpoint_copy: Path, request_again: ExportRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpoint_copy / "text_encoder" / "model.safetensors"
+    save_file({**load_file(path), "padding": torch.zeros(LARGE // 4)}, path, {"format": "pt"})
+    while time.time_ns() - path.stat().st_ctime_ns < 3 * 10**9:  # what was written just now may still be written to
+        time.sleep(0.1)
+    request = replace(request_again, model=str(checkpoint_copy))
+    assert export(request).converted == ("text_encoder",)
+    assert "weights: hash" in capsys.readouterr().err
+    (stamp,) = json.loads((request.output / "hypergen.json").read_text())["hashes"]
+    assert export(request) == Outcome()
+    assert export(replace(request, output=request.output.with_name("beside"))) == Outcome(reused=NAMES)
+    assert "weights: hash" not in capsys.readouterr().err
+    path.rename(path.with_suffix(".moved"))
+    shutil.copy2(path.with_suffix(".moved"), path)
+    assert export(request) == Outcome(), "the same content, though nobody can know without reading it"
+    assert "weights: hash" in capsys.readouterr().err
+
+
+def test_what_was_read_for_an_export_that_is_up_to_date_is_noted_in_it(
+    checkpoint_copy: Path, request_again: ExportRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpoint_copy / "text_encoder" / "model.safetensors"
+    save_file({**load_file(path), "padding": torch.zeros(LARGE // 4)}, path, {"format": "pt"})
+    request = replace(request_again, model=str(checkpoint_copy))
+    assert export(request).converted == ("text_encoder",)
+    path.touch()
+    while time.time_ns() - path.stat().st_ctime_ns < 3 * 10**9:
+        time.sleep(0.1)
+    for _ in range(2):
+        assert export(request) == Outcome()
+    assert capsys.readouterr().err.count("weights: hash") == 2, "for the export, and for the first time it is seen old"
+    assert sorted(path.name for path in request.output.iterdir() if path.name.startswith(".")) == []
 
 
 @pytest.mark.parametrize("file", ["text_encoder/1/model.onnx", "diffusion/tokenizer.json", "unet/config.pbtxt"])

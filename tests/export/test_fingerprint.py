@@ -8,6 +8,7 @@ import pytest
 
 from hypergen_export.checkpoint import Checkpoint, open_checkpoint
 from hypergen_export.fingerprint import component_key, plan_key, repository_key, tokenizer_key
+from hypergen_export.hashes import ContentHashes
 from hypergen_export.lora import Lora
 
 from .conftest import COMPONENTS, edit_json
@@ -15,7 +16,7 @@ from .conftest import COMPONENTS, edit_json
 
 def keys(folder: Path) -> dict[str, str]:
     checkpoint = open_checkpoint(str(folder))
-    parts = {name: component_key(checkpoint, component) for name, component in COMPONENTS.items()}
+    parts = {name: component_key(checkpoint, component, ContentHashes()) for name, component in COMPONENTS.items()}
     return parts | {"tokenizer": tokenizer_key(checkpoint, "tokenizer")}
 
 
@@ -35,9 +36,18 @@ def test_the_same_files_elsewhere_have_the_same_keys(checkpoint_folder: Path, ch
         ("text_encoder/model.safetensors", {"text_encoder"}),
     ],
 )
-def test_newer_weights_change_their_components_keys(checkpoint_copy: Path, file: str, affected: set[str]) -> None:
+def test_weights_count_by_their_content_and_not_by_their_time(
+    checkpoint_copy: Path, file: str, affected: set[str]
+) -> None:
+    path = checkpoint_copy / file
+    os.utime(path, (1, 1))
     before = keys(checkpoint_copy)
-    os.utime(checkpoint_copy / file, ns=(1, 1))
+    os.utime(path, (2, 2))
+    assert changed(before, keys(checkpoint_copy)) == set()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, (1, 1))
     assert changed(before, keys(checkpoint_copy)) == affected
 
 
@@ -56,17 +66,16 @@ def test_another_vocabulary_changes_the_tokenizers_key_alone(checkpoint_copy: Pa
     assert changed(before, keys(checkpoint_copy)) == {"tokenizer"}
 
 
-def test_weights_in_the_hubs_cache_count_by_their_hash_and_not_by_their_time(checkpoint_copy: Path) -> None:
+def test_weights_in_the_hubs_cache_count_by_their_content_and_not_by_their_blobs_name(checkpoint_copy: Path) -> None:
+    """Whoever saves into a snapshot writes through its links: the blob's name then is the hash of other weights."""
     weights = checkpoint_copy / "unet" / "diffusion_pytorch_model.safetensors"
     blob = checkpoint_copy / "blobs" / "abc123"
     blob.parent.mkdir()
+    before = keys(checkpoint_copy)
     shutil.move(weights, blob)
     weights.symlink_to(blob)
-    before = keys(checkpoint_copy)
-    os.utime(blob, ns=(1, 1))
     assert changed(before, keys(checkpoint_copy)) == set()
-    weights.unlink()
-    weights.symlink_to(blob.rename(blob.with_name("def456")))
+    weights.write_bytes(weights.read_bytes()[::-1])
     assert changed(before, keys(checkpoint_copy)) == {"unet"}
 
 
@@ -86,7 +95,7 @@ def test_a_plans_key_follows_its_onnx_and_all_that_it_is_built_for() -> None:
 def test_a_repositorys_key_follows_parts_settings_and_sources(tmp_path: Path, checkpoint: Checkpoint) -> None:
     source = tmp_path / "model.py"
     source.write_text("one")
-    parts = [component_key(checkpoint, component) for component in COMPONENTS.values()]
+    parts = [component_key(checkpoint, component, ContentHashes()) for component in COMPONENTS.values()]
     key = repository_key(parts, {"dtype": "float32"}, [source])
     assert repository_key(parts, {"dtype": "float32"}, [source]) == key
     assert repository_key(parts[1:], {"dtype": "float32"}, [source]) != key
@@ -102,8 +111,8 @@ def test_a_merged_loras_content_and_scale_are_in_the_key(checkpoint: Checkpoint,
 
     def key(file: str, scale: float) -> str:
         lora = Lora(name="ink", file=tmp_path / file, scale=scale)
-        return component_key(checkpoint, COMPONENTS["unet"].with_lora(lora))
+        return component_key(checkpoint, COMPONENTS["unet"].with_lora(lora), ContentHashes())
 
     given = [key("a.safetensors", 1), key("b.safetensors", 1), key("a.safetensors", 0.5)]
-    assert len({component_key(checkpoint, COMPONENTS["unet"]), *given}) == 4
+    assert len({component_key(checkpoint, COMPONENTS["unet"], ContentHashes()), *given}) == 4
     assert key("c.safetensors", 1) == given[0], "where the file lies is all the same"
