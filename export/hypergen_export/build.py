@@ -108,7 +108,7 @@ def export(request: ExportRequest, target: Target | None = None) -> Outcome:
     _hash_weights(plan)
     if plan.is_up_to_date:
         if plan.hashes.has_news:
-            remember(output, plan.earlier.record | {"hashes": plan.hashes.remembered})
+            remember(output, {**plan.earlier.record, "hashes": plan.hashes.remembered})
         return Outcome()
     check_space(output, plan.bytes_to_write)
     with staged(output) as folder:

@@ -143,7 +143,7 @@ def test_large_weights_are_read_once_and_known_to_every_export_beside(
     request = replace(request_again, model=str(checkpoint_copy))
     assert export(request).converted == ("text_encoder",)
     assert "weights: hash" in capsys.readouterr().err
-    (stamp,) = json.loads((request.output / "hypergen.json").read_text())["hashes"]
+    assert len(json.loads((request.output / "hypergen.json").read_text())["hashes"]) == 1
     assert export(request) == Outcome()
     assert export(replace(request, output=request.output.with_name("beside"))) == Outcome(reused=NAMES)
     assert "weights: hash" not in capsys.readouterr().err
