@@ -76,15 +76,34 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._unparsed += len(data)
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            pass  # whoever asks for another protocol is answered in this one
+            self._feed(data)
         except httptools.HttpParserError:  # no line in the log: anybody can send rubbish, as much as they like
             self._refuse(InvalidRequestError("Invalid HTTP request received."))
         if self._unparsed > MAX_HEAD_BYTES and not self.transport.is_closing():
             self._refuse(HeadTooLargeError())
         if self._timer is None and not self._is_at_work():
             self._await_head()
+
+    def _feed(self, data: bytes) -> None:
+        """Parses `data`, for which a request to upgrade is one like any other.
+
+        httptools stops after the head of one, and would take its body for the next request. So the request is parsed
+        again without its wish, as RFC 9110, section 7.8 allows.
+        """
+        while data:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                (offset,) = upgrade.args
+                data = self._head_without_upgrade() + data[offset:]
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+            else:
+                return
+
+    def _head_without_upgrade(self) -> bytes:
+        line = b"%s %s HTTP/%s\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        return line + b"".join(b"%s: %s\r\n" % each for each in self.headers if each[0] != b"upgrade") + b"\r\n"
 
     def on_message_begin(self) -> None:
         """The first byte of a head is there."""
@@ -98,6 +117,10 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """A request begins. What is raised here is a 400."""
+        if self.parser.get_method() == b"CONNECT":
+            raise ValueError("this is no proxy")
+        if self.parser.should_upgrade():
+            return  # it comes again, without
         hosts = sum(name == b"host" for name, _ in self.headers)
         if (self.parser.get_http_version(), hosts) not in _WELL_FORMED:
             raise ValueError("another version, or not one Host")
@@ -112,6 +135,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """All of it is there."""
+        if self.parser.should_upgrade():
+            return
         self._unparsed, self._in_body = 0, False
         super().on_message_complete()
 

@@ -237,6 +237,54 @@ class TestFraming:
         assert b"from-a-trailer" not in answer
 
 
+UPGRADES = [
+    b"Connection: Upgrade\r\nUpgrade: websocket\r\n",
+    b"Upgrade: websocket\r\nConnection: keep-alive, Upgrade\r\n",
+    b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAA\r\n",
+    b"Connection: Upgrade\r\nConnection: close\r\nUpgrade: h2c\r\nUpgrade: websocket\r\n",
+]
+SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+class TestUpgrade:
+    """Another protocol is never spoken: RFC 9110 lets a server ignore the wish and answer in this one."""
+
+    @pytest.mark.parametrize("upgrade", UPGRADES)
+    @pytest.mark.parametrize("chunked", [False, True])
+    @pytest.mark.parametrize("apart", [False, True])
+    async def test_its_body_is_read_as_that_of_any_other_request(
+        self, wire: Wire, backend: FakeBackend, upgrade: bytes, chunked: bool, apart: bool
+    ) -> None:
+        before = len(backend.generations)
+        head, body = POST + upgrade, CHUNKED + LAST + CHUNKS if chunked else LENGTH + LAST + BODY
+        parts = [head + body] if not apart else [head + body[:-20], body[-20:-10], body[-10:]]
+        assert statuses(await wire.say(*parts, pause=0.05 * apart)) == [200]
+        assert [generation.prompt for generation in backend.generations[before:]] == ["a fox"]
+
+    @pytest.mark.parametrize("upgrade", UPGRADES[:3])
+    @pytest.mark.parametrize("apart", [False, True])
+    async def test_a_body_that_looks_like_a_request_is_none(self, wire: Wire, upgrade: bytes, apart: bool) -> None:
+        head = POST + upgrade + b"Content-Length: %d\r\n\r\n" % len(SMUGGLED)
+        parts = [head, SMUGGLED] if apart else [head + SMUGGLED]
+        answer = await wire.say(*parts, LIVE.replace(b"\r\n\r\n", b"\r\n" + LAST), pause=0.1 * apart)
+        assert statuses(answer) == [400, 200]  # of the body, which is no JSON, and of the request that follows it
+
+    @pytest.mark.parametrize("upgrade", UPGRADES[:3])
+    async def test_requests_that_follow_it_are_answered_in_order(self, wire: Wire, upgrade: bytes) -> None:
+        get = b"GET /nowhere HTTP/1.1\r\nHost: x\r\n" + upgrade + b"\r\n"
+        post = POST + upgrade + LENGTH + b"\r\n" + BODY
+        assert statuses(await wire.say(LIVE + post + get + post + LIVE + post.replace(b"\r\n\r\n", b"\r\n" + LAST))) == [
+            200, 200, 404, 200, 200, 200,
+        ]  # fmt: skip
+
+    async def test_it_keeps_no_other_check_from_being_made(self, wire: Wire) -> None:
+        upgrade = UPGRADES[0]
+        assert statuses(await wire.say(POST + upgrade + LENGTH + CHUNKED + LAST + CHUNKS)) == [400]
+        assert statuses(await wire.say(POST + upgrade + b"Content-Length: 999999999\r\n" + LAST)) == [413]
+        assert statuses(await wire.say(POST.replace(b"Host: x\r\n", b"") + upgrade + LENGTH + LAST + BODY)) == [400]
+        assert statuses(await wire.say(POST + upgrade + b"X: " + b"y" * 33_000 + b"\r\n" + LAST)) == [431]
+
+
 class TestTime:
     @pytest.fixture(autouse=True)
     def _hurried(self, monkeypatch: pytest.MonkeyPatch) -> None:
