@@ -6,14 +6,15 @@ Knows uvicorn's protocol and httptools under it, which bound neither number nor 
 from __future__ import annotations
 
 import asyncio
+import functools
 import resource
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httptools
 import uvicorn
-from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from hypergen_gateway.access import PROBE_PATHS
 from hypergen_gateway.errors import (
@@ -53,6 +54,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._unparsed = 0  # bytes since something came of them
         self._in_head = self._in_body = False
+        self._ignores_input = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Starts the clock for the first head; beyond the limit, the application is another one."""
@@ -71,7 +73,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Runs the clock while a head is on its way, and bounds what the parser keeps until it is whole."""
-        if self.transport.is_closing():
+        if self._ignores_input or self.transport.is_closing():
             return
         self._unset_keepalive_if_required()
         self._unparsed += len(data)
@@ -121,9 +123,13 @@ class BoundedProtocol(HttpToolsProtocol):
             raise ValueError("this is no proxy")
         if self.parser.should_upgrade():
             return  # it comes again, without
-        hosts = sum(name == b"host" for name, _ in self.headers)
-        if (self.parser.get_http_version(), hosts) not in _WELL_FORMED:
+        version, names = self.parser.get_http_version(), [name for name, _ in self.headers]
+        if (version, names.count(b"host")) not in _WELL_FORMED:
             raise ValueError("another version, or not one Host")
+        if version == "1.0":
+            if b"transfer-encoding" in names:
+                raise ValueError("HTTP/1.0 has no chunks")
+            self.expect_100_continue = False
         super().on_headers_complete()
         self._stop_timer()
         self._unparsed, self._in_head, self._in_body = 0, False, True
@@ -138,26 +144,42 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return
         self._unparsed, self._in_body = 0, False
+        if not self.parser.should_keep_alive():  # a trailer may say so: nothing more is parsed
+            self.cycle.keep_alive = False
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """Whoever was refused while sending may send on for a moment only."""
         if self._in_body and not self.pipeline:
             self._restart_timer(REST_SECONDS, self.transport.abort)
+        elif self._in_head and not self.pipeline:
+            self._await_head()
         super().on_response_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        if cycle.waiting_for_100_continue or cycle.scope["http_version"] == "1.0":
+            app = functools.partial(_framed, app, cycle)
+        super()._start_asgi_task(cycle, app)
 
     def _is_at_work(self) -> bool:
         return self._in_body or not (self.cycle is None or self.cycle.response_complete)
 
     def _refuse(self, error: HyperGenError) -> None:
-        """Says what was wrong, where an answer is still possible, and ends the connection."""
+        """Ends the connection after the answers to what came before, and with this one where it is not too late."""
         self._tell(error.status)
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+        self._ignores_input = True
+        if self.pipeline or (self._is_at_work() and not self._in_body):
+            if self._in_body:  # the last in the queue is what is wrong
+                answer: Any = error_response(error)
+                self.pipeline[0] = (self.cycle, answer)
+            self.cycle.keep_alive = False
+            return
+        if not (self._in_body and self.cycle.response_started):
             response = error_response(error)
             lines = [STATUS_LINE[error.status], b"connection: close\r\n"]
-            lines += [b"%s: %s\r\n" % header for header in response.raw_headers]
+            lines += [b"%s: %s\r\n" % header for header in response.raw_headers if header[0] != b"connection"]
             self.transport.write(b"".join([*lines, b"\r\n", bytes(response.body)]))
-        if self.cycle is not None:  # the application may be about to answer what came before the rubbish
+        if self._in_body:  # the application waits for more of it
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.transport.close()
@@ -239,6 +261,29 @@ def bounded(app: Any, **settings: Any) -> uvicorn.Config:
         server_header=False,
         **settings,
     )
+
+
+async def _framed(app: ASGIApp, cycle: RequestResponseCycle, scope: Scope, receive: Receive, send: Send) -> None:
+    """Runs `app` with an answer that ends as its client understands.
+
+    Chunks are not of HTTP/1.0: there, what has no known length ends with the connection. So does what is said instead
+    of "100 Continue", for whether the body then comes is up to the client.
+    """
+    is_unbounded = False
+
+    def send_framed(message: Message) -> Awaitable[None]:
+        nonlocal is_unbounded
+        if message["type"] == "http.response.start":
+            cycle.keep_alive &= not cycle.waiting_for_100_continue
+            lengths = [value for name, value in message["headers"] if name == b"content-length"]
+            is_unbounded = scope["http_version"] == "1.0" and not lengths
+            if is_unbounded:
+                cycle.chunked_encoding = False
+        elif is_unbounded:
+            cycle.expected_content_length = len(message.get("body", b""))
+        return send(message)
+
+    await app(scope, receive, send_framed)
 
 
 def _only_probes(app: ASGIApp, tell: Callable[[int], None]) -> ASGIApp:

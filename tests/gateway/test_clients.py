@@ -1,10 +1,14 @@
-"""Clients, unchanged, over a real connection: OpenAI's own, Python, sync and async, and Node; Vercel's AI SDK."""
+"""Clients, unchanged, over a real connection: OpenAI's own, Python, sync and async, and Node; Vercel's AI SDK;
+the JDK's HTTP client.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import io
+import json
+import shutil
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -356,3 +360,22 @@ def start_of(edit: Generation) -> int:
 
 def files_in(answer: dict[str, Any]) -> list[Image.Image]:
     return [Image.open(io.BytesIO(base64.b64decode(image["base64"]))) for image in answer["images"]]
+
+
+class TestJdk:
+    @pytest.mark.skipif(shutil.which("javac") is None, reason="needs a JDK")
+    async def test_its_client_that_asks_for_http_2_first_gets_pictures(
+        self, gateway: str, backend: FakeBackend
+    ) -> None:
+        source = Path(__file__).parent / "java" / "Generate.java"
+        java = await asyncio.create_subprocess_exec(
+            "java", "-Dfile.encoding=UTF-8", str(source), f"{gateway}/v1", KEY, stdout=asyncio.subprocess.PIPE
+        )
+        out, _ = await asyncio.wait_for(java.communicate(), 60)
+        answers = [line.split(" ", 2) for line in out.decode().splitlines()]
+        assert [answer[:2] for answer in answers] == [["200", "HTTP_1_1"]] * 2
+        pictures = [
+            Image.open(io.BytesIO(base64.b64decode(json.loads(body)["data"][0]["b64_json"]))) for _, _, body in answers
+        ]
+        assert [(picture.size, picture.getpixel((0, 0))) for picture in pictures] == [((64, 48), (7, 7, 7))] * 2
+        assert [generation.prompt for generation in backend.generations] == ["a fox", "a café in the rain"]

@@ -218,6 +218,76 @@ class TestFraming:
         assert statuses(await wire.say(request_)) == answers
         assert not [record for record in caplog.records if record.levelno >= logging.ERROR or record.exc_info]
 
+    @pytest.mark.parametrize(
+        "request_",
+        [
+            POST + b"Content-Length: 19 \r\n" + LAST + BODY,
+            POST + b"Content-Length:\r\n" + LAST + BODY,
+            POST + b"Content-Length: 1 9\r\n" + LAST + BODY,
+            POST + b"Content-Length: 1_9\r\n" + LAST + BODY,
+            POST + b"Content-Length:\r\n 19\r\n" + LAST + BODY,
+            POST + b"Content-Length\x00: 19\r\n" + LAST + BODY,
+            POST + b"Content-Length\t: 19\r\n" + LAST + BODY,
+            POST + b"Transfer-Encoding: chunked,\r\n" + LAST + CHUNKS,
+            POST + b"Transfer-Encoding: ,chunked\r\n" + LAST + CHUNKS,
+            POST + b"Transfer-Encoding:\r\n" + LENGTH + LAST + BODY,
+            POST + b"Transfer-Encoding:\r\n chunked\r\n" + LAST + CHUNKS,
+            POST + b'Transfer-Encoding: "chunked"\r\n' + LAST + CHUNKS,
+            POST.replace(b"1.1", b"1.0") + CHUNKED + LAST + CHUNKS,  # HTTP/1.0 has none: a proxy may not know it
+            POST.replace(b"1.1", b"1.0") + CHUNKED + b"Connection: keep-alive\r\n\r\n" + CHUNKS + LIVE,
+            POST + CHUNKED + LAST + b"13\n" + BODY + b"\r\n0\r\n\r\n",
+            POST + CHUNKED + LAST + b"13;a\nb\r\n" + BODY + b"\r\n0\r\n\r\n",
+            POST + CHUNKED + LAST + b"13;a\rb\r\n" + BODY + b"\r\n0\r\n\r\n",
+            POST + CHUNKED + LAST + b"13\r\n" + BODY + b"\n0\r\n\r\n",
+            POST + CHUNKED + LAST + b"13\r\n" + BODY + b"\r\n0\n\n",
+            POST + CHUNKED + LAST + b"13\r\n" + BODY + b"\r\n0\r\nContent-Length: 5\r\n\r\n" + LIVE,
+            POST + CHUNKED + LAST + b"13\r\n" + BODY + b"\r\n0\r\nTransfer-Encoding: chunked\r\n\r\n" + LIVE,
+            b"GET /health/live HTTP/1.1\nHost: x\nConnection: close\n\n",
+            b"GET /health/live HTTP/1.1\r\nHost: x\rX: y\r\n" + LAST,
+            b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n" + LENGTH + LAST + BODY,
+        ],
+    )
+    async def test_what_another_server_may_read_otherwise_is_refused(
+        self, wire: Wire, backend: FakeBackend, request_: bytes
+    ) -> None:
+        before = len(backend.generations)
+        assert statuses(await wire.say(request_)) == [400]
+        assert len(backend.generations) == before
+
+    @pytest.mark.parametrize("said", [b"Connection: close\r\n", b"Upgrade: h2c\r\nConnection: upgrade, close\r\n"])
+    async def test_a_trailer_that_ends_the_connection_leaves_no_request_without_an_answer(
+        self, wire: Wire, said: bytes
+    ) -> None:
+        head = POST + CHUNKED + b"\r\n" + CHUNKS.removesuffix(b"\r\n")
+        answer = await wire.say(head + said + b"\r\n" + LIVE)
+        assert statuses(answer) == [200]
+        assert b"connection: close" in answer
+
+    async def test_the_body_of_an_expectation_that_was_not_met_is_not_waited_for(self, wire: Wire) -> None:
+        """Its client may well not send it: what comes next would be taken for it."""
+        head = POST + b"Content-Length: 99999999\r\nExpect: 100-continue\r\n\r\n"
+        answer = await wire.say(head, LIVE, pause=0.1)
+        assert statuses(answer) == [413]
+        assert b"connection: close" in answer
+
+    async def test_an_expectation_is_met_when_the_body_is_read_and_not_in_http_1_0(self, wire: Wire) -> None:
+        for version, answers in ((b"1.1", [100, 200]), (b"1.0", [200])):
+            head = POST.replace(b"1.1", version) + LENGTH + b"Expect: 100-continue\r\n" + LAST
+            assert statuses(await wire.say(head, BODY, pause=0.1)) == answers
+
+    @pytest.mark.parametrize("rubbish", [b'"}', b'"}\r\n\r\n', b"\x00\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n"])
+    async def test_rubbish_behind_a_request_does_not_take_its_answer(self, wire: Wire, rubbish: bytes) -> None:
+        before = await wire.unheard(400)
+        answer = await wire.say(LIVE + POST + LENGTH + b"\r\n" + BODY + rubbish + LIVE)
+        assert statuses(answer) == [200, 200]
+        assert answer.count(b"connection: close") == 1
+        assert await wire.unheard(400) == before + 1
+
+    async def test_a_broken_body_behind_a_request_does_not_take_its_answer(self, wire: Wire) -> None:
+        answer = await wire.say(LIVE + POST + CHUNKED + b"\r\nzz\r\n" + LIVE)
+        assert statuses(answer) == [200, 400]
+        assert json.loads(answer.rpartition(b"\r\n\r\n")[2])["error"]["message"] == "Invalid HTTP request received."
+
     async def test_a_folded_header_is_none(self, wire: Wire) -> None:
         folded = b"GET /health HTTP/1.1\r\nHost: x\r\nX-Request-Id: a\r\n b\r\n" + LAST
         assert statuses(await wire.say(folded)) == [400]
@@ -273,9 +343,8 @@ class TestUpgrade:
     async def test_requests_that_follow_it_are_answered_in_order(self, wire: Wire, upgrade: bytes) -> None:
         get = b"GET /nowhere HTTP/1.1\r\nHost: x\r\n" + upgrade + b"\r\n"
         post = POST + upgrade + LENGTH + b"\r\n" + BODY
-        assert statuses(await wire.say(LIVE + post + get + post + LIVE + post.replace(b"\r\n\r\n", b"\r\n" + LAST))) == [
-            200, 200, 404, 200, 200, 200,
-        ]  # fmt: skip
+        last = POST + upgrade + LENGTH + LAST + BODY
+        assert statuses(await wire.say(LIVE + post + get + post + LIVE + last)) == [200, 200, 404, 200, 200, 200]
 
     async def test_it_keeps_no_other_check_from_being_made(self, wire: Wire) -> None:
         upgrade = UPGRADES[0]
@@ -283,6 +352,32 @@ class TestUpgrade:
         assert statuses(await wire.say(POST + upgrade + b"Content-Length: 999999999\r\n" + LAST)) == [413]
         assert statuses(await wire.say(POST.replace(b"Host: x\r\n", b"") + upgrade + LENGTH + LAST + BODY)) == [400]
         assert statuses(await wire.say(POST + upgrade + b"X: " + b"y" * 33_000 + b"\r\n" + LAST)) == [431]
+
+
+class TestOldVersion:
+    """HTTP/1.0, which nginx still speaks to a server behind it unless it is told otherwise."""
+
+    GET = b"GET /health/live HTTP/1.0\r\n\r\n"
+
+    async def test_a_stream_is_not_chunked_and_ends_with_the_connection(self, wire: Wire) -> None:
+        body = b'{"prompt": "a fox", "stream": true, "partial_images": 1}'
+        head = POST.replace(b"1.1", b"1.0") + b"Content-Length: %d\r\n\r\n" % len(body)
+        head, _, events = (await wire.say(head + body)).partition(b"\r\n\r\n")
+        assert b"transfer-encoding" not in head.lower()
+        assert b"content-length" not in head.lower()
+        assert b"connection: close" in head.lower()
+        lines = events.splitlines()
+        assert [line for line in lines if line.startswith(b"event: ")] == [
+            b"event: image_generation.partial_image", b"event: image_generation.completed",
+        ]  # fmt: skip
+        assert all(json.loads(line[6:]) for line in lines if line.startswith(b"data: "))
+        assert {line.partition(b":")[0] for line in lines} == {b"event", b"data", b""}
+
+    async def test_an_answer_of_known_length_says_it(self, wire: Wire) -> None:
+        head, _, body = (await wire.say(self.GET)).partition(b"\r\n\r\n")
+        assert body == b'{"status":"live"}'
+        assert b"content-length: 17" in head.lower()
+        assert statuses(await wire.say(self.GET.replace(b"GET", b"HEAD"))) == [200]
 
 
 class TestTime:
@@ -307,6 +402,11 @@ class TestTime:
         assert error_in(refusal)["code"] == "request_timeout"
         assert 0.25 < time.monotonic() - began < 2
         assert await wire.unheard(408) == before + 1
+
+    async def test_half_a_head_that_came_with_a_request_is_not_kept_either(self, wire: Wire) -> None:
+        began = time.monotonic()
+        assert statuses(await wire.say(LIVE + b"GET /health")) == [200, 408]
+        assert time.monotonic() - began < 2
 
     async def test_a_head_that_comes_drop_by_drop_is_ended(self, wire: Wire) -> None:
         began = time.monotonic()
