@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 import httpx
 import numpy as np
+import numpy.typing as npt
 import pytest
 import pytest_asyncio
 from hatchling.builders.wheel import WheelBuilder
@@ -340,13 +341,81 @@ class TestImages:
         assert painted[0].max() < 28
         assert 40 <= painted[1].min() < painted[1].max() < 56
 
+    @pytest.mark.parametrize("how", ["a click", "a tap", "Space"])
+    async def test_a_dot_is_a_disc_of_the_brushs_size(
+        self, open_page: OpenPage, backend: FakeBackend, halves: Path, how: str
+    ) -> None:
+        page = await open_page(has_touch=True)
+        await page.keyboard.type("a fox")
+        await begin_mask(page, halves)
+        (place,) = await places_on_easel(page, (0.5, 0.5))
+        if how == "a click":
+            await page.mouse.click(*place)
+        elif how == "a tap":
+            await page.touchscreen.tap(*place)
+        else:
+            await page.keyboard.press("Space")
+        await use_mask(page)
+        np.testing.assert_array_equal(await sent_mask(page, backend), stroked((44, 28)))
+
+    async def test_a_quick_stroke_is_a_line_without_gaps(
+        self, open_page: OpenPage, backend: FakeBackend, halves: Path
+    ) -> None:
+        page = await open_page()
+        await page.keyboard.type("a fox")
+        await begin_mask(page, halves)
+        first, second, outside = await places_on_easel(page, (0.25, 0.25), (0.75, 0.5), (0.75, 1.1))
+        await page.mouse.move(*first)
+        await page.mouse.down()
+        await page.mouse.move(*second)
+        await page.mouse.move(*outside)
+        await page.mouse.up()
+        await page.mouse.move(*first)
+        await use_mask(page)
+        wanted = stroked((22, 14), (66, 28)) | stroked((66, 28), (66, 61.6))
+        np.testing.assert_array_equal(await sent_mask(page, backend), wanted)
+
+    async def test_a_second_finger_and_other_buttons_paint_nothing(
+        self, open_page: OpenPage, backend: FakeBackend, halves: Path
+    ) -> None:
+        page = await open_page(has_touch=True)
+        await page.keyboard.type("a fox")
+        await begin_mask(page, halves)
+        points = await places_on_easel(page, (0.25, 0.25), (0.75, 0.75), (0.5, 0.25))
+        thumb, finger, further = ({"x": x, "y": y} for x, y in points)
+        await page.mouse.click(*points[1], button="right")
+        await touch(
+            page, ("touchStart", thumb), ("touchStart", thumb, finger), ("touchMove", further, finger), ("touchEnd",)
+        )
+        await use_mask(page)
+        np.testing.assert_array_equal(await sent_mask(page, backend), stroked((22, 14), (44, 14)))
+
+    async def test_a_stroke_that_esc_interrupts_does_not_go_on_later(
+        self, open_page: OpenPage, backend: FakeBackend, halves: Path
+    ) -> None:
+        page = await open_page()
+        await page.keyboard.type("a fox")
+        await begin_mask(page, halves)
+        first, second = await places_on_easel(page, (0.25, 0.25), (0.75, 0.5))
+        await page.mouse.move(*first)
+        await page.mouse.down()
+        await page.keyboard.press("Escape")
+        await page.mouse.up()
+        await page.get_by_role("button", name="Paint a mask").click()
+        await page.mouse.move(*second)
+        await page.get_by_role("button", name="Use the mask").press("Enter")
+        await expect(page.get_by_role("button", name="Paint a mask")).to_be_focused()
+        await page.locator("#prompt").press("Enter")
+        await drawn(page)
+        assert backend.generations[0].mask is None
+
     async def test_esc_leaves_the_mask_as_it_was(self, open_page: OpenPage, backend: FakeBackend, halves: Path) -> None:
         page = await open_page()
         await page.keyboard.type("a fox")
         await begin_mask(page, halves)
         await page.keyboard.press("Space")
         await page.keyboard.press("Escape")
-        await expect(page.get_by_role("button", name="Paint a mask")).to_be_visible()
+        await expect(page.get_by_role("button", name="Paint a mask")).to_be_focused()
         await page.locator("#prompt").press("Enter")
         await drawn(page)
         assert backend.generations[0].mask is None
@@ -428,16 +497,48 @@ async def use_mask(page: Page) -> None:
     await expect(page.get_by_role("button", name="Change the mask")).to_be_focused()
 
 
-async def paint(page: Page, *points: tuple[float, float]) -> None:
-    """Draws the brush through points, in shares of the picture's width and height."""
+async def places_on_easel(page: Page, *points: tuple[float, float]) -> list[tuple[float, float]]:
+    """Points in shares of the image's width and height, as the mouse knows them."""
     box = await page.locator("#easel-paint").bounding_box()
     assert box is not None
-    places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in points]
+    return [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in points]
+
+
+async def paint(page: Page, *points: tuple[float, float]) -> None:
+    """Draws the brush through points, in shares of the image's width and height."""
+    places = await places_on_easel(page, *points)
     await page.mouse.move(*places[0])
     await page.mouse.down()
     for place in places[1:]:
         await page.mouse.move(*place, steps=4)
     await page.mouse.up()
+
+
+async def touch(page: Page, *steps: Any) -> None:
+    """Fingers on the screen: what happens, and where they are, as Chromium takes it."""
+    session = await page.context.new_cdp_session(page)
+    for kind, *points in steps:
+        fingers = [point | {"id": index} for index, point in enumerate(points)]
+        await session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": fingers})
+
+
+async def sent_mask(page: Page, backend: FakeBackend) -> npt.NDArray[np.uint8]:
+    """The mask of a request that is sent now."""
+    await page.locator("#prompt").press("Enter")
+    await drawn(page)
+    mask = backend.generations[-1].mask
+    assert mask is not None
+    return mask
+
+
+def stroked(start: tuple[float, float], end: tuple[float, float] | None = None) -> npt.NDArray[np.uint8]:
+    """A mask of 88×56 with one stroke of the brush as it is at first: every pixel whose centre it reaches."""
+    x, y = np.meshgrid(np.arange(88) + 0.5, np.arange(56) + 0.5)
+    (x0, y0), (x1, y1) = start, end or start
+    length = (x1 - x0) ** 2 + (y1 - y0) ** 2 or 1
+    share = np.clip(((x - x0) * (x1 - x0) + (y - y0) * (y1 - y0)) / length, 0, 1)
+    away = np.hypot(x - x0 - share * (x1 - x0), y - y0 - share * (y1 - y0))
+    return np.where(away <= 0.3**2 * 0.5 * 56, 255, 0).astype(np.uint8)
 
 
 @needs_chromium

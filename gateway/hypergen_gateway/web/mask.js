@@ -1,6 +1,7 @@
 // The brush: a dialog in which what should be drawn anew is painted over, with a pointer or with the keyboard.
 
 import { byId } from "./dom.js";
+import { Painting } from "./painting.js";
 import { fit, toMask } from "./pictures.js";
 
 const MOST_UNDOS = 20;
@@ -8,10 +9,10 @@ const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], Arrow
 
 export class MaskBrush {
   #canvas = byId("easel-paint");
-  #context = this.#canvas.getContext("2d", { willReadFrequently: true });
+  #painting = null;
   #undos = [];
   #erasing = false;
-  #last = null;
+  #pointer = null; // the one that paints
   #at = [0, 0];
   #done = null;
 
@@ -19,7 +20,7 @@ export class MaskBrush {
     const canvas = this.#canvas;
     canvas.addEventListener("pointerdown", (event) => this.#begin(event));
     canvas.addEventListener("pointermove", (event) => this.#move(event));
-    for (const type of ["pointerup", "pointercancel"]) canvas.addEventListener(type, () => this.#end());
+    for (const type of ["pointerup", "pointercancel"]) canvas.addEventListener(type, (event) => this.#end(event));
     canvas.addEventListener("pointerleave", () => (byId("easel-cursor").hidden = true));
     canvas.addEventListener("keydown", (event) => this.#press(event));
     canvas.addEventListener("focus", () => this.#showCursor());
@@ -33,24 +34,22 @@ export class MaskBrush {
     addEventListener("resize", () => this.#fit());
   }
 
-  /** Lets somebody paint over a picture. Gives the mask as a PNG and its painting; null if nothing came of it. */
+  /** Lets somebody paint over an image. Gives the mask as a PNG and its painting; null if nothing came of it. */
   paint(url, width, height, painting) {
-    const canvas = Object.assign(this.#canvas, { width, height });
+    Object.assign(this.#canvas, { width, height });
     byId("easel-image").src = url;
     this.#undos = [];
     this.#at = [width / 2, height / 2];
-    if (painting) this.#context.putImageData(painting, 0, 0);
+    this.#show(painting?.copy() ?? new Painting(width, height));
     byId("mask-dialog").showModal();
     this.#fit();
-    canvas.focus();
+    this.#canvas.focus();
     return new Promise((resolve) => (this.#done = resolve));
   }
 
   async #use() {
-    const painting = this.#snapshot();
-    const isBlank = !painting.data.some((value, index) => index % 4 === 3 && value);
-    const mask = isBlank ? null : await toMask(this.#canvas);
-    this.#finish({ mask, painting: isBlank ? null : painting });
+    const painting = this.#painting.isBlank ? null : this.#painting;
+    this.#finish({ mask: painting && (await toMask(painting)), painting });
     byId("mask-dialog").close();
   }
 
@@ -59,27 +58,26 @@ export class MaskBrush {
     this.#done = null;
   }
 
+  // One pointer paints at a time: a second finger would draw lines across.
   #begin(event) {
+    if (this.#pointer !== null || event.button !== 0) return;
     event.preventDefault();
+    this.#pointer = event.pointerId;
     this.#canvas.setPointerCapture(event.pointerId);
     this.#canvas.focus();
     this.#remember();
-    this.#last = this.#at = this.#pointOf(event);
-    this.#stroke(this.#last, this.#last);
+    this.#strokeTo(this.#pointOf(event), this.#pointOf(event));
+    this.#showCursor();
   }
 
   #move(event) {
-    this.#at = this.#pointOf(event);
+    if (this.#pointer === null) this.#at = this.#pointOf(event);
+    else if (event.pointerId === this.#pointer) allOf(event).forEach((each) => this.#strokeTo(this.#pointOf(each)));
     this.#showCursor();
-    if (this.#last === null) return;
-    this.#stroke(this.#last, this.#at);
-    this.#last = this.#at;
   }
 
-  #end() {
-    if (this.#last === null) return;
-    this.#last = null;
-    this.#harden();
+  #end(event) {
+    if (event.pointerId === this.#pointer) this.#pointer = null;
   }
 
   #press(event) {
@@ -96,38 +94,24 @@ export class MaskBrush {
     const step = Math.max(this.#radius(), 1);
     const inside = (value, most) => Math.min(Math.max(value, 0), most);
     this.#at = [inside(from[0] + right * step, this.#canvas.width), inside(from[1] + down * step, this.#canvas.height)];
-    if (painting) this.#dab(from, this.#at);
+    if (painting) this.#dab(this.#at, from);
     this.#showCursor();
   }
 
-  #dab(from, to) {
+  #dab(to, from) {
     this.#remember();
-    this.#stroke(from, to);
-    this.#harden();
+    this.#strokeTo(to, from);
   }
 
-  #stroke(from, to) {
-    const context = this.#context;
-    context.globalCompositeOperation = this.#erasing ? "destination-out" : "source-over";
-    context.strokeStyle = getComputedStyle(this.#canvas).color;
-    context.lineWidth = this.#radius() * 2;
-    context.lineCap = context.lineJoin = "round";
-    context.beginPath();
-    context.moveTo(...from);
-    context.lineTo(...to);
-    context.stroke();
-  }
-
-  // A pixel is painted or it is not: what is seen is what is sent.
-  #harden() {
-    const painting = this.#snapshot();
-    for (let alpha = 3; alpha < painting.data.length; alpha += 4) painting.data[alpha] = painting.data[alpha] > 127 ? 255 : 0;
-    this.#context.putImageData(painting, 0, 0);
+  #strokeTo(to, from = this.#at) {
+    const area = this.#painting.stroke(from, to, this.#radius(), !this.#erasing);
+    this.#painting.show(this.#canvas, area);
+    this.#at = to;
   }
 
   #radius() {
     const share = Number(byId("brush-size").value) / 100;
-    return Math.max(0.5, share * share * 0.5 * Math.min(this.#canvas.width, this.#canvas.height));
+    return share * share * 0.5 * Math.min(this.#canvas.width, this.#canvas.height);
   }
 
   #pointOf(event) {
@@ -164,20 +148,29 @@ export class MaskBrush {
 
   #clear() {
     this.#remember();
-    this.#context.clearRect(0, 0, this.#canvas.width, this.#canvas.height);
+    this.#show(new Painting(this.#canvas.width, this.#canvas.height));
   }
 
   #undo() {
     const before = this.#undos.pop();
-    if (before) this.#context.putImageData(before, 0, 0);
+    if (before) this.#show(before);
   }
 
   #remember() {
-    this.#undos.push(this.#snapshot());
+    this.#undos.push(this.#painting.copy());
     if (this.#undos.length > MOST_UNDOS) this.#undos.shift();
   }
 
-  #snapshot() {
-    return this.#context.getImageData(0, 0, this.#canvas.width, this.#canvas.height);
+  // A stroke ends where another painting takes the place of the one that it was on.
+  #show(painting) {
+    this.#pointer = null;
+    this.#painting = painting;
+    painting.show(this.#canvas);
   }
+}
+
+/** All moves that an event stands for. Over plain HTTP browsers do not tell them, and some tell none of a single one. */
+function allOf(event) {
+  const moves = event.getCoalescedEvents?.() ?? [];
+  return moves.length ? moves : [event];
 }

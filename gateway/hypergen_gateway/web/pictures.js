@@ -25,12 +25,10 @@ export function cover(bitmap, width, height) {
   return toPng(canvas);
 }
 
-/** The mask that OpenAI's API takes: transparent where `painted` is painted, opaque elsewhere. */
-export function toMask(painted) {
-  const [canvas, context] = newCanvas(painted.width, painted.height);
-  const pixels = painted.getContext("2d").getImageData(0, 0, painted.width, painted.height);
-  for (let alpha = 3; alpha < pixels.data.length; alpha += 4) pixels.data[alpha] = pixels.data[alpha] ? 0 : 255;
-  context.putImageData(pixels, 0, 0);
+/** The mask that OpenAI's API takes: transparent where something is painted, opaque elsewhere. */
+export function toMask(painting) {
+  const [canvas, context] = newCanvas(painting.width, painting.height);
+  context.putImageData(painting.toImage(255, 0), 0, 0);
   return toPng(canvas);
 }
 
@@ -45,7 +43,7 @@ export function fit(element, width, height, [roomWidth, roomHeight]) {
   element.classList.toggle("pixelated", small);
 }
 
-export function newCanvas(width, height) {
+function newCanvas(width, height) {
   const canvas = Object.assign(document.createElement("canvas"), { width, height });
   return [canvas, canvas.getContext("2d", { willReadFrequently: true })];
 }

@@ -103,7 +103,7 @@ function showPainting(canvas, painting) {
   canvas.hidden = !painting;
   if (!painting) return;
   Object.assign(canvas, { width: painting.width, height: painting.height });
-  canvas.getContext("2d").putImageData(painting, 0, 0);
+  painting.show(canvas);
 }
 
 function showBlob(image, blob) {
