@@ -25,6 +25,7 @@ GATEWAY_LAYERS = [
     "logs",
     "keys",
     "generation",
+    "sizes",
     "config",
     "images",
     "faults",

@@ -32,6 +32,7 @@ _EXPOSED = (
     "retry-after",
     "retry-after-ms",
     "server-timing",
+    "x-hypergen-drawn-size",
     "x-hypergen-estimated-ms",
     "x-hypergen-queue-position",
     "x-request-id",

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from hypergen_gateway.generation import ModelDescription
+from hypergen_gateway.sizes import PolicyName, SizePolicy
 
 
 class Capabilities(BaseModel):
@@ -22,6 +23,10 @@ class Capabilities(BaseModel):
     size_factor: int = Field(description="Width and height are multiples of it.")
     min_size: int
     max_size: int
+    size_policy: PolicyName = Field(
+        description="`fit`: any size may be asked for, and is scaled from the nearest of these; `strict`: only these."
+    )
+    max_side: int = Field(description="Pixels a side that may be asked for.")
     default_num_inference_steps: int
     max_num_inference_steps: int
     default_guidance_scale: float
@@ -34,7 +39,7 @@ class Capabilities(BaseModel):
     suggestions: tuple[str, ...] = Field(description="Prompts that the model draws well.")
 
 
-def of_model(model: ModelDescription, id_: str) -> Capabilities:
+def of_model(model: ModelDescription, id_: str, sizes: SizePolicy) -> Capabilities:
     """What a model can do, in the words of the API."""
     return Capabilities(
         model=id_,
@@ -43,6 +48,8 @@ def of_model(model: ModelDescription, id_: str) -> Capabilities:
         size_factor=model.size_factor,
         min_size=model.min_size,
         max_size=model.max_size,
+        size_policy=sizes.name,
+        max_side=sizes.limit(model),
         default_num_inference_steps=model.default_num_inference_steps,
         max_num_inference_steps=model.max_num_inference_steps,
         default_guidance_scale=model.default_guidance_scale,

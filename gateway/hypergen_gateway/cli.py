@@ -34,6 +34,7 @@ from hypergen_gateway.serving import (
     run_until_signalled,
     serve,
 )
+from hypergen_gateway.sizes import LONGEST_SIDE
 
 DTYPES = {
     "auto": "auto",
@@ -166,6 +167,13 @@ class _OneKey(click.types.StringParamType):
     type=click.Path(path_type=Path),
     help="Read keys from this file, 'KEY' or 'NAME: KEY' a line, now and whenever it changes; the log has the names.",
 )
+@_option(
+    "--sizes",
+    type=click.Choice(["fit", "strict"]),
+    default="fit",
+    help="fit: any size may be asked for, and is scaled from the nearest that the model draws; strict: only those.",
+)
+@_option("--max-side", type=click.IntRange(1, LONGEST_SIDE), default=4096, help="Pixels a side that may be asked for.")
 @_option("--max-queue-size", type=click.IntRange(min=0), default=100, help="Requests that may wait; more get a 429.")
 @_option("--request-timeout", type=click.FloatRange(min=1), default=600.0, help="Seconds until a request is given up.")
 @_option("--body-timeout", type=click.FloatRange(min=1), default=30.0, help="Seconds for a body; one more per 32 KiB.")

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from hypergen_gateway.sizes import LONGEST_SIDE, PolicyName, SizePolicy
+
 _POSITIVE = (
     "request_timeout",
     "body_timeout",
@@ -38,6 +40,10 @@ class Config:
     metrics_need_key: bool = False
     # The id that clients see; None: the one that the exported model carries.
     model_id: str | None = None
+    # fit: any size may be asked for, and is scaled from the nearest that the model draws; strict: only those it draws.
+    sizes: PolicyName = "fit"
+    # Pixels a side that may be asked for; an image is three bytes a pixel while it is made into a file.
+    max_side: int = 4096
     # Requests that may wait for a place in Triton; the next one gets a 429.
     max_queue_size: int = 100
     # Seconds from a complete request to its pictures. OpenAI's clients give up after 600 by default.
@@ -90,6 +96,8 @@ class Config:
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is not positive")
+        if not 1 <= self.max_side <= LONGEST_SIDE:
+            raise ValueError(f"max_side is not from 1 to {LONGEST_SIDE:,}")
 
     def _check_addresses(self) -> None:
         if self.public_url is not None and not _is_url(self.public_url, "http", "https"):
@@ -98,6 +106,11 @@ class Config:
             raise ValueError("the bucket for links must look like s3://BUCKET or s3://BUCKET/PREFIX")
         if not all(origin == "*" or _is_origin(origin) for origin in self.cors_origins):
             raise ValueError("an origin for CORS must look like https://app.example.com, or be *")
+
+    @property
+    def size_policy(self) -> SizePolicy:
+        """Which sizes a request may ask for."""
+        return SizePolicy(name=self.sizes, max_side=self.max_side)
 
     @property
     def api_keys(self) -> tuple[str, ...]:

@@ -20,13 +20,16 @@ from hypergen_gateway.errors import HyperGenError, InternalError
 from hypergen_gateway.generation import Backend, Generation, ModelDescription, Picture
 from hypergen_gateway.images import FileFormat, encode
 from hypergen_gateway.pace import Work
+from hypergen_gateway.sizes import Size
 from hypergen_gateway.starts import Retouch, Start
-from hypergen_gateway.threads import off_the_loop
+from hypergen_gateway.threads import ByteBudget, off_the_loop
 
 # What a row takes of a step in which deep features are reused, against one that goes through the whole UNet.
 _SHALLOW = 0.25
 # A fifth of a millisecond in a PNG.
 _QUICK_BYTES = 16 << 10
+# Pixels that are made into files at a time: ten pictures of 4096 × 4096, or all that a GPU draws in a second.
+_ENCODING_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,6 +58,12 @@ class Order:
     def num_inference_steps(self) -> int:
         """The steps that each picture was asked for with."""
         return self.parts[0].generation.num_inference_steps
+
+    @property
+    def drawn_sizes(self) -> list[Size]:
+        """The sizes that are drawn, each once, of the pictures that are sent in another."""
+        drawn = [(part, (part.generation.width, part.generation.height)) for part in self.parts]
+        return list(dict.fromkeys(size for part, size in drawn if part.retouch and part.retouch.size != size))
 
     @property
     def nbytes(self) -> int:
@@ -95,10 +104,16 @@ class Finished:
         return len(self.file) + self.picture.pixels.nbytes
 
 
-def parts_of(generation: Generation, starts: Sequence[Start], strength: float | None) -> list[Part]:
-    """What draws the pictures of `generation`, where picture i starts from image i mod k."""
+def parts_of(
+    generation: Generation, starts: Sequence[Start], strength: float | None, asked: Size | None = None
+) -> list[Part]:
+    """What draws the pictures of `generation`, where picture i starts from image i mod k.
+
+    Those that start from none are sent in the size that is `asked`; None is the one that they are drawn in.
+    """
     if not starts:
-        return [Part(generation=generation)]
+        is_scaled = asked not in (None, (generation.width, generation.height))
+        return [Part(generation=generation, retouch=Retouch(size=asked) if asked and is_scaled else None)]
     if len(starts) == 1:
         return [_part_from(generation, starts[0], strength)]
     singles = [
@@ -173,6 +188,7 @@ class Studio:
         self.backend = backend
         self.admission = admission
         self.observers = observers
+        self.encoding = ByteBudget(_ENCODING_BYTES)
 
     def take(self, order: Order, deadline: float | None = None) -> Drawing:
         """An order to be drawn, within `deadline` seconds if at all."""
@@ -213,15 +229,24 @@ class Drawing:
         self._kinds.add(is_final)
 
     async def _draw_into(self, files: asyncio.Queue[asyncio.Future[Finished] | None]) -> None:
-        """Starts each picture's encoding without waiting for it: the place in the queue is given up before."""
+        """Starts each picture's encoding without waiting for its end: the place in the queue is given up before.
+
+        Where more is drawn than can be encoded, the place is held until it can.
+        """
         try:
             async with aclosing(self._draw()) as everything:
                 async for drawn in everything:
-                    work = functools.partial(finish, drawn, self.order.file_format)
-                    file = off_the_loop(work, drawn.nbytes, quick=_QUICK_BYTES)
-                    files.put_nowait(asyncio.ensure_future(file))
+                    await self._studio.encoding.take(drawn.nbytes)
+                    files.put_nowait(self._encode(drawn))
         finally:
             files.put_nowait(None)
+
+    def _encode(self, drawn: Drawn) -> asyncio.Future[Finished]:
+        work = functools.partial(finish, drawn, self.order.file_format)
+        file = asyncio.ensure_future(off_the_loop(work, drawn.nbytes, quick=_QUICK_BYTES))
+        # Not in a `finally` of the work: what is cancelled before it begins has none.
+        file.add_done_callback(lambda _: self._studio.encoding.give_back(drawn.nbytes))
+        return file
 
     async def _draw(self) -> AsyncGenerator[Drawn, None]:
         """Previews and pictures as they come; the wait for a place counts as time in the queue."""

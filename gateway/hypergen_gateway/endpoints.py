@@ -42,7 +42,7 @@ from hypergen_gateway.middleware import BodyLimit
 from hypergen_gateway.openapi import describe_api
 from hypergen_gateway.patience import BodyPatience
 from hypergen_gateway.responses import Health
-from hypergen_gateway.starts import Start, Uploads, open_starts
+from hypergen_gateway.starts import Start, Uploads, Wanted, open_starts
 from hypergen_gateway.threads import off_the_loop
 
 T = TypeVar("T")
@@ -131,13 +131,18 @@ class Endpoints:
 
     async def capabilities(self, _: Request) -> Response:
         """What the model draws and how; an extension."""
-        return _json(capabilities.of_model(await self.backend.describe(), await self._model_id()))
+        model = await self.backend.describe()
+        return _json(capabilities.of_model(model, await self._model_id(), self.config.size_policy))
 
     async def generate_images(self, request: Request) -> Response:
         """Pictures from a prompt."""
         payload = await read_json(request, ImageRequest.model_fields)
         model = await self.backend.describe()
-        return await self._serve(request, openai.read_request(payload, ImageRequest, model), [], model)
+        wanted = openai.read_request(payload, ImageRequest, model, self.config.size_policy)
+        asked = openai.asked_size(wanted)
+        if asked is not None:
+            self.config.size_policy.check(asked, model)
+        return await self._serve(request, wanted, [], model)
 
     async def edit_images(self, request: Request) -> Response:
         """Pictures from a prompt and images, with a mask or without."""
@@ -145,14 +150,14 @@ class Endpoints:
             return await self._edit_by_json(request)
         async with read_form(request, EditForm.model_fields) as form:
             model = await self.backend.describe()
-            wanted = openai.read_request(from_texts(form, EditForm), EditForm, model)
+            wanted = openai.read_request(from_texts(form, EditForm), EditForm, model, self.config.size_policy)
             starts = await self._open(openai.uploads_of_form(wanted), wanted, model)
         return await self._serve(request, wanted, starts, model)
 
     async def _edit_by_json(self, request: Request) -> Response:
         payload = await read_json(request, EditRequest.model_fields)
         model = await self.backend.describe()
-        wanted = openai.read_request(payload, EditRequest, model)
+        wanted = openai.read_request(payload, EditRequest, model, self.config.size_policy)
         starts = await self._open(await asyncio.to_thread(openai.uploads_of_json, wanted), wanted, model)
         return await self._serve(request, wanted, starts, model)
 
@@ -160,20 +165,22 @@ class Endpoints:
         """Pictures like an image."""
         async with read_form(request, VariationForm.model_fields) as form:
             model = await self.backend.describe()
-            wanted = openai.read_request(from_texts(form, VariationForm), VariationForm, model)
+            wanted = openai.read_request(from_texts(form, VariationForm), VariationForm, model, self.config.size_policy)
             starts = await self._open(openai.uploads_of_form(wanted), wanted, model)
         return await self._serve(request, wanted, starts, model)
 
     async def _open(self, uploads: Uploads, wanted: PictureRequest, model: ModelDescription) -> list[Start]:
-        asked = openai.asked_size(wanted, model)
+        pictures = Wanted(size=openai.asked_size(wanted), count=wanted.n)
         async with self.decoding:
-            return await asyncio.to_thread(open_starts, uploads, asked, model, wanted.n)
+            return await asyncio.to_thread(open_starts, uploads, pictures, model, self.config.size_policy)
 
     async def _serve(
         self, request: Request, wanted: PictureRequest, starts: Sequence[Start], model: ModelDescription
     ) -> Response:
         order = Order(
-            parts=parts_of(openai.to_generation(wanted, model), starts, openai.strength_of(wanted)),
+            parts=parts_of(
+                openai.to_generation(wanted, model), starts, openai.strength_of(wanted), openai.asked_size(wanted)
+            ),
             model=model,
             file_format=openai.file_format_of(wanted),
         )
@@ -204,7 +211,7 @@ class Endpoints:
     async def _answer(self, request: Request, wanted: PictureRequest, job: Job) -> Response:
         finished = await job.finals()
         urls = await self._publish(request, finished, job) if wanted.response_format == "url" else None
-        headers = {"Server-Timing": responses.server_timing(finished), **_place_headers(job)}
+        headers = {"Server-Timing": responses.server_timing(finished), **_drawing_headers(job)}
         nbytes = sum(len(picture.file) for picture in finished)
         return await off_the_loop(
             lambda: _json(responses.images_response(wanted, finished, urls), headers=headers),
@@ -222,7 +229,7 @@ class Endpoints:
         heartbeat = min(self.config.heartbeat_interval, (caller.patience or math.inf) / 2)
         stream = EventStream(_frames(wanted, job), heartbeat=heartbeat, limit=limit)
         await stream.begun(request.receive)
-        stream.headers.update(_place_headers(job))
+        stream.headers.update(_drawing_headers(job))
         return stream
 
     async def _model_id(self) -> str:
@@ -287,12 +294,16 @@ def _frame(wanted: PictureRequest, finished: Finished, number: int) -> bytes:
     return to_frame(event.type, event)
 
 
-def _place_headers(job: Job) -> dict[str, str]:
-    """The place in the queue that a request had when it came, and how long it was going to take."""
-    place = job.drawing.place
-    if place is None:
-        return {}
-    headers = {"x-hypergen-queue-position": str(place.position)}
+def _drawing_headers(job: Job) -> dict[str, str]:
+    """The place in the queue that a request had when it came, how long it was going to take, and the size that is drawn
+    where it is not the one that is sent.
+    """
+    headers = {}
+    if sizes := job.drawing.order.drawn_sizes:
+        headers["x-hypergen-drawn-size"] = ", ".join(f"{width}x{height}" for width, height in sizes)
+    if (place := job.drawing.place) is None:
+        return headers
+    headers["x-hypergen-queue-position"] = str(place.position)
     if place.estimate is not None:
         headers["x-hypergen-estimated-ms"] = str(round(place.estimate * 1000))
     return headers

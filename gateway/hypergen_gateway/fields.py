@@ -39,7 +39,8 @@ class PictureFields(_Body):
     size: str = Field(
         default="auto",
         pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$",
-        description="`auto`, or WIDTHxHEIGHT within what the model draws.",
+        description="`auto`, or WIDTHxHEIGHT. A size that the model does not draw is scaled from the nearest it does, "
+        "told in `x-hypergen-drawn-size`; where proportions differ, two sides are cut evenly.",
     )
     quality: Literal["low", "medium", "high", "auto", "standard", "hd"] = Field(
         default="auto", description="Half, all or one and a half times the model's own steps."

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from hypergen_gateway.errors import InvalidRequestError
 from hypergen_gateway.generation import Pixels
+from hypergen_gateway.sizes import LONGEST_SIDE
 
 FormatName = Literal["png", "jpeg", "webp"]
 
@@ -79,7 +80,8 @@ def decode(file: BinaryIO, param: str, formats: tuple[str, ...] = _READ_FORMATS)
         raise InvalidRequestError(f"The file in '{param}' is too large: it must be smaller than 50 MB.", param)
     with _refusing_rubbish(param, formats):
         image = Image.open(file, formats=formats)
-        if image.width * image.height > MAX_PIXELS:  # known before any pixel is decoded
+        # Known before any pixel is decoded. What is answered has the image's own sides, and must be a file again.
+        if image.width * image.height > MAX_PIXELS or max(image.size) > LONGEST_SIDE:
             raise Image.DecompressionBombError
         image.load()
         return _to_rgb(_upright(image))
@@ -92,7 +94,8 @@ def _refusing_rubbish(param: str, formats: tuple[str, ...]) -> Iterator[None]:
     try:
         yield
     except Image.DecompressionBombError as error:
-        raise InvalidRequestError(f"The image in '{param}' has more than {MAX_PIXELS:,} pixels.", param) from error
+        limit = f"{MAX_PIXELS:,} pixels, or {LONGEST_SIDE:,} a side"
+        raise InvalidRequestError(f"The image in '{param}' has more than {limit}.", param) from error
     except UnidentifiedImageError as error:
         raise InvalidRequestError(f"The file in '{param}' is not an image. It must be {kinds}.", param) from error
     except MemoryError:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 import secrets
 from typing import Any, BinaryIO, Literal, TypeVar
 
@@ -27,12 +26,11 @@ from hypergen_gateway.fields import (
 )
 from hypergen_gateway.generation import MAX_SEED, Generation, ModelDescription
 from hypergen_gateway.images import FileFormat
+from hypergen_gateway.sizes import Size, SizePolicy, nearest_size
 from hypergen_gateway.starts import Uploads
 
 # Seeds drawn here stay below 2^53: larger ones lose digits in JavaScript, and then a picture cannot be made again.
 _RANDOM_SEEDS = 2**53
-
-_SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 
 # Enough for another picture, little enough for one of the same thing.
 _VARIATION_STRENGTH = 0.6
@@ -49,6 +47,8 @@ _QUALITIES: dict[str, Quality] = {
     "hd": "high",
 }
 _STEPS_BY_QUALITY: dict[Quality, float] = {"low": 0.5, "medium": 1.0, "high": 1.5}
+
+_ANY_SIZE = SizePolicy()
 
 # Values that the API has and this server does not: for these fields, only what stands here is served.
 _SERVED: dict[str, tuple[object, ...]] = {
@@ -91,13 +91,15 @@ _LEGAL: dict[str, str] = {
 }
 
 
-def read_request(payload: dict[str, Any], kind: type[Request], model: ModelDescription) -> Request:
+def read_request(
+    payload: dict[str, Any], kind: type[Request], model: ModelDescription, sizes: SizePolicy = _ANY_SIZE
+) -> Request:
     """Validates a body's fields; the first wrong one is named in the error."""
     given = {name: value for name, value in payload.items() if value is not None}
     try:
         request: Request = kind.model_validate(given)
     except ValidationError as error:
-        raise _invalid(str(error.errors()[0]["loc"][0]), given, model) from error
+        raise _invalid(str(error.errors()[0]["loc"][0]), given, model, sizes) from error
     for name, served in _SERVED.items():
         if getattr(request, name) not in served:
             raise InvalidRequestError(
@@ -169,10 +171,13 @@ def quality_of(request: PictureRequest) -> Quality:
 
 
 def to_generation(request: PictureRequest, model: ModelDescription) -> Generation:
-    """A request with the model's defaults filled in, within the model's limits. What `auto` means is the model's size;
-    an image to start from says otherwise.
+    """A request with the model's defaults filled in, within the model's limits.
+
+    Its size is the one that the model draws for what is asked; `auto` is the model's own. An image to start from says
+    otherwise.
     """
-    width, height = asked_size(request, model) or (model.default_width, model.default_height)
+    asked = asked_size(request)
+    width, height = (model.default_width, model.default_height) if asked is None else nearest_size(asked, model)
     seed = secrets.randbelow(_RANDOM_SEEDS - request.n) if request.seed is None else request.seed
     steps, guidance = request.num_inference_steps, request.guidance_scale
     generation = Generation(
@@ -227,25 +232,12 @@ def _lora(request: PictureRequest, model: ModelDescription) -> dict[str, Any]:
     return {"lora": request.lora_path, "lora_scale": scale} if scale else {}
 
 
-def asked_size(request: PictureRequest, model: ModelDescription) -> tuple[int, int] | None:
+def asked_size(request: PictureRequest) -> Size | None:
     """Width and height that a request asks for; None where it leaves them to us."""
     if request.size == "auto":
         return None
-    match = _SIZE.fullmatch(request.size)
-    sides = (int(match[1]), int(match[2])) if match else (0, 0)
-    fits = all(model.min_size <= side <= model.max_size and side % model.size_factor == 0 for side in sides)
-    if not fits or (model.sizes and f"{sides[0]}x{sides[1]}" not in model.sizes):
-        raise _invalid("size", {"size": request.size}, model)
-    return sides
-
-
-def _legal_sizes(model: ModelDescription) -> str:
-    if model.sizes:
-        return f"one of {', '.join(model.sizes)}"
-    return (
-        f"WIDTHxHEIGHT in pixels, such as '{model.default_width}x{model.default_height}', "
-        f"both multiples of {model.size_factor} from {model.min_size} to {model.max_size}"
-    )
+    width, height = request.size.split("x")
+    return int(width), int(height)
 
 
 def _legal_cache_intervals(model: ModelDescription) -> str:
@@ -264,10 +256,12 @@ def _steps_for(quality: str, model: ModelDescription) -> int:
     return min(max(steps, 1), model.max_num_inference_steps)
 
 
-def _invalid(name: str, given: dict[str, Any], model: ModelDescription) -> InvalidRequestError:
+def _invalid(
+    name: str, given: dict[str, Any], model: ModelDescription, sizes: SizePolicy = _ANY_SIZE
+) -> InvalidRequestError:
     more = {
         "known_schedulers": ", ".join(model.schedulers),
-        "legal_sizes": _legal_sizes(model),
+        "legal_sizes": sizes.legal(model),
         "known_loras": _known_loras(model),
         "legal_cache_intervals": _legal_cache_intervals(model),
         "max_images": MAX_IMAGES,

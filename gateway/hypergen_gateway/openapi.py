@@ -83,6 +83,9 @@ ERRORS: dict[int, str] = {
 }
 _RETRYABLE = (429, 503)
 
+_DRAWN_SIZE = "x-hypergen-drawn-size"
+_TEXT_HEADERS = {"x-request-id", _DRAWN_SIZE}
+
 _NULL = {"type": "null"}
 _SAY_NULL = {"Health", "ErrorObject"}
 _TAKE_NULL = {"ImageRequest", "EditRequest"}
@@ -257,8 +260,8 @@ def _statuses(operation: Operation) -> list[int]:
 
 
 def _success(operation: Operation) -> JsonObject:
-    place = ("x-hypergen-queue-position", "x-hypergen-estimated-ms") if operation.bodies else ()
-    headers = _headers("x-request-id", "openai-processing-ms", *place)
+    drawing = ("x-hypergen-queue-position", "x-hypergen-estimated-ms", _DRAWN_SIZE) if operation.bodies else ()
+    headers = _headers("x-request-id", "openai-processing-ms", *drawing)
     if operation.answer is None:
         file = {"schema": {"type": "string", "format": "binary"}}
         files = {f"image/{name}": file for name in ("png", "jpeg", "webp")}
@@ -277,7 +280,7 @@ def _error(status: int) -> JsonObject:
 
 
 def _headers(*names: str) -> JsonObject:
-    return {name: {"schema": {"type": "string" if name == "x-request-id" else "integer"}} for name in names}
+    return {name: {"schema": {"type": "string" if name in _TEXT_HEADERS else "integer"}} for name in names}
 
 
 def _reference(model: type[BaseModel]) -> JsonObject:

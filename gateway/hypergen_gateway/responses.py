@@ -17,9 +17,7 @@ from hypergen_gateway.fields import ImageRequest, PictureRequest
 from hypergen_gateway.generation import Pixels
 from hypergen_gateway.images import FormatName
 from hypergen_gateway.openai import Quality, quality_of
-
-# The strings that OpenAI's schema allows for `size` in a response.
-_RESPONSE_SIZES = frozenset({"1024x1024", "1024x1536", "1536x1024"})
+from hypergen_gateway.sizes import Size
 
 # What one position of a Stable Diffusion's latents stands for: 8 × 8 pixels.
 _PIXELS_PER_TOKEN = 64
@@ -67,7 +65,7 @@ class InputTokensDetails(BaseModel):
 
 
 class Usage(BaseModel):
-    """What the pictures cost. A token of an image is a square of 8 × 8 pixels, at the size that the model works in."""
+    """What the pictures cost. A token of an image is a square of 8 × 8 pixels, in the size that the model draws."""
 
     input_tokens: int
     output_tokens: int = Field(description="Squares of 8 × 8 pixels in the pictures that were drawn.")
@@ -82,7 +80,7 @@ class ImagesResponse(BaseModel):
     background: Literal["opaque"] = "opaque"
     output_format: FormatName
     quality: Quality
-    size: str | None = None
+    size: str | None = Field(default=None, description="WIDTHxHEIGHT, unless the pictures differ in it.")
     data: list[ImageObject]
     usage: Usage
 
@@ -113,7 +111,7 @@ class _ImageEvent(BaseModel):
 
     b64_json: str
     created_at: int = Field(default_factory=lambda: int(time.time()))
-    size: str
+    size: str = Field(description="WIDTHxHEIGHT of the picture.")
     quality: Quality
     background: Literal["opaque"] = "opaque"
     output_format: FormatName
@@ -141,7 +139,7 @@ def image_event(request: PictureRequest, finished: Finished, number: int) -> Par
     is_generation = isinstance(request, ImageRequest)
     common: dict[str, Any] = {
         "b64_json": base64.b64encode(finished.file).decode("ascii"),
-        "size": _size([finished]) or "auto",
+        "size": _written(finished.size),
         "quality": quality_of(request),
         "output_format": request.output_format,
         "image_index": picture.index,
@@ -194,6 +192,10 @@ def _tokens(pixels: Pixels) -> int:
 
 
 def _size(finished: Sequence[Finished]) -> str | None:
-    """The size of all pictures, if they share one that OpenAI's schema knows."""
-    sizes = {f"{width}x{height}" for width, height in (picture.size for picture in finished)}
-    return sizes.pop() if len(sizes) == 1 and sizes <= _RESPONSE_SIZES else None
+    """The size of all pictures, if they share one; those that start from several images have each its own."""
+    sizes = {picture.size for picture in finished}
+    return _written(sizes.pop()) if len(sizes) == 1 else None
+
+
+def _written(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"

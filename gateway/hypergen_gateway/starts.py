@@ -1,12 +1,11 @@
 """From uploaded images to what the model starts from, and from what it drew back to the image.
 
-Knows sizes: which legal one is nearest to an image's own, and how image and mask get there and back. Knows what a mask
-is to OpenAI: transparent pixels are drawn anew. Blocks, so it is called in a thread.
+Knows how image and mask get into a size that the model draws, and how what is drawn gets back. Knows what a mask is to
+OpenAI: transparent pixels are drawn anew. Blocks, so it is called in a thread.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -17,10 +16,10 @@ from PIL import Image, ImageOps
 from hypergen_gateway.errors import InvalidRequestError
 from hypergen_gateway.generation import ModelDescription, Pixels
 from hypergen_gateway.images import decode
+from hypergen_gateway.sizes import Box, Size, SizePolicy, nearest_size, window
 
 # Pixels less opaque than this are drawn anew.
 _OPAQUE = 128
-Size = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,14 +36,15 @@ class Retouch:
     """What makes a drawn picture one of the size that the client expects, unchanged where nothing was to be drawn."""
 
     size: Size
-    kept: Pixels | None  # RGB [height, width, 3] in `size`
-    mask: Pixels | None  # [height, width]; 255 where the drawn picture shows, 0 where `kept` does
+    kept: Pixels | None = None  # RGB [height, width, 3] in `size`
+    mask: Pixels | None = None  # [height, width]; 255 where the drawn picture shows, 0 where `kept` does
 
     def apply(self, pixels: Pixels) -> Pixels:
-        """The picture in RGB, [height, width, 3] of `size`."""
+        """The picture in RGB, [height, width, 3] of `size`: scaled to cover it, and cut where proportions differ."""
         height, width, _ = pixels.shape
         if (width, height) != self.size:
-            pixels = np.asarray(Image.fromarray(pixels).resize(self.size, Image.Resampling.LANCZOS))
+            shown = window((width, height), self.size)
+            pixels = np.asarray(Image.fromarray(pixels).resize(self.size, Image.Resampling.LANCZOS, box=shown))
         if self.kept is None or self.mask is None:
             return pixels
         return np.where(self.mask[..., None] > 0, pixels, self.kept)
@@ -59,48 +59,35 @@ class Start:
     retouch: Retouch
 
 
-def open_starts(uploads: Uploads, asked: Size | None, model: ModelDescription, needed: int) -> list[Start]:
-    """The first `needed` images made ready; all of them are looked at, so that a broken one is always told.
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What pictures are wanted of images: how many, and in which size, None being each image's own."""
+
+    size: Size | None
+    count: int
+
+
+def open_starts(uploads: Uploads, wanted: Wanted, model: ModelDescription, sizes: SizePolicy) -> list[Start]:
+    """As many images as pictures are wanted, made ready; all are looked at, so that a broken one is always told.
+
+    The first image's own size may be asked for whatever the policy is: it is what is answered where none is.
 
     Raises:
-        InvalidRequestError: with the name of the image's or the mask's field as `param`.
+        InvalidRequestError: with the name of the image's, the mask's or the size's field as `param`.
     """
     starts = []
     for number, file in enumerate(uploads.images):
         image = decode(file, uploads.images_param)
+        if number == 0 and wanted.size not in (None, image.size):
+            sizes.check(wanted.size, model)
         mask = None
         if number == 0 and uploads.mask is not None:
             mask = _read_mask(uploads.mask, image)
         elif image.mode == "RGBA":
             mask = _transparency(image)
-        if number < needed:
-            starts.append(_start(_flat(image), mask, asked, model))
+        if number < wanted.count:
+            starts.append(_start(_flat(image), mask, wanted.size, model))
     return starts
-
-
-def nearest_size(own: Size, model: ModelDescription) -> Size:
-    """The legal size nearest to an image's own, in its proportions as far as there is one."""
-    if model.sizes:
-        built = [(int(width), int(height)) for width, height in (size.split("x") for size in model.sizes)]
-        return min(built, key=lambda size: (_distortion(size, own), _growth(size, own)))
-    smallest, largest = sorted(own)
-    scale = min(max(1.0, model.min_size / smallest), model.max_size / largest)
-    width, height = (_nearest_side(side * scale, model) for side in own)
-    return width, height
-
-
-def _nearest_side(side: float, model: ModelDescription) -> int:
-    multiple = math.floor(side / model.size_factor + 0.5) * model.size_factor
-    return min(max(multiple, model.min_size), model.max_size)
-
-
-def _distortion(size: Size, own: Size) -> float:
-    """How far proportions are apart; small differences count as none, so that the number of pixels decides."""
-    return round(abs(math.log(size[0] * own[1] / (size[1] * own[0]))), 1)
-
-
-def _growth(size: Size, own: Size) -> float:
-    return abs(math.log(size[0] * size[1] / (own[0] * own[1])))
 
 
 def _read_mask(file: BinaryIO, image: Image.Image) -> Image.Image:
@@ -131,20 +118,31 @@ def _flat(image: Image.Image) -> Image.Image:
 
 
 def _start(image: Image.Image, mask: Image.Image | None, asked: Size | None, model: ModelDescription) -> Start:
-    """An image in the size asked for, cut to its proportions; else in its own, by way of the nearest legal one."""
+    """An image in the size asked for, cut to its proportions, or in its own; made ready in the nearest drawn one."""
     if asked is not None:
         image = ImageOps.fit(image, asked, Image.Resampling.LANCZOS)
         mask = mask and ImageOps.fit(mask, asked, Image.Resampling.BOX)
-    drawn = asked or nearest_size(image.size, model)
+    drawn = nearest_size(image.size, model)
+    shown = window(drawn, image.size)
     retouch = Retouch(size=image.size, kept=np.asarray(image) if mask else None, mask=_binary(mask))
     return Start(
-        image=np.asarray(image.resize(drawn, Image.Resampling.LANCZOS)),
-        mask=_binary(mask and mask.resize(drawn, Image.Resampling.BOX)),
+        image=_framed(image, drawn, shown, Image.Resampling.LANCZOS),
+        mask=_binary(mask and _framed(mask, drawn, shown, Image.Resampling.BOX)),
         retouch=retouch,
     )
 
 
-def _binary(mask: Image.Image | None) -> Pixels | None:
+def _framed(image: Image.Image, drawn: Size, shown: Box, resample: Image.Resampling) -> Pixels:
+    """An image scaled into the part of a drawn one where it is shown. It is mirrored around that part: what the model
+    sees there is like the image, and is cut off again.
+    """
+    left, top, right, bottom = shown
+    scaled = np.asarray(image.resize((right - left, bottom - top), resample))
+    around = [(top, drawn[1] - bottom), (left, drawn[0] - right), *[(0, 0)] * (scaled.ndim - 2)]
+    return np.pad(scaled, around, mode="symmetric")
+
+
+def _binary(mask: Image.Image | Pixels | None) -> Pixels | None:
     """255 wherever a pixel is to be drawn anew at least in part."""
     if mask is None:
         return None

@@ -1,4 +1,5 @@
-"""Whether work holds up everybody for a moment, or goes to a thread, which takes a moment by itself.
+"""Whether work holds up everybody for a moment, or goes to a thread, which takes a moment by itself; and how much of it
+is done at a time.
 
 Knows nothing of the work but the data that it goes over, which is what its time depends on.
 """
@@ -6,6 +7,7 @@ Knows nothing of the work but the data that it goes over, which is what its time
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -18,3 +20,44 @@ async def off_the_loop(work: Callable[[], T], nbytes: int, *, quick: int) -> T:
     Having a thread do something and hearing of it takes a fifth of a millisecond: `quick` is what takes no longer.
     """
     return work() if nbytes <= quick else await asyncio.to_thread(work)
+
+
+class ByteBudget:
+    """Bounds the bytes that are worked on at a time, first come, first served. More than all of them go alone.
+
+    Belongs to one event loop.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._taken = 0
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    async def take(self, nbytes: int) -> None:
+        """Waits for room; each call is followed by `give_back`."""
+        if not self._waiting and self._has_room(nbytes):
+            self._taken += nbytes
+            return
+        called = asyncio.get_running_loop().create_future()
+        self._waiting.append((nbytes, called))
+        try:
+            await called
+        except asyncio.CancelledError:
+            # Perhaps called in the very moment in which it was cancelled.
+            self.give_back(0 if called.cancelled() else nbytes)
+            raise
+
+    def give_back(self, nbytes: int) -> None:
+        """Makes room."""
+        self._taken -= nbytes
+        while self._waiting:
+            wanted, called = self._waiting[0]
+            if not called.done():
+                if not self._has_room(wanted):
+                    return
+                self._taken += wanted
+                called.set_result(None)
+            self._waiting.popleft()
+
+    def _has_room(self, nbytes: int) -> bool:
+        return not self._taken or self._taken + nbytes <= self._limit

@@ -12,8 +12,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
-import openai
 import pytest
 from PIL import Image
 from playwright.async_api import Page, expect
@@ -132,15 +132,27 @@ def test_the_same_seed_gives_the_same_bytes(shipped: Server) -> None:
 
 def test_it_draws_at_the_edges_of_its_range(shipped: Server) -> None:
     with shipped.client(api_key="none") as client:
-        with pytest.raises(openai.BadRequestError, match="multiples of 8") as raised:
-            client.images.generate(prompt="a rocket", size="4096x4096")
-        (legal,) = re.findall(r"from (\d+) to (\d+)", raised.value.message)
-        low, high = (int(side) for side in legal)
+        limits = httpx.get(f"{shipped.url}/v1/capabilities").json()
+        low, high = limits["min_size"], limits["max_size"]
         for size in (f"{low}x{low}", f"{high}x{high}", f"{low}x{high}"):
             response = client.images.generate(prompt="a rocket", size=size)
             assert response.data is not None
             width, height = (int(side) for side in size.split("x"))
             assert pixels_of(response.data[0]).shape == (height, width, 3)
+
+
+def test_the_sizes_that_clients_ask_for_by_default_are_its_own_scaled(shipped: Server) -> None:
+    with shipped.client(api_key="none") as client:
+        for size, drawn in (("1024x1024", "96x96"), ("512x512", "96x96"), ("1536x1024", "96x64")):
+            asked, own = (
+                client.images.generate(prompt="a rocket", size=each, extra_body={"seed": 7}) for each in (size, drawn)
+            )
+            assert asked.data is not None
+            assert own.data is not None
+            width, height = (int(side) for side in size.split("x"))
+            scaled = Image.fromarray(pixels_of(own.data[0])).resize((width, height), Image.Resampling.LANCZOS)
+            assert np.array_equal(pixels_of(asked.data[0]), np.asarray(scaled))
+            assert asked.size == size
 
 
 def readme_block(beginning: str, server: Server) -> str:

@@ -16,7 +16,7 @@ from wire import error_of
 
 URL = "/v1/images/generations"
 
-SIZES = "multiples of 8 from 32 to 1536"
+SIZES = "WIDTHxHEIGHT in pixels, such as '64x48', each side from 1 to 4096"
 
 # field, value, words of the message
 WRONG_VALUES: list[tuple[str, Any, str]] = [
@@ -35,12 +35,10 @@ WRONG_VALUES: list[tuple[str, Any, str]] = [
     ("n", 2**70, "from 1 to 10"),
     ("n", [1], "from 1 to 10"),
     ("size", "banana", SIZES),
-    ("size", "63x64", SIZES),
-    ("size", "64x65", SIZES),
     ("size", "0x0", SIZES),
     ("size", "-64x64", SIZES),
-    ("size", "24x64", SIZES),
-    ("size", "64x1544", SIZES),
+    ("size", "0x64", SIZES),
+    ("size", "64x4097", SIZES),
     ("size", "64X64", SIZES),
     ("size", "64x64 ", SIZES),
     ("size", "64x64\n", SIZES),
@@ -127,7 +125,7 @@ WRONG_BODIES: list[tuple[bytes, str | None, str]] = [
     (b'{"prompt": "a", "x": {"y": 1, "y": 2}}', None, "twice"),
     (b'{"prompt": "a", "\\ud800": 1, "\\ud800": 1}', None, "twice"),
     (b'{"prompt": "\\ud800"}', "prompt", "a string"),
-    (b'{"prompt": "a", "size": "\\udfff"}', "size", "multiples of 8"),
+    (b'{"prompt": "a", "size": "\\udfff"}', "size", "each side from 1 to 4096"),
     (b'{"prompt": "a", "n": ' + b"1" * 5000 + b"}", None, "digits"),
     (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", None, "deep"),
     (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, None, "deep"),

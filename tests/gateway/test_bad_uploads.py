@@ -82,7 +82,7 @@ WRONG_FORMS: dict[str, tuple[tuple[bytes, ...], str | None, str]] = {
 WRONG_TEXTS = [
     ("n", "0"), ("n", "11"), ("n", "two"), ("n", ""), ("n", " 2"), ("n", "2.0"), ("n", "1e0"), ("n", "٢"), ("n", "²"),
     ("n", "true"), ("n", str(2**70)), ("n", "9" * 5000), ("n", "[1]"), ("n", "null"),
-    ("size", "63x64"), ("size", "64"), ("size", "٦٤x٦٤"), ("size", "1e2x64"), ("size", ""),
+    ("size", "4097x64"), ("size", "64"), ("size", "٦٤x٦٤"), ("size", "1e2x64"), ("size", ""),
     ("quality", "best"), ("response_format", "xml"), ("output_format", "gif"), ("output_compression", "50"),
     ("output_compression", "-1"), ("background", "transparent"), ("stream", "yes"), ("stream", "1"),
     ("partial_images", "4"), ("seed", "-1"), ("seed", str(2**63)), ("seed", "1.5"),

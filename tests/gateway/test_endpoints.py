@@ -126,7 +126,7 @@ class TestGenerations:
         assert response.status_code == 200
         assert grey_levels(response) == [((64, 48), (seed % 256,) * 3)]
         assert backend.generations[0].seed == seed
-        assert set(body) == {"created", "background", "output_format", "quality", "data", "usage"}
+        assert set(body) == {"created", "background", "output_format", "quality", "size", "data", "usage"}
         assert (body["background"], body["output_format"], body["quality"]) == ("opaque", "png", "medium")
 
     async def test_n_pictures_come_in_order_with_consecutive_seeds(self, client: httpx.AsyncClient) -> None:
@@ -134,7 +134,7 @@ class TestGenerations:
         assert grey_levels(response) == [((32, 40), (level,) * 3) for level in (100, 101, 102)]
         assert [image["seed"] for image in response.json()["data"]] == [100, 101, 102]
 
-    async def test_a_size_of_openai_s_schema_is_told(self, client: httpx.AsyncClient) -> None:
+    async def test_the_size_is_told(self, client: httpx.AsyncClient) -> None:
         response = await client.post(GENERATIONS, json={"prompt": "a", "size": "1024x1024"})
         assert response.json()["size"] == "1024x1024"
 

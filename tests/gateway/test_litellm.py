@@ -85,5 +85,5 @@ async def test_errors_are_its_own(litellm: Any, options: dict[str, Any], call: s
     request: dict[str, Any] = {"prompt": "a fox"} | ({"image": file_of(photo())} if "edit" in call else {})
     with pytest.raises(litellm.AuthenticationError, match="wrong"):
         await getattr(litellm, call)(**request, **options | {"api_key": "sk-wrong"})
-    with pytest.raises(litellm.BadRequestError, match="multiples of 8"):
-        await getattr(litellm, call)(**request, size="7x7", **options)
+    with pytest.raises(litellm.BadRequestError, match="each side from 1 to 4096"):
+        await getattr(litellm, call)(**request, size="9000x7", **options)

@@ -14,6 +14,7 @@ from hypergen_gateway.fields import ImageRequest
 from hypergen_gateway.generation import MAX_SEED, Generation, Lora, ModelDescription
 from hypergen_gateway.images import FileFormat
 from hypergen_gateway.openai import file_format_of, quality_of, read_request, to_generation
+from hypergen_gateway.sizes import SizePolicy
 
 
 def generation(served: ModelDescription = MODEL, **fields: Any) -> Generation:
@@ -64,12 +65,19 @@ def test_what_is_given_arrives() -> None:
     )
 
 
-def test_where_sizes_are_built_in_they_are_named_and_no_other_is_taken() -> None:
+def test_the_nearest_size_is_drawn_and_where_sizes_are_built_in_one_of_those() -> None:
     served = replace(MODEL, sizes=("64x48", "128x128"))
-    assert generation(served, size="128x128").width == 128
-    assert generation(served, size="auto").width == 64
+    for size, drawn in (("128x128", (128, 128)), ("auto", (64, 48)), ("1024x768", (64, 48)), ("500x500", (128, 128))):
+        made = generation(served, size=size)
+        assert (made.width, made.height) == drawn
+
+
+def test_strictly_the_sizes_that_are_built_in_are_named() -> None:
+    served = replace(MODEL, sizes=("64x48", "128x128"))
     with pytest.raises(InvalidRequestError, match=r"It must be 'auto' or one of 64x48, 128x128\."):
-        generation(served, size="128x48")
+        SizePolicy(name="strict").check((128, 48), served)
+    with pytest.raises(InvalidRequestError, match=r"It must be 'auto' or one of 64x48, 128x128\."):
+        read_request({"prompt": "a", "size": "64"}, ImageRequest, served, SizePolicy(name="strict"))
 
 
 def test_null_is_the_same_as_absent() -> None:

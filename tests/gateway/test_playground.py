@@ -564,15 +564,31 @@ class TestErrors:
         await expect(page.locator("#seed")).to_be_focused()
         await page.locator("#seed").fill("")
         await page.get_by_label("Size", exact=True).select_option("custom")
-        await page.get_by_label("Width").fill("63")
+        await page.get_by_label("Width").fill("9000")
         await page.keyboard.press("Control+Enter")
-        await expect(page.locator("#size-error")).to_contain_text('"63x64". It must be')
+        await expect(page.locator("#size-error")).to_contain_text('"9000x64". It must be')
         await expect(page.get_by_label("Width")).to_be_focused()
         await page.get_by_label("Width").fill("80")
         await page.keyboard.press("Control+Enter")
         await drawn(page)
         await expect(page.locator(".error:visible")).to_have_count(0)
         assert [generation.width for generation in backend.generations] == [80]
+
+    async def test_a_size_that_the_model_does_not_draw_is_offered_where_any_may_be_asked_for(
+        self, open_page: OpenPage, backend: FakeBackend
+    ) -> None:
+        backend.description = replace(EMOJI, sizes=("64x64", "96x64"))
+        page = await open_page()
+        await page.locator("#prompt").fill("a fox")
+        await page.get_by_label("Size", exact=True).select_option("custom")
+        await page.get_by_label("Width").fill("301")
+        await page.get_by_label("Height").fill("200")
+        await page.keyboard.press("Control+Enter")
+        await drawn(page)
+        assert (await downloaded(page)).size == (301, 200)
+        assert [(made.width, made.height) for made in backend.generations] == [(96, 64)]
+        strict = await open_page(Config(sizes="strict"))
+        await expect(strict.locator("#size option")).to_have_text(["64 × 64", "96 × 64"])
 
     async def test_a_field_of_closed_settings_is_opened_for_its_error(
         self, open_page: OpenPage, backend: FakeBackend

@@ -38,15 +38,11 @@ def test_links_take_the_place_of_base64() -> None:
     assert [(image.url, image.b64_json) for image in data] == [("http://a", None), ("http://b", None)]
 
 
-@pytest.mark.parametrize(("size", "told"), [("1024x1536", "1024x1536"), ("64x64", None), ("auto", None)])
-def test_size_is_told_only_where_openai_s_schema_allows_it(size: str, told: str | None) -> None:
-    assert images_response(*finished(size=size)).size == told
-
-
-def test_an_event_always_has_a_size_and_openai_s_word_for_any_other_is_auto() -> None:
-    for size, told in (("1024x1024", "1024x1024"), ("64x64", "auto")):
-        request, (picture,) = finished(size=size)
-        assert image_event(request, picture, 0).size == told
+@pytest.mark.parametrize(("size", "told"), [("1024x1536", "1024x1536"), ("96x64", "96x64"), ("auto", "64x48")])
+def test_size_is_that_of_the_picture_in_answers_and_events(size: str, told: str) -> None:
+    request, pictures = finished(size=size)
+    assert images_response(request, pictures).size == told
+    assert image_event(request, pictures[0], 0).size == told
 
 
 def test_usage_counts_the_prompt_once_and_the_squares_of_every_picture() -> None:

@@ -12,54 +12,23 @@ from PIL import Image
 
 from fake_backend import MODEL
 from hypergen_gateway.errors import InvalidRequestError
-from hypergen_gateway.starts import Start, Uploads, nearest_size, open_starts
+from hypergen_gateway.generation import ModelDescription
+from hypergen_gateway.sizes import SizePolicy
+from hypergen_gateway.starts import Start, Uploads, Wanted, open_starts
 from pictures import file_of, hole, photo, ramp
 
 BUILT = replace(MODEL, sizes=("512x512", "768x512", "512x768"))
 
 
-def starts(*images: bytes, mask: bytes | None = None, asked: Any = None, needed: int = 16) -> list[Start]:
+def starts(
+    *images: bytes, mask: bytes | None = None, asked: Any = None, needed: int = 16, model: ModelDescription = MODEL
+) -> list[Start]:
     uploads = Uploads(
         images=[io.BytesIO(image) for image in images],
         mask=None if mask is None else io.BytesIO(mask),
         images_param="image",
     )
-    return open_starts(uploads, asked, MODEL, needed)
-
-
-@pytest.mark.parametrize(
-    ("own", "drawn"),
-    [
-        ((64, 48), (64, 48)),
-        ((1536, 32), (1536, 32)),
-        ((500, 333), (504, 336)),
-        ((3072, 2048), (1536, 1024)),
-        ((4000, 3000), (1536, 1152)),
-        ((1, 1), (32, 32)),
-        ((20, 10), (64, 32)),
-        ((4096, 16), (1536, 32)),
-    ],
-)
-def test_the_nearest_size_keeps_proportions_as_far_as_the_model_goes(
-    own: tuple[int, int], drawn: tuple[int, int]
-) -> None:
-    assert nearest_size(own, MODEL) == drawn
-
-
-@pytest.mark.parametrize(
-    ("own", "drawn"),
-    [
-        ((768, 512), (768, 512)),
-        ((1024, 1024), (512, 512)),
-        ((4000, 3000), (768, 512)),
-        ((300, 400), (512, 768)),
-        ((10, 4000), (512, 768)),
-    ],
-)
-def test_of_sizes_that_are_built_in_the_one_of_nearest_proportions_is_taken(
-    own: tuple[int, int], drawn: tuple[int, int]
-) -> None:
-    assert nearest_size(own, BUILT) == drawn
+    return open_starts(uploads, Wanted(size=asked, count=needed), model, SizePolicy())
 
 
 def test_an_image_of_a_legal_size_arrives_pixel_by_pixel() -> None:

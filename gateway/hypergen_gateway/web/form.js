@@ -103,12 +103,13 @@ export class Form {
     byId("cache-field").hidden = model.max_cache_interval === 1;
     byId("n").replaceChildren(...range(1, model.max_num_images).map((count) => new Option(count, count)));
     byId("scheduler").replaceChildren(new Option("model’s own", ""), ...model.schedulers.map((name) => new Option(name, name)));
-    const limits = { min: model.min_size, max: model.max_size, step: model.size_factor };
+    const fits = model.size_policy === "fit";
+    const limits = fits ? { min: 1, max: model.max_side, step: 1 } : { min: model.min_size, max: model.max_size, step: model.size_factor };
     Object.assign(byId("width"), { ...limits, value: width });
     Object.assign(byId("height"), { ...limits, value: height });
     const sizes = model.sizes.length ? model.sizes.map((size) => [size, ""]) : this.#commonSizes();
     byId("size").replaceChildren(...sizes.map(([size, shape]) => new Option(sizeLabel(size, shape), size)));
-    if (!model.sizes.length) byId("size").append(new Option("other …", "custom"));
+    if (fits || !model.sizes.length) byId("size").append(new Option("other …", "custom"));
     byId("image-field").hidden = !model.edits;
   }
 

@@ -60,7 +60,7 @@ console.log(
     edited,
     editedFromSeveral,
     repainted,
-    wrongSize: await errorOf(draw({ prompt: "a fox", size: "7x7" })),
+    wrongSize: await errorOf(draw({ prompt: "a fox", size: "9000x7" })),
     wrongMask: await errorOf(draw({ prompt: { text: "a fox", images: [bytes], mask: bytes } })),
     wrongKey: await errorOf(draw({ model: modelWith("sk-wrong"), prompt: "a fox" })),
   }),

@@ -69,7 +69,7 @@ console.log(
     varied,
     wrongMask,
     unknownModel: await errorOf(client.models.retrieve("no/such-model")),
-    wrongSize: await errorOf(client.images.generate({ prompt: "a fox", size: "7x7" })),
+    wrongSize: await errorOf(client.images.generate({ prompt: "a fox", size: "9000x7" })),
     wrongKey: await errorOf(new OpenAI({ baseURL, apiKey: "sk-wrong", maxRetries: 0 }).models.list()),
   }),
 );
