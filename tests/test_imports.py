@@ -19,6 +19,7 @@ SAMPLER_NEEDS = {"diffusers", "numpy", "tokenizers", "torch", "triton_python_bac
 
 # Each module of the gateway imports only from those before it.
 GATEWAY_LAYERS = [
+    "options",
     "conformance",
     "errors",
     "request_id",

@@ -31,8 +31,15 @@ _DTYPES = {
 }
 
 
+def _not_empty(_: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    """Refuses what a shell makes of a variable that is not set, as in --output "$FOLDER"."""
+    if any(each in ("", Path()) for each in (value if isinstance(value, tuple) else (value,))):
+        raise click.BadParameter("it is empty.", param=parameter)
+    return value
+
+
 @click.command()
-@click.argument("model")
+@click.argument("model", callback=_not_empty)
 @click.option(
     "--engine",
     type=click.Choice(list(ENGINES)),
@@ -50,6 +57,7 @@ _DTYPES = {
 @click.option(
     "--sizes",
     metavar="WxH,…",
+    callback=_not_empty,
     help="Pictures that TensorRT engines are built for; OpenVINO draws any.  [default: the model's own size]",
 )
 @click.option(
@@ -64,6 +72,7 @@ _DTYPES = {
     "loras",
     metavar="[NAME=]PATH[:SCALE]",
     multiple=True,
+    callback=_not_empty,
     envvar="HYPERGEN_LORA",
     show_envvar=True,
     help="A LoRA (.safetensors, or a folder that holds it) to serve beside MODEL, merged at this scale; repeatable.",
@@ -75,10 +84,11 @@ _DTYPES = {
     show_envvar=True,
     help="Export a second, shallow UNet, for requests with cache_interval.",
 )
-@click.option("--model-id", help="The id that clients see.  [default: MODEL]")
+@click.option("--model-id", callback=_not_empty, help="The id that clients see.  [default: MODEL]")
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
+    callback=_not_empty,
     required=True,
     help="Folder of the Triton repository; an earlier export there is replaced.",
 )

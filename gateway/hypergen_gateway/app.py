@@ -24,7 +24,6 @@ from hypergen_gateway.endpoints import Endpoints
 from hypergen_gateway.errors import HyperGenError
 from hypergen_gateway.generation import Backend
 from hypergen_gateway.jobs import Jobs, Keeping
-from hypergen_gateway.keys import Keys
 from hypergen_gateway.links import Links, LocalLinks
 from hypergen_gateway.metrics import Metrics
 from hypergen_gateway.middleware import Checks, Errors, RequestLog, Trace, check_head
@@ -52,7 +51,7 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
     Raises:
         BadKeysError: the file of API keys cannot be read as such.
     """
-    keys = Keys(config.api_keys, config.api_key_file)
+    keys = config.keys
     if "*" in config.cors_origins and not keys:
         logger.warning("Every website may use this server through its visitors' browsers, and it asks for no key")
     admission = Admission(config.max_queue_size)

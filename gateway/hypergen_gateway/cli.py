@@ -10,7 +10,10 @@ import asyncio
 import functools
 import importlib
 import importlib.util
+import os
+import re
 import secrets
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -19,12 +22,12 @@ from typing import Any
 
 import click
 
-from hypergen_gateway.config import Config
+from hypergen_gateway.config import MOST_WAITING, Config
 from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.errors import HyperGenError
 from hypergen_gateway.images import encode
-from hypergen_gateway.keys import BadKeysError, Keys
 from hypergen_gateway.logs import LogFormat, set_up_logging
+from hypergen_gateway.options import A_WEEK, A_YEAR, Argument, Number, Option, option
 from hypergen_gateway.repository import SHIPPED_MODEL, ExportFailedError, ExportOptions, default_cache_dir
 from hypergen_gateway.serving import (
     PortUnavailableError,
@@ -52,7 +55,23 @@ _ELSEWHERE = {"export": "hypergen_export.cli", "conformance": "hypergen_gateway.
 
 
 class _Commands(click.Group):
-    """Finds some commands in modules of their own."""
+    """Finds some commands in modules of their own, and says in one line what stands in the way of any of them."""
+
+    def main(self, *arguments: Any, **settings: Any) -> Any:
+        """Runs the command. Output that cannot be written, as to a full disk, is no reason for a traceback."""
+        try:
+            return super().main(*arguments, **settings)
+        except OSError as error:
+            click.echo(f"Error: {error.filename or 'standard output'}: {error.strerror or error}", err=True)
+            raise SystemExit(1) from error
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """The command. Text in another encoding would fail later, where nobody knows from which option it came."""
+        variables = [f"{name}={value}" for name, value in os.environ.items() if name.startswith("HYPERGEN_")]
+        for text in (*args, *variables):
+            if not _is_text(text):
+                raise click.UsageError(f"{text!a} is not text in {sys.getfilesystemencoding()}.")
+        return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted([*super().list_commands(ctx), *_ELSEWHERE])
@@ -64,46 +83,45 @@ class _Commands(click.Group):
         return command
 
 
+def _is_text(text: str) -> bool:
+    """Whether it can be written: Python keeps bytes that it cannot read as halves of characters."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(version("hypergen-triton"), prog_name="hypergen")
 def main() -> None:
     """Self-hosted, OpenAI-compatible image generation on NVIDIA Triton."""
 
 
-def _option(*names: str, **settings: Any) -> Callable[[Any], Any]:
-    """An option that is an environment variable too: --api-key is HYPERGEN_API_KEY."""
-    envvar = "HYPERGEN_" + names[0].lstrip("-").upper().replace("-", "_")
-    return click.option(*names, envvar=envvar, show_envvar=True, **settings)
-
-
 def _triton_options(command: Callable[..., None]) -> Any:
     """The options that say which Triton to use; they reach the command as one `TritonOptions`."""
 
-    @_option("--triton-url", metavar="HOST:PORT", help="Use the Triton that listens there for gRPC, and start none.")
-    @_option(
+    @option("--triton-url", metavar="HOST:PORT", help="Use the Triton that listens there for gRPC, and start none.")
+    @option(
         "--dtype",
         type=click.Choice(list(DTYPES)),
         default="auto",
         help="Precision of the engines; auto: bfloat16 on a CPU that computes in it, else float32.",
     )
-    @_option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where the engines run.")
-    @_option("--max-batch-size", type=click.IntRange(1, 128), default=8, help="Images that share one UNet call.")
-    @_option(
+    @option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where the engines run.")
+    @option("--max-batch-size", type=click.IntRange(1, 128), default=8, help="Images that share one UNet call.")
+    @option(
         "--lora",
         metavar="[NAME=]PATH[:SCALE]",
         multiple=True,
         help="A LoRA (.safetensors, or its folder) that requests may ask for as lora_path=NAME; repeatable.",
     )
-    @_option("--deep-cache", is_flag=True, help="Add a second, shallow UNet, for requests that say cache_interval.")
-    @_option(
+    @option("--deep-cache", is_flag=True, help="Add a second, shallow UNet, for requests that say cache_interval.")
+    @option(
         "--cache-dir",
         type=click.Path(file_okay=False, path_type=Path),
         default=default_cache_dir,
         show_default="~/.cache/hypergen",
         help="Where exported models are kept.",
     )
-    @_option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
-    @_option("--log-format", type=click.Choice(["text", "json"]), default="text", help="json: one object per line.")
+    @option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
+    @option("--log-format", type=click.Choice(["text", "json"]), default="text", help="json: one object per line.")
     @functools.wraps(command)
     def with_triton(*, model: str | None, log_level: str, log_format: LogFormat, **given: Any) -> None:
         set_up_logging(log_level, log_format)
@@ -151,46 +169,53 @@ class _OneKey(click.types.StringParamType):
 
 
 @main.command(name="serve")
-@click.argument("model", required=False, envvar="HYPERGEN_MODEL")
-@_option("--host", default="0.0.0.0", help="Address to listen on.")
-@_option("--port", type=click.IntRange(1, 65535), default=8000, help="Port to listen on.")
-@_option(
+@click.argument("model", cls=Argument, required=False, envvar="HYPERGEN_MODEL")
+@option("--host", default="0.0.0.0", help="Address or host name to listen on; '::' is IPv4 and IPv6.")
+@option("--port", type=click.IntRange(1, 65535), default=8000, help="Port to listen on.")
+@option(
     "--api-key",
+    secret=True,
     type=_OneKey(),
     metavar="KEY",
     multiple=True,
-    help="Clients must send it as 'Authorization: Bearer KEY'; repeatable. Other users of this machine can see what a "
-    "command line says: a file tells them nothing. [default: no key]",
+    help="Clients must send it as 'Authorization: Bearer KEY'; repeatable. Other users of this machine can read "
+    "command lines: prefer a file or the variable.  [default: no key]",
 )
-@_option(
+@option(
     "--api-key-file",
+    secret=True,
     type=click.Path(path_type=Path),
-    help="Read keys from this file, 'KEY' or 'NAME: KEY' a line, now and whenever it changes; the log has the names.",
+    help="Read keys from this file, 'KEY' or 'NAME: KEY' a line, at the start and whenever it changes. Logs show NAME.",
 )
-@_option(
+@option(
     "--sizes",
     type=click.Choice(["fit", "strict"]),
     default="fit",
     help="fit: any size may be asked for, and is scaled from the nearest that the model draws; strict: only those.",
 )
-@_option("--max-side", type=click.IntRange(1, LONGEST_SIDE), default=4096, help="Pixels a side that may be asked for.")
-@_option("--max-queue-size", type=click.IntRange(min=0), default=100, help="Requests that may wait; more get a 429.")
-@_option("--request-timeout", type=click.FloatRange(min=1), default=600.0, help="Seconds until a request is given up.")
-@_option("--body-timeout", type=click.FloatRange(min=1), default=30.0, help="Seconds for a body; one more per 32 KiB.")
-@_option("--retry-grace", type=click.FloatRange(min=0), default=5.0, help="Seconds work goes on when its client left.")
-@_option(
+@option("--max-side", type=click.IntRange(1, LONGEST_SIDE), default=4096, help="Pixels a side that may be asked for.")
+@option("--max-queue-size", type=click.IntRange(0, MOST_WAITING), default=100, help="Requests that may wait.")
+@option("--request-timeout", type=Number(1, A_WEEK), default=600.0, help="Seconds until a request is given up.")
+@option("--body-timeout", type=Number(1, A_WEEK), default=30.0, help="Seconds for a body, plus one per 32 KiB.")
+@option("--retry-grace", type=Number(0, A_WEEK), default=5.0, help="Seconds that work continues after a disconnect.")
+@option(
     "--cors-origin",
     "cors_origins",
     metavar="ORIGIN",
     multiple=True,
     help="A website whose scripts may use the API, such as https://app.example.com; repeatable. '*' is every website.",
 )
-@_option("--public-url", metavar="URL", help="Where clients reach the server, for links. [default: as they came]")
-@_option("--link-lifetime", type=click.FloatRange(min=1), default=3600.0, help="Seconds that a picture's link lasts.")
-@_option("--link-secret", metavar="SECRET", help="Signs links, so that they outlive a restart. [default: random]")
-@_option("--link-bucket", metavar="s3://BUCKET/PREFIX", help="Keep pictures with links there. [default: the cache]")
-@_option("--metrics-need-key", is_flag=True, help="Ask for the API key on /metrics, too.")
-@_option("--reload", is_flag=True, help="Start again when the project's code changes.")
+@option("--public-url", metavar="URL", help="Where clients reach the server, for links.  [default: the request's Host]")
+@option("--link-lifetime", type=Number(1, A_YEAR), default=3600.0, help="Seconds until a link to an image expires.")
+@option(
+    "--link-secret",
+    secret=True,
+    metavar="SECRET",
+    help="Signs links, so they survive a restart.  [default: random]",
+)
+@option("--link-bucket", metavar="s3://BUCKET/PREFIX", help="Store linked images there.  [default: the cache]")
+@option("--metrics-need-key", is_flag=True, help="Ask for the API key on /metrics, too.")
+@option("--reload", is_flag=True, help="Restart when the project's code changes.")
 @_triton_options
 def serve_command(*, triton: TritonOptions, model: str | None, reload: bool, **given: Any) -> None:
     """Serve MODEL (a diffusers checkpoint's hub id or folder, or an exported repository) behind OpenAI's API.
@@ -200,14 +225,13 @@ def serve_command(*, triton: TritonOptions, model: str | None, reload: bool, **g
     # With somebody else's Triton and no MODEL given, the model says its own id.
     served_id = None if triton.url and model is None else triton.model
     host, port = given.pop("host"), given.pop("port")
-    _check_keys(given["api_key"], given["api_key_file"])
     if given["link_bucket"] is not None and importlib.util.find_spec("boto3") is None:
         raise click.UsageError("--link-bucket needs boto3: pip install 'hypergen-triton[s3]'.")
     link_folder = triton.export.cache_dir / "links"
     try:
         gateway = Config(model_id=served_id, link_folder=link_folder, **given)
     except ValueError as error:
-        raise click.UsageError(str(error)) from error
+        raise click.UsageError(f"{error}.") from error
     options = ServeOptions(host=host, port=port, triton=triton, gateway=gateway)
     if reload:
         _run_reloading(options)
@@ -215,26 +239,18 @@ def serve_command(*, triton: TritonOptions, model: str | None, reload: bool, **g
         run_until_signalled(serve(options))
 
 
-def _check_keys(given: tuple[str, ...], file: Path | None) -> None:
-    """Says what is wrong with the keys before anything is started."""
-    if given and file is not None:
-        raise click.UsageError("--api-key and --api-key-file exclude each other.")
-    try:
-        Keys(given, file)
-    except BadKeysError as error:
-        raise click.UsageError(f"The API keys cannot be read from {file}: {error}.") from error
-
-
 @main.command()
-@click.argument("prompt")
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), default=Path("out.png"))
-@click.option("--model", envvar="HYPERGEN_MODEL", show_envvar=True, help="[default: the shipped checkpoint]")
+@click.argument("prompt", cls=Argument)
+@click.option("-o", "--output", cls=Option, type=click.Path(dir_okay=False, path_type=Path), default=Path("out.png"))
+@option("--model", help="[default: the shipped checkpoint]")
 @click.option("--negative-prompt")
-@click.option("--size", metavar="WxH", help="[default: the model's own]")
-@click.option("--num-inference-steps", "--steps", type=int, help="[default: the model's own]")
-@click.option("--guidance-scale", type=float, help="[default: the model's own]")
-@click.option("--scheduler", help="[default: the checkpoint's own]")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="[default: random]")
+@click.option("--size", cls=Option, metavar="WxH", help="[default: the model's own]")
+@click.option(
+    "--num-inference-steps", "--steps", cls=Option, type=click.IntRange(1, 150), help="[default: the model's own]"
+)
+@click.option("--guidance-scale", cls=Option, type=Number(1, 20), help="[default: the model's own]")
+@click.option("--scheduler", cls=Option, help="[default: the checkpoint's own]")
+@click.option("--seed", cls=Option, type=click.IntRange(0, 2**63 - 1), help="[default: random]")
 @_triton_options
 def generate(*, triton: TritonOptions, output: Path, size: str | None, **given: Any) -> None:
     """Draw one picture of PROMPT into a PNG file."""
@@ -251,10 +267,10 @@ def generate(*, triton: TritonOptions, output: Path, size: str | None, **given: 
 def _read_size(text: str | None) -> tuple[int | None, int | None]:
     if text is None:
         return None, None
-    width, cross, height = text.partition("x")
-    if not (cross and width.isdecimal() and height.isdecimal()):
+    match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text)
+    if match is None:
         raise click.UsageError(f"--size must be WIDTHxHEIGHT, such as 512x512, not {text!r}.")
-    return int(width), int(height)
+    return int(match[1]), int(match[2])
 
 
 @contextmanager

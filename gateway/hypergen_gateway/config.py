@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from hypergen_gateway.keys import BadKeysError, Keys
+from hypergen_gateway.options import A_WEEK, A_YEAR
 from hypergen_gateway.sizes import LONGEST_SIDE, PolicyName, SizePolicy
 
+MOST_WAITING = 1_000_000
 _POSITIVE = (
     "request_timeout",
     "body_timeout",
@@ -24,8 +28,19 @@ _ZERO_MEANS = {
     "retry_seconds": "nothing finished is kept",
     "retry_bytes": "nothing finished is kept",
 }
+# No clock holds for ever: gRPC's, asyncio's and the file system's end somewhere, and nobody waits for longer.
+_AT_MOST = {
+    "request_timeout": A_WEEK,
+    "body_timeout": A_WEEK,
+    "probe_timeout": A_WEEK,
+    "heartbeat_interval": A_WEEK,
+    "retry_grace": A_WEEK,
+    "retry_seconds": A_WEEK,
+    "link_lifetime": A_YEAR,
+    "max_queue_size": MOST_WAITING,
+}
 _SHORTEST_SECRET = 16
-_LONGEST_S3_LIFETIME = 7 * 24 * 3600  # of a signature of version 4
+_LONGEST_S3_LIFETIME = A_WEEK  # of a signature of version 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +97,7 @@ class Config:
         """A setting that would quietly switch protection off is refused here rather than found out later."""
         self._check_numbers()
         self._check_addresses()
-        if not all(key.strip() for key in self.api_keys):
-            raise ValueError("the API key is empty; leave it out to serve without one")
+        self._check_keys()
         if self.link_secret is not None and len(self.link_secret) < _SHORTEST_SECRET:
             raise ValueError(f"the secret for links is shorter than {_SHORTEST_SECRET} characters")
         if self.link_bucket is not None and self.link_lifetime > _LONGEST_S3_LIFETIME:
@@ -98,6 +112,19 @@ class Config:
                 raise ValueError(f"{name} is not positive")
         if not 1 <= self.max_side <= LONGEST_SIDE:
             raise ValueError(f"max_side is not from 1 to {LONGEST_SIDE:,}")
+        for name, largest in _AT_MOST.items():
+            if not getattr(self, name) <= largest:  # of NaN, both are false
+                raise ValueError(f"{name} is above {largest}")
+
+    def _check_keys(self) -> None:
+        if self.api_keys and self.api_key_file is not None:
+            raise ValueError("API keys and a file of them exclude each other: --api-key and --api-key-file")
+        try:
+            _ = self.keys
+        except BadKeysError as error:
+            file = self.api_key_file
+            what = "an API key cannot be used" if file is None else f"the API keys cannot be read from {file}"
+            raise ValueError(f"{what}: {error}") from error
 
     def _check_addresses(self) -> None:
         if self.public_url is not None and not _is_url(self.public_url, "http", "https"):
@@ -117,10 +144,15 @@ class Config:
         """The keys that were given."""
         return (self.api_key,) if isinstance(self.api_key, str) else self.api_key or ()
 
+    @cached_property
+    def keys(self) -> Keys:
+        """All of them. A file is read once, as what a shell writes `<(…)` can be."""
+        return Keys(self.api_keys, self.api_key_file)
+
     @property
     def needs_key(self) -> bool:
         """Whether clients are asked for a key."""
-        return bool(self.api_keys) or self.api_key_file is not None
+        return bool(self.keys)
 
 
 def _is_url(text: str, *schemes: str) -> bool:

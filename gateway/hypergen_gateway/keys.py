@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import logging
 import re
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[\w.@-]{1,64}")
+# What every client can put into a header: printing ASCII.
+_SENDABLE = re.compile(r"[ -~]+")
 _LARGEST_FILE = 1 << 20
 
 
@@ -50,7 +53,19 @@ def _parse_line(number: int, words: list[str]) -> Key:
     name = before[0].removesuffix(":") if before else None
     if len(before) > 1 or (name is not None and (name == before[0] or not _NAME.fullmatch(name))):
         raise BadKeysError(f"line {number} is neither KEY nor NAME: KEY")
+    if not _SENDABLE.fullmatch(key):
+        raise BadKeysError(f"line {number} holds a character that clients cannot send")
     return Key(digest=_digest(key.encode()), name=name)
+
+
+def _parse_given(text: str) -> Key:
+    """A key that was given alone. White space around it, as the last line of a secret may leave, is not part of it."""
+    key = text.strip()
+    if not key:
+        raise BadKeysError("it is empty; leave it out to serve without")
+    if not _SENDABLE.fullmatch(key):
+        raise BadKeysError("it holds a character that clients cannot send")
+    return Key(digest=_digest(key.encode()))
 
 
 class Keys:
@@ -60,12 +75,12 @@ class Keys:
         """Those that are given and those in the file, which is read at once.
 
         Raises:
-            BadKeysError: the file cannot be read as keys.
+            BadKeysError: one is empty or cannot be sent, or the file cannot be read as keys.
         """
-        self._given = [Key(digest=_digest(key.encode())) for key in given]
+        self._given = [_parse_given(key) for key in given]
+        self._from_file: list[Key] = []
         self._file = file
         self._stamp: tuple[int, ...] = ()
-        self._from_file: list[Key] = []
         if file is not None:
             self._stamp = _stamp(file)
             self._from_file = _read(file)
@@ -107,12 +122,14 @@ def _digest(key: bytes) -> bytes:
 
 
 def _stamp(file: Path) -> tuple[int, ...]:
-    """What tells one state of a file from another; empty while there is none."""
+    """What tells one state of a file from another; empty while there is none, and of a pipe, which is read but once."""
     try:
-        stat = file.stat()
+        status = file.stat()
     except OSError:
         return ()
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    if not stat.S_ISREG(status.st_mode):
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _read(file: Path) -> list[Key]:
@@ -121,8 +138,8 @@ def _read(file: Path) -> list[Key]:
             content = opened.read(_LARGEST_FILE + 1)
         if len(content) > _LARGEST_FILE:
             raise BadKeysError("it is larger than a megabyte")
-        return parse_keys(content.decode())
+        return parse_keys(content.decode("utf-8-sig"))  # Windows' editors mark their files
     except OSError as error:
         raise BadKeysError(str(error.strerror)) from error
     except UnicodeDecodeError as error:
-        raise BadKeysError("it is not text") from error
+        raise BadKeysError("it is not text in UTF-8") from error

@@ -1,16 +1,22 @@
-"""The command's key from a file, as a container mounts a secret, and its links: what may be wrong with either."""
+"""The options: what each may hold, as a word and as an environment variable, and the one line about anything else."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import httpx
 import pytest
 from click.testing import CliRunner, Result
 
+from fake_backend import FakeBackend
+from hypergen_gateway.app import create_app
 from hypergen_gateway.cli import main
-from running_server import Server, free_port, start_server, stop_server
+from hypergen_gateway.config import Config
+from running_server import HYPERGEN, Server, free_port, start_server, stop_server
 
 KEY = "s3cr3t-from-a-file"
 
@@ -31,13 +37,22 @@ def secured(key_file: Path) -> Iterator[Server]:
     assert stop_server(running) == 0
 
 
+# An address for documentation, which no machine has: where something is wrongly accepted, no server starts.
+NOWHERE = "192.0.2.1"
+
+
 def serve(*options: str, **environment: str) -> Result:
-    return CliRunner().invoke(main, ["serve", *options], env=environment)
+    return CliRunner().invoke(main, ["serve", *options], env={"HYPERGEN_HOST": NOWHERE, **environment})
+
+
+def generate(*options: str, **environment: str) -> Result:
+    """Asks a Triton that is not there."""
+    return CliRunner().invoke(main, ["generate", "cat", "--triton-url", "127.0.0.1:1", *options], env=environment)
 
 
 def refusal(result: Result) -> str:
     """The one line that says what is wrong."""
-    assert result.exit_code == 2, result.output
+    assert result.exit_code == 2, (result.output, result.exception)
     (line,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
     return line
 
@@ -50,6 +65,34 @@ def test_the_key_in_the_file_is_the_one_that_opens_and_is_never_shown(secured: S
     assert KEY not in "\n".join(secured.lines)
 
 
+@pytest.mark.parametrize("word", [b"a \xff cat", b"\xed\xa0\xbd"])
+def test_text_in_another_encoding_is_one_line(word: bytes) -> None:
+    text = os.fsdecode(word)
+    for words in (["generate", text], ["serve", text], ["serve", "--api-key", text], ["conformance", text]):
+        assert "is not text in utf-8" in refusal(CliRunner().invoke(main, words))
+    assert "HYPERGEN_LINK_SECRET" in refusal(serve(HYPERGEN_LINK_SECRET=text))
+
+
+def test_an_output_that_cannot_be_written_is_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([HYPERGEN, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "Error: standard output: No space left on device\n"
+
+
+def test_a_file_of_keys_may_be_a_pipe_and_begin_with_a_byte_order_mark(backend: FakeBackend) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, f"\ufeffalice: {KEY}\n".encode())
+    os.close(writing)
+    config = Config(api_key_file=Path(f"/dev/fd/{reading}"))
+    for _ in range(2):  # the options are checked before the application is made
+        create_app(config, backend)
+        found = config.keys.find(KEY.encode())
+        assert found is not None
+        assert found.name == "alice"
+    os.close(reading)
+
+
 def test_a_key_and_a_file_exclude_each_other(key_file: Path) -> None:
     assert "--api-key-file" in refusal(serve("--api-key", "k", "--api-key-file", str(key_file)))
     assert "--api-key-file" in refusal(serve("--api-key", "k", HYPERGEN_API_KEY_FILE=str(key_file)))
@@ -58,6 +101,82 @@ def test_a_key_and_a_file_exclude_each_other(key_file: Path) -> None:
 def test_a_key_may_be_given_several_times_and_none_of_them_empty() -> None:
     assert "empty" in refusal(serve("--api-key", "one", "--api-key", " "))
     assert "empty" in refusal(serve(HYPERGEN_API_KEY=" "))
+
+
+@pytest.mark.parametrize("name", ["API_KEY", "API_KEY_FILE", "LINK_SECRET"])
+def test_a_secret_whose_variable_is_set_but_empty_is_refused_rather_than_taken_for_none(name: str) -> None:
+    line = refusal(serve(**{f"HYPERGEN_{name}": ""}))
+    assert f"HYPERGEN_{name}" in line
+    assert "set but empty" in line
+
+
+def test_a_client_s_key_whose_variable_is_set_but_empty_is_refused_too() -> None:
+    result = CliRunner().invoke(main, ["conformance", "http://127.0.0.1:1"], env={"HYPERGEN_API_KEY": ""})
+    assert "set but empty" in refusal(result)
+
+
+@pytest.mark.parametrize("key", ["a\x00b", "a\nb", "a\x7fb", "ключ"])
+def test_a_key_that_no_client_could_send_is_refused_and_not_shown(key: str, key_file: Path) -> None:
+    line = refusal(serve("--api-key", key))
+    assert "API key" in line
+    assert key not in line
+    key_file.write_text(f"alice: {key.split()[0]} {key.split()[-1]}\n" if "\n" in key else f"alice: {key}\n")
+    assert key not in refusal(serve("--api-key-file", str(key_file)))
+
+
+def values_of(command: str) -> list[str]:
+    """The options of a command that take a value, and its arguments."""
+    context = click.Context(main)
+    found = main.get_command(context, command)
+    assert found is not None
+    taking = [each for each in found.params if not (isinstance(each, click.Option) and each.is_flag)]
+    return [each.opts[-1] for each in taking]
+
+
+@pytest.mark.parametrize("command", ["serve", "generate", "export", "conformance"])
+def test_a_value_that_is_given_and_empty_is_refused(command: str) -> None:
+    # An empty negative prompt is one that says nothing.
+    options = [each for each in values_of(command) if each.startswith("--") and each != "--negative-prompt"]
+    arguments = ["x" for each in values_of(command) if not each.startswith("-")]
+    needed = ["--output", "x"] if command == "export" else []
+    for option in options:
+        assert option in refusal(CliRunner().invoke(main, [command, *arguments, *needed, option, ""]))
+    assert "empty" in refusal(CliRunner().invoke(main, [command, *needed, ""]))
+
+
+def test_what_compose_writes_for_a_variable_that_is_not_set_is_as_if_it_were_not_there() -> None:
+    secrets = {"--api-key", "--api-key-file", "--link-secret"}
+    names = [each.lstrip("-").upper().replace("-", "_") for each in values_of("serve") if each not in secrets]
+    empty = dict.fromkeys([f"HYPERGEN_{name}" for name in [*names, "DEEP_CACHE", "METRICS_NEED_KEY", "RELOAD"]], "")
+    result = serve("--host", NOWHERE, **empty)
+    assert result.exit_code == 1
+    assert f"Cannot listen on {NOWHERE}:8000" in result.output
+
+
+SECONDS = ["--request-timeout", "--body-timeout", "--retry-grace", "--link-lifetime"]
+NUMBERS = [*SECONDS, "--max-queue-size", "--max-batch-size", "--port"]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", "-1", "1e12", "9" * 400, "9" * 5000, "1_0x", "ten"])
+@pytest.mark.parametrize("option", NUMBERS)
+def test_a_number_that_no_clock_or_counter_holds_is_refused(option: str, value: str) -> None:
+    assert option in refusal(serve(f"{option}={value}"))
+    assert option in refusal(serve(**{f"HYPERGEN_{option.lstrip('-').upper().replace('-', '_')}": value}))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "1e400", "-1", "1e12"])
+def test_a_number_of_the_other_commands_is_held_to_its_range_too(value: str) -> None:
+    for option in ("--timeout", "--burst"):
+        assert option in refusal(CliRunner().invoke(main, ["conformance", "http://127.0.0.1:1", f"{option}={value}"]))
+    for option in ("--steps", "--guidance-scale", "--seed", "--max-batch-size"):
+        assert option in refusal(generate(f"{option}={value}"))
+
+
+@pytest.mark.parametrize(
+    "size", ["64", "64x", "x64", "64x64x64", "-64x64", "0x64", "9" * 12 + "x64", "64 x 64", "64X6e1"]
+)
+def test_a_size_that_is_none_is_refused(size: str) -> None:
+    assert "--size" in refusal(generate("--size", size))
 
 
 def test_a_file_that_is_missing_or_may_not_be_read_is_named_with_the_reason(tmp_path: Path) -> None:
@@ -104,7 +223,9 @@ def test_loras_belong_to_an_export(tmp_path: Path) -> None:
     assert "give --lora to 'hypergen export'" in line
     (tmp_path / "diffusion").mkdir()
     (tmp_path / "diffusion" / "config.pbtxt").touch()
-    result = serve(str(tmp_path), "--port", str(free_port()), HYPERGEN_LORA="ink=a.safetensors clay=b.safetensors")
+    result = serve(
+        str(tmp_path), "--host=127.0.0.1", f"--port={free_port()}", HYPERGEN_LORA="ink=a.safetensors clay=b.safetensors"
+    )
     assert result.exit_code == 1
     assert f"{tmp_path} is exported already: give --lora to 'hypergen export'" in result.output
 
@@ -113,6 +234,6 @@ def test_what_is_exported_without_a_shallow_unet_gets_none(tmp_path: Path) -> No
     assert "give --deep-cache to 'hypergen export'" in refusal(serve("--triton-url", "127.0.0.1:8001", "--deep-cache"))
     (tmp_path / "diffusion").mkdir()
     (tmp_path / "diffusion" / "config.pbtxt").touch()
-    result = serve("--deep-cache", str(tmp_path), "--port", str(free_port()))
+    result = serve("--deep-cache", str(tmp_path), "--host=127.0.0.1", f"--port={free_port()}")
     assert result.exit_code == 1
     assert f"{tmp_path} is exported already, without: give --deep-cache to 'hypergen export'" in result.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ def test_the_defaults_are_an_open_server_with_hypergen_s_queue() -> None:
 
 @pytest.mark.parametrize("key", ["", "  "])
 def test_an_empty_key_is_refused_rather_than_taken_for_none(key: str) -> None:
-    with pytest.raises(ValueError, match="API key is empty"):
+    with pytest.raises(ValueError, match="an API key cannot be used: it is empty"):
         Config(api_key=key)
 
 
@@ -43,6 +44,14 @@ def test_neither_key_nor_secret_is_in_the_repr() -> None:
         ("link_secret", "short", "16 characters"),
         ("link_lifetime", 0, "link_lifetime"),
         ("heartbeat_interval", 0, "heartbeat_interval"),
+        ("request_timeout", math.nan, "request_timeout"),
+        ("request_timeout", math.inf, "request_timeout"),
+        ("request_timeout", 1e12, "request_timeout"),
+        ("body_timeout", math.nan, "body_timeout"),
+        ("retry_grace", math.inf, "retry_grace"),
+        ("link_lifetime", math.inf, "link_lifetime"),
+        ("link_lifetime", 1e10, "link_lifetime"),
+        ("max_queue_size", 10**400, "max_queue_size"),
     ],
 )
 def test_settings_of_links_and_streams_that_cannot_work_are_refused(setting: str, value: Any, words: str) -> None:

@@ -12,6 +12,7 @@ import httpx
 from hypergen_gateway.conformance import auth, edits, generations, headers, mistakes, models, report, streams
 from hypergen_gateway.conformance.rules import Finding, Rule, findings
 from hypergen_gateway.conformance.server import MODELS, Options, Server
+from hypergen_gateway.options import A_WEEK, Argument, Number, Option, option
 
 AREAS = (
     models.AREA,
@@ -31,11 +32,19 @@ RULES: tuple[Rule, ...] = tuple(rule for area in AREAS for rule in area.rules)
 
 
 @click.command()
-@click.argument("urls", nargs=-1, required=True, metavar="URL...")
-@click.option("--api-key", envvar="HYPERGEN_API_KEY", show_envvar=True, metavar="KEY", help="The servers' key.")
-@click.option("--timeout", type=click.FloatRange(min=1), default=600.0, help="Seconds that one answer may take.")
-@click.option("--extra-body", metavar="JSON", default="{}", help="Fields for every request, such as fewer steps.")
-@click.option("--burst", type=click.IntRange(0, 1000), default=0, help="Requests at once, to fill the queue. [0: none]")
+@click.argument("urls", cls=Argument, nargs=-1, required=True, metavar="URL...")
+@option("--api-key", secret=True, metavar="KEY", help="The servers' key.")
+@click.option("--timeout", cls=Option, type=Number(1, A_WEEK), default=600.0, help="Seconds that one answer may take.")
+@click.option(
+    "--extra-body", cls=Option, metavar="JSON", default="{}", help="Fields for every request, such as fewer steps."
+)
+@click.option(
+    "--burst",
+    cls=Option,
+    type=click.IntRange(0, 1000),
+    default=0,
+    help="Requests at once, to fill the queue. [0: none]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything that was found as JSON.")
 @click.option("--markdown", is_flag=True, help="Print tables with a column for each server.")
 def conformance(*, urls: Sequence[str], extra_body: str, as_json: bool, markdown: bool, **given: Any) -> None:
