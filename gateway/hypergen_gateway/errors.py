@@ -145,7 +145,10 @@ class HeadTooLargeError(InvalidRequestError):
 
 
 class MalformedRequestError(InvalidRequestError):
-    """HTTP that another server may read otherwise, as smuggled requests are; the connection ends with the answer."""
+    """Bytes that another server may read otherwise, as smuggled requests are, or a body that is only a part of one.
+
+    The connection ends with the answer: what still comes may be anything.
+    """
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -157,6 +160,14 @@ class UnsupportedMediaTypeError(InvalidRequestError):
 
     status = 415
     code = "unsupported_media_type"
+
+
+class UnsupportedEncodingError(UnsupportedMediaTypeError):
+    """The body is compressed."""
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"Accept-Encoding": "identity"}
 
 
 class RetryableError(HyperGenError):

@@ -23,6 +23,8 @@ BODY = b'{"prompt": "a fox"}'
 LENGTH = b"Content-Length: %d\r\n" % len(BODY)
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
 CHUNKS = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
+GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
+PART = 'Content-Disposition: form-data; name="prompt"\r\n\r\n'
 POST = b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 LAST = b"Connection: close\r\n\r\n"
 LIVE = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -287,6 +289,26 @@ class TestFraming:
         answer = await wire.say(LIVE + POST + CHUNKED + b"\r\nzz\r\n" + LIVE)
         assert statuses(answer) == [200, 400]
         assert json.loads(answer.rpartition(b"\r\n\r\n")[2])["error"]["message"] == "Invalid HTTP request received."
+
+    @pytest.mark.parametrize("apart", [False, True])
+    @pytest.mark.parametrize(
+        ("path", "kind", "body", "words"),
+        [
+            (GENERATIONS, "application/json", '{"prompt": "é"}', "ends too early"),
+            (GENERATIONS, "application/json", '{"prompt": "🦊🦊🦊"}', "ends too early"),
+            (EDITS, "multipart/form-data; boundary=b", "--b\r\n" + PART + "é\r\n--b--", "before its last boundary"),
+            (EDITS, "multipart/form-data; boundary=b", "--b\r\n" + PART + "é" * 90 + "\r\n--b--\r\n", "last boundary"),
+        ],
+    )
+    async def test_a_length_in_characters_is_told_so_and_the_rest_is_no_request(
+        self, wire: Wire, path: str, kind: str, body: str, words: str, apart: bool
+    ) -> None:
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+        whole = body.encode()
+        parts = [head.encode() + whole[: len(body)], whole[len(body) :]]
+        answer = await wire.say(*parts, pause=0.1) if apart else await wire.say(b"".join(parts) + LIVE)
+        assert statuses(answer) == [400]
+        assert words in error_in(answer)["message"]
 
     async def test_a_folded_header_is_none(self, wire: Wire) -> None:
         folded = b"GET /health HTTP/1.1\r\nHost: x\r\nX-Request-Id: a\r\n b\r\n" + LAST
