@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 SAMPLER = "diffusion"
 
-_CHANNEL_ARGS: list[tuple[str, int | str]] = [
+CHANNEL_ARGS: list[tuple[str, int | str]] = [
     # Where the address stands for several Tritons, streams go to each in turn, and to none that is gone.
     ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),
     # gRPC stops at 4 MB; a picture of 2048 × 2048 pixels has 12.
@@ -248,7 +248,7 @@ class _Service:
     """Triton's gRPC service over one connection."""
 
     def __init__(self, url: str) -> None:
-        self.channel = grpc.aio.insecure_channel(url, options=_CHANNEL_ARGS)
+        self.channel = grpc.aio.insecure_channel(url, options=CHANNEL_ARGS)
         self.triton = GRPCInferenceServiceStub(self.channel)
         # Triton takes any number of requests in a stream. With one it is the same as a call that has one, and gRPC
         # sends that, its headers and its end together.

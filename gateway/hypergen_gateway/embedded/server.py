@@ -10,21 +10,26 @@ import contextlib
 import ctypes
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
+import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from tritonclient.grpc import InferenceServerClient, InferenceServerException
+from tritonclient.grpc.aio import InferenceServerClient
+from tritonclient.utils import InferenceServerException
 
+from hypergen_gateway.embedded.environment import absolute_folders, child_environment
 from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.embedded.installation import Installation
-from hypergen_gateway.embedded.run_folder import remove_shared_memory
+from hypergen_gateway.embedded.run_folder import RunFolder
 from hypergen_gateway.embedded.watchdog import LinuxProcess
+from hypergen_gateway.triton import CHANNEL_ARGS
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +39,7 @@ LOG_LEVELS = {"I": logging.DEBUG, "W": logging.WARNING, "E": logging.ERROR, "F":
 HARMLESS = (
     "CudaDriverHelper has not been initialized",
     "Unable to allocate pinned system memory",
+    "failed to allocate pinned system memory",
     "HandleCancellation called even when the context was not cancelled",
 )
 # What the environment may hold for us alone.
@@ -47,6 +53,8 @@ CLOSED_PROTOCOLS = "--grpc-restricted-protocol=shared-memory,model-repository,tr
 LOADING_STOP_SECONDS = 0.5
 # Stubs end by themselves once their server has gone.
 MODELS_STOP_SECONDS = 3.0
+READY_CALL_SECONDS = 2.0
+CLOSE_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
@@ -82,16 +90,15 @@ class Launch:
     """Everything that a start of the server needs, the same at every restart."""
 
     installation: Installation
-    run_folder: Path
     model_repository: Path
     ports: Ports
 
-    def command(self) -> list[str]:
+    def command(self, folder: RunFolder) -> list[str]:
         """The command line; gRPC and metrics on loopback alone."""
         return [
             str(self.installation.server),
-            f"--model-repository={self.model_repository}",
-            f"--backend-directory={self.run_folder / 'backends'}",
+            f"--model-repository={folder.models}",
+            f"--backend-directory={folder.backends}",
             f"--cache-directory={self.installation.caches}",
             "--allow-http=false",
             "--grpc-address=127.0.0.1",
@@ -103,29 +110,33 @@ class Launch:
             "--disable-auto-complete-config",
             # The sampler answers in flight from one thread each: see its BLS_THREADS.
             "--backend-config=python,thread-pool-size=64",
-            f"--backend-config=python,shm-region-prefix-name={self.run_folder.name}",
+            f"--backend-config=python,shm-region-prefix-name={folder.name}",
             "--exit-timeout-secs=5",
             *trace_options(os.environ),
         ]
 
-    def environment(self) -> dict[str, str]:
-        """Ours without its secrets, with Triton's libraries and this Python first, whose packages the models import."""
-        libraries = os.pathsep.join(str(folder) for folder in self.installation.library_folders)
-        return {name: value for name, value in os.environ.items() if name not in SECRETS} | {
-            "LD_LIBRARY_PATH": libraries,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+    def environment(self, folder: RunFolder) -> dict[str, str]:
+        """Ours without its secrets, with Triton's libraries and a Python first that finds our packages."""
+        ours = child_environment({name: value for name, value in os.environ.items() if name not in SECRETS})
+        return ours | {
+            "LD_LIBRARY_PATH": _search_path(*folder.libraries, *absolute_folders(ours.get("LD_LIBRARY_PATH", ""))),
+            "PATH": _search_path(folder.programs, Path(sys.executable).parent, *absolute_folders(ours["PATH"])),
             # Several processes share the cores: threads that spin while they wait would take them from the UNet.
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONDONTWRITEBYTECODE": "1",
         }
+
+
+def _search_path(*folders: Path | str) -> str:
+    return os.pathsep.join(map(str, folders))
 
 
 class TritonServer:
     """A running tritonserver process and its model processes."""
 
-    def __init__(self, launch: Launch, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, launch: Launch, folder: RunFolder, process: asyncio.subprocess.Process) -> None:
         self._launch = launch
+        self._folder = folder
         self._process = process
         self._last_lines: deque[str] = deque(maxlen=200)
         self._reader = asyncio.create_task(self._read_log())
@@ -134,34 +145,58 @@ class TritonServer:
 
     @classmethod
     async def start(cls, launch: Launch) -> TritonServer:
-        """Start the process, without waiting for its models."""
-        process = await asyncio.create_subprocess_exec(
-            *launch.command(),
-            env=launch.environment(),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            # Its own session, so that Ctrl-C reaches us alone and we stop it in order; and it must not outlive us.
-            start_new_session=True,
-            preexec_fn=_die_with_parent,
-        )
-        return cls(launch, process)
+        """Start the process in a folder of its own, without waiting for its models.
+
+        Raises:
+            EmbeddedError: the folder cannot be made, or no process can be started.
+        """
+        folder = RunFolder.make(launch.installation, launch.model_repository)
+        try:
+            environment = launch.environment(folder)
+            _check_shell(environment["PATH"])
+            process = await asyncio.create_subprocess_exec(
+                *launch.command(folder),
+                env=environment,
+                # Python's search for modules begins in the current folder: here nobody has put any.
+                cwd=folder.path,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                # Its own session, so that Ctrl-C reaches us alone and we stop it in order; and it must not outlive us.
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
+        except (OSError, RuntimeError) as error:  # the latter where no thread can be started that waits for it
+            folder.remove()
+            raise EmbeddedError(f"Triton cannot be started: {error}.") from error
+        except BaseException:
+            folder.remove()
+            raise
+        return cls(launch, folder, process)
 
     async def wait_ready(self, timeout: float) -> None:
         """Wait until every model is loaded.
 
         Raises:
-            EmbeddedError: it exited, or `timeout` seconds passed.
+            EmbeddedError: it exited, a model's process ended unasked, or `timeout` seconds passed.
         """
-        deadline = asyncio.get_running_loop().time() + timeout
-        url = f"127.0.0.1:{self._launch.ports.grpc}"
-        while not await asyncio.to_thread(_is_ready, url):
-            if self._process.returncode is not None:
-                await self._reader
-                raise EmbeddedError(f"Triton exited with code {self._process.returncode} at start: {self._reason()}")
-            if asyncio.get_running_loop().time() > deadline:
-                raise EmbeddedError(f"Triton was not ready after {timeout:.0f} s: {self._reason()}")
-            await asyncio.sleep(0.1)
+        deadline = time.monotonic() + timeout
+        ended = _EndedChildren(self._process.pid)
+        async with triton_client(f"127.0.0.1:{self._launch.ports.grpc}") as client:
+            while not await answers(client.is_server_ready, READY_CALL_SECONDS):
+                # Triton makes it readable for everybody, whatever the umask; prompts and images will lie there.
+                self._folder.close_shared_memory()
+                if self._process.returncode is not None:
+                    await self._reader
+                    raise EmbeddedError(
+                        f"Triton exited with code {self._process.returncode} at start: {self._reason()}"
+                    )
+                if ended.are_left_alone():
+                    raise EmbeddedError(f"A model's process ended as soon as Triton started it: {self._reason()}")
+                if time.monotonic() > deadline:
+                    raise EmbeddedError(f"Triton was not ready after {timeout:.0f} s: {self._reason()}")
+                await asyncio.sleep(0.1)
+        self._folder.close_shared_memory()
         self._models = _stubs_of(self._process.pid)
 
     def missing(self) -> str | None:
@@ -177,23 +212,27 @@ class TritonServer:
         return [LinuxProcess(self._process.pid, "tritonserver"), *models]
 
     async def stop(self, timeout: float) -> None:
-        """Ask it to end, and kill what has not ended after `timeout` seconds."""
+        """Ask it to end, and kill what has not ended after `timeout` seconds, or at once when cancelled."""
         models = _stubs_of(self._process.pid) or self._models
         self._stopping = True
-        with contextlib.suppress(ProcessLookupError):
-            self._process.terminate()
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._process.wait(), timeout if self._models else LOADING_STOP_SECONDS)
-        await asyncio.to_thread(psutil.wait_procs, models, MODELS_STOP_SECONDS)
-        await self.kill()
+        try:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._process.wait(), timeout if self._models else LOADING_STOP_SECONDS)
+            await _wait_until_ended(models, MODELS_STOP_SECONDS)
+        finally:
+            await self.kill()
 
     async def kill(self) -> None:
         """End it and everything it has started at once; it leads a session of its own."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        await self._process.wait()
-        await asyncio.wait([self._reader], timeout=MODELS_STOP_SECONDS)
-        remove_shared_memory(self._launch.run_folder)
+        try:
+            ended = asyncio.ensure_future(self._process.wait())
+            await asyncio.wait([ended, self._reader], timeout=MODELS_STOP_SECONDS)
+        finally:
+            self._folder.remove()
 
     async def _read_log(self) -> None:
         assert self._process.stdout is not None
@@ -205,11 +244,12 @@ class TritonServer:
                 logger.log(logging.DEBUG if self._stopping else log_level_of(line), "%s", line)
 
     def _reason(self) -> str:
-        """The first error that Triton logged, or its last words, on one line."""
+        """On one line: the first error that Triton logged, or the last words of what it started, or its own."""
         errors = [line for line in self._last_lines if log_level_of(line) >= logging.ERROR]
-        words = errors or list(self._last_lines)[-1:] or ["it said nothing"]
-        message = words[0].partition("] ")[2].strip('"') or words[0]
-        return message.partition("\\n\\nAt:")[0]
+        others = [line for line in self._last_lines if not _is_of_triton(line)]
+        words = errors or (others or list(self._last_lines))[-1:] or ["it said nothing"]
+        message = words[0].partition("] ")[2].strip('"') if _is_of_triton(words[0]) else words[0].strip()
+        return self._folder.plain(message.partition("\\n\\nAt:")[0])
 
 
 async def _read_line(stream: asyncio.StreamReader) -> bytes:
@@ -223,30 +263,84 @@ async def _read_line(stream: asyncio.StreamReader) -> bytes:
 
 
 def log_level_of(line: str) -> int:
-    """Triton's own lines look like `I1123 11:55:42.123456 42 file.cc:1] "message"`; others come from its models."""
-    if any(words in line for words in HARMLESS) or not line[1:5].isdigit():
+    """The weight that Triton gave a line of its own, unless it says nothing new; others come from its models."""
+    if any(words in line for words in HARMLESS) or not _is_of_triton(line):
         return logging.DEBUG
     return LOG_LEVELS.get(line[0], logging.DEBUG)
 
 
-def _is_ready(url: str) -> bool:
-    with contextlib.closing(InferenceServerClient(url)) as client:
-        try:
-            return bool(client.is_server_ready(client_timeout=2.0))
-        except InferenceServerException:
-            return False
+def _is_of_triton(line: str) -> bool:
+    """Whether it looks like `I1123 11:55:42.123456 42 file.cc:1] "message"`."""
+    return line[1:5].isdigit() and "] " in line
 
 
-def _die_with_parent() -> None:
+@contextlib.asynccontextmanager
+async def triton_client(url: str) -> AsyncIterator[InferenceServerClient]:
+    """A client of the server on this machine, asked directly whatever proxy the environment names."""
+    client = InferenceServerClient(url, channel_args=CHANNEL_ARGS)
+    try:
+        yield client
+    finally:
+        # A library that could not start its threads does not answer either.
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(client.close(), CLOSE_SECONDS)
+
+
+async def answers(call: Callable[..., Awaitable[bool]], seconds: float) -> bool:
+    """Whether the server says yes in time."""
+    try:
+        return bool(await asyncio.wait_for(call(client_timeout=seconds), seconds + CLOSE_SECONDS))
+    except (InferenceServerException, asyncio.TimeoutError):
+        return False
+
+
+def _check_shell(path: str) -> None:
+    if shutil.which("bash", path=path) is None:
+        raise EmbeddedError("bash is not installed, or not on PATH, which Triton starts its models' processes with.")
+
+
+def die_with_parent() -> None:
+    """What a child does before it begins, to get a SIGTERM when this process ends in whatever way."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _stubs_of(pid: int) -> list[psutil.Process]:
+class _EndedChildren:
+    """Children of a process that have ended.
+
+    Triton waits for ever for the first words of a model's process, and only then looks whether it has ended.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._ended: set[int] = set()
+        self._next_look = time.monotonic()
+
+    def are_left_alone(self) -> bool:
+        """Whether one had ended a second ago already, and its parent still has not taken note of it."""
+        if time.monotonic() < self._next_look:
+            return False
+        self._next_look = time.monotonic() + 1.0
+        before, self._ended = self._ended, {child.pid for child in _children_of(self._pid) if not _is_alive(child)}
+        return bool(before & self._ended)
+
+
+async def _wait_until_ended(processes: Sequence[psutil.Process], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not any(_is_alive(process) for process in processes):
+            return
+        await asyncio.sleep(0.02)
+
+
+def _children_of(pid: int, recursive: bool = False) -> list[psutil.Process]:
     try:
-        children = psutil.Process(pid).children(recursive=True)
-        return [child for child in children if child.name()[:15] == STUB_NAME[:15]]
+        return list(psutil.Process(pid).children(recursive=recursive))
     except psutil.NoSuchProcess:
         return []
+
+
+def _stubs_of(pid: int) -> list[psutil.Process]:
+    return [child for child in _children_of(pid, recursive=True) if child.name()[:15] == STUB_NAME[:15]]
 
 
 def _name_of(stub: psutil.Process) -> str:

@@ -9,18 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from tritonclient.grpc.aio import InferenceServerClient
-from tritonclient.utils import InferenceServerException
-
 from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.embedded.installation import find_installation
-from hypergen_gateway.embedded.run_folder import make_run_folder, remove_abandoned
-from hypergen_gateway.embedded.server import Launch, TritonServer, free_ports
+from hypergen_gateway.embedded.run_folder import remove_abandoned
+from hypergen_gateway.embedded.server import Launch, TritonServer, answers, free_ports, triton_client
 from hypergen_gateway.embedded.watchdog import LOOK_SECONDS, PROBE_SECONDS, Watchdog
 
 logger = logging.getLogger(__name__)
@@ -39,14 +35,12 @@ async def embedded_triton(model_repository: Path, start_timeout: float = 600.0) 
     """
     installation = find_installation()
     remove_abandoned()
-    run_folder = make_run_folder(installation)
-    triton = EmbeddedTriton(Launch(installation, run_folder, model_repository, free_ports()), start_timeout)
+    triton = EmbeddedTriton(Launch(installation, model_repository, free_ports()), start_timeout)
     try:
         await triton.start()
         yield triton
     finally:
         await triton.stop()
-        shutil.rmtree(run_folder, ignore_errors=True)
 
 
 class EmbeddedTriton:
@@ -119,6 +113,7 @@ class EmbeddedTriton:
                 # What is left of it could only fail its clients later.
                 if self._server is not None:
                     await self._server.kill()
+                    self._server = None
                 server = await self._start_server()
             except (EmbeddedError, OSError) as error:
                 logger.error("%s Next try in %.0f s", error, pause)
@@ -131,14 +126,7 @@ class EmbeddedTriton:
 
 async def _probe(url: str, watchdog: Watchdog) -> None:
     """Ask the server again and again whether it lives."""
-    client = InferenceServerClient(url)
-    try:
+    async with triton_client(url) as client:
         while True:
-            try:
-                answered = bool(await client.is_server_live(client_timeout=PROBE_SECONDS))
-            except InferenceServerException:
-                answered = False
-            watchdog.probed(answered=answered)
+            watchdog.probed(answered=await answers(client.is_server_live, PROBE_SECONDS))
             await asyncio.sleep(PROBE_PAUSE_SECONDS)
-    finally:
-        await client.close()
