@@ -57,9 +57,10 @@ def save_by_kohya(file: Path, weights: dict[str, Weights], alpha: float) -> Path
     return file
 
 
-def save_by_peft(folder: Path, checkpoint: Path, alpha: int) -> Path:
-    """As peft's `save_pretrained` writes a UNet that was trained alone."""
-    config = LoraConfig(r=RANK, lora_alpha=alpha, target_modules=TARGETS["unet"], init_lora_weights=False)
+def save_by_peft(folder: Path, checkpoint: Path, alpha: int, **settings: Any) -> Path:
+    """As peft's `save_pretrained` writes a UNet that was trained alone; `settings` are peft's."""
+    usual: dict[str, Any] = {"target_modules": TARGETS["unet"], "init_lora_weights": False}
+    config = LoraConfig(r=RANK, lora_alpha=alpha, **(usual | settings))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         get_peft_model(_load(checkpoint, "unet"), config).save_pretrained(str(folder))

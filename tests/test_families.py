@@ -527,5 +527,5 @@ def changed_by(lora: Lora, checkpoint: Checkpoint) -> list[Component]:
 
 def merged_module(checkpoint: Checkpoint, component: Component, lora: Lora) -> torch.nn.Module:
     module = load_module(checkpoint, component)
-    merge_lora(checkpoint, component.module, module, lora)
+    merge_lora(component.module, module, lora)
     return module

@@ -71,7 +71,7 @@ def _load(checkpoint: Checkpoint, component: Component) -> torch.nn.Module:
     if component.lora:
         from hypergen_export.merging import merge_lora
 
-        merge_lora(checkpoint, component.module, module, component.lora)
+        merge_lora(component.module, module, component.lora)
     return module
 
 

@@ -6,11 +6,13 @@ idea of a pipeline) by its own prefix, kohya by a prefix per module. How they ar
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from hypergen_export.errors import BadLoraError, BadOptionError
 from hypergen_export.weights import safetensors_header, sha256
@@ -22,19 +24,57 @@ _LARGEST_SCALE = 2.0
 # What a folder's weights are called by diffusers' `save_lora_weights` and by peft's `save_pretrained`.
 _USUAL_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 _PEFT_CONFIG = "adapter_config.json"
+# Where diffusers keeps peft's settings in the file's header, each under its module's name.
+_PEFT_METADATA = "lora_adapter_metadata"
 # peft saves a module without saying of which pipeline; what is trained alone is the UNet.
-PEFT_PREFIX = "base_model.model."
+_PEFT_PREFIX = "base_model.model."
 # How a weight's name begins -> the module that it is for.
 _MODULES = {
     "unet.": "unet",
     "text_encoder.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
-    PEFT_PREFIX: "unet",
+    _PEFT_PREFIX: "unet",
     "lora_unet_": "unet",
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
 }
+# diffusers' `save_attn_procs` names the UNet's layers without saying that they are the UNet's.
+_UNET_PARTS = ("down_blocks.", "mid_block.", "up_blocks.")
+# How a weight's name ends, by peft (where the adapter's own name may be left in), kohya and diffusers.
+_ENDINGS = tuple(
+    re.compile(rf"(?P<layer>.+?){ending}")
+    for ending in (
+        r"\.lora_(?P<part>A|B|down|up|mid)(?:\.(?P<adapter>[^.]+))?\.weight",
+        r"\.lora_B(?:\.(?P<adapter>[^.]+))?\.(?P<part>bias)",
+        r"\.lora_(?P<part>magnitude_vector)(?:\.(?!weight$)(?P<adapter>[^.]+))?(?:\.weight)?",
+        r"\.lora(?:_linear_layer)?\.(?P<part>down|up)\.weight",
+        r"(?:\.processor)?(?P<projection>\.to_(?:q|k|v|out))_lora\.(?P<part>down|up)\.weight",
+        r"\.(?P<part>alpha)",
+    )
+)
+_PARTS = {"A": "down", "B": "up", "magnitude_vector": "magnitude"}
+# What a weight's name tells of a file that holds no LoRA, or something beside it.
+_OTHER_KINDS = {
+    re.compile(sign): kind
+    for sign, kind in {
+        r"\.hada_(w\d|t\d)": "a LoHa (low-rank Hadamard product)",
+        r"\.lokr_(w\d|t\d)": "a LoKr (low-rank Kronecker product)",
+        r"\.(boft_\w+|oft_(blocks|diag|[RrSs])|rescale)\b": "an OFT (orthogonal fine-tuning)",
+        r"\.([ab][12]|bm[12])\.weight$": "a GLoRA",
+        r"\.(on_input|ia3_l)\b": "an IA3",
+        r"\bvera_lambda": "a VeRA",
+        r"\.(w_norm|b_norm)$": "a LyCORIS file that changes norms",
+        r"\.diff(_b)?$": "a LyCORIS file of full differences",
+        r"\.dora_scale$": "a DoRA of kohya's format",
+        r"\.lora_embedding_": "a LoRA of token embeddings",
+        r"^(lora_controlnet|control_model)": "a ControlNet",
+        r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.": "a whole checkpoint",
+        r"^(emb_params|string_to_param|clip_[lg])$": "a textual inversion",
+    }.items()
+}
+# peft changes the base model's weights, too, where a LoRA begins from their singular values or the like.
+_PLAIN_BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,38 +96,89 @@ class Lora:
         config = self.file.with_name(_PEFT_CONFIG)
         return sha256([self.file, config] if config.is_file() else [self.file])
 
-    @cached_property
+    @property
     def modules(self) -> frozenset[str]:
         """The subfolders of a checkpoint whose weights it changes. Raises BadLoraError."""
-        return frozenset(self._module(weight) for weight in self._weights)
+        return frozenset(self._layers)
 
-    @property
-    def is_of_peft_alone(self) -> bool:
-        """Whether peft's `save_pretrained` wrote it, with the scale in a file of its own."""
-        return any(weight.startswith(PEFT_PREFIX) for weight in self._weights)
+    def layers(self, module: str) -> Mapping[str, Mapping[str, str]]:
+        """Layer of a module, as the file calls it -> part (down, up, mid, alpha, magnitude, bias) -> weight's name."""
+        return self._layers.get(module, {})
+
+    def settings(self, module: str) -> Mapping[str, Any]:
+        """peft's settings for a module; none where the file is not peft's or says nothing. Raises BadLoraError."""
+        if any(weight.startswith(_PEFT_PREFIX) for weight in self._weights):
+            settings = _read_settings(self.file.with_name(_PEFT_CONFIG))
+        else:
+            settings = self._stored_settings(f"{module}.")
+        if settings.get("init_lora_weights") not in _PLAIN_BEGINNINGS:
+            raise BadLoraError(
+                f"{self.file}: belongs to a base model that peft changed first ({settings['init_lora_weights']}); "
+                "save it with path_initial_model_for_weight_conversion"
+            )
+        return settings
+
+    def _stored_settings(self, prefix: str) -> Mapping[str, Any]:
+        try:
+            stored = json.loads(self._header.get("__metadata__", {}).get(_PEFT_METADATA, "{}")).items()
+        except (ValueError, AttributeError) as error:
+            raise BadLoraError(f"{self.file}: its metadata cannot be read ({error})") from error
+        return {key.removeprefix(prefix): value for key, value in stored if key.startswith(prefix)}
 
     @cached_property
-    def _weights(self) -> list[str]:
-        """The weights' names."""
+    def _header(self) -> Mapping[str, Any]:
         try:
-            names = [name for name in safetensors_header(self.file) if name != "__metadata__"]
+            return safetensors_header(self.file)
         except (OSError, ValueError) as error:
             raise BadLoraError(f"{self.file}: is no safetensors file ({error})") from error
-        if not names:
-            raise BadLoraError(f"{self.file}: holds no weights")
-        return names
 
-    def _module(self, weight: str) -> str:
-        if "lora" not in weight:
+    @property
+    def _weights(self) -> list[str]:
+        """The weights' names."""
+        return [name for name in self._header if name != "__metadata__"]
+
+    @cached_property
+    def _layers(self) -> Mapping[str, Mapping[str, Mapping[str, str]]]:
+        """Module -> layer -> part -> weight's name."""
+        if not self._weights:
+            raise BadLoraError(f"{self.file}: holds no weights")
+        for sign, kind in _OTHER_KINDS.items():
+            strange = next(filter(sign.search, self._weights), None)
+            if strange:
+                raise BadLoraError(f"{self.file}: is {kind}, which is not supported (it holds {strange})")
+        layers: dict[str, dict[str, dict[str, str]]] = {}
+        for weight in self._weights:
+            module, layer, part = self._read_name(weight)
+            parts = layers.setdefault(module, {}).setdefault(layer, {})
+            if parts.setdefault(part, weight) != weight:
+                raise BadLoraError(f"{self.file}: holds more than one LoRA ({parts[part]}, {weight}); save one alone")
+        return layers
+
+    def _read_name(self, weight: str) -> tuple[str, str, str]:
+        """A weight's module, layer and part."""
+        match = next(filter(None, (ending.fullmatch(weight) for ending in _ENDINGS)), None)
+        if match is None:
             raise BadLoraError(f"{self.file}: is no LoRA, for it holds {weight}")
-        if weight.endswith("dora_scale"):
-            raise BadLoraError(f"{self.file}: is a DoRA of kohya's format, which diffusers does not read")
+        layer = match["layer"] + (match.groupdict().get("projection") or "")
+        part = _PARTS.get(match["part"], match["part"])
+        if layer.startswith(_UNET_PARTS):
+            return "unet", layer, part
         for prefix, module in _MODULES.items():
-            if weight.startswith(prefix):
-                return module
+            if layer.startswith(prefix):
+                return module, layer.removeprefix(prefix), part
         raise BadLoraError(
             f"{self.file}: {weight} belongs to no UNet or text encoder; the LoRA is made for another kind of model"
         )
+
+
+def _read_settings(path: Path) -> Mapping[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadLoraError(f"{path}: peft's settings, which hold the LoRA's alpha, cannot be read ({error})") from error
+    if not isinstance(settings, dict) or settings.get("peft_type", "LORA") != "LORA":
+        raise BadLoraError(f"{path}: these are no settings of a LoRA")
+    return settings
 
 
 def read_loras(texts: Iterable[str]) -> tuple[Lora, ...]:

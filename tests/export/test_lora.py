@@ -117,13 +117,74 @@ def test_the_names_of_the_weights_tell_what_it_changes(weights: list[str], modul
     [
         (["unet.conv_in.weight"], "is no LoRA, for it holds unet.conv_in.weight"),
         (["transformer.x.lora_A.weight"], "belongs to no UNet or text encoder"),
-        (["lora_unet_x.lora_down.weight", "lora_unet_x.dora_scale"], "is a DoRA"),
+        (["lora_te3_x.lora_down.weight"], "belongs to no UNet or text encoder"),
         ([], "holds no weights"),
     ],
 )
 def test_what_is_no_lora_for_such_a_model_is_refused(weights: list[str], problem: str, tmp_path: Path) -> None:
     with pytest.raises(BadLoraError, match=problem):
         _ = read_one(save(tmp_path / "x.safetensors", *weights)).modules
+
+
+@pytest.mark.parametrize(
+    ("weight", "kind"),
+    [
+        ("lora_unet_x.hada_w1_a", "a LoHa"),
+        ("lora_unet_x.hada_t1", "a LoHa"),
+        ("base_model.model.x.hada_w2_b.default", "a LoHa"),
+        ("lora_unet_x.lokr_w1", "a LoKr"),
+        ("lora_unet_x.lokr_w2_a", "a LoKr"),
+        ("lora_unet_x.lokr_t2", "a LoKr"),
+        ("lora_unet_x.oft_blocks", "an OFT"),
+        ("lora_unet_x.oft_diag", "an OFT"),
+        ("base_model.model.x.oft_R.weight", "an OFT"),
+        ("lora_unet_x.a1.weight", "a GLoRA"),
+        ("lora_unet_x.bm2.weight", "a GLoRA"),
+        ("lora_unet_x.on_input", "an IA3"),
+        ("base_model.model.x.ia3_l", "an IA3"),
+        ("base_model.model.vera_lambda_b", "a VeRA"),
+        ("base_model.model.x.vera_lambda_b", "a VeRA"),
+        ("lora_unet_x.w_norm", "changes norms"),
+        ("lora_unet_x.b_norm", "changes norms"),
+        ("lora_unet_x.diff", "full differences"),
+        ("lora_unet_x.diff_b", "full differences"),
+        ("lora_unet_x.dora_scale", "a DoRA of kohya's format"),
+        ("base_model.model.x.lora_embedding_A", "token embeddings"),
+        ("lora_controlnet", "a ControlNet"),
+        ("model.diffusion_model.input_blocks.0.0.weight", "a whole checkpoint"),
+        ("emb_params", "a textual inversion"),
+        ("clip_g", "a textual inversion"),
+    ],
+)
+def test_another_kind_of_file_is_named_even_where_it_stands_beside_a_lora(
+    weight: str, kind: str, tmp_path: Path
+) -> None:
+    file = save(tmp_path / "x.safetensors", "lora_unet_y.lora_down.weight", "lora_unet_y.lora_up.weight", weight)
+    with pytest.raises(BadLoraError, match=rf"^{file}: is .*{kind}.*, which is not supported \(it holds {weight}\)$"):
+        _ = read_one(file).modules
+
+
+@pytest.mark.parametrize(
+    ("weight", "layer", "part"),
+    [
+        ("lora_unet_mid_block_x.lora_mid.weight", "mid_block_x", "mid"),
+        ("lora_unet_mid_block_x.alpha", "mid_block_x", "alpha"),
+        ("unet.mid_block.x.lora_A.default.weight", "mid_block.x", "down"),
+        ("unet.mid_block.x.lora_B.weight", "mid_block.x", "up"),
+        ("unet.mid_block.x.lora_B.bias", "mid_block.x", "bias"),
+        ("unet.mid_block.x.lora_magnitude_vector", "mid_block.x", "magnitude"),
+        ("unet.mid_block.x.lora_magnitude_vector.weight", "mid_block.x", "magnitude"),
+        ("unet.mid_block.x.lora_magnitude_vector.default.weight", "mid_block.x", "magnitude"),
+        ("unet.mid_block.x.lora.up.weight", "mid_block.x", "up"),
+        ("unet.mid_block.x.processor.to_out_lora.up.weight", "mid_block.x.to_out", "up"),
+        ("mid_block.x.processor.to_q_lora.down.weight", "mid_block.x.to_q", "down"),
+        ("base_model.model.mid_block.x.lora_A.weight", "mid_block.x", "down"),
+    ],
+)
+def test_a_weights_name_tells_its_layer_and_what_it_is_to_it(
+    weight: str, layer: str, part: str, tmp_path: Path
+) -> None:
+    assert read_one(save(tmp_path / "x.safetensors", weight)).layers("unet") == {layer: {part: weight}}
 
 
 @pytest.mark.parametrize(
