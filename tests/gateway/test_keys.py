@@ -176,10 +176,15 @@ class TestSecrecy:
 
     def test_triton_and_its_models_do_not_inherit_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from hypergen_gateway.embedded.installation import find_installation
+        from hypergen_gateway.embedded.run_folder import RunFolder
         from hypergen_gateway.embedded.server import Launch, free_ports
 
         for name in ("HYPERGEN_API_KEY", "HYPERGEN_LINK_SECRET"):
             monkeypatch.setenv(name, "hunter2")
-        launch = Launch(find_installation(), Path(os.devnull), Path(os.devnull), free_ports())
-        assert "hunter2" not in launch.environment().values()
-        assert not any("hunter2" in word for word in launch.command())
+        launch = Launch(find_installation(), Path(os.devnull), free_ports())
+        folder = RunFolder.make(launch.installation, launch.model_repository)
+        try:
+            assert "hunter2" not in launch.environment(folder).values()
+            assert not any("hunter2" in word for word in launch.command(folder))
+        finally:
+            folder.remove()
