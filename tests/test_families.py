@@ -102,7 +102,8 @@ class Sampler:
     def unet(self, rows: UNetRows) -> dict[str, Array]:
         self.rows_of_calls.append(len(rows.sample))
         self.models_of_calls.append(rows.model)
-        inputs = {"sample": rows.sample, "timestep": rows.timestep, **rows.conditions}
+        time = self.architecture.time_embedding(rows.timestep)
+        inputs = {"sample": rows.sample, "time": time, **rows.conditions}
         answer = self.run(rows.model, **inputs)
         return {name: answer[name] for name in rows.outputs}
 

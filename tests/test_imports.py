@@ -65,6 +65,7 @@ GATEWAY_LAYERS = [
     "cli",
 ]
 SAMPLER_LAYERS = [
+    "sinusoids",
     "variants",
     "contract",
     "samplers",

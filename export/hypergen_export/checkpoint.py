@@ -73,7 +73,17 @@ class Checkpoint:
             "tokens": min(map(self._tokens, self.family.tokenizers, encoders)),
             "context_width": sum(int(encoder["hidden_size"]) for encoder in encoders),
             "vae_scale_factor": 2 ** (len(self.config("vae")["block_out_channels"]) - 1),
-            "deep_channels": int(self.config("unet")["block_out_channels"][0]),
+            **self._unet_widths(),
+        }
+
+    def _unet_widths(self) -> Sizes:
+        config = self.config("unet")
+        width = int(config["block_out_channels"][0])
+        # Of sizes, the original's and the target's two sides and two offsets are embedded one by one.
+        return {
+            "deep_channels": width,
+            "time_width": width,
+            "sizes_width": 6 * int(config.get("addition_time_embed_dim") or 0),
         }
 
     def _tokens(self, tokenizer: str, text_encoder: Mapping[str, Any]) -> int:

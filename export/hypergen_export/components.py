@@ -23,8 +23,8 @@ Sizes = Mapping[str, int]
 class Tensor:
     """An input or output without its leading batch axis.
 
-    `axes` holds names of sizes or plain numbers; none at all means one number per sample. `example` says what
-    values mean something to the component: a key of `examples.VALUES`.
+    `axes` holds names of sizes or plain numbers. `example` says what values mean something to the component: a key of
+    `examples.VALUES`.
     """
 
     name: str
@@ -97,7 +97,7 @@ _TOLERANCE = 1e-3
 _HIDDEN_STATES = Tensor(name="encoder_hidden_states", dtype=FLOAT, axes=("tokens", "context_width"))
 _GUIDANCE = Tensor(name="timestep_cond", dtype=FLOAT, axes=("guidance_width",))
 _POOLED = Tensor(name="text_embeds", dtype=FLOAT, axes=("pooled_width",))
-_SIZES = Tensor(name="time_ids", dtype=FLOAT, axes=(6,), example="side")
+_SIZES = Tensor(name="size_embeds", dtype=FLOAT, axes=("sizes_width",), example="sinusoids")
 _DEEP = Tensor(name="deep_features", dtype=FLOAT, axes=("deep_channels", "latent_height", "latent_width"))
 
 
@@ -117,7 +117,7 @@ def _unet(*conditions: Tensor) -> Component:
         loader="diffusers.UNet2DConditionModel",
         inputs=(
             Tensor(name="sample", dtype=FLOAT, axes=_LATENTS),
-            Tensor(name="timestep", dtype=FLOAT, axes=(), example="timestep"),
+            Tensor(name="time", dtype=FLOAT, axes=("time_width",), example="time"),
             *conditions,
         ),
         outputs=(Tensor(name="model_output", dtype=FLOAT, axes=_LATENTS),),
@@ -215,7 +215,7 @@ class Family:
     def unet_conditions(self) -> tuple[str, ...]:
         """The UNet's inputs beside latents and timestep."""
         (unet,) = (component for component in self.components if component.name == "unet")
-        return tuple(tensor.name for tensor in unet.inputs if tensor.name not in ("sample", "timestep"))
+        return tuple(tensor.name for tensor in unet.inputs if tensor.name not in ("sample", "time"))
 
 
 _SIZES_SD = {

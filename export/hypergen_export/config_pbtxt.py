@@ -115,10 +115,7 @@ _COMPLETE = {"openvino": _complete_openvino, "tensorrt": _complete_tensorrt}
 def _fill(entry: Any, tensor: Tensor, shapes: Shapes) -> Any:
     entry.name = tensor.name
     entry.data_type = pb.DataType.Value(f"TYPE_{tensor.dtype}")
-    dims = tensor.dims(shapes.sizes)
-    entry.dims.extend(dims or (1,))
-    if not dims:  # Triton has no dimensionless input: [B, 1] outside is [B] for the model
-        entry.reshape.SetInParent()
+    entry.dims.extend(tensor.dims(shapes.sizes))
     return entry
 
 

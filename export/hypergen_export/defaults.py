@@ -84,8 +84,20 @@ def _architecture(checkpoint: Checkpoint) -> dict[str, str]:
         "text_encoders": ",".join(component.name for component in family.text_encoders),
         "tokenizers": ",".join(family.tokenizers),
         "unet_conditions": ",".join(family.unet_conditions),
+        **_embeddings(checkpoint),
         "guidance_width": str(checkpoint.sizes.get("guidance_width", 0)),
         "zeros_for_no_negative_prompt": str(int(bool(zeros))),
+    }
+
+
+def _embeddings(checkpoint: Checkpoint) -> dict[str, str]:
+    """How the sampler embeds timesteps and sides, with the defaults of UNet2DConditionModel."""
+    unet, sizes = checkpoint.config("unet"), checkpoint.sizes
+    return {
+        "time_width": str(sizes["time_width"]),
+        "size_width": str(sizes["sizes_width"] // 6),
+        "flip_sin_to_cos": str(int(unet.get("flip_sin_to_cos", True))),
+        "freq_shift": str(unet.get("freq_shift", 0)),
     }
 
 

@@ -83,6 +83,10 @@ def check_configs(model: str, configs: Mapping[str, Config], sizes: Sizes) -> No
         _channels_reason(unet.get("in_channels"), sizes["latent_channels"]): (
             unet.get("in_channels") != sizes["latent_channels"]
         ),
+        f"its UNet embeds timesteps in its own way ({unet.get('time_embedding_type')})": unet.get(
+            "time_embedding_type", "positional"
+        )
+        != "positional",
         "its UNet wants a class label": unet.get("class_embed_type") is not None or unet.get("num_class_embeds"),
         "its UNet projects embeddings of its own (encoder_hid_dim)": unet.get("encoder_hid_dim") is not None
         or unet.get("encoder_hid_dim_type") is not None,
@@ -110,10 +114,10 @@ def _known() -> str:
 
 
 def _wanted_conditions(unet: Config) -> set[str]:
-    """The UNet's inputs beside latents and timestep, by diffusers' names, as far as its config tells."""
+    """The UNet's inputs beside latents and timestep, as far as its config tells."""
     kind = unet.get("addition_embed_type")
     # "text" is pooled from encoder_hidden_states inside the UNet and needs no input of its own.
-    added = {None: set[str](), "text": set[str](), "text_time": {"text_embeds", "time_ids"}}
+    added = {None: set[str](), "text": set[str](), "text_time": {"text_embeds", "size_embeds"}}
     guidance = {"timestep_cond"} if unet.get("time_cond_proj_dim") is not None else set[str]()
     return {"encoder_hidden_states"} | guidance | added.get(kind, {f"added conditions ({kind})"})
 

@@ -5,11 +5,13 @@ Values are seeded, so that every export compares the same numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from diffusers.models.embeddings import get_timestep_embedding
 
 from hypergen_export.components import Component, Sizes, Tensor
 
@@ -40,14 +42,16 @@ def _prompt(vocabulary: str, request: _Request) -> torch.Tensor:
     return ids
 
 
-def _timestep(request: _Request) -> torch.Tensor:
-    # Another one per sample: a model that shared one over the batch would be noticed.
-    return torch.linspace(1.0, 999.0, request.shape[0] + 1)[1:].expand(request.shape).clone()
+def _time(request: _Request) -> torch.Tensor:
+    # Another timestep per sample: a model that shared one over the batch would be noticed.
+    batch, width = request.shape
+    timesteps = torch.linspace(1.0, 999.0, batch + 1)[1:]
+    embedding: torch.Tensor = get_timestep_embedding(timesteps, width, flip_sin_to_cos=True, downscale_freq_shift=0)
+    return embedding
 
 
-def _side(request: _Request) -> torch.Tensor:
-    # Sizes and places in pixels, as floats.
-    return torch.randint(0, 2048, request.shape, generator=request.generator).to(torch.float32)
+def _sinusoids(request: _Request) -> torch.Tensor:
+    return torch.sin(torch.rand(request.shape, generator=request.generator) * 2 * math.pi)
 
 
 def _pixel(request: _Request) -> torch.Tensor:
@@ -58,8 +62,8 @@ VALUES: Mapping[str, Callable[[_Request], torch.Tensor]] = {
     "normal": _normal,
     "prompt": partial(_prompt, "vocabulary"),
     "prompt_2": partial(_prompt, "vocabulary_2"),
-    "timestep": _timestep,
-    "side": _side,
+    "time": _time,
+    "sinusoids": _sinusoids,
     "pixel": _pixel,
 }
 

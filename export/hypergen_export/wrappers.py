@@ -64,40 +64,65 @@ class _Deep:
     features: Tensor
 
 
-class UNet(nn.Module):
-    """sample [B, C, h, w], timestep [B], encoder_hidden_states [B, L, D] -> model_output [B, C, h, w].
+class _Given:
+    """What is handed to a wrapper, for a part of the module that would else have computed it."""
 
-    The others only where its config wants them: timestep_cond [B, G], text_embeds [B, P], time_ids [B, 6]; and where
-    it is a `ShallowUNet`, deep_features [B, D, h, w].
+    time: Tensor
+    size_embeds: Tensor
+
+
+class _TimeProjection(nn.Module):
+    """In the place of diffusers' `Timesteps`."""
+
+    def __init__(self, given: _Given, name: str) -> None:
+        super().__init__()
+        self._given, self._name = given, name
+
+    def forward(self, _: Tensor) -> Tensor:
+        embedding: Tensor = getattr(self._given, self._name)
+        return embedding
+
+
+class UNet(nn.Module):
+    """sample [B, C, h, w], time [B, T], encoder_hidden_states [B, L, D] -> model_output [B, C, h, w].
+
+    The others only where its config wants them: timestep_cond [B, G], text_embeds [B, P], size_embeds [B, 6 × S]; and
+    where it is a `ShallowUNet`, deep_features [B, D, h, w]. `time` and `size_embeds` are sines and cosines of the
+    timestep and of six sizes, which whoever calls computes: in bfloat16 their angles would be rounded.
     """
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
         unet.num_upsamplers = _ALWAYS_FORWARD_UPSAMPLE_SIZE
+        self._given = _Given()
+        unet.time_proj = _TimeProjection(self._given, "time")
+        unet.add_time_proj = _TimeProjection(self._given, "size_embeds")
         self.unet = unet
         self._deep = _Deep()
 
-    def forward(  # noqa: PLR0913 - diffusers' inputs, by diffusers' names
+    def forward(  # noqa: PLR0913 - diffusers' inputs
         self,
         sample: Tensor,
-        timestep: Tensor,
+        time: Tensor,
         encoder_hidden_states: Tensor,
         timestep_cond: Tensor | None = None,
         text_embeds: Tensor | None = None,
-        time_ids: Tensor | None = None,
+        size_embeds: Tensor | None = None,
         deep_features: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        # Timestep and sizes stay as they are: half precision holds few of the numbers up to 999, and what is made of
-        # them is float32 until diffusers casts it.
+        # What is embedded stays float32 until diffusers casts it.
         dtype = self.unet.dtype
+        self._given.time = time
+        if size_embeds is not None:
+            self._given.size_embeds = size_embeds
         if deep_features is not None:
             self._deep.features = deep_features.to(dtype)
         model_output: Tensor = self.unet(
             sample.to(dtype),
-            timestep,
+            time[:, 0],
             encoder_hidden_states.to(dtype),
             timestep_cond=None if timestep_cond is None else timestep_cond.to(dtype),
-            added_cond_kwargs={"text_embeds": text_embeds, "time_ids": time_ids},
+            added_cond_kwargs={"text_embeds": text_embeds, "time_ids": size_embeds},
             return_dict=False,
         )[0]
         return self._answer(model_output.to(torch.float32))

@@ -46,6 +46,8 @@ def test_the_miniature_is_a_stable_diffusion(checkpoint: Checkpoint) -> None:
         "text_width": 32,
         "context_width": 32,
         "deep_channels": 16,
+        "time_width": 16,
+        "sizes_width": 0,
         "latent_channels": 4,
         "vae_scale_factor": 8,
     }
@@ -84,11 +86,12 @@ def test_a_part_of_another_class_is_unsupported(checkpoint_copy: Path) -> None:
         ("unet", {"in_channels": 9}, "inpainting"),
         ("unet", {"in_channels": 8}, "8 channels (a picture to edit)"),
         ("unet", {"in_channels": 16}, "16 channels, its VAE gives 4"),
-        ("unet", {"addition_embed_type": "text_time"}, "wants text_embeds and time_ids"),
+        ("unet", {"addition_embed_type": "text_time"}, "wants size_embeds and text_embeds"),
         ("unet", {"addition_embed_type": "image"}, "added conditions (image)"),
         ("unet", {"encoder_hid_dim": 4096, "encoder_hid_dim_type": "text_proj"}, "projects embeddings of its own"),
         ("unet", {"cross_attention_dim": 64}, "reads 64 features a token, its text encoders give 32"),
         ("unet", {"class_embed_type": "timestep"}, "class label"),
+        ("unet", {"time_embedding_type": "fourier"}, "embeds timesteps in its own way (fourier)"),
         ("text_encoder", {"use_attention_mask": True}, "attention mask"),
     ],
 )
@@ -196,7 +199,7 @@ def test_what_no_family_serves_is_refused_with_the_reason(xl_copy: Path, changes
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"addition_embed_type": None}, "does not take text_embeds and time_ids"),
+        ({"addition_embed_type": None}, "does not take size_embeds and text_embeds"),
         ({"projection_class_embeddings_input_dim": 40 + 5 * 8}, "other numbers than six"),
         ({"in_channels": 9}, "an inpainting model"),
     ],

@@ -51,7 +51,7 @@ def test_a_component_runs_on_the_cpu_in_openvino(repository: Path, name: str) ->
             "unet",
             {
                 "sample": ("TYPE_FP32", [4, -1, -1]),
-                "timestep": ("TYPE_FP32", [1]),
+                "time": ("TYPE_FP32", [16]),
                 "encoder_hidden_states": ("TYPE_FP32", [16, 32]),
             },
             {"model_output": ("TYPE_FP32", [4, -1, -1])},
@@ -68,12 +68,6 @@ def test_tensors_are_the_contracts(repository: Path, name: str, inputs: object, 
     config = parsed(repository / name / "config.pbtxt")
     assert tensors(config.input) == inputs
     assert tensors(config.output) == outputs
-
-
-def test_a_timestep_per_sample_loses_its_second_axis_before_the_model(repository: Path) -> None:
-    config = parsed(repository / "unet" / "config.pbtxt")
-    reshaped = {entry.name: list(entry.reshape.shape) for entry in config.input if entry.HasField("reshape")}
-    assert reshaped == {"timestep": []}
 
 
 def test_bfloat16_is_the_backends_hint() -> None:
@@ -95,7 +89,7 @@ def test_bfloat16_is_the_backends_hint() -> None:
     ("name", "rows", "dims"),
     [
         ("text_encoder", 2, {"input_ids": [16]}),
-        ("unet", 2, {"sample": [4, 8, 8], "timestep": [1], "encoder_hidden_states": [16, 32]}),
+        ("unet", 2, {"sample": [4, 8, 8], "time": [16], "encoder_hidden_states": [16, 32]}),
         ("vae_decoder", 1, {"latents": [4, 8, 8]}),
     ],
 )
@@ -129,6 +123,10 @@ def test_the_sampler_knows_its_checkpoint(repository: Path) -> None:
         "text_encoders": "text_encoder",
         "tokenizers": "tokenizer",
         "unet_conditions": "encoder_hidden_states",
+        "time_width": "16",
+        "size_width": "0",
+        "flip_sin_to_cos": "1",
+        "freq_shift": "0",
         "guidance_width": "0",
         "zeros_for_no_negative_prompt": "0",
         "engine": "openvino",

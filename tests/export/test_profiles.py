@@ -13,6 +13,7 @@ SIZES = {
     "vocabulary": 49408,
     "text_width": 768,
     "context_width": 768,
+    "time_width": 320,
     "latent_channels": 4,
     "vae_scale_factor": 8,
 }
@@ -23,7 +24,7 @@ def test_the_unet_has_a_profile_per_size_free_in_the_batch_alone() -> None:
     square, wide = profiles(COMPONENTS["unet"], SHAPES)
     assert (square["sample"].smallest, square["sample"].largest) == ((1, 4, 64, 64), (16, 4, 64, 64))
     assert (wide["sample"].smallest, wide["sample"].largest) == ((1, 4, 64, 96), (16, 4, 64, 96))
-    assert (wide["timestep"].smallest, wide["timestep"].largest) == ((1,), (16,))
+    assert (wide["time"].smallest, wide["time"].largest) == ((1, 320), (16, 320))
     assert wide["encoder_hidden_states"].largest == (16, 77, 768)
 
 
@@ -54,7 +55,7 @@ def test_small_batches_of_every_size_are_worth_a_graph() -> None:
     found = [(graph.batch, graph.inputs["sample"]) for graph in graphs(COMPONENTS["unet"], SHAPES)]
     sides = [(4, 64, 64), (4, 64, 96)]
     assert found == [(batch, side) for side in sides for batch in (1, 2, 4)]
-    assert graphs(COMPONENTS["unet"], SHAPES)[0].inputs["timestep"] == ()
+    assert graphs(COMPONENTS["unet"], SHAPES)[0].inputs["time"] == (320,)
     assert graphs(COMPONENTS["vae_decoder"], SHAPES) == ()
 
 

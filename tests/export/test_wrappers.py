@@ -40,18 +40,20 @@ def test_the_text_encoder_gives_the_pipelines_prompt_embeddings(pipeline: Any) -
 def test_the_unet_equals_diffusers_at_sizes_its_levels_divide_and_at_others(
     pipeline: Any, wrapped_unet: UNet, height: int, width: int
 ) -> None:
-    sample, states, timestep = noise(2, 4, height, width), noise(2, 16, 32), torch.tensor([801.0, 801.0])
+    sample, states = noise(2, 4, height, width), noise(2, 16, 32)
     expected = pipeline.unet(sample, 801, states).sample
-    torch.testing.assert_close(wrapped_unet(sample, timestep, states), expected)
+    time = pipeline.unet.time_proj(torch.tensor([801.0, 801.0]))
+    torch.testing.assert_close(wrapped_unet(sample, time, states), expected)
 
 
 @torch.no_grad()
-def test_each_sample_has_its_own_timestep(wrapped_unet: UNet) -> None:
-    sample, states, timestep = noise(3, 4, 8, 8), noise(3, 16, 32), torch.tensor([1.0, 400.0, 999.0])
-    together = wrapped_unet(sample, timestep, states)
-    alone = [wrapped_unet(sample[i : i + 1], timestep[i : i + 1], states[i : i + 1]) for i in range(3)]
+def test_each_sample_has_its_own_timestep(pipeline: Any, wrapped_unet: UNet) -> None:
+    sample, states = noise(3, 4, 8, 8), noise(3, 16, 32)
+    time = pipeline.unet.time_proj(torch.tensor([1.0, 400.0, 999.0]))
+    together = wrapped_unet(sample, time, states)
+    alone = [wrapped_unet(sample[i : i + 1], time[i : i + 1], states[i : i + 1]) for i in range(3)]
     torch.testing.assert_close(together, torch.cat(alone))
-    assert not torch.allclose(together, wrapped_unet(sample, timestep.flip(0), states), atol=1e-3)
+    assert not torch.allclose(together, wrapped_unet(sample, time.flip(0), states), atol=1e-3)
 
 
 @torch.no_grad()

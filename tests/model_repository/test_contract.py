@@ -32,7 +32,11 @@ PARAMETERS = {
     "schedulers": "ddim,euler",
     "text_encoders": "text_encoder,text_encoder_2",
     "tokenizers": "tokenizer,tokenizer_2",
-    "unet_conditions": "encoder_hidden_states,text_embeds,time_ids",
+    "unet_conditions": "encoder_hidden_states,text_embeds,size_embeds",
+    "time_width": "320",
+    "size_width": "256",
+    "flip_sin_to_cos": "1",
+    "freq_shift": "0",
     "guidance_width": "0",
     "zeros_for_no_negative_prompt": "1",
 }

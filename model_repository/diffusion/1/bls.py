@@ -14,6 +14,7 @@ import triton_python_backend_utils as pb_utils
 
 from conditions import Array
 from sampling import UNetRows
+from sinusoids import Sinusoid
 
 # Triton's words for it; its code reaches BLS only since 25.05.
 UNAVAILABLE = ("Server not ready", "is not healthy", "is not ready")
@@ -28,7 +29,14 @@ class ComponentUnavailableError(ComponentError):
 
 
 class Components:
-    """The engines of a checkpoint and its LoRAs."""
+    """The engines of a checkpoint and its LoRAs.
+
+    Args:
+        time_embedding: what the UNet is told of its timesteps.
+    """
+
+    def __init__(self, time_embedding: Sinusoid) -> None:
+        self._time_embedding = time_embedding
 
     async def encode_text(
         self, encoder: str, input_ids: npt.NDArray[np.int32], outputs: Sequence[str]
@@ -38,12 +46,7 @@ class Components:
 
     def unet(self, rows: UNetRows) -> dict[str, Array]:
         """The outputs, each [R, C, h, w], that the rows of one batch ask for. The calling thread waits for them."""
-        inputs = {
-            "sample": rows.sample,
-            # Triton carries the timestep as [R, 1]; the configuration's reshape hands [R] to the engine.
-            "timestep": rows.timestep[:, None],
-            **rows.conditions,
-        }
+        inputs = {"sample": rows.sample, "time": self._time_embedding(rows.timestep), **rows.conditions}
         return _outputs(rows.model, _request(rows.model, inputs, rows.outputs).exec(), rows.outputs)
 
     async def encode(self, picture: npt.NDArray[np.uint8]) -> tuple[Array, Array]:

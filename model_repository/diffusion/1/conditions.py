@@ -58,10 +58,10 @@ def _zeros_instead(request: Request, architecture: Architecture) -> bool:
     return request.negative_prompt is None and bool(architecture.zeros_for_no_negative_prompt)
 
 
-def _sides(request: Request, _: Architecture) -> Array:
+def _size_embeds(request: Request, architecture: Architecture) -> Array:
     """Original size, crop from the top left and target size, as StableDiffusionXLPipeline has them unasked."""
     size = (request.height, request.width)
-    return np.array([*size, 0, 0, *size], dtype=np.float32)
+    return architecture.size_embedding([*size, 0, 0, *size]).reshape(-1)
 
 
 def _guidance(request: Request, architecture: Architecture) -> Array:
@@ -74,7 +74,10 @@ def _guidance(request: Request, architecture: Architecture) -> Array:
     return np.pad(embedding.numpy(), (0, architecture.guidance_width % 2))
 
 
-_MADE: Mapping[str, Callable[[Request, Architecture], Array]] = {"time_ids": _sides, "timestep_cond": _guidance}
+_MADE: Mapping[str, Callable[[Request, Architecture], Array]] = {
+    "size_embeds": _size_embeds,
+    "timestep_cond": _guidance,
+}
 
 
 def _repeat(row: Array, rows: int) -> Array:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sinusoids import Sinusoid
 from variants import BASE, Variant, read_variants
 
 Pixels = npt.NDArray[np.uint8]
@@ -85,7 +86,14 @@ class Architecture:
     tokenizers: tuple[str, ...]
     """One for each text encoder: `NAME.json` beside the model's versions."""
     unet_conditions: tuple[str, ...]
-    """The UNet's inputs beside `sample` and `timestep`."""
+    """The UNet's inputs beside `sample` and `time`."""
+    time_width: int
+    """Length of a timestep's embedding."""
+    size_width: int
+    """Length of the embedding of one side or offset of an image, 0 where the UNet is told none."""
+    flip_sin_to_cos: int
+    freq_shift: float
+    """How diffusers' `Timesteps` embeds timesteps and sides."""
     guidance_width: int
     """Length of the guidance scale's embedding, 0 where the UNet takes none."""
     zeros_for_no_negative_prompt: int
@@ -114,6 +122,19 @@ class Architecture:
             raise InvalidInputError(
                 name, "must be absent, as this model's guidance is inside its UNet and costs nothing"
             )
+
+    @property
+    def time_embedding(self) -> Sinusoid:
+        """What makes the UNet's `time` of timesteps."""
+        return self._sinusoid(self.time_width)
+
+    @property
+    def size_embedding(self) -> Sinusoid:
+        """What makes the UNet's `size_embeds` of sides in pixels."""
+        return self._sinusoid(self.size_width)
+
+    def _sinusoid(self, width: int) -> Sinusoid:
+        return Sinusoid(width=width, flip_sin_to_cos=bool(self.flip_sin_to_cos), freq_shift=self.freq_shift)
 
     @property
     def is_latent_consistency(self) -> bool:

@@ -65,7 +65,7 @@ class TritonPythonModel:
         self._architecture = Architecture.from_model_config(args["model_config"])
         self._scheduler_config = read_scheduler_config(folder)
         self._tokenize = PromptTokenizers(folder, self._architecture.tokenizers)
-        self._components = Components()
+        self._components = Components(self._architecture.time_embedding)
         self._encode_text = TextCache(self._components.encode_text, TEXT_CACHE_BYTES)
         self._gauges = Gauges(self._limits.max_batch_size)
         self._loop: StepLoop | None = None

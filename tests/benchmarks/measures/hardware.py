@@ -66,13 +66,11 @@ def _guided_step(subject: Subject) -> tuple[Arrays, float]:
     """The UNet's inputs for a picture under guidance, and what it computes from them, in GFLOP."""
     config = json.loads((subject.checkpoint / "unet" / "config.json").read_text())
     tokens = json.loads((subject.checkpoint / "text_encoder" / "config.json").read_text())["max_position_embeddings"]
-    shapes = {
-        "sample": (2, config["in_channels"], subject.wish.height // 8, subject.wish.width // 8),
-        "timestep": (2,),
-        "encoder_hidden_states": (2, tokens, config["cross_attention_dim"]),
-    }
+    sample = (2, config["in_channels"], subject.wish.height // 8, subject.wish.width // 8)
+    states = (2, tokens, config["cross_attention_dim"])
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        diffusers.UNet2DConditionModel.from_config(config)(*(torch.ones(shape) for shape in shapes.values()))
+        diffusers.UNet2DConditionModel.from_config(config)(torch.ones(sample), torch.ones(2), torch.ones(states))
+    shapes = {"sample": sample, "time": (2, config["block_out_channels"][0]), "encoder_hidden_states": states}
     return {name: np.ones(shape, np.float32) for name, shape in shapes.items()}, counter.get_total_flops() / 1e9
 
 

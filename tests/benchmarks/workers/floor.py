@@ -16,6 +16,7 @@ import diffusers
 import numpy as np
 import openvino
 import torch
+from diffusers.models.embeddings import get_timestep_embedding
 from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -38,6 +39,8 @@ class _Floor:
         self._encode = _compile(folder, "text_encoder", options)
         self._unet = _compile(folder, "unet", options)
         self._decode = _compile(folder, "vae_decoder", options)
+        unet = openvino.Core().read_model(folder / "unet" / "1" / "model.onnx")
+        self._time_width = unet.input("time").partial_shape[1].get_length()
 
     def draw(self, job: Job) -> Any:
         texts = ["", job["prompt"]] if job["guidance"] > 1 else [job["prompt"]]
@@ -58,8 +61,8 @@ class _Floor:
         return torch.randn(shape, generator=generator)
 
     def _step(self, sample: Any, timestep: float, states: Any, guidance: float) -> torch.Tensor:
-        timesteps = np.full(len(sample), timestep, dtype=np.float32)
-        inputs = {"sample": sample, "timestep": timesteps, "encoder_hidden_states": states}
+        time = get_timestep_embedding(torch.full((len(sample),), timestep), self._time_width, True, 0).numpy()
+        inputs = {"sample": sample, "time": time, "encoder_hidden_states": states}
         output = torch.from_numpy(self._unet(inputs)["model_output"])
         if len(sample) == 1:
             return output

@@ -49,8 +49,8 @@ def file(tmp_path: Path) -> Path:
 
 def test_full_batches_of_the_usual_size_are_worth_a_compilation() -> None:
     choice = ExactShapes()
-    assert choice.includes({"sample": (2, 16, 8, 8), "timestep": (2,)})
-    included = {rows for rows in range(1, 33) if choice.includes({"sample": (rows, 16, 8, 8), "timestep": (rows,)})}
+    assert choice.includes({"sample": (2, 16, 8, 8), "time": (2, 32)})
+    included = {rows for rows in range(1, 33) if choice.includes({"sample": (rows, 16, 8, 8), "time": (rows, 32)})}
     assert included == EXACT_ROWS
 
 
