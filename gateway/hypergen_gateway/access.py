@@ -7,9 +7,10 @@ from collections.abc import Container
 from starlette.types import Scope
 
 from hypergen_gateway.errors import AuthenticationError
-from hypergen_gateway.keys import Key, Keys
+from hypergen_gateway.keys import Key, Keys, presented_key
 from hypergen_gateway.links import FILES_PATH
 from hypergen_gateway.playground import FILES_PREFIX, PAGE_PATH
+from hypergen_gateway.request_id import RawHeaders
 
 PROBE_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 METRICS_PATH = "/metrics"
@@ -29,20 +30,22 @@ class ApiKey:
     def __call__(self, scope: Scope) -> None:
         """Raises `AuthenticationError`; else notes the key's name, if it has one."""
         if self._keys and not self._is_open(scope["path"]):
-            key = self._check([value for name, value in scope["headers"] if name == b"authorization"])
+            key = self._check(scope["headers"])
             if key.name is not None:
                 scope.setdefault("state", {})["key_name"] = key.name
 
     def _is_open(self, path: str) -> bool:
         return path in self._open_paths or path.startswith(_OPEN_PREFIXES)
 
-    def _check(self, given: list[bytes]) -> Key:
-        if not given:
+    def _check(self, headers: RawHeaders) -> Key:
+        given = presented_key(headers)
+        if given is None:
             raise AuthenticationError("No API key was given. Send it in the header 'Authorization: Bearer KEY'.")
-        scheme, _, key = given[0].partition(b" ")
-        if len(given) > 1 or scheme != b"Bearer" or not key.strip():
-            raise AuthenticationError("The Authorization header is malformed. It must read 'Bearer KEY'.")
-        found = self._keys.find(key)
+        if not given:
+            raise AuthenticationError(
+                "The header with the API key is malformed. It must read 'Authorization: Bearer KEY', or 'api-key: KEY'."
+            )
+        found = self._keys.find(given)
         if found is None:
             raise AuthenticationError("The API key is wrong.")
         return found

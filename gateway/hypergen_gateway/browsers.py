@@ -13,9 +13,11 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import Scope
 
-from hypergen_gateway.errors import CrossSiteError
+from hypergen_gateway.errors import CrossSiteError, PreflightError
+from hypergen_gateway.faults import error_response
 
 # On every answer that does not say otherwise itself. HTTPS, and so HSTS, is the proxy's that brings it.
 _HEADERS = (
@@ -49,6 +51,20 @@ def security_headers(given: Collection[tuple[bytes, bytes]]) -> Iterable[tuple[b
     return _HEADERS if names.isdisjoint(_NAMES) else [header for header in _HEADERS if header[0] not in names]
 
 
+class _Cors(CORSMiddleware):
+    """Starlette's, which refuses in plain text."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """What a browser is told before it sends a request."""
+        response = super().preflight_response(request_headers)
+        if response.status_code < 400:
+            return response
+        refusal = error_response(PreflightError(bytes(response.body).decode()))
+        about = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
+        refusal.headers.update(about)
+        return refusal
+
+
 def cors(origins: Collection[str]) -> list[Middleware]:
     """Lets scripts of these websites use the API, `*` those of all; there are no cookies that they could misuse.
 
@@ -60,7 +76,7 @@ def cors(origins: Collection[str]) -> list[Middleware]:
     methods = ("GET", "POST")
     return [
         Middleware(
-            CORSMiddleware,
+            _Cors,
             allow_origins=allowed,
             allow_methods=methods,
             allow_headers=[_ANY],

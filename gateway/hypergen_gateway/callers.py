@@ -17,6 +17,7 @@ from hypergen_gateway.drawing import Order
 from hypergen_gateway.errors import InvalidRequestError
 from hypergen_gateway.fields import PictureRequest
 from hypergen_gateway.jobs import Asked
+from hypergen_gateway.keys import presented_key
 
 _SANE_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 # OpenAI's Python client names the seconds until the next byte, the one for Node those until the answer begins.
@@ -51,7 +52,7 @@ def read_caller(headers: Headers) -> Caller:
         raise InvalidRequestError("An Idempotency-Key must be of 1 to 255 visible ASCII characters.")
     retries = headers.get("x-stainless-retry-count")
     return Caller(
-        owner=hashlib.sha256(headers.get("authorization", "").encode("latin-1")).hexdigest(),
+        owner=hashlib.sha256(presented_key(headers.raw) or b"").hexdigest(),
         idempotency_key=key,
         is_retry=retries is not None and retries.isdecimal() and int(retries[:9]) > 0,
         may_return=key is not None or retries is not None,

@@ -24,7 +24,7 @@ from hypergen_gateway.errors import (
     RequestTimeoutError,
     UnavailableError,
 )
-from hypergen_gateway.middleware import error_response
+from hypergen_gateway.faults import error_response
 
 # What an application puts into its lifespan's state to be told the statuses of requests that it never hears of.
 TELL_UNHEARD = "tell_unheard"

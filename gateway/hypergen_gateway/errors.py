@@ -74,6 +74,15 @@ class CrossSiteError(InvalidRequestError):
         )
 
 
+class PreflightError(InvalidRequestError):
+    """A website's script may not send what its browser asks about."""
+
+    code = "cross_site_request"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}. This server's operator may allow a website with --cors-origin.")
+
+
 class NotFoundError(InvalidRequestError):
     """No such route."""
 

@@ -1,4 +1,4 @@
-"""Exceptions that nobody wrote for a client: which error they become, and what the log is told."""
+"""Exceptions that nobody wrote for a client: which error they become, and what client and log are told."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from http import HTTPStatus
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
 
 from hypergen_gateway.errors import (
     ClientClosedRequestError,
@@ -32,6 +33,11 @@ def as_ours(error: Exception) -> HyperGenError:
     if isinstance(error, HTTPException) and error.status_code < 500:
         return InvalidRequestError(HTTPStatus(error.status_code).phrase)
     return InternalError(f"unexpected {type(error).__name__}")
+
+
+def error_response(error: HyperGenError) -> Response:
+    """An error as an HTTP response."""
+    return JSONResponse(error.body, status_code=error.status, headers=dict(error.headers))
 
 
 def raise_if_disk_is_full(error: OSError) -> None:

@@ -14,11 +14,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from hypergen_gateway.request_id import RawHeaders
+
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[\w.@-]{1,64}")
 # What every client can put into a header: printing ASCII.
 _SENDABLE = re.compile(r"[ -~]+")
+_HEADERS = (b"authorization", b"api-key")
 _LARGEST_FILE = 1 << 20
 
 
@@ -66,6 +69,20 @@ def _parse_given(text: str) -> Key:
     if not _SENDABLE.fullmatch(key):
         raise BadKeysError("it holds a character that clients cannot send")
     return Key(digest=_digest(key.encode()))
+
+
+def presented_key(headers: RawHeaders) -> bytes | None:
+    """The key in `Authorization: Bearer KEY` or, as Azure's clients send it, in `api-key: KEY`.
+
+    None where neither header is there; empty where it is malformed. If both are there, `Authorization` counts.
+    """
+    authorization, azure = ([value for each, value in headers if each == name] for name in _HEADERS)
+    if authorization:
+        scheme, _, key = authorization[0].partition(b" ")  # any case, any number of spaces: RFC 9110, section 11.4
+        return key.strip(b" ") if len(authorization) == 1 and scheme.lower() == b"bearer" else b""
+    if azure:
+        return azure[0].strip() if len(azure) == 1 else b""
+    return None
 
 
 class Keys:

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hypergen_gateway.browsers import security_headers
@@ -29,7 +29,7 @@ from hypergen_gateway.errors import (
     NotFoundError,
     UnavailableError,
 )
-from hypergen_gateway.faults import as_ours, log_fault
+from hypergen_gateway.faults import as_ours, error_response, log_fault
 from hypergen_gateway.request_id import accept_or_create, current_request_id, current_trace, find_header, read_trace
 
 access_logger = logging.getLogger("hypergen_gateway.access")
@@ -255,11 +255,6 @@ class BodyLimit:
 
 def _too_large(limit: int) -> BodyTooLargeError:
     return BodyTooLargeError(f"The body is too large: at most {limit:,} bytes are read.")
-
-
-def error_response(error: HyperGenError) -> Response:
-    """An error as an HTTP response."""
-    return JSONResponse(error.body, status_code=error.status, headers=dict(error.headers))
 
 
 def _answer_to(error: Exception, scope: Scope) -> Response:

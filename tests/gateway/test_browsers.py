@@ -100,8 +100,16 @@ class TestCors:
             preflight = await shared.options(URL, headers=PREFLIGHT | {"Origin": origin})
             answer = await shared.get("/v1/models", headers={"Origin": origin, "Authorization": f"Bearer {KEY}"})
             assert preflight.status_code == 400
+            assert error_of(preflight)["code"] == "cross_site_request"
+            assert "origin" in str(error_of(preflight)["message"])
             assert "access-control-allow-origin" not in preflight.headers
             assert "access-control-allow-origin" not in answer.headers
+
+    async def test_a_method_that_is_not_allowed_is_named(self, shared: httpx.AsyncClient) -> None:
+        preflight = await shared.options(URL, headers=PREFLIGHT | {"Access-Control-Request-Method": "DELETE"})
+        assert (preflight.status_code, "method" in str(error_of(preflight)["message"])) == (400, True)
+        assert preflight.headers["access-control-allow-methods"] == "GET, POST"
+        assert preflight.headers["access-control-allow-origin"] == APP
 
     async def test_scripts_can_read_answers_and_errors_alike(
         self, shared: httpx.AsyncClient, backend: FakeBackend

@@ -147,6 +147,27 @@ class TestComparison:
         assert len(backend.generations) == 2
 
 
+class TestAzureHeader:
+    async def test_it_is_compared_and_named_as_any_other(
+        self, backend: FakeBackend, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    ) -> None:
+        caplog.set_level(logging.INFO, "hypergen_gateway.access")
+        file = tmp_path / "keys"
+        write(file, FILE.encode())
+        async with in_memory(create_app(Config(api_key_file=file), backend)) as client:
+            assert (await client.get(URL, headers={"api-key": "sk-alice-2026"})).status_code == 200
+        assert [record.getMessage().split()[-1] for record in caplog.records] == ["alice"]
+
+    async def test_work_is_joined_by_the_same_key_alone_in_whichever_header(self, backend: FakeBackend) -> None:
+        async with in_memory(create_app(Config(api_key=("one", "two")), backend)) as client:
+            for headers in ({"api-key": "one"}, {"api-key": "two"}, bearer("one"), {"Authorization": "bearer   two"}):
+                response = await client.post(
+                    "/v1/images/generations", json={"prompt": "a fox"}, headers=headers | {"Idempotency-Key": "k"}
+                )
+                assert response.status_code == 200
+        assert len(backend.generations) == 2
+
+
 class TestSecrecy:
     async def test_the_log_says_whose_key_it_was_and_never_the_key(
         self, backend: FakeBackend, caplog: pytest.LogCaptureFixture, tmp_path: Path
