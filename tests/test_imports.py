@@ -33,6 +33,7 @@ GATEWAY_LAYERS = [
     "threads",
     "bodies",
     "patience",
+    "addresses",
     "fields",
     "starts",
     "openai",
@@ -63,6 +64,7 @@ GATEWAY_LAYERS = [
     "repository",
     "serving",
     "cli",
+    "__main__",
 ]
 SAMPLER_LAYERS = [
     "sinusoids",

@@ -10,11 +10,12 @@ import asyncio
 import functools
 import importlib
 import importlib.util
+import logging
 import os
 import re
 import secrets
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -22,15 +23,22 @@ from typing import Any
 
 import click
 
+from hypergen_gateway.addresses import PortUnavailableError, is_grpc_address
 from hypergen_gateway.config import MOST_WAITING, Config
 from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.errors import HyperGenError
-from hypergen_gateway.images import encode
+from hypergen_gateway.images import FileFormat, FormatName, encode
 from hypergen_gateway.logs import LogFormat, set_up_logging
 from hypergen_gateway.options import A_WEEK, A_YEAR, Argument, Number, Option, option
-from hypergen_gateway.repository import SHIPPED_MODEL, ExportFailedError, ExportOptions, default_cache_dir
+from hypergen_gateway.repository import (
+    SHIPPED_MODEL,
+    ExportFailedError,
+    ExportOptions,
+    default_cache_dir,
+    is_repository,
+    why_not_writable,
+)
 from hypergen_gateway.serving import (
-    PortUnavailableError,
     ServeOptions,
     TritonOptions,
     draw,
@@ -49,6 +57,9 @@ DTYPES = {
     "fp16": "float16",
 }
 
+# The kind of file that a name asks for.
+FORMATS: Mapping[str, FormatName] = {"": "png", ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+STANDARD_OUTPUT = Path("-")
 
 # Loaded when they are asked for: the exporter may not be installed, and serving needs no HTTP client.
 _ELSEWHERE = {"export": "hypergen_export.cli", "conformance": "hypergen_gateway.conformance.command"}
@@ -116,9 +127,7 @@ def _triton_options(command: Callable[..., None]) -> Any:
     @option(
         "--cache-dir",
         type=click.Path(file_okay=False, path_type=Path),
-        default=default_cache_dir,
-        show_default="~/.cache/hypergen",
-        help="Where exported models are kept.",
+        help="Where exported models and linked images are kept.  [default: ~/.cache/hypergen]",
     )
     @option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
     @option("--log-format", type=click.Choice(["text", "json"]), default="text", help="json: one object per line.")
@@ -133,25 +142,39 @@ def _triton_options(command: Callable[..., None]) -> Any:
 
 def _read_triton_options(model: str | None, given: dict[str, Any]) -> TritonOptions:
     url, device, loras = given.pop("triton_url"), given.pop("device"), given.pop("lora")
-    deep_cache = given.pop("deep_cache")
+    deep_cache, max_batch_size = given.pop("deep_cache"), given.pop("max_batch_size")
     dtype = DTYPES[given.pop("dtype")]
-    if url is not None and loras:
-        raise click.UsageError("--triton-url serves what is exported: give --lora to 'hypergen export'.")
-    if url is not None and deep_cache:
-        raise click.UsageError("--triton-url serves what is exported: give --deep-cache to 'hypergen export'.")
-    if url is None and (device == "cuda" or dtype == "float16"):
+    model = model or SHIPPED_MODEL
+    if url is not None:
+        _check_triton_url(url, loras=loras, deep_cache=deep_cache)
+        return TritonOptions(model=model, url=url, export=None)
+    if device == "cuda" or dtype == "float16":
         raise click.UsageError(
             "The embedded Triton runs on the CPU, in float32 or bfloat16; for a GPU, make TensorRT engines with "
             "'hypergen export --engine tensorrt', start Triton with them and name it with --triton-url."
         )
+    cache_dir = given["cache_dir"] or default_cache_dir()
+    if cache_dir is None:
+        raise click.UsageError("This user has no home folder: say with --cache-dir where exported models are kept.")
     export = ExportOptions(
         dtype=_cpu_dtype() if dtype == "auto" else dtype,
-        max_batch_size=given.pop("max_batch_size"),
-        cache_dir=given.pop("cache_dir"),
+        max_batch_size=max_batch_size,
+        cache_dir=cache_dir,
         loras=loras,
         deep_cache=deep_cache,
     )
-    return TritonOptions(model=model or SHIPPED_MODEL, url=url, export=export)
+    return TritonOptions(model=model, url=None, export=export)
+
+
+def _check_triton_url(url: str, *, loras: Sequence[str], deep_cache: bool) -> None:
+    if not is_grpc_address(url):
+        raise click.UsageError(
+            f"--triton-url is HOST:PORT of Triton's gRPC service, such as 127.0.0.1:8001 or [::1]:8001, not {url!r}."
+        )
+    if loras:
+        raise click.UsageError("--triton-url serves what is exported: give --lora to 'hypergen export'.")
+    if deep_cache:
+        raise click.UsageError("--triton-url serves what is exported: give --deep-cache to 'hypergen export'.")
 
 
 def _cpu_dtype() -> str:
@@ -222,12 +245,12 @@ def serve_command(*, triton: TritonOptions, model: str | None, reload: bool, **g
 
     Without MODEL it serves the small checkpoint that ships with the project.
     """
-    # With somebody else's Triton and no MODEL given, the model says its own id.
-    served_id = None if triton.url and model is None else triton.model
+    # What is exported already says its own id, and so does what somebody else's Triton serves unless MODEL names it.
+    served_id = None if is_repository(triton.model) or (triton.url and model is None) else triton.model
     host, port = given.pop("host"), given.pop("port")
     if given["link_bucket"] is not None and importlib.util.find_spec("boto3") is None:
         raise click.UsageError("--link-bucket needs boto3: pip install 'hypergen-triton[s3]'.")
-    link_folder = triton.export.cache_dir / "links"
+    link_folder = _find_link_folder(given.pop("cache_dir"))
     try:
         gateway = Config(model_id=served_id, link_folder=link_folder, **given)
     except ValueError as error:
@@ -239,11 +262,29 @@ def serve_command(*, triton: TritonOptions, model: str | None, reload: bool, **g
         run_until_signalled(serve(options))
 
 
+def _find_link_folder(cache_dir: Path | None) -> Path | None:
+    """Where linked images are kept; None, which is a temporary folder, where there is no cache but the given one."""
+    place = cache_dir or default_cache_dir()
+    if place is None:
+        return None
+    reason = why_not_writable(place / "links")
+    if reason is not None and cache_dir is not None:
+        raise click.UsageError(f"Linked images cannot be kept in {cache_dir} ({reason}): see --cache-dir.")
+    return place / "links" if reason is None else None
+
+
 @main.command()
 @click.argument("prompt", cls=Argument)
-@click.option("-o", "--output", cls=Option, type=click.Path(dir_okay=False, path_type=Path), default=Path("out.png"))
+@click.option(
+    "-o",
+    "--output",
+    cls=Option,
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    default=Path("out.png"),
+    help="The file to write: .png, .jpg, .jpeg or .webp; '-' is standard output, as PNG.",
+)
 @option("--model", help="[default: the shipped checkpoint]")
-@click.option("--negative-prompt")
+@click.option("--negative-prompt", help="What to keep out of the image.")
 @click.option("--size", cls=Option, metavar="WxH", help="[default: the model's own]")
 @click.option(
     "--num-inference-steps", "--steps", cls=Option, type=click.IntRange(1, 150), help="[default: the model's own]"
@@ -253,15 +294,55 @@ def serve_command(*, triton: TritonOptions, model: str | None, reload: bool, **g
 @click.option("--seed", cls=Option, type=click.IntRange(0, 2**63 - 1), help="[default: random]")
 @_triton_options
 def generate(*, triton: TritonOptions, output: Path, size: str | None, **given: Any) -> None:
-    """Draw one picture of PROMPT into a PNG file."""
-    given.pop("model")
+    """Draw one image of PROMPT into a file."""
+    del given["model"], given["cache_dir"]
     width, height = _read_size(size)
     seed = secrets.randbits(32) if given["seed"] is None else given["seed"]
-    if not output.parent.is_dir():
-        raise click.UsageError(f"There is no folder {output.parent} to write {output.name} into.")
-    picture = run_until_signalled(draw(triton, given | {"width": width, "height": height, "seed": seed}))
-    output.write_bytes(encode(picture.pixels))
-    click.echo(f"{output}: {picture.pixels.shape[1]}x{picture.pixels.shape[0]}, seed {picture.seed}")
+    file_format = _format_of(output)
+    with _reserved(output):
+        picture = run_until_signalled(draw(triton, given | {"width": width, "height": height, "seed": seed}))
+        _write(output, encode(picture.pixels, file_format))
+    done = f"{click.format_filename(output)}: {picture.pixels.shape[1]}x{picture.pixels.shape[0]}, seed {picture.seed}"
+    click.echo(done, err=output == STANDARD_OUTPUT)
+
+
+def _format_of(output: Path) -> FileFormat:
+    suffix = output.suffix.lower()
+    if suffix not in FORMATS:
+        raise click.UsageError(f"--output: images are written as .png, .jpg, .jpeg or .webp, not as {suffix}.")
+    return FileFormat(FORMATS[suffix])
+
+
+@contextmanager
+def _reserved(output: Path) -> Iterator[None]:
+    """Makes sure that a file can be written before anything is drawn. A new one does not outlive a failure."""
+    is_new = output != STANDARD_OUTPUT and not output.exists()
+    if is_new or output.is_file():
+        with _naming(output):
+            output.open("ab").close()
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            output.unlink(missing_ok=True)
+        raise
+
+
+def _write(output: Path, content: bytes) -> None:
+    with _naming(output):
+        if output == STANDARD_OUTPUT:
+            sys.stdout.buffer.write(content)
+            sys.stdout.buffer.flush()
+        else:
+            output.write_bytes(content)
+
+
+@contextmanager
+def _naming(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise click.ClickException(f"--output: {click.format_filename(output)}: {error.strerror}") from error
 
 
 def _read_size(text: str | None) -> tuple[int | None, int | None]:
@@ -280,9 +361,7 @@ def _one_line_errors() -> Iterator[None]:
         yield
     except ExportFailedError as error:
         raise SystemExit(error.exit_code) from error
-    except HyperGenError as error:
-        raise click.ClickException(error.message) from error
-    except (EmbeddedError, PortUnavailableError) as error:
+    except (HyperGenError, EmbeddedError, PortUnavailableError) as error:
         raise click.ClickException(str(error)) from error
     except asyncio.CancelledError:
         raise SystemExit(130) from None
@@ -292,14 +371,18 @@ def _run_reloading(options: ServeOptions) -> None:
     from uvicorn import Config as UvicornConfig
     from uvicorn.supervisors import ChangeReload
 
+    given = click.get_current_context().params
+    logging_options = (given["log_level"], given["log_format"])
+    logging.getLogger("uvicorn.error").setLevel(given["log_level"].upper())
     watched = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "model_repository")]
-    config = UvicornConfig("", reload=True, reload_dirs=[folder for folder in watched if Path(folder).is_dir()])
-    ChangeReload(config, target=functools.partial(_serve_again, options), sockets=[]).run()
+    folders = [folder for folder in watched if Path(folder).is_dir()]
+    config = UvicornConfig("", reload=True, reload_dirs=folders, log_config=None)
+    ChangeReload(config, target=functools.partial(_serve_again, options, logging_options), sockets=[]).run()
 
 
-def _serve_again(options: ServeOptions, sockets: Any) -> None:
+def _serve_again(options: ServeOptions, logging_options: tuple[str, LogFormat], sockets: Any) -> None:
     """One life of a reloaded server; `sockets` is what uvicorn hands over, none here."""
     assert not sockets
-    set_up_logging("info", "text")
+    set_up_logging(*logging_options)
     with _one_line_errors():
         run_until_signalled(serve(options))

@@ -255,10 +255,14 @@ class NonFiniteImageError(HyperGenError):
 
 
 class UnavailableError(RetryableError):
-    """Triton, or a model that it should serve, is not ready."""
+    """Triton, or a model that it should serve, is not ready. `detail` says why, to the operator alone."""
 
     status = 503
     code = "service_unavailable"
+
+    def __init__(self, message: str, retry_after: float = 1.0, *, detail: str = "") -> None:
+        super().__init__(message, retry_after)
+        self.detail = detail
 
 
 class StorageFullError(HyperGenError):

@@ -6,6 +6,7 @@ Knows the cache's layout and how to start the exporter as a process of its own, 
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import os
 import re
@@ -37,9 +38,32 @@ class ExportOptions:
     deep_cache: bool = False
 
 
-def default_cache_dir() -> Path:
-    """`hypergen` in the user's cache folder, as the XDG base directory specification places it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hypergen"
+def default_cache_dir() -> Path | None:
+    """`hypergen` in the user's cache folder, as the XDG base directory specification places it.
+
+    None for a user without a home, such as the unknown uid of a container.
+    """
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if given.is_absolute():  # others are to be ignored
+        return given / "hypergen"
+    try:
+        return Path.home() / ".cache" / "hypergen"
+    except RuntimeError:
+        return None
+
+
+def why_not_writable(folder: Path) -> str | None:
+    """Makes a folder, and says in the system's words why nothing can be written into it, if so."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        return error.strerror
+    return None if os.access(folder, os.W_OK | os.X_OK) else os.strerror(errno.EACCES)
+
+
+def is_repository(model: str) -> bool:
+    """Whether it is exported already."""
+    return (Path(model) / "diffusion" / "config.pbtxt").is_file()
 
 
 async def find_repository(model: str, options: ExportOptions) -> Path:
@@ -49,13 +73,15 @@ async def find_repository(model: str, options: ExportOptions) -> Path:
         ExportFailedError: there is none and none could be made.
         EmbeddedError: it is for another Triton than the embedded one.
     """
-    if (Path(model) / "diffusion" / "config.pbtxt").is_file():
+    if is_repository(model):
         _refuse_plans(Path(model))
         if options.loras:
             raise EmbeddedError(f"{model} is exported already: give --lora to 'hypergen export', with the checkpoint.")
         if options.deep_cache and not (Path(model) / "unet_shallow").is_dir():
             raise EmbeddedError(f"{model} is exported already, without: give --deep-cache to 'hypergen export'.")
         return Path(model)
+    if reason := why_not_writable(options.cache_dir):
+        raise EmbeddedError(f"Models cannot be kept in {options.cache_dir} ({reason}): see --cache-dir.")
     output = options.cache_dir / _folder_name(model, options)
     await _export(model, options, output)
     return output

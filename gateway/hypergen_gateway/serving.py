@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import uvicorn
 
+from hypergen_gateway.addresses import listening, url_of
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.connections import allow_open_files, bounded
@@ -27,7 +28,6 @@ from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.errors import UnavailableError
 from hypergen_gateway.generation import Generation, Lora, ModelDescription, Picture
 from hypergen_gateway.logs import console
-from hypergen_gateway.patience import drop_those_who_do_not_read
 from hypergen_gateway.repository import ExportOptions, find_repository
 from hypergen_gateway.triton import TritonBackend
 
@@ -51,17 +51,13 @@ TRACE_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_END
 DRAW_SECONDS = 3600
 
 
-class PortUnavailableError(Exception):
-    """The address cannot be listened on; `str()` is the line for the user."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class TritonOptions:
-    """Which Triton to use: one that runs at `url`, else an embedded one serving `model`."""
+    """Which Triton to use: one that runs at `url`, else an embedded one serving `model`, exported if need be."""
 
     model: str
     url: str | None
-    export: ExportOptions
+    export: ExportOptions | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +80,10 @@ async def serve(options: ServeOptions) -> None:
     """
     allow_open_files()
     # Bound before the engines are loaded: a busy port is known at once.
-    with _listen(options.host, options.port) as listener:
+    with listening(options.host, options.port) as listeners:
         async with _connected(options.triton, options.gateway.request_timeout) as backend:
             console.info(await _greeting(options, backend))
-            await _serve_http(create_app(options.gateway, backend, _tracing()), listener)
+            await _serve_http(create_app(options.gateway, backend, _tracing()), listeners)
 
 
 def _tracing() -> Tracing | None:
@@ -106,9 +102,11 @@ async def draw(options: TritonOptions, wanted: dict[str, Any]) -> Picture:
     """One picture, without a gateway. `wanted` holds fields of `Generation`; the model's defaults fill the others."""
     async with _connected(options, DRAW_SECONDS) as backend:
         try:
-            generation = _complete(wanted, await backend.describe(), with_lora=bool(options.export.loras))
+            generation = _complete(
+                wanted, await backend.describe(), with_lora=bool(options.export and options.export.loras)
+            )
         except UnavailableError as error:
-            raise UnavailableError(f"No model answers on {options.url}.") from error
+            raise UnavailableError(f"No model answers on {options.url} ({error.detail}).") from error
         console.info(f"Drawing in {generation.num_inference_steps} steps …")
         async with contextlib.aclosing(backend.generate(generation)) as pictures:
             return await anext(pictures)
@@ -147,19 +145,6 @@ def _ignore_signals(loop: asyncio.AbstractEventLoop) -> None:
         loop.add_signal_handler(number, lambda: None)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        # socket adds the address to the operating system's words.
-        reason = str(error.strerror or error).partition(" (while")[0]
-        raise PortUnavailableError(f"Cannot listen on {host}:{port} ({reason}): see --host and --port.") from error
-    # asyncio does this for sockets of its own making. Without, the last of an answer waits 40 ms for the client's word.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    drop_those_who_do_not_read(listener)
-    return listener
-
-
 @contextlib.asynccontextmanager
 async def _connected(options: TritonOptions, request_timeout: float) -> AsyncIterator[TritonBackend]:
     async with contextlib.AsyncExitStack() as stack:
@@ -183,6 +168,7 @@ async def _embedded(options: TritonOptions) -> AsyncIterator[EmbeddedTriton]:
             f"An embedded Triton needs {error.name}: pip install 'hypergen-triton[all]', or use --triton-url."
         ) from error
 
+    assert options.export is not None
     repository = await find_repository(options.model, options.export)
     began = time.monotonic()
     console.info("Starting Triton …")
@@ -205,10 +191,10 @@ class _Server(uvicorn.Server):
         console.info("Stopping: pictures under way are finished first")
 
 
-async def _serve_http(app: Any, listener: socket.socket) -> None:
+async def _serve_http(app: Any, listeners: list[socket.socket]) -> None:
     server = _Server(bounded(app, timeout_graceful_shutdown=DRAIN_SECONDS))
     with _signals_call(server.stop):
-        await server.serve(sockets=[listener])
+        await server.serve(sockets=listeners)
 
 
 def _complete(wanted: dict[str, Any], description: ModelDescription, *, with_lora: bool) -> Generation:
@@ -225,20 +211,23 @@ def _complete(wanted: dict[str, Any], description: ModelDescription, *, with_lor
 
 async def _greeting(options: ServeOptions, backend: TritonBackend) -> str:
     """Where the server is and what to do next, ready to be copied. Never shows the key."""
-    host = "localhost" if options.host in ("0.0.0.0", "::", "") else options.host
-    url = f"http://{host}:{options.port}"
+    url = url_of(options.host, options.port)
     try:
         description = await backend.describe()
-    except UnavailableError:
-        waiting = f"No model answers on {options.triton.url} yet: requests get a 503 until one does"
+    except UnavailableError as error:
+        waiting = f"No model answers on {options.triton.url} yet ({error.detail}): requests get a 503 until one does"
         return f"Serving on {url}/v1, a page to try it on {url}\n{waiting}"
     model = options.gateway.model_id or description.model_id
-    secured = options.gateway.needs_key
-    details = [description.device, *(["with an API key"] if secured else []), *_lora_names(description.loras)]
+    curl = _curl_line(url, options.gateway, description.suggestions)
+    details = [
+        description.device,
+        *(["with an API key"] if options.gateway.needs_key else []),
+        *_lora_names(description.loras),
+    ]
     return (
         f"Serving {model} on {url}/v1 ({', '.join(details)})"
         f"\n\nA page to try it on: {url}"
-        f"\n\nA picture:\n{_curl_line(url, secured, description.suggestions)}\n{_suggested(description.suggestions)}"
+        f"\n\nA picture:\n{curl}\n{_suggested(description.suggestions)}"
     )
 
 
@@ -253,15 +242,28 @@ def _suggested(prompts: Sequence[str]) -> str:
     return "\nOther prompts:\n" + "".join(f"  {prompt}\n" for prompt in few) if few else ""
 
 
-def _curl_line(url: str, secured: bool, prompts: Sequence[str]) -> str:
-    key = ' -H "Authorization: Bearer $HYPERGEN_API_KEY"' if secured else ""
+def _curl_line(url: str, gateway: Config, prompts: Sequence[str]) -> str:
+    """A command that saves an image, or says what went wrong, in any shell."""
     decode = (
-        "import base64, json, sys; "
-        'sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))'
+        "import base64, json, sys; answer = json.load(sys.stdin); "
+        'sys.exit(answer["error"]["message"]) if "error" in answer else '
+        'sys.stdout.buffer.write(base64.b64decode(answer["data"][0]["b64_json"]))'
     )
     body = shlex.quote(json.dumps({"prompt": prompts[0] if prompts else ANY_PROMPT}, ensure_ascii=False))
     return (
-        f"  curl -s {url}/v1/images/generations{key} -H 'Content-Type: application/json' \\\n"
+        f"  curl -sS {url}/v1/images/generations -H 'Content-Type: application/json' \\\n"
+        f"{_key_line(gateway)}"
         f"    -d {body} \\\n"
         f"    | python3 -c '{decode}' > picture.png"
     )
+
+
+def _key_line(gateway: Config) -> str:
+    """The line of the command that sends a key, from where the server has it; nothing without one."""
+    if not gateway.needs_key:
+        return ""
+    if gateway.api_key_file is None or not gateway.api_key_file.is_file():
+        return '    -H "Authorization: Bearer ${HYPERGEN_API_KEY:?first set it to the key}" \\\n'
+    # The last word of the first line that holds a key.
+    first = f"awk '!/^[[:space:]]*(#|$)/ {{print $NF; exit}}' {shlex.quote(str(gateway.api_key_file.absolute()))}"
+    return f'    -H "Authorization: Bearer $({first})" \\\n'

@@ -229,7 +229,8 @@ class TritonBackend:
                 request = pb.ModelConfigRequest(name=SAMPLER)
                 response = await self._service.triton.ModelConfig(request, timeout=self._call_timeout)
         except DeadlineExceededError as error:  # no picture was late: a Triton that hangs is not there
-            raise UnavailableError("The image model does not answer at the moment. Try again later.") from error
+            message = "The image model does not answer at the moment. Try again later."
+            raise UnavailableError(message, detail=f"no answer within {self._call_timeout:g} s") from error
         return _to_description({name: value.string_value for name, value in response.config.parameters.items()})
 
     @contextmanager
@@ -359,7 +360,8 @@ def _translate(error: Exception) -> HyperGenError:
     # did not, which is what a Triton that shuts down does. The words: the sampler's process died or hangs, and nobody
     # else has noticed yet.
     if code in {"UNAVAILABLE", "NOT_FOUND", "CANCELLED"} or "is not healthy" in message:
-        return UnavailableError("The image model is not available at the moment. Try again later.", retry_after=2.0)
+        told = "The image model is not available at the moment. Try again later."
+        return UnavailableError(told, retry_after=2.0, detail=message)
     return InternalError(f"Triton answered {code}: {message}")
 
 

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
+import json
 import os
+import re
+import socket
 import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import httpx
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
 
-from fake_backend import FakeBackend
+from fake_backend import FakeBackend, flat_picture
+from fake_triton import FakeTriton, serving
 from hypergen_gateway.app import create_app
 from hypergen_gateway.cli import main
 from hypergen_gateway.config import Config
+from hypergen_gateway.generation import Generation, Picture
+from hypergen_gateway.repository import default_cache_dir
+from hypergen_gateway.serving import ServeOptions, TritonOptions
 from running_server import HYPERGEN, Server, free_port, start_server, stop_server
 
 KEY = "s3cr3t-from-a-file"
@@ -237,3 +250,213 @@ def test_what_is_exported_without_a_shallow_unet_gets_none(tmp_path: Path) -> No
     result = serve("--deep-cache", str(tmp_path), "--host=127.0.0.1", f"--port={free_port()}")
     assert result.exit_code == 1
     assert f"{tmp_path} is exported already, without: give --deep-cache to 'hypergen export'" in result.output
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8001", "triton", "::1:8001"])
+def test_an_address_of_triton_that_grpc_would_misread_is_refused(address: str) -> None:
+    for line in (refusal(serve("--triton-url", address)), refusal(serve(HYPERGEN_TRITON_URL=address))):
+        assert "--triton-url is HOST:PORT" in line
+        assert repr(address) in line
+
+
+def test_the_start_says_why_no_model_answers() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        threading.Thread(target=_answer_as_http, args=(silent,), daemon=True).start()
+        url = f"127.0.0.1:{silent.getsockname()[1]}"
+        server = start_server("--triton-url", url, model="", key=None, ready=False)
+        (line,) = [line for line in server.lines if line.startswith("No model answers")]
+        assert stop_server(server) == 0
+    assert line.startswith(f"No model answers on {url} yet (")
+    assert "HTTP/2" in line
+
+
+def _answer_as_http(listener: socket.socket) -> None:
+    while True:
+        try:
+            connection, _ = listener.accept()
+        except OSError:
+            return
+        with connection:
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+
+
+class TestHomes:
+    """Users who have none, and folders that are none."""
+
+    @pytest.fixture(autouse=True)
+    def nobody(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("HOME", "XDG_CACHE_HOME", "HYPERGEN_CACHE_DIR"):
+            monkeypatch.delenv(name, raising=False)
+        # What Python finds of a uid that /etc/passwd does not know.
+        monkeypatch.setattr(Path, "home", self._no_home)
+
+    @staticmethod
+    def _no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    def test_who_has_none_is_told_of_cache_dir(self) -> None:
+        assert "--cache-dir" in refusal(serve())
+        assert "--cache-dir" in refusal(CliRunner().invoke(main, ["generate", "cat"]))
+
+    def test_who_needs_none_is_asked_for_none(self) -> None:
+        result = serve("--triton-url", "127.0.0.1:1")
+        assert f"Cannot listen on {NOWHERE}" in result.output
+        assert "No model answers" in generate().output
+
+    def test_a_relative_cache_of_xdg_is_ignored(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+        assert default_cache_dir() is None
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert default_cache_dir() == tmp_path / "hypergen"
+
+
+@pytest.mark.parametrize("place", ["file/below", "dangling", "/proc/none", "/dev/full"])
+def test_a_cache_that_cannot_be_written_is_named_with_its_option(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "dangling").symlink_to(tmp_path / "file" / "nothing")
+    result = serve("--cache-dir", str(tmp_path / place))
+    assert "--cache-dir" in refusal(result)
+    assert str(tmp_path / place) in result.output
+
+
+def test_what_is_exported_has_its_own_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("exported/diffusion", "checkpoint"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "exported" / "diffusion" / "config.pbtxt").touch()
+    served: list[ServeOptions] = []
+
+    async def note(options: ServeOptions) -> None:
+        served.append(options)
+
+    monkeypatch.setattr("hypergen_gateway.cli.serve", note)
+    monkeypatch.chdir(tmp_path)
+    for options in (["./exported"], ["./checkpoint"], ["a/b"], [], ["--triton-url=a:1"], ["--triton-url=a:1", "a/b"]):
+        assert serve(*options, HYPERGEN_CACHE_DIR=str(tmp_path)).exit_code == 0
+    ids = [options.gateway.model_id for options in served]
+    assert ids == [None, "./checkpoint", "a/b", "hypergen/emoji", None, "a/b"]
+
+
+class TestOutput:
+    """The file of `generate`, which is looked at before anything is drawn."""
+
+    @pytest.fixture
+    def drawn(self, monkeypatch: pytest.MonkeyPatch) -> list[TritonOptions]:
+        """What was drawn with; each draws the same image."""
+        calls: list[TritonOptions] = []
+
+        async def draw(options: TritonOptions, wanted: dict[str, Any]) -> Picture:
+            calls.append(options)
+            made = Generation(
+                prompt="cat",
+                width=16,
+                height=8,
+                seed=wanted["seed"],
+                num_inference_steps=1,
+                guidance_scale=1.0,
+            )
+            return flat_picture(made, 0)
+
+        monkeypatch.setattr("hypergen_gateway.cli.draw", draw)
+        return calls
+
+    @pytest.mark.parametrize(
+        ("name", "kind"), [("x.png", "PNG"), ("x", "PNG"), ("x.JPG", "JPEG"), ("x.jpeg", "JPEG"), ("a.b.webp", "WEBP")]
+    )
+    def test_its_name_says_the_kind(self, drawn: list[TritonOptions], name: str, kind: str, tmp_path: Path) -> None:
+        file = tmp_path / name
+        file.write_bytes(b"x" * 100_000)  # longer than what replaces it
+        result = generate("-o", str(file), "--seed", "7")
+        assert result.output == f"{file}: 16x8, seed 7\n"
+        with Image.open(file) as image:
+            assert (image.format, image.size) == (kind, (16, 8))
+        assert file.stat().st_size < 10_000
+        assert len(drawn) == 1
+
+    def test_a_dash_is_standard_output(self, drawn: list[TritonOptions]) -> None:
+        result = generate("-o", "-", "--seed", "7")
+        with Image.open(io.BytesIO(result.stdout_bytes)) as image:
+            assert (image.format, image.size) == ("PNG", (16, 8))
+        assert result.stderr == "-: 16x8, seed 7\n"
+        assert not Path("-").exists()
+        assert drawn
+
+    @pytest.mark.parametrize("name", ["x.gif", "x.txt", ".", "file/x.png", "nowhere/x.png", "/proc/none.png"])
+    def test_one_that_cannot_be_written_is_refused_before_anything_is_drawn(
+        self, drawn: list[TritonOptions], name: str, tmp_path: Path
+    ) -> None:
+        (tmp_path / "file").write_text("in the way")
+        result = generate("-o", str(tmp_path / name))
+        assert result.exit_code in (1, 2)
+        assert "--output" in result.output
+        assert isinstance(result.exception, SystemExit)
+        assert not drawn
+
+    def test_a_full_disk_is_one_line(self, drawn: list[TritonOptions]) -> None:
+        result = generate("-o", "/dev/full")
+        assert result.exit_code == 1
+        assert result.output == "Error: --output: /dev/full: No space left on device\n"
+        assert drawn
+
+    def test_a_failure_leaves_what_was_there(self, tmp_path: Path) -> None:
+        file = tmp_path / "x.png"
+        assert generate("-o", str(file)).exit_code == 1
+        assert not file.exists()
+        file.write_bytes(b"an image")
+        assert generate("-o", str(file)).exit_code == 1
+        assert file.read_bytes() == b"an image"
+
+
+@pytest.mark.parametrize("how", ["none", "file", "named", "variable"])
+async def test_the_command_that_is_printed_saves_an_image(how: str, tmp_path: Path) -> None:
+    file = tmp_path / "a key's file"
+    file.write_text("\n  # for everybody\n\n alice:   sk-1\nsk-2\n" if how == "named" else "sk-1\n")
+    options = {"none": [], "variable": ["--api-key", "sk-1"]}.get(how, ["--api-key-file", str(file)])
+    async with serving(FakeTriton()) as url:
+        server = await asyncio.to_thread(start_server, "--triton-url", url, *options, model="", key=None)
+        try:
+            said = "\n".join(server.lines)
+            command = re.search(r"^  curl .*?> picture.png$", said, re.DOTALL | re.MULTILINE)
+            assert command is not None, said
+            assert "sk-1" not in said
+            environment = {"HYPERGEN_API_KEY": "sk-1"} if how == "variable" else {}
+            done = await asyncio.to_thread(run_shell, command[0], tmp_path, environment)
+            assert (done.returncode, done.stderr) == (0, "")
+            with Image.open(tmp_path / "picture.png") as image:
+                assert (image.format, image.size) == ("PNG", (64, 48))  # the fake model's own size
+            if how == "variable":  # what is missing or wrong is said, and not by a traceback
+                assert "set it to the key" in (await asyncio.to_thread(run_shell, command[0], tmp_path, {})).stderr
+                wrong = await asyncio.to_thread(run_shell, command[0], tmp_path, {"HYPERGEN_API_KEY": "sk-3"})
+                assert wrong.stderr == "The API key is wrong.\n"
+        finally:
+            assert await asyncio.to_thread(stop_server, server) == 0
+
+
+def run_shell(command: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["sh", "-c", command],
+        cwd=folder,
+        env={"PATH": os.environ["PATH"], **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_a_reloading_server_keeps_its_log_s_level_and_format() -> None:
+    options = ["--triton-url", "127.0.0.1:1", "--reload", "--log-level", "warning", "--log-format", "json"]
+    server = start_server(*options, model="", key=None, ready=False)
+    httpx.get(f"{server.url}/health/live")
+    stop_server(server)
+    lines = [json.loads(line) for line in server.lines]
+    assert any(line["message"].startswith("Serving on") for line in lines)
+    assert not [line for line in lines if line["logger"] == "hypergen_gateway.access"]  # those are of level info
+
+
+def test_the_package_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "hypergen_gateway", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("python -m hypergen_gateway, version ") or done.stdout.startswith(
+        "hypergen, version "
+    )

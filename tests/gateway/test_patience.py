@@ -12,11 +12,11 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from fake_backend import FakeBackend, on_loopback
+from hypergen_gateway.addresses import listening
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.errors import RequestTimeoutError
 from hypergen_gateway.patience import BYTES_PER_SECOND, BodyPatience, drop_those_who_do_not_read
-from hypergen_gateway.serving import _listen
 
 BODY = json.dumps({"prompt": "cat"}).encode()
 HEAD = (
@@ -99,7 +99,7 @@ async def test_a_client_that_reads_nothing_loses_its_connection() -> None:
         def connection_lost(self, exc: Exception | None) -> None:
             lost.set_result(exc)
 
-    with _listen("127.0.0.1", 0) as listener:
+    with listening("127.0.0.1", 0) as (listener,):
         drop_those_who_do_not_read(listener, seconds=1)
         server = await asyncio.get_running_loop().create_server(Sender, sock=listener)
         _, writer = await asyncio.open_connection(*listener.getsockname(), limit=1024)
@@ -109,7 +109,7 @@ async def test_a_client_that_reads_nothing_loses_its_connection() -> None:
 
 
 def test_no_answer_waits_for_the_client_to_acknowledge_its_beginning() -> None:
-    with _listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+    with listening("127.0.0.1", 0) as (listener,), socket.create_connection(listener.getsockname()):
         accepted, _ = listener.accept()
         with accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -1,0 +1,6 @@
+"""`python -m hypergen_gateway`: the command `hypergen`, where a script folder is not on PATH."""
+
+from hypergen_gateway.cli import main
+
+if __name__ == "__main__":
+    main(prog_name="python -m hypergen_gateway")
