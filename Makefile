@@ -1,22 +1,27 @@
-# make serve   installs what serving needs into .venv/, starts the server with the shipped model
-# make test    installs what the tests need as well, runs them
-# make check   lints, types and import rules
-# make production-check   what is claimed of production and can be shown without a GPU and without Docker, as a table
-# make audit   installed packages against the known advisories; fails too where they cannot be looked up
-# make bench   ours beside HyperGen 0.1.0, diffusers, OpenVINO GenAI and stable-diffusion.cpp on this machine; ARGS=--quick
-# ARGS="…"     is passed on: make serve ARGS="--port 9000", make test ARGS="-k batching"
+# make serve             install what serving needs into .venv/ and serve the small model of the project on port 8000
+# make test              install what the tests need as well, and run them
+# make check             lint, types and import rules
+# make production-check  what can be proved of production without a GPU and without Docker, as a table
+# make audit             hold the installed packages against the known advisories
+# make bench             this project beside HyperGen 0.1 (PyTorch) and others on this machine; ARGS=--quick is shorter
+# make clean             remove .venv/ and whatever was built
+#
+# ARGS is passed on:     make serve ARGS="--port 9000"        make test ARGS="-k batching"
+# PYTHON is the Python:  make serve PYTHON=/usr/bin/python3.12 (3.10, 3.11 or 3.12)
 
 .DELETE_ON_ERROR:
 .PHONY: help setup setup-dev serve test check production-check audit bench clean
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The first of those that the embedded Triton runs on, 3.11 as the project is developed with it.
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.10 python3; do \
+	$$name -c "" 2>/dev/null && command -v $$name && break; done)
 # The release that the project is developed with; a range would let another package pull a different build.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 ARGS ?=
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
 setup: .venv/.serve
 setup-dev: .venv/.dev
@@ -26,6 +31,7 @@ serve: setup
 
 # Two processes with a thread each: threads of torch that wait for each other spin, and take the other's core.
 test: setup-dev
+	@sh .ci/test-tools
 	@echo "Running the tests"
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
@@ -50,12 +56,15 @@ clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache
 
 .venv/.python:
+	@$(if $(PYTHON),,echo "Python 3.10, 3.11 or 3.12 is needed, and none was found"; exit 1)
+	@$(PYTHON) .ci/check-python
 	@PYTHON="$(PYTHON)" sh .ci/system-packages
 	@echo "Creating .venv with $(PYTHON)"
 	@$(PYTHON) -m venv .venv
 	@touch $@
 
 .venv/.serve: .venv/.python pyproject.toml
+	@$(BIN)/python .ci/check-python
 	@echo "Installing HyperGen, Triton and torch into .venv (a minute or two)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[all]"
 	@touch $@

@@ -19,6 +19,7 @@ from claims import ClaimsTable, attach_claims
 from faults import FaultsTable
 from hypergen_gateway.repository import ExportOptions, find_repository
 from miniature import save_miniature
+from skips import SkipsTable
 
 # Families that are exported and served with a shallow UNet: one with attention in it, and one without.
 DEEP_CACHED = ("lcm", "sdxl")
@@ -30,6 +31,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(SkipsTable(), "skips")
     # Tests may run in several processes; the one that waits for them hears of all.
     if config.getoption("--claims") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(ClaimsTable(), "claims")

@@ -38,7 +38,7 @@ def _not_empty(_: click.Context, parameter: click.Parameter, value: Any) -> Any:
     return value
 
 
-@click.command()
+@click.command(short_help="Export a checkpoint to a Triton model repository.")
 @click.argument("model", callback=_not_empty)
 @click.option(
     "--engine",

@@ -99,7 +99,10 @@ def _is_text(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100},
+)
 @click.version_option(version("hypergen-triton"), prog_name="hypergen")
 def main() -> None:
     """Self-hosted, OpenAI-compatible image generation on NVIDIA Triton."""
@@ -127,9 +130,15 @@ def _triton_options(command: Callable[..., None]) -> Any:
     @option(
         "--cache-dir",
         type=click.Path(file_okay=False, path_type=Path),
-        help="Where exported models and linked images are kept.  [default: ~/.cache/hypergen]",
+        help="Where exported models and linked images are kept.",
+        show_default="~/.cache/hypergen",
     )
-    @option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
+    @option(
+        "--log-level",
+        type=click.Choice(["debug", "info", "warning", "error"]),
+        default="info",
+        help="debug adds Triton's own log.",
+    )
     @option("--log-format", type=click.Choice(["text", "json"]), default="text", help="json: one object per line.")
     @functools.wraps(command)
     def with_triton(*, model: str | None, log_level: str, log_format: LogFormat, **given: Any) -> None:
@@ -191,7 +200,7 @@ class _OneKey(click.types.StringParamType):
         return [rv]
 
 
-@main.command(name="serve")
+@main.command(name="serve", short_help="Serve a model behind OpenAI's API.")
 @click.argument("model", cls=Argument, required=False, envvar="HYPERGEN_MODEL")
 @option("--host", default="0.0.0.0", help="Address or host name to listen on; '::' is IPv4 and IPv6.")
 @option("--port", type=click.IntRange(1, 65535), default=8000, help="Port to listen on.")
@@ -202,7 +211,8 @@ class _OneKey(click.types.StringParamType):
     metavar="KEY",
     multiple=True,
     help="Clients must send it as 'Authorization: Bearer KEY'; repeatable. Other users of this machine can read "
-    "command lines: prefer a file or the variable.  [default: no key]",
+    "command lines: prefer a file or the variable.",
+    show_default="no key",
 )
 @option(
     "--api-key-file",
@@ -228,22 +238,26 @@ class _OneKey(click.types.StringParamType):
     multiple=True,
     help="A website whose scripts may use the API, such as https://app.example.com; repeatable. '*' is every website.",
 )
-@option("--public-url", metavar="URL", help="Where clients reach the server, for links.  [default: the request's Host]")
+@option(
+    "--public-url", metavar="URL", help="Where clients reach the server, for links.", show_default="the request's Host"
+)
 @option("--link-lifetime", type=Number(1, A_YEAR), default=3600.0, help="Seconds until a link to an image expires.")
 @option(
     "--link-secret",
     secret=True,
     metavar="SECRET",
-    help="Signs links, so they survive a restart.  [default: random]",
+    help="Signs links, so they survive a restart.",
+    show_default="random",
 )
-@option("--link-bucket", metavar="s3://BUCKET/PREFIX", help="Store linked images there.  [default: the cache]")
+@option("--link-bucket", metavar="s3://BUCKET/PREFIX", help="Store linked images there.", show_default="the cache")
 @option("--metrics-need-key", is_flag=True, help="Ask for the API key on /metrics, too.")
 @option("--reload", is_flag=True, help="Restart when the project's code changes.")
 @_triton_options
 def serve_command(*, triton: TritonOptions, model: str | None, reload: bool, **given: Any) -> None:
-    """Serve MODEL (a diffusers checkpoint's hub id or folder, or an exported repository) behind OpenAI's API.
+    """Serve MODEL behind OpenAI's API: a diffusers checkpoint's hub id or folder, or an exported repository.
 
-    Without MODEL it serves the small checkpoint that ships with the project.
+    Without MODEL it serves the small checkpoint that ships with the project. Every option is an environment variable
+    too; an empty one counts as absent, but for keys and secrets, where it is an error.
     """
     # What is exported already says its own id, and so does what somebody else's Triton serves unless MODEL names it.
     served_id = None if is_repository(triton.model) or (triton.url and model is None) else triton.model
@@ -283,15 +297,15 @@ def _find_link_folder(cache_dir: Path | None) -> Path | None:
     default=Path("out.png"),
     help="The file to write: .png, .jpg, .jpeg or .webp; '-' is standard output, as PNG.",
 )
-@option("--model", help="[default: the shipped checkpoint]")
+@option("--model", show_default="the shipped checkpoint")
 @click.option("--negative-prompt", help="What to keep out of the image.")
-@click.option("--size", cls=Option, metavar="WxH", help="[default: the model's own]")
+@click.option("--size", cls=Option, metavar="WxH", show_default="the model's own")
 @click.option(
-    "--num-inference-steps", "--steps", cls=Option, type=click.IntRange(1, 150), help="[default: the model's own]"
+    "--num-inference-steps", "--steps", cls=Option, type=click.IntRange(1, 150), show_default="the model's own"
 )
-@click.option("--guidance-scale", cls=Option, type=Number(1, 20), help="[default: the model's own]")
-@click.option("--scheduler", cls=Option, help="[default: the checkpoint's own]")
-@click.option("--seed", cls=Option, type=click.IntRange(0, 2**63 - 1), help="[default: random]")
+@click.option("--guidance-scale", cls=Option, type=Number(1, 20), show_default="the model's own")
+@click.option("--scheduler", cls=Option, show_default="the checkpoint's own")
+@click.option("--seed", cls=Option, type=click.IntRange(0, 2**63 - 1), show_default="random")
 @_triton_options
 def generate(*, triton: TritonOptions, output: Path, size: str | None, **given: Any) -> None:
     """Draw one image of PROMPT into a file."""

@@ -162,6 +162,7 @@ async def _connected(options: TritonOptions, request_timeout: float) -> AsyncIte
 async def _embedded(options: TritonOptions) -> AsyncIterator[EmbeddedTriton]:
     # Imported here, because a gateway in front of another Triton is installed without what this needs.
     try:
+        from hypergen_gateway.embedded.installation import find_installation
         from hypergen_gateway.embedded.supervisor import embedded_triton
     except ImportError as error:
         raise EmbeddedError(
@@ -169,6 +170,7 @@ async def _embedded(options: TritonOptions) -> AsyncIterator[EmbeddedTriton]:
         ) from error
 
     assert options.export is not None
+    find_installation()  # what is missing is known before an export that may take long
     repository = await find_repository(options.model, options.export)
     began = time.monotonic()
     console.info("Starting Triton …")

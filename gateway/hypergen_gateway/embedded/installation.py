@@ -30,12 +30,17 @@ class Installation:
     """What the loader must search: Triton's libraries and libpython's folder."""
 
 
+# Those that Triton's wheel has a stub for and numpy 1, which it needs, a wheel.
+PYTHONS = ((3, 10), (3, 11), (3, 12))
+
+
 def find_installation() -> Installation:
     """Find the Triton that pip installed beside this Python.
 
     Raises:
-        EmbeddedError: it is not installed, has no stub for this Python, or libpython is missing.
+        EmbeddedError: it is not for this Python, is not installed, or libpython is missing.
     """
+    check_python(sys.version_info[:2])
     package = find_package("pytriton")
     root = package / "tritonserver"
     return Installation(
@@ -45,6 +50,16 @@ def find_installation() -> Installation:
         stub=find_stub(root / "python_backend_stubs"),
         library_folders=(package.parent / "nvidia_pytriton.libs", find_libpython(_library_folders())),
     )
+
+
+def check_python(version: tuple[int, int]) -> None:
+    """Raises EmbeddedError for a Python that cannot run the embedded Triton."""
+    if version not in PYTHONS:
+        known = ", ".join(f"{major}.{minor}" for major, minor in PYTHONS)
+        raise EmbeddedError(
+            f"The embedded Triton runs on Python {known}, and this is {version[0]}.{version[1]}: "
+            "use one of them, or --triton-url with a Triton that runs elsewhere."
+        )
 
 
 def find_package(name: str) -> Path:

@@ -1,0 +1,134 @@
+"""What `make` and CI do before any test: which Pythons they take, and what they say where something is missing."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomllib
+from packaging.requirements import Requirement
+
+from hypergen_gateway.embedded.errors import EmbeddedError
+from hypergen_gateway.embedded.installation import PYTHONS, check_python
+from skips import lines_of
+
+ROOT = Path(__file__).parents[1]
+TESTED = [(3, 9), *PYTHONS, (3, 13), (3, 14), (4, 0)]
+
+
+def requirements(extra: str) -> list[Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return [Requirement(each) for each in project["optional-dependencies"][extra]]
+
+
+@pytest.mark.parametrize("version", TESTED)
+def test_the_command_the_extra_and_make_take_the_same_pythons(version: tuple[int, int]) -> None:
+    number = ".".join(map(str, version))
+    pinned = [each for each in requirements("embedded") if each.name in ("numpy", "nvidia-pytriton")]
+    environment = {"python_version": number}
+    wanted = [each.marker is None or each.marker.evaluate(environment) for each in pinned]
+    # Older ones are refused by requires-python.
+    assert wanted == [version < (3, 13)] * 2
+    script = (ROOT / ".ci" / "check-python").read_text()
+    code = f"import sys; sys.version_info = {(*version, 0)}\n{script}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == (version not in PYTHONS)
+    if version not in PYTHONS:
+        assert len(done.stderr.splitlines()) == 1
+        assert f"needs Python 3.10, 3.11 or 3.12, and {sys.executable} is {number}." in done.stderr
+        with pytest.raises(EmbeddedError, match=rf"3\.10, 3\.11, 3\.12, and this is {re.escape(number)}"):
+            check_python(version)
+    else:
+        check_python(version)
+
+
+def test_make_names_what_it_can_do_and_nothing_else() -> None:
+    lines = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    targets = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[0].split()
+    named = [line.split()[1] for line in lines if line.startswith("make ")]
+    assert set(named) == set(targets) - {"help", "setup", "setup-dev"}
+    assert all(len(line) <= 120 for line in lines)
+
+
+def run_script(name: str, folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A script of .ci/ with nothing on its PATH but what lies in `folder`."""
+    return subprocess.run(
+        ["/bin/sh", str(ROOT / ".ci" / name), *arguments],
+        env={"PATH": str(folder), "PYTHON": sys.executable, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def program(folder: Path, name: str, text: str) -> None:
+    file = folder / name
+    file.write_text(f"#!/bin/sh\n{text}\n")
+    file.chmod(0o755)
+
+
+@pytest.fixture
+def debian(tmp_path: Path) -> Path:
+    """A PATH of root's with an apt-get that writes down what it is asked for, and fails before its first update."""
+    for name in ("dirname", "mktemp", "rm", "tail", "env", "ls", "touch", "cat"):
+        (tmp_path / name).symlink_to(Path("/usr/bin") / name)
+    program(tmp_path, "id", "echo 0")
+    asked = f'echo "$@" >>{tmp_path}/asked'
+    program(tmp_path, "apt-get", f"{asked}\n[ $1 != update ] || touch {tmp_path}/lists\n[ -e {tmp_path}/lists ]")
+    return tmp_path
+
+
+def asked_of(debian: Path) -> list[str]:
+    """The commands of apt-get, with what they were about."""
+    lines = (debian / "asked").read_text().splitlines()
+    return [f"{line.split()[0]} {line.split()[-1]}" for line in lines]
+
+
+def test_packages_are_looked_up_anew_only_where_they_are_not_known(debian: Path) -> None:
+    done = run_script("system-packages", debian, "faketime")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "Installing Debian packages: faketime\n", "")
+    assert [line.split()[0] for line in asked_of(debian)] == ["install", "update", "install"]
+    (debian / "asked").unlink()
+    assert run_script("system-packages", debian, "faketime").returncode == 0
+    assert asked_of(debian) == ["install faketime"]
+
+
+def test_who_may_not_install_is_told_what_to_run(debian: Path) -> None:
+    program(debian, "id", "echo 1000")
+    done = run_script("system-packages", debian, "faketime")
+    assert (done.returncode, done.stderr) == (1, "Please run as root: apt-get install faketime\n")
+    assert not (debian / "asked").exists()
+
+
+@pytest.mark.parametrize(("ci", "code"), [("", 0), ("true", 1)])
+def test_tests_run_without_what_cannot_be_installed_but_in_ci(debian: Path, ci: str, code: int) -> None:
+    program(debian, "id", "echo 1000")
+    # The tools are there already, or cannot be had either: both are one line.
+    done = run_script("test-tools", debian, CI=ci)
+    assert done.returncode == code
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("Some tests will be skipped. To run them, first run as root: apt-get install")
+    assert {"nodejs", "chromium"} <= set(line.replace(";", "").split())
+    assert done.stderr == ""
+    assert not (debian / "asked").exists()
+
+
+def test_a_reason_to_skip_is_said_once() -> None:
+    def skipped(reason: str) -> pytest.TestReport:
+        where = ("tests/x.py", 1, f"Skipped: {reason}")
+        return pytest.TestReport("x", ("x", 1, "x"), {}, "skipped", where, "setup")
+
+    reports = [skipped("no JDK"), *[skipped("helm is not installed")] * 30]
+    assert lines_of(reports) == ["30 skipped: helm is not installed", "1 skipped: no JDK"]
+    assert lines_of([]) == []
+
+
+def test_ci_runs_the_readme_s_commands() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "make check" in script
+    assert "make test" in script
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
