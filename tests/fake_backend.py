@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -14,7 +15,7 @@ import numpy as np
 import uvicorn
 from starlette.applications import Starlette
 
-from hypergen_gateway.connections import bounded
+from hypergen_gateway.connections import Listener, bounded
 from hypergen_gateway.errors import HyperGenError
 from hypergen_gateway.generation import Generation, ModelDescription, Picture, Timings
 
@@ -147,13 +148,15 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def on_loopback(app: Starlette) -> AsyncIterator[str]:
-    """The app under uvicorn on a free port of 127.0.0.1; gives its base URL."""
-    server = _Server(bounded(app, port=0))
-    serving = asyncio.create_task(server.serve())
+async def on_loopback(app: Starlette, **settings: Any) -> AsyncIterator[str]:
+    """The app under uvicorn on a free port of 127.0.0.1, with settings of `bounded`; gives its base URL."""
+    server = _Server(bounded(app, **settings))
+    listener = Listener(fileno=socket.create_server(("127.0.0.1", 0)).detach())
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
     await until(lambda: server.started)
     try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield url
     finally:
         server.should_exit = True
         await serving

@@ -46,6 +46,7 @@ GATEWAY_LAYERS = [
     "responses",
     "events",
     "links",
+    "paths",
     "playground",
     "capabilities",
     "s3",

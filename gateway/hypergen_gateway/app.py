@@ -27,6 +27,7 @@ from hypergen_gateway.jobs import Jobs, Keeping
 from hypergen_gateway.links import Links, LocalLinks
 from hypergen_gateway.metrics import Metrics
 from hypergen_gateway.middleware import Checks, Errors, RequestLog, Trace, check_head
+from hypergen_gateway.paths import CanonicalPath
 
 if TYPE_CHECKING:  # OpenTelemetry is there only where traces are wanted
     from hypergen_gateway.tracing import Tracing
@@ -81,6 +82,7 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
     app = Gateway(
         routes=routes,
         middleware=[
+            Middleware(CanonicalPath),
             Middleware(Trace) if tracing is None else Middleware(Trace, traced=tracing.middleware),
             Middleware(RequestLog, routes=_paths(routes), observers=observers),
             *cors(config.cors_origins),

@@ -227,9 +227,17 @@ class _OneKey(click.types.StringParamType):
     help="fit: any size may be asked for, and is scaled from the nearest that the model draws; strict: only those.",
 )
 @option("--max-side", type=click.IntRange(1, LONGEST_SIDE), default=4096, help="Pixels a side that may be asked for.")
+@option(
+    "--model-alias",
+    "model_aliases",
+    metavar="NAME",
+    multiple=True,
+    help="Another name under which clients may look the model up, such as gpt-image-1; repeatable.",
+)
 @option("--max-queue-size", type=click.IntRange(0, MOST_WAITING), default=100, help="Requests that may wait.")
 @option("--request-timeout", type=Number(1, A_WEEK), default=600.0, help="Seconds until a request is given up.")
 @option("--body-timeout", type=Number(1, A_WEEK), default=30.0, help="Seconds for a body, plus one per 32 KiB.")
+@option("--keep-alive", type=Number(1, A_WEEK), default=75.0, help="Seconds that an idle connection is kept open.")
 @option("--retry-grace", type=Number(0, A_WEEK), default=5.0, help="Seconds that work continues after a disconnect.")
 @option(
     "--cors-origin",

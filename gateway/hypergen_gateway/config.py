@@ -15,6 +15,7 @@ MOST_WAITING = 1_000_000
 _POSITIVE = (
     "request_timeout",
     "body_timeout",
+    "keep_alive",
     "max_body_bytes",
     "max_upload_bytes",
     "max_json_upload_bytes",
@@ -32,6 +33,7 @@ _ZERO_MEANS = {
 _AT_MOST = {
     "request_timeout": A_WEEK,
     "body_timeout": A_WEEK,
+    "keep_alive": A_WEEK,
     "probe_timeout": A_WEEK,
     "heartbeat_interval": A_WEEK,
     "retry_grace": A_WEEK,
@@ -55,6 +57,8 @@ class Config:
     metrics_need_key: bool = False
     # The id that clients see; None: the one that the exported model carries.
     model_id: str | None = None
+    # Other names under which clients look the model up; the list of models has its id alone.
+    model_aliases: tuple[str, ...] = ()
     # fit: any size may be asked for, and is scaled from the nearest that the model draws; strict: only those it draws.
     sizes: PolicyName = "fit"
     # Pixels a side that may be asked for; an image is three bytes a pixel while it is made into a file.
@@ -84,6 +88,8 @@ class Config:
     link_bucket: str | None = None
     # Seconds for a body to arrive, and one more for each 32 KiB of it.
     body_timeout: float = 30.0
+    # Seconds that an idle connection is kept, longer than proxies do: nginx and load balancers give theirs up after 60.
+    keep_alive: float = 75.0
     # A prompt of 32,000 characters, each written as two \uXXXX escapes, twice, fits.
     max_body_bytes: int = 1 << 20
     # A form with images goes to disk as it comes. Sixteen images of 50 MB would be legal; nobody sends those.

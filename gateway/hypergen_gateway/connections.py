@@ -6,8 +6,12 @@ Knows uvicorn's protocol and httptools under it, which bound neither number nor 
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
+import logging
 import resource
+import socket
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -25,11 +29,14 @@ from hypergen_gateway.errors import (
     UnavailableError,
 )
 from hypergen_gateway.faults import error_response
+from hypergen_gateway.paths import canonical_path
+
+logger = logging.getLogger(__name__)
 
 # What an application puts into its lifespan's state to be told the statuses of requests that it never hears of.
 TELL_UNHEARD = "tell_unheard"
 
-# Far more than are drawn for at once, as idle ones count; far less than files may be open, as a form may open some.
+# Far more than are drawn for at once, as idle ones count.
 MAX_CONNECTIONS = 1000
 # Those above it are told so, if there are not too many of them either.
 MAX_REFUSALS = 200
@@ -39,6 +46,12 @@ HEAD_SECONDS = 10.0
 REST_SECONDS = 5.0
 # Of each connection one, and some of each form and of gRPC and the models.
 OPEN_FILES = 8192
+# Seconds that an idle connection is kept: longer than those proxies pool, which would lose a request with one.
+KEEP_ALIVE_SECONDS = 75.0
+# Each connection that is accepted in one turn of the loop has a file, whatever becomes of it.
+_ACCEPTED_AT_ONCE = 64
+_WAITING_TO_BE_ACCEPTED = 2048
+_NO_FILE = (errno.EMFILE, errno.ENFILE)
 # What is still no part of a request then is refused: a head, a chunk's own or a trailer that does not end.
 MAX_HEAD_BYTES = 64 << 10
 
@@ -46,29 +59,65 @@ MAX_HEAD_BYTES = 64 << 10
 _WELL_FORMED = frozenset({("1.0", 0), ("1.0", 1), ("1.1", 1)})
 
 
+class Connections:
+    """How many connections a server has at most, and which of them wait for a request: the idlest makes room."""
+
+    def __init__(self, most: int, refusals: int) -> None:
+        """`refusals` more are told that there are too many."""
+        self.most = most
+        self.refusals = refusals
+        self._idle: dict[BoundedProtocol, None] = {}  # the idlest first
+
+    @classmethod
+    def for_files(cls, files: int) -> Connections:
+        """As many as leave files for what comes with requests, where so many files may be open."""
+        files = OPEN_FILES if files == resource.RLIM_INFINITY else files
+        return cls(most=min(MAX_CONNECTIONS, files // 2), refusals=min(MAX_REFUSALS, files // 8))
+
+    def note(self, connection: BoundedProtocol, *, is_idle: bool) -> None:
+        """Whether a connection waits for a request."""
+        if is_idle:
+            self._idle.setdefault(connection)
+        else:
+            self._idle.pop(connection, None)
+
+    def make_room(self) -> bool:
+        """Closes the connection that has waited longest; False where none waits that has sent all that it was given."""
+        for connection in self._idle:
+            if connection.transport.get_write_buffer_size() == 0:
+                del self._idle[connection]
+                connection.transport.close()
+                return True
+        return False
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's protocol with the limits above, and with OpenAI's shape for what never reaches the application."""
 
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
+    def __init__(self, *arguments: Any, limit: Connections, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
+        self._limit = limit
         self._timer: asyncio.TimerHandle | None = None
         self._unparsed = 0  # bytes since something came of them
         self._in_head = self._in_body = False
         self._ignores_input = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Starts the clock for the first head; beyond the limit, the application is another one."""
+        """Starts the clock for the first head; beyond the limit another one goes, or the application is another one."""
         super().connection_made(transport)
         self.transport = _Together(transport, self.loop)  # type: ignore[assignment]
-        if len(self.connections) > MAX_CONNECTIONS + MAX_REFUSALS:
-            transport.abort()
-        elif len(self.connections) > MAX_CONNECTIONS:
+        surplus = len(self.connections) - self._limit.most
+        if surplus > 0 and not self._limit.make_room():
+            if surplus > self._limit.refusals:
+                transport.abort()
             self.app = _only_probes(self.app, self._tell)
+        self._limit.note(self, is_idle=True)
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stops the clock."""
         self._stop_timer()
+        self._limit.note(self, is_idle=False)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -85,6 +134,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(HeadTooLargeError())
         if self._timer is None and not self._is_at_work():
             self._await_head()
+        self._limit.note(self, is_idle=self._is_idle())
 
     def _feed(self, data: bytes) -> None:
         """Parses `data`, for which a request to upgrade is one like any other.
@@ -155,6 +205,7 @@ class BoundedProtocol(HttpToolsProtocol):
         elif self._in_head and not self.pipeline:
             self._await_head()
         super().on_response_complete()
+        self._limit.note(self, is_idle=self._is_idle())
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         if cycle.waiting_for_100_continue or cycle.scope["http_version"] == "1.0":
@@ -163,6 +214,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _is_at_work(self) -> bool:
         return self._in_body or not (self.cycle is None or self.cycle.response_complete)
+
+    def _is_idle(self) -> bool:
+        return not (self._in_head or self._is_at_work() or self.transport.is_closing())
 
     def _refuse(self, error: HyperGenError) -> None:
         """Ends the connection after the answers to what came before, and with this one where it is not too late."""
@@ -250,12 +304,62 @@ def allow_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
-def bounded(app: Any, **settings: Any) -> uvicorn.Config:
-    """uvicorn's configuration for an application behind such connections. It says nothing by itself."""
+class Listener(socket.socket):
+    """A listening socket that stops accepting for a moment when no file can be opened.
+
+    asyncio by itself stops then, too, but only after it has tried as often as its backlog is long, each time with a
+    traceback.
+    """
+
+    _resumes = 0.0
+
+    def listen(self, backlog: int = 0, /) -> None:
+        """Lets the system hold more connections than asyncio accepts in a turn, which is what it gives as `backlog`."""
+        super().listen(max(backlog, _WAITING_TO_BE_ACCEPTED))
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """The next connection. Raises `BlockingIOError` where there is none for now."""
+        if time.monotonic() < self._resumes:
+            raise BlockingIOError
+        try:
+            return super().accept()
+        except OSError as error:
+            if error.errno in _NO_FILE:
+                self._resumes = time.monotonic() + 0.5  # less than asyncio waits until it tries again
+            raise
+
+
+class AcceptErrors:
+    """An event loop's handler of exceptions: one line a minute, where asyncio tells each second of no open file."""
+
+    def __init__(self) -> None:
+        self._quiet_until = 0.0
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Logs an exception that nobody else has seen."""
+        error = context.get("exception")
+        if not (isinstance(error, OSError) and error.errno in _NO_FILE and "accept" in context["message"]):
+            loop.default_exception_handler(context)
+        elif time.monotonic() >= self._quiet_until:
+            self._quiet_until = time.monotonic() + 60
+            logger.warning("No connection can be accepted: %s", error.strerror)
+
+
+def bounded(
+    app: Any, *, keep_alive: float = KEEP_ALIVE_SECONDS, connections: Connections | None = None, **settings: Any
+) -> uvicorn.Config:
+    """uvicorn's configuration for an application behind such connections. It says nothing by itself.
+
+    There are as many connections as this process may have open files for, unless a limit is given.
+    """
+    limit = connections or Connections.for_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    protocol: Any = functools.partial(BoundedProtocol, limit=limit)
     return uvicorn.Config(
         app,
-        http=BoundedProtocol,
+        http=protocol,
         ws="none",
+        timeout_keep_alive=keep_alive,  # type: ignore[arg-type]  # seconds of asyncio's clock
+        backlog=_ACCEPTED_AT_ONCE,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -290,7 +394,7 @@ def _only_probes(app: ASGIApp, tell: Callable[[int], None]) -> ASGIApp:
     """Answers orchestrators, who would end a server that did not, and nobody else."""
 
     async def busy(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope.get("path") in PROBE_PATHS:
+        if canonical_path(scope.get("path", "")) in PROBE_PATHS:
             await app(scope, receive, send)
             return
         refusal = error_response(UnavailableError("The server has too many connections."))

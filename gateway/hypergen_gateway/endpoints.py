@@ -40,6 +40,7 @@ from hypergen_gateway.links import FILE_HEADERS, FILES_PATH, Links, LocalLinks
 from hypergen_gateway.metrics import MEDIA_TYPE, Metrics
 from hypergen_gateway.middleware import BodyLimit
 from hypergen_gateway.openapi import describe_api
+from hypergen_gateway.paths import same_id
 from hypergen_gateway.patience import BodyPatience
 from hypergen_gateway.responses import Health
 from hypergen_gateway.starts import Start, Uploads, Wanted, open_starts
@@ -123,11 +124,15 @@ class Endpoints:
         return Response(_model_list(await self._model_id(), int(time.time())), media_type="application/json")
 
     async def retrieve_model(self, request: Request) -> Response:
-        """The one model, if the id is its own to the letter."""
+        """The one model, by its id or an alias, which is answered as the id.
+
+        OpenAI answers an alias so, too, and clients compare what they get with what they asked for.
+        """
         wanted = request.path_params["id"]
-        if wanted != await self._model_id():
-            raise ModelNotFoundError("This model does not exist; GET /v1/models lists the one that does.", "model")
-        return _json(responses.ModelObject(id=wanted))
+        for known in (await self._model_id(), *self.config.model_aliases):
+            if same_id(wanted, known):
+                return _json(responses.ModelObject(id=known))
+        raise ModelNotFoundError("This model does not exist; GET /v1/models lists the one that does.", "model")
 
     async def capabilities(self, _: Request) -> Response:
         """What the model draws and how; an extension."""

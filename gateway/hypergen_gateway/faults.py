@@ -16,11 +16,13 @@ from hypergen_gateway.errors import (
     InternalError,
     InvalidRequestError,
     StorageFullError,
+    UnavailableError,
 )
 from hypergen_gateway.request_id import current_request_id
 
 logger = logging.getLogger(__name__)
 
+_NO_FILE = (errno.EMFILE, errno.ENFILE)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -32,6 +34,8 @@ def as_ours(error: Exception) -> HyperGenError:
         return ClientClosedRequestError("The client closed the request.")
     if isinstance(error, HTTPException) and error.status_code < 500:
         return InvalidRequestError(HTTPStatus(error.status_code).phrase)
+    if isinstance(error, OSError) and error.errno in _NO_FILE:
+        return UnavailableError("The server has too many files open. Try again in a moment.")
     return InternalError(f"unexpected {type(error).__name__}")
 
 

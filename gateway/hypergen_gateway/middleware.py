@@ -30,6 +30,7 @@ from hypergen_gateway.errors import (
     UnavailableError,
 )
 from hypergen_gateway.faults import as_ours, error_response, log_fault
+from hypergen_gateway.paths import hint_for
 from hypergen_gateway.request_id import accept_or_create, current_request_id, current_trace, find_header, read_trace
 
 access_logger = logging.getLogger("hypergen_gateway.access")
@@ -267,7 +268,8 @@ def _answer_to(error: Exception, scope: Scope) -> Response:
     if allow is not None:
         ours = MethodNotAllowedError(f"The method {method} is not allowed here. Allowed: {allow}.", allow)
     elif isinstance(error, HTTPException) and error.status_code == 404:
-        ours = NotFoundError(f"There is no {method} {_shown(scope['path'])} here.")
+        path = scope["path"]
+        ours = NotFoundError(f"There is no {method} {_shown(path)} here.{hint_for(path)}")
     else:
         ours = as_ours(error)
     log_fault(ours, error)

@@ -23,7 +23,7 @@ import uvicorn
 from hypergen_gateway.addresses import listening, url_of
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
-from hypergen_gateway.connections import allow_open_files, bounded
+from hypergen_gateway.connections import AcceptErrors, Listener, allow_open_files, bounded
 from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.errors import UnavailableError
 from hypergen_gateway.generation import Generation, Lora, ModelDescription, Picture
@@ -83,7 +83,7 @@ async def serve(options: ServeOptions) -> None:
     with listening(options.host, options.port) as listeners:
         async with _connected(options.triton, options.gateway.request_timeout) as backend:
             console.info(await _greeting(options, backend))
-            await _serve_http(create_app(options.gateway, backend, _tracing()), listeners)
+            await _serve_http(create_app(options.gateway, backend, _tracing()), listeners, options.gateway.keep_alive)
 
 
 def _tracing() -> Tracing | None:
@@ -193,10 +193,11 @@ class _Server(uvicorn.Server):
         console.info("Stopping: pictures under way are finished first")
 
 
-async def _serve_http(app: Any, listeners: list[socket.socket]) -> None:
-    server = _Server(bounded(app, timeout_graceful_shutdown=DRAIN_SECONDS))
+async def _serve_http(app: Any, listeners: list[socket.socket], keep_alive: float) -> None:
+    server = _Server(bounded(app, keep_alive=keep_alive, timeout_graceful_shutdown=DRAIN_SECONDS))
+    asyncio.get_running_loop().set_exception_handler(AcceptErrors())
     with _signals_call(server.stop):
-        await server.serve(sockets=listeners)
+        await server.serve(sockets=[Listener(fileno=listener.detach()) for listener in listeners])
 
 
 def _complete(wanted: dict[str, Any], description: ModelDescription, *, with_lora: bool) -> Generation:

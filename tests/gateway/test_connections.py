@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import resource
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -14,10 +17,11 @@ from urllib.parse import urlsplit
 import pytest
 import pytest_asyncio
 
-from fake_backend import FakeBackend, on_loopback
+from fake_backend import FakeBackend, on_loopback, until
 from hypergen_gateway import connections
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
+from hypergen_gateway.connections import AcceptErrors, Connections, bounded
 
 BODY = b'{"prompt": "a fox"}'
 LENGTH = b"Content-Length: %d\r\n" % len(BODY)
@@ -460,32 +464,128 @@ class TestTime:
 
 
 class TestNumber:
-    async def test_beyond_the_limit_probes_are_answered_and_then_nobody(
-        self, wire: Wire, monkeypatch: pytest.MonkeyPatch
+    """Three connections, and two more that are told that there are too many."""
+
+    @pytest_asyncio.fixture(loop_scope="module")
+    async def few(self, backend: FakeBackend) -> AsyncIterator[Wire]:
+        backend.open.clear()
+        async with on_loopback(create_app(Config(), backend), connections=Connections(3, 2)) as url:
+            yield Wire(url)
+            backend.open.set()
+
+    @staticmethod
+    async def occupy(wire: Wire, stack: AsyncExitStack, backend: FakeBackend, count: int) -> list[asyncio.StreamReader]:
+        """As many connections with a request that is drawn."""
+        readers = []
+        for number in range(count):
+            reader, writer = await wire.connect()
+            stack.callback(writer.close)
+            writer.write(POST + LENGTH + b"\r\n" + BODY)
+            await until(lambda number=number: backend.running == number + 1)  # type: ignore[misc]
+            readers.append(reader)
+        return readers
+
+    async def test_beyond_the_limit_probes_are_answered_and_others_told_so(
+        self, few: Wire, backend: FakeBackend
     ) -> None:
-        await asyncio.sleep(0.1)  # for the connections of other tests to be gone
-        before = await wire.unheard(503)
-        monkeypatch.setattr(connections, "MAX_CONNECTIONS", 3)
-        monkeypatch.setattr(connections, "MAX_REFUSALS", 2)
         async with AsyncExitStack() as stack:
-            for _ in range(3):
-                _, writer = await wire.connect()
-                stack.callback(writer.close)
-            refused = await wire.say(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+            readers = await self.occupy(few, stack, backend, 3)
+            refused = await few.say(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
             assert statuses(refused) == [503]
             assert error_in(refused)["code"] == "service_unavailable"
             assert b"retry-after: " in refused.lower()
-            assert statuses(await wire.say(b"GET /health/live HTTP/1.1\r\nHost: x\r\n" + LAST)) == [200]
-            for _ in range(2):
+            for path in (b"/health/live", b"/health/", b"//health"):
+                assert statuses(await few.say(b"GET %s HTTP/1.1\r\nHost: x\r\n" % path + LAST)) == [200]
+            backend.open.set()
+            assert [await reader.readline() for reader in readers] == [b"HTTP/1.1 200 OK\r\n"] * 3
+        assert await few.unheard(503) == 1
+
+    async def test_the_idlest_makes_room_for_a_new_one(self, few: Wire, backend: FakeBackend) -> None:
+        """Those that are kept for a next request, and those that never had one; a request under way is left alone."""
+        async with AsyncExitStack() as stack:
+            (busy,) = await self.occupy(few, stack, backend, 1)
+            idle = []
+            for said in (b"", LIVE):
+                reader, writer = await few.connect()
+                stack.callback(writer.close)
+                writer.write(said)
+                if said:
+                    await reader.readuntil(b'{"status":"live"}')
+                idle.append(reader)
+            for evicted in range(2):
+                reader, writer = await few.connect()
+                stack.callback(writer.close)
+                writer.write(LIVE)
+                assert await asyncio.wait_for(reader.readline(), 5) == b"HTTP/1.1 200 OK\r\n"
+                assert await asyncio.wait_for(idle[evicted].read(), 5) == b""
+            backend.open.set()
+            assert await busy.readline() == b"HTTP/1.1 200 OK\r\n"
+
+    async def test_many_idle_ones_keep_nobody_out(self, backend: FakeBackend) -> None:
+        backend.open.set()
+        async with (
+            on_loopback(create_app(Config(), backend), connections=Connections(50, 5)) as url,
+            AsyncExitStack() as stack,
+        ):
+            wire = Wire(url)
+            for _ in range(300):
                 _, writer = await wire.connect()
                 stack.callback(writer.close)
-            assert await wire.say(b"GET /health/live HTTP/1.1\r\nHost: x\r\n" + LAST) == b""
+                writer.write(LIVE)
+            assert statuses(await wire.say(LIVE.replace(b"\r\n\r\n", b"\r\n" + LAST))) == [200]
+            assert statuses(await wire.say(POST + LENGTH + LAST + BODY)) == [200]
 
-        async def answered() -> list[int]:
-            return statuses(await wire.say(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n" + LAST))
+    @pytest.mark.parametrize(
+        ("files", "most"), [(64, 32), (1024, 512), (4096, 1000), (1 << 20, 1000), (resource.RLIM_INFINITY, 1000)]
+    )
+    async def test_there_are_no_more_than_files_may_be_open_for(self, files: int, most: int) -> None:
+        connections = Connections.for_files(files)
+        assert connections.most == most
+        assert files < 0 or connections.most + connections.refusals < 0.7 * files
 
-        deadline = time.monotonic() + 5
-        while await answered() != [200]:
-            assert time.monotonic() < deadline
-            await asyncio.sleep(0.01)
-        assert await wire.unheard(503) > before
+
+class TestKeepAlive:
+    async def test_a_connection_is_kept_as_long_as_it_was_told(self, backend: FakeBackend) -> None:
+        backend.open.set()
+        for keep_alive in (0.2, 0.6):
+            async with on_loopback(create_app(Config(), backend), keep_alive=keep_alive) as url:
+                began = time.monotonic()
+                assert statuses(await Wire(url).say(LIVE)) == [200]
+                assert keep_alive - 0.05 < time.monotonic() - began < keep_alive + 2
+
+    async def test_by_default_it_outlasts_the_pools_of_proxies(self, backend: FakeBackend) -> None:
+        assert bounded(create_app(Config(), backend)).timeout_keep_alive == Config().keep_alive == 75
+
+
+class TestOpenFiles:
+    async def test_where_no_file_can_be_opened_accepting_pauses_in_one_line_of_the_log(
+        self, backend: FakeBackend, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        backend.open.set()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        async with on_loopback(create_app(Config(), backend)) as url:
+            address = urlsplit(url)
+            assert statuses(await Wire(url).say(LIVE.replace(b"\r\n\r\n", b"\r\n" + LAST))) == [200]
+            # The kernel makes these connections; nobody has accepted them yet.
+            clients = [socket.create_connection((str(address.hostname), address.port or 0)) for _ in range(20)]
+            asyncio.get_running_loop().set_exception_handler(AcceptErrors())
+            spare = [os.dup(0)]  # until none is free below the highest
+            while spare[-1] < max(int(name) for name in os.listdir("/proc/self/fd")) - 1:  # noqa: PTH208
+                spare.append(os.dup(0))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(spare) + 1, hard))
+            try:
+                began = time.process_time()
+                await asyncio.sleep(0.5)
+                assert time.process_time() - began < 0.4
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+                for file in spare:
+                    os.close(file)
+            for client in clients:
+                reader, writer = await asyncio.open_connection(sock=client)
+                writer.write(LIVE)
+                assert await asyncio.wait_for(reader.readline(), 5) == b"HTTP/1.1 200 OK\r\n"
+                writer.close()
+        lines = [record for record in caplog.records if record.levelno >= logging.WARNING]
+        assert [line.getMessage() for line in lines] == ["No connection can be accepted: Too many open files"]
+        assert not [line for line in lines if line.exc_info]
