@@ -34,6 +34,7 @@ GATEWAY_LAYERS = [
     "bodies",
     "patience",
     "addresses",
+    "data_urls",
     "fields",
     "starts",
     "openai",

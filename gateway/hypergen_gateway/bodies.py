@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import functools
 import json
+import re
 from collections.abc import AsyncIterator, Container, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ _MAX_FILES = 32
 _MAX_FIELDS = 100
 # Starlette would take any of Python's codecs, some of which take their time, and some of which are no charset at all.
 _CHARSETS = frozenset({b"utf-8", b"utf8", b"us-ascii", b"ascii"})
+
+# Clients number the files of a field, or do not: image[0], image[].
+_INDEX = re.compile(r"\[[0-9]*\]$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +91,7 @@ class _FormParser(MultiPartParser):
         return form
 
     def _not_a_text(self, problem: str) -> InvalidRequestError:
-        name = self._current_part.field_name.removesuffix("[]")
+        name = _INDEX.sub("", self._current_part.field_name)
         return InvalidRequestError(
             f"{_named(name, self._fields)} is {problem}. "
             "A part of a form is a file if its Content-Disposition has a filename.",
@@ -97,7 +101,7 @@ class _FormParser(MultiPartParser):
 
 @asynccontextmanager
 async def read_form(request: Request, fields: Container[str]) -> AsyncIterator[dict[str, Any]]:
-    """The fields of a form: a text or a file, or a list of files where `name` or `name[]` comes several times.
+    """The fields of a form: a text or a file, or a list of files where `name`, `name[]` or `name[0]` comes again.
 
     What a browser sends for a field that nobody filled in, an empty text or a file without name and content, is absent.
     `fields` are those that an error may name.
@@ -124,7 +128,7 @@ def _form_fields(form: FormData, known: Container[str]) -> dict[str, Any]:
     for key, value in form.multi_items():
         if _is_absent(value):
             continue
-        name = key.removesuffix("[]")
+        name = _INDEX.sub("", key)
         if name in texts or (name in files and isinstance(value, str)):
             raise InvalidRequestError(f"The field {shown(name)} appears twice.", name if name in known else None)
         if isinstance(value, str):

@@ -156,14 +156,15 @@ class Endpoints:
         async with read_form(request, EditForm.model_fields) as form:
             model = await self.backend.describe()
             wanted = openai.read_request(from_texts(form, EditForm), EditForm, model, self.config.size_policy)
-            starts = await self._open(openai.uploads_of_form(wanted), wanted, model)
+            starts = await self._open(openai.uploads_of_form(wanted, openai.images_param(form)), wanted, model)
         return await self._serve(request, wanted, starts, model)
 
     async def _edit_by_json(self, request: Request) -> Response:
         payload = await read_json(request, EditRequest.model_fields)
         model = await self.backend.describe()
         wanted = openai.read_request(payload, EditRequest, model, self.config.size_policy)
-        starts = await self._open(await asyncio.to_thread(openai.uploads_of_json, wanted), wanted, model)
+        uploads = await asyncio.to_thread(openai.uploads_of_json, wanted, openai.images_param(payload))
+        starts = await self._open(uploads, wanted, model)
         return await self._serve(request, wanted, starts, model)
 
     async def vary_image(self, request: Request) -> Response:
@@ -171,7 +172,7 @@ class Endpoints:
         async with read_form(request, VariationForm.model_fields) as form:
             model = await self.backend.describe()
             wanted = openai.read_request(from_texts(form, VariationForm), VariationForm, model, self.config.size_policy)
-            starts = await self._open(openai.uploads_of_form(wanted), wanted, model)
+            starts = await self._open(openai.uploads_of_form(wanted, openai.images_param(form)), wanted, model)
         return await self._serve(request, wanted, starts, model)
 
     async def _open(self, uploads: Uploads, wanted: PictureRequest, model: ModelDescription) -> list[Start]:
@@ -215,7 +216,7 @@ class Endpoints:
 
     async def _answer(self, request: Request, wanted: PictureRequest, job: Job) -> Response:
         finished = await job.finals()
-        urls = await self._publish(request, finished, job) if wanted.response_format == "url" else None
+        urls = await self._publish(request, finished, job) if openai.wants_links(wanted) else None
         headers = {"Server-Timing": responses.server_timing(finished), **_drawing_headers(job)}
         nbytes = sum(len(picture.file) for picture in finished)
         return await off_the_loop(

@@ -6,21 +6,23 @@ defaults and schedulers come from the `ModelDescription`. Knows neither HTTP nor
 
 from __future__ import annotations
 
-import base64
 import io
 import secrets
+from collections.abc import Container
 from typing import Any, BinaryIO, Literal, TypeVar
 
 from pydantic import ValidationError
 
 from hypergen_gateway.bodies import shown
+from hypergen_gateway.data_urls import file_in
 from hypergen_gateway.errors import InvalidRequestError
 from hypergen_gateway.fields import (
+    MAX_DEADLINE_MS,
     MAX_IMAGES,
     EditForm,
     EditRequest,
-    ImageReference,
     ImageRequest,
+    PictureFields,
     PictureRequest,
     VariationForm,
 )
@@ -37,11 +39,13 @@ _VARIATION_STRENGTH = 0.6
 
 Request = TypeVar("Request", ImageRequest, EditRequest, EditForm, VariationForm)
 Quality = Literal["low", "medium", "high"]
-# The words of older OpenAI models, and "auto", in today's words.
+# The words of all of OpenAI's models in those that tell three kinds of work apart.
 _QUALITIES: dict[str, Quality] = {
     "low": "low",
     "medium": "medium",
     "high": "high",
+    "xhigh": "high",
+    "max": "high",
     "auto": "medium",
     "standard": "medium",
     "hd": "high",
@@ -55,13 +59,32 @@ _SERVED: dict[str, tuple[object, ...]] = {
     "background": ("auto", "opaque"),
 }
 
+# Models of OpenAI that answer with links unless asked otherwise.
+_LINKING_MODELS = ("dall-e-2", "dall-e-3")
+
+_EDITS = "images to start from are for POST /v1/images/edits"
+_ANIMATED = "'output_format' can be neither gif nor svg here"
+_ANY_ROUTE = dict.fromkeys(("frame_count", "frame_duration_ms", "svg"), _ANIMATED)
+_MARKUP = {"markup": "this server takes no markup; a 'mask' says what is drawn anew"}
+# Fields that a route does not have and whose sender would expect another picture: refused rather than ignored, with
+# the reason.
+_ELSEWHERE: dict[type[PictureFields], dict[str, str]] = {
+    ImageRequest: _ANY_ROUTE | dict.fromkeys(("image", "images", "mask", "strength", "markup"), _EDITS),
+    EditRequest: _ANY_ROUTE | _MARKUP,
+    EditForm: _ANY_ROUTE | _MARKUP,
+    VariationForm: _ANY_ROUTE
+    | dict.fromkeys(("prompt", "mask", "markup"), "what is to change is said in POST /v1/images/edits"),
+}
+# Which of the words below say what the images of a request may be, whichever of its two names it uses.
+_LEGAL_IMAGES = {ImageRequest: "image", EditRequest: "images", EditForm: "image", VariationForm: "image"}
+
 # What a field may hold, to complete "It must be …". Braces are filled from the model's description.
 _LEGAL: dict[str, str] = {
     "prompt": "a string of 1 to 32,000 characters",
     "model": "a string",
     "n": "an integer from 1 to {max_num_images}",
     "size": "'auto' or {legal_sizes}",
-    "quality": "'low', 'medium', 'high', 'auto', 'standard' or 'hd'",
+    "quality": "'low', 'medium', 'high', 'xhigh', 'max', 'auto', 'standard' or 'hd'",
     "response_format": "'b64_json' or 'url'",
     "output_format": "'png', 'jpeg' or 'webp'",
     "output_compression": "an integer from 0 to 100",
@@ -79,13 +102,16 @@ _LEGAL: dict[str, str] = {
     "guidance_end": "a number from 'guidance_start' to 1",
     "cache_interval": "{legal_cache_intervals}",
     "scheduler": "one of {known_schedulers}",
-    "seed": f"an integer from 0 to {MAX_SEED}, and so must be seed + n - 1",
+    "seed": f"an integer from 0 to {MAX_SEED}, and so must be seed + n - 1; -1 is a random one",
     "strength": "a number from 0 to 1",
     "input_fidelity": "'high' or 'low'",
     "image": "a PNG, JPEG or WebP file; an edit takes up to {max_images}",
-    "images": 'an array of 1 to {max_images} objects such as {{"image_url": "data:image/png;base64,…"}}',
+    "images": (
+        '1 to {max_images} images, each an object such as {{"image_url": "data:image/png;base64,…"}}; '
+        "a file_id would need OpenAI's Files API"
+    ),
     "mask": 'a PNG, transparent where the image is drawn anew; in JSON {{"image_url": "data:image/png;base64,…"}}',
-    "deadline_ms": "an integer of at least 1",
+    "deadline_ms": f"an integer from 1 to {MAX_DEADLINE_MS}",
     "lora_path": "{known_loras}",
     "lora_scale": "a number from 0 to 2",
 }
@@ -96,10 +122,11 @@ def read_request(
 ) -> Request:
     """Validates a body's fields; the first wrong one is named in the error."""
     given = {name: value for name, value in payload.items() if value is not None}
+    _refuse_what_belongs_elsewhere(given, kind)
     try:
         request: Request = kind.model_validate(given)
     except ValidationError as error:
-        raise _invalid(str(error.errors()[0]["loc"][0]), given, model, sizes) from error
+        raise _invalid(str(error.errors()[0]["loc"][0]), given, model, sizes, _LEGAL_IMAGES[kind]) from error
     for name, served in _SERVED.items():
         if getattr(request, name) not in served:
             raise InvalidRequestError(
@@ -109,17 +136,36 @@ def read_request(
     return request
 
 
+def _refuse_what_belongs_elsewhere(given: dict[str, Any], kind: type[PictureFields]) -> None:
+    for name, reason in _ELSEWHERE[kind].items():
+        if name in given:
+            raise InvalidRequestError(f"'{name}' is not a field of this request: {reason}.", name)
+    if all(name in given for name in ("image", "images")):
+        raise InvalidRequestError("'image' and 'images' are two names of one field. Send one of them.", "images")
+
+
 def _check_combinations(request: PictureRequest) -> None:
     if request.output_format == "png" and request.output_compression != 100:
         raise InvalidRequestError(
             "'output_compression' is for 'jpeg' and 'webp': 'png' loses nothing. It must be 100 or left out.",
             "output_compression",
         )
+    if request.stream and isinstance(request, VariationForm):
+        raise InvalidRequestError(
+            "Invalid value for 'stream': variations come all at once; POST /v1/images/edits streams.", "stream"
+        )
     if request.stream and request.response_format == "url":
         raise InvalidRequestError(
             "Invalid value for 'response_format': a stream carries its pictures. It must be 'b64_json'.",
             "response_format",
         )
+
+
+def wants_links(request: PictureRequest) -> bool:
+    """Whether pictures are sent as links rather than in the answer."""
+    if request.response_format is None:
+        return request.model in _LINKING_MODELS and not request.stream
+    return request.response_format == "url"
 
 
 def file_format_of(request: PictureRequest) -> FileFormat:
@@ -136,33 +182,30 @@ def strength_of(request: PictureRequest) -> float | None:
     return request.strength
 
 
-def uploads_of_form(request: EditForm | VariationForm) -> Uploads:
-    """The files that came with a form."""
+def images_param(payload: Container[str]) -> str:
+    """The name by which a client knows the images that it sent."""
+    return "images" if "images" in payload else "image"
+
+
+def uploads_of_form(request: EditForm | VariationForm, param: str) -> Uploads:
+    """The files that came with a form, as `param`."""
     if isinstance(request, VariationForm):
-        return Uploads(images=[request.image.file], mask=None, images_param="image")
+        return Uploads(images=[request.image.file], mask=None, images_param=param)
     mask = None if request.mask is None else request.mask.file
-    return Uploads(images=[image.file for image in request.image], mask=mask, images_param="image")
+    return Uploads(images=[image.file for image in request.image], mask=mask, images_param=param)
 
 
-def uploads_of_json(request: EditRequest) -> Uploads:
-    """The files that stand in a JSON body as data URLs."""
+def uploads_of_json(request: EditRequest, param: str) -> Uploads:
+    """The files that stand in a JSON body, as `param`."""
     mask = None if request.mask is None else _file_in(request.mask, "mask")
-    return Uploads(images=[_file_in(image, "images") for image in request.images], mask=mask, images_param="images")
+    return Uploads(images=[_file_in(image, param) for image in request.images], mask=mask, images_param=param)
 
 
-def _file_in(reference: ImageReference, param: str) -> BinaryIO:
-    head, comma, content = reference.image_url.partition(",")
-    if not head.startswith("data:"):
-        raise InvalidRequestError(
-            f"An image_url in '{param}' must be a data URL, 'data:image/png;base64,…'. No URL is ever fetched.",
-            param,
-        )
+def _file_in(reference: str, param: str) -> BinaryIO:
     try:
-        if not comma or not head.endswith(";base64"):
-            raise ValueError
-        return io.BytesIO(base64.b64decode(content, validate=True))
+        return io.BytesIO(file_in(reference))
     except ValueError as error:
-        raise InvalidRequestError(f"The data URL in '{param}' must read 'data:image/png;base64,…'.", param) from error
+        raise InvalidRequestError(f"An image in '{param}' {error}.", param) from error
 
 
 def quality_of(request: PictureRequest) -> Quality:
@@ -178,7 +221,7 @@ def to_generation(request: PictureRequest, model: ModelDescription) -> Generatio
     """
     asked = asked_size(request)
     width, height = (model.default_width, model.default_height) if asked is None else nearest_size(asked, model)
-    seed = secrets.randbelow(_RANDOM_SEEDS - request.n) if request.seed is None else request.seed
+    seed = secrets.randbelow(_RANDOM_SEEDS - request.n) if request.seed in (None, -1) else request.seed
     steps, guidance = request.num_inference_steps, request.guidance_scale
     generation = Generation(
         prompt=request.prompt,
@@ -257,7 +300,7 @@ def _steps_for(quality: str, model: ModelDescription) -> int:
 
 
 def _invalid(
-    name: str, given: dict[str, Any], model: ModelDescription, sizes: SizePolicy = _ANY_SIZE
+    name: str, given: dict[str, Any], model: ModelDescription, sizes: SizePolicy = _ANY_SIZE, images: str = "image"
 ) -> InvalidRequestError:
     more = {
         "known_schedulers": ", ".join(model.schedulers),
@@ -266,6 +309,6 @@ def _invalid(
         "legal_cache_intervals": _legal_cache_intervals(model),
         "max_images": MAX_IMAGES,
     }
-    legal = _LEGAL[name].format(**vars(model), **more)
+    legal = _LEGAL[images if name in ("image", "images") else name].format(**vars(model), **more)
     problem = f"Invalid value for '{name}': {shown(given[name])}." if name in given else f"'{name}' is missing."
     return InvalidRequestError(f"{problem} It must be {legal}.", name)

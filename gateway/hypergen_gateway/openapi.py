@@ -348,8 +348,8 @@ def _without_null(schema: JsonObject) -> None:
     for name, described in schema["properties"].items():
         if _NULL not in described.get("anyOf", []):
             continue
-        (other,) = [each for each in described.pop("anyOf") if each != _NULL]
-        described.update(other)
+        others = [each for each in described.pop("anyOf") if each != _NULL]
+        described.update(others[0] if len(others) == 1 else {"anyOf": others})
         if name in schema.get("required", []):  # of an answer, pydantic counts what is null as there
             schema["required"].remove(name)
 

@@ -37,7 +37,7 @@ _WRONG: dict[str, list[Any]] = {
 _WRONG_EXTENSIONS: dict[str, list[Any]] = {
     "num_inference_steps": [0, 151, 1.5, "20"],
     "guidance_scale": [-1, 21, "x"],
-    "seed": [-1, 1.5, 2**63],
+    "seed": [-2, 1.5, 2**63],
     "scheduler": ["no-such-scheduler", 1],
 }
 
