@@ -29,7 +29,7 @@ from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.errors import HyperGenError
 from hypergen_gateway.images import FileFormat, FormatName, encode
 from hypergen_gateway.logs import LogFormat, set_up_logging
-from hypergen_gateway.options import A_WEEK, A_YEAR, Argument, Number, Option, option
+from hypergen_gateway.options import A_WEEK, A_YEAR, Argument, KeyText, Number, Option, option
 from hypergen_gateway.repository import (
     SHIPPED_MODEL,
     ExportFailedError,
@@ -165,6 +165,7 @@ def _read_triton_options(model: str | None, given: dict[str, Any]) -> TritonOpti
     cache_dir = given["cache_dir"] or default_cache_dir()
     if cache_dir is None:
         raise click.UsageError("This user has no home folder: say with --cache-dir where exported models are kept.")
+    _have_a_home(cache_dir)
     export = ExportOptions(
         dtype=_cpu_dtype() if dtype == "auto" else dtype,
         max_batch_size=max_batch_size,
@@ -173,6 +174,14 @@ def _read_triton_options(model: str | None, given: dict[str, Any]) -> TritonOpti
         deep_cache=deep_cache,
     )
     return TritonOptions(model=model, url=None, export=export)
+
+
+def _have_a_home(cache_dir: Path) -> None:
+    """Libraries of the exporter and the models fail for a user without a home, even those that keep nothing there."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = str(cache_dir.absolute())
 
 
 def _check_triton_url(url: str, *, loras: Sequence[str], deep_cache: bool) -> None:
@@ -193,13 +202,6 @@ def _cpu_dtype() -> str:
     return "bfloat16" if has_bf16 else "float32"
 
 
-class _OneKey(click.types.StringParamType):
-    """An API key. An environment variable holds one, whatever is in it."""
-
-    def split_envvar_value(self, rv: str) -> list[str]:
-        return [rv]
-
-
 @main.command(name="serve", short_help="Serve a model behind OpenAI's API.")
 @click.argument("model", cls=Argument, required=False, envvar="HYPERGEN_MODEL")
 @option("--host", default="0.0.0.0", help="Address or host name to listen on; '::' is IPv4 and IPv6.")
@@ -207,7 +209,7 @@ class _OneKey(click.types.StringParamType):
 @option(
     "--api-key",
     secret=True,
-    type=_OneKey(),
+    type=KeyText(),
     metavar="KEY",
     multiple=True,
     help="Clients must send it as 'Authorization: Bearer KEY'; repeatable. Other users of this machine can read "

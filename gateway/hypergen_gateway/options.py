@@ -28,6 +28,21 @@ class Number(click.FloatRange):
         return number
 
 
+class KeyText(click.types.StringParamType):
+    """An API key as a header can carry it. An environment variable holds one, whatever is in it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The key; a usage error, which does not show it, where no client could send it."""
+        key = str(super().convert(value, param, ctx)).strip()
+        if not (key.isascii() and key.isprintable()):
+            self.fail("an API key is printing ASCII.", param, ctx)
+        return key
+
+    def split_envvar_value(self, rv: str) -> list[str]:
+        """All of it."""
+        return [rv]
+
+
 class _NotEmpty(click.Parameter):
     """A parameter that is not empty, as `--host "$ADDRESS"` is where the shell has no such variable."""
 

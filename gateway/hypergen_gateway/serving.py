@@ -25,6 +25,7 @@ from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.connections import AcceptErrors, Listener, allow_open_files, bounded
 from hypergen_gateway.embedded.errors import EmbeddedError
+from hypergen_gateway.embedded.installation import find_installation
 from hypergen_gateway.errors import UnavailableError
 from hypergen_gateway.generation import Generation, Lora, ModelDescription, Picture
 from hypergen_gateway.logs import console
@@ -160,9 +161,10 @@ async def _connected(options: TritonOptions, request_timeout: float) -> AsyncIte
 
 @contextlib.asynccontextmanager
 async def _embedded(options: TritonOptions) -> AsyncIterator[EmbeddedTriton]:
+    # What is missing is known before an export that may take long.
+    find_installation()
     # Imported here, because a gateway in front of another Triton is installed without what this needs.
     try:
-        from hypergen_gateway.embedded.installation import find_installation
         from hypergen_gateway.embedded.supervisor import embedded_triton
     except ImportError as error:
         raise EmbeddedError(
@@ -170,7 +172,6 @@ async def _embedded(options: TritonOptions) -> AsyncIterator[EmbeddedTriton]:
         ) from error
 
     assert options.export is not None
-    find_installation()  # what is missing is known before an export that may take long
     repository = await find_repository(options.model, options.export)
     began = time.monotonic()
     console.info("Starting Triton …")

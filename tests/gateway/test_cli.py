@@ -130,9 +130,12 @@ def test_a_client_s_key_whose_variable_is_set_but_empty_is_refused_too() -> None
 
 @pytest.mark.parametrize("key", ["a\x00b", "a\nb", "a\x7fb", "ключ"])
 def test_a_key_that_no_client_could_send_is_refused_and_not_shown(key: str, key_file: Path) -> None:
-    line = refusal(serve("--api-key", key))
-    assert "API key" in line
-    assert key not in line
+    for line in (
+        refusal(serve("--api-key", key)),
+        refusal(CliRunner().invoke(main, ["conformance", "http://127.0.0.1:1", "--api-key", key])),
+    ):
+        assert "API key" in line
+        assert key not in line
     key_file.write_text(f"alice: {key.split()[0]} {key.split()[-1]}\n" if "\n" in key else f"alice: {key}\n")
     assert key not in refusal(serve("--api-key-file", str(key_file)))
 
@@ -302,6 +305,10 @@ class TestHomes:
         result = serve("--triton-url", "127.0.0.1:1")
         assert f"Cannot listen on {NOWHERE}" in result.output
         assert "No model answers" in generate().output
+
+    def test_whose_cache_is_given_has_a_home_there(self, tmp_path: Path) -> None:
+        assert f"Cannot listen on {NOWHERE}" in serve("--cache-dir", str(tmp_path)).output
+        assert os.environ["HOME"] == str(tmp_path)
 
     def test_a_relative_cache_of_xdg_is_ignored(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", "cache")

@@ -12,7 +12,7 @@ import httpx
 from hypergen_gateway.conformance import auth, edits, generations, headers, mistakes, models, report, streams
 from hypergen_gateway.conformance.rules import Finding, Rule, findings
 from hypergen_gateway.conformance.server import MODELS, Options, Server
-from hypergen_gateway.options import A_WEEK, Argument, Number, Option, option
+from hypergen_gateway.options import A_WEEK, Argument, KeyText, Number, Option, option
 
 AREAS = (
     models.AREA,
@@ -33,7 +33,7 @@ RULES: tuple[Rule, ...] = tuple(rule for area in AREAS for rule in area.rules)
 
 @click.command()
 @click.argument("urls", cls=Argument, nargs=-1, required=True, metavar="URL...")
-@option("--api-key", secret=True, metavar="KEY", help="The servers' key.")
+@option("--api-key", secret=True, type=KeyText(), metavar="KEY", help="The servers' key.")
 @click.option("--timeout", cls=Option, type=Number(1, A_WEEK), default=600.0, help="Seconds that one answer may take.")
 @click.option(
     "--extra-body", cls=Option, metavar="JSON", default="{}", help="Fields for every request, such as fewer steps."
@@ -94,6 +94,7 @@ def _show(finding: Finding, *, is_first: bool) -> None:
 def _read_fields(text: str) -> dict[str, Any]:
     try:
         fields = json.loads(text)
+        json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()  # as it will be sent
     except ValueError as error:
         raise click.UsageError(f"--extra-body is not JSON: {error}.") from error
     if not isinstance(fields, dict):
