@@ -57,6 +57,7 @@ GATEWAY_LAYERS = [
     "access",
     "browsers",
     "middleware",
+    "proxies",
     "connections",
     "metrics",
     "tracing",

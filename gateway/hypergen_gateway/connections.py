@@ -30,6 +30,7 @@ from hypergen_gateway.errors import (
 )
 from hypergen_gateway.faults import error_response
 from hypergen_gateway.paths import canonical_path
+from hypergen_gateway.proxies import TrustedProxies
 
 logger = logging.getLogger(__name__)
 
@@ -355,7 +356,8 @@ def bounded(
     limit = connections or Connections.for_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     protocol: Any = functools.partial(BoundedProtocol, limit=limit)
     return uvicorn.Config(
-        app,
+        TrustedProxies(app),
+        proxy_headers=False,
         http=protocol,
         ws="none",
         timeout_keep_alive=keep_alive,  # type: ignore[arg-type]  # seconds of asyncio's clock
