@@ -76,14 +76,14 @@ class Family:
     index: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _xl(scheduler: Mapping[str, Any], **unet: Any) -> Family:
+def _xl(scheduler: Mapping[str, Any], made_from: str = "", **unet: Any) -> Family:
     return Family(
         scheduler=scheduler,
         unet={**_UNET_XL, **unet},
         pipeline="StableDiffusionXLPipeline",
         scaling_factor=0.13025,
         second_text_encoder=True,
-        index={"force_zeros_for_empty_prompt": True},
+        index={"force_zeros_for_empty_prompt": True, **({"_name_or_path": made_from} if made_from else {})},
     )
 
 
@@ -92,13 +92,19 @@ FAMILIES: Mapping[str, Family] = {
     "sd-2": Family(
         scheduler={**_DDIM, "prediction_type": "v_prediction"}, unet=_UNET_2, pad_token="!", hidden_act="gelu"
     ),
-    "sd-turbo": Family(scheduler=_TRAILING, unet=_UNET_2, pad_token="!", hidden_act="gelu"),
+    "sd-turbo": Family(
+        scheduler=_TRAILING,
+        unet=_UNET_2,
+        pad_token="!",
+        hidden_act="gelu",
+        index={"_name_or_path": "stabilityai/sd-turbo"},
+    ),
     "lcm": Family(scheduler=_LCM, unet=_UNET_1 | _GUIDANCE_EMBEDDED, pipeline="LatentConsistencyModelPipeline"),
     "tcd": Family(scheduler=_TCD, unet=_UNET_1),
     "sdxl": _xl(_EULER),
-    "sdxl-turbo": _xl(_TRAILING_ANCESTRAL),
-    "sdxl-lightning": _xl(_TRAILING),
-    "lcm-sdxl": _xl(_LCM, **_GUIDANCE_EMBEDDED),
+    "sdxl-turbo": _xl(_TRAILING_ANCESTRAL, "stabilityai/sdxl-turbo"),
+    "sdxl-lightning": _xl(_TRAILING, "ByteDance/SDXL-Lightning"),
+    "lcm-sdxl": _xl(_LCM, "", **_GUIDANCE_EMBEDDED),
 }
 
 

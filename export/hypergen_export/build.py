@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from hypergen_export.checkpoint import SCHEDULER, Checkpoint, open_checkpoint
 from hypergen_export.components import Component, with_deep_cache
-from hypergen_export.defaults import checkpoint_parameters
+from hypergen_export.defaults import checkpoint_parameters, remarks
 from hypergen_export.engines import ENGINES, OPENVINO, TENSORRT, Size, check_dtype, choose_sizes, size_parameters
 from hypergen_export.errors import BadLoraError, MissingDependencyError
 from hypergen_export.fingerprint import component_key, plan_key, repository_key, tokenizer_key, weight_files
@@ -98,13 +98,17 @@ class Outcome:
     reused: tuple[str, ...] = ()
 
 
-def export(request: ExportRequest, target: Target | None = None) -> Outcome:
+def export(
+    request: ExportRequest, target: Target | None = None, remark: Callable[[str], None] = lambda _: None
+) -> Outcome:
     """Make `request.output` the repository asked for. Raises ExportError.
 
-    TensorRT's plans are for `target`, or for this machine.
+    TensorRT's plans are for `target`, or for this machine. `remark` is told what one should know of the checkpoint.
     """
     output = request.output.expanduser().resolve()
     plan = _plan(request, Earlier(output, read_record(output) or {}), target)
+    for text in remarks(plan.checkpoint):
+        remark(text)
     _hash_weights(plan)
     if plan.is_up_to_date:
         if plan.hashes.has_news:

@@ -21,12 +21,19 @@ from hypergen_export.errors import (
     UnknownModelError,
 )
 from hypergen_export.hub import find_snapshot
-from hypergen_export.weights import Weights, choose_weights
+from hypergen_export.weights import VOCABULARIES, Weights, choose_weights, missing_shards, other_content, weights_fault
 
 SHIPPED_MODEL = "hypergen/emoji"
 INDEX = "model_index.json"
 SCHEDULER = Path("scheduler") / "scheduler_config.json"
 DEFAULTS = "hypergen_defaults.json"
+# transformers' CLIPTextConfig, for a config that leaves them out.
+_CLIP_TEXT_DEFAULTS = {
+    "vocab_size": 49408,
+    "hidden_size": 512,
+    "max_position_embeddings": 77,
+    "projection_dim": 512,
+}
 _PACKAGE = Path(__file__).parent
 # In a wheel the checkpoint lies inside the package, in a checkout beside it.
 _SHIPPED_FOLDERS = (_PACKAGE / "bundled" / "emoji", _PACKAGE.parent / "emoji" / "checkpoint")
@@ -41,8 +48,13 @@ class Checkpoint:
     index: Mapping[str, Any]
 
     def config(self, module: str) -> Mapping[str, Any]:
-        """The module's config.json."""
-        return read_json(self.folder / module / "config.json")
+        """The module's config.json; of a text encoder what transformers makes of it, with its defaults."""
+        config = read_json(self.folder / module / "config.json")
+        if not module.startswith("text_encoder"):
+            return config
+        # A whole CLIP's has another one inside, for its text encoder.
+        text = config.get("text_config")
+        return {**_CLIP_TEXT_DEFAULTS, **(text if isinstance(text, dict) else config)}
 
     def weights(self, module: str) -> Weights:
         """The files that hold the module's weights."""
@@ -57,6 +69,13 @@ class Checkpoint:
         """What the checkpoint's author recommends, if anything."""
         path = self.folder / DEFAULTS
         return read_json(path) if path.exists() else {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the checkpoint is called: its folder's name, its id in the hub's cache, what it was made from."""
+        cached = (part for part in self.folder.parts if part.startswith("models--"))
+        made_from = (self.index.get("_name_or_path"), self.config("unet").get("_name_or_path"))
+        return (self.folder.name, *cached, *(str(name) for name in made_from if name))
 
     @cached_property
     def scheduler(self) -> Mapping[str, Any]:
@@ -120,7 +139,8 @@ def read_json(path: Path) -> Mapping[str, Any]:
     except FileNotFoundError:
         raise BrokenCheckpointError(f"{path}: missing") from None
     except (OSError, ValueError) as error:
-        raise BrokenCheckpointError(f"{path}: cannot be read ({error})") from error
+        reason = (path.is_file() and other_content(path)) or error
+        raise BrokenCheckpointError(f"{path}: cannot be read ({reason})") from error
     if not isinstance(content, dict):
         raise BrokenCheckpointError(f"{path}: holds no json object")
     return content
@@ -152,8 +172,34 @@ def _check_files(checkpoint: Checkpoint) -> None:
             raise BrokenCheckpointError(f"{checkpoint.folder / module}: missing")
     for module in checkpoint.family.modules:
         checkpoint.config(module)
-        checkpoint.weights(module)
+        _check_weights(checkpoint.folder / module, checkpoint.weights(module))
+    for tokenizer in checkpoint.family.tokenizers:
+        _check_tokenizer(checkpoint.folder / tokenizer)
     _ = checkpoint.scheduler, checkpoint.defaults
+
+
+def _check_weights(folder: Path, weights: Weights) -> None:
+    try:
+        missing = missing_shards(folder, weights)
+    except ValueError as error:
+        raise BrokenCheckpointError(f"{folder}: {error}") from error
+    if missing:
+        raise BrokenCheckpointError(f"{folder / missing[0]}: missing, though it is a part of the weights")
+    for file in weights.files:
+        fault = weights_fault(folder / file)
+        if fault:
+            raise BrokenCheckpointError(f"{folder / file}: holds no weights that can be read ({fault})")
+
+
+def _check_tokenizer(folder: Path) -> None:
+    found = [files for files in VOCABULARIES if all((folder / file).is_file() for file in files)]
+    if not found:
+        wanted = " or ".join(" and ".join(files) for files in VOCABULARIES)
+        raise BrokenCheckpointError(f"{folder}: has no vocabulary ({wanted}) for a CLIPTokenizer")
+    for file in found[0]:
+        fault = other_content(folder / file)
+        if fault:
+            raise BrokenCheckpointError(f"{folder / file}: cannot be read ({fault})")
 
 
 def _readable_sizes(checkpoint: Checkpoint) -> Sizes:

@@ -105,7 +105,7 @@ def export(*, model: str, output: Path, dtype: str, sizes: str | None, loras: tu
             model=model, output=output, dtype=_DTYPES[dtype], sizes=asked, loras=read_loras(loras), **options
         )
         with _interruptible():
-            outcome = build(request)
+            outcome = build(request, remark=lambda text: click.echo(f"{model}: {text}", err=True))
     except ExportError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:  # a checkpoint that may not be read, an installation with a file missing

@@ -5,6 +5,7 @@ It compares at shapes the graph was not traced with, since a dimension frozen by
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +50,11 @@ def compare(component: Component, wrapped: torch.nn.Module, sizes: Sizes, path: 
     pairs = (
         pair for s in _SHAPES for pair in _outputs(component, wrapped, engine, example_inputs(component, sizes, **s))
     )
-    difference = max(measure(*pair) for pair in pairs)
-    # Written so that NaN, which compares false with everything, is a miss.
-    if not difference <= allowed:
+    # Not the built-in one, which loses a NaN.
+    difference = float(np.max([measure(*pair) for pair in pairs]))
+    if not math.isfinite(difference):
+        raise ParityMissedError(f"{component.name}: torch or the exported model computes values that are not finite")
+    if difference > allowed:
         raise ParityMissedError(
             f"{component.name}: the exported model differs from torch by {difference:.2g}, "
             f"more than the {allowed:g} allowed"

@@ -6,6 +6,7 @@ that file they are read from its scheduler and UNet.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -37,9 +38,10 @@ _HABITS = {
 # Guidance is distilled into the weights, and a second row per image would be wasted: scale 1 is none.
 _FEW_STEPS = (4, 1.0)
 _FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
-# How the few-step models of the Turbo and Lightning kind are published: Euler from the very last timestep. With
-# v-prediction or a rescaled schedule that is a many-step model trained to zero terminal noise instead.
+# How the few-step models of the Turbo and Lightning kind are published: Euler from the very last timestep. So are many
+# that take as many steps as others, wherefore one of these words must be in what the checkpoint is called, too.
 _EULER = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
+_DISTILLED = re.compile(r"turbo|lightning|hyper[-_ ]?sd|dmd|flash|distill|(?<![0-9])[1-8][-_ ]?steps?", re.IGNORECASE)
 
 
 def checkpoint_parameters(checkpoint: Checkpoint, known_schedulers: Collection[str]) -> dict[str, str]:
@@ -113,17 +115,37 @@ def _habits(checkpoint: Checkpoint) -> dict[str, int | float]:
 
 def _usual_habits(checkpoint: Checkpoint) -> tuple[int, float]:
     takes_guidance = "timestep_cond" in checkpoint.family.unet_conditions
-    if not takes_guidance and _takes_few_steps(checkpoint.scheduler):
+    if not takes_guidance and _few_steps_reason(checkpoint):
         return _FEW_STEPS
     return _HABITS[checkpoint.family.name]
 
 
-def _takes_few_steps(scheduler: Mapping[str, Any]) -> bool:
-    """Whether the checkpoint comes with the scheduler of a model distilled to a few steps."""
-    name = scheduler.get("_class_name")
+def remarks(checkpoint: Checkpoint) -> list[str]:
+    """What whoever serves the checkpoint should know, as it cannot be seen from its pictures."""
+    said = []
+    reason = _few_steps_reason(checkpoint)
+    stated = {"num_inference_steps", "guidance_scale"} <= checkpoint.defaults.keys()
+    if reason and not stated:
+        steps, scale = _usual_habits(checkpoint)
+        said.append(f"taken for a few-step model ({reason}): by default {steps} steps, guidance scale {scale:g}")
+    safety_checker = checkpoint.index.get("safety_checker") or [None]
+    if safety_checker[-1] or checkpoint.index.get("requires_safety_checker"):
+        said.append("the checkpoint comes with a safety checker; none is run, and images are not filtered")
+    return said
+
+
+def _few_steps_reason(checkpoint: Checkpoint) -> str:
+    """What shows that the checkpoint is distilled to a few steps; empty where nothing does."""
+    scheduler = checkpoint.scheduler
+    name = str(scheduler.get("_class_name"))
+    if name in _FEW_STEP_SCHEDULERS:
+        return f"its scheduler is {name}"
+    # With v-prediction or a rescaled schedule it is a many-step model trained to zero terminal noise.
     ends_in_noise = scheduler.get("prediction_type") == "v_prediction" or scheduler.get("rescale_betas_zero_snr")
-    trailing = scheduler.get("timestep_spacing") == "trailing" and not ends_in_noise
-    return name in _FEW_STEP_SCHEDULERS or (name in _EULER and trailing)
+    if name not in _EULER or scheduler.get("timestep_spacing") != "trailing" or ends_in_noise:
+        return ""
+    word = next(filter(None, map(_DISTILLED.search, checkpoint.names)), None)
+    return f"{name} with trailing timesteps, and '{word[0]}' in its name" if word else ""
 
 
 def _suggestions(stored: Mapping[str, Any]) -> str:

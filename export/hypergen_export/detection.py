@@ -39,6 +39,7 @@ _CHANNELS = {
     9: "a mask and a masked picture: an inpainting model",
 }
 
+_TOKENIZERS = ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast")
 _DEFAULT_CONTEXT_WIDTH = 1280  # diffusers', for a config that leaves it out
 
 
@@ -65,10 +66,13 @@ def find_family(model: str, index: Config, read_unet: Callable[[], Config]) -> F
 def check_classes(model: str, index: Config, family: Family) -> None:
     """Refuse parts of other classes than the table's. Raises UnsupportedModelError."""
     for module, loader in family.modules.items():
-        parts = [str(part) for part in index.get(module) or [] if part is not None]
-        given = ".".join(parts) or "none"
+        given = _class_name(index, module)
         if given != loader:
             raise UnsupportedModelError(f"{model}: its {module} is {given}, but only {loader} is supported")
+    for tokenizer in family.tokenizers:
+        given = _class_name(index, tokenizer)
+        if given not in _TOKENIZERS:
+            raise UnsupportedModelError(f"{model}: its {tokenizer} is {given}, but only {_TOKENIZERS[0]} is supported")
 
 
 def check_configs(model: str, configs: Mapping[str, Config], sizes: Sizes) -> None:
@@ -98,6 +102,10 @@ def check_configs(model: str, configs: Mapping[str, Config], sizes: Sizes) -> No
     for reason, applies in reasons.items():
         if applies:
             raise UnsupportedModelError(f"{model}: {reason}, which is not supported")
+
+
+def _class_name(index: Config, part: str) -> str:
+    return ".".join(str(name) for name in index.get(part) or [] if name is not None) or "none"
 
 
 def _reason(pipeline: str, index: Config) -> str:

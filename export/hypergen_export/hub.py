@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from hypergen_export.components import FAMILIES
 from hypergen_export.errors import MissingDependencyError, UnknownModelError, first_line
-from hypergen_export.weights import choose_weights
+from hypergen_export.weights import VOCABULARIES, choose_weights, missing_shards
 
 _SMALL_FILES = (".json", ".txt")
 
@@ -24,9 +24,11 @@ def find_snapshot(model: str) -> Path:
         raise MissingDependencyError(f"{model}: fetching from the hub needs hypergen-triton[export]") from error
     # A server that restarts must find the very weights it served before, and without a network: no look at the hub
     # for a newer revision while a complete snapshot is here.
+    lacks = ""
     try:
         folder = Path(huggingface_hub.snapshot_download(model, local_files_only=True))
-        if _is_complete(folder):
+        lacks = what_is_missing(folder)
+        if not lacks:
             return folder
     except (OSError, ValueError):
         pass  # not in the cache, or an id that the hub will refuse with a better message
@@ -34,9 +36,8 @@ def find_snapshot(model: str) -> Path:
         names = [file.rfilename for file in huggingface_hub.HfApi().model_info(model).siblings or []]
         return Path(huggingface_hub.snapshot_download(model, allow_patterns=wanted_files(names)))
     except Exception as error:  # the one gate for whatever the hub's client and its transports raise
-        raise UnknownModelError(
-            f"{model}: neither a folder nor to be had from the hub ({first_line(error)})"
-        ) from error
+        here = f"its copy here lacks {lacks}, and it is not" if lacks else "neither a folder nor"
+        raise UnknownModelError(f"{model}: {here} to be had from the hub ({first_line(error)})") from error
 
 
 def wanted_files(names: Iterable[str]) -> list[str]:
@@ -47,28 +48,53 @@ def wanted_files(names: Iterable[str]) -> list[str]:
         files = _within(names, module)
         weights = choose_weights(files)
         wanted += [f"{module}/{file}" for file in files if file == "config.json" or (weights and file in weights.files)]
-    for folder in _other_folders():
+    for folder in ("scheduler", *_tokenizers()):
         wanted += [f"{folder}/{file}" for file in _within(names, folder) if file.endswith(_SMALL_FILES)]
     return wanted
 
 
-def _is_complete(folder: Path) -> bool:
-    """Whether the weights of all modules that the index lists, as far as any family has them, are there."""
+def what_is_missing(folder: Path) -> str:
+    """The first file of a snapshot that an export would read in vain; empty where it is complete.
+
+    Of modules, tokenizers and scheduler as the index lists them, as far as any family has them.
+    """
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    parts = index if isinstance(index, dict) else {}
-    return all(choose_weights(_within(names, module)) for module in _modules() if (parts.get(module) or [None])[0])
+        listed = index.items()
+    except (OSError, ValueError, AttributeError):
+        return "model_index.json"
+    parts = [part for part, classes in listed if isinstance(classes, list) and any(classes)]
+    missing = (
+        *(_missing_of_module(folder / part) for part in _modules() if part in parts),
+        *(_missing_of_tokenizer(folder / part) for part in _tokenizers() if part in parts),
+        "" if (folder / "scheduler" / "scheduler_config.json").is_file() else "scheduler/scheduler_config.json",
+    )
+    return next(filter(None, missing), "")
+
+
+def _missing_of_module(folder: Path) -> str:
+    if not (folder / "config.json").is_file():
+        return f"{folder.name}/config.json"
+    weights = choose_weights(path.name for path in folder.iterdir() if path.is_file())
+    if weights is None:
+        return f"{folder.name}'s weights"
+    try:
+        return next((f"{folder.name}/{file}" for file in missing_shards(folder, weights)), "")
+    except ValueError as error:
+        return f"{folder.name}'s index ({error})"
+
+
+def _missing_of_tokenizer(folder: Path) -> str:
+    complete = any(all((folder / file).is_file() for file in files) for files in VOCABULARIES)
+    return "" if complete else f"{folder.name}'s vocabulary"
 
 
 def _modules() -> list[str]:
     return sorted({module for family in FAMILIES for module in family.modules})
 
 
-def _other_folders() -> list[str]:
-    return sorted({"scheduler", *(tokenizer for family in FAMILIES for tokenizer in family.tokenizers)})
+def _tokenizers() -> list[str]:
+    return sorted({tokenizer for family in FAMILIES for tokenizer in family.tokenizers})
 
 
 def _within(names: Iterable[str], folder: str) -> list[str]:

@@ -24,6 +24,8 @@ def load_module(checkpoint: Checkpoint, component: Component) -> torch.nn.Module
             variant=weights.variant or None,
             use_safetensors=weights.format == "safetensors",
             local_files_only=True,
+            # Not what the config says: where the weights are more precise, that would round them.
+            torch_dtype=torch.float32,
             output_loading_info=True,
         )
     except Exception as error:  # safetensors, pickle, torch and both libraries have errors of their own
@@ -32,4 +34,7 @@ def load_module(checkpoint: Checkpoint, component: Component) -> torch.nn.Module
     if missing:  # transformers would go on with random numbers in their place
         raise BrokenCheckpointError(f"{folder}: the weights lack {len(missing)} tensors, such as {missing[0]}")
     loaded: torch.nn.Module = module.float().eval().requires_grad_(False)
+    broken = next((name for name, tensor in loaded.state_dict().items() if not tensor.isfinite().all()), None)
+    if broken:  # it would draw black pictures
+        raise BrokenCheckpointError(f"{folder}: has non-finite weights ({broken})")
     return loaded

@@ -201,13 +201,18 @@ def read_loras(texts: Iterable[str]) -> tuple[Lora, ...]:
 
 def _read_lora(text: str) -> Lora:
     name, equals, rest = text.partition("=")
-    if not equals or "/" in name:
+    if not equals or "/" in name or _is_path(text):
         name, rest = "", text
     elif not _NAME.fullmatch(name):
         raise BadOptionError(f"--lora: a name has 1 to 64 letters, digits, '_', '.' and '-', unlike {name[:80]!r}")
     path, scale = _split_scale(rest)
     place = Path(path).expanduser()
     return Lora(name=name or _name_of(place), file=_find_file(place), scale=scale)
+
+
+def _is_path(text: str) -> bool:
+    """Whether there is a file or folder of that very name, with or without a scale behind it."""
+    return any(path and Path(path).expanduser().exists() for path in (text, text.rpartition(":")[0]))
 
 
 def _split_scale(text: str) -> tuple[str, float]:

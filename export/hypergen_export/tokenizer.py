@@ -28,19 +28,37 @@ def write_tokenizer(checkpoint: Checkpoint, name: str, path: Path) -> None:
         BrokenCheckpointError: the tokenizer's files cannot be read.
         ParityMissedError: the file would encode a prompt in another way.
     """
-    from tokenizers import Tokenizer
-
     length = checkpoint.sizes["tokens"]
-    theirs = _load(checkpoint.folder / name)
-    # A copy, since transformers changes truncation and padding of its own one with every call.
-    ours = Tokenizer.from_str(theirs.backend_tokenizer.to_str())
-    ours.enable_truncation(max_length=length)
-    ours.enable_padding(length=length, pad_id=theirs.pad_token_id, pad_token=theirs.pad_token)
+    folder = checkpoint.folder / name
+    theirs = _load(folder)
+    _check_vocabulary(theirs, folder, checkpoint.sizes[name.replace("tokenizer", "vocabulary")])
+    ours = _with_padding(theirs, length)
     for prompt in _PROBES:
         expected = theirs(prompt, padding="max_length", max_length=length, truncation=True).input_ids
         if ours.encode(prompt).ids != expected:
             raise ParityMissedError(f"{name}: encodes {prompt[:40]!r} in another way than transformers")
     ours.save(str(path))
+
+
+def _with_padding(theirs: Any, length: int) -> Any:
+    from tokenizers import Tokenizer
+
+    # A copy, since transformers changes truncation and padding of its own one with every call.
+    ours = Tokenizer.from_str(theirs.backend_tokenizer.to_str())
+    ours.enable_truncation(max_length=length)
+    ours.enable_padding(length=length, pad_id=theirs.pad_token_id, pad_token=theirs.pad_token)
+    return ours
+
+
+def _check_vocabulary(theirs: Any, folder: Path, positions: int) -> None:
+    """Refuse what diffusers' pipeline could not read prompts with, or would read all alike."""
+    if theirs.pad_token_id is None:
+        raise BrokenCheckpointError(f"{folder}: its pad_token is null, and prompts must be padded")
+    if theirs("a").input_ids == theirs("b").input_ids:
+        raise BrokenCheckpointError(f"{folder}: reads every prompt alike, for its vocabulary lacks single letters")
+    last = max(theirs.get_vocab().values())
+    if last >= positions:
+        raise BrokenCheckpointError(f"{folder}: has tokens up to {last}, its text encoder reads {positions}")
 
 
 def _load(folder: Path) -> Any:

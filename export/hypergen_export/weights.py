@@ -21,7 +21,11 @@ _NAME = re.compile(
 # safetensors run no code when they are read; among them, full precision before half.
 _FORMATS = ("safetensors", "bin")
 _VARIANTS = ("", "fp16", "bf16")
+# Of a tokenizer, either is a vocabulary that transformers' CLIPTokenizer reads.
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _READ_BYTES = 2**20
+_SHARD = re.compile(r"-(?P<number>\d+)-of-(?P<count>\d+)")
+_MOST_SHARDS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,9 @@ def float32_bytes(folder: Path, weights: Weights) -> int:
 
 def safetensors_header(path: Path) -> dict[str, Any]:
     """What a safetensors file says about its tensors, by name. Raises ValueError, OSError."""
+    other = other_content(path)
+    if other:
+        raise ValueError(other)
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -62,7 +69,43 @@ def safetensors_header(path: Path) -> dict[str, Any]:
         header = json.loads(file.read(length))
     if not isinstance(header, dict):
         raise ValueError("its header is no json object")
+    _check_length(header, size - 8 - length)
     return header
+
+
+def other_content(path: Path) -> str:
+    """What lies in place of a file's content, where its first bytes tell that; empty where they do not."""
+    with path.open("rb") as file:
+        begin = file.read(512)
+    if not begin:
+        return "it is empty"
+    if begin.startswith(b"version https://git-lfs.github.com/"):
+        return "it is a git-LFS pointer: run 'git lfs pull' in its folder"
+    if begin.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"<!", b"<html", b"<HTML", b"<?xml", b"<Error")):
+        return "it is a web page, as a failed download leaves it"
+    return ""
+
+
+def weights_fault(path: Path) -> str:
+    """Why a weight file cannot be read, as far as its beginning and length tell; empty where nothing is wrong."""
+    try:
+        if path.suffix == ".safetensors":
+            safetensors_header(path)
+        return other_content(path)
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
+def missing_shards(folder: Path, weights: Weights) -> list[str]:
+    """Files that an index or the numbers in the files' names promise, and that are not there. Raises ValueError."""
+    wanted = {name for file in weights.files if file.endswith(".json") for name in _indexed(folder / file)}
+    for file in weights.files:
+        match = _SHARD.search(file)
+        if match:
+            count = int(match["count"])
+            numbers = (f"{number:0{len(match['number'])}}" for number in range(1, min(count, _MOST_SHARDS) + 1))
+            wanted |= {f"{file[: match.start('number')]}{number}{file[match.end('number') :]}" for number in numbers}
+    return sorted(name for name in wanted if not (folder / name).is_file())
 
 
 def sha256(files: Iterable[Path]) -> str:
@@ -73,6 +116,24 @@ def sha256(files: Iterable[Path]) -> str:
             while chunk := file.read(_READ_BYTES):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def _indexed(path: Path) -> set[str]:
+    """The shards that an index names; only names within its folder count."""
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+        return {str(name) for name in names}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path.name}: is no index of weights ({error})") from error
+
+
+def _check_length(header: dict[str, Any], given: int) -> None:
+    try:
+        ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+    except (KeyError, TypeError, IndexError, ValueError):
+        raise ValueError("its header does not say where the tensors lie") from None
+    if max(ends, default=0) > given:
+        raise ValueError(f"it is cut off: {given:,} of {max(ends):,} bytes of weights are here")
 
 
 def _rank(group: tuple[str, str]) -> tuple[int, int, str]:

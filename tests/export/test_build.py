@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from hypergen_export.build import ExportRequest, Outcome, export, sampler_sources
 from hypergen_export.config_pbtxt import read_config
-from hypergen_export.errors import BadLoraError, OutputRefusedError, ParityMissedError
+from hypergen_export.errors import BadLoraError, BrokenCheckpointError, OutputRefusedError
 from hypergen_export.hashes import LARGE
 from hypergen_export.lora import read_loras
 from loras import lora_weights, save_by_diffusers
@@ -193,12 +193,24 @@ def test_a_checkpoint_is_never_taken_for_an_output(checkpoint_copy: Path) -> Non
     assert (checkpoint_copy / "model_index.json").is_file()
 
 
-def test_a_missed_parity_leaves_nothing(checkpoint_copy: Path, tmp_path: Path) -> None:
+def test_an_export_that_fails_half_way_leaves_nothing(checkpoint_copy: Path, tmp_path: Path) -> None:
     path = checkpoint_copy / "text_encoder" / "model.safetensors"
     save_file({name: tensor * torch.nan for name, tensor in load_file(path).items()}, path, {"format": "pt"})
-    with pytest.raises(ParityMissedError, match="text_encoder"):
+    with pytest.raises(BrokenCheckpointError, match="text_encoder: has non-finite weights"):
         export(ExportRequest(model=str(checkpoint_copy), output=tmp_path / "repository"))
     assert leftovers(tmp_path) == []
+
+
+def test_what_the_checkpoint_brings_and_nobody_runs_is_said_at_every_start(
+    checkpoint_copy: Path, request_again: ExportRequest
+) -> None:
+    classes = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    edit_json(checkpoint_copy / "model_index.json", safety_checker=classes, requires_safety_checker=True)
+    said: list[str] = []
+    request = replace(request_again, model=str(checkpoint_copy))
+    for _ in range(2):
+        export(request, remark=said.append)
+    assert said == ["the checkpoint comes with a safety checker; none is run, and images are not filtered"] * 2
 
 
 @pytest.fixture(scope="module")

@@ -128,6 +128,71 @@ def test_a_config_without_a_size_is_broken(checkpoint_copy: Path) -> None:
     assert "latent_channels" in refusal(BrokenCheckpointError, checkpoint_copy)
 
 
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+def test_a_git_lfs_pointer_in_place_of_a_config_is_named(checkpoint_copy: Path, file: str) -> None:
+    (checkpoint_copy / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "git lfs pull" in refusal(BrokenCheckpointError, checkpoint_copy)
+
+
+@pytest.mark.parametrize(
+    "file", ["unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"]
+)
+def test_a_git_lfs_pointer_in_place_of_weights_is_named(checkpoint_copy: Path, file: str) -> None:
+    (checkpoint_copy / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    message = refusal(BrokenCheckpointError, checkpoint_copy)
+    assert file in message
+    assert "it is a git-LFS pointer: run 'git lfs pull'" in message
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "said"),
+    [
+        ({"a": "diffusion_pytorch_model-00001-of-00001.safetensors", "b": "other.safetensors"}, "other.safetensors"),
+        ([], "is no index of weights"),
+    ],
+)
+def test_an_index_that_names_no_files_that_are_there_is_a_broken_checkpoint(
+    weight_map: object, said: str, checkpoint_copy: Path
+) -> None:
+    folder = checkpoint_copy / "unet"
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    weights.rename(folder / "diffusion_pytorch_model-00001-of-00001.safetensors")
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert said in refusal(BrokenCheckpointError, checkpoint_copy)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["transformers", "BertTokenizer"], "transformers.BertTokenizer"),
+        (["transformers", "T5Tokenizer"], "transformers.T5Tokenizer"),
+        ([None, None], "none"),
+        (None, "none"),
+    ],
+)
+def test_a_tokenizer_of_another_class_is_unsupported(checkpoint_copy: Path, given: object, said: str) -> None:
+    edit_json(checkpoint_copy / "model_index.json", tokenizer=given)
+    message = refusal(UnsupportedModelError, checkpoint_copy)
+    assert f"its tokenizer is {said}, but only transformers.CLIPTokenizer is supported" in message
+
+
+def test_a_text_encoders_config_may_be_that_of_a_whole_clip(checkpoint_copy: Path) -> None:
+    path = checkpoint_copy / "text_encoder" / "config.json"
+    own = json.loads(path.read_text())
+    before = open_checkpoint(str(checkpoint_copy)).sizes
+    outer = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 512, "text_config": own}
+    path.write_text(json.dumps(outer))
+    assert open_checkpoint(str(checkpoint_copy)).sizes == before
+
+
+def test_what_a_text_encoders_config_leaves_out_is_as_transformers_has_it(checkpoint_copy: Path) -> None:
+    path = checkpoint_copy / "text_encoder" / "config.json"
+    own = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in own.items() if key != "vocab_size"}))
+    assert open_checkpoint(str(checkpoint_copy)).sizes["vocabulary"] == 49408
+
+
 def test_a_tokenizer_without_a_length_takes_the_text_encoders(checkpoint_copy: Path) -> None:
     edit_json(checkpoint_copy / "tokenizer" / "tokenizer_config.json", model_max_length=10**30)
     assert open_checkpoint(str(checkpoint_copy)).sizes["tokens"] == 16

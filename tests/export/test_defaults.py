@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hypergen_export.checkpoint import open_checkpoint
-from hypergen_export.defaults import checkpoint_parameters, scheduler_name
+from hypergen_export.defaults import checkpoint_parameters, remarks, scheduler_name
 from hypergen_export.errors import BrokenCheckpointError
 from miniature import save_miniature
 
@@ -20,6 +20,10 @@ def parameters(folder: Path, **defaults: Any) -> dict[str, str]:
     if defaults:
         (folder / "hypergen_defaults.json").write_text(json.dumps(defaults))
     return checkpoint_parameters(open_checkpoint(str(folder)), KNOWN)
+
+
+def steps_and_scale(found: dict[str, str]) -> tuple[str, str]:
+    return found["default_num_inference_steps"], found["default_guidance_scale"]
 
 
 @pytest.mark.parametrize(
@@ -69,6 +73,49 @@ def test_trailing_timesteps_of_a_model_trained_to_zero_terminal_noise_are_no_sig
     folder = save_miniature(tmp_path, family="sdxl-lightning")
     edit_json(folder / "scheduler" / "scheduler_config.json", **changes)
     assert parameters(folder)["default_num_inference_steps"] == "50"
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("model_index.json", "stabilityai/sdxl-turbo"),
+        ("unet/config.json", "/data/SDXL-Lightning/4step"),
+        ("model_index.json", "me/painter-2steps"),
+    ],
+)
+def test_trailing_euler_is_that_of_a_few_step_model_only_where_its_name_says_so_too(
+    part: str, name: str, tmp_path: Path
+) -> None:
+    folder = save_miniature(tmp_path / "painter", family="sdxl", scheduler={"timestep_spacing": "trailing"})
+    assert steps_and_scale(parameters(folder)) == ("50", "5")
+    assert remarks(open_checkpoint(str(folder))) == []
+    edit_json(folder / part, _name_or_path=name)
+    assert steps_and_scale(parameters(folder)) == ("4", "1")
+    (said,) = remarks(open_checkpoint(str(folder)))
+    assert said.startswith("taken for a few-step model (EulerDiscreteScheduler with trailing timesteps, and '")
+    assert said.endswith("' in its name): by default 4 steps, guidance scale 1")
+    assert parameters(folder, num_inference_steps=30, guidance_scale=6)["default_num_inference_steps"] == "30"
+    assert remarks(open_checkpoint(str(folder))) == [], "what its author states is no guess"
+
+
+@pytest.mark.parametrize("place", ["my-sdxl-turbo", "models--me--xl-turbo/snapshots/abc123"])
+def test_a_folders_or_the_hubs_name_tells_it_too(place: str, tmp_path: Path) -> None:
+    folder = save_miniature(tmp_path / place, family="sdxl", scheduler={"timestep_spacing": "trailing"})
+    assert parameters(folder)["default_num_inference_steps"] == "4"
+
+
+@pytest.mark.parametrize(
+    ("index", "is_said"),
+    [
+        ({"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}, True),
+        ({"requires_safety_checker": True}, True),
+        ({"safety_checker": [None, None], "requires_safety_checker": False}, False),
+        ({"safety_checker": None}, False),
+    ],
+)
+def test_a_safety_checker_that_is_not_run_is_said(index: dict[str, Any], is_said: bool, checkpoint_copy: Path) -> None:
+    edit_json(checkpoint_copy / "model_index.json", **index)
+    assert ["safety checker" in text for text in remarks(open_checkpoint(str(checkpoint_copy)))] == [True] * is_said
 
 
 def test_a_guidance_scale_of_zero_is_none(checkpoint_copy: Path) -> None:

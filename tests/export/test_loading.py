@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypergen_export.checkpoint import open_checkpoint
 from hypergen_export.errors import BrokenCheckpointError
 from hypergen_export.loading import load_module
 
-from .conftest import COMPONENTS
+from .conftest import COMPONENTS, edit_json
 
 FILES = {
     "text_encoder": Path("text_encoder") / "model.safetensors",
@@ -38,8 +39,8 @@ def test_weights_stored_as_an_fp16_variant_are_computed_in_float32(checkpoint_co
 @pytest.mark.parametrize("name", FILES)
 def test_a_truncated_file_is_a_broken_checkpoint(checkpoint_copy: Path, name: str) -> None:
     path = checkpoint_copy / FILES[name]
-    path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(BrokenCheckpointError, match="cannot be loaded"):
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(BrokenCheckpointError, match=rf"{path}: holds no weights .* \(it is cut off: .*\)"):
         load(checkpoint_copy, name)
 
 
@@ -60,4 +61,28 @@ def test_weights_of_another_shape_are_a_broken_checkpoint(checkpoint_copy: Path,
     key = min(tensors)
     save_file({**tensors, key: tensors[key].repeat(2, *[1] * (tensors[key].dim() - 1))}, path, {"format": "pt"})
     with pytest.raises(BrokenCheckpointError):
+        load(checkpoint_copy, name)
+
+
+# diffusers takes the one for an argument of its model, and fails.
+@pytest.mark.parametrize(("name", "key"), [*product(FILES, ["torch_dtype"]), ("text_encoder", "dtype")])
+def test_a_config_that_says_half_rounds_no_weights(checkpoint_copy: Path, name: str, key: str) -> None:
+    stored = load_file(checkpoint_copy / FILES[name])
+    edit_json(checkpoint_copy / FILES[name].parent / "config.json", **{key: "float16"})
+    loaded = load(checkpoint_copy, name).state_dict()
+    same = [key for key in loaded if key in stored]
+    assert len(same) >= 20
+    for key in same:
+        torch.testing.assert_close(loaded[key], stored[key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", FILES)
+def test_weights_that_are_not_finite_are_named(checkpoint_copy: Path, name: str, value: float) -> None:
+    path = checkpoint_copy / FILES[name]
+    tensors = load_file(path)
+    key = max(name for name in tensors if name.endswith("weight"))
+    tensors[key].view(-1)[7] = value
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(BrokenCheckpointError, match=rf"^{path.parent}: has non-finite weights \({key}\)$"):
         load(checkpoint_copy, name)

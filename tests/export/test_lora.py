@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from hypergen_export.errors import BadLoraError, BadOptionError
 from hypergen_export.lora import Lora, read_loras
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\n"
 ANY = "unet.mid_block.attentions.0.proj_in.lora_A.weight"
 
 
@@ -54,6 +55,18 @@ def test_a_path_may_hold_a_colon_and_an_equals_sign(tmp_path: Path) -> None:
     file = save(tmp_path / "a=b:c" / "d.safetensors", ANY)
     assert read_one(file) == Lora(name="d", file=file)
     assert read_one(f"ink={file}:0.5") == Lora(name="ink", file=file, scale=0.5)
+
+
+@pytest.mark.parametrize("ending", ["", ":0.5"])
+def test_a_file_of_that_very_name_comes_before_a_name_and_a_path(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "ink=v2.safetensors", ANY)
+    scale = 0.5 if ending else 1.0
+    assert read_one(f"ink=v2.safetensors{ending}") == Lora(name="ink-v2", file=Path("ink=v2.safetensors"), scale=scale)
+    save(tmp_path / "v2.safetensors", ANY)
+    assert read_one(f"new=v2.safetensors{ending}") == Lora(name="new", file=Path("v2.safetensors"), scale=scale)
 
 
 @pytest.mark.parametrize("usual", ["pytorch_lora_weights.safetensors", "adapter_model.safetensors", "any.safetensors"])
@@ -189,7 +202,13 @@ def test_a_weights_name_tells_its_layer_and_what_it_is_to_it(
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"PK\x03\x04 a zip archive", (2**62).to_bytes(8, "little") + b"{}", (4).to_bytes(8, "little") + b"[1]x"],
+    [
+        b"",
+        b"PK\x03\x04 a zip archive",
+        (2**62).to_bytes(8, "little") + b"{}",
+        (4).to_bytes(8, "little") + b"[1]x",
+        POINTER,
+    ],
 )
 def test_a_file_of_another_format_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(content)

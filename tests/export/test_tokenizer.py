@@ -12,6 +12,8 @@ from hypergen_export.errors import BrokenCheckpointError
 from hypergen_export.tokenizer import write_tokenizer
 from miniature import save_miniature
 
+from .conftest import edit_json
+
 PROMPTS = [
     "",
     " ",
@@ -76,3 +78,45 @@ def test_two_tokenizers_pad_each_in_its_own_way(tmp_path: Path) -> None:
         assert ours.encode("a red rocket").ids == expected.input_ids
         padding[name] = ours.id_to_token(expected.input_ids[-1])
     assert padding == {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}
+
+
+def refusal(folder: Path, tmp_path: Path) -> str:
+    with pytest.raises(BrokenCheckpointError) as caught:
+        write_tokenizer(open_checkpoint(str(folder)), "tokenizer", tmp_path / "tokenizer.json")
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_folder_without_a_vocabulary_is_refused_in_one_line(checkpoint_copy: Path, tmp_path: Path) -> None:
+    """As of T5 and others: transformers would read every prompt alike."""
+    folder = checkpoint_copy / "tokenizer"
+    for file in ("vocab.json", "merges.txt"):
+        (folder / file).rename(folder / f"former-{file}")
+    (folder / "spiece.model").write_bytes(b"sentencepiece")
+    expected = f"{folder}: has no vocabulary (tokenizer.json or vocab.json and merges.txt) for a CLIPTokenizer"
+    assert refusal(checkpoint_copy, tmp_path) == expected
+
+
+def test_a_vocabulary_of_nothing_is_refused_in_one_line(checkpoint_copy: Path, tmp_path: Path) -> None:
+    special = {"<|startoftext|>": 0, "<|endoftext|>": 1}
+    (checkpoint_copy / "tokenizer" / "vocab.json").write_text(json.dumps(special))
+    (checkpoint_copy / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    assert "reads every prompt alike" in refusal(checkpoint_copy, tmp_path)
+
+
+def test_tokens_that_the_text_encoder_does_not_know_are_refused(checkpoint_copy: Path, tmp_path: Path) -> None:
+    edit_json(checkpoint_copy / "text_encoder" / "config.json", vocab_size=500)
+    assert "has tokens up to 539, its text encoder reads 500" in refusal(checkpoint_copy, tmp_path)
+
+
+def test_a_pad_token_of_null_is_refused_in_one_line(checkpoint_copy: Path, tmp_path: Path) -> None:
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        edit_json(checkpoint_copy / "tokenizer" / file, pad_token=None)
+    assert "its pad_token is null" in refusal(checkpoint_copy, tmp_path)
+
+
+@pytest.mark.parametrize("file", ["vocab.json", "merges.txt"])
+def test_a_git_lfs_pointer_in_place_of_a_vocabulary_is_named(file: str, checkpoint_copy: Path, tmp_path: Path) -> None:
+    (checkpoint_copy / "tokenizer" / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    assert "git lfs pull" in refusal(checkpoint_copy, tmp_path)
