@@ -38,12 +38,16 @@ async def chromium() -> AsyncIterator[Browser]:
 
 
 @asynccontextmanager
-async def opened(browser: Browser, url: str, **context: object) -> AsyncIterator[Page]:
-    """A page in a profile of its own. Fails if a script failed or the page's own policy stopped something."""
+async def opened(browser: Browser, url: str, *, before: str = "", **context: object) -> AsyncIterator[Page]:
+    """A page in a profile of its own, after the script `before`.
+
+    Fails if a script failed or the page's own policy stopped something.
+    """
     wrong: list[str] = []
     async with await browser.new_context(**context) as profile:  # type: ignore[arg-type]
         profile.set_default_timeout(_PATIENCE_MILLISECONDS)
         page = await profile.new_page()
+        await page.add_init_script(before)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda message: _note(message, wrong))
         await page.goto(url)

@@ -45,6 +45,9 @@ EMOJI = replace(
 )
 # What shells, Python and forms each want to take for their own.
 AWKWARD = '@"it\'s" $HOME `x` \\n <é> 🦊 {}%s'
+# A browser in which cookies are blocked.
+STORES_NOTHING = """Object.defineProperty(window, "sessionStorage", {
+  get() { throw new DOMException("The operation is insecure.", "SecurityError"); } });"""
 
 OpenPage: TypeAlias = Callable[..., Awaitable[Page]]
 
@@ -102,6 +105,8 @@ class TestCapabilities:
             "size_factor": 8,
             "min_size": 56,
             "max_size": 96,
+            "size_policy": "fit",
+            "max_side": 4096,
             "default_num_inference_steps": 20,
             "max_num_inference_steps": 150,
             "default_guidance_scale": 5.0,
@@ -165,7 +170,7 @@ class TestDrawing:
         await page.get_by_label("Prompt", exact=True).fill(AWKWARD)
         await page.get_by_label("Negative prompt").fill("rain\nsnow")
         await page.get_by_label("Size", exact=True).select_option("72x56")
-        await page.get_by_label("Pictures", exact=True).select_option("3")
+        await page.get_by_label("Images", exact=True).select_option("3")
         await choose_range(page, "num_inference_steps", "7")
         await choose_range(page, "guidance_scale", "2.5")
         await choose_range(page, "guidance_start", "0.2")
@@ -238,6 +243,15 @@ class TestDrawing:
         backend.finishing.set()
         await drawn(page)
         await expect(page.locator("#status")).to_contain_text("Drawn in ")
+
+    async def test_early_previews_and_images_stay(self, open_page: OpenPage, backend: FakeBackend) -> None:
+        backend.finishing.clear()
+        page = await open_page()
+        await page.keyboard.type("a fox")
+        await page.keyboard.press("Enter")
+        await expect(page.locator("figure.begun img")).to_be_visible()
+        await page.evaluate("new Promise((resolve) => setTimeout(resolve, 400))")
+        await expect(page.locator("figure.begun img")).to_be_visible()
 
     @pytest.mark.parametrize("how", ["Escape", "the button", "leaving"])
     async def test_stopping_ends_the_work_on_the_server(
@@ -600,6 +614,19 @@ class TestErrors:
         await expect(page.locator("#num_inference_steps-error")).to_be_visible()
         await expect(page.locator("#num_inference_steps")).to_be_focused()
 
+    @pytest.mark.parametrize(("field", "text"), [("prompt", "🦊" * 32_001), ("seed", "1" * 40)])
+    async def test_what_is_too_long_is_refused_and_not_cut(
+        self, open_page: OpenPage, backend: FakeBackend, field: str, text: str
+    ) -> None:
+        page = await open_page()
+        await page.keyboard.type("a fox")
+        await page.locator(f"#{field}").evaluate(
+            """(control, text) => { control.select(); document.execCommand("insertText", false, text); }""", text
+        )
+        await page.locator(f"#{field}").press("Control+Enter")
+        await expect(page.locator(f"#{field}-error")).to_contain_text("32,000" if field == "prompt" else text)
+        assert backend.generations == []
+
     async def test_other_errors_are_told_with_when_to_try_again(
         self, open_page: OpenPage, backend: FakeBackend
     ) -> None:
@@ -656,6 +683,16 @@ class TestKey:
             "",
         ]
         assert KEY not in page.url + await page.content()
+
+    async def test_a_browser_that_stores_nothing_keeps_it_until_the_page_is_left(self, open_page: OpenPage) -> None:
+        page = await open_page(Config(api_key=KEY), before=STORES_NOTHING)
+        await page.get_by_label("API key", exact=True).fill(KEY)
+        await page.keyboard.press("Enter")
+        await page.locator("#form:not([inert]) #prompt").fill("a fox")
+        await page.keyboard.press("Enter")
+        await drawn(page)
+        await page.reload()
+        await expect(page.get_by_label("API key", exact=True)).to_be_focused()
 
     async def test_a_key_that_is_no_longer_good_is_asked_for_anew_and_drawing_goes_on(
         self, open_page: OpenPage
@@ -726,7 +763,7 @@ class TestCode:
         await run_code(language, code, tmp_path)
         once, again = backend.generations
         assert once == again
-        pictures = [Image.open(tmp_path / f"picture-{index}.png") for index in range(2)]
+        pictures = [Image.open(tmp_path / f"image-{index}.png") for index in range(2)]
         assert [picture.getpixel((0, 0)) for picture in pictures] == [((once.seed + i) % 256,) * 3 for i in range(2)]
 
     @pytest.mark.parametrize("language", ["curl", "Python"])

@@ -4,8 +4,25 @@ import { bodyOf } from "./request.js";
 
 const KEY = "hypergen-api-key";
 
-export const storedKey = () => sessionStorage.getItem(KEY) ?? "";
-export const storeKey = (key) => (key ? sessionStorage.setItem(KEY, key) : sessionStorage.removeItem(KEY));
+let lastKey = "";
+
+/** The key of this tab. Where the browser lets the page store nothing, it is kept until the page is left. */
+export function storedKey() {
+  try {
+    return sessionStorage.getItem(KEY) ?? "";
+  } catch {
+    return lastKey;
+  }
+}
+
+export function storeKey(key) {
+  lastKey = key;
+  try {
+    sessionStorage.setItem(KEY, key);
+  } catch {
+    // Kept above.
+  }
+}
 
 /** What the server said was wrong; `param` names the field, if it is about one. */
 export class ApiError extends Error {
@@ -30,7 +47,7 @@ export async function* draw(request, signal) {
     missing -= event.type.endsWith(".completed");
     yield event;
   }
-  if (missing > 0) throw new ApiError("The connection ended before the pictures were finished.");
+  if (missing > 0) throw new ApiError("The connection ended before the images were finished.");
 }
 
 async function call(path, options = {}) {

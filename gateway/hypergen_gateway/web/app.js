@@ -68,6 +68,7 @@ class Playground {
     const patience = setTimeout(prepare, PATIENCE_MILLISECONDS);
     try {
       const { first, stream } = await whenAllowed(() => begin(drawing.request, signal));
+      clearTimeout(patience);
       if (!document.querySelector("figure:not(.finished)")) prepare();
       for (let next = first; !next.done; next = await stream.next()) this.#take(drawing, next.value, count);
     } finally {
@@ -87,7 +88,7 @@ class Playground {
     const picture = pictureOf(drawing, index, blob, url);
     drawing.pictures[index] = picture;
     this.stage.finish(index, picture);
-    if (count > 1) say(`Picture ${Object.keys(drawing.pictures).length} of ${count} is finished.`);
+    if (count > 1) say(`Image ${Object.keys(drawing.pictures).length} of ${count} is finished.`);
   }
 
   #keep(drawing) {
@@ -127,12 +128,13 @@ class Playground {
     byId("settings").open = true;
     await this.start.choose(picture.blob, picture.size);
     this.form.write({ prompt: picture.prompt, seed: "" });
-    say("The next picture starts from this one.");
+    say("The next image starts from this one.");
     byId("paint").focus();
   }
 
   #press(event) {
-    if (document.querySelector("dialog[open]") || event.isComposing) return;
+    // 229: in Safari the Enter that chooses a word of an input method comes after its end.
+    if (document.querySelector("dialog[open]") || event.isComposing || event.keyCode === 229) return;
     if (event.key === "Escape" && this.#running) this.stop();
     const draws = event.key === "Enter" && (event.ctrlKey || event.metaKey || (event.target.id === "prompt" && !event.shiftKey));
     if (!draws) return;
@@ -179,13 +181,13 @@ function pictureOf(drawing, index, blob, url) {
   const { prompt, size } = drawing.settings;
   const seed = seedOf(drawing.request, index);
   const words = prompt.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40).replace(/^-|-$/g, "");
-  return { blob, url, prompt, size, seed, filename: `${words || "picture"}-${seed}.${blob.type.slice(6)}` };
+  return { blob, url, prompt, size, seed, filename: `${words || "image"}-${seed}.${blob.type.slice(6)}` };
 }
 
 function summaryOf(drawing) {
   const seconds = ((performance.now() - drawing.began) / 1000).toFixed(1);
   const count = drawing.pictures.length;
-  return `${count === 1 ? "Drawn" : `${count} pictures drawn`} in ${seconds} s.`;
+  return `${count === 1 ? "Drawn" : `${count} images drawn`} in ${seconds} s.`;
 }
 
 /** What `work` gives, asking for the key as long as the server wants another. */

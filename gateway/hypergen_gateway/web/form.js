@@ -189,10 +189,12 @@ function chip(text, onClick, kind = "chip") {
   return button;
 }
 
+// What is wrong with one of two fields side by side stands below both.
 function clearError(field) {
-  field?.querySelectorAll(".error").forEach((place) => (place.hidden = true));
-  field?.querySelectorAll("[aria-invalid]").forEach((control) => control.removeAttribute("aria-invalid"));
-  if (field?.dataset.param === "size") byId("size-error").hidden = true;
+  if (!field) return;
+  const places = [...field.querySelectorAll(".error"), byId(`${field.dataset.param}-error`)];
+  for (const place of places) place.hidden = true;
+  field.querySelectorAll("[aria-invalid]").forEach((control) => control.removeAttribute("aria-invalid"));
 }
 
 function closestShape(sizes, ratio) {

@@ -11,11 +11,11 @@ for line in sys.stdin:
         sys.exit(line)
     event = json.loads(line[6:]) if line.startswith("data: ") else {"type": ""}
     if event["type"].endswith(".completed"):
-        with open("picture-%d.png" % event["image_index"], "wb") as file:
+        with open("image-%d.png" % event["image_index"], "wb") as file:
             file.write(base64.b64decode(event["b64_json"]))
 `;
 
-/** The request as a line for a shell; it writes picture-0.png and so on. */
+/** The request as a line for a shell; it writes image-0.png and so on. */
 export function toCurl(request, base, needsKey) {
   const lines = [`curl -sN ${quoted(new URL(request.path, base).href)}`];
   if (needsKey) lines.push('-H "Authorization: Bearer $HYPERGEN_API_KEY"');
@@ -30,7 +30,7 @@ export function toCurl(request, base, needsKey) {
   return lines.join(" \\\n  ");
 }
 
-/** The request by OpenAI's Python client; it writes picture-0.png and so on. */
+/** The request by OpenAI's Python client; it writes image-0.png and so on. */
 export function toPython(request, base, needsKey) {
   const key = needsKey ? 'os.environ["HYPERGEN_API_KEY"]' : '"none"';
   const own = request.fields.filter(([name]) => OPENAI.has(name));
@@ -52,7 +52,7 @@ export function toPython(request, base, needsKey) {
     ")",
     "for event in events:",
     '    if event.type.endswith(".completed"):',
-    '        with open(f"picture-{event.image_index}.png", "wb") as file:',
+    '        with open(f"image-{event.image_index}.png", "wb") as file:',
     "            file.write(base64.b64decode(event.b64_json))",
     "",
   ].join("\n");

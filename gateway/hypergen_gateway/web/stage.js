@@ -23,7 +23,7 @@ export class Stage {
   clear() {
     this.#tiles = [];
     byId("tiles").classList.add("empty");
-    byId("tiles").replaceChildren(element("p", { textContent: "Pictures appear here." }));
+    byId("tiles").replaceChildren(element("p", { textContent: "Images appear here." }));
   }
 
   /** Room for `count` pictures of a size. */
