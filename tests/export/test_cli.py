@@ -109,6 +109,15 @@ def test_a_place_where_nothing_can_be_written(checkpoint_folder: Path) -> None:
     assert "cannot be written" in one_line(run(checkpoint_folder, "--output", "/proc/hypergen"))
 
 
+def test_a_safety_checker_that_nobody_runs_is_said_before_the_export(checkpoint_copy: Path) -> None:
+    edit_json(checkpoint_copy / "model_index.json", requires_safety_checker=True)
+    said = run(checkpoint_copy, "--output", "/proc/hypergen").stderr.splitlines()
+    assert said[0] == (
+        f"{checkpoint_copy}: the checkpoint comes with a safety checker; none is run, and images are not filtered"
+    )
+    assert "cannot be written" in said[1]
+
+
 def test_another_folder_is_never_replaced(checkpoint_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("precious")
     assert "no exported repository" in one_line(run(checkpoint_folder, "--output", tmp_path))
