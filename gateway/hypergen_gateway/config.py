@@ -88,7 +88,8 @@ class Config:
     link_bucket: str | None = None
     # Seconds for a body to arrive, and one more for each 32 KiB of it.
     body_timeout: float = 30.0
-    # Seconds that an idle connection is kept, longer than proxies do: nginx and load balancers give theirs up after 60.
+    # Seconds that an idle connection is kept. Proxies reuse theirs for 60 or so: one that is closed under a request
+    # loses it.
     keep_alive: float = 75.0
     # A prompt of 32,000 characters, each written as two \uXXXX escapes, twice, fits.
     max_body_bytes: int = 1 << 20
@@ -104,6 +105,8 @@ class Config:
         self._check_numbers()
         self._check_addresses()
         self._check_keys()
+        if not all(alias.strip("/. ") for alias in self.model_aliases):
+            raise ValueError("an alias of the model is empty")
         if self.link_secret is not None and len(self.link_secret) < _SHORTEST_SECRET:
             raise ValueError(f"the secret for links is shorter than {_SHORTEST_SECRET} characters")
         if self.link_bucket is not None and self.link_lifetime > _LONGEST_S3_LIFETIME:

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from hypergen_gateway.access import PROBE_PATHS
+from hypergen_gateway.config import Config
 from hypergen_gateway.errors import (
     HeadTooLargeError,
     HyperGenError,
@@ -47,8 +48,6 @@ HEAD_SECONDS = 10.0
 REST_SECONDS = 5.0
 # Of each connection one, and some of each form and of gRPC and the models.
 OPEN_FILES = 8192
-# Seconds that an idle connection is kept: longer than those proxies pool, which would lose a request with one.
-KEEP_ALIVE_SECONDS = 75.0
 # Each connection that is accepted in one turn of the loop has a file, whatever becomes of it.
 _ACCEPTED_AT_ONCE = 64
 _WAITING_TO_BE_ACCEPTED = 2048
@@ -347,7 +346,7 @@ class AcceptErrors:
 
 
 def bounded(
-    app: Any, *, keep_alive: float = KEEP_ALIVE_SECONDS, connections: Connections | None = None, **settings: Any
+    app: Any, *, keep_alive: float = Config.keep_alive, connections: Connections | None = None, **settings: Any
 ) -> uvicorn.Config:
     """uvicorn's configuration for an application behind such connections. It says nothing by itself.
 

@@ -72,7 +72,7 @@ ERRORS: dict[int, str] = {
     404: "There is no such thing.",
     410: "The link has expired.",
     413: "The body is larger than the server reads.",
-    415: "The body is of another type than the route reads.",
+    415: "The body is of another type than the route reads, or compressed.",
     429: (
         "As many requests wait as may wait, or the pictures would come after the deadline; `Retry-After` says when to "
         "come again, `x-should-retry: false` that not even an idle server would be in time."
@@ -155,7 +155,7 @@ OPERATIONS = (
         method="get",
         path="/v1/models/{id}",
         id="retrieveModel",
-        summary="The model by its id, slashes escaped or not",
+        summary="The model by its id or an alias, slashes escaped or not",
         answer=ModelObject,
         parameters=(_parameter("id", "path", "The id that /v1/models lists."),),
         errors=(404, 500, 503),

@@ -169,7 +169,7 @@ def test_what_compose_writes_for_a_variable_that_is_not_set_is_as_if_it_were_not
     assert f"Cannot listen on {NOWHERE}:8000" in result.output
 
 
-SECONDS = ["--request-timeout", "--body-timeout", "--retry-grace", "--link-lifetime"]
+SECONDS = ["--request-timeout", "--body-timeout", "--keep-alive", "--retry-grace", "--link-lifetime"]
 NUMBERS = [*SECONDS, "--max-queue-size", "--max-batch-size", "--port"]
 
 

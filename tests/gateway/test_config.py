@@ -48,6 +48,7 @@ def test_neither_key_nor_secret_is_in_the_repr() -> None:
         ("request_timeout", math.inf, "request_timeout"),
         ("request_timeout", 1e12, "request_timeout"),
         ("body_timeout", math.nan, "body_timeout"),
+        ("model_aliases", ("gpt-image-1", "/"), "alias"),
         ("keep_alive", math.nan, "keep_alive"),
         ("keep_alive", math.inf, "keep_alive"),
         ("keep_alive", 0, "keep_alive"),

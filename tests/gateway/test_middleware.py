@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from collections.abc import AsyncIterator
 
 import httpx
@@ -121,6 +123,17 @@ async def test_an_unforeseen_exception_is_a_500_whose_details_are_only_in_the_lo
     assert response.headers["x-request-id"] == "mine-1"
     assert "/srv/secret/model.onnx is broken" in caplog.text
     assert "mine-1" in caplog.text
+
+
+async def test_a_server_without_free_files_says_when_to_come_again(
+    client: httpx.AsyncClient, backend: FakeBackend
+) -> None:
+    for number in (errno.EMFILE, errno.ENFILE):
+        backend.failure = OSError(number, os.strerror(number), "/srv/secret")
+        response = await client.post("/v1/images/generations", json=PICTURE)
+        assert response.status_code == 503
+        assert response.headers["retry-after"] == "1"
+        assert "secret" not in response.text
 
 
 async def test_no_log_holds_the_key_or_the_prompt(

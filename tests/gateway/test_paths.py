@@ -13,6 +13,7 @@ from fake_backend import FakeBackend, in_memory, on_loopback
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.paths import canonical_path
+from node_client import install_node_client, run_node_client
 from pictures import file_of, photo
 from wire import error_of
 
@@ -158,6 +159,10 @@ class TestAzure:
             assert [model.id async for model in azure.models.list()] == ["acme/tiny-emoji"]
             assert (await azure.models.retrieve("gpt-image-1")).id == "gpt-image-1"
         assert [generation.prompt for generation in backend.generations] == ["a fox", "a cat"]
+
+    async def test_openai_s_client_for_azure_in_node_does_too(self, url: str) -> None:
+        seen = (await run_node_client(install_node_client(), f"{url}/v1", KEY, script="azure.mjs"))["seen"]
+        assert seen == [{"generated": 7, "edited": 8, "models": ["acme/tiny-emoji"]}] * 2
 
     async def test_a_wrong_key_is_an_authentication_error(self, url: str) -> None:
         async with openai.AsyncAzureOpenAI(azure_endpoint=url, api_key="wrong", api_version="2024-10-21") as azure:
