@@ -97,10 +97,15 @@ def _read(lora: Lora) -> Tensors:
     for weight, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise BadLoraError(f"{lora.file}: has non-finite weights ({weight})")
-    layers = (parts for module in lora.modules for parts in lora.layers(module).values())
-    if not any(all(tensors[weight].any() for weight in parts.values()) for parts in layers):
+    if not any(_changes(tensors, parts) for module in lora.modules for parts in lora.layers(module).values()):
         raise BadLoraError(f"{lora.file}: changes nothing, for its weights are zero")
     return tensors
+
+
+def _changes(tensors: Tensors, parts: Mapping[str, str]) -> bool:
+    """Whether a layer's weights come out other than they were; a bias or a magnitude is taken to see to that."""
+    factors = [tensors[weight] for part, weight in parts.items() if part in ("down", "mid", "up", "alpha")]
+    return all(factor.any() for factor in factors) or not {"bias", "magnitude"}.isdisjoint(parts)
 
 
 def _scaling(parts: Tensors, settings: Mapping[str, Any], layer: str) -> float:

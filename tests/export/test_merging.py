@@ -312,6 +312,14 @@ def test_a_bias_is_added_too(checkpoint: Checkpoint, checkpoint_folder: Path, tm
         torch.testing.assert_close(ours[name], base[name] + SCALE * 8 / 4 * 0.5)
 
 
+def test_biases_of_zero_leave_the_rest_of_the_lora_as_it_is(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path = "down_blocks.0.resnets.0.conv1"
+    down, up = torch.ones(4, 16, 3, 3), torch.ones(16, 4, 1, 1)
+    names = {"lora_A.weight": down, "lora_B.weight": up, "lora_B.bias": torch.zeros(16)}
+    save_file({f"unet.{path}.{name}": tensor for name, tensor in names.items()}, tmp_path / "x.safetensors")
+    held_to_closed_form(checkpoint, "unet", tmp_path / "x.safetensors", {path: product(down, up)})
+
+
 def wider(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
     return name, torch.cat([tensor, tensor], dim=1) if "lora_A" in name else tensor
 
