@@ -130,7 +130,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._feed(data)
         except httptools.HttpParserError:  # no line in the log: anybody can send rubbish, as much as they like
             self._refuse(InvalidRequestError("Invalid HTTP request received."))
-        if self._unparsed > MAX_HEAD_BYTES and not self.transport.is_closing():
+        if self._unparsed > MAX_HEAD_BYTES and not self._ignores_input:
             self._refuse(HeadTooLargeError())
         if self._timer is None and not self._is_at_work():
             self._await_head()
@@ -202,7 +202,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Whoever was refused while sending may send on for a moment only."""
         if self._in_body and not self.pipeline:
             self._restart_timer(REST_SECONDS, self.transport.abort)
-        elif self._in_head and not self.pipeline:
+        elif self._in_head and not self.pipeline and not self.transport.is_closing():
             self._await_head()
         super().on_response_complete()
         self._limit.note(self, is_idle=self._is_idle())

@@ -94,6 +94,10 @@ def error_in(answer: bytes) -> dict[str, Any]:
     return error
 
 
+SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
+FORM = "multipart/form-data; boundary=b"
+
+
 class TestHeads:
     @pytest.mark.parametrize(
         ("head", "answers"),
@@ -281,7 +285,9 @@ class TestFraming:
             head = POST.replace(b"1.1", version) + LENGTH + b"Expect: 100-continue\r\n" + LAST
             assert statuses(await wire.say(head, BODY, pause=0.1)) == answers
 
-    @pytest.mark.parametrize("rubbish", [b'"}', b'"}\r\n\r\n', b"\x00\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n"])
+    @pytest.mark.parametrize(
+        "rubbish", [b'"}', b'"}\r\n\r\n', b"\x00\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\x00" * 100_000]
+    )
     async def test_rubbish_behind_a_request_does_not_take_its_answer(self, wire: Wire, rubbish: bytes) -> None:
         before = await wire.unheard(400)
         answer = await wire.say(LIVE + POST + LENGTH + b"\r\n" + BODY + rubbish + LIVE)
@@ -314,6 +320,15 @@ class TestFraming:
         assert statuses(answer) == [400]
         assert words in error_in(answer)["message"]
 
+    @pytest.mark.parametrize("apart", [False, True])
+    @pytest.mark.parametrize(("kind", "body"), [("application/json", BODY[:-2]), (FORM, b"--b\r\n" + PART.encode())])
+    async def test_what_follows_a_body_that_was_cut_is_not_answered(
+        self, wire: Wire, kind: str, body: bytes, apart: bool
+    ) -> None:
+        head = f"POST {EDITS} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+        parts = [head.encode() + body, SMUGGLED]
+        assert statuses(await (wire.say(*parts, pause=0.1) if apart else wire.say(b"".join(parts)))) == [400]
+
     async def test_a_folded_header_is_none(self, wire: Wire) -> None:
         folded = b"GET /health HTTP/1.1\r\nHost: x\r\nX-Request-Id: a\r\n b\r\n" + LAST
         assert statuses(await wire.say(folded)) == [400]
@@ -339,7 +354,6 @@ UPGRADES = [
     b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAA\r\n",
     b"Connection: Upgrade\r\nConnection: close\r\nUpgrade: h2c\r\nUpgrade: websocket\r\n",
 ]
-SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 class TestUpgrade:
