@@ -56,13 +56,16 @@ def wanted_files(names: Iterable[str]) -> list[str]:
 def what_is_missing(folder: Path) -> str:
     """The first file of a snapshot that an export would read in vain; empty where it is complete.
 
-    Of modules, tokenizers and scheduler as the index lists them, as far as any family has them.
+    Of modules, tokenizers and scheduler as the index lists them, as far as any family has them. Of a pipeline that no
+    family serves, the index alone is read.
     """
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         listed = index.items()
     except (OSError, ValueError, AttributeError):
         return "model_index.json"
+    if not any(index.get("_class_name") in family.pipelines for family in FAMILIES):
+        return ""
     parts = [part for part, classes in listed if isinstance(classes, list) and any(classes)]
     missing = (
         *(_missing_of_module(folder / part) for part in _modules() if part in parts),

@@ -77,7 +77,10 @@ ERRORS: dict[int, str] = {
         "As many requests wait as may wait, or the pictures would come after the deadline; `Retry-After` says when to "
         "come again, `x-should-retry: false` that not even an idle server would be in time."
     ),
-    500: "A fault of the server; its log has the details under the request id.",
+    500: (
+        "A fault of the server; its log has the details under the request id. The code `image_not_finite` says that "
+        "the model computed no picture, and would not for the same request again."
+    ),
     503: "The model is not available at the moment; `Retry-After` says when to come again.",
     504: "The pictures were not ready in time.",
 }

@@ -12,8 +12,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from hypergen_export.checkpoint import open_checkpoint
-from hypergen_export.errors import UnknownModelError
+from hypergen_export.errors import UnknownModelError, UnsupportedModelError
 from hypergen_export.hub import wanted_files, what_is_missing
+
+from .conftest import edit_json
 
 # As on the hub: variants, single-file copies, a safety checker, other frameworks.
 LISTING = [
@@ -194,6 +196,16 @@ def test_a_complete_snapshot_is_used_without_asking_the_hub(
     hub = hub_of(checkpoint_copy, None)
     assert open_checkpoint("owner/model").folder == checkpoint_copy
     assert not hub.fetched
+
+
+def test_a_snapshot_of_another_pipeline_is_refused_for_what_it_is(
+    checkpoint_copy: Path, hub_of: Callable[[Path, Path | None], FakeHub]
+) -> None:
+    edit_json(checkpoint_copy / "model_index.json", _class_name="FluxPipeline")
+    shutil.rmtree(checkpoint_copy / "tokenizer")
+    hub_of(checkpoint_copy, None)
+    with pytest.raises(UnsupportedModelError, match="FluxPipeline is not supported"):
+        open_checkpoint("owner/model")
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '"a"'])
