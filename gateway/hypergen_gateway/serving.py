@@ -249,7 +249,8 @@ def _suggested(prompts: Sequence[str]) -> str:
 def _curl_line(url: str, gateway: Config, prompts: Sequence[str]) -> str:
     """A command that saves an image, or says what went wrong, in any shell."""
     decode = (
-        "import base64, json, sys; answer = json.load(sys.stdin); "
+        # Without an answer, curl or the shell has said why.
+        "import base64, json, sys; answer = json.loads(sys.stdin.read() or sys.exit(1)); "
         'sys.exit(answer["error"]["message"]) if "error" in answer else '
         'sys.stdout.buffer.write(base64.b64decode(answer["data"][0]["b64_json"]))'
     )

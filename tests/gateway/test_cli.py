@@ -431,7 +431,9 @@ async def test_the_command_that_is_printed_saves_an_image(how: str, tmp_path: Pa
             with Image.open(tmp_path / "picture.png") as image:
                 assert (image.format, image.size) == ("PNG", (64, 48))  # the fake model's own size
             if how == "variable":  # what is missing or wrong is said, and not by a traceback
-                assert "set it to the key" in (await asyncio.to_thread(run_shell, command[0], tmp_path, {})).stderr
+                unset = await asyncio.to_thread(run_shell, command[0], tmp_path, {})
+                assert "first set it to the key" in unset.stderr
+                assert "Traceback" not in unset.stderr
                 wrong = await asyncio.to_thread(run_shell, command[0], tmp_path, {"HYPERGEN_API_KEY": "sk-3"})
                 assert wrong.stderr == "The API key is wrong.\n"
         finally:
