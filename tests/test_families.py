@@ -9,16 +9,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from diffusers import (
@@ -30,96 +27,26 @@ from diffusers import (
 )
 from PIL import Image as PILImage
 
-from conditions import Array, conditions_of, merge, outputs_of, texts_of
-from contract import Architecture, InvalidInputError, Request
-from deep_cache import deep_features_reused
-from guidance_interval import guided_steps, interval_arguments
-from hypergen_export.checkpoint import Checkpoint, open_checkpoint
+from conditions import texts_of
+from contract import InvalidInputError, Request
+from guidance_interval import guided_steps
+from hypergen_export.checkpoint import Checkpoint
 from hypergen_export.components import Component, with_deep_cache
-from hypergen_export.defaults import checkpoint_parameters
-from hypergen_export.examples import by_name
 from hypergen_export.loading import load_module
 from hypergen_export.lora import Lora, read_loras
 from hypergen_export.merging import merge_lora
-from hypergen_export.tokenizer import write_tokenizer
 from hypergen_export.wrappers import wrap
 from loras import Weights, lora_weights, save_by_diffusers, save_by_kohya
 from miniature import FAMILIES, save_miniature
+from parity import PROMPT, Pair, Pixels, Sampler, by_diffusers, held, request_of, sampler_of
 from pipelines import pipeline_of
-from prompts import PromptTokenizers
-from samplers import SCHEDULERS, make_scheduler
-from sampling import Image, UNetRows
-from starts import Canvas, Original
-from stepping import StepLoop
+from scheduler_tables import CLASSES
 
 pytestmark = pytest.mark.claim("families")
 
-PROMPT = "a red rocket on a blue background"
 NEGATIVES = {"no negative": None, "an empty one": "", "a negative": "a green cat"}
-# Relative to the largest latent. Both sides are torch in float32; ours runs the UNet on each image's own timestep.
-TOLERANCE = 1e-5
 # From a picture, the VAE's encoder adds its rounding, which the guidance scale multiplies. Seen: 1.3e-5.
 TOLERANCE_FROM_PICTURE = 5e-5
-Pixels = npt.NDArray[np.uint8]
-
-
-@dataclass
-class Sampler:
-    """The sampler as `model.py` puts it together, on torch modules in place of Triton's."""
-
-    checkpoint: Checkpoint
-    architecture: Architecture
-    tokenize: PromptTokenizers
-    modules: dict[str, torch.nn.Module]
-    rows_of_calls: list[int] = field(default_factory=list)
-    models_of_calls: list[str] = field(default_factory=list)
-
-    async def draw(self, request: Request, loop: StepLoop | None = None) -> tuple[Array, Pixels]:
-        """The final latents [C, h, w] and the picture."""
-        conditions = conditions_of(request, self.encode(texts_of(request, self.architecture)), self.architecture)
-        image = Image(request, conditions, self.canvas(request), dict(self.checkpoint.scheduler))
-        latents = [sample async for sample in (loop or self.loop()).sample(image, lambda: False)][-1].latents
-        return latents, self.run("vae_decoder", latents=latents[None])["image"][0]
-
-    def canvas(self, request: Request) -> Canvas:
-        shape = (4, request.height // 8, request.width // 8)
-        if request.image is None:
-            return Canvas(shape)
-        answer = self.run("vae_encoder", image=request.image[None])
-        original = Original(answer["mean"][0], answer["std"][0])
-        return Canvas(shape, original, request.mask, self.architecture.is_latent_consistency)
-
-    def loop(self) -> StepLoop:
-        return StepLoop(self.unet, max_rows=16, max_active=8, max_waiting=8)
-
-    def encode(self, texts: list[str]) -> dict[str, Array]:
-        needed = zip(
-            self.architecture.text_encoders, self.tokenize(texts).ids, outputs_of(self.architecture), strict=True
-        )
-        answers = [(self.run(encoder, input_ids=ids), outputs) for encoder, ids, outputs in needed]
-        return merge([{name: answer[name] for name in outputs} for answer, outputs in answers])
-
-    def unet(self, rows: UNetRows) -> dict[str, Array]:
-        self.rows_of_calls.append(len(rows.sample))
-        self.models_of_calls.append(rows.model)
-        time = self.architecture.time_embedding(rows.timestep)
-        inputs = {"sample": rows.sample, "time": time, **rows.conditions}
-        answer = self.run(rows.model, **inputs)
-        return {name: answer[name] for name in rows.outputs}
-
-    def run(self, name: str, **inputs: npt.NDArray[Any]) -> dict[str, Any]:
-        (component,) = (each for each in with_deep_cache(self.checkpoint.family.components) if each.name == name)
-        tensors = tuple(torch.from_numpy(inputs[tensor.name]) for tensor in component.inputs)
-        with torch.no_grad():
-            answer = self.modules[name](**by_name(component, tensors))
-        answers = answer if isinstance(answer, tuple) else (answer,)
-        return {tensor.name: one.numpy() for tensor, one in zip(component.outputs, answers, strict=True)}
-
-
-@dataclass
-class Pair:
-    sampler: Sampler
-    pipeline: Any
 
 
 @pytest.fixture(scope="module")
@@ -132,75 +59,6 @@ def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return Pair(sampler_of(folder), pipeline_of(folder))
 
     return make
-
-
-def sampler_of(folder: Path) -> Sampler:
-    checkpoint = open_checkpoint(str(folder))
-    for name in checkpoint.family.tokenizers:
-        write_tokenizer(checkpoint, name, folder / f"{name}.json")
-    parameters = checkpoint_parameters(checkpoint, SCHEDULERS)
-    config = json.dumps({"parameters": {name: {"string_value": value} for name, value in parameters.items()}})
-    architecture = Architecture.from_model_config(config)
-    components = with_deep_cache(checkpoint.family.components)
-    modules = {each.name: wrap(each, load_module(checkpoint, each)) for each in components}
-    return Sampler(checkpoint, architecture, PromptTokenizers(folder, architecture.tokenizers), modules)
-
-
-def request_of(**changes: Any) -> Request:
-    wish: dict[str, Any] = {
-        "prompt": PROMPT,
-        "negative_prompt": None,
-        "num_images": 1,
-        "width": 64,
-        "height": 64,
-        "num_inference_steps": 4,
-        "guidance_scale": 1.0,
-        "scheduler": "",
-        "seed": 11,
-    }
-    return Request(**(wish | changes))
-
-
-def by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:
-    wish: dict[str, Any] = {
-        "prompt": request.prompt,
-        "num_inference_steps": request.num_inference_steps,
-        "guidance_scale": request.guidance_scale,
-        **_given(request),
-    }
-    if request.negative_prompt is not None:
-        wish["negative_prompt"] = request.negative_prompt
-    interval = (request.guidance_start, request.guidance_end)
-    if interval != (0.0, 1.0):
-        wish = interval_arguments(pipeline, wish, *interval)
-
-    def draw(kind: str) -> Any:
-        with deep_features_reused(pipeline.unet, request.cache_interval):
-            return pipeline(**wish, generator=torch.Generator().manual_seed(request.seed), output_type=kind).images[0]
-
-    return draw("latent").numpy(), np.asarray(draw("pil"))
-
-
-def _given(request: Request) -> dict[str, Any]:
-    """The size, or the picture that has it."""
-    size = {"width": request.width, "height": request.height}
-    if request.image is None:
-        return size
-    start = {"image": PILImage.fromarray(request.image), "strength": request.strength}
-    if request.mask is None:
-        return start
-    return {**size, **start, "mask_image": PILImage.fromarray(request.mask)}
-
-
-def held(ours: tuple[Array, Pixels], theirs: tuple[Array, Pixels], tolerance: float = TOLERANCE) -> None:
-    """Latents to rounding, pictures to a level of 255 where a value lies on the edge of two."""
-    difference = float(np.abs(ours[0] - theirs[0]).max() / np.abs(theirs[0]).max())
-    levels = np.abs(ours[1].astype(int) - theirs[1].astype(int))
-    print(f"latents differ by {difference:.1e} of the largest, pictures by {levels.mean():.4f}/255, {levels.max()}/255")
-    assert theirs[1].std() > 10, "a flat picture would prove nothing"
-    assert difference <= tolerance
-    assert levels.max() <= 1
-    assert levels.mean() <= 0.01
 
 
 async def drawn_together(sampler: Sampler, requests: Sequence[Request]) -> None:
@@ -218,6 +76,7 @@ async def drawn_together(sampler: Sampler, requests: Sequence[Request]) -> None:
 async def test_a_familys_picture_equals_the_one_of_diffusers_pipeline(family: str, pair_of: Any) -> None:
     pair = pair_of(family)
     request = request_of(width=72, height=56)
+    pair.choose("")
     held(await pair.sampler.draw(request), by_diffusers(pair.pipeline, request))
     assert set(pair.sampler.rows_of_calls) == {1}
 
@@ -229,6 +88,7 @@ async def test_guidance_equals_that_of_diffusers_pipeline(
 ) -> None:
     pair = pair_of(family)
     request = request_of(guidance_scale=5.0, negative_prompt=negative_prompt)
+    pair.choose("")
     held(await pair.sampler.draw(request), by_diffusers(pair.pipeline, request))
 
 
@@ -242,20 +102,20 @@ async def test_guidance_in_an_interval_equals_diffusers_and_takes_two_rows_there
     request = request_of(**wish, scheduler="euler", guidance_start=interval[0], guidance_end=interval[1])
     pair.sampler.rows_of_calls.clear()
     ours = await pair.sampler.draw(request)
-    pair.pipeline.scheduler = make_scheduler("euler", dict(pair.sampler.checkpoint.scheduler))
+    pair.choose("euler")
     held(ours, by_diffusers(pair.pipeline, request))
     guided = guided_steps(6, *interval)
     assert pair.sampler.rows_of_calls == [2 if step in guided else 1 for step in range(6)]
 
 
-@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+@pytest.mark.parametrize("scheduler", sorted(CLASSES))
 async def test_every_scheduler_goes_on_where_guidance_begins_and_ends(scheduler: str, pair_of: Any) -> None:
     """Some remember the guided and unguided outputs of earlier steps; some take more steps than were asked for."""
     pair = pair_of("sd-1")
     request = request_of(
         scheduler=scheduler, guidance_scale=5.0, guidance_start=0.3, guidance_end=0.7, num_inference_steps=7
     )
-    pair.pipeline.scheduler = make_scheduler(scheduler, dict(pair.sampler.checkpoint.scheduler))
+    pair.choose(scheduler)
     held(await pair.sampler.draw(request), by_diffusers(pair.pipeline, request))
 
 
@@ -278,7 +138,7 @@ async def test_deep_features_are_reused_as_in_deep_cache(family: str, interval: 
     request = request_of(
         width=72, height=56, num_inference_steps=7, guidance_scale=3.0, scheduler=scheduler, cache_interval=interval
     )
-    pair.pipeline.scheduler = make_scheduler(scheduler, dict(pair.sampler.checkpoint.scheduler))
+    pair.choose(scheduler)
     pair.sampler.models_of_calls.clear()
     ours = await pair.sampler.draw(request)
     held(ours, by_diffusers(pair.pipeline, request))
@@ -293,7 +153,7 @@ async def test_features_are_reused_over_calls_of_the_unet_where_a_step_makes_sev
 ) -> None:
     pair = pair_of("sd-1")
     request = request_of(scheduler=scheduler, guidance_scale=3.0, cache_interval=3, num_inference_steps=7)
-    pair.pipeline.scheduler = make_scheduler(scheduler, dict(pair.sampler.checkpoint.scheduler))
+    pair.choose(scheduler)
     held(await pair.sampler.draw(request), by_diffusers(pair.pipeline, request))
 
 
@@ -330,6 +190,7 @@ async def test_a_guidance_embedding_equals_diffusers_and_takes_one_row(
     pair = pair_of(family)
     pair.sampler.rows_of_calls.clear()
     request = request_of(guidance_scale=guidance_scale)
+    pair.choose("")
     ours = await pair.sampler.draw(request)
     held(ours, by_diffusers(pair.pipeline, request))
     assert pair.sampler.rows_of_calls == [1] * 4
@@ -386,12 +247,12 @@ async def held_from_picture(pair: Pair, request: Request) -> None:
         warnings.simplefilter("ignore")
         pipeline = pipelines[type(pair.pipeline).__name__].from_pipe(pair.pipeline)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = make_scheduler(request.scheduler, dict(pair.sampler.checkpoint.scheduler))
+    pair.choose(request.scheduler, pipeline)
     held(await pair.sampler.draw(request), by_diffusers(pipeline, request), TOLERANCE_FROM_PICTURE)
 
 
 @pytest.mark.parametrize(("guidance_scale", "strength"), [(1.0, 0.3), (1.0, 1.0), (6.0, 0.8)])
-@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+@pytest.mark.parametrize("scheduler", sorted(CLASSES))
 async def test_a_picture_to_start_from_is_met_as_by_diffusers(
     scheduler: str, guidance_scale: float, strength: float, pair_of: Any
 ) -> None:
@@ -402,7 +263,7 @@ async def test_a_picture_to_start_from_is_met_as_by_diffusers(
 
 
 @pytest.mark.parametrize(("guidance_scale", "strength"), [(1.0, 0.7), (6.0, 1.0)])
-@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+@pytest.mark.parametrize("scheduler", sorted(CLASSES))
 async def test_a_mask_is_met_as_by_diffusers(
     scheduler: str, guidance_scale: float, strength: float, pair_of: Any
 ) -> None:
@@ -437,7 +298,7 @@ async def test_pictures_of_one_request_are_those_of_its_seeds_in_a_row(pair_of: 
     pair = pair_of("sd-1")
     pipeline = StableDiffusionImg2ImgPipeline(**pair.pipeline.components)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = make_scheduler("euler_a", dict(pair.sampler.checkpoint.scheduler))
+    pair.choose("euler_a", pipeline)
     theirs = pipeline(
         PROMPT,
         image=PILImage.fromarray(picture()),

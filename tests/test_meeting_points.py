@@ -15,10 +15,8 @@ from tritonclient.grpc import model_config_pb2
 from contract import Architecture, Limits
 from hypergen_export import checkpoint as exporter_checkpoint
 from hypergen_export.components import FAMILIES, Family, with_deep_cache
-from hypergen_export.defaults import scheduler_name
 from hypergen_gateway import repository, triton
 from hypergen_gateway.generation import Generation, ModelDescription
-from samplers import SCHEDULERS
 
 ROOT = Path(__file__).parents[1]
 SAMPLER = ROOT / "model_repository" / "diffusion"
@@ -59,20 +57,13 @@ def test_an_export_carries_every_parameter_that_gateway_and_sampler_read(exporte
     assert {field.name for field in dataclasses.fields(Architecture)} <= carried
 
 
-def test_the_exporter_calls_a_checkpoints_scheduler_as_the_sampler_does() -> None:
-    plain = {name: recipe for name, recipe in SCHEDULERS.items() if not recipe.overrides}
-    assert {name: scheduler_name({"_class_name": recipe.class_name}, plain) for name, recipe in plain.items()} == {
-        name: name for name in plain
-    }
-
-
 def test_command_and_exporter_mean_the_same_model_by_the_shipped_one() -> None:
     assert repository.SHIPPED_MODEL == exporter_checkpoint.SHIPPED_MODEL
 
 
 def test_an_export_brings_the_files_that_the_sampler_opens(exported: Path) -> None:
     opened = set(re.findall(r'"(\w+\.json)"', "".join(file.read_text() for file in (SAMPLER / "1").glob("*.py"))))
-    assert opened == {"scheduler_config.json"}
+    assert opened == {"schedulers.json"}
     names = parameters_of(exported)["tokenizers"].string_value.split(",")
     assert all((exported / "diffusion" / file).is_file() for file in (*opened, *(f"{name}.json" for name in names)))
 

@@ -47,6 +47,7 @@ _PACKAGE = Path(__file__).parent
 # In a wheel the sampler lies inside the package, in a checkout in its own folder.
 _SAMPLER_FOLDERS = (_PACKAGE / "bundled" / "diffusion", _PACKAGE.parents[1] / "model_repository" / "diffusion")
 _SAMPLER = "diffusion"
+_SCHEDULERS = "schedulers.json"
 _VERSIONS = ("hypergen-triton", "torch", "diffusers", "transformers", "onnx", "openvino")
 _ONNX = "model.onnx"
 _STAGES_PER_COMPONENT = 4  # and one more where a plan is built
@@ -139,7 +140,7 @@ def _plan(request: ExportRequest, earlier: Earlier, target: Target | None) -> Pl
     check_dtype(engine, request.dtype)
     checkpoint = open_checkpoint(request.model)
     _check_loras(request, checkpoint)
-    sizes = choose_sizes(engine, request.sizes, checkpoint_parameters(checkpoint, ()))
+    sizes = choose_sizes(engine, request.sizes, checkpoint_parameters(checkpoint))
     if engine is OPENVINO:
         return Plan(checkpoint, request, earlier, sizes, None)
     target = target or this_machine()
@@ -303,7 +304,6 @@ def _fill(plan: Plan, folder: Path) -> dict[str, Any]:
     _write_configs(plan, folder)
     for source in sampler_sources():
         shutil.copyfile(source, folder / _SAMPLER / "1" / source.name)
-    shutil.copyfile(plan.checkpoint.folder / SCHEDULER, folder / _SAMPLER / SCHEDULER.name)
     for tokenizer in plan.checkpoint.family.tokenizers:
         _put_tokenizer(plan, tokenizer, folder)
     return _convert(plan, folder) if plan.outdated else {}
@@ -311,11 +311,12 @@ def _fill(plan: Plan, folder: Path) -> dict[str, Any]:
 
 def _write_configs(plan: Plan, folder: Path) -> None:
     with _needs_the_extra():
-        from hypergen_export.config_pbtxt import EngineOptions, component_config, known_schedulers, sampler_config
+        from hypergen_export.config_pbtxt import EngineOptions, component_config, sampler_config
 
     request = plan.request
     template = (sampler_folder() / "config.pbtxt").read_text(encoding="utf-8")
-    own = checkpoint_parameters(plan.checkpoint, known_schedulers(template))
+    own = checkpoint_parameters(plan.checkpoint)
+    own |= _write_schedulers(plan.checkpoint, int(own["default_num_inference_steps"]), folder)
     usual_size = int(own["default_width"]), int(own["default_height"])
     options = EngineOptions(engine=request.engine, dtype=request.dtype, shapes=plan.shapes, usual_size=usual_size)
     for component in plan.components:
@@ -323,6 +324,16 @@ def _write_configs(plan: Plan, folder: Path) -> None:
         (folder / component.name / "config.pbtxt").write_text(text, encoding="utf-8")
     parameters = request.settings | own | size_parameters(plan.sizes, own) | _lora_parameters(plan)
     (folder / _SAMPLER / "config.pbtxt").write_text(sampler_config(template, parameters), encoding="utf-8")
+
+
+def _write_schedulers(checkpoint: Checkpoint, steps: int, folder: Path) -> dict[str, str]:
+    """Write the table that the sampler makes its schedulers from; returns its parameters."""
+    with _needs_the_extra():
+        from hypergen_export.schedulers import checkpoint_schedulers
+
+    table = checkpoint_schedulers(checkpoint, steps)
+    (folder / _SAMPLER / _SCHEDULERS).write_text(json.dumps(asdict(table), indent=1), encoding="utf-8")
+    return {"schedulers": ",".join(table.names), "default_scheduler": table.own_name}
 
 
 def _lora_parameters(plan: Plan) -> dict[str, str]:

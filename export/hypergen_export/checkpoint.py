@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hypergen_export.components import Family, Sizes
+from hypergen_export.components import Amendments, Family, Sizes
 from hypergen_export.detection import check_classes, check_configs, find_family
 from hypergen_export.errors import (
     BrokenCheckpointError,
@@ -77,10 +77,15 @@ class Checkpoint:
         made_from = (self.index.get("_name_or_path"), self.config("unet").get("_name_or_path"))
         return (self.folder.name, *cached, *(str(name) for name in made_from if name))
 
+    @property
+    def amendments(self) -> Amendments:
+        """What diffusers' pipeline of this checkpoint changes in its configs."""
+        return self.family.pipelines[str(self.index["_class_name"])]
+
     @cached_property
     def scheduler(self) -> Mapping[str, Any]:
-        """The checkpoint's own scheduler_config.json."""
-        return read_json(self.folder / SCHEDULER)
+        """The checkpoint's own scheduler_config.json, with the class that is loaded from it: the index names that."""
+        return {**read_json(self.folder / SCHEDULER), "_class_name": self.index["scheduler"][1]}
 
     @cached_property
     def sizes(self) -> Sizes:

@@ -7,7 +7,8 @@ of how a component is loaded or converted. A new family is a new row of FAMILIES
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from hypergen_export.lora import Lora
 
@@ -187,16 +188,29 @@ LATENT_CONSISTENCY_XL = (*_TEXT_ENCODERS_XL, _unet(_HIDDEN_STATES, _POOLED, _SIZ
 
 
 @dataclass(frozen=True, kw_only=True)
+class Amendments:
+    """What the constructor of a pipeline changes in the configs that it loads; what is absent there stays absent.
+
+    `scheduler` are entries of its scheduler's, and `inpainting` those that the pipeline for a mask changes beside them.
+    `least_old_sample_size`: a UNet's that was saved by diffusers before 0.9, where none was stated rightly.
+    """
+
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+    inpainting: Mapping[str, Any] = field(default_factory=dict)
+    least_old_sample_size: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """Checkpoints that one set of components serves.
 
-    `pipelines` are diffusers' class names, and among families that share one, the UNet's config decides.
-    `sizes` says where the checkpoint states a size: the module and the key of its config.json. `tokenizers` are
-    subfolders, one for each text encoder.
+    `pipelines` are diffusers' class names and what each amends; among families that share one, the UNet's config
+    decides. `sizes` says where the checkpoint states a size: the module and the key of its config.json. `tokenizers`
+    are subfolders, one for each text encoder.
     """
 
     name: str
-    pipelines: frozenset[str]
+    pipelines: Mapping[str, Amendments]
     components: tuple[Component, ...]
     sizes: Mapping[str, tuple[str, str]]
     tokenizers: tuple[str, ...] = ("tokenizer",)
@@ -231,10 +245,20 @@ _SIZES_XL = {
 }
 _SIZES_LCM = {"guidance_width": ("unet", "time_cond_proj_dim")}
 
+# StableDiffusionPipeline's and StableDiffusionInpaintPipeline's; those of latent consistency and XL change nothing, but
+# for latent consistency under a mask there is only StableDiffusionInpaintPipeline.
+_AMENDED = Amendments(
+    scheduler={"steps_offset": 1, "clip_sample": False},
+    inpainting={"skip_prk_steps": True},
+    least_old_sample_size=64,
+)
+_AMENDED_UNDER_A_MASK = Amendments(inpainting={"steps_offset": 1, "skip_prk_steps": True})
 # Saved from an image-to-image pipeline, the parts are the same; only the index names another class.
-_PIPELINES = frozenset({"StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"})
-_PIPELINES_LCM = frozenset({"LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"})
-_PIPELINES_XL = frozenset({"StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"})
+_PIPELINES = dict.fromkeys(("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"), _AMENDED)
+_PIPELINES_LCM = dict.fromkeys(
+    ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"), _AMENDED_UNDER_A_MASK
+)
+_PIPELINES_XL = dict.fromkeys(("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"), Amendments())
 
 # 1.x, 2.x, SD-Turbo and what LCM and TCD leave of them without a guidance embedding are one family: their configs,
 # weights and schedulers differ, their tensors do not. So with XL, XL-Turbo and XL-Lightning.

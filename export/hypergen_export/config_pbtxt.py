@@ -48,12 +48,6 @@ def sampler_config(template: str, parameters: Mapping[str, str]) -> str:
     return _text(config)
 
 
-def known_schedulers(template: str) -> list[str]:
-    """The names under which a request may ask the sampler for a scheduler."""
-    names: str = read_config(template).parameters["schedulers"].string_value
-    return names.split(",")
-
-
 def read_config(text: str) -> Any:
     """A config.pbtxt as Triton's ModelConfig."""
     return text_format.Parse(text, pb.ModelConfig())

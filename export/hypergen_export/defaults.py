@@ -1,4 +1,4 @@
-"""What the sampler is told about a checkpoint, as parameters: its components, sizes, steps, guidance, scheduler.
+"""What the sampler is told about a checkpoint, as parameters: its components, sizes, steps, guidance.
 
 A checkpoint may bring its own habits in `hypergen_defaults.json`; diffusers' layout has no place for them, so without
 that file they are read from its scheduler and UNet.
@@ -7,26 +7,14 @@ that file they are read from its scheduler and UNet.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
+
+from packaging.version import Version
 
 from hypergen_export.checkpoint import Checkpoint
 from hypergen_export.errors import BrokenCheckpointError
 
-# diffusers' class -> the name under which a request asks for it.
-_SCHEDULERS = {
-    "DDIMScheduler": "ddim",
-    "DDPMScheduler": "ddpm",
-    "DEISMultistepScheduler": "deis",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
-    "EulerAncestralDiscreteScheduler": "euler_a",
-    "EulerDiscreteScheduler": "euler",
-    "HeunDiscreteScheduler": "heun",
-    "LCMScheduler": "lcm",
-    "PNDMScheduler": "pndm",
-    "TCDScheduler": "tcd",
-    "UniPCMultistepScheduler": "unipc",
-}
 # Steps and guidance scale. Those of models that are not distilled are the defaults of diffusers' pipelines.
 _HABITS = {
     "stable-diffusion": (50, 7.5),
@@ -44,7 +32,7 @@ _EULER = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 _DISTILLED = re.compile(r"turbo|lightning|hyper[-_ ]?sd|dmd|flash|distill|(?<![0-9])[1-8][-_ ]?steps?", re.IGNORECASE)
 
 
-def checkpoint_parameters(checkpoint: Checkpoint, known_schedulers: Collection[str]) -> dict[str, str]:
+def checkpoint_parameters(checkpoint: Checkpoint) -> dict[str, str]:
     """The parameters of the sampler that follow from the checkpoint alone. Raises BrokenCheckpointError."""
     sizes = checkpoint.sizes
     factor = sizes["vae_scale_factor"]
@@ -56,24 +44,11 @@ def checkpoint_parameters(checkpoint: Checkpoint, known_schedulers: Collection[s
     return {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in parameters.items()} | {
         "family": checkpoint.family.name,
         **_architecture(checkpoint),
-        "default_scheduler": scheduler_name(checkpoint.scheduler, known_schedulers),
         "suggestions": suggestions,
         "size_factor": str(factor),
         "vae_scale_factor": str(factor),
         "latent_channels": str(sizes["latent_channels"]),
     }
-
-
-def scheduler_name(config: Mapping[str, Any], known: Collection[str]) -> str:
-    """The request's name for a checkpoint's scheduler; the class's own where no request could ask for it."""
-    class_name = str(config.get("_class_name"))
-    name = _SCHEDULERS.get(class_name, class_name)
-    if name == "dpmpp_2m":
-        if config.get("algorithm_type", "dpmsolver++") != "dpmsolver++":
-            name = class_name
-        elif config.get("use_karras_sigmas"):
-            name = "dpmpp_2m_karras"
-    return name if name in known else class_name
 
 
 def _architecture(checkpoint: Checkpoint) -> dict[str, str]:
@@ -164,7 +139,7 @@ def _sides(checkpoint: Checkpoint, factor: int) -> dict[str, int | float]:
     objects begin to repeat, and never below 1024, which clients of OpenAI's API ask for by habit.
     """
     stored = checkpoint.defaults
-    height, width = _trained_size(checkpoint.config("unet")["sample_size"])
+    height, width = _trained_size(checkpoint.config("unet"), checkpoint.amendments.least_old_sample_size)
     width, height = int(stored.get("width", width * factor)), int(stored.get("height", height * factor))
     smallest = int(stored.get("min_size", min(64, width, height)))
     largest = int(stored.get("max_size", max(1024, 2 * width, 2 * height)))
@@ -178,9 +153,16 @@ def _sides(checkpoint: Checkpoint, factor: int) -> dict[str, int | float]:
     }
 
 
-def _trained_size(sample_size: Any) -> tuple[int, int]:
+def _trained_size(unet: Mapping[str, Any], least_if_old: int) -> tuple[int, int]:
     """Height and width of the latents that the UNet was trained on."""
+    sample_size = unet["sample_size"]
     if isinstance(sample_size, int):
-        return sample_size, sample_size
+        side = max(sample_size, least_if_old) if _is_older_than_0_9(unet) else sample_size
+        return side, side
     height, width = sample_size
     return int(height), int(width)
+
+
+def _is_older_than_0_9(unet: Mapping[str, Any]) -> bool:
+    saved_by = unet.get("_diffusers_version")
+    return saved_by is not None and Version(Version(saved_by).base_version) < Version("0.9.0.dev0")

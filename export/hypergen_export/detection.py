@@ -73,6 +73,10 @@ def check_classes(model: str, index: Config, family: Family) -> None:
         given = _class_name(index, tokenizer)
         if given not in _TOKENIZERS:
             raise UnsupportedModelError(f"{model}: its {tokenizer} is {given}, but only {_TOKENIZERS[0]} is supported")
+    library, _, scheduler = _class_name(index, "scheduler").partition(".")
+    if library != "diffusers" or not scheduler:
+        given = _class_name(index, "scheduler")
+        raise UnsupportedModelError(f"{model}: its scheduler is {given}, but only those of diffusers are supported")
 
 
 def check_configs(model: str, configs: Mapping[str, Config], sizes: Sizes) -> None:

@@ -16,7 +16,7 @@ from tritonclient.utils import InferenceServerException
 
 from plain_triton import Response, ask
 from running_server import Pixels, Server
-from samplers import make_scheduler
+from scheduler_tables import called_by_diffusers
 
 PROMPT = "a red rocket on a blue background"
 STEPS = 6
@@ -44,7 +44,7 @@ def picture_of(server: Server, **wish: Any) -> Pixels:
 
 def by_diffusers(pipeline: Any, scheduler: str, **wish: Any) -> Pixels:
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config)
+    pipeline.scheduler = called_by_diffusers(scheduler, pipeline.scheduler)
     generator = torch.Generator().manual_seed(5)
     picture = pipeline(PROMPT, num_inference_steps=STEPS, generator=generator, **wish).images[0]
     return np.asarray(picture)

@@ -43,7 +43,7 @@ def sampler_parameter(repository: Path, name: str) -> str:
     return str(config.parameters[name].string_value)
 
 
-def test_a_repository_is_laid_out_as_triton_and_the_sampler_expect(repository: Path, checkpoint_folder: Path) -> None:
+def test_a_repository_is_laid_out_as_triton_and_the_sampler_expect(repository: Path) -> None:
     files = {path.relative_to(repository).as_posix() for path in repository.rglob("*") if path.is_file()}
     assert files == {
         "hypergen.json",
@@ -51,10 +51,8 @@ def test_a_repository_is_laid_out_as_triton_and_the_sampler_expect(repository: P
         *(f"{name}/1/model.onnx" for name in NAMES),
         *(f"diffusion/1/{source.name}" for source in sampler_sources()),
         "diffusion/tokenizer.json",
-        "diffusion/scheduler_config.json",
+        "diffusion/schedulers.json",
     }
-    own = (checkpoint_folder / "scheduler" / "scheduler_config.json").read_bytes()
-    assert (repository / "diffusion" / "scheduler_config.json").read_bytes() == own
 
 
 def test_the_record_says_what_was_made_of_what_and_how_well(repository: Path, checkpoint_folder: Path) -> None:
@@ -99,7 +97,7 @@ def test_the_engines_precision_reaches_every_component(request_again: ExportRequ
 
 
 def test_another_scheduler_takes_over_every_component(checkpoint_copy: Path, request_again: ExportRequest) -> None:
-    edit_json(checkpoint_copy / "scheduler" / "scheduler_config.json", _class_name="DDIMScheduler")
+    edit_json(checkpoint_copy / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
     outcome = export(replace(request_again, model=str(checkpoint_copy)))
     assert outcome == Outcome(reused=NAMES)
     assert sampler_parameter(request_again.output, "default_scheduler") == "ddim"

@@ -7,19 +7,17 @@ from typing import Any
 import pytest
 
 from hypergen_export.checkpoint import open_checkpoint
-from hypergen_export.defaults import checkpoint_parameters, remarks, scheduler_name
+from hypergen_export.defaults import checkpoint_parameters, remarks
 from hypergen_export.errors import BrokenCheckpointError
 from miniature import save_miniature
 
 from .conftest import edit_json
 
-KNOWN = ("ddim", "dpmpp_2m", "dpmpp_2m_karras", "euler", "euler_a", "lcm", "pndm", "tcd")
-
 
 def parameters(folder: Path, **defaults: Any) -> dict[str, str]:
     if defaults:
         (folder / "hypergen_defaults.json").write_text(json.dumps(defaults))
-    return checkpoint_parameters(open_checkpoint(str(folder)), KNOWN)
+    return checkpoint_parameters(open_checkpoint(str(folder)))
 
 
 def steps_and_scale(found: dict[str, str]) -> tuple[str, str]:
@@ -27,42 +25,21 @@ def steps_and_scale(found: dict[str, str]) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("config", "name"),
+    ("family", "steps", "guidance"),
     [
-        ({"_class_name": "DDIMScheduler"}, "ddim"),
-        ({"_class_name": "DPMSolverMultistepScheduler"}, "dpmpp_2m"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, "dpmpp_2m_karras"),
-        (
-            {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"},
-            "DPMSolverMultistepScheduler",
-        ),
-        ({"_class_name": "UniPCMultistepScheduler"}, "UniPCMultistepScheduler"),  # no name of KNOWN
-        ({"_class_name": "EDMEulerScheduler"}, "EDMEulerScheduler"),
+        ("sd-1", "50", "7.5"),
+        ("sd-2", "50", "7.5"),
+        ("sd-turbo", "4", "1"),
+        ("lcm", "4", "8.5"),
+        ("tcd", "4", "1"),
+        ("sdxl", "50", "5"),
+        ("sdxl-turbo", "4", "1"),
+        ("sdxl-lightning", "4", "1"),
+        ("lcm-sdxl", "4", "8.5"),
     ],
 )
-def test_a_scheduler_is_called_as_requests_call_it_or_by_its_class(config: dict[str, Any], name: str) -> None:
-    assert scheduler_name(config, KNOWN) == name
-
-
-@pytest.mark.parametrize(
-    ("family", "scheduler", "steps", "guidance"),
-    [
-        ("sd-1", "pndm", "50", "7.5"),
-        ("sd-2", "ddim", "50", "7.5"),
-        ("sd-turbo", "euler", "4", "1"),
-        ("lcm", "lcm", "4", "8.5"),
-        ("tcd", "tcd", "4", "1"),
-        ("sdxl", "euler", "50", "5"),
-        ("sdxl-turbo", "euler_a", "4", "1"),
-        ("sdxl-lightning", "euler", "4", "1"),
-        ("lcm-sdxl", "lcm", "4", "8.5"),
-    ],
-)
-def test_habits_follow_from_scheduler_and_unet(
-    family: str, scheduler: str, steps: str, guidance: str, tmp_path: Path
-) -> None:
+def test_habits_follow_from_scheduler_and_unet(family: str, steps: str, guidance: str, tmp_path: Path) -> None:
     found = parameters(save_miniature(tmp_path, family=family))
-    assert found["default_scheduler"] == scheduler
     assert (found["default_num_inference_steps"], found["default_guidance_scale"]) == (steps, guidance)
 
 

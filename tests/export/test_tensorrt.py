@@ -196,7 +196,7 @@ def test_a_repository_of_plans_has_no_onnx_and_a_record_beside_each_plan(plans: 
         *(f"{name}/1/model.plan.json" for name in NAMES),
         *(f"diffusion/1/{source.name}" for source in sampler_sources()),
         "diffusion/tokenizer.json",
-        "diffusion/scheduler_config.json",
+        "diffusion/schedulers.json",
     }
 
 

@@ -11,8 +11,8 @@ import torch
 
 from contract import Request
 from estimates import preview_steps
-from samplers import SCHEDULERS
 from sampling import Image
+from scheduler_tables import CLASSES, schedulers_of
 from starts import Canvas
 
 CONFIG = {
@@ -48,8 +48,8 @@ def image_of(scheduler: str, prediction_type: str, guidance_scale: float) -> Ima
         partial_images=3,
     )
     states = np.zeros((2 if guidance_scale > 1 else 1, 1, 1), dtype=np.float32)
-    config = CONFIG | {"prediction_type": prediction_type}
-    return Image(request, {"encoder_hidden_states": states}, Canvas((4, 6, 5)), config)
+    schedulers = schedulers_of(CONFIG | {"prediction_type": prediction_type})
+    return Image(request, {"encoder_hidden_states": states}, Canvas((4, 6, 5)), schedulers.make(scheduler, steps=STEPS))
 
 
 def answer_of_one_who_knows(image: Image, alphas_cumprod: Any, prediction_type: str, guidance_scale: float) -> Any:
@@ -69,7 +69,7 @@ def answer_of_one_who_knows(image: Image, alphas_cumprod: Any, prediction_type: 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 @pytest.mark.parametrize(
     ("scheduler", "prediction_type"),
-    sorted(set(product(SCHEDULERS, ("epsilon", "v_prediction", "sample"))) - NOT_IN_DIFFUSERS),
+    sorted(set(product(CLASSES, ("epsilon", "v_prediction", "sample"))) - NOT_IN_DIFFUSERS),
 )
 def test_every_preview_is_the_original_that_the_unet_means(
     scheduler: str, prediction_type: str, guidance_scale: float

@@ -1,17 +1,17 @@
-"""The table of schedulers."""
+"""Schedulers from the exporter's table."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
-from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2
+import torch
+from diffusers import PNDMScheduler
 
-from samplers import SCHEDULERS, make_scheduler
+from contract import InvalidInputError
+from samplers import Schedulers
+from scheduler_tables import CLASSES, called_by_diffusers, schedulers_of
 
-TEMPLATE = Path(__file__).parents[2] / "model_repository" / "diffusion" / "config.pbtxt"
 CONFIG = {
     "_class_name": "PNDMScheduler",
     "beta_start": 0.00085,
@@ -22,23 +22,58 @@ CONFIG = {
 }
 
 
-def test_the_names_are_those_that_config_pbtxt_promises() -> None:
-    config = text_format.Parse(TEMPLATE.read_text(), model_config_pb2.ModelConfig())
-    assert config.parameters["schedulers"].string_value.split(",") == sorted(SCHEDULERS)
+@pytest.fixture(scope="module")
+def schedulers() -> Schedulers:
+    return schedulers_of(CONFIG)
 
 
-@pytest.mark.parametrize("name", sorted(SCHEDULERS))
-def test_every_scheduler_keeps_the_checkpoints_noise_schedule(name: str) -> None:
-    scheduler: Any = make_scheduler(name, CONFIG)
-    assert type(scheduler).__name__ == SCHEDULERS[name].class_name
-    assert scheduler.config.beta_end == 0.012
-    assert scheduler.config.prediction_type == "v_prediction"
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_a_scheduler_has_the_configuration_that_diffusers_gives_it(name: str, schedulers: Schedulers) -> None:
+    ours = schedulers.make(name, steps=20)
+    theirs = called_by_diffusers(name, PNDMScheduler.from_config(CONFIG))
+    assert type(ours) is type(theirs)
+    assert ours.config.beta_end == 0.012
+    assert ours.config.prediction_type == "v_prediction"
+    for given in (ours, theirs):
+        given.set_timesteps(20)
+    torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=0, atol=0)
 
 
-def test_no_name_means_the_checkpoints_own() -> None:
-    assert type(make_scheduler("", CONFIG)).__name__ == "PNDMScheduler"
+def test_no_name_means_the_checkpoints_own(schedulers: Schedulers) -> None:
+    assert type(schedulers.make("", steps=4)).__name__ == "PNDMScheduler"
 
 
-def test_overrides_reach_the_scheduler() -> None:
-    assert make_scheduler("dpmpp_2m_karras", CONFIG).config.use_karras_sigmas is True
-    assert not make_scheduler("dpmpp_2m", CONFIG).config.use_karras_sigmas
+def test_every_image_has_a_scheduler_of_its_own(schedulers: Schedulers) -> None:
+    one, other = (schedulers.make("euler", steps=4) for _ in range(2))
+    one.set_timesteps(4)
+    other.set_timesteps(7)
+    assert (len(one.timesteps), len(other.timesteps)) == (4, 7)
+
+
+def test_overrides_reach_the_scheduler(schedulers: Schedulers) -> None:
+    assert schedulers.make("dpmpp_2m_karras", steps=4).config.use_karras_sigmas is True
+    assert not schedulers.make("dpmpp_2m", steps=4).config.use_karras_sigmas
+
+
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "_class_name": "DDIMScheduler"}
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "steps", "taken"),
+    [
+        # diffusers takes one timestep for two there, and goes on from the second.
+        (CONFIG | ZERO_SNR, "dpmpp_2m_karras", 50, 20),
+        # Runge-Kutta needs four steps.
+        (CONFIG | {"skip_prk_steps": False}, "pndm", 3, 4),
+        # More than the model was distilled from.
+        (CONFIG | {"original_inference_steps": 50}, "lcm", 51, 50),
+    ],
+)
+def test_a_number_of_steps_that_diffusers_fails_at_is_refused_before_the_first(
+    config: dict[str, Any], name: str, steps: int, taken: int
+) -> None:
+    schedulers = schedulers_of(config)
+    for _ in range(2):
+        with pytest.raises(InvalidInputError, match=f"num_inference_steps: the scheduler refuses {steps}: "):
+            schedulers.make(name, steps=steps)
+    schedulers.make(name, steps=taken)

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import PNDMScheduler
 
 from conditions import Array
-from contract import InvalidInputError, NonFiniteLatentsError, QueueFullError, Request, read_scheduler_config
-from samplers import SCHEDULERS, make_scheduler
+from contract import InvalidInputError, NonFiniteLatentsError, QueueFullError, Request
+from hypergen_export.checkpoint import open_checkpoint
 from sampling import Image, UNetRows, steps_between
+from scheduler_tables import CLASSES, called_by_diffusers, schedulers_of
 from starts import Canvas
 from stepping import ASK_SECONDS, ClientGoneError, Round, Sample, StepLoop, UNet
 from variants import BASE, Variant
@@ -44,15 +46,15 @@ def never() -> bool:
 @pytest.fixture
 def image_of(pipeline: Any, checkpoint: Path) -> Callable[..., Image]:
     """An image of REQUEST with some fields changed, its prompt encoded by the checkpoint's own text encoder."""
+    schedulers = schedulers_of(open_checkpoint(str(checkpoint)).scheduler)
 
     def make(**changes: Any) -> Image:
         request = dataclasses.replace(REQUEST, **changes)
         prompt, negative = pipeline.encode_prompt(request.prompt, "cpu", 1, True, request.negative_prompt)
         embeddings = torch.cat([negative, prompt] if request.guidance_scale > 1 else [prompt]).detach().numpy()
         canvas = Canvas((4, request.height // 8, request.width // 8))
-        return Image(
-            request, {"encoder_hidden_states": embeddings}, canvas, read_scheduler_config(checkpoint / "scheduler")
-        )
+        scheduler = schedulers.make(request.scheduler, steps=request.num_inference_steps)
+        return Image(request, {"encoder_hidden_states": embeddings}, canvas, scheduler)
 
     return make
 
@@ -85,12 +87,12 @@ def loop_on(unet: UNet, report: Callable[[Round], None] = lambda _: None, **limi
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
-@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+@pytest.mark.parametrize("scheduler", sorted(CLASSES))
 async def test_latents_equal_those_of_diffusers_pipeline(
     scheduler: str, guidance_scale: float, pipeline: Any, checkpoint: Path, unet: UNet, image_of: Callable[..., Image]
 ) -> None:
     ours = await last(loop_on(unet).sample(image_of(scheduler=scheduler, guidance_scale=guidance_scale), never))
-    pipeline.scheduler = make_scheduler(scheduler, read_scheduler_config(checkpoint / "scheduler"))
+    pipeline.scheduler = called_by_diffusers(scheduler, PNDMScheduler.from_pretrained(checkpoint / "scheduler"))
     theirs = pipeline(
         REQUEST.prompt,
         negative_prompt=REQUEST.negative_prompt,

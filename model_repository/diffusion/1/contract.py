@@ -9,7 +9,6 @@ import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -306,9 +305,3 @@ def _scheduler(name: str, limits: Limits) -> str:
     if name and name not in limits.schedulers:
         raise InvalidInputError("scheduler", f"must be one of {', '.join(limits.schedulers)}, not {name[:64]!r}")
     return name
-
-
-def read_scheduler_config(folder: Path) -> dict[str, Any]:
-    """The checkpoint's `scheduler_config.json`, which lies beside the model's versions."""
-    config: dict[str, Any] = json.loads((folder / "scheduler_config.json").read_text())
-    return config

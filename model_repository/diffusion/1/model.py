@@ -21,11 +21,12 @@ import triton_python_backend_utils as pb_utils
 
 from bls import Components
 from conditions import Array, Conditions, conditions_of, merge, outputs_of, texts_of
-from contract import Architecture, Limits, Request, check_request, read_scheduler_config
+from contract import Architecture, Limits, Request, check_request
 from gauges import Gauges
 from messages import Picture, error_response, read_inputs, response_of
 from overlay import overlay
 from prompts import PromptTokenizers
+from samplers import Schedulers
 from sampling import Image
 from starts import Canvas, Original
 from stepping import Sample, StepLoop
@@ -63,7 +64,7 @@ class TritonPythonModel:
         folder = Path(args["model_repository"])
         self._limits = Limits.from_model_config(args["model_config"])
         self._architecture = Architecture.from_model_config(args["model_config"])
-        self._scheduler_config = read_scheduler_config(folder)
+        self._schedulers = Schedulers.read(folder)
         self._tokenize = PromptTokenizers(folder, self._architecture.tokenizers)
         self._components = Components(self._architecture.time_embedding)
         self._encode_text = TextCache(self._components.encode_text, TEXT_CACHE_BYTES)
@@ -147,7 +148,9 @@ class TritonPythonModel:
     async def _draw_one(self, job: _Job, index: int, loop: StepLoop) -> Picture:
         """Send the previews of the picture while its steps go on, and return it when it is finished."""
         own = replace(job.request, seed=job.request.seed + index)
-        image = Image(own, job.conditions, job.canvas, self._scheduler_config)
+        masked = own.mask is not None
+        scheduler = self._schedulers.make(own.scheduler, steps=own.num_inference_steps, masked=masked)
+        image = Image(own, job.conditions, job.canvas, scheduler)
         async with aclosing(loop.sample(image, job.cancelled)) as samples:
             async for sample in samples:
                 picture = await self._decode(sample, job, index)

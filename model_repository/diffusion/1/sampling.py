@@ -6,8 +6,6 @@ latents. Knows torch and diffusers; the UNet itself and what it is told of the p
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +16,7 @@ import torch
 from conditions import DEEP_FEATURES, HIDDEN_STATES, MODEL_OUTPUT, Array, Conditions
 from contract import NonFiniteLatentsError, Request
 from estimates import original_of, preview_steps
-from samplers import make_scheduler
+from samplers import step_arguments
 from starts import Canvas, start_of
 
 
@@ -43,26 +41,24 @@ class Image:
         request: what to draw; `seed` must already be this image's own.
         conditions: the UNet's inputs beside latents and timestep, each with the rows of a guided step.
         canvas: what to draw it on.
-        scheduler_config: the checkpoint's.
+        scheduler: one of diffusers', which is this image's alone.
 
     Raises:
-        InvalidInputError: the scheduler does not take this number of steps, or the strength leaves none.
+        InvalidInputError: the scheduler does not take this number of steps or no picture, or the strength leaves none.
     """
 
-    def __init__(
-        self, request: Request, conditions: Conditions, canvas: Canvas, scheduler_config: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, request: Request, conditions: Conditions, canvas: Canvas, scheduler: Any) -> None:
         self.steps_done = 0
         self._variant = request.variant
         self._cache_interval = request.cache_interval
         self._deep_features: Array | None = None
         self._conditions = conditions
         self._guidance_scale = request.guidance_scale
-        self._scheduler = make_scheduler(request.scheduler, scheduler_config)
+        self._scheduler = scheduler
         generator = torch.Generator("cpu").manual_seed(request.seed)
         start = start_of(request, canvas, self._scheduler, generator)
         self._latents, self._timesteps, self._kept = start.latents, start.timesteps, start.kept
-        self._extra = _extra_step_arguments(self._scheduler, generator)
+        self._extra = step_arguments(self._scheduler, generator)
         self._guided_steps = steps_between(request.guidance_start, request.guidance_end, self.steps)
         self._preview_steps = preview_steps(self.steps, request.partial_images)
         self._preview: torch.Tensor | None = None
@@ -165,15 +161,3 @@ def steps_between(start: float, end: float, steps: int) -> range:
 
 def _to_array(latents: torch.Tensor) -> Array:
     return np.asarray(latents[0].numpy(), dtype=np.float32)
-
-
-def _extra_step_arguments(scheduler: Any, generator: torch.Generator) -> dict[str, Any]:
-    """As diffusers' `prepare_extra_step_kwargs`, with its default eta of 0: only what this `step` accepts."""
-    offered = {"eta": 0.0, "generator": generator}
-    kind: Any = type(scheduler)
-    return {name: value for name, value in offered.items() if name in _step_arguments(kind)}
-
-
-@functools.cache
-def _step_arguments(kind: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.step).parameters)

@@ -70,12 +70,14 @@ def start_of(request: Request, canvas: Canvas, scheduler: Any, generator: torch.
     The noise of diffusers: drawn on the CPU in float32, one generator per image.
 
     Raises:
-        InvalidInputError: the scheduler does not take this number of steps, or the strength leaves none.
+        InvalidInputError: the scheduler does not take this number of steps or no picture, or the strength leaves none.
     """
     if canvas.original is None:
         timesteps = _timesteps(scheduler, request.num_inference_steps)
         noise = torch.randn((1, *canvas.shape), generator=generator)
         return Start(noise * scheduler.init_noise_sigma, timesteps)
+    if not hasattr(scheduler, "add_noise"):
+        raise InvalidInputError("image", "must be absent, as this scheduler starts from noise alone; name another one")
     if canvas.mask is None:
         return _from_picture(request, canvas.original, canvas.thins_out, scheduler, generator)
     return _from_masked_picture(request, canvas.original, canvas.mask, scheduler, generator)

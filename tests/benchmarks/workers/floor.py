@@ -34,7 +34,8 @@ class _Floor:
         torch.set_num_threads(1)
         folder = Path(options["repository"])
         self._tokenizer = Tokenizer.from_file(str(folder / "diffusion" / "tokenizer.json"))
-        self._scheduler_config = json.loads((folder / "diffusion" / "scheduler_config.json").read_text())
+        table = json.loads((folder / "diffusion" / "schedulers.json").read_text())
+        self._scheduler_config = table["schedulers"][""]
         self._channels = options["latent_channels"]
         self._encode = _compile(folder, "text_encoder", options)
         self._unet = _compile(folder, "unet", options)
