@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from diffusers import (
+    LatentConsistencyModelImg2ImgPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+)
 from PIL import Image as PILImage
 
 from conditions import Array, conditions_of, merge, outputs_of, texts_of
@@ -27,14 +35,27 @@ from hypergen_export.wrappers import wrap
 from prompts import PromptTokenizers
 from samplers import Schedulers
 from sampling import Image, UNetRows
-from scheduler_tables import called_by_diffusers
+from scheduler_tables import called_by_diffusers, schedulers_in
 from starts import Canvas, Original
 from stepping import StepLoop
 
 PROMPT = "a red rocket on a blue background"
 # Relative to the largest latent. Both sides are torch in float32; ours runs the UNet on each image's own timestep.
 TOLERANCE = 1e-5
+# From a picture, the VAE's encoder adds its rounding, which the guidance scale multiplies. Seen: 1.3e-5.
+TOLERANCE_FROM_PICTURE = 5e-5
 Pixels = npt.NDArray[np.uint8]
+
+IMAGE_TO_IMAGE = {
+    "StableDiffusionPipeline": StableDiffusionImg2ImgPipeline,
+    "StableDiffusionXLPipeline": StableDiffusionXLImg2ImgPipeline,
+    "LatentConsistencyModelPipeline": LatentConsistencyModelImg2ImgPipeline,
+}
+INPAINTING = {
+    "StableDiffusionPipeline": StableDiffusionInpaintPipeline,
+    "StableDiffusionXLPipeline": StableDiffusionXLInpaintPipeline,
+    "LatentConsistencyModelPipeline": StableDiffusionInpaintPipeline,
+}
 
 
 @dataclass
@@ -118,7 +139,7 @@ def sampler_of(folder: Path) -> Sampler:
     components = with_deep_cache(checkpoint.family.components)
     modules = {each.name: wrap(each, load_module(checkpoint, each)) for each in components}
     tokenize = PromptTokenizers(folder, architecture.tokenizers)
-    return Sampler(checkpoint, architecture, tokenize, Schedulers(json.loads(json.dumps(asdict(table)))), modules)
+    return Sampler(checkpoint, architecture, tokenize, schedulers_in(table), modules)
 
 
 def request_of(**changes: Any) -> Request:
@@ -176,3 +197,31 @@ def held(ours: tuple[Array, Pixels], theirs: tuple[Array, Pixels], tolerance: fl
     assert difference <= tolerance
     assert levels.max() <= 1
     assert levels.mean() <= 0.01
+
+
+def picture(width: int = 64, height: int = 64) -> Pixels:
+    """Something to start from: colours that change smoothly, and an edge."""
+    y, x = np.mgrid[0:height, 0:width]
+    red, green, blue = x * 255 // width, y * 255 // height, np.where(x > y, 220, 40)
+    colours: Pixels = np.stack([red, green, blue], axis=-1).astype(np.uint8)
+    return colours
+
+
+def mask(width: int = 64, height: int = 64) -> Pixels:
+    """Repaints a part whose edges are no multiples of eight, with greys on both sides of the threshold."""
+    covered = np.zeros((height, width), dtype=np.uint8)
+    covered[10:45, 20:60] = 255
+    covered[10:45, 20:24] = 127
+    covered[10:45, 24:28] = 128
+    return covered
+
+
+async def held_from_picture(pair: Pair, request: Request) -> None:
+    """Our image-to-image or inpainting against the pipeline of diffusers that its own text-to-image one stands for."""
+    pipelines = IMAGE_TO_IMAGE if request.mask is None else INPAINTING
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipeline = pipelines[type(pair.pipeline).__name__].from_pipe(pair.pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    pair.choose(request.scheduler, pipeline)
+    held(await pair.sampler.draw(request), by_diffusers(pipeline, request), TOLERANCE_FROM_PICTURE)

@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 
 from hypergen_export.components import Amendments
-from hypergen_export.schedulers import scheduler_table
+from hypergen_export.schedulers import SchedulerTable, scheduler_table
 from samplers import Schedulers
 
 # As diffusers' documentation calls them.
@@ -38,5 +38,9 @@ def called_by_diffusers(name: str, own: Any) -> Any:
 
 def schedulers_of(config: Mapping[str, Any], amendments: Amendments | None = None, steps: int = 20) -> Schedulers:
     """The sampler's, of a checkpoint whose scheduler has this configuration."""
-    table = scheduler_table(config, amendments or Amendments(), steps=steps, channels=4)
+    return schedulers_in(scheduler_table(config, amendments or Amendments(), steps=steps, channels=4))
+
+
+def schedulers_in(table: SchedulerTable) -> Schedulers:
+    """The sampler's, from the file that the exporter makes of its table."""
     return Schedulers(json.loads(json.dumps(asdict(table))))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,13 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    LatentConsistencyModelImg2ImgPipeline,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
-    StableDiffusionXLImg2ImgPipeline,
-    StableDiffusionXLInpaintPipeline,
-)
+from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image as PILImage
 
 from conditions import texts_of
@@ -38,15 +31,25 @@ from hypergen_export.merging import merge_lora
 from hypergen_export.wrappers import wrap
 from loras import Weights, lora_weights, save_by_diffusers, save_by_kohya
 from miniature import FAMILIES, save_miniature
-from parity import PROMPT, Pair, Pixels, Sampler, by_diffusers, held, request_of, sampler_of
+from parity import (
+    PROMPT,
+    TOLERANCE_FROM_PICTURE,
+    Pair,
+    Sampler,
+    by_diffusers,
+    held,
+    held_from_picture,
+    mask,
+    picture,
+    request_of,
+    sampler_of,
+)
 from pipelines import pipeline_of
 from scheduler_tables import CLASSES
 
 pytestmark = pytest.mark.claim("families")
 
 NEGATIVES = {"no negative": None, "an empty one": "", "a negative": "a green cat"}
-# From a picture, the VAE's encoder adds its rounding, which the guidance scale multiplies. Seen: 1.3e-5.
-TOLERANCE_FROM_PICTURE = 5e-5
 
 
 @pytest.fixture(scope="module")
@@ -209,46 +212,6 @@ async def test_size_prompt_and_negative_prompt_of_each_image_stay_its_own_in_a_b
     await drawn_together(sampler, requests)
     # Four rounds of the square ones beside the odd-sized one, then two of the one with six steps.
     assert Counter(sampler.rows_of_calls) == Counter([5, 2] * 4 + [2] * 2)
-
-
-IMAGE_TO_IMAGE = {
-    "StableDiffusionPipeline": StableDiffusionImg2ImgPipeline,
-    "StableDiffusionXLPipeline": StableDiffusionXLImg2ImgPipeline,
-    "LatentConsistencyModelPipeline": LatentConsistencyModelImg2ImgPipeline,
-}
-INPAINTING = {
-    "StableDiffusionPipeline": StableDiffusionInpaintPipeline,
-    "StableDiffusionXLPipeline": StableDiffusionXLInpaintPipeline,
-    "LatentConsistencyModelPipeline": StableDiffusionInpaintPipeline,
-}
-
-
-def picture(width: int = 64, height: int = 64) -> Pixels:
-    """Something to start from: colours that change smoothly, and an edge."""
-    y, x = np.mgrid[0:height, 0:width]
-    red, green, blue = x * 255 // width, y * 255 // height, np.where(x > y, 220, 40)
-    colours: Pixels = np.stack([red, green, blue], axis=-1).astype(np.uint8)
-    return colours
-
-
-def mask(width: int = 64, height: int = 64) -> Pixels:
-    """Repaints a part whose edges are no multiples of eight, with greys on both sides of the threshold."""
-    covered = np.zeros((height, width), dtype=np.uint8)
-    covered[10:45, 20:60] = 255
-    covered[10:45, 20:24] = 127
-    covered[10:45, 24:28] = 128
-    return covered
-
-
-async def held_from_picture(pair: Pair, request: Request) -> None:
-    """Our image-to-image or inpainting against the pipeline of diffusers that its own text-to-image one stands for."""
-    pipelines = IMAGE_TO_IMAGE if request.mask is None else INPAINTING
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pipeline = pipelines[type(pair.pipeline).__name__].from_pipe(pair.pipeline)
-    pipeline.set_progress_bar_config(disable=True)
-    pair.choose(request.scheduler, pipeline)
-    held(await pair.sampler.draw(request), by_diffusers(pipeline, request), TOLERANCE_FROM_PICTURE)
 
 
 @pytest.mark.parametrize(("guidance_scale", "strength"), [(1.0, 0.3), (1.0, 1.0), (6.0, 0.8)])

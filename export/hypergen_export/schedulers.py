@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import diffusers
@@ -151,7 +152,7 @@ def _class(name: str) -> Any:
     if isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin):
         return kind
     # In the place of a class whose packages are missing, diffusers has one that names them.
-    missing = " ".join(getattr(kind, "_backends", []))
+    missing = " ".join(package for package in getattr(kind, "_backends", []) if find_spec(package) is None)
     if missing:
         raise ValueError(f"it needs {missing}, which is not installed (pip install {missing})")
     raise ValueError(f"diffusers {diffusers.__version__} has no such scheduler")

@@ -62,6 +62,11 @@ class Schedulers:
         """The table in `folder`."""
         return cls(json.loads((folder / "schedulers.json").read_text()))
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those that `make` takes."""
+        return tuple(self._always)
+
     def make(self, name: str, *, steps: int, masked: bool = False) -> Any:
         """A fresh scheduler, for it holds the state of one image's sampling: the one named, or the checkpoint's own.
 

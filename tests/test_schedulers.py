@@ -1,0 +1,415 @@
+"""Checkpoints with every scheduler of diffusers and every habit of its configs, against diffusers' own pipelines.
+
+The checkpoint is read by diffusers itself, whose pipelines change what they read; another scheduler that a request asks
+for is what `X.from_config(pipeline.scheduler.config)` makes of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contract import InvalidInputError
+from hypergen_export.checkpoint import open_checkpoint
+from hypergen_export.errors import UnsupportedModelError
+from hypergen_export.schedulers import checkpoint_schedulers
+from miniature import save_miniature
+from parity import Pair, Sampler, by_diffusers, held, held_from_picture, mask, picture, request_of, sampler_of
+from pipelines import pipeline_of
+from scheduler_tables import CLASSES, schedulers_in
+
+pytestmark = pytest.mark.claim("families")
+
+STEPS = 6
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@pytest.fixture(scope="module")
+def plain_of(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Sampler]:
+    """The samplers of the miniatures whose schedulers are exchanged here."""
+    return {
+        family: sampler_of(save_miniature(tmp_path_factory.mktemp("plain") / family, family=family))
+        for family in ("sd-1", "sdxl", "lcm")
+    }
+
+
+def checkpoint_with(plain: Sampler, folder: Path, config: Mapping[str, Any], index: str = "") -> Path:
+    """The checkpoint with this whole scheduler_config.json; `index` names another class than that does."""
+    shutil.copytree(plain.checkpoint.folder, folder)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(dict(config)))
+    path = folder / "model_index.json"
+    scheduler = ["diffusers", index or config["_class_name"]]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"scheduler": scheduler}))
+    return folder
+
+
+def pair_with(plain: Sampler, folder: Path, steps: int = STEPS) -> Pair:
+    """Ours and diffusers' of a checkpoint that differs from the plain one in its scheduler alone."""
+    checkpoint = open_checkpoint(str(folder))
+    schedulers = schedulers_in(checkpoint_schedulers(checkpoint, steps))
+    return Pair(dataclasses.replace(plain, checkpoint=checkpoint, schedulers=schedulers), pipeline_of(folder))
+
+
+async def drawn_as_by_diffusers(pair: Pair, **wish: Any) -> None:
+    request = request_of(num_inference_steps=STEPS, guidance_scale=3.0, **wish)
+    pair.choose(request.scheduler)
+    held(await pair.sampler.draw(request), by_diffusers(pair.pipeline, request))
+
+
+# What diffusers itself saves of a scheduler that it made: no more than the class knows, and its defaults.
+AS_SAVED = {
+    "DDIM without clip_sample": {"_class_name": "DDIMScheduler", "steps_offset": 1, "set_alpha_to_one": False},
+    "DDIM with clip_sample": {"_class_name": "DDIMScheduler", "clip_sample": True, "steps_offset": 1},
+    "DDIM without steps_offset": {"_class_name": "DDIMScheduler", "clip_sample": False},
+    "DDPM without clip_sample": {"_class_name": "DDPMScheduler"},
+    "Heun with clip_sample": {"_class_name": "HeunDiscreteScheduler", "clip_sample": True},
+    "DDIMParallel": {"_class_name": "DDIMParallelScheduler"},
+    "DDPMParallel": {"_class_name": "DDPMParallelScheduler"},
+    "PNDM without steps_offset": {"_class_name": "PNDMScheduler", "skip_prk_steps": True},
+    "PNDM with a steps_offset of 0": {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "steps_offset": 0},
+    "PNDM with Runge-Kutta steps": {"_class_name": "PNDMScheduler", "steps_offset": 0},
+    "Euler with a steps_offset of 0": {
+        "_class_name": "EulerDiscreteScheduler",
+        "steps_offset": 0,
+        "timestep_spacing": "leading",
+    },
+}
+
+
+@pytest.mark.parametrize("scheduler", ["", "ddim", "euler", "pndm"])
+@pytest.mark.parametrize("family", ["sd-1", "sdxl"])
+@pytest.mark.parametrize("config", AS_SAVED.values(), ids=AS_SAVED.keys())
+async def test_an_old_config_is_amended_as_its_pipeline_amends_it(
+    config: dict[str, Any], family: str, scheduler: str, plain_of: Mapping[str, Sampler], tmp_path: Path
+) -> None:
+    plain = plain_of[family]
+    pair = pair_with(plain, checkpoint_with(plain, tmp_path / "changed", BETAS | config))
+    if scheduler and CLASSES[scheduler][0] == config["_class_name"]:
+        pytest.skip("the checkpoint's own, under its name: see below")
+    await drawn_as_by_diffusers(pair, scheduler=scheduler)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["image to image", "inpainting"])
+@pytest.mark.parametrize("config", AS_SAVED.values(), ids=AS_SAVED.keys())
+async def test_an_old_config_is_amended_by_the_pipelines_that_start_from_a_picture_too(
+    config: dict[str, Any], masked: bool, plain_of: Mapping[str, Sampler], tmp_path: Path
+) -> None:
+    plain = plain_of["sd-1"]
+    pair = pair_with(plain, checkpoint_with(plain, tmp_path / "changed", BETAS | config))
+    request = request_of(
+        num_inference_steps=STEPS, strength=0.7, guidance_scale=3.0, image=picture(), mask=mask() if masked else None
+    )
+    await held_from_picture(pair, request)
+
+
+@pytest.mark.parametrize("config", [AS_SAVED["DDIM without clip_sample"], AS_SAVED["PNDM without steps_offset"]])
+async def test_its_own_scheduler_under_its_name_is_the_checkpoints_own(
+    config: dict[str, Any], plain_of: Mapping[str, Sampler], tmp_path: Path
+) -> None:
+    plain = plain_of["sd-1"]
+    pair = pair_with(plain, checkpoint_with(plain, tmp_path / "changed", BETAS | config))
+    name = "ddim" if config["_class_name"] == "DDIMScheduler" else "pndm"
+    pair.choose("")
+    request = request_of(num_inference_steps=STEPS, scheduler=name)
+    held(await pair.sampler.draw(request), by_diffusers(pair.pipeline, request))
+
+
+@pytest.mark.parametrize(
+    ("stated", "index"),
+    [
+        ("PNDMScheduler", "DDIMScheduler"),
+        ("DDIMScheduler", "EulerAncestralDiscreteScheduler"),
+        ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler"),
+        ("SchedulerOfMine", "UniPCMultistepScheduler"),
+        (None, "DDIMScheduler"),
+    ],
+)
+@pytest.mark.parametrize("scheduler", ["", "heun"])
+async def test_the_class_that_the_index_names_is_loaded(
+    stated: str | None, index: str, scheduler: str, plain_of: Mapping[str, Sampler], tmp_path: Path
+) -> None:
+    plain = plain_of["sd-1"]
+    config = {**BETAS, "clip_sample": False, "steps_offset": 1} | ({"_class_name": stated} if stated else {})
+    pair = pair_with(plain, checkpoint_with(plain, tmp_path / "changed", config, index))
+    assert type(pair.pipeline.scheduler).__name__ == index
+    await drawn_as_by_diffusers(pair, scheduler=scheduler)
+
+
+SERVED = (
+    "CMStochasticIterativeScheduler",
+    "CogVideoXDDIMScheduler",
+    "DDIMInverseScheduler",
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EDMDPMSolverMultistepScheduler",
+    "EDMEulerScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "IPNDMScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+)
+WITHOUT_ADD_NOISE = ("DDIMInverseScheduler", "IPNDMScheduler")
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("class_name", SERVED)
+async def test_every_class_that_diffusers_pipeline_takes_is_served(
+    class_name: str, prediction_type: str, plain_of: Mapping[str, Sampler], tmp_path: Path
+) -> None:
+    plain = plain_of["sd-1"]
+    config = {"_class_name": class_name, **BETAS, "steps_offset": 1, "prediction_type": prediction_type}
+    pair = pair_with(plain, checkpoint_with(plain, tmp_path / "changed", config))
+    await drawn_as_by_diffusers(pair)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["image to image", "inpainting"])
+@pytest.mark.parametrize("class_name", SERVED)
+async def test_every_class_starts_from_a_picture_as_by_diffusers_or_says_that_it_cannot(
+    class_name: str, masked: bool, plain_of: Mapping[str, Sampler], tmp_path: Path
+) -> None:
+    plain = plain_of["sd-1"]
+    config = {"_class_name": class_name, **BETAS, "steps_offset": 1}
+    pair = pair_with(plain, checkpoint_with(plain, tmp_path / "changed", config))
+    request = request_of(num_inference_steps=STEPS, strength=0.7, image=picture(), mask=mask() if masked else None)
+    if class_name in WITHOUT_ADD_NOISE:
+        with pytest.raises(InvalidInputError, match="image: must be absent"):
+            await pair.sampler.draw(request)
+    else:
+        await held_from_picture(pair, request)
+
+
+HABITS: Mapping[str, Mapping[str, Any]] = {
+    "leading": {"timestep_spacing": "leading"},
+    "trailing": {"timestep_spacing": "trailing"},
+    "linspace": {"timestep_spacing": "linspace"},
+    "zero SNR": {
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+        "prediction_type": "v_prediction",
+        "set_alpha_to_one": False,
+    },
+    "Karras": {"use_karras_sigmas": True},
+    "exponential": {"use_exponential_sigmas": True},
+    "Lu": {"use_lu_lambdas": True},
+    "flow": {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0},
+    "thresholding": {"thresholding": True},
+    "sigma_min at last": {"final_sigmas_type": "sigma_min"},
+    "no lower order at last": {"lower_order_final": False},
+    "Euler at last": {"euler_at_final": True},
+    "order 1": {"solver_order": 1},
+    "order 3": {"solver_order": 3},
+    "SDE": {"algorithm_type": "sde-dpmsolver++"},
+    "log-linear": {"interpolation_type": "log_linear"},
+    "continuous": {"timestep_type": "continuous"},
+    "Runge-Kutta": {"skip_prk_steps": False},
+    "trained betas": {"trained_betas": [0.0005 + 0.00001 * step for step in range(1000)]},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "distilled from 20": {"original_inference_steps": 20},
+    "alpha to one": {"set_alpha_to_one": True},
+}
+# A habit -> the classes that it is tried on; others do not know it, or are refused for it.
+OF_MULTISTEP = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+HAVE: Mapping[str, tuple[str, ...]] = {
+    "leading": ("EulerDiscreteScheduler", "PNDMScheduler", *OF_MULTISTEP),
+    "trailing": ("DDIMScheduler", "EulerAncestralDiscreteScheduler", "PNDMScheduler", *OF_MULTISTEP),
+    "linspace": ("DDIMScheduler", "HeunDiscreteScheduler", "PNDMScheduler", "DDPMScheduler"),
+    "zero SNR": ("DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", *OF_MULTISTEP),
+    "Karras": ("EulerDiscreteScheduler", "HeunDiscreteScheduler", "DEISMultistepScheduler", *OF_MULTISTEP),
+    "exponential": ("EulerDiscreteScheduler", "HeunDiscreteScheduler", *OF_MULTISTEP),
+    "Lu": ("DPMSolverMultistepScheduler",),
+    "flow": ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "SASolverScheduler"),
+    "thresholding": ("DDIMScheduler", *OF_MULTISTEP),
+    "sigma_min at last": ("EulerDiscreteScheduler", *OF_MULTISTEP),
+    "no lower order at last": ("DPMSolverMultistepScheduler",),
+    "Euler at last": ("DPMSolverMultistepScheduler",),
+    "order 1": OF_MULTISTEP,
+    "order 3": OF_MULTISTEP,
+    "SDE": ("DPMSolverMultistepScheduler",),
+    "log-linear": ("EulerDiscreteScheduler",),
+    "continuous": ("EulerDiscreteScheduler",),
+    "Runge-Kutta": ("PNDMScheduler",),
+    "trained betas": ("DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"),
+    "cosine": ("DDPMScheduler", "EulerDiscreteScheduler"),
+    "distilled from 20": ("LCMScheduler", "TCDScheduler"),
+    "alpha to one": ("DDIMScheduler", "PNDMScheduler"),
+}
+
+
+@pytest.mark.parametrize(("habit", "class_name"), [(habit, name) for habit, names in HAVE.items() for name in names])
+async def test_every_habit_of_a_config_is_diffusers(
+    habit: str, class_name: str, plain_of: Mapping[str, Sampler], tmp_path: Path
+) -> None:
+    plain = plain_of["sd-1"]
+    config = {"_class_name": class_name, **BETAS, "steps_offset": 1, **HABITS[habit]}
+    pair = pair_with(plain, checkpoint_with(plain, tmp_path / "changed", config))
+    await drawn_as_by_diffusers(pair)
+    for name in ("dpmpp_2m", "euler_a"):
+        if name in pair.sampler.schedulers.names and CLASSES[name][0] != class_name:
+            await drawn_as_by_diffusers(pair, scheduler=name)
+
+
+@pytest.mark.parametrize("name", ["deis", "dpmpp_2m", "dpmpp_2m_karras"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"_class_name": "DEISMultistepScheduler", "algorithm_type": "deis", "solver_type": "logrho"},
+        {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"},
+        {"_class_name": "EulerDiscreteScheduler", "use_exponential_sigmas": True},
+    ],
+    ids=["deis", "sde", "exponential"],
+)
+async def test_an_override_whose_class_refuses_the_checkpoints_solver_takes_its_own(
+    config: dict[str, Any], name: str, plain_of: Mapping[str, Sampler], tmp_path: Path
+) -> None:
+    plain = plain_of["sd-1"]
+    pair = pair_with(plain, checkpoint_with(plain, tmp_path / "changed", BETAS | config))
+    ours = await pair.sampler.draw(request_of(num_inference_steps=STEPS, scheduler=name))
+    class_name, overrides = CLASSES[name]
+    if class_name == config["_class_name"] and not overrides:
+        return
+    import diffusers
+
+    kind = getattr(diffusers, class_name)
+    try:
+        pair.pipeline.scheduler = kind.from_config(pair.pipeline.scheduler.config, **overrides)
+    except (ValueError, NotImplementedError):
+        pair.pipeline.scheduler = kind(**BETAS, **overrides)
+    held(ours, by_diffusers(pair.pipeline, request_of(num_inference_steps=STEPS)))
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+async def test_betas_that_the_config_leaves_to_its_class_are_every_schedulers(
+    name: str, plain_of: Mapping[str, Sampler], tmp_path: Path
+) -> None:
+    """PNDM's of its own are linear from 0.0001; LCM's, Heun's and TCD's are not."""
+    import diffusers
+
+    plain = plain_of["sd-1"]
+    config = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "steps_offset": 1}
+    pair = pair_with(plain, checkpoint_with(plain, tmp_path / "changed", config))
+    class_name, overrides = CLASSES[name]
+    linear = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+    kind = getattr(diffusers, class_name)
+    pair.pipeline.scheduler = kind.from_config(pair.pipeline.scheduler.config, **linear, **overrides)
+    request = request_of(num_inference_steps=STEPS, scheduler=name)
+    held(await pair.sampler.draw(request), by_diffusers(pair.pipeline, request))
+
+
+@pytest.mark.parametrize("class_name", ["EDMEulerScheduler", "CMStochasticIterativeScheduler", "IPNDMScheduler"])
+def test_where_no_betas_are_known_only_the_checkpoints_own_scheduler_is_offered(
+    class_name: str, plain_of: Mapping[str, Sampler], tmp_path: Path
+) -> None:
+    folder = checkpoint_with(plain_of["sd-1"], tmp_path / "changed", {"_class_name": class_name})
+    table = checkpoint_schedulers(open_checkpoint(str(folder)), STEPS)
+    assert table.names == (table.own_name,) == (class_name,)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"_class_name": "LMSDiscreteScheduler"}, "LMSDiscreteScheduler cannot be served: it needs scipy"),
+        ({"_class_name": "DPMSolverSDEScheduler"}, "it needs torchsde, which is not installed"),
+        ({"_class_name": "CosineDPMSolverMultistepScheduler"}, "it needs torchsde, which is not installed"),
+        ({"_class_name": "SchedulerOfMine"}, "has no such scheduler"),
+        ({"_class_name": "UNet2DConditionModel"}, "has no such scheduler"),
+        ({"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True}, "install scipy"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "it has no init_noise_sigma"),
+        ({"_class_name": "FlowMatchHeunDiscreteScheduler"}, "it has no init_noise_sigma"),
+        ({"_class_name": "DDPMWuerstchenScheduler"}, "it has no order"),
+        ({"_class_name": "KarrasVeScheduler"}, "KarrasVeScheduler cannot be served: "),
+        ({"_class_name": "AmusedScheduler"}, "AmusedScheduler cannot be served: "),
+        ({"_class_name": "PNDMScheduler", "prediction_type": "sample"}, "prediction_type given as sample"),
+        ({"_class_name": "DDIMScheduler", "beta_schedule": "sigmoid"}, "sigmoid"),
+        ({"_class_name": "DDIMScheduler", "num_train_timesteps": 4}, "cannot be served: "),
+        ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"}, "final_sigmas_type"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line_at_export(
+    config: dict[str, Any], said: str, plain_of: Mapping[str, Sampler], tmp_path: Path
+) -> None:
+    if any(package in said and find_spec(package) for package in ("scipy", "torchsde")):
+        pytest.skip("it is installed here")
+    folder = checkpoint_with(plain_of["sd-1"], tmp_path / "changed", config)
+    with pytest.raises(UnsupportedModelError) as refusal:
+        checkpoint_schedulers(open_checkpoint(str(folder)), STEPS)
+    assert said in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("scheduler", [None, [None, None], ["my_library", "DDIMScheduler"], ["diffusers", None]])
+def test_an_index_without_a_scheduler_of_diffusers_is_refused(
+    scheduler: Any, plain_of: Mapping[str, Sampler], tmp_path: Path
+) -> None:
+    folder = checkpoint_with(plain_of["sd-1"], tmp_path / "changed", {"_class_name": "DDIMScheduler"})
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"scheduler": scheduler}))
+    with pytest.raises(UnsupportedModelError, match=r"its scheduler is .*, but only those of diffusers are supported"):
+        open_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"_class_name": "DDIMScheduler"}, "ddim"),
+        ({"_class_name": "DPMSolverMultistepScheduler"}, "dpmpp_2m"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, "dpmpp_2m_karras"),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"},
+            "DPMSolverMultistepScheduler",
+        ),
+        ({"_class_name": "EDMEulerScheduler"}, "EDMEulerScheduler"),
+    ],
+)
+def test_the_checkpoints_own_scheduler_is_called_as_requests_call_it_or_by_its_class(
+    config: dict[str, Any], name: str, plain_of: Mapping[str, Sampler], tmp_path: Path
+) -> None:
+    folder = checkpoint_with(plain_of["sd-1"], tmp_path / "changed", config)
+    table = checkpoint_schedulers(open_checkpoint(str(folder)), STEPS)
+    assert table.own_name == name
+    assert table.schedulers[name] == table.schedulers[""]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 20])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("class_name", SERVED)
+def test_what_is_offered_takes_any_number_of_steps_or_refuses_it(
+    class_name: str, prediction_type: str, steps: int, plain_of: Mapping[str, Sampler], tmp_path: Path
+) -> None:
+    """`make` has them take all steps once, and finds what fails or is not finite."""
+    config = {"_class_name": class_name, **BETAS, "steps_offset": 1, "prediction_type": prediction_type}
+    folder = checkpoint_with(plain_of["sd-1"], tmp_path / "changed", config)
+    try:
+        schedulers = schedulers_in(checkpoint_schedulers(open_checkpoint(str(folder)), 20))
+    except UnsupportedModelError:
+        assert prediction_type == "sample", "diffusers takes the others with every class"
+        return
+    refused = []
+    for name in schedulers.names:
+        try:
+            schedulers.make(name, steps=steps)
+        except InvalidInputError:
+            refused.append(name)
+    assert set(refused) <= ({"pndm", ""} if class_name == "PNDMScheduler" else {"pndm"}), (
+        "which begins with Runge-Kutta steps where the config does not skip them"
+    )
+    assert not refused or steps < 4
