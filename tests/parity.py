@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -69,6 +70,7 @@ class Sampler:
     modules: dict[str, torch.nn.Module]
     rows_of_calls: list[int] = field(default_factory=list)
     models_of_calls: list[str] = field(default_factory=list)
+    _one_at_a_time: ClassVar[threading.Lock] = threading.Lock()
 
     async def draw(self, request: Request, loop: StepLoop | None = None) -> tuple[Array, Pixels]:
         """The final latents [C, h, w] and the picture."""
@@ -108,7 +110,8 @@ class Sampler:
     def run(self, name: str, **inputs: npt.NDArray[Any]) -> dict[str, Any]:
         (component,) = (each for each in with_deep_cache(self.checkpoint.family.components) if each.name == name)
         tensors = tuple(torch.from_numpy(inputs[tensor.name]) for tensor in component.inputs)
-        with torch.no_grad():
+        # The loop calls from several threads, and a wrapper keeps what it is given in itself: the engines have copies.
+        with self._one_at_a_time, torch.no_grad():
             answer = self.modules[name](**by_name(component, tensors))
         answers = answer if isinstance(answer, tuple) else (answer,)
         return {tensor.name: one.numpy() for tensor, one in zip(component.outputs, answers, strict=True)}

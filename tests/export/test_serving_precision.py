@@ -92,7 +92,7 @@ def _by_openvino(checkpoint: Checkpoint, given: dict[str, torch.Tensor], onnx: P
 
 def _embedding(checkpoint: Checkpoint, of: str) -> Sinusoid:
     """As the sampler makes it of the parameters that it is given."""
-    parameters = checkpoint_parameters(checkpoint, ())
+    parameters = checkpoint_parameters(checkpoint)
     return Sinusoid(
         width=int(parameters[f"{of}_width"]),
         flip_sin_to_cos=bool(int(parameters["flip_sin_to_cos"])),
