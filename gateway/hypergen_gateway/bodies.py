@@ -22,7 +22,6 @@ from hypergen_gateway.errors import (
     UnsupportedEncodingError,
     UnsupportedMediaTypeError,
 )
-from hypergen_gateway.faults import raise_if_disk_is_full
 from hypergen_gateway.threads import off_the_loop
 
 # A tenth of a millisecond of parsing; an image as base64 takes a good part of a second.
@@ -111,11 +110,7 @@ async def read_form(request: Request, fields: Container[str]) -> AsyncIterator[d
     if _charset(request) not in _CHARSETS:
         raise UnsupportedMediaTypeError("A form is read as UTF-8; leave the charset out of its Content-Type.")
     _refuse_encoded(request)
-    try:
-        form = await _FormParser(request, fields).parse()
-    except OSError as error:  # files go to disk as they come
-        raise_if_disk_is_full(error)
-        raise
+    form = await _FormParser(request, fields).parse()
     try:
         yield _form_fields(form, fields)
     finally:

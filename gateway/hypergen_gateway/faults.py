@@ -34,20 +34,25 @@ def as_ours(error: Exception) -> HyperGenError:
         return ClientClosedRequestError("The client closed the request.")
     if isinstance(error, HTTPException) and error.status_code < 500:
         return InvalidRequestError(HTTPStatus(error.status_code).phrase)
-    if isinstance(error, OSError) and error.errno in _NO_FILE:
-        return UnavailableError("The server has too many files open. Try again in a moment.")
+    ours = _exhaustion(error) if isinstance(error, OSError) else None
+    if ours is not None:
+        ours.__cause__ = error
+        return ours
     return InternalError(f"unexpected {type(error).__name__}")
+
+
+def _exhaustion(error: OSError) -> HyperGenError | None:
+    """Wherever a file is wanted, for an upload or a link: there is no room for it, or no handle."""
+    if error.errno in _DISK_FULL:
+        return StorageFullError("The server's disk is full: this cannot be kept. Try again later.")
+    if error.errno in _NO_FILE:
+        return UnavailableError("The server has too many files open. Try again in a moment.")
+    return None
 
 
 def error_response(error: HyperGenError) -> Response:
     """An error as an HTTP response."""
     return JSONResponse(error.body, status_code=error.status, headers=dict(error.headers))
-
-
-def raise_if_disk_is_full(error: OSError) -> None:
-    """Nothing where the error is another one. Raises `StorageFullError`."""
-    if error.errno in _DISK_FULL:
-        raise StorageFullError("The server's disk is full: this cannot be kept. Try again later.") from error
 
 
 def log_fault(ours: HyperGenError, error: Exception) -> None:

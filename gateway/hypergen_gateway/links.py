@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlencode
 
-from hypergen_gateway.errors import InternalError, LinkExpiredError, NotFoundError
-from hypergen_gateway.faults import raise_if_disk_is_full
+from hypergen_gateway.errors import LinkExpiredError, NotFoundError
 from hypergen_gateway.images import FileFormat
 
 logger = logging.getLogger(__name__)
@@ -94,11 +93,7 @@ class LocalLinks:
     async def publish(self, file: bytes, file_format: FileFormat, base_url: str) -> str:
         """Writes the file, readable by this user alone."""
         expires = int(time.time() + self._lifetime)
-        try:
-            name = await asyncio.to_thread(self._write, self._folder, file, file_format, self._secret, expires)
-        except OSError as error:
-            raise_if_disk_is_full(error)
-            raise InternalError(f"a picture cannot be kept in {self._folder}: {error.strerror}") from error
+        name = await asyncio.to_thread(self._write, self._folder, file, file_format, self._secret, expires)
         query = urlencode({"expires": expires, "signature": self._sign(name, str(expires))})
         return f"{base_url.rstrip('/')}{FILES_PATH}/{name}?{query}"
 

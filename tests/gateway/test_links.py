@@ -16,7 +16,7 @@ import pytest
 from fake_backend import FakeBackend, in_memory, until
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
-from hypergen_gateway.errors import InternalError, LinkExpiredError, NotFoundError
+from hypergen_gateway.errors import LinkExpiredError, NotFoundError
 from hypergen_gateway.images import PNG, FileFormat
 from hypergen_gateway.links import LocalLinks
 
@@ -136,12 +136,15 @@ class TestLocalLinks:
         with pytest.raises(NotFoundError):
             await stranger.read(*link)
 
-    async def test_a_folder_that_cannot_be_written_is_our_fault_and_told_to_the_log_alone(self, tmp_path: Path) -> None:
+    async def test_a_folder_that_cannot_be_written_is_our_fault_and_told_to_the_log_alone(
+        self, backend: FakeBackend, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         (tmp_path / "file").write_bytes(b"")
-        with pytest.raises(InternalError) as raised:
-            await LocalLinks(tmp_path / "file", lifetime=60).publish(b"x", PNG, BASE)
-        assert str(tmp_path) in str(raised.value)
-        assert str(tmp_path) not in raised.value.message
+        async with in_memory(create_app(Config(link_folder=tmp_path / "file"), backend)) as client:
+            answer = await client.post("/v1/images/generations", json={"prompt": "a fox", "response_format": "url"})
+        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+        assert str(tmp_path) in caplog.text
+        assert str(tmp_path) not in answer.text
 
     async def test_a_temporary_folder_goes_with_its_links(self) -> None:
         links = LocalLinks(None, lifetime=60)

@@ -125,15 +125,18 @@ async def test_an_unforeseen_exception_is_a_500_whose_details_are_only_in_the_lo
     assert "mine-1" in caplog.text
 
 
-async def test_a_server_without_free_files_says_when_to_come_again(
-    client: httpx.AsyncClient, backend: FakeBackend
+@pytest.mark.parametrize(
+    ("number", "status"), [(errno.EMFILE, 503), (errno.ENFILE, 503), (errno.ENOSPC, 507), (errno.EACCES, 500)]
+)
+async def test_a_server_without_free_files_or_room_says_so(
+    client: httpx.AsyncClient, backend: FakeBackend, caplog: pytest.LogCaptureFixture, number: int, status: int
 ) -> None:
-    for number in (errno.EMFILE, errno.ENFILE):
-        backend.failure = OSError(number, os.strerror(number), "/srv/secret")
-        response = await client.post("/v1/images/generations", json=PICTURE)
-        assert response.status_code == 503
-        assert response.headers["retry-after"] == "1"
-        assert "secret" not in response.text
+    backend.failure = OSError(number, os.strerror(number), "/srv/secret")
+    response = await client.post("/v1/images/generations", json=PICTURE)
+    assert response.status_code == status
+    assert ("retry-after" in response.headers) == (status == 503)
+    assert "secret" not in response.text
+    assert os.strerror(number) in caplog.text
 
 
 async def test_no_log_holds_the_key_or_the_prompt(
