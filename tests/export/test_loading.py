@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from itertools import product
 from pathlib import Path
 
@@ -86,3 +87,13 @@ def test_weights_that_are_not_finite_are_named(checkpoint_copy: Path, name: str,
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(BrokenCheckpointError, match=rf"^{path.parent}: has non-finite weights \({key}\)$"):
         load(checkpoint_copy, name)
+
+
+def test_a_text_encoder_is_the_same_with_the_config_of_a_whole_clip(checkpoint_copy: Path) -> None:
+    before = load(checkpoint_copy, "text_encoder").state_dict()
+    path = checkpoint_copy / "text_encoder" / "config.json"
+    outer = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 512}
+    path.write_text(json.dumps({**outer, "text_config": json.loads(path.read_text())}))
+    after = load(checkpoint_copy, "text_encoder").state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in after)
