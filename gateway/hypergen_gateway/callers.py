@@ -22,6 +22,8 @@ from hypergen_gateway.keys import presented_key
 _SANE_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 # OpenAI's Python client names the seconds until the next byte, the one for Node those until the answer begins.
 _PATIENCE = ("x-stainless-read-timeout", "x-stainless-timeout")
+# OpenAI's own before Python 1.0 and Node 4.0, when there was no model yet that answers in base64 by itself.
+_READ_LINKS = re.compile(r"OpenAI/(v1 PythonBindings/0|NodeJS/[1-3])\.")
 # Fields that hold files; what is in them is read from the order's pixels.
 _FILES = {"image", "images", "mask"}
 
@@ -31,7 +33,7 @@ class Caller:
     """The client of one request.
 
     `owner` stands for its credentials without telling them; `patience` is how many seconds it waits for something to
-    come, None if it does not say.
+    come, None if it does not say; `reads_links` tells that it is too old to expect base64 that it did not ask for.
     """
 
     owner: str
@@ -39,6 +41,7 @@ class Caller:
     is_retry: bool
     may_return: bool
     patience: float | None
+    reads_links: bool
 
 
 def read_caller(headers: Headers) -> Caller:
@@ -57,6 +60,7 @@ def read_caller(headers: Headers) -> Caller:
         is_retry=retries is not None and retries.isdecimal() and int(retries[:9]) > 0,
         may_return=key is not None or retries is not None,
         patience=_seconds(headers),
+        reads_links=_READ_LINKS.match(headers.get("user-agent", "")) is not None,
     )
 
 

@@ -201,7 +201,7 @@ class Endpoints:
         with job.attended():
             if wanted.stream:
                 return await self._stream(request, wanted, job, caller, limit)
-            return await while_connected(request.receive, self._answer(request, wanted, job), limit)
+            return await while_connected(request.receive, self._answer(request, wanted, job, caller), limit)
 
     async def read_file(self, request: Request) -> Response:
         """The picture behind a link."""
@@ -214,9 +214,10 @@ class Endpoints:
         headers = {"Cache-Control": f"private, max-age={stored.seconds_left}"}
         return Response(stored.content, media_type=stored.media_type, headers=FILE_HEADERS | headers)
 
-    async def _answer(self, request: Request, wanted: PictureRequest, job: Job) -> Response:
+    async def _answer(self, request: Request, wanted: PictureRequest, job: Job, caller: Caller) -> Response:
         finished = await job.finals()
-        urls = await self._publish(request, finished, job) if openai.wants_links(wanted) else None
+        by_link = openai.wants_links(wanted, by_habit=caller.reads_links)
+        urls = await self._publish(request, finished, job) if by_link else None
         headers = {"Server-Timing": responses.server_timing(finished), **_drawing_headers(job)}
         nbytes = sum(len(picture.file) for picture in finished)
         return await off_the_loop(

@@ -90,7 +90,7 @@ class PictureFields(_Body):
     response_format: Literal["b64_json", "url"] | None = Field(
         default=None,
         description="The pictures themselves, or links to them that expire: `b64_json` unless given, or `url` where "
-        "`model` is `dall-e-2` or `dall-e-3` and `stream` is not said.",
+        "`model` is `dall-e-2` or `dall-e-3`, or a variation names none, and `stream` is not said.",
     )
     output_format: Literal["png", "jpeg", "webp"] = Field(default="png", description="The kind of file.")
     output_compression: Annotated[int, Field(ge=0, le=100), _WHOLE] = Field(

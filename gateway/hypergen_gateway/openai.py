@@ -161,11 +161,16 @@ def _check_combinations(request: PictureRequest) -> None:
         )
 
 
-def wants_links(request: PictureRequest) -> bool:
-    """Whether pictures are sent as links rather than in the answer."""
-    if request.response_format is None:
-        return request.model in _LINKING_MODELS and not request.stream
-    return request.response_format == "url"
+def wants_links(request: PictureRequest, *, by_habit: bool) -> bool:
+    """Whether pictures are sent as links rather than in the answer.
+
+    Unsaid, it is as with OpenAI's model that is named; without a name as `by_habit` tells of the client.
+    """
+    if request.response_format is not None or request.stream:
+        return request.response_format == "url"
+    # OpenAI has variations by one model alone.
+    model = request.model or ("dall-e-2" if isinstance(request, VariationForm) else None)
+    return model in _LINKING_MODELS or (by_habit and not model)
 
 
 def file_format_of(request: PictureRequest) -> FileFormat:

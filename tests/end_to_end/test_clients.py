@@ -178,7 +178,7 @@ def test_several_images_are_each_the_start_of_their_pictures_in_a_stream_too(cli
 
 @pytest.mark.filterwarnings("ignore:deprecated")
 def test_variations_are_of_the_image_and_not_it(client: openai.OpenAI) -> None:
-    response = client.images.create_variation(image=file_of(photo(64, 64)), n=2)
+    response = client.images.create_variation(image=file_of(photo(64, 64)), n=2, response_format="b64_json")
     assert response.data is not None
     for image in response.data:
         assert pixels_of(image).shape == (64, 64, 3)

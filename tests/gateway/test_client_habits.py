@@ -107,6 +107,11 @@ class TestQualities:
         assert backend.generations[0].num_inference_steps == steps
 
 
+def kinds_in(answer: httpx.Response) -> list[set[str]]:
+    """How each image of an answer comes."""
+    return [{"url", "b64_json"} & item.keys() for item in answer.json()["data"]]
+
+
 class TestResponseFormats:
     @pytest.mark.parametrize(
         ("model", "kind"),
@@ -120,11 +125,42 @@ class TestResponseFormats:
             await client.post(GENERATIONS, json={"prompt": "a"} | named),
             await client.post(EDITS, data={"prompt": "a"} | named, files={"image": PHOTO}),
             await client.post(EDITS, json={"prompt": "a", "images": [URL]} | named),
-            await client.post(VARIATIONS, data=named, files={"image": PHOTO}),
         ]
+        if model:
+            answers.append(await client.post(VARIATIONS, data=named, files={"image": PHOTO}))
         for answer in answers:
-            (item,) = answer.json()["data"]
-            assert {"url", "b64_json"} & item.keys() == {kind}
+            assert kinds_in(answer) == [{kind}]
+
+    @pytest.mark.parametrize("named", [{}, {"model": ""}])
+    async def test_a_variation_of_no_named_model_is_a_link_as_openai_varies_with_dall_e_2_alone(
+        self, client: httpx.AsyncClient, named: dict[str, str]
+    ) -> None:
+        assert kinds_in(await client.post(VARIATIONS, data=named, files={"image": PHOTO})) == [{"url"}]
+        data = named | {"response_format": "b64_json"}
+        assert kinds_in(await client.post(VARIATIONS, data=data, files={"image": PHOTO})) == [{"b64_json"}]
+
+    @pytest.mark.parametrize(
+        ("user_agent", "kind"),
+        [
+            ("OpenAI/v1 PythonBindings/0.28.1", "url"),
+            ("OpenAI/NodeJS/3.3.0", "url"),
+            ("OpenAI/Python 3.57.0", "b64_json"),
+            ("OpenAI/JS 7.59.0", "b64_json"),
+            ("AsyncOpenAI/Python 0.1", "b64_json"),
+        ],
+    )
+    async def test_clients_older_than_base64_get_links_unless_they_say_what_they_want(
+        self, client: httpx.AsyncClient, user_agent: str, kind: str
+    ) -> None:
+        headers = {"User-Agent": user_agent}
+        answers = [
+            await client.post(GENERATIONS, json={"prompt": "a"}, headers=headers),
+            await client.post(EDITS, data={"prompt": "a"}, files={"image": PHOTO}, headers=headers),
+        ]
+        assert [kinds_in(answer) for answer in answers] == [[{kind}]] * 2
+        for said in ({"response_format": "b64_json"}, {"model": "gpt-image-1"}):
+            answer = await client.post(GENERATIONS, json={"prompt": "a"} | said, headers=headers)
+            assert kinds_in(answer) == [{"b64_json"}]
 
     async def test_what_is_said_counts(self, client: httpx.AsyncClient) -> None:
         for said in ("url", "b64_json"):
@@ -313,7 +349,9 @@ class TestFieldsThatBelongElsewhere:
         assert backend.generations == []
 
     async def test_a_variation_that_says_it_is_no_stream_is_served(self, client: httpx.AsyncClient) -> None:
-        response = await client.post(VARIATIONS, **form(image(), part("stream", b"false")))
+        response = await client.post(
+            VARIATIONS, **form(image(), part("stream", b"false"), part("response_format", b"b64_json"))
+        )
         assert response.status_code == 200
         (item,) = response.json()["data"]
         assert Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))).size == (64, 48)

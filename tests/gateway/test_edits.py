@@ -196,7 +196,7 @@ class TestJson:
 class TestVariations:
     async def test_a_variation_needs_an_image_alone(self, client: httpx.AsyncClient, backend: FakeBackend) -> None:
         files = {"image": ("upload", file_of(photo()), "application/octet-stream")}
-        response = await client.post(VARIATIONS, data={"n": "2"}, files=files)
+        response = await client.post(VARIATIONS, data={"n": "2", "response_format": "b64_json"}, files=files)
         assert len(pictures_in(response)) == 2
         assert all("revised_prompt" not in image for image in response.json()["data"])
         (generation,) = backend.generations

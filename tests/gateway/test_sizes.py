@@ -282,7 +282,7 @@ class TestEdits:
         streamed = await client.post(EDITS, json=fields | image | {"stream": True, "partial_images": 1})
         assert all(np.array_equal(pixels_in(event["b64_json"]), expected) for event in events_in(streamed))
         assert np.array_equal(pictures_in(await client.post(EDITS, json=fields | image))[0], expected)
-        data = {"seed": "4", "size": "200x200"}
+        data = {"seed": "4", "size": "200x200", "response_format": "b64_json"}
         varied = await client.post(VARIATIONS, data=data, files={"image": file})
         assert np.array_equal(pictures_in(varied)[0], expected)
         assert varied.headers["x-hypergen-drawn-size"] == "96x96"
