@@ -179,7 +179,10 @@ _VAE = (
     ),
 )
 # diffusers' pipeline says so too: it decodes in float32 ("make sure the VAE is in float32 mode, as it overflows").
-_VAE_XL = tuple(replace(component, overflows_float16=True) for component in _VAE)
+# Of the pipelines, XL's alone heed a mean and a standard deviation per channel.
+_VAE_XL = tuple(
+    replace(component, wrapper=f"{component.name}_per_channel", overflows_float16=True) for component in _VAE
+)
 
 STABLE_DIFFUSION = (_CLIP, _unet(_HIDDEN_STATES), *_VAE)
 LATENT_CONSISTENCY = (_CLIP, _unet(_HIDDEN_STATES, _GUIDANCE), *_VAE)

@@ -7,6 +7,7 @@ in and out as float32 whatever the module computes in: the casts are part of the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -178,12 +179,15 @@ class _TakenFrom(nn.Module):
 
 
 class VaeDecoder(nn.Module):
-    """latents [B, C, h, w] as the scheduler leaves them -> image [B, H, W, 3] uint8."""
+    """latents [B, C, h, w] as the scheduler leaves them -> image [B, H, W, 3] uint8.
 
-    def __init__(self, vae: Any) -> None:
+    `per_channel`: the pipeline heeds a mean and a standard deviation of the latents, where the config states them.
+    """
+
+    def __init__(self, vae: Any, *, per_channel: bool = False) -> None:
         super().__init__()
         self.vae = vae
-        self.scale, self.shift = _scale_and_shift(vae.config)
+        self.scale, self.shift = _scale_and_shift(vae.config, per_channel)
 
     def forward(self, latents: Tensor) -> Tensor:
         unscaled = (latents / self.scale + self.shift).to(self.vae.dtype)
@@ -195,10 +199,10 @@ class VaeDecoder(nn.Module):
 class VaeEncoder(nn.Module):
     """image [B, H, W, 3] uint8 -> mean and std [B, C, h, w] of the posterior, in the scheduler's scale."""
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, *, per_channel: bool = False) -> None:
         super().__init__()
         self.vae = vae
-        self.scale, self.shift = _scale_and_shift(vae.config)
+        self.scale, self.shift = _scale_and_shift(vae.config, per_channel)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         # Cast first: of bytes, TensorRT knows nothing but the cast.
@@ -208,12 +212,12 @@ class VaeEncoder(nn.Module):
         return (mean - self.shift) * self.scale, std * self.scale
 
 
-def _scale_and_shift(config: Any) -> tuple[float | Tensor, float | Tensor]:
-    """Latents of the scheduler are (latents of the VAE - shift) * scale; a VAE may state both per channel."""
-    scale, shift = float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
+def _scale_and_shift(config: Any, per_channel: bool) -> tuple[float | Tensor, float | Tensor]:
+    """Latents of the scheduler are (latents of the VAE - shift) * scale. No pipeline of a UNet heeds `shift_factor`."""
+    scale = float(config.scaling_factor)
     mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    if mean is None or std is None:
-        return scale, shift
+    if not per_channel or mean is None or std is None:
+        return scale, 0.0
     return scale / torch.tensor(std).view(1, -1, 1, 1), torch.tensor(mean).view(1, -1, 1, 1)
 
 
@@ -227,6 +231,8 @@ WRAPPERS: Mapping[str, Callable[[Any], nn.Module]] = {
     "unet_shallow": ShallowUNet,
     "vae_decoder": VaeDecoder,
     "vae_encoder": VaeEncoder,
+    "vae_decoder_per_channel": functools.partial(VaeDecoder, per_channel=True),
+    "vae_encoder_per_channel": functools.partial(VaeEncoder, per_channel=True),
 }
 
 

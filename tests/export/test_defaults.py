@@ -10,6 +10,7 @@ from hypergen_export.checkpoint import open_checkpoint
 from hypergen_export.defaults import checkpoint_parameters, remarks
 from hypergen_export.errors import BrokenCheckpointError
 from miniature import save_miniature
+from pipelines import pipeline_of
 
 from .conftest import edit_json
 
@@ -162,3 +163,27 @@ def test_suggestions_travel_one_a_line(checkpoint_copy: Path) -> None:
 def test_defaults_that_cannot_be_are_a_broken_checkpoint(checkpoint_copy: Path, defaults: dict[str, Any]) -> None:
     with pytest.raises(BrokenCheckpointError, match="default"):
         parameters(checkpoint_copy, **defaults)
+
+
+@pytest.mark.parametrize(
+    ("family", "sample_size", "saved_by", "width"),
+    [
+        ("sd-1", 32, "0.8.1", 512),
+        ("sd-1", 32, "0.6.0.dev0", 512),
+        ("sd-1", 96, "0.8.1", 768),
+        ("sd-1", 32, "0.9.0", 256),
+        ("sd-1", 32, "0.32.0", 256),
+        ("sd-1", [32, 32], "0.8.1", 256),
+        ("lcm", 32, "0.8.1", 256),
+        ("sdxl", 32, "0.8.1", 256),
+    ],
+)
+def test_the_size_that_an_old_config_states_is_what_its_pipeline_makes_of_it(
+    family: str, sample_size: Any, saved_by: str, width: int, tmp_path: Path
+) -> None:
+    folder = save_miniature(tmp_path, family=family)
+    edit_json(folder / "unet" / "config.json", sample_size=sample_size, _diffusers_version=saved_by)
+    pipeline = pipeline_of(folder)
+    theirs = pipeline.unet.config.sample_size
+    assert (theirs if isinstance(theirs, int) else theirs[0]) * pipeline.vae_scale_factor == width
+    assert parameters(folder)["default_width"] == str(width)

@@ -5,6 +5,7 @@ Knows the tokenizers' files alone; the text encoders are reached through `bls`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +29,45 @@ class PromptTokenizers:
     """The checkpoint's tokenizers, one for each text encoder, read from `folder/NAME.json`."""
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        self._tokenizers: list[Tokenizer] = [Tokenizer.from_file(str(folder / f"{name}.json")) for name in names]
+        files = [str(folder / f"{name}.json") for name in names]
+        self._tokenizers: list[Tokenizer] = [Tokenizer.from_file(file) for file in files]
+        self._concepts = [_Concepts(file) for file in files]
 
     def __call__(self, prompts: list[str]) -> Tokens:
         """The texts' tokens. All text encoders read the same texts, so the first one's are counted."""
-        encodings = [tokenizer.encode_batch(prompts) for tokenizer in self._tokenizers]
+        encodings = [
+            tokenizer.encode_batch([concepts.spell_out(prompt) for prompt in prompts])
+            for tokenizer, concepts in zip(self._tokenizers, self._concepts, strict=True)
+        ]
         return Tokens([_ids(batch) for batch in encodings], sum(_own_tokens(each) for each in encodings[0]))
+
+
+class _Concepts:
+    """Concepts learnt by textual inversion that have several vectors: the tokens T, T_1, T_2, … of one tokenizer.
+
+    A prompt names T alone, and diffusers' pipelines read "T T_1 T_2 …" (`maybe_convert_prompt`).
+    """
+
+    def __init__(self, file: str) -> None:
+        self._tokenizer = Tokenizer.from_file(file)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        self._in_full = {token: _in_full(token, added) for token in added if f"{token}_1" in added}
+
+    def spell_out(self, prompt: str) -> str:
+        """The prompt with all tokens of each concept that it names."""
+        if not self._in_full:
+            return prompt
+        named = self._in_full.keys() & set(self._tokenizer.encode(prompt, add_special_tokens=False).tokens)
+        for token in sorted(named):
+            prompt = prompt.replace(token, self._in_full[token])
+        return prompt
+
+
+def _in_full(token: str, added: set[str]) -> str:
+    others = itertools.takewhile(added.__contains__, (f"{token}_{number}" for number in itertools.count(1)))
+    return " ".join((token, *others))
 
 
 def _ids(batch: list[Encoding]) -> npt.NDArray[np.int32]:
