@@ -7,8 +7,9 @@ and have been through all their steps once: what is in the table can be served.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -112,11 +113,23 @@ def scheduler_table(config: Config, amendments: Amendments, *, steps: int, chann
     Raises:
         ValueError: the checkpoint's own is not among them.
     """
-    schedulers = _schedulers(config, amendments.scheduler, steps, channels)
     amended = {**amendments.scheduler, **amendments.inpainting}
-    under_a_mask = _schedulers(config, amended, steps, channels)
+    with _silenced():
+        schedulers = _schedulers(config, amendments.scheduler, steps, channels)
+        under_a_mask = _schedulers(config, amended, steps, channels)
     differing = {name: found for name, found in under_a_mask.items() if schedulers.get(name, found) != found}
     return SchedulerTable(schedulers, differing)
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Without a warning of diffusers for every entry that one class knows and another does not."""
+    before = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers.utils.logging.set_verbosity(before)
 
 
 def _schedulers(config: Config, amended: Config, steps: int, channels: int) -> dict[str, Config]:
@@ -192,9 +205,11 @@ def _known(config: Config, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _complete(scheduler: Any) -> dict[str, Any]:
-    """The configuration, with no entry left to the defaults of a class."""
-    stated = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-    return {"_class_name": type(scheduler).__name__, **stated}
+    """The configuration: all that the class knows, with no entry left to its defaults, and nothing of other classes."""
+    kind: Any = type(scheduler)
+    known = inspect.signature(kind.__init__).parameters
+    stated = {name: value for name, value in scheduler.config.items() if name in known}
+    return {"_class_name": kind.__name__, **stated}
 
 
 def _rehearse(scheduler: Any, steps: int, channels: int) -> None:
