@@ -6,17 +6,35 @@ Knows the cache's layout and how to start the exporter as a process of its own, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import fcntl
 import hashlib
+import json
 import os
 import re
+import shutil
 import sys
+import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from hypergen_gateway.embedded.environment import child_environment
 from hypergen_gateway.embedded.errors import EmbeddedError
+from hypergen_gateway.embedded.processes import die_with_parent
+from hypergen_gateway.logs import console
 
 SHIPPED_MODEL = "hypergen/emoji"
+# `python -m hypergen_export`, but for the current folder, in which Python would look for modules first: it may be the
+# checkpoint. Python 3.10 has no option for that.
+_EXPORTER = (
+    "import sys; sys.path[:] = filter(None, sys.path); "
+    "import runpy; runpy.run_module('hypergen_export', run_name='__main__', alter_sys=True)"
+)
+# An exporter in the middle of a large tensor hears no signal.
+_STOP_SECONDS = 10.0
+_WAITING_SECONDS = 15.0
 
 
 class ExportFailedError(Exception):
@@ -80,10 +98,13 @@ async def find_repository(model: str, options: ExportOptions) -> Path:
         if options.deep_cache and not (Path(model) / "unet_shallow").is_dir():
             raise EmbeddedError(f"{model} is exported already, without: give --deep-cache to 'hypergen export'.")
         return Path(model)
-    if reason := why_not_writable(options.cache_dir):
-        raise EmbeddedError(f"Models cannot be kept in {options.cache_dir} ({reason}): see --cache-dir.")
     output = options.cache_dir / _folder_name(model, options)
-    await _export(model, options, output)
+    # A finished export is used from a volume that is mounted read-only, too.
+    if not output.exists() and (reason := why_not_writable(options.cache_dir)):
+        raise EmbeddedError(f"Models cannot be kept in {options.cache_dir} ({reason}): see --cache-dir.")
+    async with _locked(output) as lock:
+        _remove_damaged(output)
+        await _export(model, options, output, lock)
     return output
 
 
@@ -108,20 +129,101 @@ def _digest(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:8]
 
 
-async def _export(model: str, options: ExportOptions, output: Path) -> None:
+@contextlib.asynccontextmanager
+async def _locked(output: Path) -> AsyncIterator[int | None]:
+    """While it lasts, nobody else exports to `output`; a second start waits for the first, and finds its export.
+
+    Yields the descriptor that holds the lock. An exporter that has it, too, holds it until it ends, even if this
+    process is killed. None where the cache cannot be written, nor exported to.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(output.with_name(f".{output.name}.lock"), os.O_RDONLY | os.O_CREAT, 0o666)
+    except OSError:
+        yield None
+        return
+    try:
+        await _acquire(lock, output)
+        yield lock
+    finally:
+        os.close(lock)
+
+
+async def _acquire(lock: int, output: Path) -> None:
+    told = -_WAITING_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() - told >= _WAITING_SECONDS:
+                told = time.monotonic()
+                console.info(f"Another process exports to {output}: waiting for it ({_written(output)} MB so far) …")
+            await asyncio.sleep(0.2)
+        except OSError:  # a file system without locks
+            return
+        else:
+            return
+
+
+def _written(output: Path) -> int:
+    """Megabytes that an export to `output` under way has written."""
+    size = 0
+    for folder in output.parent.glob(f".{output.name}.*.partial"):
+        for file in folder.rglob("*"):
+            with contextlib.suppress(OSError):  # it may be moved into place meanwhile
+                size += file.stat().st_size
+    return size // 2**20
+
+
+def _remove_damaged(output: Path) -> None:
+    """Make room for a new export where an earlier one cannot be read.
+
+    The exporter never overwrites what it did not write; but a folder of this name in the cache was written by it.
+    """
+    try:
+        record = json.loads((output / "hypergen.json").read_bytes())
+    except FileNotFoundError:
+        is_damaged = output.is_dir() and any(output.iterdir())
+    except (OSError, ValueError):
+        is_damaged = True
+    else:
+        is_damaged = not (isinstance(record, dict) and "format" in record)
+    if is_damaged:
+        console.info(f"The export in {output} is damaged: exporting again.")
+        shutil.rmtree(output, ignore_errors=True)
+
+
+async def _export(model: str, options: ExportOptions, output: Path, lock: int | None) -> None:
     """Run the exporter; it finds out itself whether `output` is up to date."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "hypergen_export", model, "--engine", "openvino", "--dtype", options.dtype),
-        *("--max-batch-size", str(options.max_batch_size), "--output", str(output)),
-        *(f"--lora={lora}" for lora in options.loras),
-        *(["--deep-cache"] if options.deep_cache else []),
-        start_new_session=True,
-    )
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", _EXPORTER, model, "--engine", "openvino", "--dtype", options.dtype),
+            *("--max-batch-size", str(options.max_batch_size), "--output", str(output)),
+            *(f"--lora={lora}" for lora in options.loras),
+            *(["--deep-cache"] if options.deep_cache else []),
+            env=child_environment(os.environ),
+            stdin=asyncio.subprocess.DEVNULL,
+            pass_fds=() if lock is None else (lock,),
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+    except (OSError, RuntimeError) as error:  # the latter where no thread can be started that waits for it
+        raise EmbeddedError(f"The exporter cannot be started: {error}.") from error
     try:
         exit_code = await process.wait()
     finally:
-        if process.returncode is None:
-            process.terminate()
-            await process.wait()
+        await _end(process)
     if exit_code != 0:
         raise ExportFailedError(exit_code)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Let it remove what it has begun, for a while."""
+    if process.returncode is not None:
+        return
+    process.terminate()
+    try:
+        await asyncio.wait_for(process.wait(), _STOP_SECONDS)
+    except asyncio.TimeoutError:
+        process.kill()
+        await process.wait()

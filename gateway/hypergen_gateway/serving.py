@@ -24,7 +24,7 @@ from hypergen_gateway.addresses import listening, url_of
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.connections import AcceptErrors, Listener, allow_open_files, bounded
-from hypergen_gateway.embedded.errors import EmbeddedError
+from hypergen_gateway.embedded.errors import EmbeddedError, ModelsNotLoadedError
 from hypergen_gateway.embedded.installation import find_installation
 from hypergen_gateway.errors import UnavailableError
 from hypergen_gateway.generation import Generation, Lora, ModelDescription, Picture
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME_SIGNAL_SECONDS = 1.0
 # Pictures in the making when the server is told to stop get this long; then their clients get an error.
 DRAIN_SECONDS = 120
 # An embedded Triton that died or hung is back by then, with a model of moderate size; who waited for it need not know.
@@ -72,7 +72,7 @@ class ServeOptions:
 
 
 async def serve(options: ServeOptions) -> None:
-    """Serve until SIGINT or SIGTERM; pictures in the making are finished first.
+    """Serve until SIGINT, SIGTERM or SIGHUP; pictures in the making are finished first, unless another one comes.
 
     Another's Triton may come later than the gateway; until it does, requests get a 503.
 
@@ -114,7 +114,7 @@ async def draw(options: TritonOptions, wanted: dict[str, Any]) -> Picture:
 
 
 def run_until_signalled(work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`; SIGINT and SIGTERM cancel it once, so that everything it opened is closed in order."""
+    """The result of `work`; a signal to stop cancels it, so that everything it opened is closed in order."""
     return asyncio.run(_cancelled_by_signals(work))
 
 
@@ -125,25 +125,44 @@ async def _cancelled_by_signals(work: Coroutine[Any, Any, T]) -> T:
 
 
 @contextlib.contextmanager
-def _signals_call(stop: Callable[[], object]) -> Iterator[None]:
-    """While it lasts, the first SIGINT or SIGTERM calls `stop`; later ones do nothing, for the end is under way."""
+def _signals_call(*steps: Callable[[], object]) -> Iterator[None]:
+    """While it lasts, each signal to stop calls the next of `steps`; one more ends the process as it is.
+
+    Afterwards the end is under way, and takes its time once. Some programs, such as `timeout`, send a signal twice:
+    what comes within `SAME_SIGNAL_SECONDS` of another is the same.
+    """
     loop = asyncio.get_running_loop()
+    left = list(steps)
+    last = -SAME_SIGNAL_SECONDS
 
-    def call_once() -> None:
-        _ignore_signals(loop)
-        stop()
+    def on_signal(number: signal.Signals) -> None:
+        nonlocal last
+        if loop.time() - last < SAME_SIGNAL_SECONDS:
+            return
+        last = loop.time()
+        if left:
+            left.pop(0)()
+        else:
+            _end_at_once(number)
 
-    for number in STOPPING_SIGNALS:
-        loop.add_signal_handler(number, call_once)
+    for number in _stopping_signals():
+        loop.add_signal_handler(number, on_signal, number)
     try:
         yield
     finally:
-        _ignore_signals(loop)
+        left[:] = [lambda: None]
 
 
-def _ignore_signals(loop: asyncio.AbstractEventLoop) -> None:
-    for number in STOPPING_SIGNALS:
-        loop.add_signal_handler(number, lambda: None)
+def _stopping_signals() -> list[signal.Signals]:
+    """Those that end a server. Not SIGHUP where whoever started it has it ignored, as nohup does."""
+    is_detached = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([] if is_detached else [signal.SIGHUP])]
+
+
+def _end_at_once(number: signal.Signals) -> None:
+    """As if nobody had handled the signal. Triton gets a SIGTERM then; the next start removes what is left of it."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 @contextlib.asynccontextmanager
@@ -175,10 +194,17 @@ async def _embedded(options: TritonOptions) -> AsyncIterator[EmbeddedTriton]:
     repository = await find_repository(options.model, options.export)
     began = time.monotonic()
     console.info("Starting Triton …")
-    async with embedded_triton(repository) as triton:
-        seconds = time.monotonic() - began
-        console.info(f"Triton is ready after {seconds:.1f} s: gRPC on {triton.url}, {triton.metrics_url}")
-        yield triton
+    try:
+        async with embedded_triton(repository) as triton:
+            seconds = time.monotonic() - began
+            console.info(f"Triton is ready after {seconds:.1f} s: gRPC on {triton.url}, {triton.metrics_url}")
+            yield triton
+    except ModelsNotLoadedError as error:
+        if repository.parent != options.export.cache_dir:
+            raise
+        # Not removed unasked: short memory looks the same, and an export may take an hour.
+        advice = f"If the export is damaged, remove {repository} to have it made again."
+        raise EmbeddedError(f"{str(error).rstrip('.')}. {advice}") from error
 
 
 class _Server(uvicorn.Server):
@@ -193,11 +219,16 @@ class _Server(uvicorn.Server):
         self.should_exit = True  # first: nobody may be left to read what is said
         console.info("Stopping: pictures under way are finished first")
 
+    def stop_now(self) -> None:
+        """Give up the requests under way."""
+        self.force_exit = True
+        console.info("Stopping now: pictures under way are given up")
+
 
 async def _serve_http(app: Any, listeners: list[socket.socket], keep_alive: float) -> None:
     server = _Server(bounded(app, keep_alive=keep_alive, timeout_graceful_shutdown=DRAIN_SECONDS))
     asyncio.get_running_loop().set_exception_handler(AcceptErrors())
-    with _signals_call(server.stop):
+    with _signals_call(server.stop, server.stop_now):
         await server.serve(sockets=[Listener(fileno=listener.detach()) for listener in listeners])
 
 

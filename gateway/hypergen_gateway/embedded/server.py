@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import os
 import shutil
@@ -25,8 +24,9 @@ from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from hypergen_gateway.embedded.environment import absolute_folders, child_environment
-from hypergen_gateway.embedded.errors import EmbeddedError
+from hypergen_gateway.embedded.errors import EmbeddedError, ModelsNotLoadedError
 from hypergen_gateway.embedded.installation import Installation
+from hypergen_gateway.embedded.processes import die_with_parent
 from hypergen_gateway.embedded.run_folder import RunFolder
 from hypergen_gateway.embedded.watchdog import LinuxProcess
 from hypergen_gateway.triton import CHANNEL_ARGS
@@ -55,8 +55,6 @@ LOADING_STOP_SECONDS = 0.5
 MODELS_STOP_SECONDS = 3.0
 READY_CALL_SECONDS = 2.0
 CLOSE_SECONDS = 1.0
-PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
@@ -186,18 +184,21 @@ class TritonServer:
             while not await answers(client.is_server_ready, READY_CALL_SECONDS):
                 # Triton makes it readable for everybody, whatever the umask; prompts and images will lie there.
                 self._folder.close_shared_memory()
-                if self._process.returncode is not None:
-                    await self._reader
-                    raise EmbeddedError(
-                        f"Triton exited with code {self._process.returncode} at start: {self._reason()}"
-                    )
-                if ended.are_left_alone():
-                    raise EmbeddedError(f"A model's process ended as soon as Triton started it: {self._reason()}")
+                await self._check_start(ended)
                 if time.monotonic() > deadline:
                     raise EmbeddedError(f"Triton was not ready after {timeout:.0f} s: {self._reason()}")
                 await asyncio.sleep(0.1)
         self._folder.close_shared_memory()
         self._models = _stubs_of(self._process.pid)
+
+    async def _check_start(self, ended: _EndedChildren) -> None:
+        if self._process.returncode is not None:
+            # A model's process that hangs would keep its output open.
+            await asyncio.wait([self._reader], timeout=MODELS_STOP_SECONDS)
+            code = self._process.returncode
+            raise ModelsNotLoadedError(f"Triton exited with code {code} at start: {self._reason()}")
+        if ended.are_left_alone():
+            raise EmbeddedError(f"A model's process ended as soon as Triton started it: {self._reason()}")
 
     def missing(self) -> str | None:
         """What has died since the server was ready, in words; None while all is alive."""
@@ -297,11 +298,6 @@ async def answers(call: Callable[..., Awaitable[bool]], seconds: float) -> bool:
 def _check_shell(path: str) -> None:
     if shutil.which("bash", path=path) is None:
         raise EmbeddedError("bash is not installed, or not on PATH, which Triton starts its models' processes with.")
-
-
-def die_with_parent() -> None:
-    """What a child does before it begins, to get a SIGTERM when this process ends in whatever way."""
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class _EndedChildren:

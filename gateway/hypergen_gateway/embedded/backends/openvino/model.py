@@ -33,7 +33,10 @@ class TritonPythonModel:
         """Compile the model. An error here keeps the model from becoming ready."""
         config = json.loads(args["model_config"])
         file = Path(args["model_repository"], args["model_version"], config["default_model_filename"] or "model.onnx")
-        self._compilations = Compilations(file, _properties(config["parameters"]))
+        try:
+            self._compilations = Compilations(file, _properties(config["parameters"]))
+        except RuntimeError as error:
+            raise RuntimeError(f"{file} cannot be loaded by OpenVINO: {_last_line(str(error))}") from None
         self._inputs = [entry["name"] for entry in config["input"]]
         self._outputs = [entry["name"] for entry in config["output"]]
 
@@ -51,6 +54,11 @@ class TritonPythonModel:
     def _infer(self, parts: dict[str, list[Array]]) -> dict[str, Array]:
         batch = {name: part[0] if len(part) == 1 else np.concatenate(part) for name, part in parts.items()}
         return self._compilations.find(batch).infer(batch, self._outputs)
+
+
+def _last_line(message: str) -> str:
+    """What OpenVINO says after the places in its source."""
+    return message.strip().rpartition("\n")[2]
 
 
 def _properties(parameters: dict[str, dict[str, str]]) -> dict[str, Any]:
