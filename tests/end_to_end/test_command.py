@@ -81,6 +81,19 @@ def test_engines_that_need_a_gpu_are_refused_with_what_runs_them(tmp_path: Path)
     assert "--triton-url" in line
 
 
+def test_of_an_export_that_does_not_load_the_folder_to_remove_is_said(
+    checkpoint: Path, exported: Path, tmp_path: Path
+) -> None:
+    damaged = tmp_path / exported.name
+    shutil.copytree(exported, damaged)
+    engine = damaged / "unet" / "1" / "model.onnx"
+    engine.write_bytes(bytes(255 - byte for byte in engine.read_bytes()))
+    options = ["--cache-dir", str(tmp_path), "--dtype", "float32", "--port", str(free_port())]
+    line = one_line_error(hypergen("serve", str(checkpoint), *options))
+    assert f"{engine} cannot be loaded by OpenVINO" in line
+    assert f"remove {damaged}" in line
+
+
 def test_a_cache_that_cannot_be_written_is_said_in_one_line(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     result = hypergen("serve", str(checkpoint), "--port", str(free_port()), "--cache-dir", str(tmp_path / "file" / "x"))

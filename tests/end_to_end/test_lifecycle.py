@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import psutil
 import pytest
 from tritonclient.grpc import InferenceServerClient
 
+from hypergen_gateway.serving import SAME_SIGNAL_SECONDS
 from running_server import KEY, Server, draw, processes, shared_memory, start_server, stop_server
 
 
@@ -43,6 +46,26 @@ async def test_sigterm_lets_pictures_finish_and_refuses_new_ones(own_server: Ser
             await asyncio.to_thread(httpx.get, own_server.url)
         assert (await request).shape == (128, 128, 3)
     assert await asyncio.to_thread(own_server.process.wait, 30) == 0
+
+
+def test_a_closed_terminal_lets_requests_finish_and_a_second_signal_gives_them_up(
+    checkpoint: Path, cache_dir: Path
+) -> None:
+    limits = ["--body-timeout", "600", "--dtype", "float32", "--cache-dir", str(cache_dir)]
+    server = start_server(*limits, model=str(checkpoint))
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    with socket.create_connection(("127.0.0.1", server.port)) as unfinished:
+        head = f"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+        unfinished.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{{".encode())
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_until(lambda: any("finished first" in line for line in server.lines), 10, "stopping")
+        with pytest.raises(subprocess.TimeoutExpired):
+            server.process.wait(SAME_SIGNAL_SECONDS + 0.5)
+        server.process.send_signal(signal.SIGHUP)
+        assert server.process.wait(30) == 0
+    assert any("given up" in line for line in server.lines)
+    assert not psutil.wait_procs(family, timeout=10)[1]
+    assert not shared_memory(server)
 
 
 def test_nothing_is_left_after_the_end(checkpoint: Path, cache_dir: Path) -> None:

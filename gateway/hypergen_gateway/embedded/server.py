@@ -28,7 +28,7 @@ from hypergen_gateway.embedded.errors import EmbeddedError, ModelsNotLoadedError
 from hypergen_gateway.embedded.installation import Installation
 from hypergen_gateway.embedded.processes import die_with_parent
 from hypergen_gateway.embedded.run_folder import RunFolder
-from hypergen_gateway.embedded.watchdog import LinuxProcess
+from hypergen_gateway.embedded.watchdog import IDLE_SHARE, LinuxProcess
 from hypergen_gateway.triton import CHANNEL_ARGS
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ LOADING_STOP_SECONDS = 0.5
 # Stubs end by themselves once their server has gone.
 MODELS_STOP_SECONDS = 3.0
 READY_CALL_SECONDS = 2.0
+STANDSTILL_SECONDS = 20
 CLOSE_SECONDS = 1.0
 
 
@@ -116,13 +117,18 @@ class Launch:
     def environment(self, folder: RunFolder) -> dict[str, str]:
         """Ours without its secrets, with Triton's libraries and a Python first that finds our packages."""
         ours = child_environment({name: value for name, value in os.environ.items() if name not in SECRETS})
-        return ours | {
-            "LD_LIBRARY_PATH": _search_path(*folder.libraries, *absolute_folders(ours.get("LD_LIBRARY_PATH", ""))),
-            "PATH": _search_path(folder.programs, Path(sys.executable).parent, *absolute_folders(ours["PATH"])),
-            # Several processes share the cores: threads that spin while they wait would take them from the UNet.
-            "OMP_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
+        # Where nobody knows the user's home, as in a container with a user of its own, packages want one nevertheless.
+        return (
+            {"HOME": str(folder.path)}
+            | ours
+            | {
+                "LD_LIBRARY_PATH": _search_path(*folder.libraries, *absolute_folders(ours.get("LD_LIBRARY_PATH", ""))),
+                "PATH": _search_path(folder.programs, Path(sys.executable).parent, *absolute_folders(ours["PATH"])),
+                # Several processes share the cores: threads that spin while they wait would take them from the UNet.
+                "OMP_NUM_THREADS": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+            }
+        )
 
 
 def _search_path(*folders: Path | str) -> str:
@@ -179,26 +185,26 @@ class TritonServer:
             EmbeddedError: it exited, a model's process ended unasked, or `timeout` seconds passed.
         """
         deadline = time.monotonic() + timeout
-        ended = _EndedChildren(self._process.pid)
+        watch = _StartWatch(self._process.pid)
         async with triton_client(f"127.0.0.1:{self._launch.ports.grpc}") as client:
             while not await answers(client.is_server_ready, READY_CALL_SECONDS):
                 # Triton makes it readable for everybody, whatever the umask; prompts and images will lie there.
                 self._folder.close_shared_memory()
-                await self._check_start(ended)
+                await self._check_start(watch)
                 if time.monotonic() > deadline:
                     raise EmbeddedError(f"Triton was not ready after {timeout:.0f} s: {self._reason()}")
                 await asyncio.sleep(0.1)
         self._folder.close_shared_memory()
         self._models = _stubs_of(self._process.pid)
 
-    async def _check_start(self, ended: _EndedChildren) -> None:
+    async def _check_start(self, watch: _StartWatch) -> None:
         if self._process.returncode is not None:
             # A model's process that hangs would keep its output open.
             await asyncio.wait([self._reader], timeout=MODELS_STOP_SECONDS)
             code = self._process.returncode
             raise ModelsNotLoadedError(f"Triton exited with code {code} at start: {self._reason()}")
-        if ended.are_left_alone():
-            raise EmbeddedError(f"A model's process ended as soon as Triton started it: {self._reason()}")
+        if fault := watch.look():
+            raise EmbeddedError(f"{fault}: {self._reason()}")
 
     def missing(self) -> str | None:
         """What has died since the server was ready, in words; None while all is alive."""
@@ -300,24 +306,40 @@ def _check_shell(path: str) -> None:
         raise EmbeddedError("bash is not installed, or not on PATH, which Triton starts its models' processes with.")
 
 
-class _EndedChildren:
-    """Children of a process that have ended.
+class _StartWatch:
+    """Notices a start that will never end, by looks a second apart.
 
-    Triton waits for ever for the first words of a model's process, and only then looks whether it has ended.
+    Triton waits for ever for the first words of a model's process, even of one that has ended; and for its own threads,
+    even if none could be started.
     """
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
-        self._ended: set[int] = set()
         self._next_look = time.monotonic()
+        self._ended: set[int] = set()
+        self._cpu: dict[int, float] = {}
+        self._idle_looks = 0
 
-    def are_left_alone(self) -> bool:
-        """Whether one had ended a second ago already, and its parent still has not taken note of it."""
+    def look(self) -> str | None:
+        """What has happened, in words; None while there may be progress."""
         if time.monotonic() < self._next_look:
-            return False
+            return None
         self._next_look = time.monotonic() + 1.0
-        before, self._ended = self._ended, {child.pid for child in _children_of(self._pid) if not _is_alive(child)}
-        return bool(before & self._ended)
+        children = _children_of(self._pid, recursive=True)
+        before, self._ended = self._ended, {child.pid for child in children if not _is_alive(child)}
+        if before & self._ended:  # nor has anybody taken note of it meanwhile
+            return "A model's process ended as soon as Triton started it"
+        self._idle_looks = self._idle_looks + 1 if self._is_idle([self._pid, *(each.pid for each in children)]) else 0
+        if self._idle_looks >= STANDSTILL_SECONDS:
+            return f"Triton has done nothing for {STANDSTILL_SECONDS} s of its start"
+        return None
+
+    def _is_idle(self, pids: Sequence[int]) -> bool:
+        """Whether none of them has worked since the last look, nor wants to."""
+        processes = [LinuxProcess(pid, "") for pid in pids]
+        before, self._cpu = self._cpu, {process.pid: process.cpu_seconds() for process in processes}
+        used = sum(cpu - before.get(pid, 0.0) for pid, cpu in self._cpu.items())
+        return used < IDLE_SHARE and not any(process.wants_to_run() for process in processes)
 
 
 async def _wait_until_ended(processes: Sequence[psutil.Process], seconds: float) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -108,3 +110,43 @@ def _scales(node: openvino.Node) -> bool:
     if node.get_type_name() != "Multiply":
         return False
     return str(node.input_value(1).get_node().get_type_name()) == "Constant"
+
+
+MEMORY = """
+import random, sys
+from pathlib import Path
+import numpy as np
+from hypergen_gateway.embedded.backends.openvino.compilations import Compilations
+
+def infer(rows):
+    batch = {
+        "sample": np.zeros((rows, channels, 8, 8), np.float32),
+        "timestep": np.zeros(rows, np.float32),
+        "encoder_hidden_states": np.zeros((rows, tokens, width), np.float32),
+    }
+    unet.find(batch).infer(batch, ["model_output"])
+
+def anonymous_mebibytes():
+    lines = (line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines())
+    return next(int(words[1]) for words in lines if words[0] == "Pss_Anon:") / 1024
+
+channels, tokens, width = map(int, sys.argv[2:])
+unet = Compilations(Path(sys.argv[1]), {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": "2"})
+for rows in (*range(1, 17), *range(1, 17)):
+    infer(rows)
+print(anonymous_mebibytes())
+chance = random.Random(0)
+for _ in range(1000):
+    infer(chance.randint(1, 16))
+print(anonymous_mebibytes())
+"""
+
+
+def test_memory_is_flat_once_each_number_of_rows_was_seen(exported: Path) -> None:
+    file = exported / "unet" / "1" / "model.onnx"
+    shapes = {each.any_name: each.partial_shape for each in openvino.Core().read_model(file).inputs}
+    sizes = [shapes["sample"][1], *shapes["encoder_hidden_states"][1:]]
+    command = [sys.executable, "-c", MEMORY, str(file), *(str(size.get_length()) for size in sizes)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    warm, after_a_thousand = map(float, ended.stdout.split())
+    assert after_a_thousand - warm < 4, f"{warm:.0f} MiB, then {after_a_thousand:.0f} MiB"

@@ -24,7 +24,7 @@ import pytest
 from hypergen_gateway.embedded.environment import absolute_folders, child_environment
 from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.embedded.installation import find_installation
-from hypergen_gateway.embedded.server import Launch, TritonServer, free_ports
+from hypergen_gateway.embedded.server import STANDSTILL_SECONDS, Launch, TritonServer, free_ports
 from hypergen_gateway.embedded.supervisor import embedded_triton
 
 MODEL = """
@@ -180,6 +180,7 @@ class TestVariables:
             monkeypatch.delenv(name, raising=False)
         seen = seen_by_model(make_repository(tmp_path / "repository"), seen_file)
         assert seen["variables"]["PATH"].endswith(os.defpath)
+        assert seen["variables"]["HOME"] == seen["folder"]
 
     def test_what_python_itself_was_told_does_not_keep_a_model_from_its_packages(
         self, tmp_path: Path, seen_file: Path, monkeypatch: pytest.MonkeyPatch
@@ -265,6 +266,14 @@ def test_a_model_s_process_that_cannot_start_is_an_error_within_seconds_that_say
     assert re.search(reason, error)
     assert "\n" not in error
     assert time.monotonic() - began < 20
+
+
+def test_a_start_at_which_nothing_happens_is_given_up(tmp_path: Path) -> None:
+    """As where so few threads are allowed that Triton waits for one that it has not got."""
+    began = time.monotonic()
+    error = error_with_stub("#!/bin/sh\nexec sleep 600\n", make_repository(tmp_path / "repository"), tmp_path)
+    assert f"nothing for {STANDSTILL_SECONDS} s" in error
+    assert time.monotonic() - began < STANDSTILL_SECONDS + 20
 
 
 def test_a_machine_without_bash_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
