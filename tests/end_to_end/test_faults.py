@@ -111,12 +111,16 @@ class Holdings:
     processes: tuple[tuple[str, int], ...]
     handles: int
     regions: int
-    files: frozenset[str]
+    files: tuple[str, ...]
     gauges: tuple[tuple[str, float], ...]
 
     def within(self, before: Holdings) -> bool:
         """A connection that was kept alive then may be gone."""
         return replace(self, handles=0) == replace(before, handles=0) and self.handles <= before.handles
+
+
+def names_in(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.iterdir()]
 
 
 def holdings(server: Server, disk: Disk) -> Holdings:
@@ -126,7 +130,8 @@ def holdings(server: Server, disk: Disk) -> Holdings:
         processes=tuple(sorted(Counter(process.name() for process in family).items())),
         handles=psutil.Process(server.process.pid).num_fds(),
         regions=len(shared_memory(server)),
-        files=frozenset(file.name for file in disk.folder.iterdir() if file.name != "links"),
+        # Each start of Triton has a folder of its own, whose name ends in something random.
+        files=tuple(sorted(name.rpartition("-")[0] for name in names_in(disk.folder) if name != "links")),
         gauges=tuple((name, said[name]) for name in ("active_requests", "queued_requests", "asyncio_tasks")),
     )
 

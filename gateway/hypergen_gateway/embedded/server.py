@@ -251,8 +251,9 @@ class TritonServer:
                 logger.log(logging.DEBUG if self._stopping else log_level_of(line), "%s", line)
 
     def _reason(self) -> str:
-        """On one line: the first error that Triton logged, or the last words of what it started, or its own."""
+        """On one line: the first error that Triton logged, if possible one that names a model; or the last words."""
         errors = [line for line in self._last_lines if log_level_of(line) >= logging.ERROR]
+        errors.sort(key=lambda line: "failed to load '" not in line)
         others = [line for line in self._last_lines if not _is_of_triton(line)]
         words = errors or (others or list(self._last_lines))[-1:] or ["it said nothing"]
         message = words[0].partition("] ")[2].strip('"') if _is_of_triton(words[0]) else words[0].strip()
@@ -326,7 +327,7 @@ class _StartWatch:
             return None
         self._next_look = time.monotonic() + 1.0
         children = _children_of(self._pid, recursive=True)
-        before, self._ended = self._ended, {child.pid for child in children if not _is_alive(child)}
+        before, self._ended = self._ended, {child.pid for child in children if _is_zombie(child)}
         if before & self._ended:  # nor has anybody taken note of it meanwhile
             return "A model's process ended as soon as Triton started it"
         self._idle_looks = self._idle_looks + 1 if self._is_idle([self._pid, *(each.pid for each in children)]) else 0
@@ -371,6 +372,13 @@ def _name_of(stub: psutil.Process) -> str:
 
 def _is_alive(process: psutil.Process) -> bool:
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return process.is_running() and not _is_zombie(process)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _is_zombie(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
