@@ -4,13 +4,14 @@
 # make production-check  what can be proved of production without a GPU and without Docker, as a table
 # make audit             hold the installed packages against the known advisories
 # make bench             this project beside HyperGen 0.1 (PyTorch) and others on this machine; ARGS=--quick is shorter
+# make clients           run client libraries, each in an environment of its own, against the shipped model
 # make clean             remove .venv/ and whatever was built
 #
 # ARGS is passed on:     make serve ARGS="--port 9000"        make test ARGS="-k batching"
 # PYTHON is the Python:  make serve PYTHON=/usr/bin/python3.12 (3.10, 3.11 or 3.12)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev serve test check production-check audit bench clean
+.PHONY: help setup setup-dev serve test check production-check audit bench clients clean
 
 # The first of those that the embedded Triton runs on, 3.11 as the project is developed with it.
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.10 python3; do \
@@ -51,6 +52,11 @@ audit: setup-dev
 bench: setup-dev
 	@command -v wrk >/dev/null || PYTHON="$(PYTHON)" sh .ci/system-packages wrk
 	@$(BIN)/python tests/benchmarks/side_by_side.py $(ARGS)
+
+clients: setup-dev
+	@command -v npm >/dev/null || PYTHON="$(PYTHON)" sh .ci/system-packages nodejs npm
+	@command -v javac >/dev/null || PYTHON="$(PYTHON)" sh .ci/system-packages default-jdk-headless
+	@$(BIN)/python tests/clients/check.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache
