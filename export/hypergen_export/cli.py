@@ -57,7 +57,6 @@ def _not_empty(_: click.Context, parameter: click.Parameter, value: Any) -> Any:
 @click.option(
     "--sizes",
     metavar="WxH,…",
-    callback=_not_empty,
     help="Pictures that TensorRT engines are built for; OpenVINO draws any.  [default: the model's own size]",
 )
 @click.option(
