@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from running_server import Server, draw
+from running_server import KEY, Server, draw
 
 DOCKER = Path(__file__).parents[2] / "docker"
 # Triton has these where it finds a GPU: docs/user_guide/metrics.md of its sources.
@@ -36,15 +36,20 @@ def test_triton_has_every_metric_and_label_that_dashboard_and_rules_ask_for(serv
 
 @pytest.mark.claim("scaling")
 async def test_the_gauges_that_replicas_are_scaled_by_count_the_images_in_the_sampler(server: Server) -> None:
-    async with server.async_client() as client:
-        drawing = [
-            asyncio.create_task(draw(client, prompt="a cat", size="128x128", num_inference_steps=60)) for _ in range(3)
-        ]
-        deadline = time.monotonic() + 60
-        while images_in_the_sampler(server) != len(drawing):
-            assert time.monotonic() < deadline, f"{images_in_the_sampler(server)} images in the sampler"
-            await asyncio.sleep(0.05)
-        await asyncio.gather(*drawing)
+    # Far longer than the gauges take to be written anew, and ended as soon as they were.
+    wish = {"prompt": "a cat", "size": "256x256", "num_inference_steps": 150}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=120) as client:
+        drawing = [asyncio.create_task(client.post("/v1/images/generations", json=wish)) for _ in range(3)]
+        try:
+            deadline = time.monotonic() + 60
+            while images_in_the_sampler(server) != len(drawing):
+                assert time.monotonic() < deadline, f"{images_in_the_sampler(server)} images in the sampler"
+                await asyncio.sleep(0.05)
+        finally:
+            for request in drawing:
+                request.cancel()
+            await asyncio.gather(*drawing, return_exceptions=True)
     server.wait_until(lambda: images_in_the_sampler(server) == 0, 10, "counted as idle")
 
 
