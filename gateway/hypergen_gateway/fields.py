@@ -187,7 +187,8 @@ class EditForm(_EditFields):
 
     image: Uploads = Field(
         validation_alias=AliasChoices("image", "images"),
-        description="PNG, JPEG or WebP, less than 50 MB each; also as `image[]`. Picture i starts from image i mod k.",
+        description="PNG, JPEG, WebP, AVIF or GIF, less than 50 MB each; also as `image[]`. Picture i starts from image "
+        "i mod k.",
     )
     mask: Upload | None = Field(
         default=None, description="A PNG of the first image's size: its transparent pixels are drawn anew."
@@ -198,7 +199,7 @@ class VariationForm(PictureFields):
     """The form of POST /v1/images/variations."""
 
     image: Upload = Field(
-        validation_alias=AliasChoices("image", "images"), description="PNG, JPEG or WebP, less than 50 MB."
+        validation_alias=AliasChoices("image", "images"), description="PNG, JPEG, WebP, AVIF or GIF, less than 50 MB."
     )
     strength: float | None = _STRENGTH
     stream: bool = Field(default=False, description="Variations come all at once; `true` is refused.")

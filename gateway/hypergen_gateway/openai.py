@@ -105,7 +105,7 @@ _LEGAL: dict[str, str] = {
     "seed": f"an integer from 0 to {MAX_SEED}, and so must be seed + n - 1; -1 is a random one",
     "strength": "a number from 0 to 1",
     "input_fidelity": "'high' or 'low'",
-    "image": "a PNG, JPEG or WebP file; an edit takes up to {max_images}",
+    "image": "a PNG, JPEG, WebP, AVIF or GIF file; an edit takes up to {max_images}",
     "images": (
         '1 to {max_images} images, each an object such as {{"image_url": "data:image/png;base64,…"}}; '
         "a file_id would need OpenAI's Files API"
