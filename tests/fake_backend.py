@@ -33,6 +33,7 @@ MODEL = ModelDescription(
     loras=(),
     default_num_inference_steps=20,
     default_guidance_scale=5.0,
+    max_prompt_tokens=75,
     max_num_images=10,
     max_num_inference_steps=150,
     max_guidance_scale=20.0,
@@ -58,6 +59,7 @@ class FakeBackend:
         self.late_failure: Exception | None = None  # raised after the previews
         self.answering = asyncio.Event()  # while clear, describe() and ready() hang
         self.answering.set()
+        self.truncated_tokens = 0
         self.generations: list[Generation] = []
         self.running = 0
         self.most_running_images = 0
@@ -94,7 +96,8 @@ class FakeBackend:
                 picture = flat_picture(generation, index)
                 # As long as a test let it wait, which is what a sampler would say.
                 took = max(picture.timings.denoise, (time.perf_counter() - began) * 1000)
-                yield replace(picture, timings=replace(picture.timings, denoise=took))
+                timings = replace(picture.timings, denoise=took)
+                yield replace(picture, timings=timings, truncated_tokens=self.truncated_tokens)
         finally:
             self.running -= 1
             self._running_images -= generation.num_images

@@ -28,6 +28,7 @@ PARAMETERS = {
     "default_num_inference_steps": "20",
     "default_guidance_scale": "5.5",
     "default_scheduler": "euler",
+    "max_prompt_tokens": "75",
     "max_num_images": "10",
     "max_num_inference_steps": "150",
     "max_guidance_scale": "20",
@@ -112,6 +113,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
             "is_final": np.array([is_final]),
             "seed": np.array([seed], dtype=np.int64),
             "prompt_tokens": np.array([len(tensors["prompt"].split())], dtype=np.int32),
+            "truncated_tokens": np.array([3], dtype=np.int32),
             "timings_ms": np.array([1, 2, 30, 4], dtype=np.float32),
         }
         response = pb.ModelStreamInferResponse()

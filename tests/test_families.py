@@ -281,17 +281,11 @@ async def test_pictures_of_one_request_are_those_of_its_seeds_in_a_row(pair_of: 
 @pytest.mark.parametrize(
     ("family", "changes", "words"),
     [
-        (
-            "sd-1",
-            {"strength": 0.1, "num_inference_steps": 9},
-            "strength: must be large enough for one of the 9 steps, not 0.1",
-        ),
-        ("sd-1", {"strength": 0.0}, "strength: must be large enough for one of the 4 steps, not 0"),
         ("lcm", {"strength": 0.05}, "strength: must be large enough for 4 steps, not 0.05"),
         ("lcm", {"strength": 0.8, "num_inference_steps": 60}, "num_inference_steps: the scheduler refuses 60"),
     ],
 )
-async def test_a_strength_that_leaves_no_step_is_named(
+async def test_a_strength_that_leaves_too_few_steps_is_named(
     family: str, changes: dict[str, Any], words: str, pair_of: Any
 ) -> None:
     with pytest.raises(InvalidInputError, match=words):
@@ -316,6 +310,26 @@ def test_prompt_tokens_are_those_that_the_text_encoders_read(
     sampler = pair_of(family).sampler
     request = request_of(**{"prompt": "a red rocket on blue", **changes})
     assert sampler.tokenize(texts_of(request, sampler.architecture)).count == tokens
+
+
+@pytest.mark.parametrize(
+    ("changes", "cut"),
+    [
+        ({}, 0),
+        ({"prompt": "cat " * 14}, 0),
+        ({"prompt": "cat " * 15}, 1),
+        ({"prompt": "cat " * 100}, 86),
+        ({"prompt": "cat " * 100, "negative_prompt": "cat " * 20}, 86),
+        ({"prompt": "cat " * 100, "negative_prompt": "cat " * 20, "guidance_scale": 5.0}, 86 + 6),
+    ],
+)
+@pytest.mark.parametrize("family", ["sd-1", "sdxl"])
+def test_tokens_beyond_what_the_text_encoders_read_are_counted(
+    family: str, changes: dict[str, Any], cut: int, pair_of: Any
+) -> None:
+    sampler = pair_of(family).sampler
+    request = request_of(**{"prompt": "a red rocket on blue", **changes})
+    assert sampler.tokenize(texts_of(request, sampler.architecture)).cut == cut
 
 
 def by_kohya(folder: Path, weights: dict[str, Weights]) -> Path:

@@ -45,6 +45,8 @@ def checkpoint_parameters(checkpoint: Checkpoint) -> dict[str, str]:
         "family": checkpoint.family.name,
         **_architecture(checkpoint),
         "suggestions": suggestions,
+        # Every text has a start and an end.
+        "max_prompt_tokens": str(sizes["tokens"] - 2),
         "size_factor": str(factor),
         "vae_scale_factor": str(factor),
         "latent_channels": str(sizes["latent_channels"]),

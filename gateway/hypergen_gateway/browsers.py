@@ -36,6 +36,7 @@ _EXPOSED = (
     "server-timing",
     "x-hypergen-drawn-size",
     "x-hypergen-estimated-ms",
+    "x-hypergen-prompt-truncated",
     "x-hypergen-queue-position",
     "x-request-id",
     "x-should-retry",

@@ -33,6 +33,10 @@ class Capabilities(BaseModel):
     max_guidance_scale: float
     guidance_interval: bool = Field(description="Whether `guidance_start` and `guidance_end` can be said.")
     max_cache_interval: int = Field(description="1 where the model is served without `--deep-cache`.")
+    max_prompt_tokens: int = Field(
+        description="Of a prompt, and of a negative prompt, what the text encoder reads; the rest is cut off, which "
+        "`x-hypergen-prompt-truncated` and `prompt_truncated` tell."
+    )
     max_num_images: int
     schedulers: tuple[str, ...]
     edits: bool = Field(description="Whether pictures can start from images.")
@@ -56,6 +60,7 @@ def of_model(model: ModelDescription, id_: str, sizes: SizePolicy) -> Capabiliti
         max_guidance_scale=model.max_guidance_scale,
         guidance_interval=model.guidance_width == 0,
         max_cache_interval=model.max_cache_interval,
+        max_prompt_tokens=model.max_prompt_tokens,
         max_num_images=model.max_num_images,
         schedulers=model.schedulers,
         edits="vae_encoder" in model.components,

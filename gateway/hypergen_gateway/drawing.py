@@ -303,7 +303,8 @@ def finish(drawn: Drawn, file_format: FileFormat) -> Finished:
     began = time.perf_counter()
     pixels, retouch = drawn.picture.pixels, drawn.part.retouch
     if retouch is not None:
-        pixels = retouch.apply(pixels)
+        kept = retouch.kept if drawn.picture.step == 0 else None
+        pixels = retouch.apply(pixels) if kept is None else kept
     height, width, _ = pixels.shape
     return Finished(
         part=drawn.part,

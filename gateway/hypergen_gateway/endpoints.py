@@ -176,7 +176,7 @@ class Endpoints:
         return await self._serve(request, wanted, starts, model)
 
     async def _open(self, uploads: Uploads, wanted: PictureRequest, model: ModelDescription) -> list[Start]:
-        pictures = Wanted(size=openai.asked_size(wanted), count=wanted.n)
+        pictures = Wanted(size=openai.asked_size(wanted), count=wanted.n, may_stay=openai.may_stay(wanted, model))
         async with self.decoding:
             return await asyncio.to_thread(open_starts, uploads, pictures, model, self.config.size_policy)
 
@@ -185,7 +185,10 @@ class Endpoints:
     ) -> Response:
         order = Order(
             parts=parts_of(
-                openai.to_generation(wanted, model), starts, openai.strength_of(wanted), openai.asked_size(wanted)
+                openai.to_generation(wanted, model),
+                starts,
+                openai.strength_of(wanted, model),
+                openai.asked_size(wanted),
             ),
             model=model,
             file_format=openai.file_format_of(wanted),
@@ -219,6 +222,8 @@ class Endpoints:
         by_link = openai.wants_links(wanted, by_habit=caller.reads_links)
         urls = await self._publish(request, finished, job) if by_link else None
         headers = {"Server-Timing": responses.server_timing(finished), **_drawing_headers(job)}
+        if cut := responses.truncated(finished[0]):
+            headers["x-hypergen-prompt-truncated"] = str(cut)
         nbytes = sum(len(picture.file) for picture in finished)
         return await off_the_loop(
             lambda: _json(responses.images_response(wanted, finished, urls), headers=headers),

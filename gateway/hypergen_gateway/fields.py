@@ -163,7 +163,7 @@ _STRENGTH = Field(
     default=None,
     ge=0.0,
     le=1.0,
-    description="How much of the image is given up: 0 keeps it, 1 keeps nothing.",
+    description="How much of the image is given up: 1 keeps nothing; 0, or less than one step, returns the image.",
 )
 
 
@@ -187,8 +187,8 @@ class EditForm(_EditFields):
 
     image: Uploads = Field(
         validation_alias=AliasChoices("image", "images"),
-        description="PNG, JPEG, WebP, AVIF or GIF, less than 50 MB each; also as `image[]`. Picture i starts from image "
-        "i mod k.",
+        description="PNG, JPEG, WebP, AVIF or GIF, less than 50 MB each; also as `image[]`. Picture i starts from "
+        "image i mod k.",
     )
     mask: Upload | None = Field(
         default=None, description="A PNG of the first image's size: its transparent pixels are drawn anew."

@@ -56,7 +56,8 @@ class Timings:
 class Picture:
     """A picture: RGB pixels [height, width, 3], its place in the request and the seed it came from.
 
-    A preview is what the model expects the picture to become after `step` steps; `is_final` tells the two apart.
+    A preview is what the model expects the picture to become after `step` steps; `is_final` tells the two apart. After
+    no step it is the image that it started from.
     """
 
     pixels: Pixels
@@ -65,6 +66,7 @@ class Picture:
     step: int
     is_final: bool
     prompt_tokens: int  # of the prompt and the negative prompt, as the text encoder read them
+    truncated_tokens: int = 0  # of both, what it did not read
     timings: Timings
 
 
@@ -93,6 +95,7 @@ class ModelDescription:
     loras: tuple[Lora, ...]  # each at each of its scales, the usual one first
     default_num_inference_steps: int
     default_guidance_scale: float
+    max_prompt_tokens: int  # that the text encoders read, without start and end
     max_num_images: int
     max_num_inference_steps: int
     max_guidance_scale: float

@@ -178,18 +178,32 @@ def file_format_of(request: PictureRequest) -> FileFormat:
     return FileFormat(request.output_format, request.output_compression)
 
 
-def strength_of(request: PictureRequest) -> float | None:
+def strength_of(request: PictureRequest, model: ModelDescription) -> float | None:
     """How much of the image is given up; None leaves it to the model."""
     if isinstance(request, ImageRequest):
         return None
     if isinstance(request, VariationForm) and request.strength is None:
-        return _VARIATION_STRENGTH
+        return max(_VARIATION_STRENGTH, 1 / steps_of(request, model))
     return request.strength
+
+
+def steps_of(request: PictureRequest, model: ModelDescription) -> int:
+    """Those that are asked for, or as many as the quality says."""
+    if request.num_inference_steps is not None:
+        return request.num_inference_steps
+    steps = round(model.default_num_inference_steps * _STEPS_BY_QUALITY[_QUALITIES[request.quality]])
+    return min(max(steps, 1), model.max_num_inference_steps)
 
 
 def images_param(payload: Container[str]) -> str:
     """The name by which a client knows the images that it sent."""
     return "images" if "images" in payload else "image"
+
+
+def may_stay(request: PictureRequest, model: ModelDescription) -> bool:
+    """Whether the strength may leave no step, so that an image comes back as it is."""
+    strength = strength_of(request, model)
+    return strength is not None and strength * steps_of(request, model) < 1
 
 
 def uploads_of_form(request: EditForm | VariationForm, param: str) -> Uploads:
@@ -227,14 +241,14 @@ def to_generation(request: PictureRequest, model: ModelDescription) -> Generatio
     asked = asked_size(request)
     width, height = (model.default_width, model.default_height) if asked is None else nearest_size(asked, model)
     seed = secrets.randbelow(_RANDOM_SEEDS - request.n) if request.seed in (None, -1) else request.seed
-    steps, guidance = request.num_inference_steps, request.guidance_scale
+    guidance = request.guidance_scale
     generation = Generation(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
         num_images=request.n,
         width=width,
         height=height,
-        num_inference_steps=_steps_for(request.quality, model) if steps is None else steps,
+        num_inference_steps=steps_of(request, model),
         guidance_scale=model.default_guidance_scale if guidance is None else guidance,
         guidance_start=request.guidance_start,
         guidance_end=request.guidance_end,
@@ -297,11 +311,6 @@ def _legal_cache_intervals(model: ModelDescription) -> str:
 def _known_loras(model: ModelDescription) -> str:
     names = dict.fromkeys(repr(lora.name) for lora in model.loras)
     return f"one of {', '.join(names)}" if names else "absent, as the model is served without any LoRA"
-
-
-def _steps_for(quality: str, model: ModelDescription) -> int:
-    steps = round(model.default_num_inference_steps * _STEPS_BY_QUALITY[_QUALITIES[quality]])
-    return min(max(steps, 1), model.max_num_inference_steps)
 
 
 def _invalid(

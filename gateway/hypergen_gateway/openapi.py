@@ -87,6 +87,12 @@ ERRORS: dict[int, str] = {
 _RETRYABLE = (429, 503)
 
 _DRAWN_SIZE = "x-hypergen-drawn-size"
+_DRAWING_HEADERS = (
+    "x-hypergen-queue-position",
+    "x-hypergen-estimated-ms",
+    "x-hypergen-prompt-truncated",
+    _DRAWN_SIZE,
+)
 _TEXT_HEADERS = {"x-request-id", _DRAWN_SIZE}
 
 _NULL = {"type": "null"}
@@ -263,8 +269,7 @@ def _statuses(operation: Operation) -> list[int]:
 
 
 def _success(operation: Operation) -> JsonObject:
-    drawing = ("x-hypergen-queue-position", "x-hypergen-estimated-ms", _DRAWN_SIZE) if operation.bodies else ()
-    headers = _headers("x-request-id", "openai-processing-ms", *drawing)
+    headers = _headers("x-request-id", "openai-processing-ms", *(_DRAWING_HEADERS if operation.bodies else ()))
     if operation.answer is None:
         file = {"schema": {"type": "string", "format": "binary"}}
         files = {f"image/{name}": file for name in ("png", "jpeg", "webp")}

@@ -73,6 +73,12 @@ class Usage(BaseModel):
     input_tokens_details: InputTokensDetails
 
 
+_TRUNCATED = Field(
+    default=None,
+    description="Tokens of the prompt and the negative prompt that the text encoder did not read, if there are any.",
+)
+
+
 class ImagesResponse(BaseModel):
     """The response to a request for pictures."""
 
@@ -83,6 +89,7 @@ class ImagesResponse(BaseModel):
     size: str | None = Field(default=None, description="WIDTHxHEIGHT, unless the pictures differ in it.")
     data: list[ImageObject]
     usage: Usage
+    prompt_truncated: int | None = _TRUNCATED
 
 
 def images_response(
@@ -103,6 +110,7 @@ def images_response(
             for content, picture in zip(contents, finished, strict=True)
         ],
         usage=usage(finished),
+        prompt_truncated=truncated(finished[0]),
     )
 
 
@@ -131,6 +139,7 @@ class CompletedEvent(_ImageEvent):
     type: Literal["image_generation.completed", "image_edit.completed"]
     usage: Usage
     seed: int
+    prompt_truncated: int | None = _TRUNCATED
 
 
 def image_event(request: PictureRequest, finished: Finished, number: int) -> PartialImageEvent | CompletedEvent:
@@ -154,6 +163,7 @@ def image_event(request: PictureRequest, finished: Finished, number: int) -> Par
         type="image_generation.completed" if is_generation else "image_edit.completed",
         usage=usage([finished]),
         seed=picture.seed,
+        prompt_truncated=truncated(finished),
         **common,
     )
 
@@ -173,6 +183,11 @@ def usage(finished: Sequence[Finished]) -> Usage:
         total_tokens=text_tokens + image_tokens + output_tokens,
         input_tokens_details=InputTokensDetails(text_tokens=text_tokens, image_tokens=image_tokens),
     )
+
+
+def truncated(finished: Finished) -> int | None:
+    """How many tokens of a request's texts were cut off; None if all were read."""
+    return finished.picture.truncated_tokens or None
 
 
 def server_timing(finished: Sequence[Finished]) -> str:

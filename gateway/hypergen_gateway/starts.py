@@ -65,6 +65,7 @@ class Wanted:
 
     size: Size | None
     count: int
+    may_stay: bool = False  # whether an image may come back as it is
 
 
 def open_starts(uploads: Uploads, wanted: Wanted, model: ModelDescription, sizes: SizePolicy) -> list[Start]:
@@ -86,7 +87,7 @@ def open_starts(uploads: Uploads, wanted: Wanted, model: ModelDescription, sizes
         elif image.mode == "RGBA":
             mask = _transparency(image)
         if number < wanted.count:
-            starts.append(_start(_flat(image), mask, wanted.size, model))
+            starts.append(_start(_flat(image), mask, wanted, model))
     return starts
 
 
@@ -117,14 +118,15 @@ def _flat(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def _start(image: Image.Image, mask: Image.Image | None, asked: Size | None, model: ModelDescription) -> Start:
+def _start(image: Image.Image, mask: Image.Image | None, wanted: Wanted, model: ModelDescription) -> Start:
     """An image in the size asked for, cut to its proportions, or in its own; made ready in the nearest drawn one."""
-    if asked is not None:
-        image = ImageOps.fit(image, asked, Image.Resampling.LANCZOS)
-        mask = mask and ImageOps.fit(mask, asked, Image.Resampling.BOX)
+    if wanted.size is not None:
+        image = ImageOps.fit(image, wanted.size, Image.Resampling.LANCZOS)
+        mask = mask and ImageOps.fit(mask, wanted.size, Image.Resampling.BOX)
     drawn = nearest_size(image.size, model)
     shown = window(drawn, image.size)
-    retouch = Retouch(size=image.size, kept=np.asarray(image) if mask else None, mask=_binary(mask))
+    kept = np.asarray(image) if mask or wanted.may_stay else None
+    retouch = Retouch(size=image.size, kept=kept, mask=_binary(mask))
     return Start(
         image=_framed(image, drawn, shown, Image.Resampling.LANCZOS),
         mask=_binary(mask and _framed(mask, drawn, shown, Image.Resampling.BOX)),

@@ -87,7 +87,9 @@ INPUT_TYPES: dict[str, str] = {
 # A tensor of BYTES holds before each text its length.
 _LENGTH = struct.Struct("<I")
 
-OUTPUTS = ("image", "image_index", "step", "is_final", "seed", "prompt_tokens", "timings_ms")
+OUTPUTS = ("image", "image_index", "step", "is_final", "seed", "prompt_tokens", "truncated_tokens", "timings_ms")
+# Not sent by the samplers of earlier releases, which a gateway meets while a cluster is renewed.
+_LATER_OUTPUTS = {"truncated_tokens"}
 
 # What a client calls an input; where nothing stands, the same.
 _PARAMS: Mapping[str, str] = {"num_images": "n", "width": "size", "height": "size", "lora": "lora_path"}
@@ -319,9 +321,10 @@ def _to_picture(response: Any) -> Picture:
         raise InternalError(f"Triton answered inside the stream: {response.error_message}")
     result = InferResult(response.infer_response)
     tensors = {name: result.as_numpy(name) for name in OUTPUTS}
-    missing = [name for name, tensor in tensors.items() if tensor is None]
+    missing = [name for name, tensor in tensors.items() if tensor is None and name not in _LATER_OUTPUTS]
     if missing:
         raise InternalError(f"the model {SAMPLER!r} sent a response without {', '.join(missing)}")
+    truncated = tensors["truncated_tokens"]
     queue, encode_text, denoise, decode = (float(milliseconds) for milliseconds in tensors["timings_ms"])
     return Picture(
         pixels=tensors["image"],
@@ -330,6 +333,7 @@ def _to_picture(response: Any) -> Picture:
         step=int(tensors["step"][0]),
         is_final=bool(tensors["is_final"][0]),
         prompt_tokens=int(tensors["prompt_tokens"][0]),
+        truncated_tokens=0 if truncated is None else int(truncated[0]),
         timings=Timings(queue=queue, encode_text=encode_text, denoise=denoise, decode=decode),
     )
 

@@ -143,6 +143,30 @@ def test_the_default_strengths_are_those_of_diffusers(server: Server) -> None:
     assert np.array_equal(picture_of(server, **masked), picture_of(server, **masked, strength=1.0))
 
 
+@pytest.mark.parametrize("more", [{}, {"mask": MASK}, {"scheduler": "heun"}], ids=["plain", "masked", "heun"])
+@pytest.mark.parametrize("strength", [0.0, 0.01, 0.16])
+def test_a_strength_that_leaves_no_step_returns_the_picture(
+    strength: float, more: dict[str, Any], server: Server
+) -> None:
+    wish: dict[str, Any] = {"image": ORIGINAL, "num_inference_steps": STEPS, "partial_images": 2}
+    responses = ask(server.triton_url, prompt=PROMPT, strength=strength, num_images=2, seed=5, **wish, **more)
+    assert [int(response["step"][0]) for response in responses] == [0, 0]
+    assert sorted(int(response["seed"][0]) for response in responses) == [5, 6]
+    assert all(np.array_equal(response["image"], ORIGINAL) for response in responses)
+
+
+def test_a_picture_in_one_step_is_drawn_where_no_strength_is_given(server: Server) -> None:
+    (response,) = ask(server.triton_url, prompt=PROMPT, image=ORIGINAL, num_inference_steps=1, scheduler="euler")
+    assert response["step"].tolist() == [1]
+    assert not np.array_equal(response["image"], ORIGINAL)
+
+
+def test_a_response_tells_what_was_cut_off_of_a_prompt(server: Server) -> None:
+    for words, cut in ((14, 0), (30, 16)):
+        (response,) = ask(server.triton_url, prompt="cat " * words, guidance_scale=1.0, num_inference_steps=2)
+        assert (response["prompt_tokens"].tolist(), response["truncated_tokens"].tolist()) == ([14], [cut])
+
+
 @pytest.mark.parametrize(
     ("name", "wish"),
     [
@@ -153,7 +177,6 @@ def test_the_default_strengths_are_those_of_diffusers(server: Server) -> None:
         ("mask", {"image": ORIGINAL, "mask": MASK[:64]}),
         ("mask", {"mask": MASK}),
         ("strength", {"image": ORIGINAL, "strength": 1.5}),
-        ("strength", {"image": ORIGINAL, "strength": 0.01}),
         ("strength", {"strength": 0.5}),
         ("partial_images", {"partial_images": 4}),
     ],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
 
@@ -13,7 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fake_backend import FakeBackend
+from fake_backend import FakeBackend, in_memory
+from hypergen_gateway.app import create_app
+from hypergen_gateway.config import Config
+from hypergen_gateway.generation import Generation, Picture
 from pictures import file_of, hole, photo, ramp
 from wire import data_url, error_of, form, part
 
@@ -355,3 +360,60 @@ class TestFieldsThatBelongElsewhere:
         assert response.status_code == 200
         (item,) = response.json()["data"]
         assert Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))).size == (64, 48)
+
+
+class TestLongPrompts:
+    async def test_the_answer_says_what_was_cut_off(self, client: httpx.AsyncClient, backend: FakeBackend) -> None:
+        backend.truncated_tokens = 15
+        answers = [
+            await client.post(GENERATIONS, json={"prompt": "a", "n": 2}),
+            await client.post(EDITS, data={"prompt": "a"}, files={"image": PHOTO}),
+        ]
+        for answer in answers:
+            assert answer.headers["x-hypergen-prompt-truncated"] == "15"
+            assert answer.json()["prompt_truncated"] == 15
+
+    async def test_a_stream_says_it_with_the_picture(self, client: httpx.AsyncClient, backend: FakeBackend) -> None:
+        backend.truncated_tokens = 15
+        response = await client.post(GENERATIONS, json={"prompt": "a", "stream": True, "partial_images": 1})
+        preview, completed = (json.loads(frame.partition("data: ")[2]) for frame in response.text.split("\n\n")[:-1])
+        assert "prompt_truncated" not in preview
+        assert completed["prompt_truncated"] == 15
+
+    async def test_nothing_is_said_where_all_was_read(self, client: httpx.AsyncClient) -> None:
+        answer = await client.post(GENERATIONS, json={"prompt": "a"})
+        assert "x-hypergen-prompt-truncated" not in answer.headers
+        assert "prompt_truncated" not in answer.json()
+
+    async def test_capabilities_tell_the_limit(self, client: httpx.AsyncClient) -> None:
+        assert (await client.get("/v1/capabilities")).json()["max_prompt_tokens"] == 75
+
+
+class ShyBackend(FakeBackend):
+    """Returns the image where the strength leaves no step, as the sampler does."""
+
+    async def generate(self, generation: Generation) -> AsyncGenerator[Picture, None]:
+        async for picture in super().generate(generation):
+            assert generation.image is not None
+            assert generation.strength is not None
+            stays = int(generation.num_inference_steps * generation.strength) == 0
+            yield replace(picture, pixels=generation.image, step=0) if stays else picture
+
+
+class TestStrength:
+    @pytest.mark.parametrize("strength", ["0", "0.0", "0.04"])
+    @pytest.mark.parametrize("size", [(64, 48), (700, 500)])
+    @pytest.mark.parametrize("masked", [True, False])
+    async def test_what_leaves_no_step_returns_the_image_to_the_pixel(
+        self, strength: str, size: tuple[int, int], masked: bool
+    ) -> None:
+        files = {"image": file_of(photo(*size))} | ({"mask": file_of(hole(*size))} if masked else {})
+        async with in_memory(create_app(Config(), ShyBackend())) as client:
+            response = await client.post(EDITS, data={"prompt": "a", "strength": strength}, files=files)
+        (item,) = response.json()["data"]
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))))
+        assert np.array_equal(pixels, ramp(*size))
+
+    async def test_a_variation_of_one_step_is_one(self, client: httpx.AsyncClient, backend: FakeBackend) -> None:
+        await client.post(VARIATIONS, data={"num_inference_steps": "1"}, files={"image": PHOTO})
+        assert backend.generations[0].strength == 1.0

@@ -107,6 +107,7 @@ class TestDescribe:
             loras=(Lora(name="ink", scale=0.5),),
             default_num_inference_steps=20,
             default_guidance_scale=5.5,
+            max_prompt_tokens=75,
             max_num_images=10,
             max_num_inference_steps=150,
             max_guidance_scale=20.0,
@@ -230,8 +231,16 @@ class TestGenerate:
 
     async def test_a_picture_tells_of_its_steps_tokens_and_times(self, backend: TritonBackend) -> None:
         (picture,) = await pictures(backend, FULL)
-        assert (picture.step, picture.is_final, picture.prompt_tokens) == (20, True, 2)
+        assert (picture.step, picture.is_final) == (20, True)
+        assert (picture.prompt_tokens, picture.truncated_tokens) == (2, 3)
         assert picture.timings == Timings(queue=1, encode_text=2, denoise=30, decode=4)
+
+    async def test_a_sampler_that_does_not_say_what_it_cut_off_is_one_that_cut_off_nothing(
+        self, triton: FakeTriton, backend: TritonBackend
+    ) -> None:
+        triton.left_out_outputs = {"truncated_tokens"}
+        (picture,) = await pictures(backend, FULL)
+        assert picture.truncated_tokens == 0
 
     async def test_previews_come_before_their_picture(self, backend: TritonBackend) -> None:
         came = await pictures(backend, replace(FOX, num_images=2, partial_images=2))

@@ -187,7 +187,7 @@ class Request:
     mask: Pixels | None = None
     """[height, width] over `image`: 255 is repainted, 0 stays."""
     strength: float = 1.0
-    """How much of `image` is noised away: 1 is all of it."""
+    """How much of `image` is noised away: 1 is all of it; what leaves no step leaves `image` as it is."""
     variant: Variant = BASE
     """The checkpoint as it is, or with one of `Limits.loras`."""
 
@@ -201,6 +201,8 @@ def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
     num_images = _within("num_images", given.get("num_images", 1), 1, limits.max_num_images)
     width, height = _size(given, limits)
     _check_pixels(given, width, height)
+    given_steps = given.get("num_inference_steps", limits.default_num_inference_steps)
+    steps = _within("num_inference_steps", given_steps, 1, limits.max_num_inference_steps)
     guidance_start = _within("guidance_start", given.get("guidance_start", 0.0), 0.0, 1.0)
     return Request(
         prompt=given["prompt"],
@@ -208,12 +210,7 @@ def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
         num_images=num_images,
         width=width,
         height=height,
-        num_inference_steps=_within(
-            "num_inference_steps",
-            given.get("num_inference_steps", limits.default_num_inference_steps),
-            1,
-            limits.max_num_inference_steps,
-        ),
+        num_inference_steps=steps,
         guidance_scale=_within(
             "guidance_scale",
             given.get("guidance_scale", limits.default_guidance_scale),
@@ -228,7 +225,7 @@ def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
         partial_images=_within("partial_images", given.get("partial_images", 0), 0, MAX_PARTIAL_IMAGES),
         image=given.get("image"),
         mask=given.get("mask"),
-        strength=_strength(given),
+        strength=_strength(given, steps),
         variant=_variant(given, limits),
     )
 
@@ -272,11 +269,11 @@ def _check_pixels(given: Mapping[str, Any], width: int, height: int) -> None:
             raise InvalidInputError(name, problem)
 
 
-def _strength(given: Mapping[str, Any]) -> float:
-    """Unasked 0.8, and 1 under a mask, as diffusers' image-to-image and inpainting pipelines have it."""
+def _strength(given: Mapping[str, Any], steps: int) -> float:
+    """Unasked 0.8, and 1 under a mask, as diffusers' image-to-image and inpainting pipelines have it; or one step."""
     if "strength" in given and "image" not in given:
         raise InvalidInputError("strength", "needs an image to start from")
-    unasked = 0.8 if "image" in given and "mask" not in given else 1.0
+    unasked = max(0.8, 1 / steps) if "image" in given and "mask" not in given else 1.0
     strength: float = _within("strength", given.get("strength", unasked), 0.0, 1.0)
     return strength
 

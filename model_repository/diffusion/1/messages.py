@@ -25,7 +25,8 @@ class Picture:
     """One response: a picture, or what it is on its way to become.
 
     `prompt_tokens` counts what the text encoders read of prompt and negative prompt, without the start, end and padding
-    that every text gets. `timings` in seconds: waiting for a place, encoding, denoising, decoding.
+    that every text gets; `truncated_tokens` what they cut off. `timings` in seconds: waiting for a place, encoding,
+    denoising, decoding.
     """
 
     pixels: Pixels
@@ -34,6 +35,7 @@ class Picture:
     is_final: bool
     seed: int
     prompt_tokens: int
+    truncated_tokens: int
     timings: tuple[float, float, float, float]
 
 
@@ -74,6 +76,7 @@ def response_of(picture: Picture) -> Any:
         "is_final": np.array([picture.is_final]),
         "seed": np.array([picture.seed], dtype=np.int64),
         "prompt_tokens": np.array([picture.prompt_tokens], dtype=np.int32),
+        "truncated_tokens": np.array([picture.truncated_tokens], dtype=np.int32),
         "timings_ms": np.array(picture.timings, dtype=np.float32) * np.float32(1000),
     }
     return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor(name, array) for name, array in tensors.items()])

@@ -48,6 +48,7 @@ class _Job:
     conditions: Conditions
     canvas: Canvas
     prompt_tokens: int
+    truncated_tokens: int
     encode_seconds: float
     sender: Any
     cancelled: Callable[[], bool]
@@ -117,6 +118,7 @@ class TritonPythonModel:
                 thins_out=self._architecture.is_latent_consistency,
             ),
             prompt_tokens=tokens.count,
+            truncated_tokens=tokens.cut,
             encode_seconds=time.perf_counter() - began,
             sender=sender,
             cancelled=sender.is_cancelled,
@@ -151,6 +153,8 @@ class TritonPythonModel:
         masked = own.mask is not None
         scheduler = self._schedulers.make(own.scheduler, steps=own.num_inference_steps, masked=masked)
         image = Image(own, job.conditions, job.canvas, scheduler)
+        if image.finished:
+            return _as_it_is(job, index)
         async with aclosing(loop.sample(image, job.cancelled)) as samples:
             async for sample in samples:
                 picture = await self._decode(sample, job, index)
@@ -170,12 +174,28 @@ class TritonPythonModel:
             is_final=sample.is_final,
             seed=job.request.seed + index,
             prompt_tokens=job.prompt_tokens,
+            truncated_tokens=job.truncated_tokens,
             timings=(sample.waited, job.encode_seconds, sample.took, time.perf_counter() - sample.made),
         )
 
     def _latent_shape(self, request: Request) -> tuple[int, int, int]:
         factor = self._limits.vae_scale_factor
         return self._limits.latent_channels, request.height // factor, request.width // factor
+
+
+def _as_it_is(job: _Job, index: int) -> Picture:
+    """The picture to start from, where the strength leaves no step to take."""
+    assert job.request.image is not None
+    return Picture(
+        pixels=job.request.image,
+        index=index,
+        step=0,
+        is_final=True,
+        seed=job.request.seed + index,
+        prompt_tokens=job.prompt_tokens,
+        truncated_tokens=job.truncated_tokens,
+        timings=(0.0, job.encode_seconds, 0.0, 0.0),
+    )
 
 
 def _with_own_pixels(request: Request) -> Request:

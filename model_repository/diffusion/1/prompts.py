@@ -23,6 +23,8 @@ class Tokens:
     """[B, L] for each text encoder; what is longer than it reads is cut off, as diffusers does."""
     count: int
     """Of all texts together, without the start, end and padding that every text gets."""
+    cut: int
+    """Of all texts together, those that were cut off: the most that any of the text encoders does not read."""
 
 
 class PromptTokenizers:
@@ -39,7 +41,11 @@ class PromptTokenizers:
             tokenizer.encode_batch([concepts.spell_out(prompt) for prompt in prompts])
             for tokenizer, concepts in zip(self._tokenizers, self._concepts, strict=True)
         ]
-        return Tokens([_ids(batch) for batch in encodings], sum(_own_tokens(each) for each in encodings[0]))
+        return Tokens(
+            ids=[_ids(batch) for batch in encodings],
+            count=sum(_own_tokens(each) for each in encodings[0]),
+            cut=max(sum(_own_tokens(part) for each in batch for part in each.overflowing) for batch in encodings),
+        )
 
 
 class _Concepts:

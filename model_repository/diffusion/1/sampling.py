@@ -44,7 +44,7 @@ class Image:
         scheduler: one of diffusers', which is this image's alone.
 
     Raises:
-        InvalidInputError: the scheduler does not take this number of steps or no picture, or the strength leaves none.
+        InvalidInputError: the scheduler does not take these steps or no picture, or the strength leaves too few.
     """
 
     def __init__(self, request: Request, conditions: Conditions, canvas: Canvas, scheduler: Any) -> None:

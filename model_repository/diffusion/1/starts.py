@@ -57,7 +57,10 @@ class Kept:
 
 @dataclass(frozen=True)
 class Start:
-    """The first latents [1, C, h, w], the timesteps that lead to the last, and what a mask keeps."""
+    """The first latents [1, C, h, w], the timesteps that lead to the last, and what a mask keeps.
+
+    No timesteps: the strength leaves no step, and the picture stays as it is.
+    """
 
     latents: torch.Tensor
     timesteps: list[torch.Tensor]
@@ -70,7 +73,7 @@ def start_of(request: Request, canvas: Canvas, scheduler: Any, generator: torch.
     The noise of diffusers: drawn on the CPU in float32, one generator per image.
 
     Raises:
-        InvalidInputError: the scheduler does not take this number of steps or no picture, or the strength leaves none.
+        InvalidInputError: the scheduler does not take these steps or no picture, or the strength leaves too few.
     """
     if canvas.original is None:
         timesteps = _timesteps(scheduler, request.num_inference_steps)
@@ -89,6 +92,8 @@ def _from_picture(
     thins_out = thins_out and "strength" in inspect.signature(scheduler.set_timesteps).parameters
     timesteps = _thinned_timesteps(scheduler, request) if thins_out else _last_timesteps(scheduler, request)
     latents = _drawn(original, generator)
+    if not timesteps:
+        return Start(latents, [])
     noise = torch.randn(latents.shape, generator=generator)
     return Start(scheduler.add_noise(latents, noise, timesteps[0][None]), timesteps)
 
@@ -98,6 +103,8 @@ def _from_masked_picture(
 ) -> Start:
     timesteps = _last_timesteps(scheduler, request)
     latents = _drawn(original, generator)
+    if not timesteps:
+        return Start(latents, [])
     noise = torch.randn(latents.shape, generator=generator)
     # The masked picture, which only a UNet of nine channels sees; diffusers draws it for any.
     torch.randn(latents.shape, generator=generator)
@@ -135,9 +142,8 @@ def _last_timesteps(scheduler: Any, request: Request) -> list[torch.Tensor]:
     steps = request.num_inference_steps
     timesteps = _timesteps(scheduler, steps)
     taken = min(int(steps * request.strength), steps)
-    if taken < 1:
-        problem = f"must be large enough for one of the {steps} steps, not {request.strength:g}"
-        raise InvalidInputError("strength", problem)
+    if taken == 0:
+        return []
     first = (steps - taken) * scheduler.order
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
@@ -147,6 +153,8 @@ def _last_timesteps(scheduler: Any, request: Request) -> list[torch.Tensor]:
 def _thinned_timesteps(scheduler: Any, request: Request) -> list[torch.Tensor]:
     """As LatentConsistencyModelImg2ImgPipeline: all of the request's steps, in what the strength leaves of them."""
     _timesteps(scheduler, request.num_inference_steps)  # where these are too many, it is not the strength's fault
+    if int(scheduler.config.original_inference_steps * request.strength) == 0:
+        return []
     try:
         return _timesteps(scheduler, request.num_inference_steps, strength=request.strength)
     except InvalidInputError:
