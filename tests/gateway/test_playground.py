@@ -113,6 +113,7 @@ class TestCapabilities:
             "max_guidance_scale": 20.0,
             "guidance_interval": True,
             "max_cache_interval": 10,
+            "max_prompt_tokens": 75,
             "max_num_images": 10,
             "schedulers": ["ddim", "euler", "euler_a"],
             "edits": True,
