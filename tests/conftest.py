@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from claims import ClaimsTable, attach_claims
-from faults import FaultsTable
-from hypergen_gateway.repository import ExportOptions, find_repository
-from miniature import save_miniature
-from skips import SkipsTable
+from hypergen_gateway.embedded.export_cache import ExportOptions, find_repository
+from support.claims import ClaimsTable, attach_claims
+from support.faults import FaultsTable
+from support.miniature import save_miniature
+from support.skips import SkipsTable
 
 # Families that are exported and served with a shallow UNet: one with attention in it, and one without.
 DEEP_CACHED = ("lcm", "sdxl")
@@ -104,6 +104,6 @@ def _export(checkpoint: Path, cache_dir: Path) -> Path:
 @pytest.fixture(scope="session")
 def pipeline(checkpoint: Path) -> Any:
     """diffusers' own pipeline of the checkpoint; whoever uses it sets its scheduler."""
-    from pipelines import pipeline_of
+    from support.pipelines import pipeline_of
 
     return pipeline_of(checkpoint)

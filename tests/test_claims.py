@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from claims import CLAIMS, ClaimsTable
+from support.claims import CLAIMS, ClaimsTable
 
 
 def report(

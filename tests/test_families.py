@@ -20,18 +20,18 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image as PILImage
 
-from conditions import texts_of
-from contract import InvalidInputError, Request
-from guidance_interval import guided_steps
-from hypergen_export.checkpoint import Checkpoint
-from hypergen_export.components import Component, with_deep_cache
-from hypergen_export.loading import load_module
-from hypergen_export.lora import Lora, read_loras
-from hypergen_export.merging import merge_lora
-from hypergen_export.wrappers import wrap
-from loras import Weights, lora_weights, save_by_diffusers, save_by_kohya
-from miniature import FAMILIES, save_miniature
-from parity import (
+from hypergen_export.checkpoints.checkpoint import Checkpoint
+from hypergen_export.checkpoints.components import Component, with_deep_cache
+from hypergen_export.checkpoints.lora import Lora, read_loras
+from hypergen_export.conversion.loading import load_module
+from hypergen_export.conversion.merging import merge_lora
+from hypergen_export.conversion.wrappers import wrap
+from hypergen_sampler.conditioning import texts_of
+from hypergen_sampler.request import InvalidInputError, Request
+from support.guidance_interval import guided_steps
+from support.loras import Weights, lora_weights, save_by_diffusers, save_by_kohya
+from support.miniature import FAMILIES, save_miniature
+from support.parity import (
     PROMPT,
     TOLERANCE_FROM_PICTURE,
     Pair,
@@ -44,8 +44,8 @@ from parity import (
     request_of,
     sampler_of,
 )
-from pipelines import pipeline_of
-from scheduler_tables import CLASSES
+from support.pipelines import pipeline_of
+from support.scheduler_tables import CLASSES
 
 pytestmark = pytest.mark.claim("families")
 

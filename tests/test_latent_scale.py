@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from miniature import save_miniature
-from parity import Pair, by_diffusers, held, held_from_picture, picture, request_of, sampler_of
-from pipelines import pipeline_of
+from support.miniature import save_miniature
+from support.parity import Pair, by_diffusers, held, held_from_picture, picture, request_of, sampler_of
+from support.pipelines import pipeline_of
 
 STATED = {
     "mean and std": {"latents_mean": [0.3, -0.2, 0.6, -0.4], "latents_std": [0.5, 0.8, 1.3, 0.7]},

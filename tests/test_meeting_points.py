@@ -12,14 +12,16 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from contract import Architecture, Limits
-from hypergen_export import checkpoint as exporter_checkpoint
-from hypergen_export.components import FAMILIES, Family, with_deep_cache
-from hypergen_gateway import repository, triton
-from hypergen_gateway.generation import Generation, ModelDescription
+from hypergen_export.checkpoints import checkpoint as exporter_checkpoint
+from hypergen_export.checkpoints.components import FAMILIES, Family, with_deep_cache
+from hypergen_gateway.embedded import export_cache as repository
+from hypergen_gateway.generation.backend import Generation, ModelDescription
+from hypergen_gateway.triton import client as triton
+from hypergen_sampler.request import Architecture, Limits
 
 ROOT = Path(__file__).parents[1]
 SAMPLER = ROOT / "model_repository" / "diffusion"
+PACKAGE = SAMPLER / "1" / "hypergen_sampler"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def test_the_gateway_sends_the_inputs_that_the_sampler_declares(template: Any) -
 
 def test_the_sampler_answers_with_the_outputs_that_it_declares(template: Any) -> None:
     declared = {entry.name for entry in template.output}
-    assert declared <= strings_of(SAMPLER / "1" / "messages.py")
+    assert declared <= strings_of(PACKAGE / "triton_io.py")
     assert set(triton.OUTPUTS) == declared
 
 
@@ -62,7 +64,7 @@ def test_command_and_exporter_mean_the_same_model_by_the_shipped_one() -> None:
 
 
 def test_an_export_brings_the_files_that_the_sampler_opens(exported: Path) -> None:
-    opened = set(re.findall(r'"(\w+\.json)"', "".join(file.read_text() for file in (SAMPLER / "1").glob("*.py"))))
+    opened = set(re.findall(r'"(\w+\.json)"', "".join(file.read_text() for file in (SAMPLER / "1").rglob("*.py"))))
     assert opened == {"schedulers.json"}
     names = parameters_of(exported)["tokenizers"].string_value.split(",")
     assert all((exported / "diffusion" / file).is_file() for file in (*opened, *(f"{name}.json" for name in names)))
@@ -71,7 +73,7 @@ def test_an_export_brings_the_files_that_the_sampler_opens(exported: Path) -> No
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_the_sampler_calls_components_by_their_tensors(family: Family) -> None:
     """Text encoders and conditions are named by parameters, which the exporter takes from its table."""
-    named = {name for file in ("bls", "conditions", "variants") for name in strings_of(SAMPLER / "1" / f"{file}.py")}
+    named = {name for file in ("bls", "conditioning", "lora") for name in strings_of(PACKAGE / f"{file}.py")}
     for component in with_deep_cache(family.components):
         assert component.name in named or component in family.text_encoders
         assert {tensor.name for tensor in (*component.inputs, *component.outputs)} <= named

@@ -16,14 +16,14 @@ from typing import Any
 
 import pytest
 
-from contract import InvalidInputError
-from hypergen_export.checkpoint import open_checkpoint
+from hypergen_export.checkpoints.checkpoint import open_checkpoint
+from hypergen_export.checkpoints.schedulers import checkpoint_schedulers
 from hypergen_export.errors import UnsupportedModelError
-from hypergen_export.schedulers import checkpoint_schedulers
-from miniature import save_miniature
-from parity import Pair, Sampler, by_diffusers, held, held_from_picture, mask, picture, request_of, sampler_of
-from pipelines import pipeline_of
-from scheduler_tables import CLASSES, schedulers_in
+from hypergen_sampler.request import InvalidInputError
+from support.miniature import save_miniature
+from support.parity import Pair, Sampler, by_diffusers, held, held_from_picture, mask, picture, request_of, sampler_of
+from support.pipelines import pipeline_of
+from support.scheduler_tables import CLASSES, schedulers_in
 
 pytestmark = pytest.mark.claim("families")
 

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.embedded.installation import PYTHONS, check_python
-from skips import lines_of
+from support.skips import lines_of
 
 ROOT = Path(__file__).parents[1]
 TESTED = [(3, 9), *PYTHONS, (3, 13), (3, 14), (4, 0)]

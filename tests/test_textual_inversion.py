@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from miniature import save_miniature
-from parity import Pair, by_diffusers, held, request_of, sampler_of
-from pipelines import pipeline_of
+from support.miniature import save_miniature
+from support.parity import Pair, by_diffusers, held, request_of, sampler_of
+from support.pipelines import pipeline_of
 
 VECTORS = {"<toy>": 3, "<hat>": 1, "<toy-cat>": 2}
 PROMPTS = {

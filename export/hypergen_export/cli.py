@@ -15,11 +15,11 @@ from typing import Any, NoReturn
 
 import click
 
-from hypergen_export.build import ExportRequest, Outcome
-from hypergen_export.build import export as build
-from hypergen_export.engines import ENGINES, read_sizes
+from hypergen_export.checkpoints.lora import read_loras
+from hypergen_export.engines.engine import ENGINES, read_sizes
 from hypergen_export.errors import ExportError, InterruptedExportError
-from hypergen_export.lora import read_loras
+from hypergen_export.repository.export import ExportRequest, Outcome
+from hypergen_export.repository.export import export as build
 
 _DTYPES = {
     "float32": "float32",

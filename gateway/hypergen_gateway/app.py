@@ -13,26 +13,32 @@ from starlette.middleware import Middleware
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
-from hypergen_gateway.access import METRICS_PATH, OPEN_PATHS, ApiKey
-from hypergen_gateway.admission import Admission
-from hypergen_gateway.browsers import OtherWebsites, cors
+from hypergen_gateway.api.routes import Endpoints
 from hypergen_gateway.config import Config
-from hypergen_gateway.connection import cancel
-from hypergen_gateway.connections import TELL_UNHEARD
-from hypergen_gateway.drawing import Studio
-from hypergen_gateway.endpoints import Endpoints
 from hypergen_gateway.errors import HyperGenError
-from hypergen_gateway.generation import Backend
-from hypergen_gateway.jobs import Jobs, Keeping
-from hypergen_gateway.links import Links, LocalLinks
-from hypergen_gateway.metrics import Metrics
-from hypergen_gateway.middleware import Checks, Errors, RequestLog, Trace, check_head
-from hypergen_gateway.paths import CanonicalPath
+from hypergen_gateway.generation.admission import Admission
+from hypergen_gateway.generation.backend import Backend
+from hypergen_gateway.generation.jobs import Jobs, Keeping
+from hypergen_gateway.generation.service import Studio
+from hypergen_gateway.http.auth import METRICS_PATH, PROBE_PATHS, ApiKey
+from hypergen_gateway.http.disconnect import cancel
+from hypergen_gateway.http.middleware import Checks, Errors, RequestLog, Trace, check_head
+from hypergen_gateway.http.origins import OtherWebsites, cors
+from hypergen_gateway.http.paths import CanonicalPath
+from hypergen_gateway.http.protocol import TELL_UNHEARD
+from hypergen_gateway.observability.metrics import Metrics
+from hypergen_gateway.playground import FILES_PREFIX, PAGE_PATH
+from hypergen_gateway.storage.local import FILES_PATH, Links, LocalLinks
 
 if TYPE_CHECKING:  # OpenTelemetry is there only where traces are wanted
-    from hypergen_gateway.tracing import Tracing
+    from hypergen_gateway.observability.tracing import Tracing
 
 logger = logging.getLogger(__name__)
+
+# Probes come without a key, and so do the page, which asks for one, and the description of how to use one.
+_OPEN_PATHS = PROBE_PATHS | {"/openapi.json", "/docs", PAGE_PATH}
+# A link is a key of its own; the page's files are public.
+_OPEN_PREFIXES = (f"{FILES_PATH}/", FILES_PREFIX)
 
 
 class Gateway(Starlette):
@@ -63,7 +69,7 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
     studio = Studio(backend, admission, observers)
     endpoints = Endpoints(config, backend, admission, studio, jobs, links, metrics)
     routes = endpoints.routes()
-    open_paths = OPEN_PATHS if config.metrics_need_key else OPEN_PATHS | {METRICS_PATH}
+    open_paths = _OPEN_PATHS if config.metrics_need_key else _OPEN_PATHS | {METRICS_PATH}
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Any]]:
@@ -78,7 +84,9 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
 
-    who_may_ask = ApiKey(keys, open_paths) if keys else OtherWebsites(config.cors_origins, config.public_url)
+    who_may_ask = (
+        ApiKey(keys, open_paths, _OPEN_PREFIXES) if keys else OtherWebsites(config.cors_origins, config.public_url)
+    )
     app = Gateway(
         routes=routes,
         middleware=[
@@ -103,7 +111,7 @@ def _paths(routes: Sequence[BaseRoute]) -> dict[Any, str]:
 def _links(config: Config) -> Links:
     if config.link_bucket is not None:
         # Imported here: a gateway that keeps its pictures itself is installed without boto3.
-        from hypergen_gateway.s3 import S3Links
+        from hypergen_gateway.storage.s3 import S3Links
 
         return S3Links(config.link_bucket, lifetime=config.link_lifetime)
     return LocalLinks(config.link_folder, lifetime=config.link_lifetime, secret=config.link_secret)

@@ -23,14 +23,9 @@ from typing import Any
 
 import click
 
-from hypergen_gateway.addresses import PortUnavailableError, is_grpc_address
 from hypergen_gateway.config import MOST_WAITING, Config
 from hypergen_gateway.embedded.errors import EmbeddedError
-from hypergen_gateway.errors import HyperGenError
-from hypergen_gateway.images import FileFormat, FormatName, encode
-from hypergen_gateway.logs import LogFormat, set_up_logging
-from hypergen_gateway.options import A_WEEK, A_YEAR, Argument, KeyText, Number, Option, option
-from hypergen_gateway.repository import (
+from hypergen_gateway.embedded.export_cache import (
     SHIPPED_MODEL,
     ExportFailedError,
     ExportOptions,
@@ -38,6 +33,12 @@ from hypergen_gateway.repository import (
     is_repository,
     why_not_writable,
 )
+from hypergen_gateway.errors import HyperGenError
+from hypergen_gateway.generation.images import FileFormat, FormatName, encode
+from hypergen_gateway.generation.sizes import LONGEST_SIDE
+from hypergen_gateway.http.addresses import PortUnavailableError, is_grpc_address
+from hypergen_gateway.observability.logs import LogFormat, set_up_logging
+from hypergen_gateway.options import A_WEEK, A_YEAR, Argument, KeyText, Number, Option, option
 from hypergen_gateway.serving import (
     ServeOptions,
     TritonOptions,
@@ -45,7 +46,6 @@ from hypergen_gateway.serving import (
     run_until_signalled,
     serve,
 )
-from hypergen_gateway.sizes import LONGEST_SIDE
 
 DTYPES = {
     "auto": "auto",

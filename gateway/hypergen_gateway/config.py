@@ -7,9 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from hypergen_gateway.keys import BadKeysError, Keys
+from hypergen_gateway.generation.sizes import LONGEST_SIDE, PolicyName, SizePolicy
+from hypergen_gateway.http.keys import BadKeysError, Keys
+from hypergen_gateway.http.protocol import KEEP_ALIVE_SECONDS
 from hypergen_gateway.options import A_WEEK, A_YEAR
-from hypergen_gateway.sizes import LONGEST_SIDE, PolicyName, SizePolicy
 
 MOST_WAITING = 1_000_000
 _POSITIVE = (
@@ -90,7 +91,7 @@ class Config:
     body_timeout: float = 30.0
     # Seconds that an idle connection is kept. Proxies reuse theirs for 60 or so: one that is closed under a request
     # loses it.
-    keep_alive: float = 75.0
+    keep_alive: float = KEEP_ALIVE_SECONDS
     # A prompt of 32,000 characters, each written as two \uXXXX escapes, twice, fits.
     max_body_bytes: int = 1 << 20
     # A form with images goes to disk as it comes. Sixteen images of 50 MB would be legal; nobody sends those.

@@ -20,21 +20,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import uvicorn
 
-from hypergen_gateway.addresses import listening, url_of
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
-from hypergen_gateway.connections import AcceptErrors, Listener, allow_open_files, bounded
 from hypergen_gateway.embedded.errors import EmbeddedError, ModelsNotLoadedError
+from hypergen_gateway.embedded.export_cache import ExportOptions, find_repository
 from hypergen_gateway.embedded.installation import find_installation
 from hypergen_gateway.errors import UnavailableError
-from hypergen_gateway.generation import Generation, Lora, ModelDescription, Picture
-from hypergen_gateway.logs import console
-from hypergen_gateway.repository import ExportOptions, find_repository
-from hypergen_gateway.triton import TritonBackend
+from hypergen_gateway.generation.backend import Generation, Lora, ModelDescription, Picture
+from hypergen_gateway.http.addresses import listening, url_of
+from hypergen_gateway.http.protocol import AcceptErrors, Listener, allow_open_files, bounded
+from hypergen_gateway.observability.logs import console
+from hypergen_gateway.triton.client import TritonBackend
 
 if TYPE_CHECKING:
     from hypergen_gateway.embedded.supervisor import EmbeddedTriton
-    from hypergen_gateway.tracing import Tracing
+    from hypergen_gateway.observability.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -92,7 +92,7 @@ def _tracing() -> Tracing | None:
     if not any(os.environ.get(name) for name in TRACE_ENDPOINTS):
         return None
     try:
-        from hypergen_gateway.tracing import Tracing
+        from hypergen_gateway.observability.tracing import Tracing
     except ImportError as error:
         logger.warning("There will be no traces without %s: pip install 'hypergen-triton[otel]'", error.name)
         return None

@@ -31,12 +31,12 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from hypergen_export.checkpoint import Checkpoint, open_checkpoint
-from hypergen_export.components import with_deep_cache
-from hypergen_export.examples import example_inputs
+from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hypergen_export.checkpoints.components import with_deep_cache
+from hypergen_export.conversion.examples import example_inputs
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from miniature import save_tokenizer
+from support.miniature import save_tokenizer
 
 HYPERGEN = str(Path(sys.executable).parent / "hypergen")
 PROMPT = "a red rocket on a blue background"

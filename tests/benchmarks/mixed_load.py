@@ -21,7 +21,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from running_server import KEY, Server
+from support.running_server import KEY, Server
 
 GENERATIONS = "/v1/images/generations"
 SIZES = ("64x64", "96x64", "64x96", "80x64", "96x96")

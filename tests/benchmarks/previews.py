@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from plain_triton import ask
+from support.plain_triton import ask
 
 PREVIEWS = (0, 3)
 

@@ -33,7 +33,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.mixed_load import Outcomes, drive, touch_every_shape
-from running_server import Server, samples_of, start_server, stop_server
+from support.running_server import Server, samples_of, start_server, stop_server
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

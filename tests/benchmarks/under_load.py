@@ -25,7 +25,7 @@ import matplotlib as mpl
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.environments import BUILD, ToolError, install
 from benchmarks.load_tools import TOOLS, Address, Level, Tool
-from running_server import start_server, stop_server
+from support.running_server import start_server, stop_server
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

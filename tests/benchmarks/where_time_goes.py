@@ -19,7 +19,7 @@ import httpx
 from tritonclient.grpc import InferenceServerClient
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from running_server import Server, start_server, stop_server
+from support.running_server import Server, start_server, stop_server
 
 WARM_UP = 3
 COMPONENTS = ("text_encoder", "unet", "vae_decoder")

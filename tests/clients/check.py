@@ -30,7 +30,7 @@ from benchmarks.environments import BUILD, ToolError, install, run  # noqa: E402
 from clients import judging  # noqa: E402
 from clients.judging import References, WrongImageError  # noqa: E402
 from clients.relay import Relay, WireRequest, relay_to  # noqa: E402
-from running_server import KEY, Server, start_server, stop_server  # noqa: E402
+from support.running_server import KEY, Server, start_server, stop_server  # noqa: E402
 
 ENVIRONMENTS = BUILD / "clients"
 OPERATIONS = ("generate", "edit", "stream", "vary")

@@ -16,7 +16,7 @@ import numpy as np
 import openai
 from PIL import Image
 
-from running_server import Pixels
+from support.running_server import Pixels
 from world import COLOURS
 
 PROMPT = "a rocket on a yellow background"

@@ -103,7 +103,7 @@ def test_plans_are_built_by_the_release_that_loads_them() -> None:
 
 
 def test_the_triton_image_brings_what_the_sampler_imports() -> None:
-    imported = set(re.findall(r"^(?:import|from) (\w+)", "\n".join(map(Path.read_text, SAMPLER.glob("*.py"))), re.M))
+    imported = set(re.findall(r"^(?:import|from) (\w+)", "\n".join(map(Path.read_text, SAMPLER.rglob("*.py"))), re.M))
     (install,) = [run for run in arguments("triton", "RUN") if "pip install" in run]
     assert {name for name in ("diffusers", "numpy", "tokenizers", "torch") if name in imported} <= set(install.split())
 

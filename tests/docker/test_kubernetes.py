@@ -12,10 +12,10 @@ import pytest
 import yaml
 from starlette.routing import Route
 
-from fake_backend import FakeBackend
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.serving import DRAIN_SECONDS
+from support.fake_backend import FakeBackend
 
 from .conftest import DOCKER, read_command, run_tool
 

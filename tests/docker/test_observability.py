@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from fake_backend import FakeBackend, in_memory
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
+from support.fake_backend import FakeBackend, in_memory
 
 from .conftest import DOCKER, run_tool
 

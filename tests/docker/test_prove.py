@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from fake_backend import FakeBackend, on_loopback
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.errors import UnavailableError
+from support.fake_backend import FakeBackend, on_loopback
 
 from .conftest import DOCKER
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from running_server import Server, start_server, stop_server
+from support.running_server import Server, start_server, stop_server
 
 
 @pytest.fixture(scope="session")

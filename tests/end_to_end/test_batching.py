@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from running_server import KEY, Server, draw, draw_all
+from support.running_server import KEY, Server, draw, draw_all
 
 # Of 255. Alone and in a batch the engine sums in another order, and a value near x.5 may become another byte.
 LARGEST_DIFFERENCE = 1

@@ -14,9 +14,9 @@ import openai
 import pytest
 from PIL import Image
 
-from node_client import install_node_client, run_node_client
-from pictures import file_of, hole, photo, ramp
-from running_server import KEY, Server, pixels_of
+from support.node_client import install_node_client, run_node_client
+from support.pictures import file_of, hole, photo, ramp
+from support.running_server import KEY, Server, pixels_of
 
 AUTHORIZED = {"Authorization": f"Bearer {KEY}"}
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from running_server import HYPERGEN, Server, free_port, start_server, stop_server
+from support.running_server import HYPERGEN, Server, free_port, start_server, stop_server
 
 
 def hypergen(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

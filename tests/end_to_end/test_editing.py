@@ -14,9 +14,9 @@ from PIL import Image
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
-from plain_triton import Response, ask
-from running_server import Pixels, Server
-from scheduler_tables import called_by_diffusers
+from support.plain_triton import Response, ask
+from support.running_server import Pixels, Server
+from support.scheduler_tables import called_by_diffusers
 
 PROMPT = "a red rocket on a blue background"
 STEPS = 6

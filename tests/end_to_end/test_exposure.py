@@ -11,7 +11,7 @@ import psutil
 import pytest
 from tritonclient.grpc import InferenceServerClient, InferenceServerException
 
-from running_server import KEY, Server
+from support.running_server import KEY, Server
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ import openai
 import pytest
 import torch
 
-from deep_cache import deep_features_reused
-from pipelines import pipeline_of
-from running_server import Pixels, Server, draw, draw_all, start_server, stop_server
+from support.deep_cache import deep_features_reused
+from support.pipelines import pipeline_of
+from support.running_server import Pixels, Server, draw, draw_all, start_server, stop_server
 
 pytestmark = pytest.mark.claim("families")
 

@@ -26,7 +26,7 @@ import openai
 import psutil
 import pytest
 
-from running_server import (
+from support.running_server import (
     HYPERGEN,
     KEY,
     Server,

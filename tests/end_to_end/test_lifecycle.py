@@ -16,7 +16,7 @@ import pytest
 from tritonclient.grpc import InferenceServerClient
 
 from hypergen_gateway.serving import SAME_SIGNAL_SECONDS
-from running_server import KEY, Server, draw, processes, shared_memory, start_server, stop_server
+from support.running_server import KEY, Server, draw, processes, shared_memory, start_server, stop_server
 
 
 @pytest.fixture

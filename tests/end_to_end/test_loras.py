@@ -14,10 +14,10 @@ import openai
 import pytest
 import torch
 
-from hypergen_gateway.repository import ExportOptions, find_repository
-from loras import lora_weights, save_by_diffusers, save_by_kohya
-from pipelines import pipeline_of
-from running_server import KEY, Pixels, Server, draw, draw_all, start_server, stop_server
+from hypergen_gateway.embedded.export_cache import ExportOptions, find_repository
+from support.loras import lora_weights, save_by_diffusers, save_by_kohya
+from support.pipelines import pipeline_of
+from support.running_server import KEY, Pixels, Server, draw, draw_all, start_server, stop_server
 
 # Of 255, as in test_parity and test_batching.
 TOLERANCE = 0.1

@@ -18,8 +18,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from guidance_interval import interval_arguments
-from running_server import Pixels, pixels_of
+from support.guidance_interval import interval_arguments
+from support.running_server import Pixels, pixels_of
 
 PROMPT = "a red rocket on a blue background"
 STEPS = 6

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from running_server import KEY, Server, draw
+from support.running_server import KEY, Server, draw
 
 DOCKER = Path(__file__).parents[2] / "docker"
 # Triton has these where it finds a GPU: docs/user_guide/metrics.md of its sources.

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from running_server import Server, draw, draw_all, start_server, stop_server
+from support.running_server import Server, draw, draw_all, start_server, stop_server
 
 WISHES = [{"prompt": "cat", "seed": seed, "num_inference_steps": 30, "size": "96x96"} for seed in range(16)]
 

@@ -6,8 +6,8 @@ import asyncio
 
 import openai
 
-from cutting_proxy import cutting_proxy
-from running_server import KEY, Server, draw
+from support.cutting_proxy import cutting_proxy
+from support.running_server import KEY, Server, draw
 
 STEPS = 40
 ROWS = 2 * STEPS  # under classifier-free guidance

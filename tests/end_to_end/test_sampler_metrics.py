@@ -7,8 +7,8 @@ from typing import Any
 
 import httpx
 
-from plain_triton import ask, responses
-from running_server import Server
+from support.plain_triton import ask, responses
+from support.running_server import Server
 
 # Still at work when somebody looks.
 LONG: dict[str, Any] = {"prompt": "cat", "width": 128, "height": 128, "num_inference_steps": 150, "scheduler": "ddim"}

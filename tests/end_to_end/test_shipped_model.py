@@ -19,10 +19,10 @@ from PIL import Image
 from playwright.async_api import Page, expect
 
 import evaluate
-from browser import chromium, needs_chromium, opened
 from captions import plain_caption
 from evaluate import Request, Score, Task, colourless_tasks, score, with_settings
-from running_server import Pixels, Server, pixels_of, start_server, stop_server
+from support.browser import chromium, needs_chromium, opened
+from support.running_server import Pixels, Server, pixels_of, start_server, stop_server
 from world import COLOUR_NAMES, COLOURS, FONT, emoji_list
 
 README = Path(__file__).parents[2] / "README.md"

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.mixed_load import touch_every_shape
 from benchmarks.soak import Series, soak, table, theil_sen, verdict
-from running_server import Server
+from support.running_server import Server
 
 SECONDS = 36.0
 IN_FLIGHT = 4

@@ -7,8 +7,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from running_server import KEY, start_server, stop_server
-from span_receiver import span_receiver
+from support.running_server import KEY, start_server, stop_server
+from support.span_receiver import span_receiver
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 

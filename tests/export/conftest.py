@@ -18,11 +18,11 @@ import pytest
 import torch
 from filelock import FileLock
 
-from hypergen_export.build import ExportRequest, Outcome, export
-from hypergen_export.checkpoint import Checkpoint, open_checkpoint
-from hypergen_export.components import STABLE_DIFFUSION, Component, with_deep_cache
-from hypergen_export.conversion import Job, convert
-from hypergen_export.progress import Progress
+from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hypergen_export.checkpoints.components import STABLE_DIFFUSION, Component, with_deep_cache
+from hypergen_export.conversion.convert import Job, convert
+from hypergen_export.conversion.progress import Progress
+from hypergen_export.repository.export import ExportRequest, Outcome, export
 
 Array = npt.NDArray[Any]
 Run = Callable[..., list[Array]]

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from fake_backend import FakeBackend, in_memory
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
+from support.fake_backend import FakeBackend, in_memory
 
 
 @pytest.fixture

@@ -21,15 +21,15 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from fake_backend import FakeBackend, flat_picture
-from fake_triton import FakeTriton, serving
 from hypergen_gateway.app import create_app
 from hypergen_gateway.cli import main
 from hypergen_gateway.config import Config
-from hypergen_gateway.generation import Generation, Picture
-from hypergen_gateway.repository import default_cache_dir
+from hypergen_gateway.embedded.export_cache import default_cache_dir
+from hypergen_gateway.generation.backend import Generation, Picture
 from hypergen_gateway.serving import ServeOptions, TritonOptions
-from running_server import HYPERGEN, Server, free_port, start_server, stop_server
+from support.fake_backend import FakeBackend, flat_picture
+from support.fake_triton import FakeTriton, serving
+from support.running_server import HYPERGEN, Server, free_port, start_server, stop_server
 
 KEY = "s3cr3t-from-a-file"
 

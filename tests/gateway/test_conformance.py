@@ -17,14 +17,14 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from fake_backend import FakeBackend, on_loopback
 from hypergen_gateway.app import create_app
 from hypergen_gateway.cli import main
 from hypergen_gateway.config import Config
 from hypergen_gateway.conformance.command import RULES
 from hypergen_gateway.conformance.rules import Finding, findings
 from hypergen_gateway.conformance.server import Options, Server
-from hypergen_gateway.generation import Generation, Picture
+from hypergen_gateway.generation.backend import Generation, Picture
+from support.fake_backend import FakeBackend, on_loopback
 
 KEY = "the-key"
 Handler: TypeAlias = Callable[[httpx.Request], httpx.Response]

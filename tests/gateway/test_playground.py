@@ -23,13 +23,13 @@ from hatchling.builders.wheel import WheelBuilder
 from PIL import Image
 from playwright.async_api import Browser, Page, expect
 
-from browser import chromium, needs_chromium, opened
-from fake_backend import MODEL, FakeBackend, in_memory, on_loopback, until
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.errors import InvalidRequestError, UnavailableError
-from hypergen_gateway.generation import Generation
+from hypergen_gateway.generation.backend import Generation
 from hypergen_gateway.playground import FOLDER
+from support.browser import chromium, needs_chromium, opened
+from support.fake_backend import MODEL, FakeBackend, in_memory, on_loopback, until
 
 ROOT = Path(__file__).parents[2]
 KEY = "s3cr3t"

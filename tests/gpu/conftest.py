@@ -28,10 +28,10 @@ from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from benchmarks.full_size import ARCHITECTURES, Cost, measure, save_checkpoint
-from hypergen_export.checkpoint import Checkpoint, open_checkpoint
-from hypergen_export.cuda import Gpu, first_gpu
+from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hypergen_export.engines.cuda import Gpu, first_gpu
 from hypergen_export.errors import NoGpuError
-from running_server import Server, free_port, start_server, stop_server
+from support.running_server import Server, free_port, start_server, stop_server
 
 ROOT = Path(__file__).parents[2]
 SIZE = (512, 512)

@@ -14,12 +14,12 @@ import torch
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import np_to_triton_dtype
 
-from hypergen_export.checkpoint import Checkpoint
-from hypergen_export.components import BYTE, Component, Tensor
-from hypergen_export.examples import by_name, example_inputs
-from hypergen_export.loading import load_module
-from hypergen_export.wrappers import wrap
-from running_server import Pixels, Server, draw, draw_all
+from hypergen_export.checkpoints.checkpoint import Checkpoint
+from hypergen_export.checkpoints.components import BYTE, Component, Tensor
+from hypergen_export.conversion.examples import by_name, example_inputs
+from hypergen_export.conversion.loading import load_module
+from hypergen_export.conversion.wrappers import wrap
+from support.running_server import Pixels, Server, draw, draw_all
 
 from .conftest import IMAGES, SIZE, Plans, Triton
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from conditions import Array
-from sampling import UNetRows
+from hypergen_sampler.conditioning import Array
+from hypergen_sampler.sampling import UNetRows
 
 
 class TorchUNet:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import Timesteps
 
-from sinusoids import Sinusoid
+from hypergen_sampler.sinusoids import Sinusoid
 
 
 @pytest.mark.parametrize("width", [2, 32, 320, 321])

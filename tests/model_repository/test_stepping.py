@@ -17,14 +17,14 @@ import pytest
 import torch
 from diffusers import PNDMScheduler
 
-from conditions import Array
-from contract import InvalidInputError, NonFiniteLatentsError, QueueFullError, Request
-from hypergen_export.checkpoint import open_checkpoint
-from sampling import Image, UNetRows, steps_between
-from scheduler_tables import CLASSES, called_by_diffusers, schedulers_of
-from starts import Canvas
-from stepping import ASK_SECONDS, ClientGoneError, Round, Sample, StepLoop, UNet
-from variants import BASE, Variant
+from hypergen_export.checkpoints.checkpoint import open_checkpoint
+from hypergen_sampler.conditioning import Array
+from hypergen_sampler.latent_init import Canvas
+from hypergen_sampler.lora import BASE, Variant
+from hypergen_sampler.request import InvalidInputError, NonFiniteLatentsError, QueueFullError, Request
+from hypergen_sampler.sampling import Image, UNetRows, steps_between
+from hypergen_sampler.stepping import ASK_SECONDS, ClientGoneError, Round, Sample, StepLoop, UNet
+from support.scheduler_tables import CLASSES, called_by_diffusers, schedulers_of
 
 REQUEST = Request(
     prompt="a red rocket",

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from conditions import Array
-from text_cache import TextCache
+from hypergen_sampler.conditioning import Array
+from hypergen_sampler.text_cache import TextCache
 
 STATES = ["encoder_hidden_states"]
 EMPTY, CAT, DOG = [0, 0, 0], [1, 2, 0], [3, 0, 0]

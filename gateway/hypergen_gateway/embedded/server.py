@@ -29,7 +29,7 @@ from hypergen_gateway.embedded.installation import Installation
 from hypergen_gateway.embedded.processes import die_with_parent
 from hypergen_gateway.embedded.run_folder import RunFolder
 from hypergen_gateway.embedded.watchdog import IDLE_SHARE, LinuxProcess
-from hypergen_gateway.triton import CHANNEL_ARGS
+from hypergen_gateway.triton.client import CHANNEL_ARGS
 
 logger = logging.getLogger(__name__)
 

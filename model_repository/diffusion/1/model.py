@@ -19,18 +19,18 @@ from typing import Any
 import torch
 import triton_python_backend_utils as pb_utils
 
-from bls import Components
-from conditions import Array, Conditions, conditions_of, merge, outputs_of, texts_of
-from contract import Architecture, Limits, Request, check_request
-from gauges import Gauges
-from messages import Picture, error_response, read_inputs, response_of
-from overlay import overlay
-from prompts import PromptTokenizers
-from samplers import Schedulers
-from sampling import Image
-from starts import Canvas, Original
-from stepping import Sample, StepLoop
-from text_cache import TextCache
+from hypergen_sampler.bls import Components
+from hypergen_sampler.composite import overlay
+from hypergen_sampler.conditioning import Array, Conditions, conditions_of, merge, outputs_of, texts_of
+from hypergen_sampler.latent_init import Canvas, Original
+from hypergen_sampler.metrics import Gauges
+from hypergen_sampler.prompts import PromptTokenizers
+from hypergen_sampler.request import Architecture, Limits, Request, check_request
+from hypergen_sampler.sampling import Image
+from hypergen_sampler.schedulers import Schedulers
+from hypergen_sampler.stepping import Sample, StepLoop
+from hypergen_sampler.text_cache import TextCache
+from hypergen_sampler.triton_io import Picture, error_response, read_inputs, response_of
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 # Every BLS call in flight, but for the UNet's, holds a thread of asyncio's default executor, whose own size is but

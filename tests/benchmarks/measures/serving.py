@@ -24,7 +24,7 @@ from benchmarks.figures import Figures, Pairs, latency_figures, percentile, rate
 from benchmarks.measures.turns import Bench
 from benchmarks.peers import HYPERGEN, OURS, Peer
 from benchmarks.subjects import Subject
-from plain_triton import tensor
+from support.plain_triton import tensor
 
 WRK_SECONDS = 5
 CONNECTIONS = 8

@@ -1,0 +1,1 @@
+"""What is read: checkpoints, their families and weights, LoRA files."""

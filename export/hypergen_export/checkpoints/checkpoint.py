@@ -1,0 +1,221 @@
+"""Where a checkpoint lies and what it is: a hub id, a folder or the shipped model becomes a `Checkpoint`.
+
+It knows the layout of diffusers (model_index.json, one subfolder per module, names of weight files) and reads
+json alone; weights are opened elsewhere, so nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hypergen_export.checkpoints.components import Amendments, Family, Sizes
+from hypergen_export.checkpoints.detection import check_classes, check_configs, find_family
+from hypergen_export.checkpoints.hub import find_snapshot
+from hypergen_export.checkpoints.weights import (
+    VOCABULARIES,
+    Weights,
+    choose_weights,
+    missing_shards,
+    other_content,
+    weights_fault,
+)
+from hypergen_export.errors import (
+    BrokenCheckpointError,
+    NotADiffusersPipelineError,
+    UnknownModelError,
+)
+
+SHIPPED_MODEL = "hypergen/emoji"
+INDEX = "model_index.json"
+SCHEDULER = Path("scheduler") / "scheduler_config.json"
+DEFAULTS = "hypergen_defaults.json"
+# transformers' CLIPTextConfig, for a config that leaves them out.
+_CLIP_TEXT_DEFAULTS = {
+    "vocab_size": 49408,
+    "hidden_size": 512,
+    "max_position_embeddings": 77,
+    "projection_dim": 512,
+}
+_PACKAGE = Path(__file__).parents[1]
+# In a wheel the checkpoint lies inside the package, in a checkout beside it.
+_SHIPPED_FOLDERS = (_PACKAGE / "bundled" / "emoji", _PACKAGE.parent / "emoji" / "checkpoint")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder in the layout of diffusers whose family is known. `index` is its model_index.json."""
+
+    folder: Path
+    family: Family
+    index: Mapping[str, Any]
+
+    def config(self, module: str) -> Mapping[str, Any]:
+        """The module's config.json; of a text encoder what transformers makes of it, with its defaults."""
+        config = read_json(self.folder / module / "config.json")
+        if not module.startswith("text_encoder"):
+            return config
+        # A whole CLIP's has another one inside, for its text encoder.
+        text = config.get("text_config")
+        return {**_CLIP_TEXT_DEFAULTS, **(text if isinstance(text, dict) else config)}
+
+    def weights(self, module: str) -> Weights:
+        """The files that hold the module's weights."""
+        files = sorted(entry.name for entry in (self.folder / module).iterdir())
+        chosen = choose_weights(files)
+        if chosen is None:
+            raise BrokenCheckpointError(f"{self.folder / module}: no weights (*.safetensors or *.bin) here")
+        return chosen
+
+    @cached_property
+    def defaults(self) -> Mapping[str, Any]:
+        """What the checkpoint's author recommends, if anything."""
+        path = self.folder / DEFAULTS
+        return read_json(path) if path.exists() else {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the checkpoint is called: its folder's name, its id in the hub's cache, what it was made from."""
+        cached = (part for part in self.folder.parts if part.startswith("models--"))
+        made_from = (self.index.get("_name_or_path"), self.config("unet").get("_name_or_path"))
+        return (self.folder.name, *cached, *(str(name) for name in made_from if name))
+
+    @property
+    def amendments(self) -> Amendments:
+        """What diffusers' pipeline of this checkpoint changes in its configs."""
+        return self.family.pipelines[str(self.index["_class_name"])]
+
+    @cached_property
+    def scheduler(self) -> Mapping[str, Any]:
+        """The checkpoint's own scheduler_config.json, with the class that is loaded from it: the index names that."""
+        return {**read_json(self.folder / SCHEDULER), "_class_name": self.index["scheduler"][1]}
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """The sizes that the table of components calls by name."""
+        stated = {name: int(self.config(module)[key]) for name, (module, key) in self.family.sizes.items()}
+        encoders = [self.config(component.module) for component in self.family.text_encoders]
+        return {
+            **stated,
+            "tokens": min(map(self._tokens, self.family.tokenizers, encoders)),
+            "context_width": sum(int(encoder["hidden_size"]) for encoder in encoders),
+            "vae_scale_factor": 2 ** (len(self.config("vae")["block_out_channels"]) - 1),
+            **self._unet_widths(),
+        }
+
+    def _unet_widths(self) -> Sizes:
+        config = self.config("unet")
+        width = int(config["block_out_channels"][0])
+        # Of sizes, the original's and the target's two sides and two offsets are embedded one by one.
+        return {
+            "deep_channels": width,
+            "time_width": width,
+            "sizes_width": 6 * int(config.get("addition_time_embed_dim") or 0),
+        }
+
+    def _tokens(self, tokenizer: str, text_encoder: Mapping[str, Any]) -> int:
+        """Length of a prompt in tokens: the tokenizer's, where it states one the text encoder can read."""
+        positions = int(text_encoder["max_position_embeddings"])
+        stated = read_json(self.folder / tokenizer / "tokenizer_config.json").get("model_max_length")
+        # Without one, transformers writes 10**30.
+        return min(int(stated), positions) if stated else positions
+
+
+def open_checkpoint(model: str) -> Checkpoint:
+    """Find `model` and check that it is something this exporter can convert.
+
+    Raises:
+        UnknownModelError, NotADiffusersPipelineError, UnsupportedModelError, BrokenCheckpointError
+    """
+    folder = _find_folder(model)
+    index_path = folder / INDEX
+    if not index_path.is_file():
+        raise NotADiffusersPipelineError(f"{model}: not a diffusers pipeline, for it has no {INDEX}")
+    index = read_json(index_path)
+    family = find_family(model, index, lambda: read_json(folder / "unet" / "config.json"))
+    check_classes(model, index, family)
+    checkpoint = Checkpoint(folder, family, index)
+    _check_files(checkpoint)
+    check_configs(model, {module: checkpoint.config(module) for module in family.modules}, _readable_sizes(checkpoint))
+    return checkpoint
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """A json object. Raises BrokenCheckpointError with the file's name."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BrokenCheckpointError(f"{path}: missing") from None
+    except (OSError, ValueError) as error:
+        reason = (path.is_file() and other_content(path)) or error
+        raise BrokenCheckpointError(f"{path}: cannot be read ({reason})") from error
+    if not isinstance(content, dict):
+        raise BrokenCheckpointError(f"{path}: holds no json object")
+    return content
+
+
+def _find_folder(model: str) -> Path:
+    if model == SHIPPED_MODEL:
+        return _shipped_folder()
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise NotADiffusersPipelineError(f"{model}: is a file; name the folder of a diffusers pipeline or a hub id")
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise UnknownModelError(f"{model}: there is no such folder, and a hub id has the form owner/name")
+    return find_snapshot(model)
+
+
+def _shipped_folder() -> Path:
+    for folder in _SHIPPED_FOLDERS:
+        if (folder / INDEX).is_file():
+            return folder
+    raise UnknownModelError(f"{SHIPPED_MODEL}: the shipped checkpoint is missing from this installation")
+
+
+def _check_files(checkpoint: Checkpoint) -> None:
+    for module in (*checkpoint.family.modules, *checkpoint.family.tokenizers):
+        if not (checkpoint.folder / module).is_dir():
+            raise BrokenCheckpointError(f"{checkpoint.folder / module}: missing")
+    for module in checkpoint.family.modules:
+        checkpoint.config(module)
+        _check_weights(checkpoint.folder / module, checkpoint.weights(module))
+    for tokenizer in checkpoint.family.tokenizers:
+        _check_tokenizer(checkpoint.folder / tokenizer)
+    _ = checkpoint.scheduler, checkpoint.defaults
+
+
+def _check_weights(folder: Path, weights: Weights) -> None:
+    try:
+        missing = missing_shards(folder, weights)
+    except ValueError as error:
+        raise BrokenCheckpointError(f"{folder}: {error}") from error
+    if missing:
+        raise BrokenCheckpointError(f"{folder / missing[0]}: missing, though it is a part of the weights")
+    for file in weights.files:
+        fault = weights_fault(folder / file)
+        if fault:
+            raise BrokenCheckpointError(f"{folder / file}: holds no weights that can be read ({fault})")
+
+
+def _check_tokenizer(folder: Path) -> None:
+    found = [files for files in VOCABULARIES if all((folder / file).is_file() for file in files)]
+    if not found:
+        wanted = " or ".join(" and ".join(files) for files in VOCABULARIES)
+        raise BrokenCheckpointError(f"{folder}: has no vocabulary ({wanted}) for a CLIPTokenizer")
+    for file in found[0]:
+        fault = other_content(folder / file)
+        if fault:
+            raise BrokenCheckpointError(f"{folder / file}: cannot be read ({fault})")
+
+
+def _readable_sizes(checkpoint: Checkpoint) -> Sizes:
+    try:
+        return checkpoint.sizes
+    except (KeyError, TypeError, ValueError) as error:
+        raise BrokenCheckpointError(f"{checkpoint.folder}: a config.json lacks {error}") from error

@@ -1,0 +1,156 @@
+"""Which family a checkpoint is of, from its index and configs; and for what is not supported, why, in one line.
+
+It knows what diffusers writes into these files and nothing of where they lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from hypergen_export.checkpoints.components import FAMILIES, Family, Sizes
+from hypergen_export.errors import UnsupportedModelError
+
+Config = Mapping[str, Any]
+
+# A part in the index, or a word in the pipeline's name -> why no family could serve it.
+_FOREIGN_PARTS = {
+    "transformer": "it draws with a transformer, not with a UNet",
+    "controlnet": "it needs a control picture beside the prompt (ControlNet)",
+    "adapter": "it needs a control picture beside the prompt (T2I-Adapter)",
+    "motion_adapter": "it makes videos",
+    "prior": "it draws in two stages, a prior and a decoder",
+    "image_normalizer": "it draws from an image embedding (unCLIP)",
+    "low_res_scheduler": "it enlarges a given picture",
+    "depth_estimator": "it needs a depth map",
+}
+_FOREIGN_WORDS = {
+    "ControlNet": _FOREIGN_PARTS["controlnet"],
+    "Inpaint": "its UNet takes a mask and a masked picture beside the latents (inpainting)",
+    "InstructPix2Pix": "its UNet takes a picture to edit beside the latents",
+    "Upscale": _FOREIGN_PARTS["low_res_scheduler"],
+    "Kandinsky": _FOREIGN_PARTS["prior"],
+}
+# Further channels of a UNet with latents of four -> what they carry.
+_CHANNELS = {
+    5: "a depth map",
+    7: "a picture to enlarge",
+    8: "a picture to edit",
+    9: "a mask and a masked picture: an inpainting model",
+}
+
+_TOKENIZERS = ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast")
+_DEFAULT_CONTEXT_WIDTH = 1280  # diffusers', for a config that leaves it out
+
+
+def find_family(model: str, index: Config, read_unet: Callable[[], Config]) -> Family:
+    """The family that serves the pipeline of `index` with its UNet's inputs. Raises UnsupportedModelError."""
+    pipeline = str(index.get("_class_name"))
+    families = [family for family in FAMILIES if pipeline in family.pipelines]
+    if not families:
+        raise UnsupportedModelError(f"{model}: {pipeline} is not supported{_reason(pipeline, index)}; {_known()}")
+    if index.get("requires_aesthetics_score"):
+        raise UnsupportedModelError(
+            f"{model}: it is a refiner, which finishes another model's picture and wants an aesthetic score; "
+            "refiners are not supported"
+        )
+    wanted = _wanted_conditions(read_unet())
+    for family in families:
+        if set(family.unet_conditions) == wanted:
+            return family
+    has, lacks = (sorted(one - other) for one, other in ((wanted, _common(families)), (_common(families), wanted)))
+    complaint = f"wants {' and '.join(has)}" if has else f"does not take {' and '.join(lacks)}"
+    raise UnsupportedModelError(f"{model}: its UNet {complaint}, which is not supported for {pipeline}")
+
+
+def check_classes(model: str, index: Config, family: Family) -> None:
+    """Refuse parts of other classes than the table's. Raises UnsupportedModelError."""
+    for module, loader in family.modules.items():
+        given = _class_name(index, module)
+        if given != loader:
+            raise UnsupportedModelError(f"{model}: its {module} is {given}, but only {loader} is supported")
+    for tokenizer in family.tokenizers:
+        given = _class_name(index, tokenizer)
+        if given not in _TOKENIZERS:
+            raise UnsupportedModelError(f"{model}: its {tokenizer} is {given}, but only {_TOKENIZERS[0]} is supported")
+    library, _, scheduler = _class_name(index, "scheduler").partition(".")
+    if library != "diffusers" or not scheduler:
+        given = _class_name(index, "scheduler")
+        raise UnsupportedModelError(f"{model}: its scheduler is {given}, but only those of diffusers are supported")
+
+
+def check_configs(model: str, configs: Mapping[str, Config], sizes: Sizes) -> None:
+    """Refuse what the configs of the modules say would need other inputs than the table's.
+
+    Raises:
+        UnsupportedModelError: one line that names the reason.
+    """
+    unet = configs["unet"]
+    encoders = [config for module, config in configs.items() if module.startswith("text_encoder")]
+    reasons = {
+        _channels_reason(unet.get("in_channels"), sizes["latent_channels"]): (
+            unet.get("in_channels") != sizes["latent_channels"]
+        ),
+        f"its UNet embeds timesteps in its own way ({unet.get('time_embedding_type')})": unet.get(
+            "time_embedding_type", "positional"
+        )
+        != "positional",
+        "its UNet wants a class label": unet.get("class_embed_type") is not None or unet.get("num_class_embeds"),
+        "its UNet projects embeddings of its own (encoder_hid_dim)": unet.get("encoder_hid_dim") is not None
+        or unet.get("encoder_hid_dim_type") is not None,
+        f"its UNet reads {unet.get('cross_attention_dim')} features a token, its text encoders give "
+        f"{sizes['context_width']}": _context_widths(unet) != {sizes["context_width"]},
+        "its UNet wants other numbers than six of sizes and crops": _size_numbers(unet, sizes) not in (None, 6),
+        "its text encoder wants an attention mask": any(config.get("use_attention_mask") for config in encoders),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise UnsupportedModelError(f"{model}: {reason}, which is not supported")
+
+
+def _class_name(index: Config, part: str) -> str:
+    return ".".join(str(name) for name in index.get(part) or [] if name is not None) or "none"
+
+
+def _reason(pipeline: str, index: Config) -> str:
+    reasons = [
+        *(reason for part, reason in _FOREIGN_PARTS.items() if (index.get(part) or [None])[0]),
+        *(reason for word, reason in _FOREIGN_WORDS.items() if word in pipeline),
+    ]
+    return f", for {reasons[0]}" if reasons else ""
+
+
+def _known() -> str:
+    names = sorted({name for family in FAMILIES for name in family.pipelines})
+    return f"supported are {', '.join(names)}"
+
+
+def _wanted_conditions(unet: Config) -> set[str]:
+    """The UNet's inputs beside latents and timestep, as far as its config tells."""
+    kind = unet.get("addition_embed_type")
+    # "text" is pooled from encoder_hidden_states inside the UNet and needs no input of its own.
+    added = {None: set[str](), "text": set[str](), "text_time": {"text_embeds", "size_embeds"}}
+    guidance = {"timestep_cond"} if unet.get("time_cond_proj_dim") is not None else set[str]()
+    return {"encoder_hidden_states"} | guidance | added.get(kind, {f"added conditions ({kind})"})
+
+
+def _common(families: list[Family]) -> set[str]:
+    return set[str].intersection(*(set(family.unet_conditions) for family in families))
+
+
+def _channels_reason(given: Any, expected: int) -> str:
+    carried = f" ({_CHANNELS[given]})" if given in _CHANNELS else ""
+    return f"its UNet takes {given} channels{carried}, its VAE gives {expected}"
+
+
+def _context_widths(unet: Config) -> set[Any]:
+    widths = unet.get("cross_attention_dim", _DEFAULT_CONTEXT_WIDTH)
+    return set(widths) if isinstance(widths, list) else {widths}
+
+
+def _size_numbers(unet: Config, sizes: Sizes) -> float | None:
+    """How many time ids the UNet embeds; None where it takes none."""
+    if "pooled_width" not in sizes:
+        return None
+    width = int(unet.get("projection_class_embeddings_input_dim") or 0)
+    return (width - sizes["pooled_width"]) / int(unet.get("addition_time_embed_dim") or 1)

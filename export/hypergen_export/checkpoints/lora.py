@@ -1,0 +1,246 @@
+"""LoRAs to merge into a checkpoint: what `--lora` says of them, and what a file's header tells, without torch.
+
+It knows how the trainers name their weights: diffusers and peft by the module's subfolder, peft alone (which has no
+idea of a pipeline) by its own prefix, kohya by a prefix per module. How they are merged is `merging`'s matter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hypergen_export.checkpoints.weights import safetensors_header, sha256
+from hypergen_export.errors import BadLoraError, BadOptionError
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_OTHER_CHARACTERS = re.compile(r"[^A-Za-z0-9_.-]+")
+_LARGEST_SCALE = 2.0
+
+# What a folder's weights are called by diffusers' `save_lora_weights` and by peft's `save_pretrained`.
+_USUAL_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+_PEFT_CONFIG = "adapter_config.json"
+# Where diffusers keeps peft's settings in the file's header, each under its module's name.
+_PEFT_METADATA = "lora_adapter_metadata"
+# peft saves a module without saying of which pipeline; what is trained alone is the UNet.
+_PEFT_PREFIX = "base_model.model."
+# How a weight's name begins -> the module that it is for.
+_MODULES = {
+    "unet.": "unet",
+    "text_encoder.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
+    _PEFT_PREFIX: "unet",
+    "lora_unet_": "unet",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+}
+# diffusers' `save_attn_procs` names the UNet's layers without saying that they are the UNet's.
+_UNET_PARTS = ("down_blocks.", "mid_block.", "up_blocks.")
+# How a weight's name ends, by peft (where the adapter's own name may be left in), kohya and diffusers.
+_ENDINGS = tuple(
+    re.compile(rf"(?P<layer>.+?){ending}")
+    for ending in (
+        r"\.lora_(?P<part>A|B|down|up|mid)(?:\.(?P<adapter>[^.]+))?\.weight",
+        r"\.lora_B(?:\.(?P<adapter>[^.]+))?\.(?P<part>bias)",
+        r"\.lora_(?P<part>magnitude_vector)(?:\.(?!weight$)(?P<adapter>[^.]+))?(?:\.weight)?",
+        r"\.lora(?:_linear_layer)?\.(?P<part>down|up)\.weight",
+        r"(?:\.processor)?(?P<projection>\.to_(?:q|k|v|out))_lora\.(?P<part>down|up)\.weight",
+        r"\.(?P<part>alpha)",
+    )
+)
+_PARTS = {"A": "down", "B": "up", "magnitude_vector": "magnitude"}
+# What a weight's name tells of a file that holds no LoRA, or something beside it.
+_OTHER_KINDS = {
+    re.compile(sign): kind
+    for sign, kind in {
+        r"\.hada_(w\d|t\d)": "a LoHa (low-rank Hadamard product)",
+        r"\.lokr_(w\d|t\d)": "a LoKr (low-rank Kronecker product)",
+        r"\.(boft_\w+|oft_(blocks|diag|[RrSs])|rescale)\b": "an OFT (orthogonal fine-tuning)",
+        r"\.([ab][12]|bm[12])\.weight$": "a GLoRA",
+        r"\.(on_input|ia3_l)\b": "an IA3",
+        r"\bvera_lambda": "a VeRA",
+        r"\.(w_norm|b_norm)$": "a LyCORIS file that changes norms",
+        r"\.diff(_b)?$": "a LyCORIS file of full differences",
+        r"\.dora_scale$": "a DoRA of kohya's format",
+        r"\.lora_embedding_": "a LoRA of token embeddings",
+        r"^(lora_controlnet|control_model)": "a ControlNet",
+        r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.": "a whole checkpoint",
+        r"^(emb_params|string_to_param|clip_[lg])$": "a textual inversion",
+    }.items()
+}
+# peft changes the base model's weights, too, where a LoRA begins from their singular values or the like.
+_PLAIN_BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """A LoRA under the name that requests call it by, and the scale at which it is merged."""
+
+    name: str
+    file: Path
+    scale: float = 1.0
+
+    @property
+    def label(self) -> str:
+        """Tells it from the same LoRA at another scale; no name holds the sign between them."""
+        return f"{self.name}@{self.scale:g}"
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of what it is read from."""
+        config = self.file.with_name(_PEFT_CONFIG)
+        return sha256([self.file, config] if config.is_file() else [self.file])
+
+    @property
+    def modules(self) -> frozenset[str]:
+        """The subfolders of a checkpoint whose weights it changes. Raises BadLoraError."""
+        return frozenset(self._layers)
+
+    def layers(self, module: str) -> Mapping[str, Mapping[str, str]]:
+        """Layer of a module, as the file calls it -> part (down, up, mid, alpha, magnitude, bias) -> weight's name."""
+        return self._layers.get(module, {})
+
+    def settings(self, module: str) -> Mapping[str, Any]:
+        """peft's settings for a module; none where the file is not peft's or says nothing. Raises BadLoraError."""
+        if any(weight.startswith(_PEFT_PREFIX) for weight in self._weights):
+            settings = _read_settings(self.file.with_name(_PEFT_CONFIG))
+        else:
+            settings = self._stored_settings(f"{module}.")
+        if settings.get("init_lora_weights") not in _PLAIN_BEGINNINGS:
+            raise BadLoraError(
+                f"{self.file}: belongs to a base model that peft changed first ({settings['init_lora_weights']}); "
+                "save it with path_initial_model_for_weight_conversion"
+            )
+        return settings
+
+    def _stored_settings(self, prefix: str) -> Mapping[str, Any]:
+        try:
+            stored = json.loads(self._header.get("__metadata__", {}).get(_PEFT_METADATA, "{}")).items()
+        except (ValueError, AttributeError) as error:
+            raise BadLoraError(f"{self.file}: its metadata cannot be read ({error})") from error
+        return {key.removeprefix(prefix): value for key, value in stored if key.startswith(prefix)}
+
+    @cached_property
+    def _header(self) -> Mapping[str, Any]:
+        try:
+            return safetensors_header(self.file)
+        except (OSError, ValueError) as error:
+            raise BadLoraError(f"{self.file}: is no safetensors file ({error})") from error
+
+    @property
+    def _weights(self) -> list[str]:
+        """The weights' names."""
+        return [name for name in self._header if name != "__metadata__"]
+
+    @cached_property
+    def _layers(self) -> Mapping[str, Mapping[str, Mapping[str, str]]]:
+        """Module -> layer -> part -> weight's name."""
+        if not self._weights:
+            raise BadLoraError(f"{self.file}: holds no weights")
+        for sign, kind in _OTHER_KINDS.items():
+            strange = next(filter(sign.search, self._weights), None)
+            if strange:
+                raise BadLoraError(f"{self.file}: is {kind}, which is not supported (it holds {strange})")
+        layers: dict[str, dict[str, dict[str, str]]] = {}
+        for weight in self._weights:
+            module, layer, part = self._read_name(weight)
+            parts = layers.setdefault(module, {}).setdefault(layer, {})
+            if parts.setdefault(part, weight) != weight:
+                raise BadLoraError(f"{self.file}: holds more than one LoRA ({parts[part]}, {weight}); save one alone")
+        return layers
+
+    def _read_name(self, weight: str) -> tuple[str, str, str]:
+        """A weight's module, layer and part."""
+        match = next(filter(None, (ending.fullmatch(weight) for ending in _ENDINGS)), None)
+        if match is None:
+            raise BadLoraError(f"{self.file}: is no LoRA, for it holds {weight}")
+        layer = match["layer"] + (match.groupdict().get("projection") or "")
+        part = _PARTS.get(match["part"], match["part"])
+        if layer.startswith(_UNET_PARTS):
+            return "unet", layer, part
+        for prefix, module in _MODULES.items():
+            if layer.startswith(prefix):
+                return module, layer.removeprefix(prefix), part
+        raise BadLoraError(
+            f"{self.file}: {weight} belongs to no UNet or text encoder; the LoRA is made for another kind of model"
+        )
+
+
+def _read_settings(path: Path) -> Mapping[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadLoraError(f"{path}: peft's settings, which hold the LoRA's alpha, cannot be read ({error})") from error
+    if not isinstance(settings, dict) or settings.get("peft_type", "LORA") != "LORA":
+        raise BadLoraError(f"{path}: these are no settings of a LoRA")
+    return settings
+
+
+def read_loras(texts: Iterable[str]) -> tuple[Lora, ...]:
+    """Each of `[NAME=]PATH[:SCALE]`, PATH a file or a folder that holds one.
+
+    Raises:
+        BadOptionError: a name or scale is not legal, or is given twice.
+        BadLoraError: there is no such file.
+    """
+    loras: dict[str, Lora] = {}
+    files: dict[str, Path] = {}
+    for lora in map(_read_lora, texts):
+        if lora.label in loras:
+            raise BadOptionError(f"--lora: {lora.name} at scale {lora.scale:g} is given twice")
+        if files.setdefault(lora.name, lora.file) != lora.file:
+            raise BadOptionError(f"--lora: {lora.name} is the name of two files; call one of them otherwise")
+        loras[lora.label] = lora
+    return tuple(loras.values())
+
+
+def _read_lora(text: str) -> Lora:
+    name, equals, rest = text.partition("=")
+    if not equals or "/" in name or _is_path(text):
+        name, rest = "", text
+    elif not _NAME.fullmatch(name):
+        raise BadOptionError(f"--lora: a name has 1 to 64 letters, digits, '_', '.' and '-', unlike {name[:80]!r}")
+    path, scale = _split_scale(rest)
+    place = Path(path).expanduser()
+    return Lora(name=name or _name_of(place), file=_find_file(place), scale=scale)
+
+
+def _is_path(text: str) -> bool:
+    """Whether there is a file or folder of that very name, with or without a scale behind it."""
+    return any(path and Path(path).expanduser().exists() for path in (text, text.rpartition(":")[0]))
+
+
+def _split_scale(text: str) -> tuple[str, float]:
+    path, colon, last = text.rpartition(":")
+    try:
+        scale = float(last) if colon else 1.0
+    except ValueError:  # a colon of the path's own
+        return text, 1.0
+    if not 0 < scale <= _LARGEST_SCALE:
+        raise BadOptionError(f"--lora: a scale is above 0 and at most {_LARGEST_SCALE:g}, unlike {last}")
+    # As precise as it is written into names.
+    return (path if colon else text), float(f"{scale:g}")
+
+
+def _name_of(place: Path) -> str:
+    """A legal name for what is called by its path alone."""
+    place = place.resolve()
+    name = place.stem if place.is_file() else place.name
+    return _OTHER_CHARACTERS.sub("-", name).strip("-")[:64] or "lora"
+
+
+def _find_file(place: Path) -> Path:
+    if place.is_file():
+        return place
+    if not place.is_dir():
+        raise BadLoraError(f"{place}: there is no such LoRA file or folder")
+    usual = [place / name for name in _USUAL_FILES if (place / name).is_file()]
+    found = usual[:1] or sorted(place.glob("*.safetensors"))
+    if len(found) != 1:
+        raise BadLoraError(f"{place}: holds {len(found) or 'no'} .safetensors files; name the LoRA's own")
+    return found[0]

@@ -1,0 +1,1 @@
+"""Checkpoint components become ONNX graphs, each held against torch."""

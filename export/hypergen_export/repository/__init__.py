@@ -1,0 +1,1 @@
+"""Components, engines and configuration become a Triton model repository."""

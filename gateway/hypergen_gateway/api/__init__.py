@@ -1,0 +1,1 @@
+"""The OpenAI-compatible routes: request bodies in, response bodies out."""

@@ -1,0 +1,241 @@
+"""Bodies to plain values. Knows JSON, forms and media types, and nothing of what a field means."""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import json
+import re
+from collections.abc import AsyncIterator, Container, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+
+from hypergen_gateway.concurrency import off_the_loop
+from hypergen_gateway.errors import (
+    InvalidRequestError,
+    MalformedRequestError,
+    UnsupportedEncodingError,
+    UnsupportedMediaTypeError,
+)
+
+# A tenth of a millisecond of parsing; an image as base64 takes a good part of a second.
+_QUICK_BYTES = 128 << 10
+# Seventeen files and some twenty fields are legal.
+_MAX_FILES = 32
+_MAX_FIELDS = 100
+# Starlette would take any of Python's codecs, some of which take their time, and some of which are no charset at all.
+_CHARSETS = frozenset({b"utf-8", b"utf8", b"us-ascii", b"ascii"})
+
+# Clients number the files of a field, or do not: image[0], image[].
+_INDEX = re.compile(r"\[[0-9]*\]$")
+
+
+@dataclass(frozen=True, eq=False)
+class UploadedFile:
+    """A file that came with a form; open as long as the request is read. Its name and type are the client's guess."""
+
+    file: BinaryIO
+    size: int
+
+
+class _FormParser(MultiPartParser):
+    """Starlette's parser, which by itself takes a cut form for a whole one and any bytes for a text."""
+
+    def __init__(self, request: Request, fields: Container[str]) -> None:
+        super().__init__(request.headers, request.stream(), max_files=_MAX_FILES, max_fields=_MAX_FIELDS)
+        self._fields = fields
+        self._is_whole = False
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        """Part of a text or file."""
+        text = self._current_part
+        if text.file is None and len(text.data) + end - start > self.max_part_size:
+            raise self._not_a_text(f"a text of more than {self.max_part_size:,} bytes")
+        super().on_part_data(data, start, end)
+
+    def on_part_end(self) -> None:
+        """A text or file is complete."""
+        if self._current_part.file is None:
+            try:
+                self._current_part.data.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise self._not_a_text("not valid UTF-8") from error
+        super().on_part_end()
+
+    def on_end(self) -> None:
+        """The last boundary is there."""
+        self._is_whole = True
+
+    async def parse(self) -> FormData:
+        """The form.
+
+        Raises:
+            InvalidRequestError: it is none, or a cut one.
+        """
+        try:
+            form = await super().parse()
+        except MultiPartException as error:
+            raise InvalidRequestError(f"The form cannot be read: {error.message}") from error
+        if not self._is_whole:
+            await form.close()
+            raise MalformedRequestError(
+                "The form ends before its last boundary. A Content-Length counts bytes, not characters."
+            )
+        return form
+
+    def _not_a_text(self, problem: str) -> InvalidRequestError:
+        name = _INDEX.sub("", self._current_part.field_name)
+        return InvalidRequestError(
+            f"{_named(name, self._fields)} is {problem}. "
+            "A part of a form is a file if its Content-Disposition has a filename.",
+            name if name in self._fields else None,
+        )
+
+
+@asynccontextmanager
+async def read_form(request: Request, fields: Container[str]) -> AsyncIterator[dict[str, Any]]:
+    """The fields of a form: a text or a file, or a list of files where `name`, `name[]` or `name[0]` comes again.
+
+    What a browser sends for a field that nobody filled in, an empty text or a file without name and content, is absent.
+    `fields` are those that an error may name.
+    """
+    if media_type(request) != "multipart/form-data":
+        raise UnsupportedMediaTypeError("The body must be a form, sent with 'Content-Type: multipart/form-data'.")
+    if _charset(request) not in _CHARSETS:
+        raise UnsupportedMediaTypeError("A form is read as UTF-8; leave the charset out of its Content-Type.")
+    _refuse_encoded(request)
+    form = await _FormParser(request, fields).parse()
+    try:
+        yield _form_fields(form, fields)
+    finally:
+        await form.close()
+
+
+def _form_fields(form: FormData, known: Container[str]) -> dict[str, Any]:
+    texts: dict[str, str] = {}
+    files: dict[str, list[UploadedFile]] = {}
+    for key, value in form.multi_items():
+        if _is_absent(value):
+            continue
+        name = _INDEX.sub("", key)
+        if name in texts or (name in files and isinstance(value, str)):
+            raise InvalidRequestError(f"The field {shown(name)} appears twice.", name if name in known else None)
+        if isinstance(value, str):
+            texts[name] = value
+        else:
+            files.setdefault(name, []).append(UploadedFile(value.file, value.size or 0))
+    return {**texts, **{name: several if len(several) > 1 else several[0] for name, several in files.items()}}
+
+
+def _is_absent(value: str | UploadFile) -> bool:
+    return not value if isinstance(value, str) else not (value.filename or value.size)
+
+
+async def read_json(request: Request, fields: Container[str]) -> dict[str, Any]:
+    """The JSON object that a request carries; `fields` are those that an error may name."""
+    body = await request.body()
+    # An empty body says more about what is wrong than its type, which clients then leave out.
+    if body and media_type(request) != "application/json":
+        raise UnsupportedMediaTypeError("The body must be JSON, sent with 'Content-Type: application/json'.")
+    _refuse_encoded(request)
+    return await off_the_loop(functools.partial(parse_json, body, fields), len(body), quick=_QUICK_BYTES)
+
+
+def _charset(request: Request) -> bytes:
+    _, parameters = parse_options_header(request.headers["content-type"])
+    return parameters.get(b"charset", b"utf-8").strip().lower()
+
+
+def _refuse_encoded(request: Request) -> None:
+    coding = request.headers.get("content-encoding", "")
+    if coding.lower() not in ("", "identity"):
+        raise UnsupportedEncodingError(f"Content-Encoding {shown(coding)} is not read; send the body as it is.")
+
+
+def media_type(request: Request) -> str:
+    """The type of a request's body, without its parameters; empty if there is none."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def parse_json(body: bytes, fields: Container[str] = ()) -> dict[str, Any]:
+    """The JSON object in a body, which may begin with a byte order mark.
+
+    Stricter than `json.loads`: no NaN, no key twice, nothing but UTF-8, and no half of a surrogate pair in any text, so
+    that whatever is read can be encoded again.
+    """
+    body = body.removeprefix(codecs.BOM_UTF8)
+    if not body:
+        raise InvalidRequestError("The body is empty; it must be a JSON object.")
+    unique_keys = functools.partial(_unique_keys, fields)
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=unique_keys)
+    except UnicodeDecodeError as error:
+        if error.end == len(body) and error.reason == "unexpected end of data":
+            raise _cut("in the middle of a character") from error
+        raise InvalidRequestError("The body is not valid UTF-8.") from error
+    except RecursionError as error:
+        raise InvalidRequestError("The body is nested too deeply.") from error
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        if error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated string"):
+            raise _cut(f"{error.msg} at {where}") from error
+        raise InvalidRequestError(f"The body is not valid JSON: {error.msg} at {where}.") from error
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise InvalidRequestError("The body holds a number with too many digits.") from error
+    if not isinstance(value, dict):
+        raise InvalidRequestError(f"The body must be a JSON object, not {shown(value)}.")
+    if b"\\ud" in body.lower():  # nothing else makes one
+        _refuse_half_characters(value, fields)
+    return value
+
+
+def _cut(where: str) -> MalformedRequestError:
+    return MalformedRequestError(
+        f"The body is not valid JSON: it ends too early ({where}). A Content-Length counts bytes, not characters."
+    )
+
+
+def _refuse_half_characters(value: dict[str, Any], fields: Container[str]) -> None:
+    for name, item in value.items():
+        try:
+            json.dumps([name, item], ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(
+                f"{_named(name, fields)} holds half a character: a surrogate without its other half, "
+                "which is left when a text is cut inside an emoji.",
+                name if name in fields else None,
+            ) from error
+
+
+def shown(value: object) -> str:
+    """A value as a client wrote it, short enough for a message."""
+    if isinstance(value, UploadedFile):
+        return "a file"
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "an array"
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}… ({len(text)} characters)"
+
+
+def _named(name: str, fields: Container[str]) -> str:
+    """A name in a message, which is a client's own where it is no field's."""
+    return f"'{name}'" if name in fields else shown(name)
+
+
+def _refuse_constant(name: str) -> None:
+    raise InvalidRequestError(f"{name} is not JSON: numbers must be finite.")
+
+
+def _unique_keys(fields: Container[str], pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    keys: set[str] = set()
+    for key, _ in pairs:
+        if key in keys:
+            raise InvalidRequestError(f"The key {shown(key)} appears twice.", key if key in fields else None)
+        keys.add(key)
+    return dict(pairs)

@@ -1,0 +1,248 @@
+"""The fields of OpenAI's Images API, and HyperGen's own beside them.
+
+Knows names, types, the API's own ranges and what each is for: the one description that requests are validated with and
+that /openapi.json publishes. Unknown fields are tolerated, as OpenAI adds some every year.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, TypeAlias, get_args
+
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, WithJsonSchema
+
+from hypergen_gateway.api.bodies import UploadedFile
+from hypergen_gateway.generation.backend import MAX_SEED
+
+MAX_IMAGES = 16
+MAX_DEADLINE_MS = 2**31 - 1
+# Above, a number with a fraction part is no longer the digits that were written.
+_EXACT = 2**53
+
+
+def _whole(value: object) -> object:
+    """1.0 as the integer that JSON Schema takes it for."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT else value
+
+
+def _listed(value: object) -> object:
+    """One image as a list of one. A form says `image` once for one file and `image[]` again and again for several."""
+    return value if isinstance(value, list) else [value]
+
+
+def _reference(value: object) -> object:
+    """What an object that refers to an image holds; a text stands for itself."""
+    if isinstance(value, dict):
+        value = next((value[key] for key in ("image_url", "url", "b64_json") if value.get(key) is not None), value)
+    return value["url"] if isinstance(value, dict) and "url" in value else value
+
+
+_WHOLE = BeforeValidator(_whole)
+Text = Annotated[str, Field(max_length=32_000)]
+Prompt = Annotated[Text, Field(min_length=1, description="What to draw.")]
+Upload = Annotated[InstanceOf[UploadedFile], WithJsonSchema({"type": "string", "format": "binary"})]
+Uploads = Annotated[list[Upload], BeforeValidator(_listed), Field(min_length=1, max_length=MAX_IMAGES)]
+
+_TEXT_SCHEMA: dict[str, Any] = {"type": "string"}
+
+
+def _holding(key: str, value: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": {key: value}, "required": [key]}
+
+
+# OpenAI's other kind of reference, `file_id`, needs its Files API.
+ImageReference = Annotated[
+    str,
+    BeforeValidator(_reference),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                _holding("image_url", {"anyOf": [_TEXT_SCHEMA, _holding("url", _TEXT_SCHEMA)]}),
+                _holding("url", _TEXT_SCHEMA),
+                _holding("b64_json", _TEXT_SCHEMA),
+                _TEXT_SCHEMA,
+            ]
+        }
+    ),
+]
+References = Annotated[list[ImageReference], BeforeValidator(_listed), Field(min_length=1, max_length=MAX_IMAGES)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+class PictureFields(_Body):
+    """What every request for pictures may say."""
+
+    model: str | None = Field(default=None, description="Accepted and ignored: the server has one model.")
+    n: Annotated[int, Field(ge=1, le=10), _WHOLE] = Field(default=1, description="How many pictures.")
+    size: str = Field(
+        default="auto",
+        pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$",
+        description="`auto`, or WIDTHxHEIGHT. A size that the model does not draw is scaled from the nearest it does, "
+        "told in `x-hypergen-drawn-size`; where proportions differ, two sides are cut evenly.",
+    )
+    quality: Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"] = Field(
+        default="auto", description="Half (low), all or one and a half times (high and better) the model's own steps."
+    )
+    response_format: Literal["b64_json", "url"] | None = Field(
+        default=None,
+        description="The pictures themselves, or links to them that expire: `b64_json` unless given, or `url` where "
+        "`model` is `dall-e-2` or `dall-e-3`, or a variation names none, and `stream` is not said.",
+    )
+    output_format: Literal["png", "jpeg", "webp"] = Field(default="png", description="The kind of file.")
+    output_compression: Annotated[int, Field(ge=0, le=100), _WHOLE] = Field(
+        default=100,
+        description="For jpeg and webp the encoder's quality: 100 loses least, 0 is smallest.",
+    )
+    background: Literal["auto", "opaque", "transparent"] = Field(
+        default="auto", description="Pictures are opaque; `transparent` is refused."
+    )
+    user: str | None = Field(default=None, description="Accepted and ignored.")
+    safety_identifier: str | None = Field(default=None, description="Accepted and ignored.")
+    # HyperGen's own
+    negative_prompt: Text | None = Field(default=None, description="What to keep out of the picture.")
+    num_inference_steps: Annotated[int, Field(ge=1), _WHOLE] | None = Field(
+        default=None, description="Steps of denoising."
+    )
+    guidance_scale: float | None = Field(
+        default=None, ge=1.0, description="How closely to follow the prompt; 1 is without guidance and half the work."
+    )
+    guidance_start: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=1.0,
+        description="The share of the steps after which guidance begins, 0 unless given; a step without takes half "
+        "the work.",
+    )
+    guidance_end: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=1.0,
+        description="The share of the steps after which guidance ends, 1 unless given; not before `guidance_start`.",
+    )
+    cache_interval: Annotated[int, Field(ge=1), _WHOLE] | None = Field(
+        default=None,
+        description="Of so many steps only the first computes the UNet's deep features (DeepCache); 1, unless given, "
+        "is every step. For models that are served with `--deep-cache`.",
+    )
+    scheduler: str | None = Field(default=None, description="The sampler's name, such as `euler` or `dpmpp_2m`.")
+    seed: Annotated[int, Field(ge=-1, le=MAX_SEED), _WHOLE] | None = Field(
+        default=None, description="Picture i is drawn from seed + i. Random unless given, and where it is -1."
+    )
+    deadline_ms: Annotated[int, Field(ge=1, le=MAX_DEADLINE_MS), _WHOLE] | None = Field(
+        default=None,
+        description="Refuse at once what would take longer than this many milliseconds, and give up what does.",
+    )
+    lora_path: str | None = Field(
+        default=None, description="The name of a LoRA that the model is served with. Without one: the model as it is."
+    )
+    lora_scale: float | None = Field(
+        default=None, ge=0.0, le=2.0, description="A scale at which that LoRA is served, its first unless given; or 0."
+    )
+
+
+class _PromptFields(PictureFields):
+    prompt: Prompt
+    stream: bool = Field(default=False, description="Answer with server-sent events.")
+    partial_images: Annotated[int, Field(ge=0, le=3), _WHOLE] = Field(
+        default=0, description="Previews of each picture in a stream."
+    )
+    moderation: Literal["low", "auto"] = Field(default="auto", description="Accepted and ignored.")
+
+
+class ImageRequest(_PromptFields):
+    """The body of POST /v1/images/generations."""
+
+    style: Literal["vivid", "natural"] | None = Field(default=None, description="Accepted and ignored.")
+
+
+_STRENGTH = Field(
+    default=None,
+    ge=0.0,
+    le=1.0,
+    description="How much of the image is given up: 1 keeps nothing; 0, or less than one step, returns the image.",
+)
+
+
+class _EditFields(_PromptFields):
+    strength: float | None = _STRENGTH
+    input_fidelity: Literal["high", "low"] | None = Field(default=None, description="Accepted and ignored.")
+
+
+class EditRequest(_EditFields):
+    """The JSON body of POST /v1/images/edits."""
+
+    images: References = Field(
+        validation_alias=AliasChoices("images", "image"),
+        description="Data URLs, `data:image/png;base64,…`, or base64; also as `image`. No URL is ever fetched.",
+    )
+    mask: ImageReference | None = None
+
+
+class EditForm(_EditFields):
+    """The form of POST /v1/images/edits."""
+
+    image: Uploads = Field(
+        validation_alias=AliasChoices("image", "images"),
+        description="PNG, JPEG, WebP, AVIF or GIF, less than 50 MB each; also as `image[]`. Picture i starts from "
+        "image i mod k.",
+    )
+    mask: Upload | None = Field(
+        default=None, description="A PNG of the first image's size: its transparent pixels are drawn anew."
+    )
+
+
+class VariationForm(PictureFields):
+    """The form of POST /v1/images/variations."""
+
+    image: Upload = Field(
+        validation_alias=AliasChoices("image", "images"), description="PNG, JPEG, WebP, AVIF or GIF, less than 50 MB."
+    )
+    strength: float | None = _STRENGTH
+    stream: bool = Field(default=False, description="Variations come all at once; `true` is refused.")
+
+    @property
+    def prompt(self) -> str:
+        """A variation is drawn from the image alone."""
+        return ""
+
+    @property
+    def partial_images(self) -> int:
+        """Previews are for streams."""
+        return 0
+
+
+PictureRequest: TypeAlias = ImageRequest | EditRequest | EditForm | VariationForm
+
+_INTEGER = re.compile(r"-?[0-9]{1,400}")
+_NUMBER = re.compile(r"-?[0-9]{1,400}(\.[0-9]{1,400})?([eE][+-]?[0-9]{1,4})?")
+_TRUTH = {"true": True, "True": True, "false": False, "False": False}
+
+
+def from_texts(form: dict[str, Any], kind: type[BaseModel]) -> dict[str, Any]:
+    """A form's texts as the values they stand for, where a field of `kind` is a number or a truth value.
+
+    What is neither stays a text, to be refused as one.
+    """
+    return {name: _from_text(value, kind, name) if isinstance(value, str) else value for name, value in form.items()}
+
+
+def _from_text(text: str, kind: type[BaseModel], name: str) -> str | int | float | bool:
+    types = set(_types(kind.model_fields[name].annotation)) if name in kind.model_fields else set()
+    if bool in types:
+        return _TRUTH.get(text, text)
+    if types & {int, float} and _INTEGER.fullmatch(text):
+        return int(text)
+    if types & {int, float} and _NUMBER.fullmatch(text):
+        return float(text)
+    return text
+
+
+def _types(annotation: Any) -> Iterator[Any]:
+    """An annotation and whatever it is made of."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _types(part)

@@ -1,0 +1,377 @@
+"""The API's description in OpenAPI 3.1: what /openapi.json publishes and /docs shows.
+
+Fields, types and ranges come from the pydantic models that validate requests and write answers; what the served model
+adds to them comes from its `ModelDescription`. Here stand the routes, and which error comes with which status.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
+
+from hypergen_gateway.api.capabilities import Capabilities
+from hypergen_gateway.api.fields import EditForm, EditRequest, ImageRequest, VariationForm
+from hypergen_gateway.api.responses import (
+    CompletedEvent,
+    Health,
+    ImagesResponse,
+    ModelList,
+    ModelObject,
+    PartialImageEvent,
+)
+from hypergen_gateway.generation.backend import ModelDescription
+from hypergen_gateway.storage.local import FILES_PATH
+
+JsonObject = dict[str, Any]
+
+
+class ErrorObject(BaseModel):
+    """What went wrong, in OpenAI's shape."""
+
+    message: str
+    type: str
+    param: str | None = Field(description="The field that is wrong, if it is one.")
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """Every error of every route looks like this."""
+
+    error: ErrorObject
+
+
+class Live(BaseModel):
+    """The process lives."""
+
+    status: Literal["live"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """A route and method, with the models of its bodies and the statuses of its errors."""
+
+    method: str
+    path: str
+    id: str
+    summary: str
+    description: str = ""
+    bodies: Mapping[str, type[BaseModel]] = field(default_factory=dict)  # by media type
+    answer: type[BaseModel] | None = None
+    streams: bool = False
+    parameters: Sequence[JsonObject] = ()
+    errors: Sequence[int] = ()
+    is_open: bool = False  # needs no key
+
+
+_BODY_ERRORS = (400, 413, 415)
+_WORK_ERRORS = (429, 500, 503, 504)
+_JSON, _FORM, _SSE = "application/json", "multipart/form-data", "text/event-stream"
+
+ERRORS: dict[int, str] = {
+    400: "A field or the body cannot be served as it stands; `param` names the field and the message what is legal.",
+    401: "The API key is missing, malformed or wrong.",
+    404: "There is no such thing.",
+    410: "The link has expired.",
+    413: "The body is larger than the server reads.",
+    415: "The body is of another type than the route reads, or compressed.",
+    429: (
+        "As many requests wait as may wait, or the pictures would come after the deadline; `Retry-After` says when to "
+        "come again, `x-should-retry: false` that not even an idle server would be in time."
+    ),
+    500: (
+        "A fault of the server; its log has the details under the request id. The code `image_not_finite` says that "
+        "the model computed no picture, and would not for the same request again."
+    ),
+    503: "The model is not available at the moment; `Retry-After` says when to come again.",
+    504: "The pictures were not ready in time.",
+}
+_RETRYABLE = (429, 503)
+
+_DRAWN_SIZE = "x-hypergen-drawn-size"
+_DRAWING_HEADERS = (
+    "x-hypergen-queue-position",
+    "x-hypergen-estimated-ms",
+    "x-hypergen-prompt-truncated",
+    _DRAWN_SIZE,
+)
+_TEXT_HEADERS = {"x-request-id", _DRAWN_SIZE}
+
+_NULL = {"type": "null"}
+_SAY_NULL = {"Health", "ErrorObject"}
+_TAKE_NULL = {"ImageRequest", "EditRequest"}
+
+_STREAM = (
+    "With `stream: true`, server-sent events: at most `partial_images` previews of each picture, then the picture. "
+    'A comment keeps a quiet stream open; what fails after the first event ends it with `data: {"error": …}`.'
+)
+_REPEAT = (
+    "The same request with the same `Idempotency-Key` header is drawn once and answered each time; so is what OpenAI's "
+    "clients send again by themselves when a connection breaks."
+)
+_EDIT = (
+    "The first image's transparent pixels in `mask` are drawn anew and the others stay; without a mask the whole image "
+    "is redrawn, and transparency of its own is its mask. With several images, picture i starts from image i mod k. "
+    "`size: auto` answers in the image's own size."
+)
+
+
+def _parameter(name: str, place: str, description: str, schema: JsonObject | None = None) -> JsonObject:
+    schema = {"type": "string"} if schema is None else schema
+    return {"name": name, "in": place, "required": True, "description": description, "schema": schema}
+
+
+OPERATIONS = (
+    Operation(
+        method="post",
+        path="/v1/images/generations",
+        id="createImage",
+        summary="Draw pictures from a prompt",
+        description=f"{_STREAM} {_REPEAT}",
+        bodies={_JSON: ImageRequest},
+        answer=ImagesResponse,
+        streams=True,
+        errors=(*_BODY_ERRORS, *_WORK_ERRORS),
+    ),
+    Operation(
+        method="post",
+        path="/v1/images/edits",
+        id="createImageEdit",
+        summary="Draw pictures from a prompt and images",
+        description=f"{_EDIT} {_STREAM} {_REPEAT}",
+        bodies={_FORM: EditForm, _JSON: EditRequest},
+        answer=ImagesResponse,
+        streams=True,
+        errors=(*_BODY_ERRORS, *_WORK_ERRORS),
+    ),
+    Operation(
+        method="post",
+        path="/v1/images/variations",
+        id="createImageVariation",
+        summary="Draw pictures like an image",
+        description=_REPEAT,
+        bodies={_FORM: VariationForm},
+        answer=ImagesResponse,
+        errors=(*_BODY_ERRORS, *_WORK_ERRORS),
+    ),
+    Operation(
+        method="get",
+        path="/v1/models",
+        id="listModels",
+        summary="The model that is served",
+        answer=ModelList,
+        errors=(500, 503),
+    ),
+    Operation(
+        method="get",
+        path="/v1/models/{id}",
+        id="retrieveModel",
+        summary="The model by its id or an alias, slashes escaped or not",
+        answer=ModelObject,
+        parameters=(_parameter("id", "path", "The id that /v1/models lists."),),
+        errors=(404, 500, 503),
+    ),
+    Operation(
+        method="get",
+        path="/v1/capabilities",
+        id="readCapabilities",
+        summary="What the served model draws and how: an extension of the API",
+        answer=Capabilities,
+        errors=(500, 503),
+    ),
+    Operation(
+        method="get",
+        path=f"{FILES_PATH}/{{name}}",
+        id="readFile",
+        summary="The picture behind a link",
+        description="Links come in answers to `response_format: url` and are used as they came.",
+        parameters=(
+            _parameter("name", "path", "The file's name."),
+            _parameter("expires", "query", "When the link ends, in seconds since 1970."),
+            _parameter("signature", "query", "What proves that the link is ours."),
+        ),
+        errors=(404, 410, 500),
+        is_open=True,
+    ),
+    Operation(
+        method="get",
+        path="/health",
+        id="health",
+        summary="How the server is; 200 while the process lives",
+        answer=Health,
+        is_open=True,
+    ),
+    Operation(
+        method="get",
+        path="/health/live",
+        id="live",
+        summary="Whether the process lives",
+        answer=Live,
+        is_open=True,
+    ),
+    Operation(
+        method="get",
+        path="/health/ready",
+        id="ready",
+        summary="Whether a picture could be made; 503 if not",
+        answer=Health,
+        is_open=True,
+    ),
+)
+
+
+@functools.lru_cache(maxsize=4)
+def describe_api(model: ModelDescription | None, *, secured: bool) -> JsonObject:
+    """The description, as JSON. `model` is the one that is served, if it is known; `secured`: a key is needed."""
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "HyperGen",
+            "version": version("hypergen-triton"),
+            "description": "OpenAI's Images API on your own machine, and the knobs that diffusion has.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "paths": _paths(),
+        "components": {
+            "schemas": _schemas(model),
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{"key": []}] if secured else [{}, {"key": []}],
+    }
+
+
+def _paths() -> JsonObject:
+    paths: JsonObject = {}
+    for operation in OPERATIONS:
+        paths.setdefault(operation.path, {})[operation.method] = _operation(operation)
+    return paths
+
+
+def _operation(operation: Operation) -> JsonObject:
+    described: JsonObject = {
+        "operationId": operation.id,
+        "summary": operation.summary,
+        "parameters": list(operation.parameters),
+        "responses": {"200": _success(operation), **{str(status): _error(status) for status in _statuses(operation)}},
+    }
+    if operation.description:
+        described["description"] = operation.description
+    if operation.bodies:
+        content = {media_type: {"schema": _reference(model)} for media_type, model in operation.bodies.items()}
+        described["requestBody"] = {"required": True, "content": content}
+    if operation.is_open:
+        described["security"] = []
+    if operation.path == "/health/ready":
+        described["responses"]["503"] = described["responses"]["200"] | {"description": "No picture could be made."}
+    return described
+
+
+def _statuses(operation: Operation) -> list[int]:
+    return sorted({*operation.errors, *(() if operation.is_open else (401,))})
+
+
+def _success(operation: Operation) -> JsonObject:
+    headers = _headers("x-request-id", "openai-processing-ms", *(_DRAWING_HEADERS if operation.bodies else ()))
+    if operation.answer is None:
+        file = {"schema": {"type": "string", "format": "binary"}}
+        files = {f"image/{name}": file for name in ("png", "jpeg", "webp")}
+        return {"description": "The picture.", "headers": headers, "content": files}
+    content: JsonObject = {_JSON: {"schema": _reference(operation.answer)}}
+    if operation.streams:
+        events = [_reference(PartialImageEvent), _reference(CompletedEvent)]
+        content[_SSE] = {"schema": {"type": "string", "description": _STREAM}, "x-events": events}
+    return {"description": (operation.answer.__doc__ or "").partition("\n")[0], "headers": headers, "content": content}
+
+
+def _error(status: int) -> JsonObject:
+    headers = _headers("x-request-id", *(("Retry-After", "retry-after-ms") if status in _RETRYABLE else ()))
+    content = {_JSON: {"schema": _reference(ErrorResponse)}}
+    return {"description": ERRORS[status], "headers": headers, "content": content}
+
+
+def _headers(*names: str) -> JsonObject:
+    return {name: {"schema": {"type": "string" if name in _TEXT_HEADERS else "integer"}} for name in names}
+
+
+def _reference(model: type[BaseModel]) -> JsonObject:
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
+
+
+def _schemas(model: ModelDescription | None) -> JsonObject:
+    requests = {body for operation in OPERATIONS for body in operation.bodies.values()}
+    answers: set[type[BaseModel]] = {operation.answer for operation in OPERATIONS if operation.answer is not None}
+    events: set[type[BaseModel]] = {PartialImageEvent, CompletedEvent}
+    modes: list[tuple[type[BaseModel], JsonSchemaMode]] = [
+        *((request, "validation") for request in _by_name(requests)),
+        *((answer, "serialization") for answer in _by_name({*answers, *events, ErrorResponse})),
+    ]
+    _, schema = models_json_schema(modes, ref_template="#/components/schemas/{model}")
+    definitions: JsonObject = schema["$defs"]
+    for request in requests:
+        if model is not None:
+            _limit(definitions[request.__name__]["properties"], model)
+    for name, described in definitions.items():
+        _tidy(described)
+        if name in _SAY_NULL:
+            continue
+        _without_null(described)
+        if name in _TAKE_NULL:
+            _with_null(described)
+    return definitions
+
+
+def _by_name(models: Iterable[type[BaseModel]]) -> list[type[BaseModel]]:
+    return sorted(models, key=lambda model: model.__name__)
+
+
+def _limit(properties: JsonObject, model: ModelDescription) -> None:
+    """Adds what the served model says: its defaults and where it stops."""
+    properties["n"]["maximum"] = model.max_num_images
+    properties["size"]["examples"] = list(model.sizes) or [f"{model.default_width}x{model.default_height}"]
+    limits: dict[str, JsonObject] = {
+        "num_inference_steps": {"maximum": model.max_num_inference_steps},
+        "guidance_scale": {"maximum": model.max_guidance_scale},
+        "cache_interval": {"maximum": model.max_cache_interval},
+        "scheduler": {"enum": list(model.schedulers)},
+    }
+    for name, limit in limits.items():
+        properties[name]["anyOf"][0].update(limit)
+    for name in ("num_inference_steps", "guidance_scale"):
+        properties[name]["description"] += f" The model's own: {getattr(model, f'default_{name}'):g}."
+
+
+def _tidy(schema: JsonObject) -> None:
+    """Required fields first, as in the documentation of most APIs, and no titles that repeat names."""
+    schema.pop("title", None)
+    properties, required = schema["properties"], schema.get("required", [])
+    schema["properties"] = {
+        name: properties[name] for name in sorted(properties, key=lambda name: name not in required)
+    }
+    for described in properties.values():
+        described.pop("title", None)
+        if described.get("default", ...) is None:
+            del described["default"]
+
+
+def _without_null(schema: JsonObject) -> None:
+    """A form cannot say null, and an answer leaves out what it does not know."""
+    for name, described in schema["properties"].items():
+        if _NULL not in described.get("anyOf", []):
+            continue
+        others = [each for each in described.pop("anyOf") if each != _NULL]
+        described.update(others[0] if len(others) == 1 else {"anyOf": others})
+        if name in schema.get("required", []):  # of an answer, pydantic counts what is null as there
+            schema["required"].remove(name)
+
+
+def _with_null(schema: JsonObject) -> None:
+    """In JSON, null is the same as absent, as it is to OpenAI."""
+    for name, described in schema["properties"].items():
+        if name not in schema["required"]:
+            about = {key: described.pop(key) for key in ("description", "default", "examples") if key in described}
+            schema["properties"][name] = {"anyOf": [described, _NULL]} | about

@@ -1,0 +1,133 @@
+"""Server-sent events as OpenAI's clients read them.
+
+Knows the framing and when to send what. The Python client fails on an event without data and on any `id:`, and takes
+an event of an unknown type for a picture: so nothing but pictures, one error at most, and comments is ever sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from pydantic import BaseModel
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from hypergen_gateway.errors import ClientClosedRequestError, HyperGenError, UnavailableError
+from hypergen_gateway.http.disconnect import cancel, departure, out_of_time
+from hypergen_gateway.http.exceptions import as_ours, log_fault
+
+# A comment: it keeps proxies from closing a quiet connection, and clients skip it.
+HEARTBEAT = b": ping\n\n"
+_HEADERS = {
+    "cache-control": "no-cache, no-transform",
+    "x-accel-buffering": "no",  # nginx would hold events back
+}
+
+
+def to_frame(type_: str, event: BaseModel) -> bytes:
+    """An event on the wire."""
+    return f"event: {type_}\ndata: {event.model_dump_json(exclude_none=True)}\n\n".encode()
+
+
+def to_error_frame(error: HyperGenError) -> bytes:
+    """An error on the wire: both OpenAI clients raise it."""
+    return f"data: {json.dumps(error.body)}\n\n".encode()
+
+
+class EventStream(Response):
+    """Sends frames as they are made, a heartbeat after each `heartbeat` quiet seconds, for `limit` seconds at most.
+
+    The frames are made at their own pace, however slowly the client reads: a request has few. The client's departure
+    ends the making. Whatever fails ends the stream with an error.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, frames: AsyncGenerator[bytes, None], *, heartbeat: float, limit: float) -> None:
+        super().__init__(headers=_HEADERS)
+        del self.headers["content-length"]
+        self._heartbeat = heartbeat
+        self._limit = limit
+        self._ends = time.monotonic() + limit
+        self._queue: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._first: bytes | None = None
+        self._making = asyncio.create_task(self._make(frames))
+
+    async def begun(self, receive: Receive) -> None:
+        """Returns when there is something to send, a heartbeat if nothing else. What fails before that is raised."""
+        left = asyncio.ensure_future(departure(receive))
+        first = asyncio.ensure_future(self._next())
+        try:
+            await asyncio.wait({left, first}, return_when=asyncio.FIRST_COMPLETED)
+            if not first.done():
+                raise ClientClosedRequestError("The client closed the request.")
+            self._first = first.result()
+        except BaseException:
+            await cancel(self._making)
+            raise
+        finally:
+            await cancel(left, first)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        """Answers; called once, after `begun`."""
+        left = asyncio.ensure_future(departure(receive))
+        sending = asyncio.ensure_future(self._send_all(send))
+        try:
+            await asyncio.wait({left, sending}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        except asyncio.CancelledError:  # uvicorn's patience with a running request has ended
+            await cancel(sending)
+            await _send_last(send, to_error_frame(UnavailableError("The server is shutting down.")))
+            raise
+        finally:
+            await cancel(left, sending, self._making)
+
+    async def _make(self, frames: AsyncGenerator[bytes, None]) -> None:
+        try:
+            async with aclosing(frames):
+                async for frame in frames:
+                    self._queue.put_nowait(frame)
+        finally:
+            self._queue.put_nowait(None)
+
+    async def _next(self) -> bytes | None:
+        """The next thing to send, None at the end; raises what the making raised, when all before it was given out."""
+        patience = min(self._heartbeat, self._ends - time.monotonic())
+        try:
+            frame = await asyncio.wait_for(self._queue.get(), max(patience, 0))
+        except asyncio.TimeoutError:
+            if time.monotonic() >= self._ends:
+                raise out_of_time(self._limit) from None
+            return HEARTBEAT
+        if frame is None:
+            await self._result()
+        return frame
+
+    async def _result(self) -> None:
+        await asyncio.wait({self._making})
+        if self._making.cancelled():  # by nobody here: gRPC says so when its channel is closed
+            raise UnavailableError("The server is shutting down.")
+        self._making.result()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        frame = self._first
+        while frame is not None:
+            await send({"type": "http.response.body", "body": frame, "more_body": True})
+            try:
+                frame = await self._next()
+            except Exception as error:
+                ours = as_ours(error)
+                log_fault(ours, error)
+                await _send_last(send, to_error_frame(ours))
+                return
+        await _send_last(send, b"")
+
+
+async def _send_last(send: Send, frame: bytes) -> None:
+    await send({"type": "http.response.body", "body": frame, "more_body": False})

@@ -1,0 +1,209 @@
+"""Who may go to Triton now, and who waits.
+
+Triton does not push back on a decoupled model: it takes every request at once. So at most as many images as the
+sampler works on are let through, the other requests wait here in order of arrival, and who would wait in vain is
+refused at once: beyond a limit of waiting requests, or when the pictures would come after the client's deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from hypergen_gateway.errors import DeadlineTooShortError, QueueFullError
+from hypergen_gateway.generation.latency import Forecast, Pace, Rounds, Work, forecast
+
+# The SDKs do not wait for a Retry-After above 120 s.
+_LONGEST_RETRY_AFTER = 120.0
+_SHORTEST_RETRY_AFTER = 0.1
+_UNKNOWN_RETRY_AFTER = 1.0
+# An idle server that nobody has measured for this long lets a request try what the old figures would forbid.
+_TRUSTED_SECONDS = 60.0
+
+
+@dataclass(eq=False)
+class Place:
+    """A request in the queue or at work.
+
+    `position` is its number in the queue when it came, 0 if it went straight to work; `estimate` how many seconds it
+    would take until it is done, as far as was known then: who comes later and finds a place shares the sampler with it.
+    `denoising` is how many seconds the sampler says that its rounds took: a connection that is made again, a text that
+    is encoded, are no rounds, and a picture of one step would make them look like one.
+    """
+
+    work: Work
+    places: int
+    capacity: int
+    position: int = 0
+    estimate: float | None = None
+    denoising: float | None = None
+    called: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    @property
+    def rounds(self) -> float:
+        """The rounds that it takes part in; of more images than there are places some start after others."""
+        return self.work.steps * self.work.images / self.places
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """When a request went to work: the time, and the load on the sampler summed over time until then."""
+
+    seconds: float
+    load_seconds: float
+
+
+class Admission:
+    """A first-come, first-served gate for images. Belongs to one event loop; `clock` gives seconds."""
+
+    def __init__(self, max_waiting: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._max_waiting = max_waiting
+        self._clock = clock
+        self._pace = Pace()
+        self._waiting: deque[Place] = deque()
+        self._running: dict[Place, _Entry] = {}
+        self._now = self._measured_at = clock()
+        self._load_seconds = 0.0
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests at work."""
+        return len(self._running)
+
+    @property
+    def running_images(self) -> int:
+        """Places that are taken."""
+        return sum(place.places for place in self._running)
+
+    def arrive(self, work: Work, capacity: int, deadline: float | None = None) -> Place:
+        """A place out of `capacity`, at work or in the queue; whoever gets one goes on to its `turn` at once.
+
+        Raises:
+            QueueFullError: as many wait as may wait.
+            DeadlineTooShortError: as far as is known, the work would not be done within `deadline` seconds.
+        """
+        self._tick()
+        # A request of more images than there are places takes them all, or it would wait for ever.
+        place = Place(work, min(work.images, capacity), capacity)
+        goes_at_once = not self._waiting and self._fits(place)
+        if not goes_at_once and len(self._waiting) >= self._max_waiting:
+            raise QueueFullError("Too many requests are waiting. Try again later.", self._seconds_to_next_place(place))
+        expected = self._forecast([*self._waiting, place])
+        if expected is not None:
+            place.estimate = expected.done
+            self._check_deadline(place, expected.done, deadline)
+        if goes_at_once:
+            self._start(place)
+        else:
+            self._waiting.append(place)
+            place.position = len(self._waiting)
+        return place
+
+    @asynccontextmanager
+    async def turn(self, place: Place) -> AsyncIterator[None]:
+        """Waits until it is the place's turn, and holds it while the block runs."""
+        await self._called(place)
+        try:
+            yield
+            self._measure(place)
+        finally:
+            self._leave(place)
+
+    def rounds_left(self, place: Place) -> float:
+        """How many of its rounds a request would still take, as far as the pace tells; all of them while it waits."""
+        self._tick()
+        if place not in self._running or not self._pace.is_known:
+            return place.rounds
+        seconds, load = self._stay(place)
+        return max(place.rounds - seconds / self._pace.round_seconds(load), 0.0)
+
+    def _check_deadline(self, place: Place, expected: float, deadline: float | None) -> None:
+        if deadline is None or expected <= deadline:
+            return
+        alone = forecast(self._pace, place.capacity, [], [_rounds(place, place.rounds)]).done
+        if alone <= deadline:
+            raise DeadlineTooShortError(expected, deadline, _retry_after(expected - deadline))
+        is_idle = not self._running and not self._waiting
+        if not is_idle or self._now - self._measured_at < _TRUSTED_SECONDS:
+            raise DeadlineTooShortError(alone, deadline, None)
+
+    async def _called(self, place: Place) -> None:
+        if place in self._running:
+            return
+        try:
+            await place.called
+        except asyncio.CancelledError:
+            # Perhaps in the very moment in which it was called.
+            if place in self._waiting:
+                self._waiting.remove(place)
+            self._leave(place)
+            raise
+
+    def _leave(self, place: Place) -> None:
+        self._tick()
+        self._running.pop(place, None)
+        while self._waiting and self._fits(self._waiting[0]):
+            following = self._waiting.popleft()
+            self._start(following)
+            following.called.set_result(None)
+
+    def _start(self, place: Place) -> None:
+        self._running[place] = _Entry(self._now, self._load_seconds)
+
+    def _fits(self, place: Place) -> bool:
+        return self.running_images + place.places <= place.capacity
+
+    def _tick(self) -> None:
+        """Moves time and load on to now; called before the load changes."""
+        now = self._clock()
+        self._load_seconds += (now - self._now) * sum(place.places * place.work.load for place in self._running)
+        self._now = now
+
+    def _stay(self, place: Place) -> tuple[float, float]:
+        """How many seconds a request has been at work, and the mean load of the sampler meanwhile."""
+        entry = self._running[place]
+        seconds = self._now - entry.seconds
+        own = place.places * place.work.load
+        return seconds, (self._load_seconds - entry.load_seconds) / seconds if seconds else own
+
+    def _measure(self, place: Place) -> None:
+        self._tick()
+        seconds, load = self._stay(place)
+        if seconds:
+            # Of more images than there are places some start after others, and none has seen all rounds.
+            is_told = place.denoising is not None and place.places == place.work.images
+            in_rounds = min(place.denoising or seconds, seconds) if is_told else seconds
+            self._pace.learn(load, in_rounds / place.rounds, seconds - in_rounds)
+            self._measured_at = self._now
+
+    def _forecast(self, waiting: list[Place]) -> Forecast | None:
+        if not self._pace.is_known:
+            return None
+        return forecast(
+            self._pace,
+            waiting[-1].capacity,
+            [_rounds(place, self.rounds_left(place)) for place in self._running],
+            [_rounds(place, place.rounds) for place in waiting],
+        )
+
+    def _seconds_to_next_place(self, place: Place) -> float:
+        """Until the first that waits is called, and another may wait."""
+        expected = self._forecast([self._waiting[0] if self._waiting else place])
+        return _UNKNOWN_RETRY_AFTER if expected is None else _retry_after(expected.placed)
+
+
+def _rounds(place: Place, left: float) -> Rounds:
+    return Rounds(place.places, place.work.load, left)
+
+
+def _retry_after(seconds: float) -> float:
+    return min(max(seconds, _SHORTEST_RETRY_AFTER), _LONGEST_RETRY_AFTER)

@@ -1,0 +1,98 @@
+"""Sizes: which may be asked for, which one the model draws for them, and where in a drawn image an asked one lies.
+
+Knows pixels a side and what the model says of them; knows neither images nor requests.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from hypergen_gateway.errors import InvalidRequestError
+from hypergen_gateway.generation.backend import ModelDescription
+
+Size = tuple[int, int]  # width, height
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+
+PolicyName = Literal["fit", "strict"]
+# The longest side that a WebP file can have; PNG and JPEG have more.
+LONGEST_SIDE = 16_383
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizePolicy:
+    """Which sizes a request may ask for.
+
+    `fit` takes all within `max_side` (and what the model draws beyond it): the nearest size that the model draws is
+    scaled to the one asked for.
+    `strict` takes those alone that the model draws.
+    """
+
+    name: PolicyName = "fit"
+    max_side: int = 4096
+
+    def check(self, asked: Size, model: ModelDescription) -> None:
+        """Raises `InvalidRequestError` for a size that may not be asked for."""
+        is_legal = min(asked) >= 1 and max(asked) <= self.limit(model) if self.name == "fit" else is_drawn(asked, model)
+        if is_legal:
+            return
+        width, height = asked
+        raise InvalidRequestError(
+            f"Invalid value for 'size': \"{width}x{height}\". It must be 'auto' or {self.legal(model)}.", "size"
+        )
+
+    def limit(self, model: ModelDescription) -> int:
+        """The longest side that may be asked for; never less than the model draws."""
+        return max(self.max_side, model.max_size) if self.name == "fit" else model.max_size
+
+    def legal(self, model: ModelDescription) -> str:
+        """The sizes that may be asked for, to complete "It must be …"."""
+        example = f"WIDTHxHEIGHT in pixels, such as '{model.default_width}x{model.default_height}'"
+        if self.name == "fit":
+            return f"{example}, each side from 1 to {self.limit(model)}"
+        if model.sizes:
+            return f"one of {', '.join(model.sizes)}"
+        return f"{example}, both multiples of {model.size_factor} from {model.min_size} to {model.max_size}"
+
+
+def is_drawn(size: Size, model: ModelDescription) -> bool:
+    """Whether the model draws this very size."""
+    if model.sizes:
+        return f"{size[0]}x{size[1]}" in model.sizes
+    return all(model.min_size <= side <= model.max_size and side % model.size_factor == 0 for side in size)
+
+
+def nearest_size(asked: Size, model: ModelDescription) -> Size:
+    """The size that the model draws for another: nearest in proportions, then in area. A legal one is its own."""
+    if model.sizes:
+        built = [(int(width), int(height)) for width, height in (size.split("x") for size in model.sizes)]
+        return min(built, key=lambda size: (_distortion(size, asked), _growth(size, asked)))
+    smallest, largest = sorted(asked)
+    scale = min(max(1.0, model.min_size / smallest), model.max_size / largest)
+    width, height = (_nearest_side(side * scale, model) for side in asked)
+    return width, height
+
+
+def window(drawn: Size, asked: Size) -> Box:
+    """The part of a drawn image that shows `asked`, without distortion: all of it, but for what is cut off evenly from
+    two sides where the proportions differ.
+    """
+    scale = max(asked[0] / drawn[0], asked[1] / drawn[1])
+    width, height = (min(max(round(side / scale), 1), most) for side, most in zip(asked, drawn, strict=True))
+    left, top = (drawn[0] - width) // 2, (drawn[1] - height) // 2
+    return left, top, left + width, top + height
+
+
+def _nearest_side(side: float, model: ModelDescription) -> int:
+    multiple = math.floor(side / model.size_factor + 0.5) * model.size_factor
+    return min(max(multiple, model.min_size), model.max_size)
+
+
+def _distortion(size: Size, asked: Size) -> float:
+    """How far proportions are apart; small differences count as none, so that the number of pixels decides."""
+    return round(abs(math.log(size[0] * asked[1] / (size[1] * asked[0]))), 1)
+
+
+def _growth(size: Size, asked: Size) -> float:
+    return abs(math.log(size[0] * size[1] / (asked[0] * asked[1])))

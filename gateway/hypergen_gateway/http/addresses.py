@@ -1,0 +1,86 @@
+"""Addresses of the command line: those the gateway listens on, how they are printed, and where Triton's gRPC may be."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+import socket
+from collections.abc import Iterator
+
+from hypergen_gateway.http.body_timeout import drop_those_who_do_not_read
+
+_EVERY_ADDRESS = frozenset({"0.0.0.0", "::"})
+# An address of a family that this machine does not have: a name such as localhost may have another one.
+_NOT_HERE = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
+_HOST_AND_PORT = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^\s/:,@\[\]]+):([0-9]{1,5})")
+# What gRPC resolves by itself: https://github.com/grpc/grpc/blob/master/doc/naming.md
+_DNS = re.compile(r"dns:(?://[^/]*/)?")
+_LISTS = ("ipv4:", "ipv6:")
+_LOCAL = ("unix:", "unix-abstract:")
+
+
+class PortUnavailableError(Exception):
+    """The address cannot be listened on; `str()` is the line for the user."""
+
+
+@contextlib.contextmanager
+def listening(host: str, port: int) -> Iterator[list[socket.socket]]:
+    """Sockets that listen on every address of `host`, a name or an address; `::` is IPv4, too.
+
+    Raises:
+        PortUnavailableError: the host is unknown, none of its addresses is this machine's, or the port is taken.
+    """
+    with contextlib.ExitStack() as opened:
+        try:
+            sockets = [opened.enter_context(each) for each in _listen(host.removeprefix("[").removesuffix("]"), port)]
+        except (OSError, UnicodeError) as error:  # a name that cannot be one, such as "..", is a UnicodeError
+            # socket adds the address to the operating system's words.
+            reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+            raise PortUnavailableError(f"Cannot listen on {host}:{port} ({reason}): see --host and --port.") from error
+        yield sockets
+
+
+def _listen(host: str, port: int) -> Iterator[socket.socket]:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    addresses = dict.fromkeys((family, address) for family, *_, address in found)
+    missing: OSError | None = None
+    listened = False
+    for family, address in addresses:
+        is_dual = address[0] == "::" and socket.has_dualstack_ipv6()
+        try:
+            listener = socket.create_server(address, family=family, dualstack_ipv6=is_dual)
+        except OSError as error:
+            if error.errno not in _NOT_HERE:
+                raise
+            missing = error
+            continue
+        # asyncio does this for its own sockets. Without, the end of an answer waits 40 ms for the client's word.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        drop_those_who_do_not_read(listener)
+        listened = True
+        yield listener
+    if missing is not None and not listened:
+        raise missing
+
+
+def url_of(host: str, port: int) -> str:
+    """The URL of a server that listens on `host`, for somebody on the same machine."""
+    host = host.removeprefix("[").removesuffix("]")
+    if host in _EVERY_ADDRESS:
+        return f"http://localhost:{port}"
+    return f"http://[{host.replace('%', '%25')}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def is_grpc_address(text: str) -> bool:
+    """Whether gRPC understands it, with the port that it would otherwise guess."""
+    if text.startswith(_LOCAL):
+        return True
+    prefix = next((each for each in _LISTS if text.startswith(each)), None)
+    endpoints = [_DNS.sub("", text, count=1)] if prefix is None else text.removeprefix(prefix).split(",")
+    return all(_is_host_and_port(each) for each in endpoints)
+
+
+def _is_host_and_port(text: str) -> bool:
+    match = _HOST_AND_PORT.fullmatch(text)
+    return match is not None and 1 <= int(match[1]) <= 65535

@@ -1,0 +1,49 @@
+"""Who may ask: whoever carries a key; where none is needed, everybody but other websites in a visitor's browser."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+from starlette.types import Scope
+
+from hypergen_gateway.errors import AuthenticationError
+from hypergen_gateway.http.keys import Key, Keys, presented_key
+from hypergen_gateway.http.request_id import RawHeaders
+
+PROBE_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
+METRICS_PATH = "/metrics"
+
+
+class ApiKey:
+    """Lets a request through that carries a key or goes to an open path; where there are no keys, every request.
+
+    A path is open if it is one of `open_paths` or begins with one of `open_prefixes`.
+    """
+
+    def __init__(self, keys: Keys, open_paths: Container[str], open_prefixes: tuple[str, ...]) -> None:
+        self._keys = keys
+        self._open_paths = open_paths
+        self._open_prefixes = open_prefixes
+
+    def __call__(self, scope: Scope) -> None:
+        """Raises `AuthenticationError`; else notes the key's name, if it has one."""
+        if self._keys and not self._is_open(scope["path"]):
+            key = self._check(scope["headers"])
+            if key.name is not None:
+                scope.setdefault("state", {})["key_name"] = key.name
+
+    def _is_open(self, path: str) -> bool:
+        return path in self._open_paths or path.startswith(self._open_prefixes)
+
+    def _check(self, headers: RawHeaders) -> Key:
+        given = presented_key(headers)
+        if given is None:
+            raise AuthenticationError("No API key was given. Send it in the header 'Authorization: Bearer KEY'.")
+        if not given:
+            raise AuthenticationError(
+                "The header with the API key is malformed. It must read 'Authorization: Bearer KEY', or 'api-key: KEY'."
+            )
+        found = self._keys.find(given)
+        if found is None:
+            raise AuthenticationError("The API key is wrong.")
+        return found

@@ -1,0 +1,32 @@
+"""What a proxy in front says of a request: how its client reached it, and the prefix that it took off the path.
+
+Knows the `X-Forwarded-…` headers, and whose word counts: that of the addresses in `FORWARDED_ALLOW_IPS`, as with
+uvicorn itself, and unless it is set that of this machine.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+
+from hypergen_gateway.http.request_id import find_header
+
+_THIS_MACHINE = "127.0.0.1,::1,::ffff:127.0.0.1"
+_PREFIX = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)+")
+
+
+class TrustedProxies(ProxyHeadersMiddleware):
+    """uvicorn's reading of scheme and client, and `X-Forwarded-Prefix`, with which links to this server begin."""
+
+    def __init__(self, app: Any) -> None:
+        super().__init__(app, os.environ.get("FORWARDED_ALLOW_IPS", _THIS_MACHINE))
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and (scope.get("client") or ("",))[0] in self.trusted_hosts:
+            prefix = (find_header(scope["headers"], b"x-forwarded-prefix") or "").rstrip("/")
+            if _PREFIX.fullmatch(prefix):
+                scope["app_root_path"] = prefix  # of Starlette: what base URLs have, and paths have not
+        await super().__call__(scope, receive, send)

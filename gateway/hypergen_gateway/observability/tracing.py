@@ -1,0 +1,122 @@
+"""Traces of requests, for any collector that speaks OTLP.
+
+Knows OpenTelemetry, which is loaded where an endpoint is configured and only there. A request is a span; each picture
+of it is one below, and below that the time it waited, the text encoder, the denoising, the decoder and the file. Triton
+is given the request's context as a header, and adds spans of its own where its tracing is switched on.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from opentelemetry import trace
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import SpanKind, StatusCode, set_span_in_context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from hypergen_gateway.errors import HyperGenError
+from hypergen_gateway.generation.admission import Place
+from hypergen_gateway.generation.service import Finished
+from hypergen_gateway.http.auth import METRICS_PATH, PROBE_PATHS
+from hypergen_gateway.http.middleware import Served
+from hypergen_gateway.http.request_id import current_request_id, current_trace
+
+_UNTRACED = PROBE_PATHS | {METRICS_PATH}
+# The phases of a picture in their order, as spans are called; what a file takes comes last.
+_PHASES = {"queue": "queue", "encode_text": "text encoder", "denoise": "denoising", "decode": "decoder"}
+
+
+class Tracing:
+    """Sends spans to where the `OTEL_…` variables say, in the background; belongs to one gateway.
+
+    A middleware's factory, and an observer of requests and drawings.
+    """
+
+    def __init__(self) -> None:
+        name = {} if "OTEL_SERVICE_NAME" in os.environ else {SERVICE_NAME: "hypergen-gateway"}
+        self._provider = TracerProvider(resource=Resource.create(name))
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+        self._tracer = self._provider.get_tracer("hypergen_gateway")
+        self._propagator = TraceContextTextMapPropagator()
+
+    def close(self) -> None:
+        """Sends what is left. Blocks, for some seconds if nobody answers."""
+        self._provider.shutdown()
+
+    def middleware(self, app: ASGIApp) -> ASGIApp:
+        """Makes a span of each request but probes, as a child of the client's if it sends a `traceparent`."""
+
+        async def traced(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] != "http" or scope["path"] in _UNTRACED:
+                await app(scope, receive, send)
+                return
+            given = current_trace.get()
+            parent = self._propagator.extract(given)
+            with self._tracer.start_as_current_span(scope["method"], context=parent, kind=SpanKind.SERVER):
+                passed_on: dict[str, str] = {}
+                self._propagator.inject(passed_on)
+                token = current_trace.set(passed_on)
+                try:
+                    await app(scope, receive, send)
+                finally:
+                    current_trace.reset(token)
+
+        return traced
+
+    def served(self, served: Served) -> None:
+        """The request of the current span was answered."""
+        span = trace.get_current_span()
+        span.update_name(f"{served.method} {served.route}")
+        span.set_attributes(
+            {
+                "http.request.method": served.method,
+                "http.route": served.route,
+                "http.response.status_code": served.status,
+                "hypergen.request_id": current_request_id.get(),
+                "hypergen.images": served.images or 0,
+                "hypergen.steps": served.steps or 0,
+            }
+        )
+        if served.status >= 500:
+            span.set_status(StatusCode.ERROR)
+
+    def came(self, finished: Finished, seconds: float, *, is_first: bool) -> None:  # noqa: ARG002
+        """A picture is there: its way is told from behind, as its times are known only now."""
+        picture = finished.picture
+        if not picture.is_final:
+            return
+        phases = {name: getattr(picture.timings, phase) for phase, name in _PHASES.items()}
+        phases["file"] = finished.encode_image
+        ended = time.time_ns()
+        began = ended - sum(_nanoseconds(milliseconds) for milliseconds in phases.values())
+        attributes = {
+            "hypergen.image_index": picture.index,
+            "hypergen.steps": picture.step,
+            "hypergen.seed": picture.seed,
+        }
+        span = self._tracer.start_span("picture", start_time=began, attributes=attributes)
+        for name, milliseconds in phases.items():
+            child = self._tracer.start_span(name, context=set_span_in_context(span), start_time=began)
+            began += _nanoseconds(milliseconds)
+            child.end(began)
+        span.end(ended)
+
+    def refused(self, error: HyperGenError) -> None:
+        """A request was not let in."""
+        trace.get_current_span().add_event("refused", {"reason": error.code or ""})
+
+    def completed(self, place: Place, seconds: float) -> None:
+        """All pictures of a request are drawn."""
+
+    def abandoned(self, steps: float) -> None:
+        """A request was given up."""
+        trace.get_current_span().add_event("abandoned", {"hypergen.saved_steps": steps})
+
+
+def _nanoseconds(milliseconds: float) -> int:
+    return round(milliseconds * 1e6)

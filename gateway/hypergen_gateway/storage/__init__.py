@@ -1,0 +1,1 @@
+"""Where images that are answered as links are kept."""

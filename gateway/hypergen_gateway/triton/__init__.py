@@ -1,0 +1,1 @@
+"""The backend that is a Triton server, over gRPC."""

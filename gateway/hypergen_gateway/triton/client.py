@@ -1,0 +1,384 @@
+"""The backend that is a Triton server.
+
+Knows tensor names, gRPC and what Triton's errors mean; every foreign error becomes one of ours at one gate.
+Knows nothing of HTTP but the names by which OpenAI's clients know a parameter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import re
+import struct
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager, suppress
+from typing import Any
+
+import grpc
+import numpy as np
+from tritonclient.grpc import InferResult
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
+from tritonclient.utils import triton_to_np_dtype
+
+from hypergen_gateway.errors import (
+    DeadlineExceededError,
+    HyperGenError,
+    InternalError,
+    InvalidRequestError,
+    NonFiniteImageError,
+    QueueFullError,
+    UnavailableError,
+)
+from hypergen_gateway.generation.backend import Generation, Lora, ModelDescription, Picture, Timings
+from hypergen_gateway.http.request_id import current_request_id, current_trace
+
+logger = logging.getLogger(__name__)
+
+SAMPLER = "diffusion"
+
+CHANNEL_ARGS: list[tuple[str, int | str]] = [
+    # Where the address stands for several Tritons, streams go to each in turn, and to none that is gone.
+    ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),
+    # gRPC stops at 4 MB; a picture of 2048 × 2048 pixels has 12.
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # A Triton that restarts is found again within a second rather than two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # Triton closes a connection that pings more often than every 300 s.
+    ("grpc.keepalive_time_ms", 330_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 0),
+    ("grpc.http2.max_pings_without_data", 0),
+    # gRPC's own retry would repeat what a model refused, and a resolver could switch retries on.
+    ("grpc.enable_retries", 0),
+    ("grpc.service_config_disable_resolution", 1),
+    # An http_proxy in the environment is not meant for Triton.
+    ("grpc.enable_http_proxy", 0),
+]
+
+# The tensors of `diffusion`, each named as the field of `Generation` that it carries. Absent fields are not sent.
+INPUT_TYPES: dict[str, str] = {
+    "prompt": "BYTES",
+    "negative_prompt": "BYTES",
+    "num_images": "INT32",
+    "width": "INT32",
+    "height": "INT32",
+    "num_inference_steps": "INT32",
+    "guidance_scale": "FP32",
+    "guidance_start": "FP32",
+    "guidance_end": "FP32",
+    "cache_interval": "INT32",
+    "scheduler": "BYTES",
+    "seed": "INT64",
+    "partial_images": "INT32",
+    "image": "UINT8",
+    "mask": "UINT8",
+    "strength": "FP32",
+    "lora": "BYTES",
+    "lora_scale": "FP32",
+}
+
+# A tensor of BYTES holds before each text its length.
+_LENGTH = struct.Struct("<I")
+
+OUTPUTS = ("image", "image_index", "step", "is_final", "seed", "prompt_tokens", "truncated_tokens", "timings_ms")
+# Not sent by the samplers of earlier releases, which a gateway meets while a cluster is renewed.
+_LATER_OUTPUTS = {"truncated_tokens"}
+
+# What a client calls an input; where nothing stands, the same.
+_PARAMS: Mapping[str, str] = {"num_images": "n", "width": "size", "height": "size", "lora": "lora_path"}
+
+# A Triton that went away has been noticed by then, and left out.
+RETRY_SECONDS = 0.2
+
+# How a parameter in config.pbtxt, always a string there, becomes a field of `ModelDescription`, by the field's type.
+_READERS: dict[str, Callable[[str], object]] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "tuple[str, ...]": lambda text: tuple(name for name in text.split(",") if name),
+    "Lines": lambda text: tuple(text.splitlines()),
+    "tuple[Lora, ...]": lambda text: tuple(Lora(name=one["name"], scale=one["scale"]) for one in json.loads(text)),
+}
+
+
+class TritonBackend:
+    """Pictures from a Triton server at `url` (HOST:PORT of its gRPC service). Belongs to one event loop.
+
+    `url` may stand for several that serve the same model: `dns:///HOST:PORT`, or `ipv4:ADDRESS:PORT,ADDRESS:PORT`.
+
+    `request_timeout` bounds a whole generation, `call_timeout` every other call, in seconds. A Triton that went away is
+    expected back, or another in its place, after `returns_within` seconds.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        request_timeout: float = 600.0,
+        call_timeout: float = 2.0,
+        returns_within: float = RETRY_SECONDS,
+    ) -> None:
+        self._url = url
+        self._request_timeout = request_timeout
+        self._call_timeout = call_timeout
+        self._returns_within = returns_within
+        self._open_service: _Service | None = None
+        self._description: ModelDescription | None = None
+        self._description_is_fresh = False
+        self._streams = 0
+        self._ending = set[asyncio.Future[None]]()
+
+    @property
+    def at_work(self) -> bool:
+        """Whether Triton owes somebody an answer."""
+        return self._streams > 0
+
+    async def describe(self) -> ModelDescription:
+        """The parameters of the sampler. Read again after a lost connection: another model may have come back."""
+        if self._description is None or not self._description_is_fresh:
+            try:
+                self._description = await self._read_description()
+                self._description_is_fresh = True
+            except HyperGenError:
+                if self._description is None:
+                    raise
+        return self._description
+
+    async def ready(self) -> bool:
+        """Whether the server and every model that a picture needs are ready."""
+        triton, limit = self._service.triton, self._call_timeout
+        try:
+            models = (SAMPLER, *(await self.describe()).components)
+            with self._gate():
+                probes = [triton.ModelReady(pb.ModelReadyRequest(name=name), timeout=limit) for name in models]
+                answers = await asyncio.gather(triton.ServerReady(pb.ServerReadyRequest(), timeout=limit), *probes)
+        except HyperGenError:
+            return False
+        return all(answer.ready for answer in answers)
+
+    async def generate(self, generation: Generation) -> AsyncGenerator[Picture, None]:
+        """The pictures in the order in which they are finished, each after its previews.
+
+        What a Triton that went away still owed is asked for again when it, or another, is there: the same seeds give
+        the same pictures. But not for ever, as it may be what it went away for.
+        """
+        came: set[tuple[int, int]] = set()
+        again = _Again(self._returns_within)
+        while True:
+            try:
+                again.begin()
+                async with aclosing(self._stream(generation)) as pictures:
+                    async for picture in pictures:
+                        if (picture.index, picture.step) not in came:
+                            came.add((picture.index, picture.step))
+                            yield picture
+                return
+            except UnavailableError as error:
+                if self._open_service is None or not again.is_worth_it():  # None: closed, so we are the ones who go
+                    raise
+                if again.is_first:
+                    logger.warning("request %s: asking for its pictures again (%s)", current_request_id.get(), error)
+                await asyncio.sleep(RETRY_SECONDS)
+
+    async def _stream(self, generation: Generation) -> AsyncGenerator[Picture, None]:
+        """One stream per request, as Triton closes a stream to report an error with its code."""
+        # Without the first an error comes as text in the stream, without its code. The others are for Triton's traces.
+        headers = (("triton_grpc_error", "true"), *current_trace.get().items())
+        call = self._service.infer(_to_request(generation), timeout=self._request_timeout, metadata=headers)
+        self._streams += 1
+        owed = generation.num_images
+        try:
+            with self._gate():
+                async for response in call:
+                    picture = _to_picture(response)
+                    owed -= picture.is_final
+                    yield picture
+                    if not owed:
+                        return
+        finally:
+            self._streams -= 1
+            if owed:
+                call.cancel()
+            else:  # all is there: that Triton says so is a round trip for which nobody has to wait
+                self._ending.add(ending := asyncio.ensure_future(_read_to_end(call)))
+                ending.add_done_callback(self._ending.discard)
+
+    async def close(self) -> None:
+        """Closes the connection."""
+        for ending in self._ending:
+            ending.cancel()
+        if self._open_service is not None:
+            await self._open_service.channel.close(None)
+            self._open_service = None
+
+    @property
+    def _service(self) -> _Service:
+        # One for good, as each one leaks a little, and made here, as it binds itself to the running loop.
+        if self._open_service is None:
+            self._open_service = _Service(self._url)
+        return self._open_service
+
+    async def _read_description(self) -> ModelDescription:
+        try:
+            with self._gate():
+                request = pb.ModelConfigRequest(name=SAMPLER)
+                response = await self._service.triton.ModelConfig(request, timeout=self._call_timeout)
+        except DeadlineExceededError as error:  # no picture was late: a Triton that hangs is not there
+            message = "The image model does not answer at the moment. Try again later."
+            raise UnavailableError(message, detail=f"no answer within {self._call_timeout:g} s") from error
+        return _to_description({name: value.string_value for name, value in response.config.parameters.items()})
+
+    @contextmanager
+    def _gate(self) -> Iterator[None]:
+        """Where foreign errors become ours."""
+        try:
+            yield
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
+            ours = _translate(error)
+            if isinstance(ours, UnavailableError | DeadlineExceededError):
+                self._description_is_fresh = False
+            raise ours from error
+
+
+class _Service:
+    """Triton's gRPC service over one connection."""
+
+    def __init__(self, url: str) -> None:
+        self.channel = grpc.aio.insecure_channel(url, options=CHANNEL_ARGS)
+        self.triton = GRPCInferenceServiceStub(self.channel)
+        # Triton takes any number of requests in a stream. With one it is the same as a call that has one, and gRPC
+        # sends that, its headers and its end together.
+        self.infer = self.channel.unary_stream(
+            "/inference.GRPCInferenceService/ModelStreamInfer",
+            request_serializer=pb.ModelInferRequest.SerializeToString,
+            response_deserializer=pb.ModelStreamInferResponse.FromString,
+        )
+
+
+class _Again:
+    """Whether what failed is tried again: until Triton should be back, and at most three times where it was at work."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._failures = self._interruptions = 0
+        self._began = self._ends = 0.0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it has failed but once."""
+        return self._failures == 1
+
+    def begin(self) -> None:
+        """Another try."""
+        self._began = time.monotonic()
+
+    def is_worth_it(self) -> bool:
+        """Asked once after each failure."""
+        now = time.monotonic()
+        if not self._failures:
+            self._ends = now + self._seconds
+        self._failures += 1
+        # Nobody was there, where it failed at once; else it was at work.
+        self._interruptions += now - self._began > RETRY_SECONDS
+        return self._interruptions < 3 and now < self._ends
+
+
+async def _read_to_end(call: Any) -> None:
+    with suppress(grpc.aio.AioRpcError, grpc.aio.UsageError):
+        async for _ in call:
+            pass
+
+
+def _to_request(generation: Generation) -> Any:
+    request = pb.ModelInferRequest(model_name=SAMPLER, id=current_request_id.get())
+    for name, datatype in INPUT_TYPES.items():
+        value = getattr(generation, name)
+        if value is not None:
+            shape, content = _to_tensor(datatype, value)
+            request.inputs.add(name=name, datatype=datatype, shape=shape)
+            request.raw_input_contents.append(content)
+    return request
+
+
+def _to_tensor(datatype: str, value: Any) -> tuple[tuple[int, ...], bytes]:
+    """A tensor's shape and content: of an image, or of one value."""
+    if isinstance(value, str):
+        text = value.encode()
+        return (1,), _LENGTH.pack(len(text)) + text
+    array = value if isinstance(value, np.ndarray) else np.array([value], dtype=triton_to_np_dtype(datatype))
+    return array.shape, array.tobytes()
+
+
+def _to_picture(response: Any) -> Picture:
+    if response.error_message:
+        raise InternalError(f"Triton answered inside the stream: {response.error_message}")
+    result = InferResult(response.infer_response)
+    tensors = {name: result.as_numpy(name) for name in OUTPUTS}
+    missing = [name for name, tensor in tensors.items() if tensor is None and name not in _LATER_OUTPUTS]
+    if missing:
+        raise InternalError(f"the model {SAMPLER!r} sent a response without {', '.join(missing)}")
+    truncated = tensors["truncated_tokens"]
+    queue, encode_text, denoise, decode = (float(milliseconds) for milliseconds in tensors["timings_ms"])
+    return Picture(
+        pixels=tensors["image"],
+        index=int(tensors["image_index"][0]),
+        seed=int(tensors["seed"][0]),
+        step=int(tensors["step"][0]),
+        is_final=bool(tensors["is_final"][0]),
+        prompt_tokens=int(tensors["prompt_tokens"][0]),
+        truncated_tokens=0 if truncated is None else int(truncated[0]),
+        timings=Timings(queue=queue, encode_text=encode_text, denoise=denoise, decode=decode),
+    )
+
+
+def _to_description(parameters: Mapping[str, str]) -> ModelDescription:
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(ModelDescription):
+        try:
+            values[field.name] = _READERS[str(field.type)](parameters[field.name])
+        except (KeyError, TypeError, ValueError) as error:
+            given = parameters.get(field.name)
+            detail = f"parameter {field.name!r} of the model {SAMPLER!r} is {given!r}; export the model again"
+            raise InternalError(detail) from error
+    return ModelDescription(**values)
+
+
+def _translate(error: Exception) -> HyperGenError:
+    code, message = _code_and_message(error)
+    if code == "INVALID_ARGUMENT":
+        return _invalid_argument(message)
+    if code == "UNAVAILABLE" and message.startswith("queue full"):
+        return QueueFullError("Too many requests are waiting. Try again later.")
+    if code == "INTERNAL" and message.startswith("not finite"):
+        return NonFiniteImageError()
+    if code == "DEADLINE_EXCEEDED":
+        return DeadlineExceededError("Triton did not answer in time.")
+    # NOT_FOUND: the server runs and has not loaded the model, or no longer. CANCELLED: it gave the work up, as we
+    # did not, which is what a Triton that shuts down does. The words: the sampler's process died or hangs, and nobody
+    # else has noticed yet.
+    if code in {"UNAVAILABLE", "NOT_FOUND", "CANCELLED"} or "is not healthy" in message:
+        told = "The image model is not available at the moment. Try again later."
+        return UnavailableError(told, retry_after=2.0, detail=message)
+    return InternalError(f"Triton answered {code}: {message}")
+
+
+def _code_and_message(error: Exception) -> tuple[str, str]:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return error.code().name, error.details() or ""
+    return "UNAVAILABLE", str(error)  # the channel was closed: we are shutting down
+
+
+def _invalid_argument(message: str) -> HyperGenError:
+    """The sampler names the input first; anything else is Triton's, about a request that the gateway got wrong."""
+    match = re.match(r"(\w+): (.*)", message, re.DOTALL)
+    if match is None or match[1] not in INPUT_TYPES:
+        return InternalError(f"Triton refused the gateway's request: {message}")
+    param = _PARAMS.get(match[1], match[1])
+    return InvalidRequestError(f"Invalid value for '{param}': {match[2]}", param)

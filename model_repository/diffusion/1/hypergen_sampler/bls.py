@@ -1,0 +1,84 @@
+"""Calls from the sampler to the component models, through Triton's business logic scripting.
+
+Knows the components' names and tensors; arrays in, arrays out, so that nothing else needs Triton's types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import triton_python_backend_utils as pb_utils
+
+from hypergen_sampler.conditioning import Array
+from hypergen_sampler.sampling import UNetRows
+from hypergen_sampler.sinusoids import Sinusoid
+
+# Triton's words for it; its code reaches BLS only since 25.05.
+UNAVAILABLE = ("Server not ready", "is not healthy", "is not ready")
+
+
+class ComponentError(RuntimeError):
+    """A component model answered with an error."""
+
+
+class ComponentUnavailableError(ComponentError):
+    """Triton is shutting down or has lost the component's process: the same request can succeed later."""
+
+
+class Components:
+    """The engines of a checkpoint and its LoRAs.
+
+    Args:
+        time_embedding: what the UNet is told of its timesteps.
+    """
+
+    def __init__(self, time_embedding: Sinusoid) -> None:
+        self._time_embedding = time_embedding
+
+    async def encode_text(
+        self, encoder: str, input_ids: npt.NDArray[np.int32], outputs: Sequence[str]
+    ) -> dict[str, Array]:
+        """[B, L] token ids to the named outputs of the model of a text encoder, such as hidden states [B, L, D]."""
+        return await _call(encoder, {"input_ids": input_ids}, outputs)
+
+    def unet(self, rows: UNetRows) -> dict[str, Array]:
+        """The outputs, each [R, C, h, w], that the rows of one batch ask for. The calling thread waits for them."""
+        inputs = {"sample": rows.sample, "time": self._time_embedding(rows.timestep), **rows.conditions}
+        return _outputs(rows.model, _request(rows.model, inputs, rows.outputs).exec(), rows.outputs)
+
+    async def encode(self, picture: npt.NDArray[np.uint8]) -> tuple[Array, Array]:
+        """A picture [H, W, 3] to mean and standard deviation [C, h, w] of its latents."""
+        answer = await _call("vae_encoder", {"image": picture[None]}, ["mean", "std"])
+        return answer["mean"][0], answer["std"][0]
+
+    async def decode(self, latents: Array) -> npt.NDArray[np.uint8]:
+        """Latents [C, h, w] to a picture [H, W, 3]."""
+        answer = await _call("vae_decoder", {"latents": latents[None]}, ["image"])
+        picture: npt.NDArray[np.uint8] = answer["image"][0]
+        return picture
+
+
+async def _call(
+    model: str, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]
+) -> dict[str, npt.NDArray[Any]]:
+    return _outputs(model, await _request(model, inputs, outputs).async_exec(), outputs)
+
+
+def _request(model: str, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]) -> Any:
+    return pb_utils.InferenceRequest(
+        model_name=model,
+        inputs=[pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in inputs.items()],
+        requested_output_names=list(outputs),
+        preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU),
+    )
+
+
+def _outputs(model: str, response: Any, outputs: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+    if response.has_error():
+        message = response.error().message()
+        unavailable = any(words in message for words in UNAVAILABLE)
+        raise (ComponentUnavailableError if unavailable else ComponentError)(f"{model}: {message}")
+    return {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in outputs}

@@ -1,0 +1,84 @@
+"""What the UNet is told beside latents and timestep: the prompt's embeddings, the picture's size, the guidance scale.
+
+Follows diffusers' pipelines. Knows the UNet's inputs by name and makes those that the checkpoint's has; knows
+neither Triton nor which family that is. Every array has a row per row of the image: two under classifier-free
+guidance, the negative one first, else one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hypergen_sampler.request import Architecture, Request
+
+Array = npt.NDArray[np.float32]
+Conditions = Mapping[str, Array]
+
+# The UNet's outputs, of which a shallow one takes the second.
+MODEL_OUTPUT = "model_output"
+DEEP_FEATURES = "deep_features"
+HIDDEN_STATES = "encoder_hidden_states"
+POOLED = "text_embeds"
+
+
+def texts_of(request: Request, architecture: Architecture) -> list[str]:
+    """What the text encoders must read for this request."""
+    if not architecture.guides(request) or _zeros_instead(request, architecture):
+        return [request.prompt]
+    return [request.negative_prompt or "", request.prompt]
+
+
+def outputs_of(architecture: Architecture) -> list[list[str]]:
+    """For each text encoder the outputs that are needed of it."""
+    pooled = [name for name in architecture.unet_conditions if name == POOLED]
+    return [*([HIDDEN_STATES] for _ in architecture.text_encoders[1:]), [HIDDEN_STATES, *pooled]]
+
+
+def merge(answers: list[dict[str, Array]]) -> dict[str, Array]:
+    """The text encoders' answers as one: hidden states [T, L, D] side by side, the rest as the last one gave it."""
+    return {**answers[-1], HIDDEN_STATES: np.concatenate([answer[HIDDEN_STATES] for answer in answers], axis=-1)}
+
+
+def conditions_of(request: Request, texts: Mapping[str, Array], architecture: Architecture) -> Conditions:
+    """The UNet's inputs for this request, by name, from what the text encoders made of `texts_of` it."""
+    if architecture.guides(request) and _zeros_instead(request, architecture):
+        texts = {name: np.concatenate([np.zeros_like(array), array]) for name, array in texts.items()}
+    rows = len(texts[HIDDEN_STATES])
+    return {
+        name: texts[name] if name in texts else _repeat(_MADE[name](request, architecture), rows)
+        for name in architecture.unet_conditions
+    }
+
+
+def _zeros_instead(request: Request, architecture: Architecture) -> bool:
+    return request.negative_prompt is None and bool(architecture.zeros_for_no_negative_prompt)
+
+
+def _size_embeds(request: Request, architecture: Architecture) -> Array:
+    """Original size, crop from the top left and target size, as StableDiffusionXLPipeline has them unasked."""
+    size = (request.height, request.width)
+    return architecture.size_embedding([*size, 0, 0, *size]).reshape(-1)
+
+
+def _guidance(request: Request, architecture: Architecture) -> Array:
+    """Sines and cosines of the scale: `get_guidance_scale_embedding` of diffusers, in its own float32 arithmetic."""
+    half = architecture.guidance_width // 2
+    step = torch.log(torch.tensor(10000.0)) / (half - 1)
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -step)
+    angles = torch.tensor(request.guidance_scale - 1.0) * 1000.0 * frequencies
+    embedding = torch.cat([torch.sin(angles), torch.cos(angles)])
+    return np.pad(embedding.numpy(), (0, architecture.guidance_width % 2))
+
+
+_MADE: Mapping[str, Callable[[Request, Architecture], Array]] = {
+    "size_embeds": _size_embeds,
+    "timestep_cond": _guidance,
+}
+
+
+def _repeat(row: Array, rows: int) -> Array:
+    return np.repeat(row[None], rows, axis=0)

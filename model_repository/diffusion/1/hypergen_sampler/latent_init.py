@@ -1,0 +1,163 @@
+"""Where an image starts from: noise, or a picture that is noised away in part; and what a mask keeps of that picture.
+
+Follows diffusers' text-to-image, image-to-image and inpainting pipelines, down to the order in which they draw from an
+image's generator. Knows torch and diffusers' schedulers; the picture comes encoded.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hypergen_sampler.conditioning import Array
+from hypergen_sampler.request import InvalidInputError, Pixels, Request
+
+
+@dataclass(frozen=True)
+class Original:
+    """The picture to start from, as the VAE's encoder gives it: mean and std [C, h, w] of its posterior."""
+
+    mean: Array
+    std: Array
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What a request's images are drawn on: latents of `shape` C, h, w, and the picture that is there already."""
+
+    shape: tuple[int, int, int]
+    original: Original | None = None
+    mask: Pixels | None = None
+    """[H, W] over the original: from 128 on, what lies under it is repainted."""
+    thins_out: bool = False
+    """How a strength below 1 is met: True takes the request's number of steps through what the strength leaves of the
+    schedule, as the pipelines of latent consistency models do; False takes the last steps of that many."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What lies outside a mask: it is put back after every step, with the noise that the next one expects."""
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    mask: torch.Tensor
+    """[1, 1, h, w]: 1 is repainted."""
+
+    def put_back(self, latents: torch.Tensor, scheduler: Any, next_timestep: torch.Tensor | None) -> torch.Tensor:
+        """`latents` with the kept part in it, free of noise where no timestep follows."""
+        kept = self.latents
+        if next_timestep is not None:
+            kept = scheduler.add_noise(kept, self.noise, next_timestep[None])
+        return (1 - self.mask) * kept + self.mask * latents
+
+
+@dataclass(frozen=True)
+class Start:
+    """The first latents [1, C, h, w], the timesteps that lead to the last, and what a mask keeps.
+
+    No timesteps: the strength leaves no step, and the picture stays as it is.
+    """
+
+    latents: torch.Tensor
+    timesteps: list[torch.Tensor]
+    kept: Kept | None = None
+
+
+def start_of(request: Request, canvas: Canvas, scheduler: Any, generator: torch.Generator) -> Start:
+    """Set the scheduler's timesteps, and draw what the image starts from.
+
+    The noise of diffusers: drawn on the CPU in float32, one generator per image.
+
+    Raises:
+        InvalidInputError: the scheduler does not take these steps or no picture, or the strength leaves too few.
+    """
+    if canvas.original is None:
+        timesteps = _timesteps(scheduler, request.num_inference_steps)
+        noise = torch.randn((1, *canvas.shape), generator=generator)
+        return Start(noise * scheduler.init_noise_sigma, timesteps)
+    if not hasattr(scheduler, "add_noise"):
+        raise InvalidInputError("image", "must be absent, as this scheduler starts from noise alone; name another one")
+    if canvas.mask is None:
+        return _from_picture(request, canvas.original, canvas.thins_out, scheduler, generator)
+    return _from_masked_picture(request, canvas.original, canvas.mask, scheduler, generator)
+
+
+def _from_picture(
+    request: Request, original: Original, thins_out: bool, scheduler: Any, generator: torch.Generator
+) -> Start:
+    thins_out = thins_out and "strength" in inspect.signature(scheduler.set_timesteps).parameters
+    timesteps = _thinned_timesteps(scheduler, request) if thins_out else _last_timesteps(scheduler, request)
+    latents = _drawn(original, generator)
+    if not timesteps:
+        return Start(latents, [])
+    noise = torch.randn(latents.shape, generator=generator)
+    return Start(scheduler.add_noise(latents, noise, timesteps[0][None]), timesteps)
+
+
+def _from_masked_picture(
+    request: Request, original: Original, mask: Pixels, scheduler: Any, generator: torch.Generator
+) -> Start:
+    timesteps = _last_timesteps(scheduler, request)
+    latents = _drawn(original, generator)
+    if not timesteps:
+        return Start(latents, [])
+    noise = torch.randn(latents.shape, generator=generator)
+    # The masked picture, which only a UNet of nine channels sees; diffusers draws it for any.
+    torch.randn(latents.shape, generator=generator)
+    kept = Kept(latents, noise, _latent_mask(mask, latents.shape[2:]))
+    if request.strength == 1.0:
+        return Start(noise * scheduler.init_noise_sigma, timesteps, kept)
+    return Start(scheduler.add_noise(latents, noise, timesteps[0][None]), timesteps, kept)
+
+
+def _drawn(original: Original, generator: torch.Generator) -> torch.Tensor:
+    """A sample [1, C, h, w] of the posterior."""
+    mean, std = torch.from_numpy(original.mean)[None], torch.from_numpy(original.std)[None]
+    return mean + std * torch.randn(mean.shape, generator=generator)
+
+
+def _latent_mask(mask: Pixels, size: torch.Size) -> torch.Tensor:
+    """[1, 1, h, w]: each latent pixel is repainted where the mask covers its top left corner."""
+    covered = torch.from_numpy((mask >= 128).astype(np.float32))[None, None]
+    return torch.nn.functional.interpolate(covered, size=size)
+
+
+def _timesteps(scheduler: Any, num_inference_steps: int, **more: Any) -> list[torch.Tensor]:
+    try:
+        scheduler.set_timesteps(num_inference_steps, device="cpu", **more)
+    except ValueError as refusal:
+        # LCM and TCD take at most the steps they were distilled from.
+        raise InvalidInputError(
+            "num_inference_steps", f"the scheduler refuses {num_inference_steps}: {refusal}"
+        ) from None
+    return list(scheduler.timesteps)
+
+
+def _last_timesteps(scheduler: Any, request: Request) -> list[torch.Tensor]:
+    """As `get_timesteps` of diffusers' pipelines: of the request's steps, the share that the strength states."""
+    steps = request.num_inference_steps
+    timesteps = _timesteps(scheduler, steps)
+    taken = min(int(steps * request.strength), steps)
+    if taken == 0:
+        return []
+    first = (steps - taken) * scheduler.order
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first)
+    return timesteps[first:]
+
+
+def _thinned_timesteps(scheduler: Any, request: Request) -> list[torch.Tensor]:
+    """As LatentConsistencyModelImg2ImgPipeline: all of the request's steps, in what the strength leaves of them."""
+    _timesteps(scheduler, request.num_inference_steps)  # where these are too many, it is not the strength's fault
+    if int(scheduler.config.original_inference_steps * request.strength) == 0:
+        return []
+    try:
+        return _timesteps(scheduler, request.num_inference_steps, strength=request.strength)
+    except InvalidInputError:
+        raise InvalidInputError(
+            "strength", f"must be large enough for {request.num_inference_steps} steps, not {request.strength:g}"
+        ) from None

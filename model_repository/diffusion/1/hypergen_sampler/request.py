@@ -1,0 +1,304 @@
+"""What the model `diffusion` promises: its limits and defaults, and the request it accepts; and of what it is made.
+
+Knows the parameters of `config.pbtxt` and the names of the input tensors. Knows neither Triton nor torch.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hypergen_sampler.lora import BASE, Variant, read_variants
+from hypergen_sampler.sinusoids import Sinusoid
+
+Pixels = npt.NDArray[np.uint8]
+
+MAX_SEED = 2**63 - 1
+MAX_PARTIAL_IMAGES = 3
+
+
+class InvalidInputError(ValueError):
+    """An input's value cannot be served. `str()` is "<input>: <problem>"."""
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(f"{name}: {problem}")
+
+
+class NonFiniteLatentsError(ArithmeticError):
+    """An image's latents are no longer numbers: its picture would be black. Its message is for the client."""
+
+
+class QueueFullError(RuntimeError):
+    """No room to wait in. `str()` starts with "queue full"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What this checkpoint and its engines take, and what they do unasked. Sizes in pixels a side."""
+
+    default_width: int
+    default_height: int
+    size_factor: int
+    min_size: int
+    max_size: int
+    sizes: tuple[str, ...]
+    """WIDTHxHEIGHT of those that the engines are built for; none where they take any."""
+    default_num_inference_steps: int
+    max_num_inference_steps: int
+    default_guidance_scale: float
+    max_guidance_scale: float
+    max_cache_interval: int
+    """1 where there is no shallow UNet."""
+    max_num_images: int
+    max_active_images: int
+    max_waiting_images: int
+    max_batch_size: int
+    """Rows of one UNet call; an image under classifier-free guidance takes two."""
+    latent_channels: int
+    vae_scale_factor: int
+    schedulers: tuple[str, ...]
+    loras: tuple[Variant, ...]
+    """Those that a request may ask for; of the scales of one, the first is the usual one."""
+
+    @classmethod
+    def from_model_config(cls, model_config: str) -> Limits:
+        """Read the model configuration that Triton hands over as JSON.
+
+        Raises:
+            ValueError: a parameter is missing or not of its type.
+        """
+        return cls(**_parameters(cls, model_config))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """How this checkpoint's components are put together: what tells one family from another."""
+
+    text_encoders: tuple[str, ...]
+    """Their hidden states stand side by side along the last axis; a pooled prompt comes from the last one."""
+    tokenizers: tuple[str, ...]
+    """One for each text encoder: `NAME.json` beside the model's versions."""
+    unet_conditions: tuple[str, ...]
+    """The UNet's inputs beside `sample` and `time`."""
+    time_width: int
+    """Length of a timestep's embedding."""
+    size_width: int
+    """Length of the embedding of one side or offset of an image, 0 where the UNet is told none."""
+    flip_sin_to_cos: int
+    freq_shift: float
+    """How diffusers' `Timesteps` embeds timesteps and sides."""
+    guidance_width: int
+    """Length of the guidance scale's embedding, 0 where the UNet takes none."""
+    zeros_for_no_negative_prompt: int
+    """1: an absent negative prompt is zeros. 0: it is the empty text. A given one, even empty, is always encoded."""
+
+    @classmethod
+    def from_model_config(cls, model_config: str) -> Architecture:
+        """Read the model configuration that Triton hands over as JSON.
+
+        Raises:
+            ValueError: a parameter is missing or not of its type.
+        """
+        return cls(**_parameters(cls, model_config))
+
+    def guides(self, request: Request) -> bool:
+        """Whether an image takes two rows of the UNet, for classifier-free guidance (Ho & Salimans, 2022).
+
+        At scale 1 that is the identity, and a UNet that takes the scale as an input has it inside.
+        """
+        return request.guidance_scale > 1.0 and not self.guidance_width
+
+    def check(self, request: Request) -> None:
+        """Raise InvalidInputError for what this checkpoint in particular cannot do."""
+        if self.guidance_width and (request.guidance_start, request.guidance_end) != (0.0, 1.0):
+            name = "guidance_start" if request.guidance_start else "guidance_end"
+            raise InvalidInputError(
+                name, "must be absent, as this model's guidance is inside its UNet and costs nothing"
+            )
+
+    @property
+    def time_embedding(self) -> Sinusoid:
+        """What makes the UNet's `time` of timesteps."""
+        return self._sinusoid(self.time_width)
+
+    @property
+    def size_embedding(self) -> Sinusoid:
+        """What makes the UNet's `size_embeds` of sides in pixels."""
+        return self._sinusoid(self.size_width)
+
+    def _sinusoid(self, width: int) -> Sinusoid:
+        return Sinusoid(width=width, flip_sin_to_cos=bool(self.flip_sin_to_cos), freq_shift=self.freq_shift)
+
+    @property
+    def is_latent_consistency(self) -> bool:
+        """Whether diffusers serves it by the pipelines of latent consistency models, XL having none of its own."""
+        return self.guidance_width > 0 and "text_embeds" not in self.unet_conditions
+
+
+def _parameters(cls: type, model_config: str) -> dict[str, Any]:
+    """The parameters that are fields of `cls`, each of its field's type."""
+    given = {key: entry["string_value"] for key, entry in json.loads(model_config)["parameters"].items()}
+    readers: dict[str, Any] = {
+        "int": int,
+        "float": float,
+        "tuple[str, ...]": _names,
+        "tuple[Variant, ...]": read_variants,
+    }
+    try:
+        return {name: readers[str(kind)](given[name]) for name, kind in cls.__annotations__.items()}
+    except KeyError as missing:
+        raise ValueError(f"config.pbtxt of diffusion lacks the parameter {missing}") from None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """A checked request: `num_images` pictures of one prompt, image i from the noise of `seed + i`."""
+
+    prompt: str
+    negative_prompt: str | None
+    """None: none was given, which a family may tell from an empty one."""
+    num_images: int
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str
+    """A name of `Limits.schedulers`, or empty for the checkpoint's own."""
+    seed: int
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
+    """The part of the steps that are guided (Kynkäänniemi et al., 2024); outside it the scale is 1."""
+    cache_interval: int = 1
+    """Of so many steps the first one's deep features serve all (DeepCache: Ma et al., 2023)."""
+    partial_images: int = 0
+    """Previews of each picture."""
+    image: Pixels | None = None
+    """[height, width, 3] to start from."""
+    mask: Pixels | None = None
+    """[height, width] over `image`: 255 is repainted, 0 stays."""
+    strength: float = 1.0
+    """How much of `image` is noised away: 1 is all of it; what leaves no step leaves `image` as it is."""
+    variant: Variant = BASE
+    """The checkpoint as it is, or with one of `Limits.loras`."""
+
+
+def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
+    """Complete the given inputs (by tensor name, absent ones left out) with the defaults, and hold them to the limits.
+
+    Raises:
+        InvalidInputError: names the first input that cannot be served, its problem and what would be right.
+    """
+    num_images = _within("num_images", given.get("num_images", 1), 1, limits.max_num_images)
+    width, height = _size(given, limits)
+    _check_pixels(given, width, height)
+    given_steps = given.get("num_inference_steps", limits.default_num_inference_steps)
+    steps = _within("num_inference_steps", given_steps, 1, limits.max_num_inference_steps)
+    guidance_start = _within("guidance_start", given.get("guidance_start", 0.0), 0.0, 1.0)
+    return Request(
+        prompt=given["prompt"],
+        negative_prompt=given.get("negative_prompt"),
+        num_images=num_images,
+        width=width,
+        height=height,
+        num_inference_steps=steps,
+        guidance_scale=_within(
+            "guidance_scale",
+            given.get("guidance_scale", limits.default_guidance_scale),
+            1.0,
+            limits.max_guidance_scale,
+        ),
+        guidance_start=guidance_start,
+        guidance_end=_within("guidance_end", given.get("guidance_end", 1.0), guidance_start, 1.0),
+        cache_interval=_within("cache_interval", given.get("cache_interval", 1), 1, limits.max_cache_interval),
+        scheduler=_scheduler(given.get("scheduler", ""), limits),
+        seed=_within("seed", given.get("seed", random_seed()), 0, MAX_SEED - num_images + 1),
+        partial_images=_within("partial_images", given.get("partial_images", 0), 0, MAX_PARTIAL_IMAGES),
+        image=given.get("image"),
+        mask=given.get("mask"),
+        strength=_strength(given, steps),
+        variant=_variant(given, limits),
+    )
+
+
+def random_seed() -> int:
+    """A seed of 32 bits: enough to never meet twice, short enough to be copied by hand."""
+    return secrets.randbits(32)
+
+
+def _within(name: str, value: Any, low: Any, high: Any) -> Any:
+    # Written so that NaN, which compares false with everything, is refused too.
+    if not low <= value <= high:
+        raise InvalidInputError(name, f"must be from {low} to {high}, not {value}")
+    return value
+
+
+def _size(given: Mapping[str, Any], limits: Limits) -> tuple[int, int]:
+    """The size asked for; without one that of the picture to start from, and without that the checkpoint's own."""
+    image = given.get("image")
+    default_height, default_width = (limits.default_height, limits.default_width) if image is None else image.shape[:2]
+    width = _side("width", given.get("width", default_width), limits)
+    height = _side("height", given.get("height", default_height), limits)
+    if limits.sizes and f"{width}x{height}" not in limits.sizes:
+        raise InvalidInputError("width", f"with height must be one of {', '.join(limits.sizes)}, not {width}x{height}")
+    return width, height
+
+
+def _side(name: str, value: int, limits: Limits) -> int:
+    if value % limits.size_factor or not limits.min_size <= value <= limits.max_size:
+        legal = f"a multiple of {limits.size_factor} from {limits.min_size} to {limits.max_size}"
+        raise InvalidInputError(name, f"must be {legal}, not {value}")
+    return value
+
+
+def _check_pixels(given: Mapping[str, Any], width: int, height: int) -> None:
+    for name, shape in (("image", (height, width, 3)), ("mask", (height, width))):
+        if name in given and "image" not in given:
+            raise InvalidInputError(name, "needs an image that it lies over")
+        if name in given and given[name].shape != shape:
+            problem = f"must be {list(shape)} as height and width say, not {list(given[name].shape)}"
+            raise InvalidInputError(name, problem)
+
+
+def _strength(given: Mapping[str, Any], steps: int) -> float:
+    """Unasked 0.8, and 1 under a mask, as diffusers' image-to-image and inpainting pipelines have it; or one step."""
+    if "strength" in given and "image" not in given:
+        raise InvalidInputError("strength", "needs an image to start from")
+    unasked = max(0.8, 1 / steps) if "image" in given and "mask" not in given else 1.0
+    strength: float = _within("strength", given.get("strength", unasked), 0.0, 1.0)
+    return strength
+
+
+def _variant(given: Mapping[str, Any], limits: Limits) -> Variant:
+    """The LoRA at its usual scale where none is given; a scale of 0 is the checkpoint as it is."""
+    if "lora" not in given:
+        if "lora_scale" in given:
+            raise InvalidInputError("lora_scale", "needs a lora")
+        return BASE
+    known = {lora.scale: lora for lora in limits.loras if lora.name == given["lora"]}
+    if not known:
+        names = ", ".join(dict.fromkeys(lora.name for lora in limits.loras))
+        legal = f"one of {names}" if names else "absent, as this model has none"
+        raise InvalidInputError("lora", f"must be {legal}, not {given['lora'][:64]!r}")
+    known[0.0] = BASE
+    scale = given.get("lora_scale", next(iter(known)))
+    if scale not in known:
+        raise InvalidInputError(
+            "lora_scale", f"must be {', '.join(f'{one:g}' for one in sorted(known))}, not {scale:g}"
+        )
+    return known[scale]
+
+
+def _scheduler(name: str, limits: Limits) -> str:
+    if name and name not in limits.schedulers:
+        raise InvalidInputError("scheduler", f"must be one of {', '.join(limits.schedulers)}, not {name[:64]!r}")
+    return name

@@ -1,0 +1,163 @@
+"""One image on its way to its latents: the mathematics of a step, without any batching.
+
+Follows `__call__` of diffusers' pipelines step for step, so that the same weights, seed and scheduler give the same
+latents. Knows torch and diffusers; the UNet itself and what it is told of the prompt are somebody else's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hypergen_sampler.conditioning import DEEP_FEATURES, HIDDEN_STATES, MODEL_OUTPUT, Array, Conditions
+from hypergen_sampler.latent_init import Canvas, start_of
+from hypergen_sampler.predicted_x0 import original_of, preview_steps
+from hypergen_sampler.request import NonFiniteLatentsError, Request
+from hypergen_sampler.schedulers import step_arguments
+
+
+@dataclass(frozen=True)
+class UNetRows:
+    """The rows that one image adds to a batch: [R, C, h, w], [R] and [R, …], with R = 2 in a guided step, else 1.
+
+    `model` is the UNet's name in Triton, `outputs` are those that are needed of it.
+    """
+
+    model: str
+    sample: Array
+    timestep: Array
+    conditions: Conditions
+    outputs: tuple[str, ...] = (MODEL_OUTPUT,)
+
+
+class Image:
+    """The latents of one image and the scheduler that moves them.
+
+    Args:
+        request: what to draw; `seed` must already be this image's own.
+        conditions: the UNet's inputs beside latents and timestep, each with the rows of a guided step.
+        canvas: what to draw it on.
+        scheduler: one of diffusers', which is this image's alone.
+
+    Raises:
+        InvalidInputError: the scheduler does not take these steps or no picture, or the strength leaves too few.
+    """
+
+    def __init__(self, request: Request, conditions: Conditions, canvas: Canvas, scheduler: Any) -> None:
+        self.steps_done = 0
+        self._variant = request.variant
+        self._cache_interval = request.cache_interval
+        self._deep_features: Array | None = None
+        self._conditions = conditions
+        self._guidance_scale = request.guidance_scale
+        self._scheduler = scheduler
+        generator = torch.Generator("cpu").manual_seed(request.seed)
+        start = start_of(request, canvas, self._scheduler, generator)
+        self._latents, self._timesteps, self._kept = start.latents, start.timesteps, start.kept
+        self._extra = step_arguments(self._scheduler, generator)
+        self._guided_steps = steps_between(request.guidance_start, request.guidance_end, self.steps)
+        self._preview_steps = preview_steps(self.steps, request.partial_images)
+        self._preview: torch.Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many rows of a UNet batch this image needs for its next step."""
+        return len(self._conditions[HIDDEN_STATES]) if self.steps_done in self._guided_steps else 1
+
+    @property
+    def model(self) -> str:
+        """The model that takes the next step: images of one can share its batches."""
+        return self._variant.unet if self._reused is None else self._variant.shallow_unet
+
+    @property
+    def _reused(self) -> Array | None:
+        """The deep features of an earlier step, where the next one takes them; that one must have had all its rows."""
+        kept = self._deep_features
+        if self.steps_done % self._cache_interval == 0 or kept is None or len(kept) < self.rows:
+            return None
+        return kept
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the latents: only equal ones can share a batch, and those of one `model`."""
+        return self._latents.shape[2], self._latents.shape[3]
+
+    @property
+    def steps(self) -> int:
+        """UNet calls that this image takes in all."""
+        return len(self._timesteps)
+
+    @property
+    def finished(self) -> bool:
+        return self.steps_done == self.steps
+
+    @property
+    def latents(self) -> Array:
+        """[C, h, w], as the scheduler left them (not yet divided by the VAE's scaling factor)."""
+        return _to_array(self._latents)
+
+    @property
+    def preview(self) -> Array | None:
+        """[C, h, w], what the last step expects `latents` to become in the end; None where nobody asked to see it."""
+        return None if self._preview is None else _to_array(self._preview)
+
+    def unet_rows(self) -> UNetRows:
+        """The input of this image's next step."""
+        timestep = self._timesteps[self.steps_done]
+        scaled = self._scheduler.scale_model_input(self._latents, timestep).numpy()
+        rows, reused = self.rows, self._reused
+        conditions = self._conditions if reused is None else {**self._conditions, DEEP_FEATURES: reused}
+        are_kept = reused is None and self._cache_interval > 1
+        return UNetRows(
+            model=self.model,
+            sample=np.concatenate([scaled] * rows),
+            timestep=np.full(rows, float(timestep), dtype=np.float32),
+            # Of two rows the last is the prompt's own.
+            conditions={name: array[-rows:] for name, array in conditions.items()},
+            outputs=(MODEL_OUTPUT, DEEP_FEATURES) if are_kept else (MODEL_OUTPUT,),
+        )
+
+    def advance(self, answer: Mapping[str, Array]) -> None:
+        """Take one step of the scheduler with the UNet's answer to `unet_rows`, each output [R, C, h, w].
+
+        Raises:
+            NonFiniteLatentsError: it leads to infinities or NaN, which no later step would turn into a picture.
+        """
+        if self._cache_interval > 1 and DEEP_FEATURES in answer:
+            # No longer in Triton's memory, and without the rows of others.
+            self._deep_features = answer[DEEP_FEATURES].copy()
+        guided = torch.from_numpy(self._guide(answer[MODEL_OUTPUT]))
+        timestep, sample = self._timesteps[self.steps_done], self._latents
+        step = self._scheduler.step(guided, timestep, sample, **self._extra)
+        self.steps_done += 1
+        if not step.prev_sample.isfinite().all():
+            raise NonFiniteLatentsError(f"not finite: the latents after step {self.steps_done} of {self.steps}")
+        self._latents = self._put_back(step.prev_sample, None if self.finished else self._timesteps[self.steps_done])
+        self._preview = None
+        if self.steps_done in self._preview_steps:
+            self._preview = self._put_back(original_of(self._scheduler, step, timestep, guided, sample), None)
+
+    def _guide(self, output: Array) -> Array:
+        if len(output) == 1:
+            return output
+        unconditional, conditional = output[:1], output[1:]
+        return unconditional + self._guidance_scale * (conditional - unconditional)
+
+    def _put_back(self, latents: torch.Tensor, next_timestep: torch.Tensor | None) -> torch.Tensor:
+        return latents if self._kept is None else self._kept.put_back(latents, self._scheduler, next_timestep)
+
+
+def steps_between(start: float, end: float, steps: int) -> range:
+    """The steps from one share of them to another, as diffusers' guiders count them.
+
+    Rounded first: 0.7 of 10 steps are 7, though in float32 they come to a little less.
+    """
+    return range(int(round(start * steps, 3)), int(round(end * steps, 3)))
+
+
+def _to_array(latents: torch.Tensor) -> Array:
+    return np.asarray(latents[0].numpy(), dtype=np.float32)

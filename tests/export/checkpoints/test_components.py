@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import pytest
+
+from hypergen_export.checkpoints.components import (
+    FAMILIES,
+    FREE_AXES,
+    STABLE_DIFFUSION,
+    Component,
+    Family,
+    Tensor,
+    with_deep_cache,
+)
+from hypergen_export.conversion.examples import VALUES, example_inputs
+from hypergen_export.conversion.wrappers import WRAPPERS
+
+SIZES = {
+    "tokens": 77,
+    "vocabulary": 49408,
+    "vocabulary_2": 49408,
+    "text_width": 768,
+    "text_width_2": 1280,
+    "context_width": 768,
+    "pooled_width": 1280,
+    "guidance_width": 256,
+    "latent_channels": 4,
+    "vae_scale_factor": 8,
+    "deep_channels": 320,
+    "time_width": 320,
+    "sizes_width": 1536,
+}
+ALL = [each for family in FAMILIES for each in (*family.components, *with_deep_cache(family.components))]
+
+
+@pytest.mark.parametrize("component", dict.fromkeys(ALL), ids=lambda component: component.name)
+def test_every_component_has_a_wrapper_and_values_to_be_tried_on(component: Component) -> None:
+    assert (component.wrapper or component.name) in WRAPPERS
+    assert {tensor.example for tensor in component.inputs} <= VALUES.keys()
+
+
+def test_a_free_axis_is_minus_one_for_triton_and_follows_the_latents_in_an_example() -> None:
+    image = Tensor(name="image", dtype="UINT8", axes=("height", "width", 3))
+    assert image.dims(SIZES) == (-1, -1, 3)
+    assert image.shape(SIZES, batch=2, height=9, width=7) == (2, 72, 56, 3)
+    assert image.free_axes() == {0: "batch", 1: "height", 2: "width"}
+
+
+def test_fixed_axes_are_the_checkpoints() -> None:
+    states = Tensor(name="states", dtype="FP32", axes=("tokens", "text_width"))
+    assert states.dims(SIZES) == (77, 768)
+    assert states.free_axes() == {0: "batch"}
+
+
+def test_a_pipeline_and_its_unets_inputs_belong_to_one_family() -> None:
+    keys = [(pipeline, frozenset(family.unet_conditions)) for family in FAMILIES for pipeline in family.pipelines]
+    assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_components_agree_on_what_they_hand_to_each_other(family: Family) -> None:
+    dims: dict[str, set[tuple[int, ...]]] = {}
+    for component in with_deep_cache(family.components):
+        for tensor in (*component.inputs, *component.outputs):
+            if tensor.name != "encoder_hidden_states":  # of which each text encoder gives a share
+                dims.setdefault(tensor.name, set()).add(tensor.dims(SIZES))
+    assert {name: found for name, found in dims.items() if len(found) > 1} == {}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_size_is_stated_by_a_module_or_follows_from_them(family: Family) -> None:
+    derived = {"tokens", "context_width", "vae_scale_factor", "deep_channels", "time_width", "sizes_width"}
+    components = with_deep_cache(family.components)
+    tensors = [tensor for each in components for tensor in (*each.inputs, *each.outputs)]
+    named = {axis for tensor in tensors for axis in tensor.axes if isinstance(axis, str) and axis not in FREE_AXES}
+    assert named <= derived | family.sizes.keys()
+    assert {module for module, _ in family.sizes.values()} <= family.modules.keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_text_encoder_has_its_tokenizer_and_the_last_one_pools_where_it_is_wanted(family: Family) -> None:
+    assert len(family.text_encoders) == len(family.tokenizers)
+    pooled = [tensor.name for tensor in family.text_encoders[-1].outputs if tensor.name == "text_embeds"]
+    assert pooled == [name for name in family.unet_conditions if name == "text_embeds"]
+
+
+def test_xls_decoder_and_encoder_alone_are_known_to_overflow_in_float16() -> None:
+    assert {
+        (family.name, each.name) for family in FAMILIES for each in family.components if each.overflows_float16
+    } == {
+        (family, component)
+        for family in ("stable-diffusion-xl", "latent-consistency-xl")
+        for component in ("vae_decoder", "vae_encoder")
+    }
+
+
+def test_example_prompts_end_at_another_place_each() -> None:
+    (text_encoder, *_) = STABLE_DIFFUSION
+    (ids,) = example_inputs(text_encoder, SIZES, batch=4, height=8, width=8)
+    end = SIZES["vocabulary"] - 1
+    assert [row.index(end) for row in ids.tolist()] == [1, 2, 3, 4]
+    assert (ids[:, -1] == end).all()
+
+
+def test_examples_are_the_same_every_time_and_differ_within_the_batch() -> None:
+    unet = next(component for component in STABLE_DIFFUSION if component.name == "unet")
+    first, again = (example_inputs(unet, SIZES, batch=3, height=5, width=6) for _ in range(2))
+    assert all((one == other).all() for one, other in zip(first, again, strict=True))
+    assert len(set(map(tuple, first[1].tolist()))) == 3

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hypergen_export.checkpoints.checkpoint import open_checkpoint
+from hypergen_export.checkpoints.defaults import checkpoint_parameters, remarks
+from hypergen_export.errors import BrokenCheckpointError
+from support.miniature import save_miniature
+from support.pipelines import pipeline_of
+
+from ..conftest import edit_json
+
+
+def parameters(folder: Path, **defaults: Any) -> dict[str, str]:
+    if defaults:
+        (folder / "hypergen_defaults.json").write_text(json.dumps(defaults))
+    return checkpoint_parameters(open_checkpoint(str(folder)))
+
+
+def steps_and_scale(found: dict[str, str]) -> tuple[str, str]:
+    return found["default_num_inference_steps"], found["default_guidance_scale"]
+
+
+@pytest.mark.parametrize(
+    ("family", "steps", "guidance"),
+    [
+        ("sd-1", "50", "7.5"),
+        ("sd-2", "50", "7.5"),
+        ("sd-turbo", "4", "1"),
+        ("lcm", "4", "8.5"),
+        ("tcd", "4", "1"),
+        ("sdxl", "50", "5"),
+        ("sdxl-turbo", "4", "1"),
+        ("sdxl-lightning", "4", "1"),
+        ("lcm-sdxl", "4", "8.5"),
+    ],
+)
+def test_habits_follow_from_scheduler_and_unet(family: str, steps: str, guidance: str, tmp_path: Path) -> None:
+    found = parameters(save_miniature(tmp_path, family=family))
+    assert (found["default_num_inference_steps"], found["default_guidance_scale"]) == (steps, guidance)
+
+
+@pytest.mark.parametrize("changes", [{"prediction_type": "v_prediction"}, {"rescale_betas_zero_snr": True}])
+def test_trailing_timesteps_of_a_model_trained_to_zero_terminal_noise_are_no_sign_of_few_steps(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    folder = save_miniature(tmp_path, family="sdxl-lightning")
+    edit_json(folder / "scheduler" / "scheduler_config.json", **changes)
+    assert parameters(folder)["default_num_inference_steps"] == "50"
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("model_index.json", "stabilityai/sdxl-turbo"),
+        ("unet/config.json", "/data/SDXL-Lightning/4step"),
+        ("model_index.json", "me/painter-2steps"),
+    ],
+)
+def test_trailing_euler_is_that_of_a_few_step_model_only_where_its_name_says_so_too(
+    part: str, name: str, tmp_path: Path
+) -> None:
+    folder = save_miniature(tmp_path / "painter", family="sdxl", scheduler={"timestep_spacing": "trailing"})
+    assert steps_and_scale(parameters(folder)) == ("50", "5")
+    assert remarks(open_checkpoint(str(folder))) == []
+    edit_json(folder / part, _name_or_path=name)
+    assert steps_and_scale(parameters(folder)) == ("4", "1")
+    (said,) = remarks(open_checkpoint(str(folder)))
+    assert said.startswith("taken for a few-step model (EulerDiscreteScheduler with trailing timesteps, and '")
+    assert said.endswith("' in its name): by default 4 steps, guidance scale 1")
+    assert parameters(folder, num_inference_steps=30, guidance_scale=6)["default_num_inference_steps"] == "30"
+    assert remarks(open_checkpoint(str(folder))) == [], "what its author states is no guess"
+
+
+@pytest.mark.parametrize("place", ["my-sdxl-turbo", "models--me--xl-turbo/snapshots/abc123"])
+def test_a_folders_or_the_hubs_name_tells_it_too(place: str, tmp_path: Path) -> None:
+    folder = save_miniature(tmp_path / place, family="sdxl", scheduler={"timestep_spacing": "trailing"})
+    assert parameters(folder)["default_num_inference_steps"] == "4"
+
+
+@pytest.mark.parametrize(
+    ("index", "is_said"),
+    [
+        ({"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}, True),
+        ({"requires_safety_checker": True}, True),
+        ({"safety_checker": [None, None], "requires_safety_checker": False}, False),
+        ({"safety_checker": None}, False),
+    ],
+)
+def test_a_safety_checker_that_is_not_run_is_said(index: dict[str, Any], is_said: bool, checkpoint_copy: Path) -> None:
+    edit_json(checkpoint_copy / "model_index.json", **index)
+    assert ["safety checker" in text for text in remarks(open_checkpoint(str(checkpoint_copy)))] == [True] * is_said
+
+
+def test_a_guidance_scale_of_zero_is_none(checkpoint_copy: Path) -> None:
+    assert parameters(checkpoint_copy, guidance_scale=0.0)["default_guidance_scale"] == "1"
+
+
+@pytest.mark.parametrize(("stated", "zeros"), [({}, "1"), ({"force_zeros_for_empty_prompt": False}, "0")])
+def test_the_sampler_learns_how_the_components_belong_together(
+    tmp_path: Path, stated: dict[str, bool], zeros: str
+) -> None:
+    folder = save_miniature(tmp_path, family="lcm-sdxl")
+    edit_json(folder / "model_index.json", **stated)
+    found = parameters(folder)
+    assert found["components"] == "text_encoder,text_encoder_2,unet,vae_decoder,vae_encoder"
+    assert (found["text_encoders"], found["tokenizers"]) == ("text_encoder,text_encoder_2", "tokenizer,tokenizer_2")
+    assert found["unet_conditions"] == "encoder_hidden_states,text_embeds,size_embeds,timestep_cond"
+    assert (found["guidance_width"], found["zeros_for_no_negative_prompt"]) == ("32", zeros)
+
+
+def test_what_a_checkpoint_recommends_is_the_default(checkpoint_copy: Path) -> None:
+    found = parameters(checkpoint_copy, num_inference_steps=20, guidance_scale=3, width=96, height=72, max_size=256)
+    assert found["default_num_inference_steps"] == "20"
+    assert found["default_guidance_scale"] == "3"
+    assert (found["default_width"], found["default_height"]) == ("96", "72")
+    assert (found["min_size"], found["max_size"]) == ("64", "256")
+
+
+@pytest.mark.parametrize(
+    ("sample_size", "sides", "limits"),
+    [
+        (64, ("512", "512"), ("64", "1024")),
+        (96, ("768", "768"), ("64", "1536")),
+        (4, ("32", "32"), ("32", "1024")),
+        ([8, 12], ("96", "64"), ("64", "1024")),
+    ],
+)
+def test_sizes_follow_from_what_the_unet_was_trained_on(
+    checkpoint_copy: Path, sample_size: Any, sides: tuple[str, str], limits: tuple[str, str]
+) -> None:
+    edit_json(checkpoint_copy / "unet" / "config.json", sample_size=sample_size)
+    found = parameters(checkpoint_copy)
+    assert (found["default_width"], found["default_height"]) == sides
+    assert (found["min_size"], found["max_size"]) == limits
+
+
+def test_limits_are_multiples_of_the_vaes_factor(checkpoint_copy: Path) -> None:
+    found = parameters(checkpoint_copy, min_size=33, max_size=999)
+    assert (found["min_size"], found["max_size"]) == ("40", "992")
+
+
+def test_suggestions_travel_one_a_line(checkpoint_copy: Path) -> None:
+    assert parameters(checkpoint_copy)["suggestions"] == ""
+    prompts = ["a rocket, on yellow", "Crème brûlée"]
+    assert parameters(checkpoint_copy, suggestions=prompts)["suggestions"].splitlines() == prompts
+
+
+@pytest.mark.parametrize(
+    "defaults",
+    [
+        {"width": 100},
+        {"max_size": 32},
+        {"num_inference_steps": "many"},
+        {"suggestions": "a rocket"},
+        {"suggestions": ["two\nlines"]},
+    ],
+)
+def test_defaults_that_cannot_be_are_a_broken_checkpoint(checkpoint_copy: Path, defaults: dict[str, Any]) -> None:
+    with pytest.raises(BrokenCheckpointError, match="default"):
+        parameters(checkpoint_copy, **defaults)
+
+
+@pytest.mark.parametrize(
+    ("family", "sample_size", "saved_by", "width"),
+    [
+        ("sd-1", 32, "0.8.1", 512),
+        ("sd-1", 32, "0.6.0.dev0", 512),
+        ("sd-1", 96, "0.8.1", 768),
+        ("sd-1", 32, "0.9.0", 256),
+        ("sd-1", 32, "0.32.0", 256),
+        ("sd-1", [32, 32], "0.8.1", 256),
+        ("lcm", 32, "0.8.1", 256),
+        ("sdxl", 32, "0.8.1", 256),
+    ],
+)
+def test_the_size_that_an_old_config_states_is_what_its_pipeline_makes_of_it(
+    family: str, sample_size: Any, saved_by: str, width: int, tmp_path: Path
+) -> None:
+    folder = save_miniature(tmp_path, family=family)
+    edit_json(folder / "unet" / "config.json", sample_size=sample_size, _diffusers_version=saved_by)
+    pipeline = pipeline_of(folder)
+    theirs = pipeline.unet.config.sample_size
+    assert (theirs if isinstance(theirs, int) else theirs[0]) * pipeline.vae_scale_factor == width
+    assert parameters(folder)["default_width"] == str(width)

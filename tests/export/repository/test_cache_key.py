@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hypergen_export.checkpoints.hashes import ContentHashes
+from hypergen_export.checkpoints.lora import Lora
+from hypergen_export.repository.cache_key import component_key, plan_key, repository_key, tokenizer_key
+
+from ..conftest import COMPONENTS, edit_json
+
+
+def keys(folder: Path) -> dict[str, str]:
+    checkpoint = open_checkpoint(str(folder))
+    parts = {name: component_key(checkpoint, component, ContentHashes()) for name, component in COMPONENTS.items()}
+    return parts | {"tokenizer": tokenizer_key(checkpoint, "tokenizer")}
+
+
+def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    return {name for name in before if before[name] != after[name]}
+
+
+def test_the_same_files_elsewhere_have_the_same_keys(checkpoint_folder: Path, checkpoint_copy: Path) -> None:
+    assert changed(keys(checkpoint_folder), keys(checkpoint_copy)) == set()
+
+
+@pytest.mark.parametrize(
+    ("file", "affected"),
+    [
+        ("unet/diffusion_pytorch_model.safetensors", {"unet"}),
+        ("vae/diffusion_pytorch_model.safetensors", {"vae_decoder", "vae_encoder"}),
+        ("text_encoder/model.safetensors", {"text_encoder"}),
+    ],
+)
+def test_weights_count_by_their_content_and_not_by_their_time(
+    checkpoint_copy: Path, file: str, affected: set[str]
+) -> None:
+    path = checkpoint_copy / file
+    os.utime(path, (1, 1))
+    before = keys(checkpoint_copy)
+    os.utime(path, (2, 2))
+    assert changed(before, keys(checkpoint_copy)) == set()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, (1, 1))
+    assert changed(before, keys(checkpoint_copy)) == affected
+
+
+def test_a_config_counts_by_its_content(checkpoint_copy: Path) -> None:
+    before = keys(checkpoint_copy)
+    os.utime(checkpoint_copy / "vae" / "config.json", ns=(1, 1))
+    assert changed(before, keys(checkpoint_copy)) == set()
+    edit_json(checkpoint_copy / "vae" / "config.json", scaling_factor=0.5)
+    assert changed(before, keys(checkpoint_copy)) == {"vae_decoder", "vae_encoder"}
+
+
+def test_another_vocabulary_changes_the_tokenizers_key_alone(checkpoint_copy: Path) -> None:
+    before = keys(checkpoint_copy)
+    with (checkpoint_copy / "tokenizer" / "merges.txt").open("a") as merges:
+        merges.write("q q\n")
+    assert changed(before, keys(checkpoint_copy)) == {"tokenizer"}
+
+
+def test_weights_in_the_hubs_cache_count_by_their_content_and_not_by_their_blobs_name(checkpoint_copy: Path) -> None:
+    """Whoever saves into a snapshot writes through its links: the blob's name then is the hash of other weights."""
+    weights = checkpoint_copy / "unet" / "diffusion_pytorch_model.safetensors"
+    blob = checkpoint_copy / "blobs" / "abc123"
+    blob.parent.mkdir()
+    before = keys(checkpoint_copy)
+    shutil.move(weights, blob)
+    weights.symlink_to(blob)
+    assert changed(before, keys(checkpoint_copy)) == set()
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    assert changed(before, keys(checkpoint_copy)) == {"unet"}
+
+
+def test_a_plans_key_follows_its_onnx_and_all_that_it_is_built_for() -> None:
+    key = plan_key("onnx", "float16", "TensorRT 11.1", "H100", [(1, 2)])
+    assert plan_key("onnx", "float16", "TensorRT 11.1", "H100", [(1, 2)]) == key
+    others = [
+        plan_key("other", "float16", "TensorRT 11.1", "H100", [(1, 2)]),
+        plan_key("onnx", "float32", "TensorRT 11.1", "H100", [(1, 2)]),
+        plan_key("onnx", "float16", "TensorRT 11.2", "H100", [(1, 2)]),
+        plan_key("onnx", "float16", "TensorRT 11.1", "A10", [(1, 2)]),
+        plan_key("onnx", "float16", "TensorRT 11.1", "H100", [(1, 4)]),
+    ]
+    assert len({key, *others}) == 6
+
+
+def test_a_repositorys_key_follows_parts_settings_and_sources(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    source = tmp_path / "model.py"
+    source.write_text("one")
+    parts = [component_key(checkpoint, component, ContentHashes()) for component in COMPONENTS.values()]
+    key = repository_key(parts, {"dtype": "float32"}, [source])
+    assert repository_key(parts, {"dtype": "float32"}, [source]) == key
+    assert repository_key(parts[1:], {"dtype": "float32"}, [source]) != key
+    assert repository_key(parts, {"dtype": "bfloat16"}, [source]) != key
+    source.write_text("two")
+    assert repository_key(parts, {"dtype": "float32"}, [source]) != key
+
+
+def test_a_merged_loras_content_and_scale_are_in_the_key(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"one")
+    (tmp_path / "b.safetensors").write_bytes(b"two")
+    (tmp_path / "c.safetensors").write_bytes(b"one")
+
+    def key(file: str, scale: float) -> str:
+        lora = Lora(name="ink", file=tmp_path / file, scale=scale)
+        return component_key(checkpoint, COMPONENTS["unet"].with_lora(lora), ContentHashes())
+
+    given = [key("a.safetensors", 1), key("b.safetensors", 1), key("a.safetensors", 0.5)]
+    assert len({component_key(checkpoint, COMPONENTS["unet"], ContentHashes()), *given}) == 4
+    assert key("c.safetensors", 1) == given[0], "where the file lies is all the same"

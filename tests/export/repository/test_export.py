@@ -1,0 +1,285 @@
+"""What an export does again and what it takes over from the one before."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import openvino
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hypergen_export.checkpoints.hashes import LARGE
+from hypergen_export.checkpoints.lora import read_loras
+from hypergen_export.errors import BadLoraError, BrokenCheckpointError, OutputRefusedError
+from hypergen_export.repository.config_pbtxt import read_config
+from hypergen_export.repository.export import ExportRequest, Outcome, export, sampler_folder, sampler_sources
+from support.loras import lora_weights, save_by_diffusers
+
+from ..conftest import Array, edit_json, leftovers
+
+NAMES = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+
+
+@pytest.fixture
+def request_again(checkpoint_folder: Path, repository_copy: Path) -> ExportRequest:
+    """The very request that made the repository."""
+    return ExportRequest(model=str(checkpoint_folder), output=repository_copy, max_batch_size=4, model_id="tiny/one")
+
+
+def onnx_files(repository: Path) -> dict[str, int]:
+    """Component -> identity of its file."""
+    return {name: (repository / name / "1" / "model.onnx").stat().st_ino for name in NAMES}
+
+
+def sampler_parameter(repository: Path, name: str) -> str:
+    config = read_config((repository / "diffusion" / "config.pbtxt").read_text())
+    return str(config.parameters[name].string_value)
+
+
+def test_a_repository_is_laid_out_as_triton_and_the_sampler_expect(repository: Path) -> None:
+    files = {path.relative_to(repository).as_posix() for path in repository.rglob("*") if path.is_file()}
+    assert files == {
+        "hypergen.json",
+        *(f"{name}/config.pbtxt" for name in (*NAMES, "diffusion")),
+        *(f"{name}/1/model.onnx" for name in NAMES),
+        *(f"diffusion/{source.relative_to(sampler_folder()).as_posix()}" for source in sampler_sources()),
+        "diffusion/tokenizer.json",
+        "diffusion/schedulers.json",
+    }
+
+
+def test_the_record_says_what_was_made_of_what_and_how_well(repository: Path, checkpoint_folder: Path) -> None:
+    record = json.loads((repository / "hypergen.json").read_text())
+    assert record["model"] == str(checkpoint_folder)
+    assert (record["engine"], record["dtype"], record["model_id"]) == ("openvino", "float32", "tiny/one")
+    assert record["versions"].keys() >= {"torch", "diffusers", "openvino"}
+    parity = {name: entry["parity"] for name, entry in record["components"].items()}
+    assert tuple(parity) == NAMES
+    assert all(0 <= entry["difference"] <= entry["tolerance"] for entry in parity.values())
+
+
+def test_the_same_export_again_does_nothing(request_again: ExportRequest) -> None:
+    before = {path: path.stat().st_mtime_ns for path in request_again.output.rglob("*")}
+    assert export(request_again) == Outcome()
+    assert {path: path.stat().st_mtime_ns for path in request_again.output.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "parameter", "value"),
+    [
+        ({"dtype": "bfloat16"}, "dtype", "bfloat16"),
+        ({"max_batch_size": 2}, "max_batch_size", "4"),
+        ({"model_id": "another/id"}, "model_id", "another/id"),
+    ],
+)
+def test_another_setting_takes_over_every_component(
+    request_again: ExportRequest, changes: dict[str, object], parameter: str, value: str
+) -> None:
+    before = onnx_files(request_again.output)
+    outcome = export(replace(request_again, **changes))  # type: ignore[arg-type]
+    assert outcome == Outcome(reused=NAMES)
+    assert onnx_files(request_again.output) == before
+    assert sampler_parameter(request_again.output, parameter) == value
+    assert export(replace(request_again, **changes)) == Outcome()  # type: ignore[arg-type]
+
+
+def test_the_engines_precision_reaches_every_component(request_again: ExportRequest) -> None:
+    export(replace(request_again, dtype="bfloat16"))
+    configs = [read_config((request_again.output / name / "config.pbtxt").read_text()) for name in NAMES]
+    assert {config.parameters["HINT_BF16"].string_value for config in configs} == {"YES"}
+
+
+def test_another_scheduler_takes_over_every_component(checkpoint_copy: Path, request_again: ExportRequest) -> None:
+    edit_json(checkpoint_copy / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
+    outcome = export(replace(request_again, model=str(checkpoint_copy)))
+    assert outcome == Outcome(reused=NAMES)
+    assert sampler_parameter(request_again.output, "default_scheduler") == "ddim"
+
+
+def test_other_weights_convert_their_component_alone(checkpoint_copy: Path, request_again: ExportRequest) -> None:
+    path = checkpoint_copy / "text_encoder" / "model.safetensors"
+    save_file({name: tensor * 1.1 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    before = onnx_files(request_again.output)
+    outcome = export(replace(request_again, model=str(checkpoint_copy)))
+    assert outcome == Outcome(converted=("text_encoder",), reused=NAMES[1:])
+    after = onnx_files(request_again.output)
+    assert {name for name in NAMES if before[name] != after[name]} == {"text_encoder"}
+
+
+def test_a_checkpoint_is_never_served_with_the_weights_of_another_of_the_same_sizes_and_times(
+    checkpoint_folder: Path, request_again: ExportRequest, tmp_path: Path
+) -> None:
+    """As they come out of Nix, a buildpack or an archive: two fine-tunes, exported into one cache."""
+    first, second = (Path(shutil.copytree(checkpoint_folder, tmp_path / name)) for name in ("first", "second"))
+    path = second / "text_encoder" / "model.safetensors"
+    save_file({name: tensor * 1.1 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    for file in (*first.rglob("*"), *second.rglob("*")):
+        os.utime(file, (1, 1))
+    assert export(replace(request_again, model=str(first))) == Outcome()
+    before = hidden_states(request_again.output / "text_encoder" / "1" / "model.onnx")
+    other = replace(request_again, model=str(second), output=tmp_path / "other")
+    shutil.copytree(request_again.output, tmp_path / "beside")
+    assert export(other) == Outcome(converted=("text_encoder",), reused=NAMES[1:])
+    after = hidden_states(other.output / "text_encoder" / "1" / "model.onnx")
+    assert np.abs(after - before).max() > 0.01
+
+
+def test_large_weights_are_read_once_and_known_to_every_export_beside(
+    checkpoint_copy: Path, request_again: ExportRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpoint_copy / "text_encoder" / "model.safetensors"
+    save_file({**load_file(path), "padding": torch.zeros(LARGE // 4)}, path, {"format": "pt"})
+    while time.time_ns() - path.stat().st_ctime_ns < 3 * 10**9:  # what was written just now may still be written to
+        time.sleep(0.1)
+    request = replace(request_again, model=str(checkpoint_copy))
+    assert export(request).converted == ("text_encoder",)
+    assert "weights: hash" in capsys.readouterr().err
+    assert len(json.loads((request.output / "hypergen.json").read_text())["hashes"]) == 1
+    assert export(request) == Outcome()
+    assert export(replace(request, output=request.output.with_name("beside"))) == Outcome(reused=NAMES)
+    assert "weights: hash" not in capsys.readouterr().err
+    path.rename(path.with_suffix(".moved"))
+    shutil.copy2(path.with_suffix(".moved"), path)
+    assert export(request) == Outcome(), "the same content, though nobody can know without reading it"
+    assert "weights: hash" in capsys.readouterr().err
+
+
+def test_what_was_read_for_an_export_that_is_up_to_date_is_noted_in_it(
+    checkpoint_copy: Path, request_again: ExportRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpoint_copy / "text_encoder" / "model.safetensors"
+    save_file({**load_file(path), "padding": torch.zeros(LARGE // 4)}, path, {"format": "pt"})
+    request = replace(request_again, model=str(checkpoint_copy))
+    assert export(request).converted == ("text_encoder",)
+    path.touch()
+    while time.time_ns() - path.stat().st_ctime_ns < 3 * 10**9:
+        time.sleep(0.1)
+    for _ in range(2):
+        assert export(request) == Outcome()
+    assert capsys.readouterr().err.count("weights: hash") == 2, "for the export, and for the first time it is seen old"
+    assert sorted(path.name for path in request.output.iterdir() if path.name.startswith(".")) == []
+
+
+@pytest.mark.parametrize("file", ["text_encoder/1/model.onnx", "diffusion/tokenizer.json", "unet/config.pbtxt"])
+def test_a_damaged_repository_is_mended(request_again: ExportRequest, file: str) -> None:
+    intact = (request_again.output / file).read_bytes()
+    (request_again.output / file).write_bytes(intact[:100])
+    export(request_again)
+    assert (request_again.output / file).stat().st_size > 100
+    if not file.endswith(".onnx"):
+        assert (request_again.output / file).read_bytes() == intact
+    assert export(request_again) == Outcome()
+
+
+def test_a_folder_that_is_no_repository_is_never_touched(checkpoint_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("precious")
+    with pytest.raises(OutputRefusedError, match="no exported repository"):
+        export(ExportRequest(model=str(checkpoint_folder), output=tmp_path))
+    assert (tmp_path / "notes.txt").read_text() == "precious"
+
+
+def test_a_checkpoint_is_never_taken_for_an_output(checkpoint_copy: Path) -> None:
+    with pytest.raises(OutputRefusedError):
+        export(ExportRequest(model=str(checkpoint_copy), output=checkpoint_copy))
+    assert (checkpoint_copy / "model_index.json").is_file()
+
+
+def test_an_export_that_fails_half_way_leaves_nothing(checkpoint_copy: Path, tmp_path: Path) -> None:
+    path = checkpoint_copy / "text_encoder" / "model.safetensors"
+    save_file({name: tensor * torch.nan for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    with pytest.raises(BrokenCheckpointError, match="text_encoder: has non-finite weights"):
+        export(ExportRequest(model=str(checkpoint_copy), output=tmp_path / "repository"))
+    assert leftovers(tmp_path) == []
+
+
+def test_what_the_checkpoint_brings_and_nobody_runs_is_said_at_every_start(
+    checkpoint_copy: Path, request_again: ExportRequest
+) -> None:
+    classes = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    edit_json(checkpoint_copy / "model_index.json", safety_checker=classes, requires_safety_checker=True)
+    said: list[str] = []
+    request = replace(request_again, model=str(checkpoint_copy))
+    for _ in range(2):
+        export(request, remark=said.append)
+    assert said == ["the checkpoint comes with a safety checker; none is run, and images are not filtered"] * 2
+
+
+@pytest.fixture(scope="module")
+def words(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA that changes the text encoder alone, which takes seconds to convert."""
+    return save_by_diffusers(tmp_path_factory.mktemp("words"), lora_weights(checkpoint_folder, "text_encoder"))
+
+
+@pytest.fixture(scope="module")
+def with_loras(checkpoint_folder: Path, repository: Path, words: Path) -> tuple[ExportRequest, Outcome]:
+    """An export beside the one without LoRAs. Read only."""
+    request = ExportRequest(
+        model=str(checkpoint_folder),
+        output=repository.with_name("with-loras"),
+        max_batch_size=4,
+        model_id="tiny/one",
+        loras=read_loras([f"words={words}:0.5", f"words={words}:1.5"]),
+    )
+    return request, export(request)
+
+
+def test_a_lora_is_a_further_model_of_each_component_that_it_changes(
+    with_loras: tuple[ExportRequest, Outcome],
+) -> None:
+    request, outcome = with_loras
+    variants = ("text_encoder.words@0.5", "text_encoder.words@1.5")
+    assert outcome == Outcome(converted=variants, reused=NAMES), "what lies beside it is taken over"
+    base = read_config((request.output / "text_encoder" / "config.pbtxt").read_text())
+    for name in variants:
+        config = read_config((request.output / name / "config.pbtxt").read_text())
+        assert config.name == name
+        config.name = "text_encoder"
+        assert config == base
+    assert sampler_parameter(request.output, "components") == ",".join((*NAMES, *variants))
+    assert json.loads(sampler_parameter(request.output, "loras")) == [
+        {"name": "words", "scale": 0.5, "models": {"text_encoder": variants[0]}},
+        {"name": "words", "scale": 1.5, "models": {"text_encoder": variants[1]}},
+    ]
+    assert export(request) == Outcome()
+
+
+def test_the_scale_is_in_the_weights(with_loras: tuple[ExportRequest, Outcome]) -> None:
+    """The smaller one lies nearer to the checkpoint as it is."""
+    output = with_loras[0].output
+    names = ("text_encoder", "text_encoder.words@0.5", "text_encoder.words@1.5")
+    base, half, more = (hidden_states(output / name / "1" / "model.onnx") for name in names)
+    assert 1e-3 < np.abs(half - base).mean() < np.abs(more - base).mean()
+
+
+def hidden_states(path: Path) -> Array:
+    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return np.asarray(compiled([np.arange(16, dtype=np.int32)[None]])[0])
+
+
+def test_loras_leave_and_come_back_without_a_conversion(
+    with_loras: tuple[ExportRequest, Outcome], repository: Path, tmp_path: Path
+) -> None:
+    request = replace(with_loras[0], output=repository.with_name("again"))
+    one = replace(request, loras=request.loras[1:])
+    assert export(one) == Outcome(reused=(*NAMES, "text_encoder.words@1.5"))
+    assert export(replace(request, loras=())) == Outcome(reused=NAMES)
+    assert not (request.output / "text_encoder.words@1.5").exists()
+    assert sampler_parameter(request.output, "loras") == "[]"
+    assert export(one) == Outcome(reused=(*NAMES, "text_encoder.words@1.5"))
+    shutil.move(request.output, tmp_path / "elsewhere")
+
+
+def test_a_lora_for_a_module_that_the_model_lacks_is_refused_before_anything_is_done(
+    request_again: ExportRequest, tmp_path: Path
+) -> None:
+    save_file({"lora_te2_x.lora_down.weight": torch.zeros(1)}, tmp_path / "xl.safetensors")
+    loras = read_loras([str(tmp_path / "xl.safetensors")])
+    with pytest.raises(BadLoraError, match=r"xl\.safetensors: changes text_encoder_2, which .* does not have"):
+        export(replace(request_again, loras=loras))

@@ -1,0 +1,184 @@
+"""From the wire to a Generation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from hypergen_gateway.api.bodies import parse_json
+from hypergen_gateway.api.fields import ImageRequest
+from hypergen_gateway.api.validation import file_format_of, quality_of, read_request, to_generation
+from hypergen_gateway.errors import InvalidRequestError
+from hypergen_gateway.generation.backend import MAX_SEED, Generation, Lora, ModelDescription
+from hypergen_gateway.generation.images import FileFormat
+from hypergen_gateway.generation.sizes import SizePolicy
+from support.fake_backend import MODEL
+
+
+def generation(served: ModelDescription = MODEL, **fields: Any) -> Generation:
+    return to_generation(read_request({"prompt": "a fox"} | fields, ImageRequest, served), served)
+
+
+def test_what_is_absent_comes_from_the_model() -> None:
+    made = generation()
+    assert made == Generation(
+        prompt="a fox",
+        num_images=1,
+        width=64,
+        height=48,
+        num_inference_steps=20,
+        guidance_scale=5.0,
+        scheduler=None,
+        seed=made.seed,
+    )
+
+
+def test_what_is_given_arrives() -> None:
+    made = generation(
+        replace(MODEL, max_cache_interval=10),
+        negative_prompt="blurry",
+        n=2,
+        size="96x40",
+        num_inference_steps=7,
+        guidance_scale=3,
+        guidance_start=0,
+        guidance_end=0.6,
+        cache_interval=3,
+        scheduler="euler",
+        seed=9,
+    )
+    assert made == Generation(
+        prompt="a fox",
+        negative_prompt="blurry",
+        num_images=2,
+        width=96,
+        height=40,
+        num_inference_steps=7,
+        guidance_scale=3.0,
+        guidance_start=0.0,
+        guidance_end=0.6,
+        cache_interval=3,
+        scheduler="euler",
+        seed=9,
+    )
+
+
+def test_the_nearest_size_is_drawn_and_where_sizes_are_built_in_one_of_those() -> None:
+    served = replace(MODEL, sizes=("64x48", "128x128"))
+    for size, drawn in (("128x128", (128, 128)), ("auto", (64, 48)), ("1024x768", (64, 48)), ("500x500", (128, 128))):
+        made = generation(served, size=size)
+        assert (made.width, made.height) == drawn
+
+
+def test_strictly_the_sizes_that_are_built_in_are_named() -> None:
+    served = replace(MODEL, sizes=("64x48", "128x128"))
+    with pytest.raises(InvalidRequestError, match=r"It must be 'auto' or one of 64x48, 128x128\."):
+        SizePolicy(name="strict").check((128, 48), served)
+    with pytest.raises(InvalidRequestError, match=r"It must be 'auto' or one of 64x48, 128x128\."):
+        read_request({"prompt": "a", "size": "64"}, ImageRequest, served, SizePolicy(name="strict"))
+
+
+def test_null_is_the_same_as_absent() -> None:
+    fields = ("n", "size", "quality", "style", "user", "seed", "scheduler", "lora_path", "stream", "output_format")
+    nothing: dict[str, Any] = dict.fromkeys(fields)
+    assert replace(generation(**nothing), seed=0) == replace(generation(), seed=0)
+
+
+def test_fields_nobody_knows_and_the_model_are_ignored() -> None:
+    assert generation(seed=1, model="gpt-image-1", input_fidelity={"any": ["thing"]}) == generation(seed=1)
+
+
+@pytest.mark.parametrize(
+    ("quality", "steps"), [("low", 10), ("high", 30), ("hd", 30), ("medium", 20), ("auto", 20), ("standard", 20)]
+)
+def test_quality_chooses_steps(quality: str, steps: int) -> None:
+    assert generation(quality=quality).num_inference_steps == steps
+
+
+def test_quality_stays_within_the_limits_and_yields_to_steps_that_are_given() -> None:
+    assert generation(replace(MODEL, default_num_inference_steps=1), quality="low").num_inference_steps == 1
+    assert generation(replace(MODEL, default_num_inference_steps=149), quality="high").num_inference_steps == 150
+    assert generation(quality="low", num_inference_steps=11).num_inference_steps == 11
+
+
+def test_random_seeds_differ_and_survive_javascript() -> None:
+    seeds = {generation(n=10).seed for _ in range(50)}
+    assert len(seeds) == 50
+    assert max(seeds) + 9 < 2**53
+
+
+def test_the_largest_seed_is_legal_as_long_as_the_last_picture_s_seed_is() -> None:
+    assert generation(seed=MAX_SEED).seed == MAX_SEED
+    assert generation(seed=MAX_SEED - 9, n=10).seed == MAX_SEED - 9
+
+
+def test_the_longest_prompt_and_any_unicode_pass() -> None:
+    assert len(generation(prompt="🦊" * 32_000).prompt) == 32_000
+    assert parse_json(b'{"prompt": "\\ud83e\\udd8a\\u0000"}')["prompt"] == "🦊\0"
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"), [("auto", "medium"), ("hd", "high"), ("low", "low"), ("standard", "medium")]
+)
+def test_quality_is_told_in_a_word_of_openai_s_schema(asked: str, told: str) -> None:
+    assert quality_of(read_request({"prompt": "a fox", "quality": asked}, ImageRequest, MODEL)) == told
+
+
+def test_previews_are_for_streams() -> None:
+    assert generation(stream=True, partial_images=2).partial_images == 2
+    assert generation(partial_images=2).partial_images == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "made"),
+    [
+        ({}, FileFormat("png", 100)),
+        ({"output_format": "jpeg"}, FileFormat("jpeg", 100)),
+        ({"output_format": "webp", "output_compression": 0}, FileFormat("webp", 0)),
+        ({"output_format": "png", "output_compression": 100}, FileFormat("png", 100)),
+    ],
+)
+def test_format_and_compression_say_which_file_is_made(fields: dict[str, Any], made: FileFormat) -> None:
+    assert file_format_of(read_request({"prompt": "a fox"} | fields, ImageRequest, MODEL)) == made
+
+
+WITH_LORAS = replace(
+    MODEL, loras=(Lora(name="ink", scale=0.8), Lora(name="ink", scale=0.4), Lora(name="clay", scale=1.0))
+)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, (None, None)),
+        ({"lora_path": "ink"}, ("ink", 0.8)),
+        ({"lora_path": "ink", "lora_scale": None}, ("ink", 0.8)),
+        ({"lora_path": "ink", "lora_scale": 0.4}, ("ink", 0.4)),
+        ({"lora_path": "clay", "lora_scale": 1}, ("clay", 1.0)),
+        ({"lora_path": "ink", "lora_scale": 0}, (None, None)),
+        ({"lora_scale": 0.7}, (None, None)),
+    ],
+)
+def test_a_lora_is_asked_for_by_name_at_one_of_its_scales(fields: dict[str, Any], expected: tuple[Any, Any]) -> None:
+    made = generation(WITH_LORAS, **fields)
+    assert (made.lora, made.lora_scale) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"lora_path": "oil"}, "lora_path", "\"oil\". It must be one of 'ink', 'clay'."),
+        ({"lora_path": ""}, "lora_path", "It must be one of 'ink', 'clay'."),
+        ({"lora_path": "/srv/ink.safetensors", "lora_scale": 0}, "lora_path", "It must be one of 'ink', 'clay'."),
+        ({"lora_path": "ink", "lora_scale": 1}, "lora_scale", "1. 'ink' is served at 0.8, 0.4; 0 leaves it out."),
+    ],
+)
+def test_another_lora_or_scale_is_refused_with_those_that_are_there(
+    fields: dict[str, Any], param: str, message: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        generation(WITH_LORAS, **fields)
+    assert refused.value.param == param
+    assert refused.value.message.endswith(message)

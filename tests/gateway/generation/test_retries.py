@@ -1,0 +1,367 @@
+"""Requests that are asked again: what is done once, what is done anew, and what becomes of work whose client left."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from hypergen_gateway.api.fields import ImageRequest
+from hypergen_gateway.api.validation import to_generation
+from hypergen_gateway.app import create_app
+from hypergen_gateway.config import Config
+from hypergen_gateway.errors import UnavailableError
+from hypergen_gateway.generation.admission import Admission
+from hypergen_gateway.generation.images import PNG
+from hypergen_gateway.generation.jobs import Asked, Jobs, Keeping
+from hypergen_gateway.generation.service import Order, Studio, parts_of
+from support.cutting_proxy import CuttingProxy, cutting_proxy
+from support.fake_backend import MODEL, FakeBackend, in_memory, on_loopback, until
+from support.node_client import install_node_client, run_node_client
+from support.pictures import file_of, photo
+
+KEY = "sk-correct-horse"
+GENERATIONS = "/v1/images/generations"
+EDITS = "/v1/images/edits"
+FOX = {"prompt": "a fox"}
+FIRST, SECOND = {"x-stainless-retry-count": "0"}, {"x-stainless-retry-count": "1"}
+
+
+def keyed(key: str, **more: str) -> dict[str, str]:
+    return {"Idempotency-Key": key, **more}
+
+
+def seeds_of(response: httpx.Response) -> list[int]:
+    assert response.status_code == 200, response.text
+    return [image["seed"] for image in response.json()["data"]]
+
+
+@pytest.fixture(scope="session")
+def node() -> Path:
+    return install_node_client()
+
+
+@pytest.fixture
+async def gateway(backend: FakeBackend) -> AsyncIterator[str]:
+    async with on_loopback(create_app(Config(retry_grace=1.5), backend)) as url:
+        yield url
+
+
+@pytest.fixture
+async def remote(gateway: str) -> AsyncIterator[httpx.AsyncClient]:
+    """A client whose departures the gateway sees."""
+    async with httpx.AsyncClient(base_url=gateway) as client:
+        yield client
+
+
+async def leave(request: asyncio.Task[httpx.Response]) -> None:
+    request.cancel()
+    await asyncio.gather(request, return_exceptions=True)
+    await asyncio.sleep(0.05)  # until the gateway has noticed
+
+
+class TestKeys:
+    async def test_the_same_key_and_request_give_the_same_pictures_without_drawing_twice(
+        self, client: httpx.AsyncClient, backend: FakeBackend
+    ) -> None:
+        first, second, other = [await client.post(GENERATIONS, json=FOX, headers=keyed(key)) for key in ("a", "a", "b")]
+        assert seeds_of(first) == seeds_of(second) != seeds_of(other)
+        assert first.json()["data"] == second.json()["data"]
+        assert len(backend.generations) == 2
+
+    async def test_it_joins_work_under_way(self, client: httpx.AsyncClient, backend: FakeBackend) -> None:
+        backend.open.clear()
+        requests = [asyncio.create_task(client.post(GENERATIONS, json=FOX, headers=keyed("a"))) for _ in range(3)]
+        await until(lambda: backend.running == 1)
+        backend.open.set()
+        assert len({seeds_of(response)[0] for response in await asyncio.gather(*requests)}) == 1
+        assert len(backend.generations) == 1
+
+    async def test_the_same_key_with_another_request_is_a_400_that_is_not_tried_again(
+        self, client: httpx.AsyncClient, backend: FakeBackend
+    ) -> None:
+        await client.post(GENERATIONS, json=FOX, headers=keyed("a"))
+        for other in ({"prompt": "a cat"}, FOX | {"seed": 1}, FOX | {"stream": True}):
+            response = await client.post(GENERATIONS, json=other, headers=keyed("a"))
+            assert (response.status_code, response.json()["error"]["code"]) == (400, "idempotency_key_reused")
+        assert len(backend.generations) == 1
+
+    async def test_order_of_fields_and_fields_that_mean_nothing_do_not_matter(
+        self, client: httpx.AsyncClient, backend: FakeBackend
+    ) -> None:
+        for body in ('{"prompt":"a","n":2}', '{"n": 2, "prompt": "a", "x": 7}'):
+            headers = keyed("a") | {"Content-Type": "application/json"}
+            assert (await client.post(GENERATIONS, content=body, headers=headers)).status_code == 200
+        assert len(backend.generations) == 1
+
+    async def test_a_key_belongs_to_its_owner(self, backend: FakeBackend) -> None:
+        async with in_memory(create_app(Config(), backend)) as client:
+            for owner in ("Bearer one", "Bearer two"):
+                await client.post(GENERATIONS, json=FOX, headers=keyed("a", Authorization=owner))
+        assert len(backend.generations) == 2
+
+    async def test_an_upload_is_known_by_its_pixels_and_not_by_its_form_s_boundary(
+        self, client: httpx.AsyncClient, backend: FakeBackend
+    ) -> None:
+        def again(width: int) -> Any:
+            files = {"image": file_of(photo(width, 48))}
+            return client.post(EDITS, data=FOX, files=files, headers=keyed("a"))
+
+        assert seeds_of(await again(64)) == seeds_of(await again(64))
+        assert (await again(72)).json()["error"]["code"] == "idempotency_key_reused"
+        assert len(backend.generations) == 1
+
+    async def test_what_failed_is_done_again(self, client: httpx.AsyncClient, backend: FakeBackend) -> None:
+        backend.failure = UnavailableError("away")
+        assert (await client.post(GENERATIONS, json=FOX, headers=keyed("a"))).status_code == 503
+        backend.failure = None
+        assert seeds_of(await client.post(GENERATIONS, json=FOX, headers=keyed("a")))
+
+    @pytest.mark.parametrize("key", ["", "a b", "é", "x" * 256])
+    async def test_what_is_no_key_is_told_so(self, client: httpx.AsyncClient, key: str) -> None:
+        response = await client.post(GENERATIONS, json=FOX, headers={b"Idempotency-Key": key.encode()})
+        assert response.status_code == 400
+        assert "Idempotency-Key" in response.json()["error"]["message"]
+
+    async def test_a_joined_stream_has_all_events(self, client: httpx.AsyncClient, backend: FakeBackend) -> None:
+        body = FOX | {"stream": True, "partial_images": 2}
+        first, second = [await client.post(GENERATIONS, json=body, headers=keyed("a")) for _ in range(2)]
+        assert first.text.count("event: image_generation.") == 3
+        assert second.text.partition("created_at")[0] == first.text.partition("created_at")[0]
+        assert second.text.count("event: image_generation.") == 3
+        assert len(backend.generations) == 1
+
+
+class TestKeeping:
+    @pytest.mark.parametrize("kept", [{"retry_seconds": 0.05}, {"retry_bytes": 100}])
+    async def test_what_is_finished_is_kept_for_a_while_and_within_bounds(
+        self, backend: FakeBackend, kept: dict[str, Any]
+    ) -> None:
+        async with in_memory(create_app(Config(**kept), backend)) as client:
+            first = seeds_of(await client.post(GENERATIONS, json=FOX, headers=keyed("a")))
+            await asyncio.sleep(0.1)
+            assert seeds_of(await client.post(GENERATIONS, json=FOX, headers=keyed("a"))) != first
+
+    async def test_the_oldest_goes_first(self, backend: FakeBackend) -> None:
+        picture = 64 * 48 * 3
+        async with in_memory(create_app(Config(retry_bytes=3 * picture), backend)) as client:
+            first = [seeds_of(await client.post(GENERATIONS, json=FOX, headers=keyed(key))) for key in "abc"]
+            second = [seeds_of(await client.post(GENERATIONS, json=FOX, headers=keyed(key))) for key in "cb"]
+            assert second == [first[2], first[1]]
+            assert seeds_of(await client.post(GENERATIONS, json=FOX, headers=keyed("a"))) != first[0]
+
+
+class TestFirstRequests:
+    async def test_the_same_request_twice_means_two_pictures(
+        self, client: httpx.AsyncClient, backend: FakeBackend
+    ) -> None:
+        backend.open.clear()
+        requests = [asyncio.create_task(client.post(GENERATIONS, json=FOX, headers=FIRST)) for _ in range(3)]
+        await until(lambda: backend.running == 3)
+        backend.open.set()
+        assert len({seeds_of(response)[0] for response in await asyncio.gather(*requests)}) == 3
+
+
+class TestRetries:
+    async def test_a_retry_joins_the_work_that_its_client_left(
+        self, remote: httpx.AsyncClient, backend: FakeBackend
+    ) -> None:
+        backend.open.clear()
+        others = asyncio.create_task(remote.post(GENERATIONS, json=FOX, headers=FIRST))
+        await until(lambda: backend.running == 1)
+        lost = asyncio.create_task(remote.post(GENERATIONS, json=FOX, headers=FIRST))
+        await until(lambda: backend.running == 2)
+        others2 = asyncio.create_task(remote.post(GENERATIONS, json=FOX, headers=FIRST))
+        await until(lambda: backend.running == 3)
+        await leave(lost)
+        again = asyncio.create_task(remote.post(GENERATIONS, json=FOX, headers=SECOND))
+        await asyncio.sleep(0.05)
+        backend.open.set()
+        assert seeds_of(await again) == [backend.generations[1].seed]
+        assert [seeds_of(await others), seeds_of(await others2)] == [[backend.generations[i].seed] for i in (0, 2)]
+        assert len(backend.generations) == 3
+
+    async def test_a_retry_finds_what_was_finished_while_it_was_away(
+        self, remote: httpx.AsyncClient, backend: FakeBackend
+    ) -> None:
+        backend.open.clear()
+        lost = asyncio.create_task(remote.post(GENERATIONS, json=FOX, headers=FIRST))
+        await until(lambda: backend.running == 1)
+        await leave(lost)
+        backend.open.set()
+        await until(lambda: backend.running == 0)
+        assert seeds_of(await remote.post(GENERATIONS, json=FOX, headers=SECOND)) == [backend.generations[0].seed]
+
+    async def test_a_retry_whose_client_s_end_nobody_saw_joins_too(
+        self, client: httpx.AsyncClient, backend: FakeBackend
+    ) -> None:
+        backend.open.clear()
+        requests = [asyncio.create_task(client.post(GENERATIONS, json=FOX, headers=FIRST))]
+        await until(lambda: backend.running == 1)
+        requests.append(asyncio.create_task(client.post(GENERATIONS, json=FOX, headers=SECOND)))
+        await asyncio.sleep(0.05)
+        backend.open.set()
+        first, second = await asyncio.gather(*requests)
+        assert seeds_of(first) == seeds_of(second)
+
+    async def test_the_retry_of_a_failure_is_not_answered_with_another_request_s_picture(
+        self, client: httpx.AsyncClient, backend: FakeBackend
+    ) -> None:
+        received = seeds_of(await client.post(GENERATIONS, json=FOX, headers=FIRST))
+        backend.failure = UnavailableError("away")
+        assert (await client.post(GENERATIONS, json=FOX, headers=FIRST)).status_code == 503
+        backend.failure = None
+        assert seeds_of(await client.post(GENERATIONS, json=FOX, headers=SECOND)) != received
+
+    async def test_the_retry_of_a_request_that_never_came_is_not_answered_with_an_old_picture(
+        self, backend: FakeBackend
+    ) -> None:
+        jobs = Jobs(Keeping(grace=1.0, seconds=60.0, nbytes=1 << 20, lost_answer=0.1), joined=lambda _: None)
+        made = to_generation(ImageRequest(prompt="a fox"), MODEL)
+        order = Order(parts=parts_of(made, [], None), model=MODEL, file_format=PNG)
+        studio = Studio(backend, Admission(10))
+        first = jobs.join(Asked(owner="", fingerprint="fox", may_return=True), lambda: studio.take(order))
+        assert await first.finals()
+        again = Asked(owner="", fingerprint="fox", may_return=True, is_retry=True)
+        assert jobs.join(again, lambda: studio.take(order)) is first
+        await asyncio.sleep(0.15)
+        second = jobs.join(again, lambda: studio.take(order))
+        assert second is not first
+        assert await second.finals()
+
+    async def test_another_owner_s_or_another_request_s_work_is_never_joined(
+        self, client: httpx.AsyncClient, backend: FakeBackend
+    ) -> None:
+        backend.open.clear()
+        requests = [asyncio.create_task(client.post(GENERATIONS, json=FOX, headers=FIRST))]
+        await until(lambda: backend.running == 1)
+        stranger = SECOND | {"Authorization": "Bearer other"}
+        requests.append(asyncio.create_task(client.post(GENERATIONS, json=FOX, headers=stranger)))
+        requests.append(asyncio.create_task(client.post(GENERATIONS, json=FOX | {"n": 2}, headers=SECOND)))
+        await until(lambda: backend.running == 3)
+        backend.open.set()
+        assert all(seeds_of(response) for response in await asyncio.gather(*requests))
+
+
+class TestDepartures:
+    async def test_work_ends_some_time_after_its_client_left(
+        self, remote: httpx.AsyncClient, backend: FakeBackend
+    ) -> None:
+        backend.open.clear()
+        request = asyncio.create_task(remote.post(GENERATIONS, json=FOX, headers=FIRST))
+        await until(lambda: backend.running == 1)
+        await leave(request)
+        await asyncio.sleep(0.5)
+        assert backend.running == 1
+        await until(lambda: backend.running == 0, 1.5)
+        # What was given up is not there to be joined.
+        backend.open.set()
+        assert seeds_of(await remote.post(GENERATIONS, json=FOX, headers=SECOND)) != [backend.generations[0].seed]
+
+    async def test_a_client_that_cannot_come_back_is_not_waited_for(
+        self, remote: httpx.AsyncClient, backend: FakeBackend
+    ) -> None:
+        backend.open.clear()
+        request = asyncio.create_task(remote.post(GENERATIONS, json=FOX))
+        await until(lambda: backend.running == 1)
+        request.cancel()
+        await until(lambda: backend.running == 0, 0.5)
+
+    async def test_work_goes_on_for_the_listener_that_stays(
+        self, remote: httpx.AsyncClient, backend: FakeBackend
+    ) -> None:
+        backend.open.clear()
+        gone, staying = (asyncio.create_task(remote.post(GENERATIONS, json=FOX, headers=keyed("a"))) for _ in range(2))
+        await until(lambda: backend.running == 1)
+        await asyncio.sleep(0.05)
+        await leave(gone)
+        await asyncio.sleep(1.7)
+        backend.open.set()
+        assert seeds_of(await staying)
+
+    async def test_the_end_of_the_server_ends_work_that_nobody_waits_for(self, backend: FakeBackend) -> None:
+        backend.open.clear()
+        async with on_loopback(create_app(Config(), backend)) as url, httpx.AsyncClient(base_url=url) as remote:
+            request = asyncio.create_task(remote.post(GENERATIONS, json=FOX, headers=FIRST))
+            await until(lambda: backend.running == 1)
+            await leave(request)
+        assert (backend.running, backend.closed) == (0, True)
+
+
+class TestOpenAIsClients:
+    @pytest.fixture
+    async def proxy(self, gateway: str) -> AsyncIterator[CuttingProxy]:
+        async with cutting_proxy(gateway) as proxy:
+            yield proxy
+
+    async def test_python_s_retry_after_a_cut_connection_is_drawn_once(
+        self, proxy: CuttingProxy, backend: FakeBackend
+    ) -> None:
+        backend.open.clear()
+        async with openai.AsyncOpenAI(base_url=f"{proxy.url}/v1", api_key=KEY) as sdk:
+            request = asyncio.create_task(sdk.images.generate(prompt="a fox"))
+            for attempt in (1, 2):
+                await until(lambda attempt=attempt: proxy.connections == attempt)  # type: ignore[misc]
+                await until(lambda: backend.running == 1)
+                await asyncio.sleep(0.1)
+                proxy.cut()
+            await until(lambda: proxy.connections == 3)
+            await asyncio.sleep(0.1)
+            backend.open.set()
+            (image,) = (await request).data or []
+        assert dict(image.model_extra or {})["seed"] == backend.generations[0].seed
+        assert len(backend.generations) == 1
+
+    async def test_python_s_retry_after_a_lost_answer_gets_that_answer(
+        self, proxy: CuttingProxy, backend: FakeBackend
+    ) -> None:
+        proxy.swallows_answers = True
+        async with openai.AsyncOpenAI(base_url=f"{proxy.url}/v1", api_key=KEY) as sdk:
+            request = asyncio.create_task(sdk.images.generate(prompt="a fox", size="512x512"))
+            await until(lambda: proxy.swallowed == 1)
+            proxy.swallows_answers = False
+            (image,) = (await request).data or []
+        assert dict(image.model_extra or {})["seed"] == backend.generations[0].seed
+        assert (proxy.connections, len(backend.generations)) == (2, 1)
+
+    async def test_python_s_retry_after_its_own_timeout_is_drawn_once(self, gateway: str, backend: FakeBackend) -> None:
+        backend.open.clear()
+        async with openai.AsyncOpenAI(base_url=f"{gateway}/v1", api_key=KEY, timeout=0.4) as sdk:
+            request = asyncio.create_task(sdk.images.generate(prompt="a fox"))
+            await asyncio.sleep(0.7)
+            backend.open.set()
+            assert (await request).data
+        assert len(backend.generations) == 1
+
+    async def test_python_s_stream_is_joined_from_its_first_event(
+        self, proxy: CuttingProxy, backend: FakeBackend
+    ) -> None:
+        backend.open.clear()
+        async with openai.AsyncOpenAI(base_url=f"{proxy.url}/v1", api_key=KEY) as sdk:
+            request = asyncio.create_task(sdk.images.generate(prompt="a fox", stream=True, partial_images=2))
+            await until(lambda: backend.running == 1)
+            proxy.cut()
+            await until(lambda: proxy.connections == 2)
+            backend.open.set()
+            assert len([event async for event in await request]) == 3
+        assert len(backend.generations) == 1
+
+    async def test_node_s_retry_after_a_cut_connection_is_drawn_once(
+        self, node: Path, proxy: CuttingProxy, backend: FakeBackend
+    ) -> None:
+        backend.open.clear()
+        script = run_node_client(node, f"{proxy.url}/v1", KEY, script="retries.mjs")
+        request = asyncio.create_task(script)
+        await until(lambda: backend.running == 1, 30)
+        proxy.cut()
+        await until(lambda: proxy.connections == 2)
+        await asyncio.sleep(0.1)
+        backend.open.set()
+        seed = backend.generations[0].seed
+        assert (await request)["seeds"] == [seed, seed + 1]
+        assert len(backend.generations) == 1

@@ -1,0 +1,233 @@
+"""The sampler's own checks of what it is asked for."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hypergen_sampler.request import MAX_SEED, Architecture, InvalidInputError, Limits, check_request
+
+PARAMETERS = {
+    "default_width": "64",
+    "default_height": "32",
+    "size_factor": "8",
+    "min_size": "16",
+    "max_size": "128",
+    "sizes": "",
+    "loras": "[]",
+    "default_num_inference_steps": "20",
+    "max_num_inference_steps": "150",
+    "default_guidance_scale": "3.5",
+    "max_guidance_scale": "20",
+    "max_cache_interval": "1",
+    "max_num_images": "10",
+    "max_active_images": "32",
+    "max_waiting_images": "256",
+    "max_batch_size": "16",
+    "latent_channels": "4",
+    "vae_scale_factor": "8",
+    "schedulers": "ddim,euler",
+    "text_encoders": "text_encoder,text_encoder_2",
+    "tokenizers": "tokenizer,tokenizer_2",
+    "unet_conditions": "encoder_hidden_states,text_embeds,size_embeds",
+    "time_width": "320",
+    "size_width": "256",
+    "flip_sin_to_cos": "1",
+    "freq_shift": "0",
+    "guidance_width": "0",
+    "zeros_for_no_negative_prompt": "1",
+}
+
+
+def model_config(**changes: str | None) -> str:
+    values = {key: value for key, value in (PARAMETERS | changes).items() if value is not None}
+    return json.dumps({"parameters": {key: {"string_value": value} for key, value in values.items()}})
+
+
+LIMITS = Limits.from_model_config(model_config())
+
+
+def test_limits_are_read_with_their_types() -> None:
+    assert LIMITS.default_width == 64
+    assert LIMITS.default_guidance_scale == 3.5
+    assert LIMITS.schedulers == ("ddim", "euler")
+
+
+def test_a_missing_parameter_is_named() -> None:
+    with pytest.raises(ValueError, match="max_batch_size"):
+        Limits.from_model_config(model_config(max_batch_size=None))
+    with pytest.raises(ValueError, match="unet_conditions"):
+        Architecture.from_model_config(model_config(unet_conditions=None))
+
+
+def test_a_prompt_alone_gets_the_checkpoints_defaults() -> None:
+    request = check_request({"prompt": "a rocket"}, LIMITS)
+    assert (request.width, request.height) == (64, 32)
+    assert (request.num_inference_steps, request.guidance_scale) == (20, 3.5)
+    assert (request.num_images, request.scheduler, request.negative_prompt) == (1, "", None)
+
+
+def test_where_sizes_are_built_in_no_other_is_served() -> None:
+    limits = Limits.from_model_config(model_config(sizes="64x32,128x128"))
+    assert check_request({"prompt": "a rocket", "width": 128, "height": 128}, limits).width == 128
+    with pytest.raises(InvalidInputError, match="width: with height must be one of 64x32, 128x128, not 128x32"):
+        check_request({"prompt": "a rocket", "width": 128}, limits)
+
+
+def test_an_absent_seed_differs_from_request_to_request() -> None:
+    seeds = {check_request({"prompt": "a rocket"}, LIMITS).seed for _ in range(8)}
+    assert len(seeds) == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_images", 0),
+        ("num_images", 11),
+        ("width", 0),
+        ("width", 8),
+        ("width", 20),
+        ("width", 136),
+        ("height", -8),
+        ("num_inference_steps", 0),
+        ("num_inference_steps", 151),
+        ("guidance_scale", 0.5),
+        ("guidance_scale", 20.5),
+        ("guidance_scale", float("nan")),
+        ("guidance_scale", float("inf")),
+        ("guidance_start", -0.1),
+        ("guidance_start", 1.1),
+        ("guidance_end", 1.1),
+        ("guidance_end", float("nan")),
+        ("cache_interval", 0),
+        ("cache_interval", 2),
+        ("scheduler", "no-such-scheduler"),
+        ("seed", -1),
+        ("partial_images", -1),
+        ("partial_images", 4),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(InvalidInputError, match=rf"^{name}: must be .*, not "):
+        check_request({"prompt": "a rocket", name: value}, LIMITS)
+
+
+def test_the_last_images_seed_must_fit_too() -> None:
+    assert check_request({"prompt": "x", "seed": MAX_SEED}, LIMITS).seed == MAX_SEED
+    with pytest.raises(InvalidInputError, match=r"^seed: "):
+        check_request({"prompt": "x", "seed": MAX_SEED, "num_images": 2}, LIMITS)
+
+
+def pixels(*shape: int) -> Any:
+    return np.zeros(shape, dtype=np.uint8)
+
+
+def test_a_picture_to_start_from_has_the_size_asked_for() -> None:
+    request = check_request({"prompt": "x", "width": 32, "height": 16, "image": pixels(16, 32, 3)}, LIMITS)
+    assert request.image is not None
+    with pytest.raises(InvalidInputError, match=r"^image: must be \[16, 32, 3\] .*, not \[32, 16, 3\]"):
+        check_request({"prompt": "x", "width": 32, "height": 16, "image": pixels(32, 16, 3)}, LIMITS)
+    given = {"prompt": "x", "width": 32, "height": 16, "image": pixels(16, 32, 3), "mask": pixels(16, 24)}
+    with pytest.raises(InvalidInputError, match=r"^mask: must be \[16, 32\] .*, not \[16, 24\]"):
+        check_request(given, LIMITS)
+
+
+def test_a_picture_says_its_size_itself_and_keeps_to_the_limits() -> None:
+    request = check_request({"prompt": "x", "image": pixels(48, 24, 3)}, LIMITS)
+    assert (request.width, request.height) == (24, 48)
+    for shape in [(48, 20, 3), (8, 64, 3), (64, 136, 3)]:
+        with pytest.raises(InvalidInputError, match=r"^(width|height): "):
+            check_request({"prompt": "x", "image": pixels(*shape)}, LIMITS)
+
+
+def test_the_default_strength_is_that_of_diffusers_pipelines() -> None:
+    given: dict[str, Any] = {"prompt": "x", "image": pixels(32, 64, 3)}
+    assert check_request(given, LIMITS).strength == 0.8
+    assert check_request(given | {"mask": pixels(32, 64)}, LIMITS).strength == 1.0
+    assert check_request(given | {"strength": 0.25}, LIMITS).strength == 0.25
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_a_strength_out_of_range_is_refused(value: float) -> None:
+    with pytest.raises(InvalidInputError, match=r"^strength: must be from 0.0 to 1.0, not "):
+        check_request({"prompt": "x", "image": pixels(32, 64, 3), "strength": value}, LIMITS)
+
+
+@pytest.mark.parametrize(("name", "value"), [("mask", pixels(32, 64)), ("strength", 0.5)])
+def test_what_belongs_to_a_picture_is_refused_without_one(name: str, value: Any) -> None:
+    with pytest.raises(InvalidInputError, match=f"^{name}: needs an image"):
+        check_request({"prompt": "x", name: value}, LIMITS)
+
+
+def test_guidance_ends_after_it_starts_and_unasked_lasts_throughout() -> None:
+    request = check_request({"prompt": "x"}, LIMITS)
+    assert (request.guidance_start, request.guidance_end) == (0.0, 1.0)
+    request = check_request({"prompt": "x", "guidance_start": 0.4, "guidance_end": 0.4}, LIMITS)
+    assert (request.guidance_start, request.guidance_end) == (0.4, 0.4)
+    with pytest.raises(InvalidInputError, match=r"^guidance_end: must be from 0.5 to 1.0, not 0.2"):
+        check_request({"prompt": "x", "guidance_start": 0.5, "guidance_end": 0.2}, LIMITS)
+
+
+@pytest.mark.parametrize("name", ["guidance_start", "guidance_end"])
+def test_no_interval_is_taken_where_the_unet_has_the_guidance_inside(name: str) -> None:
+    request = check_request({"prompt": "x", name: 0.5}, LIMITS)
+    Architecture.from_model_config(model_config(guidance_width="0")).check(request)
+    distilled = Architecture.from_model_config(model_config(guidance_width="256"))
+    distilled.check(check_request({"prompt": "x", "guidance_start": 0.0, "guidance_end": 1.0}, LIMITS))
+    with pytest.raises(InvalidInputError, match=f"^{name}: must be absent"):
+        distilled.check(request)
+
+
+@pytest.mark.parametrize(("scale", "width", "guides"), [(1.0, "0", False), (1.1, "0", True), (7.5, "256", False)])
+def test_guidance_is_skipped_at_scale_1_and_where_the_unet_has_it_inside(
+    scale: float, width: str, guides: bool
+) -> None:
+    architecture = Architecture.from_model_config(model_config(guidance_width=width))
+    assert architecture.guides(check_request({"prompt": "x", "guidance_scale": scale}, LIMITS)) is guides
+
+
+INK, SOFT_INK, CLAY = (
+    {"name": "ink", "scale": 0.8, "models": {"unet": "unet.ink@0.8", "text_encoder": "text_encoder.ink@0.8"}},
+    {"name": "ink", "scale": 0.4, "models": {"unet": "unet.ink@0.4", "text_encoder": "text_encoder.ink@0.4"}},
+    {"name": "clay", "scale": 1.0, "models": {"text_encoder_2": "text_encoder_2.clay@1"}},
+)
+WITH_LORAS = Limits.from_model_config(model_config(loras=json.dumps([INK, SOFT_INK, CLAY])))
+
+
+@pytest.mark.parametrize(
+    ("given", "models"),
+    [
+        ({}, ["unet", "text_encoder", "text_encoder_2"]),
+        ({"lora": "ink"}, ["unet.ink@0.8", "text_encoder.ink@0.8", "text_encoder_2"]),
+        ({"lora": "ink", "lora_scale": 0.4}, ["unet.ink@0.4", "text_encoder.ink@0.4", "text_encoder_2"]),
+        ({"lora": "clay"}, ["unet", "text_encoder", "text_encoder_2.clay@1"]),
+        ({"lora": "ink", "lora_scale": 0.0}, ["unet", "text_encoder", "text_encoder_2"]),
+    ],
+)
+def test_a_lora_takes_the_place_of_what_it_changes(given: dict[str, Any], models: list[str]) -> None:
+    variant = check_request({"prompt": "x", **given}, WITH_LORAS).variant
+    assert [variant.unet, variant.model("text_encoder"), variant.model("text_encoder_2")] == models
+
+
+@pytest.mark.parametrize(
+    ("given", "limits", "problem"),
+    [
+        ({"lora": "oil"}, WITH_LORAS, "lora: must be one of ink, clay, not 'oil'"),
+        ({"lora": "oil"}, LIMITS, "lora: must be absent, as this model has none, not 'oil'"),
+        ({"lora": "ink", "lora_scale": 1.0}, WITH_LORAS, "lora_scale: must be 0, 0.4, 0.8, not 1"),
+        ({"lora": "ink", "lora_scale": float("nan")}, WITH_LORAS, "lora_scale: must be 0, 0.4, 0.8, not nan"),
+        ({"lora_scale": 1.0}, WITH_LORAS, "lora_scale: needs a lora"),
+    ],
+)
+def test_another_lora_or_scale_is_refused(given: dict[str, Any], limits: Limits, problem: str) -> None:
+    with pytest.raises(InvalidInputError, match=f"^{problem}$"):
+        check_request({"prompt": "x", **given}, limits)
+
+
+@pytest.mark.parametrize("loras", ["ink", "[7]", '[{"name": "ink"}, {"path": "x"}]'])
+def test_a_parameter_of_no_use_keeps_the_model_from_starting(loras: str) -> None:
+    with pytest.raises(ValueError, match=r"loras|Expecting"):
+        Limits.from_model_config(model_config(loras=loras))

@@ -1,0 +1,99 @@
+"""What is claimed of production, and the table that says which of it the tests have just proved.
+
+A test says with `@pytest.mark.claim("hadolint")` what it is evidence for. `pytest --claims` prints the table at the
+end: a claim holds if all of its tests have passed. One that was skipped is not proved, and one without a test is no
+claim; both end the run with a failure, as a failed test does. `make production-check` runs these tests alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import pytest
+
+CLAIMS: Mapping[str, str] = {
+    "families": "every family's pictures are those of diffusers' own pipeline",
+    "engines": "TensorRT-RTX builds every component of every family from our ONNX",
+    "precision": "float16 and bfloat16 are inside the engines alone; what overflows stays float32",
+    "bindings": "config.pbtxt parses in Triton's protobuf and names exactly the engines' tensors, types and profiles",
+    "graphs": "every CUDA graph has a shape that exactly one profile takes",
+    "plans": "plans of another TensorRT or GPU, and broken ones, are refused before Triton starts",
+    "hadolint": "hadolint has nothing to say to any Dockerfile",
+    "images": "what the images copy, pin and start fits the project and the real tritonserver",
+    "compose": "compose.yaml is valid in every profile, and our commands understand what it tells them",
+    "chart": "the chart lints strictly, and its manifests are valid for the oldest and the newest Kubernetes",
+    "scaling": "replicas are scaled by the sampler's own gauges, which a running Triton has",
+    "rules": "promtool accepts configuration and rules, and each alert rings when it should",
+    "metrics": "a running Triton has every metric that dashboard and rules ask for",
+    "drain": "a stop waits for the pictures under way",
+    "replicas": "one of two Tritons is killed under load, and no request is lost",
+    "prove": "docker/prove notices whatever is wrong with what it started",
+}
+
+
+@dataclass
+class Evidence:
+    """How the tests of one claim ended."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    reasons: set[str] = field(default_factory=set)
+    seconds: float = 0.0
+
+    @property
+    def verdict(self) -> str:
+        """`pass`, `FAIL`, or `not proved` where a test was skipped or there is none."""
+        if self.outcomes["failed"]:
+            return "FAIL"
+        return "pass" if set(self.outcomes) == {"passed"} else "not proved"
+
+
+class ClaimsTable:
+    """The plugin behind `--claims`."""
+
+    def __init__(self) -> None:
+        self.evidence = {name: Evidence() for name in CLAIMS}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Count a test once: by its call, or by what kept it from being called or went wrong around it."""
+        for evidence in (self.evidence[str(claim)] for name, claim in report.user_properties if name == "claim"):
+            evidence.seconds += report.duration
+            if report.when == "call" or report.outcome != "passed":
+                evidence.outcomes[report.outcome] += 1
+            if report.outcome == "skipped" and isinstance(report.longrepr, tuple):
+                evidence.reasons.add(report.longrepr[2].removeprefix("Skipped: "))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """Fail where not everything was proved."""
+        if exitstatus == pytest.ExitCode.OK and not self.all_hold:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Print the table."""
+        terminalreporter.section("claims")
+        width = max(map(len, CLAIMS.values()))
+        for name, text in CLAIMS.items():
+            evidence = self.evidence[name]
+            colour = {"green": evidence.verdict == "pass", "red": evidence.verdict != "pass"}
+            terminalreporter.write(f"{evidence.verdict:10}", **colour)
+            counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(evidence.outcomes.items()))
+            terminalreporter.write_line(f"  {text:{width}}  {counts or 'no test'}, {evidence.seconds:.0f} s")
+            for reason in sorted(evidence.reasons):
+                terminalreporter.write_line(f"{'':12}{reason}")
+
+    @property
+    def all_hold(self) -> bool:
+        """Whether every claim is proved."""
+        return all(evidence.verdict == "pass" for evidence in self.evidence.values())
+
+
+def attach_claims(items: list[pytest.Item]) -> None:
+    """Let each test's report say what it is evidence for: the nearest marker's claims, which stand for wider ones."""
+    for item in items:
+        marker = item.get_closest_marker("claim")
+        for claim in marker.args if marker else ():
+            if claim not in CLAIMS:
+                raise pytest.UsageError(f"{item.nodeid}: {claim!r} is none of tests/support/claims.py")
+            item.user_properties.append(("claim", claim))

@@ -1,0 +1,230 @@
+"""The sampler and the exporter's modules in torch, beside diffusers' own pipeline of the same checkpoint."""
+
+from __future__ import annotations
+
+import json
+import threading
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from diffusers import (
+    LatentConsistencyModelImg2ImgPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+)
+from PIL import Image as PILImage
+
+from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hypergen_export.checkpoints.components import with_deep_cache
+from hypergen_export.checkpoints.defaults import checkpoint_parameters
+from hypergen_export.checkpoints.schedulers import checkpoint_schedulers
+from hypergen_export.conversion.examples import by_name
+from hypergen_export.conversion.loading import load_module
+from hypergen_export.conversion.tokenizer import write_tokenizer
+from hypergen_export.conversion.wrappers import wrap
+from hypergen_sampler.conditioning import Array, conditions_of, merge, outputs_of, texts_of
+from hypergen_sampler.latent_init import Canvas, Original
+from hypergen_sampler.prompts import PromptTokenizers
+from hypergen_sampler.request import Architecture, Request
+from hypergen_sampler.sampling import Image, UNetRows
+from hypergen_sampler.schedulers import Schedulers
+from hypergen_sampler.stepping import StepLoop
+from support.deep_cache import deep_features_reused
+from support.guidance_interval import interval_arguments
+from support.scheduler_tables import called_by_diffusers, schedulers_in
+
+PROMPT = "a red rocket on a blue background"
+# Relative to the largest latent. Both sides are torch in float32; ours runs the UNet on each image's own timestep.
+TOLERANCE = 1e-5
+# From a picture, the VAE's encoder adds its rounding, which the guidance scale multiplies. Seen: 1.3e-5.
+TOLERANCE_FROM_PICTURE = 5e-5
+Pixels = npt.NDArray[np.uint8]
+
+IMAGE_TO_IMAGE = {
+    "StableDiffusionPipeline": StableDiffusionImg2ImgPipeline,
+    "StableDiffusionXLPipeline": StableDiffusionXLImg2ImgPipeline,
+    "LatentConsistencyModelPipeline": LatentConsistencyModelImg2ImgPipeline,
+}
+INPAINTING = {
+    "StableDiffusionPipeline": StableDiffusionInpaintPipeline,
+    "StableDiffusionXLPipeline": StableDiffusionXLInpaintPipeline,
+    "LatentConsistencyModelPipeline": StableDiffusionInpaintPipeline,
+}
+
+
+@dataclass
+class Sampler:
+    """The sampler as `model.py` puts it together, on torch modules in place of Triton's."""
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    tokenize: PromptTokenizers
+    schedulers: Schedulers
+    modules: dict[str, torch.nn.Module]
+    rows_of_calls: list[int] = field(default_factory=list)
+    models_of_calls: list[str] = field(default_factory=list)
+    _one_at_a_time: ClassVar[threading.Lock] = threading.Lock()
+
+    async def draw(self, request: Request, loop: StepLoop | None = None) -> tuple[Array, Pixels]:
+        """The final latents [C, h, w] and the picture."""
+        conditions = conditions_of(request, self.encode(texts_of(request, self.architecture)), self.architecture)
+        masked = request.mask is not None
+        scheduler = self.schedulers.make(request.scheduler, steps=request.num_inference_steps, masked=masked)
+        image = Image(request, conditions, self.canvas(request), scheduler)
+        latents = [sample async for sample in (loop or self.loop()).sample(image, lambda: False)][-1].latents
+        return latents, self.run("vae_decoder", latents=latents[None])["image"][0]
+
+    def canvas(self, request: Request) -> Canvas:
+        shape = (4, request.height // 8, request.width // 8)
+        if request.image is None:
+            return Canvas(shape)
+        answer = self.run("vae_encoder", image=request.image[None])
+        original = Original(answer["mean"][0], answer["std"][0])
+        return Canvas(shape, original, request.mask, self.architecture.is_latent_consistency)
+
+    def loop(self) -> StepLoop:
+        return StepLoop(self.unet, max_rows=16, max_active=8, max_waiting=8)
+
+    def encode(self, texts: list[str]) -> dict[str, Array]:
+        needed = zip(
+            self.architecture.text_encoders, self.tokenize(texts).ids, outputs_of(self.architecture), strict=True
+        )
+        answers = [(self.run(encoder, input_ids=ids), outputs) for encoder, ids, outputs in needed]
+        return merge([{name: answer[name] for name in outputs} for answer, outputs in answers])
+
+    def unet(self, rows: UNetRows) -> dict[str, Array]:
+        self.rows_of_calls.append(len(rows.sample))
+        self.models_of_calls.append(rows.model)
+        time = self.architecture.time_embedding(rows.timestep)
+        inputs = {"sample": rows.sample, "time": time, **rows.conditions}
+        answer = self.run(rows.model, **inputs)
+        return {name: answer[name] for name in rows.outputs}
+
+    def run(self, name: str, **inputs: npt.NDArray[Any]) -> dict[str, Any]:
+        (component,) = (each for each in with_deep_cache(self.checkpoint.family.components) if each.name == name)
+        tensors = tuple(torch.from_numpy(inputs[tensor.name]) for tensor in component.inputs)
+        # The loop calls from several threads, and a wrapper keeps what it is given in itself: the engines have copies.
+        with self._one_at_a_time, torch.no_grad():
+            answer = self.modules[name](**by_name(component, tensors))
+        answers = answer if isinstance(answer, tuple) else (answer,)
+        return {tensor.name: one.numpy() for tensor, one in zip(component.outputs, answers, strict=True)}
+
+
+@dataclass
+class Pair:
+    sampler: Sampler
+    pipeline: Any
+
+    def __post_init__(self) -> None:
+        self._own = self.pipeline.scheduler
+
+    def choose(self, scheduler: str, pipeline: Any = None) -> None:
+        """Give diffusers' pipeline the scheduler that a request calls so; the checkpoint's own under no name."""
+        pipeline = pipeline or self.pipeline
+        pipeline.scheduler = called_by_diffusers(scheduler, self._own) if scheduler else self._own
+
+
+def sampler_of(folder: Path) -> Sampler:
+    checkpoint = open_checkpoint(str(folder))
+    for name in checkpoint.family.tokenizers:
+        write_tokenizer(checkpoint, name, folder / f"{name}.json")
+    parameters = checkpoint_parameters(checkpoint)
+    table = checkpoint_schedulers(checkpoint, int(parameters["default_num_inference_steps"]))
+    config = json.dumps({"parameters": {name: {"string_value": value} for name, value in parameters.items()}})
+    architecture = Architecture.from_model_config(config)
+    components = with_deep_cache(checkpoint.family.components)
+    modules = {each.name: wrap(each, load_module(checkpoint, each)) for each in components}
+    tokenize = PromptTokenizers(folder, architecture.tokenizers)
+    return Sampler(checkpoint, architecture, tokenize, schedulers_in(table), modules)
+
+
+def request_of(**changes: Any) -> Request:
+    wish: dict[str, Any] = {
+        "prompt": PROMPT,
+        "negative_prompt": None,
+        "num_images": 1,
+        "width": 64,
+        "height": 64,
+        "num_inference_steps": 4,
+        "guidance_scale": 1.0,
+        "scheduler": "",
+        "seed": 11,
+    }
+    return Request(**(wish | changes))
+
+
+def by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:
+    wish: dict[str, Any] = {
+        "prompt": request.prompt,
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        **_given(request),
+    }
+    if request.negative_prompt is not None:
+        wish["negative_prompt"] = request.negative_prompt
+    interval = (request.guidance_start, request.guidance_end)
+    if interval != (0.0, 1.0):
+        wish = interval_arguments(pipeline, wish, *interval)
+
+    def draw(kind: str) -> Any:
+        with deep_features_reused(pipeline.unet, request.cache_interval):
+            return pipeline(**wish, generator=torch.Generator().manual_seed(request.seed), output_type=kind).images[0]
+
+    return draw("latent").numpy(), np.asarray(draw("pil"))
+
+
+def _given(request: Request) -> dict[str, Any]:
+    """The size, or the picture that has it."""
+    size = {"width": request.width, "height": request.height}
+    if request.image is None:
+        return size
+    start = {"image": PILImage.fromarray(request.image), "strength": request.strength}
+    if request.mask is None:
+        return start
+    return {**size, **start, "mask_image": PILImage.fromarray(request.mask)}
+
+
+def held(ours: tuple[Array, Pixels], theirs: tuple[Array, Pixels], tolerance: float = TOLERANCE) -> None:
+    """Latents to rounding, pictures to a level of 255 where a value lies on the edge of two."""
+    difference = float(np.abs(ours[0] - theirs[0]).max() / np.abs(theirs[0]).max())
+    levels = np.abs(ours[1].astype(int) - theirs[1].astype(int))
+    print(f"latents differ by {difference:.1e} of the largest, pictures by {levels.mean():.4f}/255, {levels.max()}/255")
+    assert theirs[1].std() > 10, "a flat picture would prove nothing"
+    assert difference <= tolerance
+    assert levels.max() <= 1
+    assert levels.mean() <= 0.01
+
+
+def picture(width: int = 64, height: int = 64) -> Pixels:
+    """Something to start from: colours that change smoothly, and an edge."""
+    y, x = np.mgrid[0:height, 0:width]
+    red, green, blue = x * 255 // width, y * 255 // height, np.where(x > y, 220, 40)
+    colours: Pixels = np.stack([red, green, blue], axis=-1).astype(np.uint8)
+    return colours
+
+
+def mask(width: int = 64, height: int = 64) -> Pixels:
+    """Repaints a part whose edges are no multiples of eight, with greys on both sides of the threshold."""
+    covered = np.zeros((height, width), dtype=np.uint8)
+    covered[10:45, 20:60] = 255
+    covered[10:45, 20:24] = 127
+    covered[10:45, 24:28] = 128
+    return covered
+
+
+async def held_from_picture(pair: Pair, request: Request) -> None:
+    """Our image-to-image or inpainting against the pipeline of diffusers that its own text-to-image one stands for."""
+    pipelines = IMAGE_TO_IMAGE if request.mask is None else INPAINTING
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipeline = pipelines[type(pair.pipeline).__name__].from_pipe(pair.pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    pair.choose(request.scheduler, pipeline)
+    held(await pair.sampler.draw(request), by_diffusers(pipeline, request), TOLERANCE_FROM_PICTURE)

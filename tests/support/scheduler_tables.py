@@ -1,0 +1,46 @@
+"""Schedulers by the names that requests give them: ours from the exporter's table, and diffusers' own, by its idiom."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import diffusers
+
+from hypergen_export.checkpoints.components import Amendments
+from hypergen_export.checkpoints.schedulers import SchedulerTable, scheduler_table
+from hypergen_sampler.schedulers import Schedulers
+
+# As diffusers' documentation calls them.
+CLASSES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+    "tcd": ("TCDScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+
+
+def called_by_diffusers(name: str, own: Any) -> Any:
+    """What a user of diffusers takes in the place of a pipeline's `own` scheduler."""
+    class_name, overrides = CLASSES[name]
+    return getattr(diffusers, class_name).from_config(own.config, **overrides)
+
+
+def schedulers_of(config: Mapping[str, Any], amendments: Amendments | None = None, steps: int = 20) -> Schedulers:
+    """The sampler's, of a checkpoint whose scheduler has this configuration."""
+    return schedulers_in(scheduler_table(config, amendments or Amendments(), steps=steps, channels=4))
+
+
+def schedulers_in(table: SchedulerTable) -> Schedulers:
+    """The sampler's, from the file that the exporter makes of its table."""
+    return Schedulers(json.loads(json.dumps(asdict(table))))
