@@ -90,7 +90,7 @@ class TestFiles:
 
     def test_the_wheel_holds_all_of_it(self) -> None:
         files = {file.distribution_path for file in WheelBuilder(str(ROOT)).recurse_included_files()}
-        assert {f"hypergen_gateway/web/{file.name}" for file in FOLDER.iterdir()} <= files
+        assert {f"hypergen_gateway/playground/web/{file.name}" for file in FOLDER.iterdir()} <= files
 
 
 class TestCapabilities:

@@ -123,6 +123,7 @@ def test_the_sampler_knows_its_checkpoint(repository: Path) -> None:
         "text_encoders": "text_encoder",
         "tokenizers": "tokenizer",
         "unet_conditions": "encoder_hidden_states",
+        "max_prompt_tokens": "14",
         "time_width": "16",
         "size_width": "0",
         "flip_sin_to_cos": "1",

@@ -121,7 +121,7 @@ from hypergen_gateway.embedded.backends.openvino.compilations import Compilation
 def infer(rows):
     batch = {
         "sample": np.zeros((rows, channels, 8, 8), np.float32),
-        "timestep": np.zeros(rows, np.float32),
+        "time": np.zeros((rows, time_width), np.float32),
         "encoder_hidden_states": np.zeros((rows, tokens, width), np.float32),
     }
     unet.find(batch).infer(batch, ["model_output"])
@@ -130,7 +130,7 @@ def anonymous_mebibytes():
     lines = (line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines())
     return next(int(words[1]) for words in lines if words[0] == "Pss_Anon:") / 1024
 
-channels, tokens, width = map(int, sys.argv[2:])
+channels, tokens, width, time_width = map(int, sys.argv[2:])
 unet = Compilations(Path(sys.argv[1]), {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": "2"})
 for rows in (*range(1, 17), *range(1, 17)):
     infer(rows)
@@ -145,7 +145,7 @@ print(anonymous_mebibytes())
 def test_memory_is_flat_once_each_number_of_rows_was_seen(exported: Path) -> None:
     file = exported / "unet" / "1" / "model.onnx"
     shapes = {each.any_name: each.partial_shape for each in openvino.Core().read_model(file).inputs}
-    sizes = [shapes["sample"][1], *shapes["encoder_hidden_states"][1:]]
+    sizes = [shapes["sample"][1], *shapes["encoder_hidden_states"][1:], shapes["time"][1]]
     command = [sys.executable, "-c", MEMORY, str(file), *(str(size.get_length()) for size in sizes)]
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
     warm, after_a_thousand = map(float, ended.stdout.split())

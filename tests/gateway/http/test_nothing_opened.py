@@ -89,7 +89,8 @@ def requests_with(text: str) -> Iterator[dict[str, Any]]:
         yield {"url": edits, "json": good | {"images": [images]} | named}
     for url, kind in ((edits, EditForm), (variations, VariationForm)):
         for field in [*texts_of(kind), "image", "mask", "unknown"]:
-            texts = {**good, field: text} if url == edits else {field: text}
+            # Variations are links by default, for which the server writes a file of its own.
+            texts = {**(good if url == edits else {"response_format": "b64_json"}), field: text}
             parts = [part(name, value.encode()) for name, value in texts.items()]
             yield {"url": url} | form(part("image", PICTURE, filename=text), *parts)
             yield {"url": url} | form(part(text, PICTURE, filename="x.png"), *parts)
