@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.figures import Book, Figures, Pairs, latency_figures, percentile, rate_figures
+from benchmarks.figures import Figures, Pairs, Results, latency_figures, percentile, rate_figures
 from benchmarks.report import BARS, bars_table, write_report
 
 
@@ -38,13 +38,13 @@ def test_rates_compare_the_other_way_round() -> None:
 
 def test_the_book_is_one_flat_object_that_later_runs_complete(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
-    Book(file).enter({"one_over_ours": 2.0})
-    Book(file).fail("two_over_ours", "it does not start")
+    Results(file).enter({"one_over_ours": 2.0})
+    Results(file).fail("two_over_ours", "it does not start")
     assert json.loads(file.read_text()) == {"one_over_ours": 2.0, "two_over_ours_failed": "it does not start"}
 
 
 def test_a_failure_takes_the_place_of_an_earlier_figure_and_a_figure_that_of_a_failure(tmp_path: Path) -> None:
-    book = Book(tmp_path / "bench.json")
+    book = Results(tmp_path / "bench.json")
     book.enter({"one_over_ours": 2.0, "one_over_ours_pairs": 3, "one": 1})
     book.fail("one_over_ours", "it ended")
     assert book.figures == {"one": 1, "one_over_ours_failed": "it ended"}

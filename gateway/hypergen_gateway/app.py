@@ -18,14 +18,14 @@ from hypergen_gateway.config import Config
 from hypergen_gateway.errors import HyperGenError
 from hypergen_gateway.generation.admission import Admission
 from hypergen_gateway.generation.backend import Backend
-from hypergen_gateway.generation.jobs import Jobs, Keeping
-from hypergen_gateway.generation.service import Studio
+from hypergen_gateway.generation.jobs import Jobs, RetentionPolicy
+from hypergen_gateway.generation.service import ImageService
 from hypergen_gateway.http.auth import METRICS_PATH, PROBE_PATHS, ApiKey
 from hypergen_gateway.http.disconnect import cancel
-from hypergen_gateway.http.middleware import Checks, Errors, RequestLog, Trace, check_head
-from hypergen_gateway.http.origins import OtherWebsites, cors
+from hypergen_gateway.http.middleware import Errors, RequestLog, RequestValidation, Trace, check_head
+from hypergen_gateway.http.origins import OriginCheck, cors
 from hypergen_gateway.http.paths import CanonicalPath
-from hypergen_gateway.http.protocol import TELL_UNHEARD
+from hypergen_gateway.http.protocol import ON_REJECTED
 from hypergen_gateway.observability.metrics import Metrics
 from hypergen_gateway.playground import FILES_PREFIX, PAGE_PATH
 from hypergen_gateway.storage.local import FILES_PATH, Links, LocalLinks
@@ -63,10 +63,10 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
         logger.warning("Every website may use this server through its visitors' browsers, and it asks for no key")
     admission = Admission(config.max_queue_size)
     metrics = Metrics(admission)
-    keeping = Keeping(grace=config.retry_grace, seconds=config.retry_seconds, nbytes=config.retry_bytes)
+    keeping = RetentionPolicy(grace=config.retry_grace, seconds=config.retry_seconds, nbytes=config.retry_bytes)
     jobs, links = Jobs(keeping, metrics.joined), _links(config)
     observers: list[Metrics | Tracing] = [metrics] if tracing is None else [metrics, tracing]
-    studio = Studio(backend, admission, observers)
+    studio = ImageService(backend, admission, observers)
     endpoints = Endpoints(config, backend, admission, studio, jobs, links, metrics)
     routes = endpoints.routes()
     open_paths = _OPEN_PATHS if config.metrics_need_key else _OPEN_PATHS | {METRICS_PATH}
@@ -76,7 +76,7 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
         tidying = asyncio.create_task(links.run())
         await _read_description(backend)
         try:
-            yield {TELL_UNHEARD: metrics.unheard}
+            yield {ON_REJECTED: metrics.unheard}
         finally:
             await cancel(tidying)
             await jobs.close()
@@ -85,7 +85,7 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
                 await asyncio.to_thread(tracing.close)
 
     who_may_ask = (
-        ApiKey(keys, open_paths, _OPEN_PREFIXES) if keys else OtherWebsites(config.cors_origins, config.public_url)
+        ApiKey(keys, open_paths, _OPEN_PREFIXES) if keys else OriginCheck(config.cors_origins, config.public_url)
     )
     app = Gateway(
         routes=routes,
@@ -95,7 +95,7 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
             Middleware(RequestLog, routes=_paths(routes), observers=observers),
             *cors(config.cors_origins),
             Middleware(Errors),
-            Middleware(Checks, checks=(check_head, who_may_ask)),
+            Middleware(RequestValidation, checks=(check_head, who_may_ask)),
         ],
         lifespan=lifespan,
     )

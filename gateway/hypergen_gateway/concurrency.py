@@ -14,7 +14,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-async def off_the_loop(work: Callable[[], T], nbytes: int, *, quick: int) -> T:
+async def run_in_thread_if_large(work: Callable[[], T], nbytes: int, *, quick: int) -> T:
     """The result of `work`, which goes over `nbytes`: from a thread, unless they are `quick` ones at most.
 
     Having a thread do something and hearing of it takes a fifth of a millisecond: `quick` is what takes no longer.

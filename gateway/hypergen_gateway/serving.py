@@ -26,7 +26,7 @@ from hypergen_gateway.embedded.errors import EmbeddedError, ModelsNotLoadedError
 from hypergen_gateway.embedded.export_cache import ExportOptions, find_repository
 from hypergen_gateway.embedded.installation import find_installation
 from hypergen_gateway.errors import UnavailableError
-from hypergen_gateway.generation.backend import Generation, Lora, ModelDescription, Picture
+from hypergen_gateway.generation.backend import GeneratedImage, Generation, Lora, ModelDescription
 from hypergen_gateway.http.addresses import listening, url_of
 from hypergen_gateway.http.protocol import AcceptErrors, Listener, allow_open_files, bounded
 from hypergen_gateway.observability.logs import console
@@ -99,7 +99,7 @@ def _tracing() -> Tracing | None:
     return Tracing()
 
 
-async def draw(options: TritonOptions, wanted: dict[str, Any]) -> Picture:
+async def draw(options: TritonOptions, wanted: dict[str, Any]) -> GeneratedImage:
     """One picture, without a gateway. `wanted` holds fields of `Generation`; the model's defaults fill the others."""
     async with _connected(options, DRAW_SECONDS) as backend:
         try:

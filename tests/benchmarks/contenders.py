@@ -37,7 +37,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DO_NOT_TRA
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class GenerationRequest:
     """One picture, the same for whoever draws it."""
 
     prompt: str
@@ -48,13 +48,13 @@ class Wish:
     seed: int
 
 
-class Contender(Protocol):
+class Target(Protocol):
     """Draws pictures. `process` is the one that was started; its children belong to it."""
 
     name: str
     process: psutil.Process
 
-    async def draw(self, wish: Wish) -> float:
+    async def draw(self, wish: GenerationRequest) -> float:
         """Seconds until the picture was there. Raises ToolError, also when it took longer than the limit."""
 
     async def stop(self) -> None:
@@ -72,7 +72,7 @@ class Server:
         self._limit = limit
         self._client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=limit)
 
-    async def draw(self, wish: Wish) -> float:
+    async def draw(self, wish: GenerationRequest) -> float:
         began = time.perf_counter()
         try:
             response = await asyncio.wait_for(self._ask(wish), self._limit)
@@ -85,7 +85,7 @@ class Server:
         _check(self, pixels.shape, float(pixels.std()), wish)
         return seconds
 
-    async def _ask(self, wish: Wish) -> openai.types.ImagesResponse:
+    async def _ask(self, wish: GenerationRequest) -> openai.types.ImagesResponse:
         own = {"num_inference_steps": wish.steps, "guidance_scale": wish.guidance, "seed": wish.seed}
         size: Any = f"{wish.width}x{wish.height}"
         return await self._client.images.generate(
@@ -128,7 +128,7 @@ class Worker:
             raise ToolError(f"{self.name} ended while it loaded")
         self._reader = asyncio.create_task(self._read())
 
-    async def draw(self, wish: Wish, **more: Any) -> float:
+    async def draw(self, wish: GenerationRequest, **more: Any) -> float:
         number = next(self._numbers)
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
@@ -262,13 +262,13 @@ async def _until_ready(name: str, process: psutil.Popen, url: str, limit: float)
             await asyncio.sleep(0.05)
 
 
-def _check(contender: Contender, shape: Sequence[int], spread: float, wish: Wish) -> None:
+def _check(contender: Target, shape: Sequence[int], spread: float, wish: GenerationRequest) -> None:
     """A quick answer that is no picture of the size asked for is no result."""
     if tuple(shape[-3:]) != (wish.height, wish.width, 3) or spread == 0:
         raise ToolError(f"{contender.name} drew {tuple(shape)} with a spread of {spread:.1f}")
 
 
-def _failure(contender: Contender, error: Exception, limit: float) -> ToolError:
+def _failure(contender: Target, error: Exception, limit: float) -> ToolError:
     if isinstance(error, (asyncio.TimeoutError, openai.APITimeoutError)):
         return ToolError(f"{contender.name} took longer than {limit:,.0f} s for a picture")
     return ToolError(f"{contender.name}: {type(error).__name__}: {error}"[:500])

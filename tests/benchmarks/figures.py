@@ -68,7 +68,7 @@ def rate_figures(name: str, peer: str, pairs: Pairs) -> Figures:
     }
 
 
-class Book:
+class Results:
     """The figures on disk: one flat object, written anew with each entry, so that a run cut short leaves what it has.
 
     Earlier entries stay until they are measured again: a run of some parts completes another's.

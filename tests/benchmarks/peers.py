@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import Contender, Server, Worker, start_server, start_worker
+from benchmarks.contenders import Server, Target, Worker, start_server, start_worker
 from benchmarks.environments import install, run
-from benchmarks.subjects import Subject, cache, repository
+from benchmarks.subjects import Workload, cache, repository
 
 WORKERS = Path(__file__).parent / "workers"
 TORCH = "torch==2.13.0"
@@ -22,7 +22,7 @@ CONVERT_SECONDS = 900
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ground:
+class Environment:
     """Where and with what it is measured: `hypergen` is the command under test, `dtype` the precision of ours."""
 
     work: Path
@@ -33,15 +33,15 @@ class Ground:
         """The Python of a peer's environment, installed if need be."""
         return install(self.work / "environments" / name, packages)
 
-    def log(self, name: str, subject: Subject) -> Path:
+    def log(self, name: str, subject: Workload) -> Path:
         return self.work / "logs" / f"{name}-{subject.name}.log"
 
-    def converted(self, subject: Subject, kind: str) -> Path:
+    def converted(self, subject: Workload, kind: str) -> Path:
         """Where a peer's own form of the checkpoint is kept."""
         return self.work / "converted" / f"{subject.name}-{kind}"
 
 
-Start = Callable[[Ground, Subject], Coroutine[Any, Any, Contender]]
+Start = Callable[[Environment, Workload], Coroutine[Any, Any, Target]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class Peer:
 
 
 def _ours(dtype: str = "") -> Start:
-    async def start(ground: Ground, subject: Subject) -> Server:
+    async def start(ground: Environment, subject: Workload) -> Server:
         """On the checkpoint, as a user starts it: it exports what is not exported yet."""
         command = [str(ground.hypergen), "serve", str(subject.checkpoint), "--dtype", dtype or ground.dtype]
         command += ["--cache-dir", str(cache(subject, ground.work))]
@@ -67,7 +67,7 @@ def _ours(dtype: str = "") -> Start:
 
 
 def _hypergen(dtype: str) -> Start:
-    async def start(ground: Ground, subject: Subject) -> Server:
+    async def start(ground: Environment, subject: Workload) -> Server:
         python = ground.environment("hypergen", ("hypergen==0.1.0", TORCH))
         command = [str(python.parent / "hypergen"), "serve", str(subject.checkpoint), "--device", "cpu"]
         command += ["--dtype", dtype, "--max-batch-size", "8"]
@@ -77,7 +77,7 @@ def _hypergen(dtype: str) -> Start:
     return start
 
 
-async def _floor(ground: Ground, subject: Subject) -> Worker:
+async def _floor(ground: Environment, subject: Workload) -> Worker:
     options = {
         "repository": str(repository(subject, ground.dtype, ground.work)),
         "precision": _openvino_precision(ground.dtype),
@@ -89,7 +89,7 @@ async def _floor(ground: Ground, subject: Subject) -> Worker:
 
 
 def _diffusers(dtype: str, *, compiled: bool = False) -> Start:
-    async def start(ground: Ground, subject: Subject) -> Worker:
+    async def start(ground: Environment, subject: Workload) -> Worker:
         python = ground.environment("diffusers", ("diffusers", "transformers", "accelerate", TORCH))
         options = {
             "checkpoint": str(subject.checkpoint),
@@ -106,7 +106,7 @@ def _diffusers(dtype: str, *, compiled: bool = False) -> Start:
 
 
 def _genai(pipelines: int = 1, *, reshaped: bool = False) -> Start:
-    async def start(ground: Ground, subject: Subject) -> Worker:
+    async def start(ground: Environment, subject: Workload) -> Worker:
         packages = ("openvino-genai==2026.4.1.0", "diffusers", "transformers", TORCH)
         python = ground.environment("openvino_genai", packages)
         folder = ground.converted(subject, "genai")
@@ -125,7 +125,7 @@ def _genai(pipelines: int = 1, *, reshaped: bool = False) -> Start:
     return start
 
 
-async def _sdcpp(ground: Ground, subject: Subject) -> Worker:
+async def _sdcpp(ground: Environment, subject: Workload) -> Worker:
     python = ground.environment("stable_diffusion_cpp", ("stable-diffusion-cpp-python==0.4.7", "numpy"))
     folder = ground.converted(subject, "sdcpp")
     run([str(python), str(WORKERS / "convert_for_sdcpp.py"), str(subject.checkpoint), str(folder)], CONVERT_SECONDS)
@@ -133,7 +133,9 @@ async def _sdcpp(ground: Ground, subject: Subject) -> Worker:
     return await _work("stable_diffusion_cpp", command, {"checkpoint": str(folder)}, ground, subject)
 
 
-async def _work(name: str, command: list[str], options: dict[str, Any], ground: Ground, subject: Subject) -> Worker:
+async def _work(
+    name: str, command: list[str], options: dict[str, Any], ground: Environment, subject: Workload
+) -> Worker:
     return await start_worker(name, command, options, ground.log(name, subject), subject.limits)
 
 

@@ -21,17 +21,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.circumstances import circumstances
 from benchmarks.environments import BUILD
-from benchmarks.figures import Book
+from benchmarks.figures import Results
 from benchmarks.measures import hardware, load, pictures, serving
-from benchmarks.measures.turns import Bench, Effort
-from benchmarks.peers import PEERS, Ground
+from benchmarks.measures.turns import Bench, Budget
+from benchmarks.peers import PEERS, Environment
 from benchmarks.report import bars_table, write_report
-from benchmarks.subjects import Subject, has_bf16, sd15, shipped
+from benchmarks.subjects import Workload, has_bf16, sd15, shipped
 
-QUICK = Effort(pairs=5, large_pairs=1, rounds=1, levels=(1, 8))
-FULL = Effort(pairs=30, large_pairs=3, rounds=3)
+QUICK = Budget(pairs=5, large_pairs=1, rounds=1, levels=(1, 8))
+FULL = Budget(pairs=30, large_pairs=3, rounds=3)
 
-PARTS: Mapping[str, Callable[[Bench, Subject], Coroutine[Any, Any, None]]] = {
+PARTS: Mapping[str, Callable[[Bench, Workload], Coroutine[Any, Any, None]]] = {
     "one_picture": pictures.one_picture,
     "hardware": hardware.hardware,
     "gateway": serving.gateway,
@@ -57,8 +57,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     options.work_dir.mkdir(parents=True, exist_ok=True)
     bench = Bench(
-        ground=Ground(work=options.work_dir, hypergen=options.hypergen, dtype=options.dtype),
-        book=Book(options.output),
+        ground=Environment(work=options.work_dir, hypergen=options.hypergen, dtype=options.dtype),
+        book=Results(options.output),
         effort=QUICK if options.quick else FULL,
         peers=options.peers or (QUICK_PEERS if options.quick else tuple(PEERS)),
     )
@@ -70,7 +70,7 @@ def main() -> None:
     print(f"{report}\n\n{bars_table(bench.book.figures)}")
 
 
-def _plan(options: argparse.Namespace) -> Iterator[tuple[Subject, str]]:
+def _plan(options: argparse.Namespace) -> Iterator[tuple[Workload, str]]:
     checkpoints = options.checkpoints or (["shipped"] if options.quick else ["shipped", "sd15"])
     if "shipped" in checkpoints:
         for part in options.only or (QUICK_PARTS if options.quick else PARTS):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
-from benchmarks.contenders import Limits, Wish
+from benchmarks.contenders import GenerationRequest, Limits
 from benchmarks.environments import ROOT, ToolError, run
 
 SHIPPED = ROOT / "export" / "emoji" / "checkpoint"
@@ -18,7 +18,7 @@ SECONDS_TO_MAKE = 900
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class Workload:
     """A checkpoint in diffusers' layout and what is drawn with it.
 
     `wish` is the usual picture; `sizes` are other squares that the model can draw; `limits` suit the slowest contender.
@@ -26,11 +26,11 @@ class Subject:
 
     name: str
     checkpoint: Path
-    wish: Wish
+    wish: GenerationRequest
     sizes: tuple[int, ...]
     limits: Limits
 
-    def wishes(self, steps: int | None = None, size: int | None = None) -> Iterator[Wish]:
+    def wishes(self, steps: int | None = None, size: int | None = None) -> Iterator[GenerationRequest]:
         """One after the other, no two alike: prompts differ, so that no cache of prompts answers for the model."""
         prompts = _prompts(self.checkpoint)
         wish = replace(self.wish, steps=steps or self.wish.steps)
@@ -51,40 +51,40 @@ def _prompts(checkpoint: Path) -> list[str]:
     return suggested or ["a red rocket on a blue background", "a green cat on a red background"]
 
 
-def shipped() -> Subject:
+def shipped() -> Workload:
     """The model that ships with the project, as it is asked by default: 64×64, 10 steps of DDIM, guidance 2."""
-    return Subject(
+    return Workload(
         name="shipped",
         checkpoint=SHIPPED,
-        wish=Wish(prompt="", width=64, height=64, steps=10, guidance=2.0, seed=0),
+        wish=GenerationRequest(prompt="", width=64, height=64, steps=10, guidance=2.0, seed=0),
         sizes=(56, 64, 72, 80, 96),
         limits=Limits(load=600, picture=120),
     )
 
 
-def sd15(work: Path, steps: int) -> Subject:
+def sd15(work: Path, steps: int) -> Workload:
     """Stable Diffusion 1.5's architecture with random weights, made where it is not there yet; Euler, guidance 7.5."""
     checkpoint = work / "checkpoints" / "sd15"
     if not (checkpoint / "model_index.json").exists():
         print(f"Making a checkpoint of Stable Diffusion 1.5's size in {checkpoint}", file=sys.stderr)
         script = ROOT / "tests" / "benchmarks" / "full_size.py"
         run([sys.executable, str(script), "sd-1.5", "--checkpoint", str(checkpoint)], SECONDS_TO_MAKE)
-    return Subject(
+    return Workload(
         name="sd15",
         checkpoint=checkpoint,
-        wish=Wish(prompt="", width=512, height=512, steps=steps, guidance=7.5, seed=0),
+        wish=GenerationRequest(prompt="", width=512, height=512, steps=steps, guidance=7.5, seed=0),
         sizes=(512,),
         limits=Limits(load=1800, picture=600),
     )
 
 
-def cache(subject: Subject, work: Path) -> Path:
+def cache(subject: Workload, work: Path) -> Path:
     """Where `hypergen serve` is to keep the subject's exports: a folder for the checkpoint of that name and place."""
     place = hashlib.sha256(str(subject.checkpoint.resolve()).encode()).hexdigest()[:8]
     return work / "cache" / f"{subject.name}-{place}"
 
 
-def repository(subject: Subject, dtype: str, work: Path) -> Path:
+def repository(subject: Workload, dtype: str, work: Path) -> Path:
     """The subject as ours serves it. Raises ToolError where ours has not been started with it yet."""
     found = [record.parent for record in cache(subject, work).glob(f"*-{dtype}-*/hypergen.json")]
     if len(found) != 1:

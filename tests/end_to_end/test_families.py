@@ -44,7 +44,7 @@ WISHES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 @dataclass
-class Served:
+class RequestRecord:
     server: Server
     pipeline: Any
 
@@ -52,12 +52,12 @@ class Served:
 @pytest.fixture(scope="module", params=WISHES)
 def served(
     request: pytest.FixtureRequest, family_of: Callable[[str], tuple[Path, Path]], cache_dir: Path
-) -> Iterator[Served]:
+) -> Iterator[RequestRecord]:
     folder, repository = family_of(request.param)
     assert repository.parent == cache_dir
     options = ("--dtype", "float32", "--cache-dir", str(cache_dir), "--deep-cache")
     server = start_server(*options, model=str(folder))
-    yield Served(server, pipeline_of(folder))
+    yield RequestRecord(server, pipeline_of(folder))
     assert stop_server(server) == 0, "\n".join(server.lines)
 
 
@@ -78,7 +78,7 @@ def difference(ours: Pixels, theirs: Pixels) -> float:
     return float(distances.mean())
 
 
-async def test_its_pictures_equal_those_of_diffusers(served: Served, request: pytest.FixtureRequest) -> None:
+async def test_its_pictures_equal_those_of_diffusers(served: RequestRecord, request: pytest.FixtureRequest) -> None:
     before = served.server.unet_counts("unet_shallow")[1]
     async with served.server.async_client() as client:
         for name, wish in WISHES[request.node.callspec.params["served"]].items():
@@ -90,7 +90,7 @@ async def test_its_pictures_equal_those_of_diffusers(served: Served, request: py
 
 
 async def test_an_interval_of_guidance_is_refused_where_the_unet_has_guidance_inside(
-    served: Served, request: pytest.FixtureRequest
+    served: RequestRecord, request: pytest.FixtureRequest
 ) -> None:
     wish = {"prompt": PROMPT, "num_inference_steps": 4, "guidance_scale": 3.0, "guidance_end": 0.5}
     async with served.server.async_client() as client:
@@ -102,7 +102,7 @@ async def test_an_interval_of_guidance_is_refused_where_the_unet_has_guidance_in
     assert refusal.value.param == "guidance_end"
 
 
-async def test_requests_that_share_a_batch_give_the_pictures_that_each_gives_alone(served: Served) -> None:
+async def test_requests_that_share_a_batch_give_the_pictures_that_each_gives_alone(served: RequestRecord) -> None:
     wishes: list[dict[str, Any]] = [
         {"prompt": "a red rocket", "seed": 1, "num_inference_steps": 12},
         {"prompt": "a blue cat", "seed": 2, "num_inference_steps": 9, "guidance_scale": 4.0},

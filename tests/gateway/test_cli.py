@@ -25,7 +25,7 @@ from hypergen_gateway.app import create_app
 from hypergen_gateway.cli import main
 from hypergen_gateway.config import Config
 from hypergen_gateway.embedded.export_cache import default_cache_dir
-from hypergen_gateway.generation.backend import Generation, Picture
+from hypergen_gateway.generation.backend import GeneratedImage, Generation
 from hypergen_gateway.serving import ServeOptions, TritonOptions
 from support.fake_backend import FakeBackend, flat_picture
 from support.fake_triton import FakeTriton, serving
@@ -352,7 +352,7 @@ class TestOutput:
         """What was drawn with; each draws the same image."""
         calls: list[TritonOptions] = []
 
-        async def draw(options: TritonOptions, wanted: dict[str, Any]) -> Picture:
+        async def draw(options: TritonOptions, wanted: dict[str, Any]) -> GeneratedImage:
             calls.append(options)
             made = Generation(
                 prompt="cat",

@@ -7,12 +7,12 @@ import threading
 
 import pytest
 
-from hypergen_gateway.concurrency import ByteBudget, off_the_loop
+from hypergen_gateway.concurrency import ByteBudget, run_in_thread_if_large
 
 
 @pytest.mark.parametrize(("nbytes", "stays"), [(0, True), (1024, True), (1025, False)])
 async def test_work_leaves_the_loop_where_its_data_are_more_than_is_quick(nbytes: int, stays: bool) -> None:
-    thread = await off_the_loop(threading.get_ident, nbytes, quick=1024)
+    thread = await run_in_thread_if_large(threading.get_ident, nbytes, quick=1024)
     assert (thread == threading.get_ident()) is stays
 
 
@@ -22,7 +22,7 @@ async def test_what_the_work_raises_is_raised_from_either(nbytes: int) -> None:
         raise ValueError("no picture")
 
     with pytest.raises(ValueError, match="no picture"):
-        await off_the_loop(fail, nbytes, quick=1)
+        await run_in_thread_if_large(fail, nbytes, quick=1)
 
 
 class TestByteBudget:

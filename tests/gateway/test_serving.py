@@ -27,11 +27,11 @@ async def work():
 
 run_until_signalled(work())
 """
-Start = Callable[..., subprocess.Popen[str]]
+InitImage = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
-def start() -> Iterator[Start]:
+def start() -> Iterator[InitImage]:
     """Starts work whose end takes so many seconds; returns when it has begun."""
     started: list[subprocess.Popen[str]] = []
 
@@ -54,14 +54,14 @@ def said(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_it_in_order(start: Start, number: signal.Signals) -> None:
+def test_a_signal_ends_it_in_order(start: InitImage, number: signal.Signals) -> None:
     process = start(0)
     process.send_signal(number)
     assert [said(process), said(process)] == ["ending", "ended"]
     process.wait(10)
 
 
-def test_a_terminal_that_closes_does_not_end_what_was_detached_from_it(start: Start) -> None:
+def test_a_terminal_that_closes_does_not_end_what_was_detached_from_it(start: InitImage) -> None:
     process = start(0, "nohup")
     process.send_signal(signal.SIGHUP)
     with pytest.raises(subprocess.TimeoutExpired):
@@ -70,7 +70,7 @@ def test_a_terminal_that_closes_does_not_end_what_was_detached_from_it(start: St
     assert [said(process), said(process)] == ["ending", "ended"]
 
 
-def test_a_signal_that_is_sent_twice_is_one(start: Start) -> None:
+def test_a_signal_that_is_sent_twice_is_one(start: InitImage) -> None:
     """As `timeout` does, to the process and to its group."""
     process = start(0.5)
     process.terminate()
@@ -79,7 +79,7 @@ def test_a_signal_that_is_sent_twice_is_one(start: Start) -> None:
     assert said(process) == "ended"
 
 
-def test_a_second_one_ends_what_does_not_end(start: Start) -> None:
+def test_a_second_one_ends_what_does_not_end(start: InitImage) -> None:
     process = start(60)
     process.terminate()
     assert said(process) == "ending"

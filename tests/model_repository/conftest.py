@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hypergen_sampler.conditioning import Array
-from hypergen_sampler.sampling import UNetRows
+from hypergen_sampler.sampling import DenoiserInputs
 
 
 class TorchUNet:
@@ -19,7 +19,7 @@ class TorchUNet:
         self._unet = unet
         self.rows_of_calls: list[int] = []
 
-    def __call__(self, rows: UNetRows) -> dict[str, Array]:
+    def __call__(self, rows: DenoiserInputs) -> dict[str, Array]:
         self.rows_of_calls.append(len(rows.sample))
         with torch.no_grad():
             output = self._unet(

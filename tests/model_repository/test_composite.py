@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hypergen_sampler.composite import overlay
+from hypergen_sampler.composite import composite
 
 RANDOM = np.random.default_rng(1)
 DRAWN, ORIGINAL = RANDOM.integers(0, 256, size=(2, 16, 256, 3), dtype=np.uint8)
@@ -13,7 +13,7 @@ MASK = np.tile(np.arange(256, dtype=np.uint8), (16, 1))
 
 
 def test_0_keeps_the_original_and_255_takes_what_was_drawn_to_the_bit() -> None:
-    blended = overlay(DRAWN, ORIGINAL, MASK)
+    blended = composite(DRAWN, ORIGINAL, MASK)
     assert np.array_equal(blended[:, 0], ORIGINAL[:, 0])
     assert np.array_equal(blended[:, 255], DRAWN[:, 255])
 
@@ -21,8 +21,8 @@ def test_0_keeps_the_original_and_255_takes_what_was_drawn_to_the_bit() -> None:
 def test_in_between_it_is_the_nearest_level_to_their_mixture() -> None:
     weight = MASK[..., None] / 255
     exact = DRAWN * weight + ORIGINAL * (1 - weight)
-    assert np.abs(overlay(DRAWN, ORIGINAL, MASK) - exact).max() <= 0.5 + 1e-9
+    assert np.abs(composite(DRAWN, ORIGINAL, MASK) - exact).max() <= 0.5 + 1e-9
 
 
 def test_nothing_drawn_over_itself_changes() -> None:
-    assert np.array_equal(overlay(ORIGINAL, ORIGINAL, MASK), ORIGINAL)
+    assert np.array_equal(composite(ORIGINAL, ORIGINAL, MASK), ORIGINAL)

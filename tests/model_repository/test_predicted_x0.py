@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hypergen_sampler.latent_init import Canvas
+from hypergen_sampler.latent_init import LatentInit
 from hypergen_sampler.predicted_x0 import preview_steps
 from hypergen_sampler.request import Request
 from hypergen_sampler.sampling import Image
@@ -49,7 +49,9 @@ def image_of(scheduler: str, prediction_type: str, guidance_scale: float) -> Ima
     )
     states = np.zeros((2 if guidance_scale > 1 else 1, 1, 1), dtype=np.float32)
     schedulers = schedulers_of(CONFIG | {"prediction_type": prediction_type})
-    return Image(request, {"encoder_hidden_states": states}, Canvas((4, 6, 5)), schedulers.make(scheduler, steps=STEPS))
+    return Image(
+        request, {"encoder_hidden_states": states}, LatentInit((4, 6, 5)), schedulers.make(scheduler, steps=STEPS)
+    )
 
 
 def answer_of_one_who_knows(image: Image, alphas_cumprod: Any, prediction_type: str, guidance_scale: float) -> Any:

@@ -19,10 +19,10 @@ from diffusers import PNDMScheduler
 
 from hypergen_export.checkpoints.checkpoint import open_checkpoint
 from hypergen_sampler.conditioning import Array
-from hypergen_sampler.latent_init import Canvas
-from hypergen_sampler.lora import BASE, Variant
+from hypergen_sampler.latent_init import LatentInit
+from hypergen_sampler.lora import BASE, LoraVariant
 from hypergen_sampler.request import InvalidInputError, NonFiniteLatentsError, QueueFullError, Request
-from hypergen_sampler.sampling import Image, UNetRows, steps_between
+from hypergen_sampler.sampling import DenoiserInputs, Image, steps_between
 from hypergen_sampler.stepping import ASK_SECONDS, ClientGoneError, Round, Sample, StepLoop, UNet
 from support.scheduler_tables import CLASSES, called_by_diffusers, schedulers_of
 
@@ -52,7 +52,7 @@ def image_of(pipeline: Any, checkpoint: Path) -> Callable[..., Image]:
         request = dataclasses.replace(REQUEST, **changes)
         prompt, negative = pipeline.encode_prompt(request.prompt, "cpu", 1, True, request.negative_prompt)
         embeddings = torch.cat([negative, prompt] if request.guidance_scale > 1 else [prompt]).detach().numpy()
-        canvas = Canvas((4, request.height // 8, request.width // 8))
+        canvas = LatentInit((4, request.height // 8, request.width // 8))
         scheduler = schedulers.make(request.scheduler, steps=request.num_inference_steps)
         return Image(request, {"encoder_hidden_states": embeddings}, canvas, scheduler)
 
@@ -130,12 +130,12 @@ async def test_different_images_in_one_batch_come_out_as_they_would_alone(
 
 async def test_images_of_different_models_share_no_batch(unet: Any, image_of: Callable[..., Image]) -> None:
     """Two LoRAs that change the UNet; one that does not, and is in a batch with the checkpoint as it is."""
-    ink = Variant(name="ink", scale=1.0, models={"unet": "unet.ink@1"})
-    clay = Variant(name="clay", scale=1.0, models={"unet": "unet.clay@1"})
-    words = Variant(name="words", scale=1.0, models={"text_encoder": "text_encoder.words@1"})
+    ink = LoraVariant(name="ink", scale=1.0, models={"unet": "unet.ink@1"})
+    clay = LoraVariant(name="clay", scale=1.0, models={"unet": "unet.clay@1"})
+    words = LoraVariant(name="words", scale=1.0, models={"text_encoder": "text_encoder.words@1"})
     calls: list[tuple[str, int]] = []
 
-    def record(rows: UNetRows) -> Mapping[str, Array]:
+    def record(rows: DenoiserInputs) -> Mapping[str, Array]:
         calls.append((rows.model, len(rows.sample)))
         answer: Mapping[str, Array] = unet(rows)
         return answer
@@ -157,7 +157,7 @@ def test_a_share_of_the_steps_is_what_it_is_on_paper_in_float32_too() -> None:
 
 def test_a_lora_has_a_shallow_unet_of_its_own_where_it_changes_the_unet(image_of: Callable[..., Image]) -> None:
     names = {"unet": "unet.ink@1", "unet_shallow": "unet_shallow.ink@1"}
-    ink = Variant(name="ink", scale=1.0, models=names)
+    ink = LoraVariant(name="ink", scale=1.0, models=names)
     for variant, models in [(ink, list(names.values())), (BASE, list(names))]:
         image = image_of(variant=variant, cache_interval=2)
         called = []
@@ -193,7 +193,7 @@ async def test_images_beyond_max_active_wait_their_turn(unet: Any, image_of: Cal
 async def test_the_time_that_an_image_waits_is_told_from_that_of_its_steps(
     unet: Any, image_of: Callable[..., Image]
 ) -> None:
-    def slow(rows: UNetRows) -> Mapping[str, Array]:
+    def slow(rows: DenoiserInputs) -> Mapping[str, Array]:
         time.sleep(0.02)
         answer: Mapping[str, Array] = unet(rows)
         return answer
@@ -257,7 +257,7 @@ async def test_cancellation_is_asked_once_at_a_time_for_all_images_of_a_request(
         asked.append(time.monotonic())
         return False
 
-    def slow(rows: UNetRows) -> Mapping[str, Array]:
+    def slow(rows: DenoiserInputs) -> Mapping[str, Array]:
         time.sleep(ASK_SECONDS)
         answer: Mapping[str, Array] = unet(rows)
         return answer
@@ -308,7 +308,7 @@ async def test_steps_that_a_gone_client_saves_are_counted_for_all_its_images(
 
 
 async def test_a_failing_batch_ends_its_own_images_alone(unet: Any, image_of: Callable[..., Image]) -> None:
-    def fails_on_wide(rows: UNetRows) -> Mapping[str, Array]:
+    def fails_on_wide(rows: DenoiserInputs) -> Mapping[str, Array]:
         if rows.sample.shape[3] == 9:
             raise RuntimeError("out of memory")
         answer: Mapping[str, Array] = unet(rows)
@@ -330,7 +330,7 @@ async def test_an_image_whose_latents_are_not_finite_fails_and_leaves_the_others
     images = [image_of(seed=seed, num_inference_steps=steps) for seed, steps in [(1, 4), (2, 6), (3, 4)]]
     healthy = [await last(loop_on(unet).sample(image_of(seed=seed), never)) for seed in (1, 3)]
 
-    def breaks_the_second(rows: UNetRows) -> Mapping[str, Array]:
+    def breaks_the_second(rows: DenoiserInputs) -> Mapping[str, Array]:
         answer: dict[str, Array] = {name: array.copy() for name, array in unet(rows).items()}
         if len(rows.sample) == 6 and unet.rows_of_calls.count(6) == 3:
             answer["model_output"][3] = value
@@ -380,7 +380,7 @@ async def test_the_event_loop_is_free_while_the_unet_works(unet: Any, image_of: 
     """And batches of one round, which share no call, are in flight together."""
     let_go, in_flight = threading.Event(), threading.Semaphore(0)
 
-    def held(rows: UNetRows) -> Mapping[str, Array]:
+    def held(rows: DenoiserInputs) -> Mapping[str, Array]:
         in_flight.release()
         assert let_go.wait(10)
         answer: Mapping[str, Array] = unet(rows)

@@ -16,7 +16,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from hypergen_gateway.errors import HyperGenError
-from hypergen_gateway.generation.backend import Generation, ModelDescription, Picture, Timings
+from hypergen_gateway.generation.backend import GeneratedImage, Generation, ModelDescription, Timings
 from hypergen_gateway.http.protocol import Listener, bounded
 
 MODEL = ModelDescription(
@@ -76,7 +76,7 @@ class FakeBackend:
         await self.answering.wait()
         return self.is_ready
 
-    async def generate(self, generation: Generation) -> AsyncGenerator[Picture, None]:
+    async def generate(self, generation: Generation) -> AsyncGenerator[GeneratedImage, None]:
         self.generations.append(generation)
         self.running += 1
         self._running_images += generation.num_images
@@ -106,10 +106,10 @@ class FakeBackend:
         self.closed = True
 
 
-def flat_picture(generation: Generation, index: int) -> Picture:
+def flat_picture(generation: Generation, index: int) -> GeneratedImage:
     seed = generation.seed + index
     shape = (generation.height, generation.width, 3)
-    return Picture(
+    return GeneratedImage(
         pixels=np.full(shape, seed % 256, dtype=np.uint8),
         index=index,
         seed=seed,
@@ -120,7 +120,7 @@ def flat_picture(generation: Generation, index: int) -> Picture:
     )
 
 
-def flat_preview(generation: Generation, index: int, number: int) -> Picture:
+def flat_preview(generation: Generation, index: int, number: int) -> GeneratedImage:
     """At evenly spaced steps, as the sampler gives them."""
     step = generation.num_inference_steps * (number + 1) // (generation.partial_images + 1)
     return replace(flat_picture(generation, index), step=step, is_final=False)

@@ -29,11 +29,11 @@ from hypergen_export.conversion.examples import by_name
 from hypergen_export.conversion.loading import load_module
 from hypergen_export.conversion.tokenizer import write_tokenizer
 from hypergen_export.conversion.wrappers import wrap
-from hypergen_sampler.conditioning import Array, conditions_of, merge, outputs_of, texts_of
-from hypergen_sampler.latent_init import Canvas, Original
+from hypergen_sampler.conditioning import Array, conditioning_of, merge, outputs_of, texts_of
+from hypergen_sampler.latent_init import ImagePosterior, LatentInit
 from hypergen_sampler.prompts import PromptTokenizers
 from hypergen_sampler.request import Architecture, Request
-from hypergen_sampler.sampling import Image, UNetRows
+from hypergen_sampler.sampling import DenoiserInputs, Image
 from hypergen_sampler.schedulers import Schedulers
 from hypergen_sampler.stepping import StepLoop
 from support.deep_cache import deep_features_reused
@@ -74,20 +74,20 @@ class Sampler:
 
     async def draw(self, request: Request, loop: StepLoop | None = None) -> tuple[Array, Pixels]:
         """The final latents [C, h, w] and the picture."""
-        conditions = conditions_of(request, self.encode(texts_of(request, self.architecture)), self.architecture)
+        conditions = conditioning_of(request, self.encode(texts_of(request, self.architecture)), self.architecture)
         masked = request.mask is not None
         scheduler = self.schedulers.make(request.scheduler, steps=request.num_inference_steps, masked=masked)
         image = Image(request, conditions, self.canvas(request), scheduler)
         latents = [sample async for sample in (loop or self.loop()).sample(image, lambda: False)][-1].latents
         return latents, self.run("vae_decoder", latents=latents[None])["image"][0]
 
-    def canvas(self, request: Request) -> Canvas:
+    def canvas(self, request: Request) -> LatentInit:
         shape = (4, request.height // 8, request.width // 8)
         if request.image is None:
-            return Canvas(shape)
+            return LatentInit(shape)
         answer = self.run("vae_encoder", image=request.image[None])
-        original = Original(answer["mean"][0], answer["std"][0])
-        return Canvas(shape, original, request.mask, self.architecture.is_latent_consistency)
+        original = ImagePosterior(answer["mean"][0], answer["std"][0])
+        return LatentInit(shape, original, request.mask, self.architecture.is_latent_consistency)
 
     def loop(self) -> StepLoop:
         return StepLoop(self.unet, max_rows=16, max_active=8, max_waiting=8)
@@ -99,7 +99,7 @@ class Sampler:
         answers = [(self.run(encoder, input_ids=ids), outputs) for encoder, ids, outputs in needed]
         return merge([{name: answer[name] for name in outputs} for answer, outputs in answers])
 
-    def unet(self, rows: UNetRows) -> dict[str, Array]:
+    def unet(self, rows: DenoiserInputs) -> dict[str, Array]:
         self.rows_of_calls.append(len(rows.sample))
         self.models_of_calls.append(rows.model)
         time = self.architecture.time_embedding(rows.timestep)

@@ -16,7 +16,7 @@ from hypergen_export.checkpoints.checkpoint import Checkpoint
 from hypergen_export.errors import BrokenCheckpointError
 
 # Steps and guidance scale. Those of models that are not distilled are the defaults of diffusers' pipelines.
-_HABITS = {
+_DEFAULT_STEPS_AND_GUIDANCE = {
     "stable-diffusion": (50, 7.5),
     "stable-diffusion-xl": (50, 5.0),
     # LatentConsistencyModelPipeline's: the scale goes into the UNet and costs nothing.
@@ -37,7 +37,7 @@ def checkpoint_parameters(checkpoint: Checkpoint) -> dict[str, str]:
     sizes = checkpoint.sizes
     factor = sizes["vae_scale_factor"]
     try:
-        parameters = _sides(checkpoint, factor) | _habits(checkpoint)
+        parameters = _sides(checkpoint, factor) | _default_steps_and_guidance(checkpoint)
         suggestions = _suggestions(checkpoint.defaults)
     except (KeyError, TypeError, ValueError) as error:
         raise BrokenCheckpointError(f"{checkpoint.folder}: a default is missing or of no use ({error})") from error
@@ -80,9 +80,9 @@ def _embeddings(checkpoint: Checkpoint) -> dict[str, str]:
     }
 
 
-def _habits(checkpoint: Checkpoint) -> dict[str, int | float]:
+def _default_steps_and_guidance(checkpoint: Checkpoint) -> dict[str, int | float]:
     stored = checkpoint.defaults
-    steps, scale = _usual_habits(checkpoint)
+    steps, scale = _usual_steps_and_guidance(checkpoint)
     return {
         "default_num_inference_steps": int(stored.get("num_inference_steps", steps)),
         # Model cards write 0 for "no guidance", the API 1; the pictures are the same.
@@ -90,11 +90,11 @@ def _habits(checkpoint: Checkpoint) -> dict[str, int | float]:
     }
 
 
-def _usual_habits(checkpoint: Checkpoint) -> tuple[int, float]:
+def _usual_steps_and_guidance(checkpoint: Checkpoint) -> tuple[int, float]:
     takes_guidance = "timestep_cond" in checkpoint.family.unet_conditions
     if not takes_guidance and _few_steps_reason(checkpoint):
         return _FEW_STEPS
-    return _HABITS[checkpoint.family.name]
+    return _DEFAULT_STEPS_AND_GUIDANCE[checkpoint.family.name]
 
 
 def remarks(checkpoint: Checkpoint) -> list[str]:
@@ -103,7 +103,7 @@ def remarks(checkpoint: Checkpoint) -> list[str]:
     reason = _few_steps_reason(checkpoint)
     stated = {"num_inference_steps", "guidance_scale"} <= checkpoint.defaults.keys()
     if reason and not stated:
-        steps, scale = _usual_habits(checkpoint)
+        steps, scale = _usual_steps_and_guidance(checkpoint)
         said.append(f"taken for a few-step model ({reason}): by default {steps} steps, guidance scale {scale:g}")
     safety_checker = checkpoint.index.get("safety_checker") or [None]
     if safety_checker[-1] or checkpoint.index.get("requires_safety_checker"):

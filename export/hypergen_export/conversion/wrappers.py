@@ -132,7 +132,7 @@ class UNet(nn.Module):
         return model_output
 
 
-class TellingUNet(UNet):
+class FeatureExportingUNet(UNet):
     """A UNet -> also deep_features [B, D, h, w]: what enters the last layer of the last block from below."""
 
     def __init__(self, unet: Any) -> None:
@@ -162,10 +162,10 @@ class ShallowUNet(UNet):
         if getattr(last, "attentions", None) is not None:
             last.attentions = last.attentions[-1:]
         unet.down_blocks, unet.up_blocks = nn.ModuleList(), nn.ModuleList([last])
-        unet.mid_block = _TakenFrom(self._deep)
+        unet.mid_block = _CachedMidBlock(self._deep)
 
 
-class _TakenFrom(nn.Module):
+class _CachedMidBlock(nn.Module):
     """In the place of a UNet's middle."""
 
     has_cross_attention = False
@@ -227,7 +227,7 @@ WRAPPERS: Mapping[str, Callable[[Any], nn.Module]] = {
     "penultimate_text_encoder": PenultimateTextEncoder,
     "pooled_text_encoder": PooledTextEncoder,
     "unet": UNet,
-    "telling_unet": TellingUNet,
+    "telling_unet": FeatureExportingUNet,
     "unet_shallow": ShallowUNet,
     "vae_decoder": VaeDecoder,
     "vae_encoder": VaeEncoder,

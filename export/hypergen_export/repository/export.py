@@ -29,7 +29,7 @@ from hypergen_export.engines.tensorrt import Build, Target, build_plan, this_mac
 from hypergen_export.errors import BadLoraError, MissingDependencyError
 from hypergen_export.repository.cache_key import component_key, plan_key, repository_key, tokenizer_key, weight_files
 from hypergen_export.repository.staging import (
-    Earlier,
+    PreviousExport,
     check_space,
     exports_beside,
     file_sizes,
@@ -107,7 +107,7 @@ def export(
     TensorRT's plans are for `target`, or for this machine. `remark` is told what one should know of the checkpoint.
     """
     output = request.output.expanduser().resolve()
-    plan = _plan(request, Earlier(output, read_record(output) or {}), target)
+    plan = _plan(request, PreviousExport(output, read_record(output) or {}), target)
     for text in remarks(plan.checkpoint):
         remark(text)
     _hash_weights(plan)
@@ -123,7 +123,7 @@ def export(
     return Outcome(converted=tuple(component.name for component in plan.outdated), reused=reused)
 
 
-def _hash_weights(plan: Plan) -> None:
+def _hash_weights(plan: ExportTask) -> None:
     """Read what no earlier export knows by its content: many gigabytes, so with progress."""
     files = [file for module in plan.checkpoint.family.modules for file in weight_files(plan.checkpoint, module)]
     unknown = plan.hashes.unknown(files)
@@ -134,7 +134,7 @@ def _hash_weights(plan: Plan) -> None:
             plan.hashes.read(unknown, report)
 
 
-def _plan(request: ExportRequest, earlier: Earlier, target: Target | None) -> Plan:
+def _plan(request: ExportRequest, earlier: PreviousExport, target: Target | None) -> ExportTask:
     """Everything that can be refused before anything is done, is refused here, what costs least first."""
     engine = ENGINES[request.engine]
     check_dtype(engine, request.dtype)
@@ -142,10 +142,10 @@ def _plan(request: ExportRequest, earlier: Earlier, target: Target | None) -> Pl
     _check_loras(request, checkpoint)
     sizes = choose_sizes(engine, request.sizes, checkpoint_parameters(checkpoint))
     if engine is OPENVINO:
-        return Plan(checkpoint, request, earlier, sizes, None)
+        return ExportTask(checkpoint, request, earlier, sizes, None)
     target = target or this_machine()
     target.check_dtype(request.dtype)
-    return Plan(checkpoint, request, earlier, sizes, target)
+    return ExportTask(checkpoint, request, earlier, sizes, target)
 
 
 def _check_loras(request: ExportRequest, checkpoint: Checkpoint) -> None:
@@ -156,7 +156,7 @@ def _check_loras(request: ExportRequest, checkpoint: Checkpoint) -> None:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExportTask:
     """A request held against the export that is already there (one without a record where none is).
 
     `sizes` are those that are built in, empty for an engine that takes any; `target` is what TensorRT builds for.
@@ -164,7 +164,7 @@ class Plan:
 
     checkpoint: Checkpoint
     request: ExportRequest
-    earlier: Earlier
+    earlier: PreviousExport
     sizes: tuple[Size, ...]
     target: Target | None
 
@@ -221,13 +221,13 @@ class Plan:
         return same and self.earlier.is_intact("")
 
     @cached_property
-    def sources(self) -> dict[str, Earlier]:
+    def sources(self) -> dict[str, PreviousExport]:
         """Component -> an export that has its file, for those of which there is one.
 
         Beside the place of this one lie those of the same checkpoint with other LoRAs or options: what they have in
         common is converted once, and no export takes away what another, which may be served just now, still needs.
         """
-        sources: dict[str, Earlier] = {}
+        sources: dict[str, PreviousExport] = {}
         for export in (*exports_beside(self.earlier.folder), self.earlier):
             sources |= {each.name: export for each in self.components if self._is_held(each, export)}
         return sources
@@ -269,7 +269,7 @@ class Plan:
             return key
         return plan_key(key, self.weights_dtype(component), self.target, profiles(component, self.shapes))
 
-    def _is_held(self, component: Component, export: Earlier) -> bool:
+    def _is_held(self, component: Component, export: PreviousExport) -> bool:
         same: bool = export.component(component.name).get("key") == self.keys[component.name]
         return same and export.is_intact(f"{component.name}/1/")
 
@@ -294,7 +294,7 @@ def sampler_sources() -> list[Path]:
     return sorted((sampler_folder() / "1").rglob("*.py"))
 
 
-def _fill(plan: Plan, folder: Path) -> dict[str, Any]:
+def _fill(plan: ExportTask, folder: Path) -> dict[str, Any]:
     """Write everything but the record into `folder`; returns component -> parity of those converted."""
     for component in plan.components:
         version_folder(folder, component).mkdir(parents=True)
@@ -311,7 +311,7 @@ def _fill(plan: Plan, folder: Path) -> dict[str, Any]:
     return _convert(plan, folder) if plan.outdated else {}
 
 
-def _write_configs(plan: Plan, folder: Path) -> None:
+def _write_configs(plan: ExportTask, folder: Path) -> None:
     with _needs_the_extra():
         from hypergen_export.repository.config_pbtxt import EngineOptions, component_config, sampler_config
 
@@ -338,7 +338,7 @@ def _write_schedulers(checkpoint: Checkpoint, steps: int, folder: Path) -> dict[
     return {"schedulers": ",".join(table.names), "default_scheduler": table.own_name}
 
 
-def _lora_parameters(plan: Plan) -> dict[str, str]:
+def _lora_parameters(plan: ExportTask) -> dict[str, str]:
     """The LoRAs by name and scale, and which models take the components' places; all models that are called."""
     loras = [
         {
@@ -351,7 +351,7 @@ def _lora_parameters(plan: Plan) -> dict[str, str]:
     return {"loras": json.dumps(loras), "components": ",".join(component.name for component in plan.components)}
 
 
-def _put_tokenizer(plan: Plan, name: str, folder: Path) -> None:
+def _put_tokenizer(plan: ExportTask, name: str, folder: Path) -> None:
     from hypergen_export.conversion.tokenizer import write_tokenizer
 
     if plan.holds_tokenizer(name):
@@ -361,7 +361,7 @@ def _put_tokenizer(plan: Plan, name: str, folder: Path) -> None:
         write_tokenizer(plan.checkpoint, name, folder / tokenizer_file(name))
 
 
-def _convert(plan: Plan, folder: Path) -> dict[str, Any]:
+def _convert(plan: ExportTask, folder: Path) -> dict[str, Any]:
     with _needs_the_extra():
         from hypergen_export.conversion.convert import Job, convert
         from hypergen_export.conversion.progress import Progress
@@ -401,7 +401,7 @@ def _needs_the_extra() -> Iterator[None]:
         ) from error
 
 
-def _record(plan: Plan, folder: Path, parity: Mapping[str, Any]) -> dict[str, Any]:
+def _record(plan: ExportTask, folder: Path, parity: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "key": plan.key,
         "model": plan.request.model,

@@ -27,7 +27,7 @@ _SPARE_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
-class Earlier:
+class PreviousExport:
     """An export that is already there."""
 
     folder: Path
@@ -51,13 +51,13 @@ class Earlier:
         return bool(files) and files.items() <= file_sizes(self.folder).items()
 
 
-def exports_beside(output: Path) -> Iterator[Earlier]:
+def exports_beside(output: Path) -> Iterator[PreviousExport]:
     """The finished exports in the folder in which `output` is, or will be."""
     with contextlib.suppress(OSError):
         for folder in sorted(output.parent.iterdir()):
             record = None if folder.name.startswith(".") or folder == output else _read(folder)
             if record is not None:
-                yield Earlier(folder, record)
+                yield PreviousExport(folder, record)
 
 
 def read_record(output: Path) -> Mapping[str, Any] | None:

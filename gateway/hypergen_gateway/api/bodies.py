@@ -16,7 +16,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from hypergen_gateway.concurrency import off_the_loop
+from hypergen_gateway.concurrency import run_in_thread_if_large
 from hypergen_gateway.errors import (
     InvalidRequestError,
     MalformedRequestError,
@@ -144,7 +144,7 @@ async def read_json(request: Request, fields: Container[str]) -> dict[str, Any]:
     if body and media_type(request) != "application/json":
         raise UnsupportedMediaTypeError("The body must be JSON, sent with 'Content-Type: application/json'.")
     _refuse_encoded(request)
-    return await off_the_loop(functools.partial(parse_json, body, fields), len(body), quick=_QUICK_BYTES)
+    return await run_in_thread_if_large(functools.partial(parse_json, body, fields), len(body), quick=_QUICK_BYTES)
 
 
 def _charset(request: Request) -> bytes:

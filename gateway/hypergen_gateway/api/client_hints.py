@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 
 from hypergen_gateway.api.fields import PictureRequest
 from hypergen_gateway.errors import InvalidRequestError
-from hypergen_gateway.generation.jobs import Asked
+from hypergen_gateway.generation.jobs import RequestIdentity
 from hypergen_gateway.generation.service import Order
 from hypergen_gateway.http.keys import presented_key
 
@@ -29,7 +29,7 @@ _FILES = {"image", "images", "mask"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Caller:
+class ClientHints:
     """The client of one request.
 
     `owner` stands for its credentials without telling them; `patience` is how many seconds it waits for something to
@@ -44,7 +44,7 @@ class Caller:
     reads_links: bool
 
 
-def read_caller(headers: Headers) -> Caller:
+def read_client_hints(headers: Headers) -> ClientHints:
     """The caller as the headers tell.
 
     Raises:
@@ -54,7 +54,7 @@ def read_caller(headers: Headers) -> Caller:
     if key is not None and not _SANE_KEY.fullmatch(key):
         raise InvalidRequestError("An Idempotency-Key must be of 1 to 255 visible ASCII characters.")
     retries = headers.get("x-stainless-retry-count")
-    return Caller(
+    return ClientHints(
         owner=hashlib.sha256(presented_key(headers.raw) or b"").hexdigest(),
         idempotency_key=key,
         is_retry=retries is not None and retries.isdecimal() and int(retries[:9]) > 0,
@@ -64,7 +64,7 @@ def read_caller(headers: Headers) -> Caller:
     )
 
 
-def deadline_of(wanted: PictureRequest, caller: Caller) -> float | None:
+def deadline_of(wanted: PictureRequest, caller: ClientHints) -> float | None:
     """Within how many seconds the pictures are wanted; None: there is no such limit.
 
     A client's patience is one unless it gets a stream, whose heartbeats keep it waiting.
@@ -74,9 +74,9 @@ def deadline_of(wanted: PictureRequest, caller: Caller) -> float | None:
     return min((limit for limit in (given, patience) if limit is not None), default=None)
 
 
-def read_asked(caller: Caller, route: str, wanted: PictureRequest, order: Order) -> Asked:
+def identify_request(caller: ClientHints, route: str, wanted: PictureRequest, order: Order) -> RequestIdentity:
     """What tells whether a request is asked again. Reads every pixel that came with it: many belong in a thread."""
-    return Asked(
+    return RequestIdentity(
         owner=caller.owner,
         fingerprint=_fingerprint(route, wanted, order) if caller.may_return else "",
         idempotency_key=caller.idempotency_key,

@@ -16,7 +16,7 @@ from hypergen_gateway.api.fields import ImageRequest, PictureRequest
 from hypergen_gateway.api.validation import Quality, quality_of
 from hypergen_gateway.generation.backend import Pixels
 from hypergen_gateway.generation.images import FormatName
-from hypergen_gateway.generation.service import Finished
+from hypergen_gateway.generation.service import EncodedImage
 from hypergen_gateway.generation.sizes import Size
 
 # What one position of a Stable Diffusion's latents stands for: 8 × 8 pixels.
@@ -93,7 +93,7 @@ class ImagesResponse(BaseModel):
 
 
 def images_response(
-    request: PictureRequest, finished: Sequence[Finished], urls: Sequence[str] | None = None
+    request: PictureRequest, finished: Sequence[EncodedImage], urls: Sequence[str] | None = None
 ) -> ImagesResponse:
     """The response that holds pictures: as base64, or as links where there are any."""
     contents = (
@@ -142,7 +142,7 @@ class CompletedEvent(_ImageEvent):
     prompt_truncated: int | None = _TRUNCATED
 
 
-def image_event(request: PictureRequest, finished: Finished, number: int) -> PartialImageEvent | CompletedEvent:
+def image_event(request: PictureRequest, finished: EncodedImage, number: int) -> PartialImageEvent | CompletedEvent:
     """The event that carries a preview, the `number`-th of its picture, or a finished picture."""
     picture = finished.picture
     is_generation = isinstance(request, ImageRequest)
@@ -168,7 +168,7 @@ def image_event(request: PictureRequest, finished: Finished, number: int) -> Par
     )
 
 
-def usage(finished: Sequence[Finished]) -> Usage:
+def usage(finished: Sequence[EncodedImage]) -> Usage:
     """The tokens that went into pictures of a request and came out."""
     text_tokens = finished[0].picture.prompt_tokens
     # Pictures that started from the same image share it.
@@ -185,12 +185,12 @@ def usage(finished: Sequence[Finished]) -> Usage:
     )
 
 
-def truncated(finished: Finished) -> int | None:
+def truncated(finished: EncodedImage) -> int | None:
     """How many tokens of a request's texts were cut off; None if all were read."""
     return finished.picture.truncated_tokens or None
 
 
-def server_timing(finished: Sequence[Finished]) -> str:
+def server_timing(finished: Sequence[EncodedImage]) -> str:
     """Where the time went, as the header `Server-Timing` says it: of each phase, what the slowest picture took."""
     phases = {
         "queue": [picture.picture.timings.queue for picture in finished],
@@ -206,7 +206,7 @@ def _tokens(pixels: Pixels) -> int:
     return pixels.shape[0] * pixels.shape[1] // _PIXELS_PER_TOKEN
 
 
-def _size(finished: Sequence[Finished]) -> str | None:
+def _size(finished: Sequence[EncodedImage]) -> str | None:
     """The size of all pictures, if they share one; those that start from several images have each its own."""
     sizes = {picture.size for picture in finished}
     return _written(sizes.pop()) if len(sizes) == 1 else None

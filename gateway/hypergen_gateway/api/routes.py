@@ -27,22 +27,22 @@ from hypergen_gateway import playground
 from hypergen_gateway.api import capabilities, docs, responses
 from hypergen_gateway.api import validation as openai
 from hypergen_gateway.api.bodies import media_type, read_form, read_json
-from hypergen_gateway.api.client_hints import Caller, deadline_of, read_asked, read_caller
+from hypergen_gateway.api.client_hints import ClientHints, deadline_of, identify_request, read_client_hints
 from hypergen_gateway.api.fields import EditForm, EditRequest, ImageRequest, PictureRequest, VariationForm, from_texts
 from hypergen_gateway.api.openapi import describe_api
 from hypergen_gateway.api.responses import Health
 from hypergen_gateway.api.sse import EventStream, to_frame
-from hypergen_gateway.concurrency import off_the_loop
+from hypergen_gateway.concurrency import run_in_thread_if_large
 from hypergen_gateway.config import Config
 from hypergen_gateway.errors import HyperGenError, ModelNotFoundError, NotFoundError
 from hypergen_gateway.generation.admission import Admission
 from hypergen_gateway.generation.backend import Backend, ModelDescription
-from hypergen_gateway.generation.image_inputs import Start, Uploads, Wanted, open_starts
+from hypergen_gateway.generation.image_inputs import InitImage, Uploads, Wanted, open_init_images
 from hypergen_gateway.generation.jobs import Job, Jobs
-from hypergen_gateway.generation.service import Finished, Order, Studio, parts_of
+from hypergen_gateway.generation.service import EncodedImage, ImageService, Order, parts_of
 from hypergen_gateway.http.auth import METRICS_PATH
-from hypergen_gateway.http.body_timeout import BodyPatience
-from hypergen_gateway.http.disconnect import while_connected
+from hypergen_gateway.http.body_timeout import BodyTimeout
+from hypergen_gateway.http.disconnect import run_until_disconnect
 from hypergen_gateway.http.middleware import BodyLimit
 from hypergen_gateway.http.paths import same_id
 from hypergen_gateway.observability.metrics import MEDIA_TYPE, Metrics
@@ -61,7 +61,7 @@ class Endpoints:
     config: Config
     backend: Backend
     admission: Admission
-    studio: Studio
+    studio: ImageService
     jobs: Jobs
     links: Links
     metrics: Metrics
@@ -70,7 +70,7 @@ class Endpoints:
 
     def routes(self) -> list[BaseRoute]:
         """Every route, in the order in which they are tried: those that are wanted most come first."""
-        patience = Middleware(BodyPatience, seconds=self.config.body_timeout)
+        patience = Middleware(BodyTimeout, seconds=self.config.body_timeout)
         bodies = [patience, Middleware(BodyLimit, max_bytes=self.config.max_body_bytes)]
         uploads = [
             patience,
@@ -177,13 +177,13 @@ class Endpoints:
             starts = await self._open(openai.uploads_of_form(wanted, openai.images_param(form)), wanted, model)
         return await self._serve(request, wanted, starts, model)
 
-    async def _open(self, uploads: Uploads, wanted: PictureRequest, model: ModelDescription) -> list[Start]:
+    async def _open(self, uploads: Uploads, wanted: PictureRequest, model: ModelDescription) -> list[InitImage]:
         pictures = Wanted(size=openai.asked_size(wanted), count=wanted.n, may_stay=openai.may_stay(wanted, model))
         async with self.decoding:
-            return await asyncio.to_thread(open_starts, uploads, pictures, model, self.config.size_policy)
+            return await asyncio.to_thread(open_init_images, uploads, pictures, model, self.config.size_policy)
 
     async def _serve(
-        self, request: Request, wanted: PictureRequest, starts: Sequence[Start], model: ModelDescription
+        self, request: Request, wanted: PictureRequest, starts: Sequence[InitImage], model: ModelDescription
     ) -> Response:
         order = Order(
             parts=parts_of(
@@ -196,17 +196,17 @@ class Endpoints:
             file_format=openai.file_format_of(wanted),
         )
         request.state.drawn = {"images": order.num_images, "steps": order.num_images * order.num_inference_steps}
-        caller = read_caller(request.headers)
+        caller = read_client_hints(request.headers)
         deadline = deadline_of(wanted, caller)
-        asked = await off_the_loop(
-            lambda: read_asked(caller, request.url.path, wanted, order), order.nbytes, quick=_QUICK_BYTES
+        asked = await run_in_thread_if_large(
+            lambda: identify_request(caller, request.url.path, wanted, order), order.nbytes, quick=_QUICK_BYTES
         )
         job = self.jobs.join(asked, lambda: self.studio.take(order, deadline))
         limit = min(deadline or math.inf, self.config.request_timeout)
-        with job.attended():
+        with job.subscribe():
             if wanted.stream:
                 return await self._stream(request, wanted, job, caller, limit)
-            return await while_connected(request.receive, self._answer(request, wanted, job, caller), limit)
+            return await run_until_disconnect(request.receive, self._answer(request, wanted, job, caller), limit)
 
     async def read_file(self, request: Request) -> Response:
         """The picture behind a link."""
@@ -219,7 +219,7 @@ class Endpoints:
         headers = {"Cache-Control": f"private, max-age={stored.seconds_left}"}
         return Response(stored.content, media_type=stored.media_type, headers=FILE_HEADERS | headers)
 
-    async def _answer(self, request: Request, wanted: PictureRequest, job: Job, caller: Caller) -> Response:
+    async def _answer(self, request: Request, wanted: PictureRequest, job: Job, caller: ClientHints) -> Response:
         finished = await job.finals()
         by_link = openai.wants_links(wanted, by_habit=caller.reads_links)
         urls = await self._publish(request, finished, job) if by_link else None
@@ -227,18 +227,18 @@ class Endpoints:
         if cut := responses.truncated(finished[0]):
             headers["x-hypergen-prompt-truncated"] = str(cut)
         nbytes = sum(len(picture.file) for picture in finished)
-        return await off_the_loop(
+        return await run_in_thread_if_large(
             lambda: _json(responses.images_response(wanted, finished, urls), headers=headers),
             nbytes,
             quick=_QUICK_BYTES,
         )
 
-    async def _publish(self, request: Request, finished: Sequence[Finished], job: Job) -> list[str]:
+    async def _publish(self, request: Request, finished: Sequence[EncodedImage], job: Job) -> list[str]:
         base_url, file_format = self.config.public_url or str(request.base_url), job.drawing.order.file_format
         return await asyncio.gather(*(self.links.publish(picture.file, file_format, base_url) for picture in finished))
 
     async def _stream(
-        self, request: Request, wanted: PictureRequest, job: Job, caller: Caller, limit: float
+        self, request: Request, wanted: PictureRequest, job: Job, caller: ClientHints, limit: float
     ) -> Response:
         heartbeat = min(self.config.heartbeat_interval, (caller.patience or math.inf) / 2)
         stream = EventStream(_frames(wanted, job), heartbeat=heartbeat, limit=limit)
@@ -299,10 +299,10 @@ async def _frames(wanted: PictureRequest, job: Job) -> AsyncGenerator[bytes, Non
             number = previews[finished.picture.index]
             previews[finished.picture.index] += 1
             frame = functools.partial(_frame, wanted, finished, number)
-            yield await off_the_loop(frame, len(finished.file), quick=_QUICK_BYTES)
+            yield await run_in_thread_if_large(frame, len(finished.file), quick=_QUICK_BYTES)
 
 
-def _frame(wanted: PictureRequest, finished: Finished, number: int) -> bytes:
+def _frame(wanted: PictureRequest, finished: EncodedImage, number: int) -> bytes:
     """The event that carries a picture; `number` counts a picture's previews. Blocks."""
     event = responses.image_event(wanted, finished, number)
     return to_frame(event.type, event)

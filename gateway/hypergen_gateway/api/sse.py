@@ -17,8 +17,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from hypergen_gateway.errors import ClientClosedRequestError, HyperGenError, UnavailableError
-from hypergen_gateway.http.disconnect import cancel, departure, out_of_time
-from hypergen_gateway.http.exceptions import as_ours, log_fault
+from hypergen_gateway.http.disconnect import cancel, deadline_exceeded, wait_for_disconnect
+from hypergen_gateway.http.exceptions import log_exception, to_api_error
 
 # A comment: it keeps proxies from closing a quiet connection, and clients skip it.
 HEARTBEAT = b": ping\n\n"
@@ -59,7 +59,7 @@ class EventStream(Response):
 
     async def begun(self, receive: Receive) -> None:
         """Returns when there is something to send, a heartbeat if nothing else. What fails before that is raised."""
-        left = asyncio.ensure_future(departure(receive))
+        left = asyncio.ensure_future(wait_for_disconnect(receive))
         first = asyncio.ensure_future(self._next())
         try:
             await asyncio.wait({left, first}, return_when=asyncio.FIRST_COMPLETED)
@@ -74,7 +74,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         """Answers; called once, after `begun`."""
-        left = asyncio.ensure_future(departure(receive))
+        left = asyncio.ensure_future(wait_for_disconnect(receive))
         sending = asyncio.ensure_future(self._send_all(send))
         try:
             await asyncio.wait({left, sending}, return_when=asyncio.FIRST_COMPLETED)
@@ -102,7 +102,7 @@ class EventStream(Response):
             frame = await asyncio.wait_for(self._queue.get(), max(patience, 0))
         except asyncio.TimeoutError:
             if time.monotonic() >= self._ends:
-                raise out_of_time(self._limit) from None
+                raise deadline_exceeded(self._limit) from None
             return HEARTBEAT
         if frame is None:
             await self._result()
@@ -122,8 +122,8 @@ class EventStream(Response):
             try:
                 frame = await self._next()
             except Exception as error:
-                ours = as_ours(error)
-                log_fault(ours, error)
+                ours = to_api_error(error)
+                log_exception(ours, error)
                 await _send_last(send, to_error_frame(ours))
                 return
         await _send_last(send, b"")

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from hypergen_gateway.errors import DeadlineTooShortError, QueueFullError
-from hypergen_gateway.generation.latency import Forecast, Pace, Rounds, Work, forecast
+from hypergen_gateway.generation.latency import Forecast, RemainingWork, StepTimeModel, Work, forecast
 
 # The SDKs do not wait for a Retry-After above 120 s.
 _LONGEST_RETRY_AFTER = 120.0
@@ -26,7 +26,7 @@ _TRUSTED_SECONDS = 60.0
 
 
 @dataclass(eq=False)
-class Place:
+class Slot:
     """A request in the queue or at work.
 
     `position` is its number in the queue when it came, 0 if it went straight to work; `estimate` how many seconds it
@@ -63,9 +63,9 @@ class Admission:
     def __init__(self, max_waiting: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_waiting = max_waiting
         self._clock = clock
-        self._pace = Pace()
-        self._waiting: deque[Place] = deque()
-        self._running: dict[Place, _Entry] = {}
+        self._pace = StepTimeModel()
+        self._waiting: deque[Slot] = deque()
+        self._running: dict[Slot, _Entry] = {}
         self._now = self._measured_at = clock()
         self._load_seconds = 0.0
 
@@ -84,7 +84,7 @@ class Admission:
         """Places that are taken."""
         return sum(place.places for place in self._running)
 
-    def arrive(self, work: Work, capacity: int, deadline: float | None = None) -> Place:
+    def arrive(self, work: Work, capacity: int, deadline: float | None = None) -> Slot:
         """A place out of `capacity`, at work or in the queue; whoever gets one goes on to its `turn` at once.
 
         Raises:
@@ -93,7 +93,7 @@ class Admission:
         """
         self._tick()
         # A request of more images than there are places takes them all, or it would wait for ever.
-        place = Place(work, min(work.images, capacity), capacity)
+        place = Slot(work, min(work.images, capacity), capacity)
         goes_at_once = not self._waiting and self._fits(place)
         if not goes_at_once and len(self._waiting) >= self._max_waiting:
             raise QueueFullError("Too many requests are waiting. Try again later.", self._seconds_to_next_place(place))
@@ -109,7 +109,7 @@ class Admission:
         return place
 
     @asynccontextmanager
-    async def turn(self, place: Place) -> AsyncIterator[None]:
+    async def turn(self, place: Slot) -> AsyncIterator[None]:
         """Waits until it is the place's turn, and holds it while the block runs."""
         await self._called(place)
         try:
@@ -118,7 +118,7 @@ class Admission:
         finally:
             self._leave(place)
 
-    def rounds_left(self, place: Place) -> float:
+    def rounds_left(self, place: Slot) -> float:
         """How many of its rounds a request would still take, as far as the pace tells; all of them while it waits."""
         self._tick()
         if place not in self._running or not self._pace.is_known:
@@ -126,7 +126,7 @@ class Admission:
         seconds, load = self._stay(place)
         return max(place.rounds - seconds / self._pace.round_seconds(load), 0.0)
 
-    def _check_deadline(self, place: Place, expected: float, deadline: float | None) -> None:
+    def _check_deadline(self, place: Slot, expected: float, deadline: float | None) -> None:
         if deadline is None or expected <= deadline:
             return
         alone = forecast(self._pace, place.capacity, [], [_rounds(place, place.rounds)]).done
@@ -136,7 +136,7 @@ class Admission:
         if not is_idle or self._now - self._measured_at < _TRUSTED_SECONDS:
             raise DeadlineTooShortError(alone, deadline, None)
 
-    async def _called(self, place: Place) -> None:
+    async def _called(self, place: Slot) -> None:
         if place in self._running:
             return
         try:
@@ -148,7 +148,7 @@ class Admission:
             self._leave(place)
             raise
 
-    def _leave(self, place: Place) -> None:
+    def _leave(self, place: Slot) -> None:
         self._tick()
         self._running.pop(place, None)
         while self._waiting and self._fits(self._waiting[0]):
@@ -156,10 +156,10 @@ class Admission:
             self._start(following)
             following.called.set_result(None)
 
-    def _start(self, place: Place) -> None:
+    def _start(self, place: Slot) -> None:
         self._running[place] = _Entry(self._now, self._load_seconds)
 
-    def _fits(self, place: Place) -> bool:
+    def _fits(self, place: Slot) -> bool:
         return self.running_images + place.places <= place.capacity
 
     def _tick(self) -> None:
@@ -168,14 +168,14 @@ class Admission:
         self._load_seconds += (now - self._now) * sum(place.places * place.work.load for place in self._running)
         self._now = now
 
-    def _stay(self, place: Place) -> tuple[float, float]:
+    def _stay(self, place: Slot) -> tuple[float, float]:
         """How many seconds a request has been at work, and the mean load of the sampler meanwhile."""
         entry = self._running[place]
         seconds = self._now - entry.seconds
         own = place.places * place.work.load
         return seconds, (self._load_seconds - entry.load_seconds) / seconds if seconds else own
 
-    def _measure(self, place: Place) -> None:
+    def _measure(self, place: Slot) -> None:
         self._tick()
         seconds, load = self._stay(place)
         if seconds:
@@ -185,7 +185,7 @@ class Admission:
             self._pace.learn(load, in_rounds / place.rounds, seconds - in_rounds)
             self._measured_at = self._now
 
-    def _forecast(self, waiting: list[Place]) -> Forecast | None:
+    def _forecast(self, waiting: list[Slot]) -> Forecast | None:
         if not self._pace.is_known:
             return None
         return forecast(
@@ -195,14 +195,14 @@ class Admission:
             [_rounds(place, place.rounds) for place in waiting],
         )
 
-    def _seconds_to_next_place(self, place: Place) -> float:
+    def _seconds_to_next_place(self, place: Slot) -> float:
         """Until the first that waits is called, and another may wait."""
         expected = self._forecast([self._waiting[0] if self._waiting else place])
         return _UNKNOWN_RETRY_AFTER if expected is None else _retry_after(expected.placed)
 
 
-def _rounds(place: Place, left: float) -> Rounds:
-    return Rounds(place.places, place.work.load, left)
+def _rounds(place: Slot, left: float) -> RemainingWork:
+    return RemainingWork(place.places, place.work.load, left)
 
 
 def _retry_after(seconds: float) -> float:

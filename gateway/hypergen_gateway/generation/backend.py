@@ -53,7 +53,7 @@ class Timings:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Picture:
+class GeneratedImage:
     """A picture: RGB pixels [height, width, 3], its place in the request and the seed it came from.
 
     A preview is what the model expects the picture to become after `step` steps; `is_final` tells the two apart. After
@@ -116,7 +116,7 @@ class Backend(Protocol):
         """Whether a picture could be made now. Never raises."""
         ...
 
-    def generate(self, generation: Generation) -> AsyncGenerator[Picture, None]:
+    def generate(self, generation: Generation) -> AsyncGenerator[GeneratedImage, None]:
         """The pictures, each as soon as it is finished, in any order. Closing the generator stops the work."""
         ...
 

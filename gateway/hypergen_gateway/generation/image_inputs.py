@@ -32,7 +32,7 @@ class Uploads:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Retouch:
+class Compositing:
     """What makes a drawn picture one of the size that the client expects, unchanged where nothing was to be drawn."""
 
     size: Size
@@ -51,12 +51,12 @@ class Retouch:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Start:
+class InitImage:
     """What pictures start from: RGB [height, width, 3] in a size that the model draws, and its mask."""
 
     image: Pixels
     mask: Pixels | None  # [height, width]; 255 is repainted, 0 stays
-    retouch: Retouch
+    retouch: Compositing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class Wanted:
     may_stay: bool = False  # whether an image may come back as it is
 
 
-def open_starts(uploads: Uploads, wanted: Wanted, model: ModelDescription, sizes: SizePolicy) -> list[Start]:
+def open_init_images(uploads: Uploads, wanted: Wanted, model: ModelDescription, sizes: SizePolicy) -> list[InitImage]:
     """As many images as pictures are wanted, made ready; all are looked at, so that a broken one is always told.
 
     The first image's own size may be asked for whatever the policy is: it is what is answered where none is.
@@ -118,7 +118,7 @@ def _flat(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def _start(image: Image.Image, mask: Image.Image | None, wanted: Wanted, model: ModelDescription) -> Start:
+def _start(image: Image.Image, mask: Image.Image | None, wanted: Wanted, model: ModelDescription) -> InitImage:
     """An image in the size asked for, cut to its proportions, or in its own; made ready in the nearest drawn one."""
     if wanted.size is not None:
         image = ImageOps.fit(image, wanted.size, Image.Resampling.LANCZOS)
@@ -126,8 +126,8 @@ def _start(image: Image.Image, mask: Image.Image | None, wanted: Wanted, model: 
     drawn = nearest_size(image.size, model)
     shown = window(drawn, image.size)
     kept = np.asarray(image) if mask or wanted.may_stay else None
-    retouch = Retouch(size=image.size, kept=kept, mask=_binary(mask))
-    return Start(
+    retouch = Compositing(size=image.size, kept=kept, mask=_binary(mask))
+    return InitImage(
         image=_framed(image, drawn, shown, Image.Resampling.LANCZOS),
         mask=_binary(mask and _framed(mask, drawn, shown, Image.Resampling.BOX)),
         retouch=retouch,

@@ -15,12 +15,12 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 
 from hypergen_gateway.errors import IdempotencyKeyReusedError, UnavailableError
-from hypergen_gateway.generation.service import Drawing, Finished
+from hypergen_gateway.generation.service import EncodedImage, GenerationTask
 from hypergen_gateway.http.disconnect import cancel
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class RequestIdentity:
     """Who asks for what: enough to tell whether it is asked again.
 
     `owner` stands for the credentials and `fingerprint` for the route and everything the request says, pictures
@@ -40,7 +40,7 @@ class Asked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keeping:
+class RetentionPolicy:
     """How long work is kept for a client that may come back for it.
 
     `grace` is how many seconds it goes on without a listener; what is finished stays for `seconds`, as long as all of
@@ -57,7 +57,7 @@ class Keeping:
 class Job:
     """One drawing and its listeners; made by `Jobs`."""
 
-    def __init__(self, drawing: Drawing, asked: Asked, unattended: Callable[[Job], None]) -> None:
+    def __init__(self, drawing: GenerationTask, asked: RequestIdentity, unattended: Callable[[Job], None]) -> None:
         self.drawing = drawing
         self.asked = asked
         self.may_return = asked.may_return
@@ -65,7 +65,7 @@ class Job:
         self.end: asyncio.TimerHandle | None = None  # set while nobody listens
         self.delivered_at: float | None = None  # of the loop's clock
         self._unattended = unattended
-        self._pictures: list[Finished] = []
+        self._pictures: list[EncodedImage] = []
         self._news = asyncio.Event()
         self.task = asyncio.create_task(self._draw())
         self.task.add_done_callback(lambda _: self._tell())
@@ -86,7 +86,7 @@ class Job:
         return self.drawing.order.nbytes + sum(finished.nbytes for finished in self._pictures)
 
     @contextmanager
-    def attended(self) -> Iterator[None]:
+    def subscribe(self) -> Iterator[None]:
         """Somebody is there for the job, and need not listen yet."""
         self.listeners += 1
         if self.end is not None:
@@ -98,10 +98,10 @@ class Job:
             if not self.listeners:
                 self._unattended(self)
 
-    async def listen(self) -> AsyncGenerator[Finished, None]:
+    async def listen(self) -> AsyncGenerator[EncodedImage, None]:
         """Previews and pictures from the first one on, as they come; raises what the drawing does."""
         heard = 0
-        with self.attended():
+        with self.subscribe():
             while heard < len(self._pictures) or not self.task.done():
                 if heard == len(self._pictures):
                     await self._news.wait()
@@ -113,7 +113,7 @@ class Job:
             self.task.result()
             self.delivered_at = asyncio.get_running_loop().time()
 
-    async def finals(self) -> list[Finished]:
+    async def finals(self) -> list[EncodedImage]:
         """The finished pictures in the order of their indices, when all are there."""
         async with aclosing(self.listen()) as pictures:
             finals = [finished async for finished in pictures if finished.picture.is_final]
@@ -133,7 +133,7 @@ class Job:
 class Jobs:
     """The jobs of one gateway. Belongs to one event loop; `joined` is told why somebody joined a job."""
 
-    def __init__(self, keeping: Keeping, joined: Callable[[str], object]) -> None:
+    def __init__(self, keeping: RetentionPolicy, joined: Callable[[str], object]) -> None:
         self._keeping = keeping
         self._joined = joined
         self._by_key: dict[tuple[str, str], Job] = {}
@@ -141,7 +141,7 @@ class Jobs:
         self._kept: OrderedDict[Job, int] = OrderedDict()
         self._running: set[Job] = set()
 
-    def join(self, asked: Asked, start: Callable[[], Drawing]) -> Job:
+    def join(self, asked: RequestIdentity, start: Callable[[], GenerationTask]) -> Job:
         """The job that already does what is asked, if this is asked again; else a new one.
 
         Raises:
@@ -157,7 +157,7 @@ class Jobs:
         """Ends all work."""
         await cancel(*(job.task for job in self._running))
 
-    def _find(self, asked: Asked) -> Job | None:
+    def _find(self, asked: RequestIdentity) -> Job | None:
         if asked.idempotency_key is not None:
             job, reason = self._by_key.get((asked.owner, asked.idempotency_key)), "idempotency_key"
             if job is not None and job.asked.fingerprint != asked.fingerprint:
@@ -168,7 +168,7 @@ class Jobs:
             self._joined(reason)
         return job
 
-    def _find_interrupted(self, asked: Asked) -> Job | None:
+    def _find_interrupted(self, asked: RequestIdentity) -> Job | None:
         family = self._by_identity.get(asked.identity, [])
         for job in reversed(family):
             if job.is_abandoned:
@@ -184,7 +184,7 @@ class Jobs:
                 return job
         return None
 
-    def _begin(self, asked: Asked, drawing: Drawing) -> Job:
+    def _begin(self, asked: RequestIdentity, drawing: GenerationTask) -> Job:
         job = Job(drawing, asked, self._left)
         self._running.add(job)
         job.task.add_done_callback(lambda _: self._ended(job))

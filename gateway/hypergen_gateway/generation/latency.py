@@ -29,7 +29,7 @@ class Work:
     load: float
 
 
-class Pace:
+class StepTimeModel:
     """Seconds of a round as a line over its load, fitted by least squares to what requests took."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class Pace:
 
 
 @dataclass(eq=False)
-class Rounds:
+class RemainingWork:
     """A request's way through the sampler: the places it takes, the load of each and the rounds that are left."""
 
     places: int
@@ -86,16 +86,16 @@ class Forecast:
 
 
 @dataclass
-class _Race:
+class _QueueSimulation:
     """Requests on their way; the sampler takes all that have a place one step further per round."""
 
-    pace: Pace
+    pace: StepTimeModel
     capacity: int
-    running: list[Rounds]
+    running: list[RemainingWork]
     now: float = 0.0
     placed: dict[int, float] = field(default_factory=dict)
 
-    def let_in(self, waiting: list[Rounds]) -> None:
+    def let_in(self, waiting: list[RemainingWork]) -> None:
         while waiting and sum(each.places for each in self.running) + waiting[0].places <= self.capacity:
             self.placed[id(waiting[0])] = self.now
             self.running.append(waiting.pop(0))
@@ -109,10 +109,14 @@ class _Race:
         self.running = [each for each in self.running if each.left > 0]
 
 
-def forecast(pace: Pace, capacity: int, running: Sequence[Rounds], waiting: Sequence[Rounds]) -> Forecast:
+def forecast(
+    pace: StepTimeModel, capacity: int, running: Sequence[RemainingWork], waiting: Sequence[RemainingWork]
+) -> Forecast:
     """When the last of `waiting` will be placed and done, by playing what the sampler is going to do."""
-    race = _Race(pace, capacity, [Rounds(each.places, each.load, max(each.left, 1.0)) for each in running])
-    queue = [Rounds(min(each.places, capacity), each.load, max(each.left, 1.0)) for each in waiting]
+    race = _QueueSimulation(
+        pace, capacity, [RemainingWork(each.places, each.load, max(each.left, 1.0)) for each in running]
+    )
+    queue = [RemainingWork(min(each.places, capacity), each.load, max(each.left, 1.0)) for each in waiting]
     last = queue[-1]
     while queue or last in race.running:
         race.let_in(queue)

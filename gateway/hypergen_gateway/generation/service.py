@@ -14,11 +14,11 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from hypergen_gateway.concurrency import ByteBudget, off_the_loop
+from hypergen_gateway.concurrency import ByteBudget, run_in_thread_if_large
 from hypergen_gateway.errors import HyperGenError, InternalError
-from hypergen_gateway.generation.admission import Admission, Place
-from hypergen_gateway.generation.backend import Backend, Generation, ModelDescription, Picture
-from hypergen_gateway.generation.image_inputs import Retouch, Start
+from hypergen_gateway.generation.admission import Admission, Slot
+from hypergen_gateway.generation.backend import Backend, GeneratedImage, Generation, ModelDescription
+from hypergen_gateway.generation.image_inputs import Compositing, InitImage
 from hypergen_gateway.generation.images import FileFormat, encode
 from hypergen_gateway.generation.latency import Work
 from hypergen_gateway.generation.sizes import Size
@@ -33,19 +33,19 @@ _ENCODING_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Part:
+class SubRequest:
     """Pictures that the backend draws together: of one size, from one image if from any."""
 
     generation: Generation
     first_index: int = 0
-    retouch: Retouch | None = None
+    retouch: Compositing | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Order:
     """A request's pictures: the model that draws them and the file format that they are sent in."""
 
-    parts: Sequence[Part]
+    parts: Sequence[SubRequest]
     model: ModelDescription
     file_format: FileFormat
 
@@ -74,11 +74,11 @@ class Order:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Drawn:
+class RawImage:
     """A preview or a picture, and the part of the order that it belongs to."""
 
-    part: Part
-    picture: Picture
+    part: SubRequest
+    picture: GeneratedImage
 
     @property
     def nbytes(self) -> int:
@@ -89,11 +89,11 @@ class Drawn:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Finished:
+class EncodedImage:
     """A picture as a file, its size in pixels, and how long it took to encode in milliseconds."""
 
-    part: Part
-    picture: Picture
+    part: SubRequest
+    picture: GeneratedImage
     file: bytes
     size: tuple[int, int]
     encode_image: float
@@ -105,15 +105,15 @@ class Finished:
 
 
 def parts_of(
-    generation: Generation, starts: Sequence[Start], strength: float | None, asked: Size | None = None
-) -> list[Part]:
+    generation: Generation, starts: Sequence[InitImage], strength: float | None, asked: Size | None = None
+) -> list[SubRequest]:
     """What draws the pictures of `generation`, where picture i starts from image i mod k.
 
     Those that start from none are sent in the size that is `asked`; None is the one that they are drawn in.
     """
     if not starts:
         is_scaled = asked not in (None, (generation.width, generation.height))
-        return [Part(generation=generation, retouch=Retouch(size=asked) if asked and is_scaled else None)]
+        return [SubRequest(generation=generation, retouch=Compositing(size=asked) if asked and is_scaled else None)]
     if len(starts) == 1:
         return [_part_from(generation, starts[0], strength)]
     singles = [
@@ -125,10 +125,10 @@ def parts_of(
     ]
 
 
-def _part_from(generation: Generation, start: Start, strength: float | None) -> Part:
+def _part_from(generation: Generation, start: InitImage, strength: float | None) -> SubRequest:
     height, width, _ = start.image.shape
     started = replace(generation, width=width, height=height, image=start.image, mask=start.mask, strength=strength)
-    return Part(generation=started, retouch=start.retouch)
+    return SubRequest(generation=started, retouch=start.retouch)
 
 
 def work_of(order: Order) -> Work:
@@ -168,11 +168,11 @@ class Observer(Protocol):
         """It was not let in."""
         ...
 
-    def came(self, finished: Finished, seconds: float, *, is_first: bool) -> None:
+    def came(self, finished: EncodedImage, seconds: float, *, is_first: bool) -> None:
         """A preview or a picture is there; the first of its kind, or not."""
         ...
 
-    def completed(self, place: Place, seconds: float) -> None:
+    def completed(self, place: Slot, seconds: float) -> None:
         """All of its pictures are drawn."""
         ...
 
@@ -181,7 +181,7 @@ class Observer(Protocol):
         ...
 
 
-class Studio:
+class ImageService:
     """Draws orders."""
 
     def __init__(self, backend: Backend, admission: Admission, observers: Sequence[Observer] = ()) -> None:
@@ -190,28 +190,28 @@ class Studio:
         self.observers = observers
         self.encoding = ByteBudget(_ENCODING_BYTES)
 
-    def take(self, order: Order, deadline: float | None = None) -> Drawing:
+    def take(self, order: Order, deadline: float | None = None) -> GenerationTask:
         """An order to be drawn, within `deadline` seconds if at all."""
-        return Drawing(self, order, deadline)
+        return GenerationTask(self, order, deadline)
 
 
-class Drawing:
+class GenerationTask:
     """An order on its way, drawn once. `place` is known once it has begun."""
 
-    def __init__(self, studio: Studio, order: Order, deadline: float | None) -> None:
+    def __init__(self, studio: ImageService, order: Order, deadline: float | None) -> None:
         self.order = order
-        self.place: Place | None = None
+        self.place: Slot | None = None
         self._studio = studio
         self._deadline = deadline
         self._began = time.perf_counter()
         self._kinds = set[bool]()  # finals, previews or both, of those that have come
 
-    async def pictures(self) -> AsyncGenerator[Finished, None]:
+    async def pictures(self) -> AsyncGenerator[EncodedImage, None]:
         """Previews and pictures as files, in the order in which they are drawn.
 
         Raises whatever admission and the backend do, and `InternalError` if a picture is missing at the end.
         """
-        files: asyncio.Queue[asyncio.Future[Finished] | None] = asyncio.Queue()
+        files: asyncio.Queue[asyncio.Future[EncodedImage] | None] = asyncio.Queue()
         drawing = asyncio.create_task(self._draw_into(files))
         try:
             while (file := await files.get()) is not None:
@@ -222,13 +222,13 @@ class Drawing:
         finally:
             await cancel(drawing)
 
-    def _tell_of(self, finished: Finished) -> None:
+    def _tell_of(self, finished: EncodedImage) -> None:
         is_final = finished.picture.is_final
         for observer in self._studio.observers:
             observer.came(finished, self._seconds(), is_first=is_final not in self._kinds)
         self._kinds.add(is_final)
 
-    async def _draw_into(self, files: asyncio.Queue[asyncio.Future[Finished] | None]) -> None:
+    async def _draw_into(self, files: asyncio.Queue[asyncio.Future[EncodedImage] | None]) -> None:
         """Starts each picture's encoding without waiting for its end: the place in the queue is given up before.
 
         Where more is drawn than can be encoded, the place is held until it can.
@@ -241,14 +241,14 @@ class Drawing:
         finally:
             files.put_nowait(None)
 
-    def _encode(self, drawn: Drawn) -> asyncio.Future[Finished]:
+    def _encode(self, drawn: RawImage) -> asyncio.Future[EncodedImage]:
         work = functools.partial(finish, drawn, self.order.file_format)
-        file = asyncio.ensure_future(off_the_loop(work, drawn.nbytes, quick=_QUICK_BYTES))
+        file = asyncio.ensure_future(run_in_thread_if_large(work, drawn.nbytes, quick=_QUICK_BYTES))
         # Not in a `finally` of the work: what is cancelled before it begins has none.
         file.add_done_callback(lambda _: self._studio.encoding.give_back(drawn.nbytes))
         return file
 
-    async def _draw(self) -> AsyncGenerator[Drawn, None]:
+    async def _draw(self) -> AsyncGenerator[RawImage, None]:
         """Previews and pictures as they come; the wait for a place counts as time in the queue."""
         order = self.order
         finals = 0
@@ -265,7 +265,7 @@ class Drawing:
             raise InternalError(f"{finals} pictures came back instead of {order.num_images}")
 
     @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[Place]:
+    async def _turn(self) -> AsyncIterator[Slot]:
         """Holds a place, and tells the observers what became of it."""
         admission, observers = self._studio.admission, self._studio.observers
         try:
@@ -292,13 +292,13 @@ class Drawing:
     def _seconds(self) -> float:
         return time.perf_counter() - self._began
 
-    async def _draw_part(self, part: Part) -> AsyncGenerator[Drawn, None]:
+    async def _draw_part(self, part: SubRequest) -> AsyncGenerator[RawImage, None]:
         async with aclosing(self._studio.backend.generate(part.generation)) as pictures:
             async for picture in pictures:
-                yield Drawn(part=part, picture=replace(picture, index=part.first_index + picture.index))
+                yield RawImage(part=part, picture=replace(picture, index=part.first_index + picture.index))
 
 
-def finish(drawn: Drawn, file_format: FileFormat) -> Finished:
+def finish(drawn: RawImage, file_format: FileFormat) -> EncodedImage:
     """A picture's file. Blocks."""
     began = time.perf_counter()
     pixels, retouch = drawn.picture.pixels, drawn.part.retouch
@@ -306,7 +306,7 @@ def finish(drawn: Drawn, file_format: FileFormat) -> Finished:
         kept = retouch.kept if drawn.picture.step == 0 else None
         pixels = retouch.apply(pixels) if kept is None else kept
     height, width, _ = pixels.shape
-    return Finished(
+    return EncodedImage(
         part=drawn.part,
         picture=drawn.picture,
         file=encode(pixels, file_format),
@@ -315,11 +315,11 @@ def finish(drawn: Drawn, file_format: FileFormat) -> Finished:
     )
 
 
-async def _merged(streams: Sequence[AsyncGenerator[Drawn, None]]) -> AsyncGenerator[Drawn, None]:
+async def _merged(streams: Sequence[AsyncGenerator[RawImage, None]]) -> AsyncGenerator[RawImage, None]:
     """What several streams give, as it comes. The first failure ends all of them, and so does closing this one."""
-    came: asyncio.Queue[Drawn | None] = asyncio.Queue()
+    came: asyncio.Queue[RawImage | None] = asyncio.Queue()
 
-    async def collect(stream: AsyncGenerator[Drawn, None]) -> None:
+    async def collect(stream: AsyncGenerator[RawImage, None]) -> None:
         try:
             async with aclosing(stream):
                 async for drawn in stream:
@@ -343,7 +343,7 @@ async def _merged(streams: Sequence[AsyncGenerator[Drawn, None]]) -> AsyncGenera
         await cancel(*tasks)
 
 
-def _waited(picture: Picture, milliseconds: float) -> Picture:
+def _waited(picture: GeneratedImage, milliseconds: float) -> GeneratedImage:
     timings = replace(picture.timings, queue=picture.timings.queue + milliseconds)
     return replace(picture, timings=timings)
 

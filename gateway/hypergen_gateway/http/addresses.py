@@ -8,7 +8,7 @@ import re
 import socket
 from collections.abc import Iterator
 
-from hypergen_gateway.http.body_timeout import drop_those_who_do_not_read
+from hypergen_gateway.http.body_timeout import set_tcp_user_timeout
 
 _EVERY_ADDRESS = frozenset({"0.0.0.0", "::"})
 # An address of a family that this machine does not have: a name such as localhost may have another one.
@@ -57,7 +57,7 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
             continue
         # asyncio does this for its own sockets. Without, the end of an answer waits 40 ms for the client's word.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        drop_those_who_do_not_read(listener)
+        set_tcp_user_timeout(listener)
         listened = True
         yield listener
     if missing is not None and not listened:

@@ -19,7 +19,7 @@ BYTES_PER_SECOND = 32 << 10
 UNREAD_SECONDS = 60
 
 
-class BodyPatience:
+class BodyTimeout:
     """Refuses a body that is not there within `seconds`, and one more for each `BYTES_PER_SECOND`."""
 
     def __init__(self, app: ASGIApp, seconds: float) -> None:
@@ -46,7 +46,7 @@ class BodyPatience:
         await self._app(scope, receive_in_time, send)
 
 
-def drop_those_who_do_not_read(listener: socket.socket, seconds: int = UNREAD_SECONDS) -> None:
+def set_tcp_user_timeout(listener: socket.socket, seconds: int = UNREAD_SECONDS) -> None:
     """Let the system end connections of this listener when what was sent is not taken for so long."""
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, seconds * 1000)

@@ -13,10 +13,10 @@ from hypergen_gateway.errors import ClientClosedRequestError, DeadlineExceededEr
 T = TypeVar("T")
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], limit: float) -> T:
+async def run_until_disconnect(receive: Receive, work: Coroutine[Any, Any, T], limit: float) -> T:
     """The result of `work`, which is cancelled when the client leaves or `limit` seconds have passed."""
     job = asyncio.ensure_future(work)
-    left = asyncio.ensure_future(departure(receive))
+    left = asyncio.ensure_future(wait_for_disconnect(receive))
     try:
         await asyncio.wait({job, left}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
         if job.cancelled():  # by nobody here: gRPC says so when its channel is closed
@@ -25,12 +25,12 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], limit:
             return job.result()
         if left.done():
             raise ClientClosedRequestError("The client closed the request.")
-        raise out_of_time(limit)
+        raise deadline_exceeded(limit)
     finally:
         await cancel(job, left)
 
 
-async def departure(receive: Receive) -> None:
+async def wait_for_disconnect(receive: Receive) -> None:
     """Returns when the client has gone."""
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -43,6 +43,6 @@ async def cancel(*tasks: asyncio.Future[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def out_of_time(limit: float) -> DeadlineExceededError:
+def deadline_exceeded(limit: float) -> DeadlineExceededError:
     """The error of work that took too long."""
     return DeadlineExceededError(f"The pictures were not ready within {limit:g} seconds.")

@@ -26,7 +26,7 @@ _NO_FILE = (errno.EMFILE, errno.ENFILE)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def as_ours(error: Exception) -> HyperGenError:
+def to_api_error(error: Exception) -> HyperGenError:
     """The error that a client sees."""
     if isinstance(error, HyperGenError):
         return error
@@ -55,7 +55,7 @@ def error_response(error: HyperGenError) -> Response:
     return JSONResponse(error.body, status_code=error.status, headers=dict(error.headers))
 
 
-def log_fault(ours: HyperGenError, error: Exception) -> None:
+def log_exception(ours: HyperGenError, error: Exception) -> None:
     """Writes down what a client is not told; nothing where the client is the one to act."""
     request_id = current_request_id.get()
     if isinstance(ours, InternalError):

@@ -28,7 +28,7 @@ from hypergen_gateway.errors import (
     NotFoundError,
     UnavailableError,
 )
-from hypergen_gateway.http.exceptions import as_ours, error_response, log_fault
+from hypergen_gateway.http.exceptions import error_response, log_exception, to_api_error
 from hypergen_gateway.http.origins import security_headers
 from hypergen_gateway.http.paths import hint_for
 from hypergen_gateway.http.request_id import (
@@ -52,7 +52,7 @@ _FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 _SHOWN_PATH = 200
 
 
-class Served(NamedTuple):
+class RequestRecord(NamedTuple):
     """A request that was answered. What was drawn is known where it was tried.
 
     `method` and `route` are among few; `asked` has both as they were, to be shown. It is its own line in the log.
@@ -83,7 +83,7 @@ class Served(NamedTuple):
 class Observer(Protocol):
     """Is told of every request."""
 
-    def served(self, served: Served) -> None:
+    def served(self, served: RequestRecord) -> None:
         """It was answered."""
         ...
 
@@ -147,7 +147,7 @@ class RequestLog:
     def _tell(self, scope: Scope, status: int, seconds: float) -> None:
         method, path, state = scope["method"], scope["path"], scope.get("state", {})
         route = self._routes.get(scope.get("endpoint"), "other")
-        served = Served(
+        served = RequestRecord(
             request_id=current_request_id.get(),
             asked=f"{method} {path if path == route else _shown(path)}",
             method=method if method in _METHODS else "other",
@@ -162,7 +162,7 @@ class RequestLog:
             observer.served(served)
 
 
-def _log(served: Served) -> None:
+def _log(served: RequestRecord) -> None:
     """The line of a request. It tells of no place in the code, so none is looked for."""
     if access_logger.isEnabledFor(logging.INFO):
         access_logger.handle(access_logger.makeRecord(access_logger.name, logging.INFO, "", 0, served, (), None))
@@ -197,7 +197,7 @@ class Errors:
             await _answer_to(error, scope)(scope, receive, send)
 
 
-class Checks:
+class RequestValidation:
     """Lets no request in to which one of `checks` has an objection, which it raises."""
 
     def __init__(self, app: ASGIApp, checks: Sequence[Callable[[Scope], None]]) -> None:
@@ -277,8 +277,8 @@ def _answer_to(error: Exception, scope: Scope) -> Response:
         path = scope["path"]
         ours = NotFoundError(f"There is no {method} {_shown(path)} here.{hint_for(path)}")
     else:
-        ours = as_ours(error)
-    log_fault(ours, error)
+        ours = to_api_error(error)
+    log_exception(ours, error)
     return error_response(ours)
 
 

@@ -86,7 +86,7 @@ def cors(origins: Collection[str]) -> list[Middleware]:
     ]
 
 
-class OtherWebsites:
+class OriginCheck:
     """Refuses what a website has a visitor's browser POST to a server that asks for no key.
 
     A form needs no preflight, so CORS does not keep one away; and a name that a stranger points at this machine makes

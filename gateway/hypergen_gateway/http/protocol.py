@@ -35,7 +35,7 @@ from hypergen_gateway.http.proxies import TrustedProxies
 logger = logging.getLogger(__name__)
 
 # What an application puts into its lifespan's state to be told the statuses of requests that it never hears of.
-TELL_UNHEARD = "tell_unheard"
+ON_REJECTED = "tell_unheard"
 
 # Far more than are drawn for at once, as idle ones count.
 MAX_CONNECTIONS = 1000
@@ -67,7 +67,7 @@ class Connections:
         """`refusals` more are told that there are too many."""
         self.most = most
         self.refusals = refusals
-        self._idle: dict[BoundedProtocol, None] = {}  # the idlest first
+        self._idle: dict[LimitedHTTPProtocol, None] = {}  # the idlest first
 
     @classmethod
     def for_files(cls, files: int) -> Connections:
@@ -75,7 +75,7 @@ class Connections:
         files = OPEN_FILES if files == resource.RLIM_INFINITY else files
         return cls(most=min(MAX_CONNECTIONS, files // 2), refusals=min(MAX_REFUSALS, files // 8))
 
-    def note(self, connection: BoundedProtocol, *, is_idle: bool) -> None:
+    def note(self, connection: LimitedHTTPProtocol, *, is_idle: bool) -> None:
         """Whether a connection waits for a request."""
         if is_idle:
             self._idle.setdefault(connection)
@@ -92,7 +92,7 @@ class Connections:
         return False
 
 
-class BoundedProtocol(HttpToolsProtocol):
+class LimitedHTTPProtocol(HttpToolsProtocol):
     """uvicorn's protocol with the limits above, and with OpenAI's shape for what never reaches the application."""
 
     def __init__(self, *arguments: Any, limit: Connections, **settings: Any) -> None:
@@ -106,7 +106,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Starts the clock for the first head; beyond the limit another one goes, or the application is another one."""
         super().connection_made(transport)
-        self.transport = _Together(transport, self.loop)  # type: ignore[assignment]
+        self.transport = CoalescingTransport(transport, self.loop)  # type: ignore[assignment]
         surplus = len(self.connections) - self._limit.most
         if surplus > 0 and not self._limit.make_room():
             if surplus > self._limit.refusals:
@@ -240,7 +240,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.close()
 
     def _tell(self, status: int) -> None:
-        tell: Callable[[int], None] | None = self.app_state.get(TELL_UNHEARD)
+        tell: Callable[[int], None] | None = self.app_state.get(ON_REJECTED)
         if tell is not None:
             tell(status)
 
@@ -264,7 +264,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._timer = None
 
 
-class _Together:
+class CoalescingTransport:
     """A transport that sends what is written in one turn of the loop at once: head and body of an answer are a packet.
 
     Sent one by one, each costs a system call, and wakes the client up.
@@ -354,7 +354,7 @@ def bounded(
     There are as many connections as this process may have open files for, unless a limit is given.
     """
     limit = connections or Connections.for_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    protocol: Any = functools.partial(BoundedProtocol, limit=limit)
+    protocol: Any = functools.partial(LimitedHTTPProtocol, limit=limit)
     return uvicorn.Config(
         TrustedProxies(app),
         proxy_headers=False,

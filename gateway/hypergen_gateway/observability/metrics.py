@@ -14,9 +14,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from hypergen_gateway.errors import DeadlineTooShortError, HyperGenError
-from hypergen_gateway.generation.admission import Admission, Place
-from hypergen_gateway.generation.service import Finished
-from hypergen_gateway.http.middleware import Served
+from hypergen_gateway.generation.admission import Admission, Slot
+from hypergen_gateway.generation.service import EncodedImage
+from hypergen_gateway.http.middleware import RequestRecord
 
 MEDIA_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 # From a health check to the largest model on the slowest machine.
@@ -57,7 +57,7 @@ class Metrics:
         """Everything, as Prometheus reads it."""
         return generate_latest(self._registry)
 
-    def served(self, served: Served) -> None:
+    def served(self, served: RequestRecord) -> None:
         """A request was answered."""
         requests, seconds = self._counted_by(served.route, served.method, served.status)
         requests.inc()
@@ -75,7 +75,7 @@ class Metrics:
         """A request was not let in."""
         self._refused.labels("deadline" if isinstance(error, DeadlineTooShortError) else "queue_full").inc()
 
-    def came(self, finished: Finished, seconds: float, *, is_first: bool) -> None:
+    def came(self, finished: EncodedImage, seconds: float, *, is_first: bool) -> None:
         """A preview or a picture is there, `seconds` after its request."""
         picture = finished.picture
         kind = "picture" if picture.is_final else "preview"
@@ -88,7 +88,7 @@ class Metrics:
             for phase, milliseconds in phases.items():
                 self._phases.labels(phase).observe(milliseconds / 1000)
 
-    def completed(self, place: Place, seconds: float) -> None:
+    def completed(self, place: Slot, seconds: float) -> None:
         """All pictures of a request are drawn, `seconds` after it came."""
         if place.estimate:
             self._ratio.observe(seconds / place.estimate)

@@ -20,10 +20,10 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hypergen_gateway.errors import HyperGenError
-from hypergen_gateway.generation.admission import Place
-from hypergen_gateway.generation.service import Finished
+from hypergen_gateway.generation.admission import Slot
+from hypergen_gateway.generation.service import EncodedImage
 from hypergen_gateway.http.auth import METRICS_PATH, PROBE_PATHS
-from hypergen_gateway.http.middleware import Served
+from hypergen_gateway.http.middleware import RequestRecord
 from hypergen_gateway.http.request_id import current_request_id, current_trace
 
 _UNTRACED = PROBE_PATHS | {METRICS_PATH}
@@ -68,7 +68,7 @@ class Tracing:
 
         return traced
 
-    def served(self, served: Served) -> None:
+    def served(self, served: RequestRecord) -> None:
         """The request of the current span was answered."""
         span = trace.get_current_span()
         span.update_name(f"{served.method} {served.route}")
@@ -85,7 +85,7 @@ class Tracing:
         if served.status >= 500:
             span.set_status(StatusCode.ERROR)
 
-    def came(self, finished: Finished, seconds: float, *, is_first: bool) -> None:  # noqa: ARG002
+    def came(self, finished: EncodedImage, seconds: float, *, is_first: bool) -> None:  # noqa: ARG002
         """A picture is there: its way is told from behind, as its times are known only now."""
         picture = finished.picture
         if not picture.is_final:
@@ -110,7 +110,7 @@ class Tracing:
         """A request was not let in."""
         trace.get_current_span().add_event("refused", {"reason": error.code or ""})
 
-    def completed(self, place: Place, seconds: float) -> None:
+    def completed(self, place: Slot, seconds: float) -> None:
         """All pictures of a request are drawn."""
 
     def abandoned(self, steps: float) -> None:

@@ -33,7 +33,7 @@ from hypergen_gateway.errors import (
     QueueFullError,
     UnavailableError,
 )
-from hypergen_gateway.generation.backend import Generation, Lora, ModelDescription, Picture, Timings
+from hypergen_gateway.generation.backend import GeneratedImage, Generation, Lora, ModelDescription, Timings
 from hypergen_gateway.http.request_id import current_request_id, current_trace
 
 logger = logging.getLogger(__name__)
@@ -156,21 +156,21 @@ class TritonBackend:
         triton, limit = self._service.triton, self._call_timeout
         try:
             models = (SAMPLER, *(await self.describe()).components)
-            with self._gate():
+            with self._translate_errors():
                 probes = [triton.ModelReady(pb.ModelReadyRequest(name=name), timeout=limit) for name in models]
                 answers = await asyncio.gather(triton.ServerReady(pb.ServerReadyRequest(), timeout=limit), *probes)
         except HyperGenError:
             return False
         return all(answer.ready for answer in answers)
 
-    async def generate(self, generation: Generation) -> AsyncGenerator[Picture, None]:
+    async def generate(self, generation: Generation) -> AsyncGenerator[GeneratedImage, None]:
         """The pictures in the order in which they are finished, each after its previews.
 
         What a Triton that went away still owed is asked for again when it, or another, is there: the same seeds give
         the same pictures. But not for ever, as it may be what it went away for.
         """
         came: set[tuple[int, int]] = set()
-        again = _Again(self._returns_within)
+        again = _RetryPolicy(self._returns_within)
         while True:
             try:
                 again.begin()
@@ -187,7 +187,7 @@ class TritonBackend:
                     logger.warning("request %s: asking for its pictures again (%s)", current_request_id.get(), error)
                 await asyncio.sleep(RETRY_SECONDS)
 
-    async def _stream(self, generation: Generation) -> AsyncGenerator[Picture, None]:
+    async def _stream(self, generation: Generation) -> AsyncGenerator[GeneratedImage, None]:
         """One stream per request, as Triton closes a stream to report an error with its code."""
         # Without the first an error comes as text in the stream, without its code. The others are for Triton's traces.
         headers = (("triton_grpc_error", "true"), *current_trace.get().items())
@@ -195,7 +195,7 @@ class TritonBackend:
         self._streams += 1
         owed = generation.num_images
         try:
-            with self._gate():
+            with self._translate_errors():
                 async for response in call:
                     picture = _to_picture(response)
                     owed -= picture.is_final
@@ -227,7 +227,7 @@ class TritonBackend:
 
     async def _read_description(self) -> ModelDescription:
         try:
-            with self._gate():
+            with self._translate_errors():
                 request = pb.ModelConfigRequest(name=SAMPLER)
                 response = await self._service.triton.ModelConfig(request, timeout=self._call_timeout)
         except DeadlineExceededError as error:  # no picture was late: a Triton that hangs is not there
@@ -236,7 +236,7 @@ class TritonBackend:
         return _to_description({name: value.string_value for name, value in response.config.parameters.items()})
 
     @contextmanager
-    def _gate(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         """Where foreign errors become ours."""
         try:
             yield
@@ -262,7 +262,7 @@ class _Service:
         )
 
 
-class _Again:
+class _RetryPolicy:
     """Whether what failed is tried again: until Triton should be back, and at most three times where it was at work."""
 
     def __init__(self, seconds: float) -> None:
@@ -316,7 +316,7 @@ def _to_tensor(datatype: str, value: Any) -> tuple[tuple[int, ...], bytes]:
     return array.shape, array.tobytes()
 
 
-def _to_picture(response: Any) -> Picture:
+def _to_picture(response: Any) -> GeneratedImage:
     if response.error_message:
         raise InternalError(f"Triton answered inside the stream: {response.error_message}")
     result = InferResult(response.infer_response)
@@ -326,7 +326,7 @@ def _to_picture(response: Any) -> Picture:
         raise InternalError(f"the model {SAMPLER!r} sent a response without {', '.join(missing)}")
     truncated = tensors["truncated_tokens"]
     queue, encode_text, denoise, decode = (float(milliseconds) for milliseconds in tensors["timings_ms"])
-    return Picture(
+    return GeneratedImage(
         pixels=tensors["image"],
         index=int(tensors["image_index"][0]),
         seed=int(tensors["seed"][0]),

@@ -20,10 +20,10 @@ import torch
 import triton_python_backend_utils as pb_utils
 
 from hypergen_sampler.bls import Components
-from hypergen_sampler.composite import overlay
-from hypergen_sampler.conditioning import Array, Conditions, conditions_of, merge, outputs_of, texts_of
-from hypergen_sampler.latent_init import Canvas, Original
-from hypergen_sampler.metrics import Gauges
+from hypergen_sampler.composite import composite
+from hypergen_sampler.conditioning import Array, Conditioning, conditioning_of, merge, outputs_of, texts_of
+from hypergen_sampler.latent_init import ImagePosterior, LatentInit
+from hypergen_sampler.metrics import SamplerMetrics
 from hypergen_sampler.prompts import PromptTokenizers
 from hypergen_sampler.request import Architecture, Limits, Request, check_request
 from hypergen_sampler.sampling import Image
@@ -45,8 +45,8 @@ class _Job:
     """What the pictures of one request have in common."""
 
     request: Request
-    conditions: Conditions
-    canvas: Canvas
+    conditions: Conditioning
+    canvas: LatentInit
     prompt_tokens: int
     truncated_tokens: int
     encode_seconds: float
@@ -69,7 +69,7 @@ class TritonPythonModel:
         self._tokenize = PromptTokenizers(folder, self._architecture.tokenizers)
         self._components = Components(self._architecture.time_embedding)
         self._encode_text = TextCache(self._components.encode_text, TEXT_CACHE_BYTES)
-        self._gauges = Gauges(self._limits.max_batch_size)
+        self._gauges = SamplerMetrics(self._limits.max_batch_size)
         self._loop: StepLoop | None = None
 
     async def execute(self, requests: list[Any]) -> None:
@@ -110,12 +110,12 @@ class TritonPythonModel:
         texts, original = await asyncio.gather(self._encode_texts(request, tokens.ids), self._encode_image(request))
         return _Job(
             request=request,
-            conditions=conditions_of(request, texts, self._architecture),
-            canvas=Canvas(
+            conditions=conditioning_of(request, texts, self._architecture),
+            canvas=LatentInit(
                 shape=self._latent_shape(request),
                 original=original,
                 mask=request.mask,
-                thins_out=self._architecture.is_latent_consistency,
+                respaces_timesteps=self._architecture.is_latent_consistency,
             ),
             prompt_tokens=tokens.count,
             truncated_tokens=tokens.cut,
@@ -131,10 +131,10 @@ class TritonPythonModel:
         calls = zip(models, ids, outputs_of(made_of), strict=True)
         return merge(await asyncio.gather(*(self._encode_text(*call) for call in calls)))
 
-    async def _encode_image(self, request: Request) -> Original | None:
+    async def _encode_image(self, request: Request) -> ImagePosterior | None:
         if request.image is None:
             return None
-        return Original(*await self._components.encode(request.image))
+        return ImagePosterior(*await self._components.encode(request.image))
 
     async def _draw(self, job: _Job, loop: StepLoop) -> None:
         """Send each picture as soon as it is ready; the last one sent ends the stream."""
@@ -166,7 +166,7 @@ class TritonPythonModel:
         pixels = await self._components.decode(sample.latents)
         if job.request.image is not None and job.request.mask is not None:
             # In a thread: milliseconds for a large picture, in which the step loop would stand still.
-            pixels = await asyncio.to_thread(overlay, pixels, job.request.image, job.request.mask)
+            pixels = await asyncio.to_thread(composite, pixels, job.request.image, job.request.mask)
         return Picture(
             pixels=pixels,
             index=index,

@@ -24,7 +24,7 @@ from benchmarks.environments import ToolError
 from benchmarks.figures import Figures
 from benchmarks.measures.turns import Bench
 from benchmarks.peers import OURS
-from benchmarks.subjects import Subject, repository
+from benchmarks.subjects import Workload, repository
 from hypergen_gateway.embedded.backends.openvino.compilations import read_model
 
 PRECISIONS = {"bfloat16": "bf16", "float32": "f32"}
@@ -34,7 +34,7 @@ ROUNDS = 9
 Arrays = dict[str, npt.NDArray[np.float32]]
 
 
-async def hardware(bench: Bench, subject: Subject) -> None:
+async def hardware(bench: Bench, subject: Workload) -> None:
     """The rates of a matrix product in both precisions and of the UNet in ours, in turns; in GFLOP per second."""
     name = f"hardware_{subject.name}"
     try:
@@ -45,7 +45,7 @@ async def hardware(bench: Bench, subject: Subject) -> None:
         bench.fail(name, error)
 
 
-def _rates(name: str, dtype: str, subject: Subject, bench: Bench) -> Figures:
+def _rates(name: str, dtype: str, subject: Workload, bench: Bench) -> Figures:
     inputs, gflop = _guided_step(subject)
     file = repository(subject, dtype, bench.ground.work) / "unet" / "1" / "model.onnx"
     unet = _compile(read_model(openvino.Core(), file), inputs, PRECISIONS[dtype])
@@ -62,7 +62,7 @@ def _rates(name: str, dtype: str, subject: Subject, bench: Bench) -> Figures:
     }
 
 
-def _guided_step(subject: Subject) -> tuple[Arrays, float]:
+def _guided_step(subject: Workload) -> tuple[Arrays, float]:
     """The UNet's inputs for a picture under guidance, and what it computes from them, in GFLOP."""
     config = json.loads((subject.checkpoint / "unet" / "config.json").read_text())
     tokens = json.loads((subject.checkpoint / "text_encoder" / "config.json").read_text())["max_position_embeddings"]

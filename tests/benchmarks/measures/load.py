@@ -8,12 +8,12 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 
-from benchmarks.contenders import Contender, Wish, Worker
+from benchmarks.contenders import GenerationRequest, Target, Worker
 from benchmarks.environments import ToolError
 from benchmarks.figures import Pairs, latency_figures, percentile, rate_figures
 from benchmarks.measures.turns import Bench, in_flight
 from benchmarks.peers import GENAI, GENAI_TWICE, HYPERGEN, OURS
-from benchmarks.subjects import Subject
+from benchmarks.subjects import Workload
 
 SHORT_STEPS, LONG_STEPS, LONG_JOBS = 4, 50, 8
 # The long ones are at work when the short one comes.
@@ -21,7 +21,7 @@ HEAD_START_SECONDS = 0.2
 FULL = 8
 
 
-async def throughput(bench: Bench, subject: Subject) -> None:
+async def throughput(bench: Bench, subject: Workload) -> None:
     """Pictures per second of ours and HyperGen at every level, in turns; then of ours and OpenVINO GenAI at eight."""
     async with bench.running(OURS, subject) as ours:
         try:
@@ -35,7 +35,7 @@ async def throughput(bench: Bench, subject: Subject) -> None:
             bench.fail("throughput_ours_over_openvino_genai_8_in_flight", error)
 
 
-async def _by_level(bench: Bench, subject: Subject, ours: Contender, theirs: Contender) -> None:
+async def _by_level(bench: Bench, subject: Workload, ours: Target, theirs: Target) -> None:
     wishes = subject.wishes()
     rates: dict[int, tuple[list[float], list[float]]] = {level: ([], []) for level in bench.effort.levels}
     for contender in (ours, theirs):
@@ -53,7 +53,7 @@ async def _by_level(bench: Bench, subject: Subject, ours: Contender, theirs: Con
     bench.enter({f"throughput_{highest}_in_flight_over_best": round(statistics.median(shares), 3)})
 
 
-async def _beside_genai(bench: Bench, subject: Subject, ours: Contender) -> None:
+async def _beside_genai(bench: Bench, subject: Workload, ours: Target) -> None:
     """GenAI has no server: eight requests in turn, or by two pipelines with a core each: the faster counts."""
     name = "throughput_ours_over_openvino_genai_8_in_flight"
     wishes = subject.wishes()
@@ -71,12 +71,12 @@ async def _beside_genai(bench: Bench, subject: Subject, ours: Contender) -> None
     bench.enter(rate_figures(batch, "openvino_genai", Pairs(rates["ours"], rates["batch"])))
 
 
-async def _batch(worker: Worker, wish: Wish) -> float:
+async def _batch(worker: Worker, wish: GenerationRequest) -> float:
     """Pictures per second of eight of the same prompt in one call: all that GenAI can batch."""
     return FULL / await worker.draw(wish, images=FULL)
 
 
-async def mixed_sizes(bench: Bench, subject: Subject) -> None:
+async def mixed_sizes(bench: Bench, subject: Workload) -> None:
     """Eight in flight, each of another size than the one before."""
     name = f"throughput_ours_over_hypergen_8_in_flight_mixed_sizes_{subject.name}"
     wishes = _of_mixed_sizes(subject)
@@ -93,13 +93,13 @@ async def mixed_sizes(bench: Bench, subject: Subject) -> None:
         bench.fail(name, error)
 
 
-def _of_mixed_sizes(subject: Subject) -> Iterator[Wish]:
+def _of_mixed_sizes(subject: Workload) -> Iterator[GenerationRequest]:
     sizes = itertools.cycle(subject.sizes)
     for wish, size in zip(subject.wishes(), sizes, strict=False):
         yield replace(wish, width=size, height=size)
 
 
-async def short_behind_long(bench: Bench, subject: Subject) -> None:
+async def short_behind_long(bench: Bench, subject: Workload) -> None:
     """What a job of 4 steps takes that comes when eight of 50 steps are at work: the p95 of both, their ratio."""
     name = "p95_short_behind_long_hypergen_over_ours"
     try:
@@ -117,7 +117,7 @@ async def short_behind_long(bench: Bench, subject: Subject) -> None:
     bench.enter(figures | {name: round(p95["hypergen"] / p95["ours"], 3)})
 
 
-async def _short_one(contender: Contender, subject: Subject) -> float:
+async def _short_one(contender: Target, subject: Workload) -> float:
     long = subject.wishes(steps=LONG_STEPS)
     tasks = [asyncio.create_task(contender.draw(next(long))) for _ in range(LONG_JOBS)]
     await asyncio.sleep(HEAD_START_SECONDS)

@@ -11,12 +11,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
-from benchmarks.contenders import Contender, Wish, memory
+from benchmarks.contenders import GenerationRequest, Target, memory
 from benchmarks.environments import ToolError
 from benchmarks.figures import Figures, latency_figures
 from benchmarks.measures.turns import Bench, take_turns
 from benchmarks.peers import FLOOR, HYPERGEN, OURS, PEERS
-from benchmarks.subjects import Subject
+from benchmarks.subjects import Workload
 
 STEPS = (1, 5, 10, 20, 50)
 # The program that keeps a core busy ends by itself after this long.
@@ -24,7 +24,7 @@ BUSY_SECONDS = 1200
 STALLED_SECONDS = 200.0
 
 
-async def one_picture(bench: Bench, subject: Subject) -> None:
+async def one_picture(bench: Bench, subject: Workload) -> None:
     """Ours and each peer in turns, and what memory each holds afterwards."""
     async with bench.running(OURS, subject) as ours:
         for name in bench.peers:
@@ -50,11 +50,11 @@ def _enter_lower(bench: Bench, name: str) -> None:
         bench.enter({name: min(measured)})
 
 
-def _pairs(bench: Bench, subject: Subject) -> int:
+def _pairs(bench: Bench, subject: Workload) -> int:
     return bench.effort.large_pairs if subject.name == "sd15" else bench.effort.pairs
 
 
-def _memory(subject: Subject, name: str, contender: Contender) -> Figures:
+def _memory(subject: Workload, name: str, contender: Target) -> Figures:
     resident, proportional = memory(contender.process)
     return {
         f"memory_{subject.name}_{name}_proportional_mb": round(proportional / 1e6),
@@ -62,7 +62,7 @@ def _memory(subject: Subject, name: str, contender: Contender) -> Figures:
     }
 
 
-async def one_core_busy(bench: Bench, subject: Subject) -> None:
+async def one_core_busy(bench: Bench, subject: Workload) -> None:
     """Ours and HyperGen in turns while another program computes on one core without a pause.
 
     Threads that wait for each other may then stall for minutes. HyperGen is not waited for longer than a limit, which
@@ -83,13 +83,13 @@ async def one_core_busy(bench: Bench, subject: Subject) -> None:
 class _Bounded:
     """A contender that is waited for so long and no longer, which then counts as what it took."""
 
-    def __init__(self, contender: Contender) -> None:
+    def __init__(self, contender: Target) -> None:
         self.name = contender.name
         self.process = contender.process
         self.stop = contender.stop
         self._draw = contender.draw
 
-    async def draw(self, wish: Wish) -> float:
+    async def draw(self, wish: GenerationRequest) -> float:
         try:
             return await asyncio.wait_for(self._draw(wish), STALLED_SECONDS)
         except asyncio.TimeoutError:
@@ -111,7 +111,7 @@ def _busy_core() -> Iterator[None]:
         process.wait()
 
 
-async def growth(bench: Bench, subject: Subject) -> None:
+async def growth(bench: Bench, subject: Workload) -> None:
     """How one picture's time grows with its steps and its size: ours, the floor and HyperGen in turns."""
     try:
         async with contextlib.AsyncExitStack() as stack:
@@ -129,7 +129,9 @@ async def growth(bench: Bench, subject: Subject) -> None:
         bench.fail(f"growth_{subject.name}", error)
 
 
-async def _grow(bench: Bench, subject: Subject, contenders: dict[str, Contender], what: str, wish: Wish) -> None:
+async def _grow(
+    bench: Bench, subject: Workload, contenders: dict[str, Target], what: str, wish: GenerationRequest
+) -> None:
     """The first round warms up."""
     wishes = subject.wishes(wish.steps, wish.width)
     taken: dict[str, list[float]] = {name: [] for name in contenders}

@@ -18,12 +18,12 @@ from typing import Any
 
 from tritonclient.grpc import InferenceServerClient
 
-from benchmarks.contenders import Server, Wish
+from benchmarks.contenders import GenerationRequest, Server
 from benchmarks.environments import ToolError, run
 from benchmarks.figures import Figures, Pairs, latency_figures, percentile, rate_figures
 from benchmarks.measures.turns import Bench
 from benchmarks.peers import HYPERGEN, OURS, Peer
-from benchmarks.subjects import Subject
+from benchmarks.subjects import Workload
 from support.plain_triton import tensor
 
 WRK_SECONDS = 5
@@ -31,7 +31,7 @@ CONNECTIONS = 8
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 
-async def start(bench: Bench, subject: Subject) -> None:
+async def start(bench: Bench, subject: Workload) -> None:
     """From the command to the first picture: files cached by the system (warm), and not (cold); HyperGen beside it."""
     for kind in ("warm", "cold"):
         name = f"start_{kind}_{subject.name}_hypergen_over_ours"
@@ -47,7 +47,7 @@ async def start(bench: Bench, subject: Subject) -> None:
             bench.fail(name, error)
 
 
-async def _first_picture(bench: Bench, peer: Peer, subject: Subject) -> float:
+async def _first_picture(bench: Bench, peer: Peer, subject: Workload) -> float:
     began = time.perf_counter()
     async with bench.running(peer, subject) as contender:
         await contender.draw(next(subject.wishes()))
@@ -63,7 +63,7 @@ def _drop_caches() -> None:
         raise ToolError(f"a cold start needs root, to empty the system's cache of files: {error.strerror}") from error
 
 
-async def first_start(bench: Bench, subject: Subject) -> None:
+async def first_start(bench: Bench, subject: Workload) -> None:
     """The very first start of ours, with nothing exported: the export, its check against torch, the first picture."""
     name = f"start_first_{subject.name}_ours_s"
     with tempfile.TemporaryDirectory(dir=bench.ground.work) as work:
@@ -74,7 +74,7 @@ async def first_start(bench: Bench, subject: Subject) -> None:
             bench.fail(name, error)
 
 
-async def models_per_second(bench: Bench, subject: Subject) -> None:
+async def models_per_second(bench: Bench, subject: Workload) -> None:
     """GET /v1/models by wrk, eight connections, in turns."""
     name = "models_per_second_ours_over_hypergen"
     if shutil.which("wrk") is None:
@@ -101,7 +101,7 @@ def _wrk(server: Server) -> float:
     return float(rate[1])
 
 
-async def gateway(bench: Bench, subject: Subject) -> None:
+async def gateway(bench: Bench, subject: Workload) -> None:
     """What a picture takes over HTTP beyond what the same takes from Triton directly, in turns; the medians of both.
 
     Both clients are plain and keep their connection: the one ends when the answer's body is read, undecoded, the other
@@ -115,14 +115,17 @@ async def gateway(bench: Bench, subject: Subject) -> None:
         bench.fail("gateway_share_ms", error)
 
 
-def _gateway_share(name: str, ours: Server, wishes: Iterator[Wish], count: int) -> Figures:
+def _gateway_share(name: str, ours: Server, wishes: Iterator[GenerationRequest], count: int) -> Figures:
     with _Gateway(ours) as over_http, _Triton(ours) as directly:
         http_ms: list[float] = []
         triton_ms: list[float] = []
         outside_ms: list[float] = []
         for number in range(count + 1):
             wish = next(wishes)
-            turns: list[tuple[list[float], Callable[[Wish], float]]] = [(http_ms, over_http), (triton_ms, directly)]
+            turns: list[tuple[list[float], Callable[[GenerationRequest], float]]] = [
+                (http_ms, over_http),
+                (triton_ms, directly),
+            ]
             for taken, ask in turns if number % 2 else reversed(turns):
                 taken.append(ask(wish) * 1e3)
             outside_ms.append(over_http.outside_ms)
@@ -151,7 +154,7 @@ class _Gateway:
     def __exit__(self, *_: object) -> None:
         self._connection.close()
 
-    def __call__(self, wish: Wish) -> float:
+    def __call__(self, wish: GenerationRequest) -> float:
         body = {
             "prompt": wish.prompt,
             "size": f"{wish.width}x{wish.height}",
@@ -187,7 +190,7 @@ class _Triton:
         self._client.stop_stream(cancel_requests=True)
         self._client.close()
 
-    def __call__(self, wish: Wish) -> float:
+    def __call__(self, wish: GenerationRequest) -> float:
         values = asdict(wish)
         names = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
         began = time.perf_counter()

@@ -10,17 +10,17 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from benchmarks.contenders import Contender, Wish
-from benchmarks.figures import Book, Figures, Pairs
-from benchmarks.peers import Ground, Peer
-from benchmarks.subjects import Subject
+from benchmarks.contenders import GenerationRequest, Target
+from benchmarks.figures import Figures, Pairs, Results
+from benchmarks.peers import Environment, Peer
+from benchmarks.subjects import Workload
 
 # A pair that takes longer is worth a line of progress.
 TOLD_SECONDS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Effort:
+class Budget:
     """How much is measured: pairs of single pictures of each checkpoint, rounds of whatever takes longer.
 
     After `seconds` no further pair is begun.
@@ -37,9 +37,9 @@ class Effort:
 class Bench:
     """Where figures go and how many are wanted; `peers` are the names of those that take part."""
 
-    ground: Ground
-    book: Book
-    effort: Effort
+    ground: Environment
+    book: Results
+    effort: Budget
     peers: Sequence[str]
     began: float = field(default_factory=time.monotonic)
 
@@ -59,7 +59,7 @@ class Bench:
         self.say(f"{name}: {error}")
 
     @asynccontextmanager
-    async def running(self, peer: Peer, subject: Subject) -> AsyncIterator[Any]:
+    async def running(self, peer: Peer, subject: Workload) -> AsyncIterator[Any]:
         """The contender for as long as it is needed. Raises ToolError."""
         self.say(f"{subject.name}: starting {peer.name}")
         contender = await peer.start(self.ground, subject)
@@ -69,7 +69,9 @@ class Bench:
             await contender.stop()
 
 
-async def take_turns(bench: Bench, ours: Contender, theirs: Contender, wishes: Iterator[Wish], count: int) -> Pairs:
+async def take_turns(
+    bench: Bench, ours: Target, theirs: Target, wishes: Iterator[GenerationRequest], count: int
+) -> Pairs:
     """Each wish to both, one right after the other; who comes first changes.
 
     First a picture of one step, to warm up. Fewer pairs than `count` where they take long.
@@ -90,7 +92,7 @@ async def take_turns(bench: Bench, ours: Contender, theirs: Contender, wishes: I
     return Pairs(taken[ours.name], taken[theirs.name])
 
 
-async def in_flight(contender: Contender, wishes: Iterator[Wish], number: int, count: int) -> float:
+async def in_flight(contender: Target, wishes: Iterator[GenerationRequest], number: int, count: int) -> float:
     """Pictures per second while `number` requests are in flight, until `count` are done."""
     left = [next(wishes) for _ in range(count)]
 

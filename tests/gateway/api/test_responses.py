@@ -13,14 +13,14 @@ from hypergen_gateway.api.responses import CompletedEvent, image_event, images_r
 from hypergen_gateway.api.validation import read_request, to_generation
 from hypergen_gateway.generation.backend import Timings
 from hypergen_gateway.generation.images import PNG
-from hypergen_gateway.generation.service import Drawn, Finished, Part, finish
+from hypergen_gateway.generation.service import EncodedImage, RawImage, SubRequest, finish
 from support.fake_backend import MODEL, flat_picture, flat_preview
 
 
-def finished(**fields: Any) -> tuple[ImageRequest, list[Finished]]:
+def finished(**fields: Any) -> tuple[ImageRequest, list[EncodedImage]]:
     request = read_request({"prompt": "a red fox", "size": "64x48", "seed": 5} | fields, ImageRequest, MODEL)
-    part = Part(generation=to_generation(request, MODEL))
-    drawn = [Drawn(part=part, picture=flat_picture(part.generation, index)) for index in range(request.n)]
+    part = SubRequest(generation=to_generation(request, MODEL))
+    drawn = [RawImage(part=part, picture=flat_picture(part.generation, index)) for index in range(request.n)]
     return request, [finish(one, PNG) for one in drawn]
 
 
@@ -62,8 +62,8 @@ def test_a_completed_event_has_the_usage_of_its_own_picture() -> None:
 def test_a_preview_s_event_has_its_number_and_no_usage() -> None:
     fields = {"prompt": "a", "stream": True, "partial_images": 3, "n": 2}
     request = read_request(fields, ImageRequest, MODEL)
-    part = Part(generation=to_generation(request, MODEL))
-    drawn = Drawn(part=part, picture=flat_preview(part.generation, 1, 2))
+    part = SubRequest(generation=to_generation(request, MODEL))
+    drawn = RawImage(part=part, picture=flat_preview(part.generation, 1, 2))
     event = image_event(request, finish(drawn, PNG), 2).model_dump()
     assert (event["type"], event["partial_image_index"], event["image_index"]) == (
         "image_generation.partial_image",

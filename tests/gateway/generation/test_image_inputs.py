@@ -12,7 +12,7 @@ from PIL import Image
 
 from hypergen_gateway.errors import InvalidRequestError
 from hypergen_gateway.generation.backend import ModelDescription
-from hypergen_gateway.generation.image_inputs import Start, Uploads, Wanted, open_starts
+from hypergen_gateway.generation.image_inputs import InitImage, Uploads, Wanted, open_init_images
 from hypergen_gateway.generation.sizes import SizePolicy
 from support.fake_backend import MODEL
 from support.pictures import file_of, hole, photo, ramp
@@ -22,13 +22,13 @@ BUILT = replace(MODEL, sizes=("512x512", "768x512", "512x768"))
 
 def starts(
     *images: bytes, mask: bytes | None = None, asked: Any = None, needed: int = 16, model: ModelDescription = MODEL
-) -> list[Start]:
+) -> list[InitImage]:
     uploads = Uploads(
         images=[io.BytesIO(image) for image in images],
         mask=None if mask is None else io.BytesIO(mask),
         images_param="image",
     )
-    return open_starts(uploads, Wanted(size=asked, count=needed), model, SizePolicy())
+    return open_init_images(uploads, Wanted(size=asked, count=needed), model, SizePolicy())
 
 
 def test_an_image_of_a_legal_size_arrives_pixel_by_pixel() -> None:

@@ -10,20 +10,20 @@ import pytest
 from hypergen_gateway.api.fields import ImageRequest
 from hypergen_gateway.api.validation import read_request, to_generation
 from hypergen_gateway.generation.images import PNG
-from hypergen_gateway.generation.latency import Pace, Rounds, forecast
-from hypergen_gateway.generation.service import Order, Part, work_of
+from hypergen_gateway.generation.latency import RemainingWork, StepTimeModel, forecast
+from hypergen_gateway.generation.service import Order, SubRequest, work_of
 from support.fake_backend import MODEL
 
 
-def learned(*samples: tuple[float, float]) -> Pace:
-    pace = Pace()
+def learned(*samples: tuple[float, float]) -> StepTimeModel:
+    pace = StepTimeModel()
     for load, seconds in samples:
         pace.learn(load, seconds)
     return pace
 
 
 def test_nothing_is_known_before_the_first_request() -> None:
-    assert not Pace().is_known
+    assert not StepTimeModel().is_known
     assert learned((2, 0.1)).is_known
 
 
@@ -51,16 +51,16 @@ def test_figures_that_contradict_each_other_never_make_a_round_free(samples: lis
 
 def test_requests_together_take_as_long_as_their_rounds_do() -> None:
     pace = learned((1, 0.01))  # 10 ms per image and round
-    alone = forecast(pace, 4, [], [Rounds(1, 1.0, 50)])
+    alone = forecast(pace, 4, [], [RemainingWork(1, 1.0, 50)])
     assert [alone.placed, alone.done] == pytest.approx([0, 0.5])
-    beside = forecast(pace, 4, [Rounds(2, 1.0, 10)], [Rounds(1, 1.0, 50)])
+    beside = forecast(pace, 4, [RemainingWork(2, 1.0, 10)], [RemainingWork(1, 1.0, 50)])
     assert [beside.placed, beside.done] == pytest.approx([0, 10 * 0.03 + 40 * 0.01])
 
 
 def test_who_waits_is_placed_when_enough_places_are_free_and_overtakes_nobody() -> None:
     pace = learned((1, 0.01))
-    running = [Rounds(1, 1.0, 10), Rounds(1, 1.0, 30)]
-    waiting = [Rounds(2, 1.0, 20), Rounds(1, 1.0, 5)]
+    running = [RemainingWork(1, 1.0, 10), RemainingWork(1, 1.0, 30)]
+    waiting = [RemainingWork(2, 1.0, 20), RemainingWork(1, 1.0, 5)]
     expected = forecast(pace, 2, running, waiting)
     both_gone = 10 * 0.02 + 20 * 0.01
     assert expected.placed == pytest.approx(both_gone + 20 * 0.02)
@@ -68,20 +68,20 @@ def test_who_waits_is_placed_when_enough_places_are_free_and_overtakes_nobody() 
 
 
 def test_a_request_that_should_have_ended_is_given_one_more_round() -> None:
-    expected = forecast(learned((1, 0.01)), 1, [Rounds(1, 1.0, 0)], [Rounds(1, 1.0, 10)])
+    expected = forecast(learned((1, 0.01)), 1, [RemainingWork(1, 1.0, 0)], [RemainingWork(1, 1.0, 10)])
     assert expected.placed == pytest.approx(0.01)
 
 
 def test_the_forecast_leaves_what_it_was_given_as_it_was() -> None:
-    running, waiting = [Rounds(1, 1.0, 3)], [Rounds(1, 1.0, 4)]
+    running, waiting = [RemainingWork(1, 1.0, 3)], [RemainingWork(1, 1.0, 4)]
     assert forecast(learned((1, 0.01)), 1, running, waiting) == forecast(learned((1, 0.01)), 1, running, waiting)
     assert (running[0].left, waiting[0].left) == (3, 4)
 
 
 def test_what_a_request_takes_besides_its_rounds_is_not_taken_for_rounds() -> None:
-    pace = Pace()
+    pace = StepTimeModel()
     pace.learn(load=1.0, seconds=0.01, besides=2.0)  # one step, on a connection that had to be made again
-    expected = forecast(pace, 8, [], [Rounds(1, 1.0, 100.0)])
+    expected = forecast(pace, 8, [], [RemainingWork(1, 1.0, 100.0)])
     assert expected.done == pytest.approx(100 * 0.01 + 2.0, rel=0.2)
 
 
@@ -102,11 +102,11 @@ def test_the_load_of_a_picture_is_the_mean_over_its_steps(fields: dict[str, Any]
     """With time a line over load, requests of unequal steps then tell the truth, and are told it."""
     model = replace(MODEL, max_cache_interval=10)
     request = read_request({"prompt": "a fox"} | fields, ImageRequest, model)
-    order = Order(parts=[Part(generation=to_generation(request, model))], model=model, file_format=PNG)
+    order = Order(parts=[SubRequest(generation=to_generation(request, model))], model=model, file_format=PNG)
     assert work_of(order).load == pytest.approx(load)
 
 
 def test_guidance_inside_the_unet_adds_no_row() -> None:
     model = replace(MODEL, guidance_width=256)
     generation = to_generation(ImageRequest(prompt="a fox", guidance_scale=8.0), model)
-    assert work_of(Order(parts=[Part(generation=generation)], model=model, file_format=PNG)).load == 1.0
+    assert work_of(Order(parts=[SubRequest(generation=generation)], model=model, file_format=PNG)).load == 1.0

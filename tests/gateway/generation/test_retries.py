@@ -18,8 +18,8 @@ from hypergen_gateway.config import Config
 from hypergen_gateway.errors import UnavailableError
 from hypergen_gateway.generation.admission import Admission
 from hypergen_gateway.generation.images import PNG
-from hypergen_gateway.generation.jobs import Asked, Jobs, Keeping
-from hypergen_gateway.generation.service import Order, Studio, parts_of
+from hypergen_gateway.generation.jobs import Jobs, RequestIdentity, RetentionPolicy
+from hypergen_gateway.generation.service import ImageService, Order, parts_of
 from support.cutting_proxy import CuttingProxy, cutting_proxy
 from support.fake_backend import MODEL, FakeBackend, in_memory, on_loopback, until
 from support.node_client import install_node_client, run_node_client
@@ -221,13 +221,13 @@ class TestRetries:
     async def test_the_retry_of_a_request_that_never_came_is_not_answered_with_an_old_picture(
         self, backend: FakeBackend
     ) -> None:
-        jobs = Jobs(Keeping(grace=1.0, seconds=60.0, nbytes=1 << 20, lost_answer=0.1), joined=lambda _: None)
+        jobs = Jobs(RetentionPolicy(grace=1.0, seconds=60.0, nbytes=1 << 20, lost_answer=0.1), joined=lambda _: None)
         made = to_generation(ImageRequest(prompt="a fox"), MODEL)
         order = Order(parts=parts_of(made, [], None), model=MODEL, file_format=PNG)
-        studio = Studio(backend, Admission(10))
-        first = jobs.join(Asked(owner="", fingerprint="fox", may_return=True), lambda: studio.take(order))
+        studio = ImageService(backend, Admission(10))
+        first = jobs.join(RequestIdentity(owner="", fingerprint="fox", may_return=True), lambda: studio.take(order))
         assert await first.finals()
-        again = Asked(owner="", fingerprint="fox", may_return=True, is_retry=True)
+        again = RequestIdentity(owner="", fingerprint="fox", may_return=True, is_retry=True)
         assert jobs.join(again, lambda: studio.take(order)) is first
         await asyncio.sleep(0.15)
         second = jobs.join(again, lambda: studio.take(order))

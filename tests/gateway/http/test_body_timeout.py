@@ -15,7 +15,7 @@ from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.errors import RequestTimeoutError
 from hypergen_gateway.http.addresses import listening
-from hypergen_gateway.http.body_timeout import BYTES_PER_SECOND, BodyPatience, drop_those_who_do_not_read
+from hypergen_gateway.http.body_timeout import BYTES_PER_SECOND, BodyTimeout, set_tcp_user_timeout
 from support.fake_backend import FakeBackend, on_loopback
 
 BODY = json.dumps({"prompt": "cat"}).encode()
@@ -74,7 +74,7 @@ async def _read_all(_: Scope, receive: Receive, __: Send) -> None:
 
 
 async def test_a_large_body_may_take_longer_than_a_small_one() -> None:
-    app = BodyPatience(_read_all, seconds=0.1)
+    app = BodyTimeout(_read_all, seconds=0.1)
     await app({"type": "http"}, Trickle(6, BYTES_PER_SECOND // 20, pause=0.05).receive, _send)
     with pytest.raises(RequestTimeoutError):
         await app({"type": "http"}, Trickle(6, 1, pause=0.05).receive, _send)
@@ -82,7 +82,7 @@ async def test_a_large_body_may_take_longer_than_a_small_one() -> None:
 
 async def test_once_the_body_is_there_the_client_may_wait_for_its_answer() -> None:
     client = Trickle(1, 10, pause=0.05)
-    waited = BodyPatience(_read_all, seconds=0.08)
+    waited = BodyTimeout(_read_all, seconds=0.08)
     began = time.monotonic()
     await waited({"type": "http"}, client.receive, _send)
     assert time.monotonic() - began > 0.08
@@ -100,7 +100,7 @@ async def test_a_client_that_reads_nothing_loses_its_connection() -> None:
             lost.set_result(exc)
 
     with listening("127.0.0.1", 0) as (listener,):
-        drop_those_who_do_not_read(listener, seconds=1)
+        set_tcp_user_timeout(listener, seconds=1)
         server = await asyncio.get_running_loop().create_server(Sender, sock=listener)
         _, writer = await asyncio.open_connection(*listener.getsockname(), limit=1024)
         assert isinstance(await asyncio.wait_for(lost, 10), TimeoutError | ConnectionError)

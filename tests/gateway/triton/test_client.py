@@ -25,7 +25,7 @@ from hypergen_gateway.errors import (
     QueueFullError,
     UnavailableError,
 )
-from hypergen_gateway.generation.backend import Generation, Lora, ModelDescription, Picture, Timings
+from hypergen_gateway.generation.backend import GeneratedImage, Generation, Lora, ModelDescription, Timings
 from hypergen_gateway.http.request_id import current_request_id
 from hypergen_gateway.triton.client import INPUT_TYPES, TritonBackend
 from support.fake_backend import in_memory, until
@@ -86,7 +86,7 @@ async def all_reached(backend: TritonBackend, tritons: list[FakeTriton]) -> None
         triton.requests.clear()
 
 
-async def pictures(backend: TritonBackend, generation: Generation = FOX) -> list[Picture]:
+async def pictures(backend: TritonBackend, generation: Generation = FOX) -> list[GeneratedImage]:
     async with aclosing(backend.generate(generation)) as stream:
         return [picture async for picture in stream]
 

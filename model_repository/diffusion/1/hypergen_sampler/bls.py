@@ -13,7 +13,7 @@ import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
 from hypergen_sampler.conditioning import Array
-from hypergen_sampler.sampling import UNetRows
+from hypergen_sampler.sampling import DenoiserInputs
 from hypergen_sampler.sinusoids import Sinusoid
 
 # Triton's words for it; its code reaches BLS only since 25.05.
@@ -44,7 +44,7 @@ class Components:
         """[B, L] token ids to the named outputs of the model of a text encoder, such as hidden states [B, L, D]."""
         return await _call(encoder, {"input_ids": input_ids}, outputs)
 
-    def unet(self, rows: UNetRows) -> dict[str, Array]:
+    def unet(self, rows: DenoiserInputs) -> dict[str, Array]:
         """The outputs, each [R, C, h, w], that the rows of one batch ask for. The calling thread waits for them."""
         inputs = {"sample": rows.sample, "time": self._time_embedding(rows.timestep), **rows.conditions}
         return _outputs(rows.model, _request(rows.model, inputs, rows.outputs).exec(), rows.outputs)

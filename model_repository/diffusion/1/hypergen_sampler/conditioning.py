@@ -16,7 +16,7 @@ import torch
 from hypergen_sampler.request import Architecture, Request
 
 Array = npt.NDArray[np.float32]
-Conditions = Mapping[str, Array]
+Conditioning = Mapping[str, Array]
 
 # The UNet's outputs, of which a shallow one takes the second.
 MODEL_OUTPUT = "model_output"
@@ -43,7 +43,7 @@ def merge(answers: list[dict[str, Array]]) -> dict[str, Array]:
     return {**answers[-1], HIDDEN_STATES: np.concatenate([answer[HIDDEN_STATES] for answer in answers], axis=-1)}
 
 
-def conditions_of(request: Request, texts: Mapping[str, Array], architecture: Architecture) -> Conditions:
+def conditioning_of(request: Request, texts: Mapping[str, Array], architecture: Architecture) -> Conditioning:
     """The UNet's inputs for this request, by name, from what the text encoders made of `texts_of` it."""
     if architecture.guides(request) and _zeros_instead(request, architecture):
         texts = {name: np.concatenate([np.zeros_like(array), array]) for name, array in texts.items()}

@@ -18,7 +18,7 @@ from hypergen_sampler.request import InvalidInputError, Pixels, Request
 
 
 @dataclass(frozen=True)
-class Original:
+class ImagePosterior:
     """The picture to start from, as the VAE's encoder gives it: mean and std [C, h, w] of its posterior."""
 
     mean: Array
@@ -26,20 +26,20 @@ class Original:
 
 
 @dataclass(frozen=True)
-class Canvas:
+class LatentInit:
     """What a request's images are drawn on: latents of `shape` C, h, w, and the picture that is there already."""
 
     shape: tuple[int, int, int]
-    original: Original | None = None
+    original: ImagePosterior | None = None
     mask: Pixels | None = None
     """[H, W] over the original: from 128 on, what lies under it is repainted."""
-    thins_out: bool = False
+    respaces_timesteps: bool = False
     """How a strength below 1 is met: True takes the request's number of steps through what the strength leaves of the
     schedule, as the pipelines of latent consistency models do; False takes the last steps of that many."""
 
 
 @dataclass(frozen=True)
-class Kept:
+class MaskBlend:
     """What lies outside a mask: it is put back after every step, with the noise that the next one expects."""
 
     latents: torch.Tensor
@@ -47,7 +47,7 @@ class Kept:
     mask: torch.Tensor
     """[1, 1, h, w]: 1 is repainted."""
 
-    def put_back(self, latents: torch.Tensor, scheduler: Any, next_timestep: torch.Tensor | None) -> torch.Tensor:
+    def apply(self, latents: torch.Tensor, scheduler: Any, next_timestep: torch.Tensor | None) -> torch.Tensor:
         """`latents` with the kept part in it, free of noise where no timestep follows."""
         kept = self.latents
         if next_timestep is not None:
@@ -64,10 +64,10 @@ class Start:
 
     latents: torch.Tensor
     timesteps: list[torch.Tensor]
-    kept: Kept | None = None
+    kept: MaskBlend | None = None
 
 
-def start_of(request: Request, canvas: Canvas, scheduler: Any, generator: torch.Generator) -> Start:
+def initial_latents(request: Request, canvas: LatentInit, scheduler: Any, generator: torch.Generator) -> Start:
     """Set the scheduler's timesteps, and draw what the image starts from.
 
     The noise of diffusers: drawn on the CPU in float32, one generator per image.
@@ -82,15 +82,15 @@ def start_of(request: Request, canvas: Canvas, scheduler: Any, generator: torch.
     if not hasattr(scheduler, "add_noise"):
         raise InvalidInputError("image", "must be absent, as this scheduler starts from noise alone; name another one")
     if canvas.mask is None:
-        return _from_picture(request, canvas.original, canvas.thins_out, scheduler, generator)
+        return _from_picture(request, canvas.original, canvas.respaces_timesteps, scheduler, generator)
     return _from_masked_picture(request, canvas.original, canvas.mask, scheduler, generator)
 
 
 def _from_picture(
-    request: Request, original: Original, thins_out: bool, scheduler: Any, generator: torch.Generator
+    request: Request, original: ImagePosterior, respaces_timesteps: bool, scheduler: Any, generator: torch.Generator
 ) -> Start:
-    thins_out = thins_out and "strength" in inspect.signature(scheduler.set_timesteps).parameters
-    timesteps = _thinned_timesteps(scheduler, request) if thins_out else _last_timesteps(scheduler, request)
+    respaces_timesteps = respaces_timesteps and "strength" in inspect.signature(scheduler.set_timesteps).parameters
+    timesteps = _thinned_timesteps(scheduler, request) if respaces_timesteps else _last_timesteps(scheduler, request)
     latents = _drawn(original, generator)
     if not timesteps:
         return Start(latents, [])
@@ -99,7 +99,7 @@ def _from_picture(
 
 
 def _from_masked_picture(
-    request: Request, original: Original, mask: Pixels, scheduler: Any, generator: torch.Generator
+    request: Request, original: ImagePosterior, mask: Pixels, scheduler: Any, generator: torch.Generator
 ) -> Start:
     timesteps = _last_timesteps(scheduler, request)
     latents = _drawn(original, generator)
@@ -108,13 +108,13 @@ def _from_masked_picture(
     noise = torch.randn(latents.shape, generator=generator)
     # The masked picture, which only a UNet of nine channels sees; diffusers draws it for any.
     torch.randn(latents.shape, generator=generator)
-    kept = Kept(latents, noise, _latent_mask(mask, latents.shape[2:]))
+    kept = MaskBlend(latents, noise, _latent_mask(mask, latents.shape[2:]))
     if request.strength == 1.0:
         return Start(noise * scheduler.init_noise_sigma, timesteps, kept)
     return Start(scheduler.add_noise(latents, noise, timesteps[0][None]), timesteps, kept)
 
 
-def _drawn(original: Original, generator: torch.Generator) -> torch.Tensor:
+def _drawn(original: ImagePosterior, generator: torch.Generator) -> torch.Tensor:
     """A sample [1, C, h, w] of the posterior."""
     mean, std = torch.from_numpy(original.mean)[None], torch.from_numpy(original.std)[None]
     return mean + std * torch.randn(mean.shape, generator=generator)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
-class Variant:
+class LoraVariant:
     """A LoRA at one scale; without a name the checkpoint as it is."""
 
     name: str = ""
@@ -34,12 +34,12 @@ class Variant:
         return self.model("unet_shallow")
 
 
-BASE = Variant()
+BASE = LoraVariant()
 
 
-def read_variants(text: str) -> tuple[Variant, ...]:
+def read_variants(text: str) -> tuple[LoraVariant, ...]:
     """The parameter's value, a JSON list. Raises ValueError."""
     try:
-        return tuple(Variant(**entry) for entry in json.loads(text))
+        return tuple(LoraVariant(**entry) for entry in json.loads(text))
     except TypeError as error:
         raise ValueError(f"config.pbtxt of diffusion has a parameter loras of no use ({error})") from None

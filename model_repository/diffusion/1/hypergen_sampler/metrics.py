@@ -31,7 +31,7 @@ COUNTERS = {
 }
 
 
-class Gauges:
+class SamplerMetrics:
     """`hypergen_sampler_...` at Triton's /metrics."""
 
     def __init__(self, max_rows: int) -> None:

@@ -15,7 +15,9 @@ def preview_steps(steps: int, previews: int) -> frozenset[int]:
     return frozenset(-(-steps * number // (previews + 1)) for number in range(1, previews + 1)) - {steps}
 
 
-def original_of(scheduler: Any, step: Any, timestep: torch.Tensor, answer: torch.Tensor, sample: torch.Tensor) -> Any:
+def predicted_original(
+    scheduler: Any, step: Any, timestep: torch.Tensor, answer: torch.Tensor, sample: torch.Tensor
+) -> Any:
     """The original that the model's `answer` to the noisy `sample` amounts to, in the scale of the final latents.
 
     Args:

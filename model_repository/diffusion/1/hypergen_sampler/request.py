@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hypergen_sampler.lora import BASE, Variant, read_variants
+from hypergen_sampler.lora import BASE, LoraVariant, read_variants
 from hypergen_sampler.sinusoids import Sinusoid
 
 Pixels = npt.NDArray[np.uint8]
@@ -63,7 +63,7 @@ class Limits:
     latent_channels: int
     vae_scale_factor: int
     schedulers: tuple[str, ...]
-    loras: tuple[Variant, ...]
+    loras: tuple[LoraVariant, ...]
     """Those that a request may ask for; of the scales of one, the first is the usual one."""
 
     @classmethod
@@ -148,7 +148,7 @@ def _parameters(cls: type, model_config: str) -> dict[str, Any]:
         "int": int,
         "float": float,
         "tuple[str, ...]": _names,
-        "tuple[Variant, ...]": read_variants,
+        "tuple[LoraVariant, ...]": read_variants,
     }
     try:
         return {name: readers[str(kind)](given[name]) for name, kind in cls.__annotations__.items()}
@@ -188,7 +188,7 @@ class Request:
     """[height, width] over `image`: 255 is repainted, 0 stays."""
     strength: float = 1.0
     """How much of `image` is noised away: 1 is all of it; what leaves no step leaves `image` as it is."""
-    variant: Variant = BASE
+    variant: LoraVariant = BASE
     """The checkpoint as it is, or with one of `Limits.loras`."""
 
 
@@ -278,7 +278,7 @@ def _strength(given: Mapping[str, Any], steps: int) -> float:
     return strength
 
 
-def _variant(given: Mapping[str, Any], limits: Limits) -> Variant:
+def _variant(given: Mapping[str, Any], limits: Limits) -> LoraVariant:
     """The LoRA at its usual scale where none is given; a scale of 0 is the checkpoint as it is."""
     if "lora" not in given:
         if "lora_scale" in given:

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from hypergen_sampler.conditioning import DEEP_FEATURES, HIDDEN_STATES, MODEL_OUTPUT, Array, Conditions
-from hypergen_sampler.latent_init import Canvas, start_of
-from hypergen_sampler.predicted_x0 import original_of, preview_steps
+from hypergen_sampler.conditioning import DEEP_FEATURES, HIDDEN_STATES, MODEL_OUTPUT, Array, Conditioning
+from hypergen_sampler.latent_init import LatentInit, initial_latents
+from hypergen_sampler.predicted_x0 import predicted_original, preview_steps
 from hypergen_sampler.request import NonFiniteLatentsError, Request
 from hypergen_sampler.schedulers import step_arguments
 
 
 @dataclass(frozen=True)
-class UNetRows:
+class DenoiserInputs:
     """The rows that one image adds to a batch: [R, C, h, w], [R] and [R, …], with R = 2 in a guided step, else 1.
 
     `model` is the UNet's name in Triton, `outputs` are those that are needed of it.
@@ -30,7 +30,7 @@ class UNetRows:
     model: str
     sample: Array
     timestep: Array
-    conditions: Conditions
+    conditions: Conditioning
     outputs: tuple[str, ...] = (MODEL_OUTPUT,)
 
 
@@ -47,7 +47,7 @@ class Image:
         InvalidInputError: the scheduler does not take these steps or no picture, or the strength leaves too few.
     """
 
-    def __init__(self, request: Request, conditions: Conditions, canvas: Canvas, scheduler: Any) -> None:
+    def __init__(self, request: Request, conditions: Conditioning, canvas: LatentInit, scheduler: Any) -> None:
         self.steps_done = 0
         self._variant = request.variant
         self._cache_interval = request.cache_interval
@@ -56,7 +56,7 @@ class Image:
         self._guidance_scale = request.guidance_scale
         self._scheduler = scheduler
         generator = torch.Generator("cpu").manual_seed(request.seed)
-        start = start_of(request, canvas, self._scheduler, generator)
+        start = initial_latents(request, canvas, self._scheduler, generator)
         self._latents, self._timesteps, self._kept = start.latents, start.timesteps, start.kept
         self._extra = step_arguments(self._scheduler, generator)
         self._guided_steps = steps_between(request.guidance_start, request.guidance_end, self.steps)
@@ -105,14 +105,14 @@ class Image:
         """[C, h, w], what the last step expects `latents` to become in the end; None where nobody asked to see it."""
         return None if self._preview is None else _to_array(self._preview)
 
-    def unet_rows(self) -> UNetRows:
+    def unet_rows(self) -> DenoiserInputs:
         """The input of this image's next step."""
         timestep = self._timesteps[self.steps_done]
         scaled = self._scheduler.scale_model_input(self._latents, timestep).numpy()
         rows, reused = self.rows, self._reused
         conditions = self._conditions if reused is None else {**self._conditions, DEEP_FEATURES: reused}
         are_kept = reused is None and self._cache_interval > 1
-        return UNetRows(
+        return DenoiserInputs(
             model=self.model,
             sample=np.concatenate([scaled] * rows),
             timestep=np.full(rows, float(timestep), dtype=np.float32),
@@ -139,7 +139,7 @@ class Image:
         self._latents = self._put_back(step.prev_sample, None if self.finished else self._timesteps[self.steps_done])
         self._preview = None
         if self.steps_done in self._preview_steps:
-            self._preview = self._put_back(original_of(self._scheduler, step, timestep, guided, sample), None)
+            self._preview = self._put_back(predicted_original(self._scheduler, step, timestep, guided, sample), None)
 
     def _guide(self, output: Array) -> Array:
         if len(output) == 1:
@@ -148,7 +148,7 @@ class Image:
         return unconditional + self._guidance_scale * (conditional - unconditional)
 
     def _put_back(self, latents: torch.Tensor, next_timestep: torch.Tensor | None) -> torch.Tensor:
-        return latents if self._kept is None else self._kept.put_back(latents, self._scheduler, next_timestep)
+        return latents if self._kept is None else self._kept.apply(latents, self._scheduler, next_timestep)
 
 
 def steps_between(start: float, end: float, steps: int) -> range:

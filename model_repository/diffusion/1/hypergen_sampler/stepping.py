@@ -22,9 +22,9 @@ import numpy as np
 
 from hypergen_sampler.conditioning import Array
 from hypergen_sampler.request import QueueFullError
-from hypergen_sampler.sampling import Image, UNetRows
+from hypergen_sampler.sampling import DenoiserInputs, Image
 
-UNet = Callable[[UNetRows], Mapping[str, Array]]
+UNet = Callable[[DenoiserInputs], Mapping[str, Array]]
 
 # Batches of one round, which differ in size or model, that are in flight at a time.
 CALLS_AT_A_TIME = 8
@@ -314,10 +314,10 @@ def _end(cancelled: Callable[[], bool]) -> BaseException | None:
         return error
 
 
-def _stack(rows: list[UNetRows]) -> UNetRows:
+def _stack(rows: list[DenoiserInputs]) -> DenoiserInputs:
     if len(rows) == 1:
         return rows[0]
-    return UNetRows(
+    return DenoiserInputs(
         model=rows[0].model,
         sample=np.concatenate([row.sample for row in rows]),
         timestep=np.concatenate([row.timestep for row in rows]),
