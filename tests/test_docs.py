@@ -180,6 +180,14 @@ def test_every_request_field_has_a_row_in_the_api_and_no_other_has() -> None:
     assert {field for cells in rows(tables) for field in code_in(cells[0])} == request_fields()
 
 
+def test_the_api_lists_the_schedulers_that_are_offered() -> None:
+    from hypergen_export.checkpoints.schedulers import OFFERED
+
+    table = section((DOCS / "api.md").read_text(), "## HyperGen's own fields")
+    (values,) = [cells[1] for cells in rows(table) if cells[0] == "`scheduler`"]
+    assert code_in(values) == list(OFFERED)
+
+
 def response_headers() -> set[str]:
     description: dict[str, Any] = describe_api(None, secured=True)
     described = {
