@@ -178,7 +178,7 @@ async def bursts(client: httpx.AsyncClient, chance: random.Random) -> None:
 
 async def bad_fields(client: httpx.AsyncClient, chance: random.Random) -> None:
     bad: dict[str, Any] = chance.choice(
-        [{"n": 99}, {"size": "7x7"}, {"scheduler": "none"}, {"prompt": ""}, {"num_inference_steps": 0}]
+        [{"n": 99}, {"size": "0x7"}, {"scheduler": "none"}, {"prompt": ""}, {"num_inference_steps": 0}]
     )
     await _generate(client, _wish(chance, **bad), 400)
 
