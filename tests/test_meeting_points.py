@@ -15,7 +15,7 @@ from tritonclient.grpc import model_config_pb2
 from hypergen_export.checkpoints import checkpoint as exporter_checkpoint
 from hypergen_export.checkpoints.components import FAMILIES, Family, with_deep_cache
 from hypergen_gateway.embedded import export_cache as repository
-from hypergen_gateway.generation.backend import Generation, ModelDescription
+from hypergen_gateway.generation.backend import GenerationRequest, ModelDescription
 from hypergen_gateway.triton import client as triton
 from hypergen_sampler.request import Architecture, Limits
 
@@ -43,7 +43,7 @@ def test_the_gateway_sends_the_inputs_that_the_sampler_declares(template: Any) -
     declared = {entry.name: model_config_pb2.DataType.Name(entry.data_type) for entry in template.input}
     sent = {name: f"TYPE_{datatype.replace('BYTES', 'STRING')}" for name, datatype in triton.INPUT_TYPES.items()}
     assert sent == declared
-    assert set(sent) == {field.name for field in dataclasses.fields(Generation)}
+    assert set(sent) == {field.name for field in dataclasses.fields(GenerationRequest)}
 
 
 def test_the_sampler_answers_with_the_outputs_that_it_declares(template: Any) -> None:

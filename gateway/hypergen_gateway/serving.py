@@ -26,7 +26,7 @@ from hypergen_gateway.embedded.errors import EmbeddedError, ModelsNotLoadedError
 from hypergen_gateway.embedded.export_cache import ExportOptions, find_repository
 from hypergen_gateway.embedded.installation import find_installation
 from hypergen_gateway.errors import UnavailableError
-from hypergen_gateway.generation.backend import GeneratedImage, Generation, Lora, ModelDescription
+from hypergen_gateway.generation.backend import GeneratedImage, GenerationRequest, Lora, ModelDescription
 from hypergen_gateway.http.addresses import listening, url_of
 from hypergen_gateway.http.protocol import AcceptErrors, Listener, allow_open_files, bounded
 from hypergen_gateway.observability.logs import console
@@ -100,7 +100,7 @@ def _tracing() -> Tracing | None:
 
 
 async def draw(options: TritonOptions, wanted: dict[str, Any]) -> GeneratedImage:
-    """One picture, without a gateway. `wanted` holds fields of `Generation`; the model's defaults fill the others."""
+    """One image, without a gateway. `wanted` holds fields of `GenerationRequest`; the model fills in the rest."""
     async with _connected(options, DRAW_SECONDS) as backend:
         try:
             generation = _complete(
@@ -232,7 +232,7 @@ async def _serve_http(app: Any, listeners: list[socket.socket], keep_alive: floa
         await server.serve(sockets=[Listener(fileno=listener.detach()) for listener in listeners])
 
 
-def _complete(wanted: dict[str, Any], description: ModelDescription, *, with_lora: bool) -> Generation:
+def _complete(wanted: dict[str, Any], description: ModelDescription, *, with_lora: bool) -> GenerationRequest:
     defaults: dict[str, Any] = {
         "width": description.default_width,
         "height": description.default_height,
@@ -241,7 +241,7 @@ def _complete(wanted: dict[str, Any], description: ModelDescription, *, with_lor
     }
     if with_lora:
         defaults |= {"lora": description.loras[0].name, "lora_scale": description.loras[0].scale}
-    return Generation(**(defaults | {name: value for name, value in wanted.items() if value is not None}))
+    return GenerationRequest(**(defaults | {name: value for name, value in wanted.items() if value is not None}))
 
 
 async def _greeting(options: ServeOptions, backend: TritonBackend) -> str:

@@ -25,7 +25,7 @@ from hypergen_gateway.app import create_app
 from hypergen_gateway.cli import main
 from hypergen_gateway.config import Config
 from hypergen_gateway.embedded.export_cache import default_cache_dir
-from hypergen_gateway.generation.backend import GeneratedImage, Generation
+from hypergen_gateway.generation.backend import GeneratedImage, GenerationRequest
 from hypergen_gateway.serving import ServeOptions, TritonOptions
 from support.fake_backend import FakeBackend, flat_picture
 from support.fake_triton import FakeTriton, serving
@@ -354,7 +354,7 @@ class TestOutput:
 
         async def draw(options: TritonOptions, wanted: dict[str, Any]) -> GeneratedImage:
             calls.append(options)
-            made = Generation(
+            made = GenerationRequest(
                 prompt="cat",
                 width=16,
                 height=8,

@@ -23,7 +23,7 @@ from hypergen_gateway.config import Config
 from hypergen_gateway.conformance.command import RULES
 from hypergen_gateway.conformance.rules import Finding, findings
 from hypergen_gateway.conformance.server import Options, Server
-from hypergen_gateway.generation.backend import GeneratedImage, Generation
+from hypergen_gateway.generation.backend import GeneratedImage, GenerationRequest
 from support.fake_backend import FakeBackend, on_loopback
 
 KEY = "the-key"
@@ -33,7 +33,7 @@ Handler: TypeAlias = Callable[[httpx.Request], httpx.Response]
 class KnobsBackend(FakeBackend):
     """Its pictures change with every knob, and it takes some time over each."""
 
-    async def generate(self, generation: Generation) -> AsyncGenerator[GeneratedImage, None]:
+    async def generate(self, generation: GenerationRequest) -> AsyncGenerator[GeneratedImage, None]:
         knobs = (generation.negative_prompt, generation.num_inference_steps, generation.guidance_scale)
         async for picture in super().generate(generation):
             await asyncio.sleep(0.001)

@@ -26,7 +26,7 @@ from playwright.async_api import Browser, Page, expect
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.errors import InvalidRequestError, UnavailableError
-from hypergen_gateway.generation.backend import Generation
+from hypergen_gateway.generation.backend import GenerationRequest
 from hypergen_gateway.playground import FOLDER
 from support.browser import chromium, needs_chromium, opened
 from support.fake_backend import MODEL, FakeBackend, in_memory, on_loopback, until
@@ -182,7 +182,7 @@ class TestDrawing:
         await page.get_by_label("Prompt", exact=True).press("Enter")
         await drawn(page, 3)
         assert backend.generations == [
-            Generation(
+            GenerationRequest(
                 prompt=AWKWARD,
                 negative_prompt="rain\nsnow",
                 num_images=3,

@@ -16,7 +16,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from hypergen_gateway.errors import HyperGenError
-from hypergen_gateway.generation.backend import GeneratedImage, Generation, ModelDescription, Timings
+from hypergen_gateway.generation.backend import GeneratedImage, GenerationRequest, ModelDescription, Timings
 from hypergen_gateway.http.protocol import Listener, bounded
 
 MODEL = ModelDescription(
@@ -60,7 +60,7 @@ class FakeBackend:
         self.answering = asyncio.Event()  # while clear, describe() and ready() hang
         self.answering.set()
         self.truncated_tokens = 0
-        self.generations: list[Generation] = []
+        self.generations: list[GenerationRequest] = []
         self.running = 0
         self.most_running_images = 0
         self._running_images = 0
@@ -76,7 +76,7 @@ class FakeBackend:
         await self.answering.wait()
         return self.is_ready
 
-    async def generate(self, generation: Generation) -> AsyncGenerator[GeneratedImage, None]:
+    async def generate(self, generation: GenerationRequest) -> AsyncGenerator[GeneratedImage, None]:
         self.generations.append(generation)
         self.running += 1
         self._running_images += generation.num_images
@@ -106,7 +106,7 @@ class FakeBackend:
         self.closed = True
 
 
-def flat_picture(generation: Generation, index: int) -> GeneratedImage:
+def flat_picture(generation: GenerationRequest, index: int) -> GeneratedImage:
     seed = generation.seed + index
     shape = (generation.height, generation.width, 3)
     return GeneratedImage(
@@ -120,7 +120,7 @@ def flat_picture(generation: Generation, index: int) -> GeneratedImage:
     )
 
 
-def flat_preview(generation: Generation, index: int, number: int) -> GeneratedImage:
+def flat_preview(generation: GenerationRequest, index: int, number: int) -> GeneratedImage:
     """At evenly spaced steps, as the sampler gives them."""
     step = generation.num_inference_steps * (number + 1) // (generation.partial_images + 1)
     return replace(flat_picture(generation, index), step=step, is_final=False)

@@ -1,4 +1,4 @@
-"""What comes over the wire becomes a `Generation`.
+"""What comes over the wire becomes a `GenerationRequest`.
 
 Knows which values are legal and the words for saying so. Types and the API's own ranges stand in `fields`; sizes,
 defaults and schedulers come from the `ModelDescription`. Knows neither HTTP nor Triton.
@@ -26,7 +26,7 @@ from hypergen_gateway.api.fields import (
     VariationForm,
 )
 from hypergen_gateway.errors import InvalidRequestError
-from hypergen_gateway.generation.backend import MAX_SEED, Generation, ModelDescription
+from hypergen_gateway.generation.backend import MAX_SEED, GenerationRequest, ModelDescription
 from hypergen_gateway.generation.image_inputs import Uploads
 from hypergen_gateway.generation.images import FileFormat
 from hypergen_gateway.generation.sizes import Size, SizePolicy, nearest_size
@@ -232,7 +232,7 @@ def quality_of(request: PictureRequest) -> Quality:
     return _QUALITIES[request.quality]
 
 
-def to_generation(request: PictureRequest, model: ModelDescription) -> Generation:
+def to_generation(request: PictureRequest, model: ModelDescription) -> GenerationRequest:
     """A request with the model's defaults filled in, within the model's limits.
 
     Its size is the one that the model draws for what is asked; `auto` is the model's own. An image to start from says
@@ -242,7 +242,7 @@ def to_generation(request: PictureRequest, model: ModelDescription) -> Generatio
     width, height = (model.default_width, model.default_height) if asked is None else nearest_size(asked, model)
     seed = secrets.randbelow(_RANDOM_SEEDS - request.n) if request.seed in (None, -1) else request.seed
     guidance = request.guidance_scale
-    generation = Generation(
+    generation = GenerationRequest(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
         num_images=request.n,
@@ -262,7 +262,7 @@ def to_generation(request: PictureRequest, model: ModelDescription) -> Generatio
     return generation
 
 
-def _check_limits(generation: Generation, request: PictureRequest, model: ModelDescription) -> None:
+def _check_limits(generation: GenerationRequest, request: PictureRequest, model: ModelDescription) -> None:
     legal = {
         "n": generation.num_images <= model.max_num_images,
         "num_inference_steps": generation.num_inference_steps <= model.max_num_inference_steps,

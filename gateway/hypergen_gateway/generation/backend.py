@@ -19,7 +19,7 @@ Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generation:
+class GenerationRequest:
     """A request for pictures, complete and legal for the model. Picture i is drawn from `seed + i`."""
 
     prompt: str
@@ -116,7 +116,7 @@ class Backend(Protocol):
         """Whether a picture could be made now. Never raises."""
         ...
 
-    def generate(self, generation: Generation) -> AsyncGenerator[GeneratedImage, None]:
+    def generate(self, generation: GenerationRequest) -> AsyncGenerator[GeneratedImage, None]:
         """The pictures, each as soon as it is finished, in any order. Closing the generator stops the work."""
         ...
 

@@ -17,7 +17,7 @@ from typing import Protocol
 from hypergen_gateway.concurrency import ByteBudget, run_in_thread_if_large
 from hypergen_gateway.errors import HyperGenError, InternalError
 from hypergen_gateway.generation.admission import Admission, Slot
-from hypergen_gateway.generation.backend import Backend, GeneratedImage, Generation, ModelDescription
+from hypergen_gateway.generation.backend import Backend, GeneratedImage, GenerationRequest, ModelDescription
 from hypergen_gateway.generation.image_inputs import Compositing, InitImage
 from hypergen_gateway.generation.images import FileFormat, encode
 from hypergen_gateway.generation.latency import Work
@@ -36,7 +36,7 @@ _ENCODING_BYTES = 512 << 20
 class SubRequest:
     """Pictures that the backend draws together: of one size, from one image if from any."""
 
-    generation: Generation
+    generation: GenerationRequest
     first_index: int = 0
     retouch: Compositing | None = None
 
@@ -105,7 +105,7 @@ class EncodedImage:
 
 
 def parts_of(
-    generation: Generation, starts: Sequence[InitImage], strength: float | None, asked: Size | None = None
+    generation: GenerationRequest, starts: Sequence[InitImage], strength: float | None, asked: Size | None = None
 ) -> list[SubRequest]:
     """What draws the pictures of `generation`, where picture i starts from image i mod k.
 
@@ -125,7 +125,7 @@ def parts_of(
     ]
 
 
-def _part_from(generation: Generation, start: InitImage, strength: float | None) -> SubRequest:
+def _part_from(generation: GenerationRequest, start: InitImage, strength: float | None) -> SubRequest:
     height, width, _ = start.image.shape
     started = replace(generation, width=width, height=height, image=start.image, mask=start.mask, strength=strength)
     return SubRequest(generation=started, retouch=start.retouch)
@@ -143,7 +143,7 @@ def work_of(order: Order) -> Work:
     )
 
 
-def _load(generation: Generation, model: ModelDescription) -> float:
+def _load(generation: GenerationRequest, model: ModelDescription) -> float:
     """Rows times pixels that a picture adds to a round, on the mean of its steps.
 
     The mean tells the whole truth, as a round's time is taken for a line over its load.
@@ -153,7 +153,7 @@ def _load(generation: Generation, model: ModelDescription) -> float:
     return _rows(generation, model) * depth * generation.width * generation.height
 
 
-def _rows(generation: Generation, model: ModelDescription) -> float:
+def _rows(generation: GenerationRequest, model: ModelDescription) -> float:
     """Rows of the UNet that a picture takes: two in the steps under classifier-free guidance, else one."""
     if generation.guidance_scale <= 1 or model.guidance_width:
         return 1.0

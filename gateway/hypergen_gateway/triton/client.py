@@ -33,7 +33,7 @@ from hypergen_gateway.errors import (
     QueueFullError,
     UnavailableError,
 )
-from hypergen_gateway.generation.backend import GeneratedImage, Generation, Lora, ModelDescription, Timings
+from hypergen_gateway.generation.backend import GeneratedImage, GenerationRequest, Lora, ModelDescription, Timings
 from hypergen_gateway.http.request_id import current_request_id, current_trace
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ CHANNEL_ARGS: list[tuple[str, int | str]] = [
     ("grpc.enable_http_proxy", 0),
 ]
 
-# The tensors of `diffusion`, each named as the field of `Generation` that it carries. Absent fields are not sent.
+# Input tensors of `diffusion`, named as the fields of `GenerationRequest`. Absent fields are not sent.
 INPUT_TYPES: dict[str, str] = {
     "prompt": "BYTES",
     "negative_prompt": "BYTES",
@@ -163,7 +163,7 @@ class TritonBackend:
             return False
         return all(answer.ready for answer in answers)
 
-    async def generate(self, generation: Generation) -> AsyncGenerator[GeneratedImage, None]:
+    async def generate(self, generation: GenerationRequest) -> AsyncGenerator[GeneratedImage, None]:
         """The pictures in the order in which they are finished, each after its previews.
 
         What a Triton that went away still owed is asked for again when it, or another, is there: the same seeds give
@@ -187,7 +187,7 @@ class TritonBackend:
                     logger.warning("request %s: asking for its pictures again (%s)", current_request_id.get(), error)
                 await asyncio.sleep(RETRY_SECONDS)
 
-    async def _stream(self, generation: Generation) -> AsyncGenerator[GeneratedImage, None]:
+    async def _stream(self, generation: GenerationRequest) -> AsyncGenerator[GeneratedImage, None]:
         """One stream per request, as Triton closes a stream to report an error with its code."""
         # Without the first an error comes as text in the stream, without its code. The others are for Triton's traces.
         headers = (("triton_grpc_error", "true"), *current_trace.get().items())
@@ -296,7 +296,7 @@ async def _read_to_end(call: Any) -> None:
             pass
 
 
-def _to_request(generation: Generation) -> Any:
+def _to_request(generation: GenerationRequest) -> Any:
     request = pb.ModelInferRequest(model_name=SAMPLER, id=current_request_id.get())
     for name, datatype in INPUT_TYPES.items():
         value = getattr(generation, name)

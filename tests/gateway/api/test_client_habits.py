@@ -17,7 +17,7 @@ from PIL import Image
 
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
-from hypergen_gateway.generation.backend import GeneratedImage, Generation
+from hypergen_gateway.generation.backend import GeneratedImage, GenerationRequest
 from support.fake_backend import FakeBackend, in_memory
 from support.pictures import file_of, hole, photo, ramp
 from support.wire import data_url, error_of, form, part
@@ -392,7 +392,7 @@ class TestLongPrompts:
 class ShyBackend(FakeBackend):
     """Returns the image where the strength leaves no step, as the sampler does."""
 
-    async def generate(self, generation: Generation) -> AsyncGenerator[GeneratedImage, None]:
+    async def generate(self, generation: GenerationRequest) -> AsyncGenerator[GeneratedImage, None]:
         async for picture in super().generate(generation):
             assert generation.image is not None
             assert generation.strength is not None

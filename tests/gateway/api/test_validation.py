@@ -11,19 +11,19 @@ from hypergen_gateway.api.bodies import parse_json
 from hypergen_gateway.api.fields import ImageRequest
 from hypergen_gateway.api.validation import file_format_of, quality_of, read_request, to_generation
 from hypergen_gateway.errors import InvalidRequestError
-from hypergen_gateway.generation.backend import MAX_SEED, Generation, Lora, ModelDescription
+from hypergen_gateway.generation.backend import MAX_SEED, GenerationRequest, Lora, ModelDescription
 from hypergen_gateway.generation.images import FileFormat
 from hypergen_gateway.generation.sizes import SizePolicy
 from support.fake_backend import MODEL
 
 
-def generation(served: ModelDescription = MODEL, **fields: Any) -> Generation:
+def generation(served: ModelDescription = MODEL, **fields: Any) -> GenerationRequest:
     return to_generation(read_request({"prompt": "a fox"} | fields, ImageRequest, served), served)
 
 
 def test_what_is_absent_comes_from_the_model() -> None:
     made = generation()
-    assert made == Generation(
+    assert made == GenerationRequest(
         prompt="a fox",
         num_images=1,
         width=64,
@@ -49,7 +49,7 @@ def test_what_is_given_arrives() -> None:
         scheduler="euler",
         seed=9,
     )
-    assert made == Generation(
+    assert made == GenerationRequest(
         prompt="a fox",
         negative_prompt="blurry",
         num_images=2,

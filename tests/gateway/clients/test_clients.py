@@ -29,7 +29,7 @@ from PIL import Image
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.errors import UnavailableError
-from hypergen_gateway.generation.backend import Generation
+from hypergen_gateway.generation.backend import GenerationRequest
 from support.fake_backend import FakeBackend, on_loopback, until
 from support.node_client import install_node_client, run_node_client
 from support.pictures import file_of, hole, photo
@@ -352,7 +352,7 @@ class TestAiSdk:
         assert "each side from 1 to 4096" in seen["wrongSize"]["message"]
 
 
-def start_of(edit: Generation) -> int:
+def start_of(edit: GenerationRequest) -> int:
     """The grey of the picture that it starts from."""
     assert edit.image is not None
     return int(edit.image.max())

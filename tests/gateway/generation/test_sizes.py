@@ -17,7 +17,7 @@ from PIL import Image
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.errors import InvalidRequestError
-from hypergen_gateway.generation.backend import GeneratedImage, Generation, ModelDescription, Pixels
+from hypergen_gateway.generation.backend import GeneratedImage, GenerationRequest, ModelDescription, Pixels
 from hypergen_gateway.generation.sizes import Size, SizePolicy, is_drawn, nearest_size, window
 from support.fake_backend import MODEL, FakeBackend, in_memory
 from support.pictures import file_of, hole, photo, ramp
@@ -36,7 +36,7 @@ LANCZOS = Image.Resampling.LANCZOS
 class PatternBackend(FakeBackend):
     """Draws noise that differs everywhere, by size and seed."""
 
-    async def generate(self, generation: Generation) -> AsyncGenerator[GeneratedImage, None]:
+    async def generate(self, generation: GenerationRequest) -> AsyncGenerator[GeneratedImage, None]:
         async for picture in super().generate(generation):
             yield replace(picture, pixels=pattern(generation.width, generation.height, picture.seed))
 

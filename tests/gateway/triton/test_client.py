@@ -25,16 +25,16 @@ from hypergen_gateway.errors import (
     QueueFullError,
     UnavailableError,
 )
-from hypergen_gateway.generation.backend import GeneratedImage, Generation, Lora, ModelDescription, Timings
+from hypergen_gateway.generation.backend import GeneratedImage, GenerationRequest, Lora, ModelDescription, Timings
 from hypergen_gateway.http.request_id import current_request_id
 from hypergen_gateway.triton.client import INPUT_TYPES, TritonBackend
 from support.fake_backend import in_memory, until
 from support.fake_triton import PARAMETERS, FakeTriton, serving, tensors_of
 
-FOX = Generation(
+FOX = GenerationRequest(
     prompt="a fox 🦊", width=64, height=48, num_inference_steps=20, guidance_scale=5.5, seed=2**63 - 10, num_images=3
 )
-FULL = Generation(
+FULL = GenerationRequest(
     prompt="a fox",
     negative_prompt="blurry",
     num_images=1,
@@ -86,7 +86,7 @@ async def all_reached(backend: TritonBackend, tritons: list[FakeTriton]) -> None
         triton.requests.clear()
 
 
-async def pictures(backend: TritonBackend, generation: Generation = FOX) -> list[GeneratedImage]:
+async def pictures(backend: TritonBackend, generation: GenerationRequest = FOX) -> list[GeneratedImage]:
     async with aclosing(backend.generate(generation)) as stream:
         return [picture async for picture in stream]
 
@@ -385,7 +385,7 @@ class TestGenerate:
             await asyncio.wait_for(task, 5)
 
 
-def sent_of(generation: Generation) -> dict[str, Any]:
+def sent_of(generation: GenerationRequest) -> dict[str, Any]:
     """What must travel: every field that holds something and that the sampler takes."""
     return {name: value for name, value in vars(generation).items() if value is not None and name in INPUT_TYPES}
 
