@@ -49,9 +49,8 @@ def image_of(scheduler: str, prediction_type: str, guidance_scale: float) -> Ima
     )
     states = np.zeros((2 if guidance_scale > 1 else 1, 1, 1), dtype=np.float32)
     schedulers = schedulers_of(CONFIG | {"prediction_type": prediction_type})
-    return Image(
-        request, {"encoder_hidden_states": states}, LatentInit((4, 6, 5)), schedulers.make(scheduler, steps=STEPS)
-    )
+    made = schedulers.make(scheduler, steps=STEPS)
+    return Image(request, {"encoder_hidden_states": states}, LatentInit((4, 6, 5)), made, "unet")
 
 
 def answer_of_one_who_knows(image: Image, alphas_cumprod: Any, prediction_type: str, guidance_scale: float) -> Any:

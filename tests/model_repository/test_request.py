@@ -32,7 +32,8 @@ PARAMETERS = {
     "schedulers": "ddim,euler",
     "text_encoders": "text_encoder,text_encoder_2",
     "tokenizers": "tokenizer,tokenizer_2",
-    "unet_conditions": "encoder_hidden_states,text_embeds,size_embeds",
+    "denoiser": "unet",
+    "denoiser_inputs": "encoder_hidden_states,text_embeds,size_embeds",
     "time_width": "320",
     "size_width": "256",
     "flip_sin_to_cos": "1",
@@ -59,8 +60,8 @@ def test_limits_are_read_with_their_types() -> None:
 def test_a_missing_parameter_is_named() -> None:
     with pytest.raises(ValueError, match="max_batch_size"):
         Limits.from_model_config(model_config(max_batch_size=None))
-    with pytest.raises(ValueError, match="unet_conditions"):
-        Architecture.from_model_config(model_config(unet_conditions=None))
+    with pytest.raises(ValueError, match="denoiser_inputs"):
+        Architecture.from_model_config(model_config(denoiser_inputs=None))
 
 
 def test_a_prompt_alone_gets_the_checkpoints_defaults() -> None:
@@ -209,7 +210,7 @@ WITH_LORAS = Limits.from_model_config(model_config(loras=json.dumps([INK, SOFT_I
 )
 def test_a_lora_takes_the_place_of_what_it_changes(given: dict[str, Any], models: list[str]) -> None:
     variant = check_request({"prompt": "x", **given}, WITH_LORAS).variant
-    assert [variant.unet, variant.model("text_encoder"), variant.model("text_encoder_2")] == models
+    assert [variant.model("unet"), variant.model("text_encoder"), variant.model("text_encoder_2")] == models
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def image_of(pipeline: Any, checkpoint: Path) -> Callable[..., Image]:
         embeddings = torch.cat([negative, prompt] if request.guidance_scale > 1 else [prompt]).detach().numpy()
         canvas = LatentInit((4, request.height // 8, request.width // 8))
         scheduler = schedulers.make(request.scheduler, steps=request.num_inference_steps)
-        return Image(request, {"encoder_hidden_states": embeddings}, canvas, scheduler)
+        return Image(request, {"encoder_hidden_states": embeddings}, canvas, scheduler, "unet")
 
     return make
 

@@ -77,7 +77,7 @@ class Sampler:
         conditions = conditioning_of(request, self.encode(texts_of(request, self.architecture)), self.architecture)
         masked = request.mask is not None
         scheduler = self.schedulers.make(request.scheduler, steps=request.num_inference_steps, masked=masked)
-        image = Image(request, conditions, self.canvas(request), scheduler)
+        image = Image(request, conditions, self.canvas(request), scheduler, self.architecture.denoiser)
         latents = [sample async for sample in (loop or self.loop()).sample(image, lambda: False)][-1].latents
         return latents, self.run("vae_decoder", latents=latents[None])["image"][0]
 

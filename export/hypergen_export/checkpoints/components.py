@@ -207,14 +207,16 @@ class Amendments:
 class Family:
     """Checkpoints that one set of components serves.
 
-    `pipelines` are diffusers' class names and what each amends; among families that share one, the UNet's config
-    decides. `sizes` says where the checkpoint states a size: the module and the key of its config.json. `tokenizers`
-    are subfolders, one for each text encoder.
+    `pipelines` are diffusers' class names and what each amends; among families that share one, the denoiser's config
+    decides. `denoiser` is the component that takes the steps, under the name of the checkpoint's subfolder. `sizes`
+    says where the checkpoint states a size: the module and the key of its config.json. `tokenizers` are subfolders,
+    one for each text encoder.
     """
 
     name: str
     pipelines: Mapping[str, Amendments]
     components: tuple[Component, ...]
+    denoiser: str
     sizes: Mapping[str, tuple[str, str]]
     tokenizers: tuple[str, ...] = ("tokenizer",)
 
@@ -229,10 +231,10 @@ class Family:
         return tuple(component for component in self.components if component.inputs[0].name == "input_ids")
 
     @property
-    def unet_conditions(self) -> tuple[str, ...]:
-        """The UNet's inputs beside latents and timestep."""
-        (unet,) = (component for component in self.components if component.name == "unet")
-        return tuple(tensor.name for tensor in unet.inputs if tensor.name not in ("sample", "time"))
+    def denoiser_inputs(self) -> tuple[str, ...]:
+        """The denoiser's inputs beside latents and timestep."""
+        (denoiser,) = (component for component in self.components if component.name == self.denoiser)
+        return tuple(tensor.name for tensor in denoiser.inputs if tensor.name not in ("sample", "time"))
 
 
 _SIZES_SD = {
@@ -270,18 +272,21 @@ FAMILIES = (
         name="stable-diffusion",
         pipelines=_PIPELINES,
         components=STABLE_DIFFUSION,
+        denoiser="unet",
         sizes=_SIZES_SD,
     ),
     Family(
         name="latent-consistency",
         pipelines=_PIPELINES | _PIPELINES_LCM,
         components=LATENT_CONSISTENCY,
+        denoiser="unet",
         sizes={**_SIZES_SD, **_SIZES_LCM},
     ),
     Family(
         name="stable-diffusion-xl",
         pipelines=_PIPELINES_XL,
         components=STABLE_DIFFUSION_XL,
+        denoiser="unet",
         sizes=_SIZES_XL,
         tokenizers=("tokenizer", "tokenizer_2"),
     ),
@@ -289,6 +294,7 @@ FAMILIES = (
         name="latent-consistency-xl",
         pipelines=_PIPELINES_XL,
         components=LATENT_CONSISTENCY_XL,
+        denoiser="unet",
         sizes={**_SIZES_XL, **_SIZES_LCM},
         tokenizers=("tokenizer", "tokenizer_2"),
     ),

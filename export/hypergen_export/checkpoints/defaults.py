@@ -57,12 +57,13 @@ def _architecture(checkpoint: Checkpoint) -> dict[str, str]:
     """How the sampler puts the components together."""
     family = checkpoint.family
     # The default of diffusers' pipeline, where the index does not say; other families have no such thing.
-    zeros = "text_embeds" in family.unet_conditions and checkpoint.index.get("force_zeros_for_empty_prompt", True)
+    zeros = "text_embeds" in family.denoiser_inputs and checkpoint.index.get("force_zeros_for_empty_prompt", True)
     return {
         "components": ",".join(component.name for component in family.components),
         "text_encoders": ",".join(component.name for component in family.text_encoders),
         "tokenizers": ",".join(family.tokenizers),
-        "unet_conditions": ",".join(family.unet_conditions),
+        "denoiser": family.denoiser,
+        "denoiser_inputs": ",".join(family.denoiser_inputs),
         **_embeddings(checkpoint),
         "guidance_width": str(checkpoint.sizes.get("guidance_width", 0)),
         "zeros_for_no_negative_prompt": str(int(bool(zeros))),
@@ -91,7 +92,7 @@ def _default_steps_and_guidance(checkpoint: Checkpoint) -> dict[str, int | float
 
 
 def _usual_steps_and_guidance(checkpoint: Checkpoint) -> tuple[int, float]:
-    takes_guidance = "timestep_cond" in checkpoint.family.unet_conditions
+    takes_guidance = "timestep_cond" in checkpoint.family.denoiser_inputs
     if not takes_guidance and _few_steps_reason(checkpoint):
         return _FEW_STEPS
     return _DEFAULT_STEPS_AND_GUIDANCE[checkpoint.family.name]

@@ -56,7 +56,7 @@ def find_family(model: str, index: Config, read_unet: Callable[[], Config]) -> F
         )
     wanted = _wanted_conditions(read_unet())
     for family in families:
-        if set(family.unet_conditions) == wanted:
+        if set(family.denoiser_inputs) == wanted:
             return family
     has, lacks = (sorted(one - other) for one, other in ((wanted, _common(families)), (_common(families), wanted)))
     complaint = f"wants {' and '.join(has)}" if has else f"does not take {' and '.join(lacks)}"
@@ -135,7 +135,7 @@ def _wanted_conditions(unet: Config) -> set[str]:
 
 
 def _common(families: list[Family]) -> set[str]:
-    return set[str].intersection(*(set(family.unet_conditions) for family in families))
+    return set[str].intersection(*(set(family.denoiser_inputs) for family in families))
 
 
 def _channels_reason(given: Any, expected: int) -> str:

@@ -152,7 +152,7 @@ class TritonPythonModel:
         own = replace(job.request, seed=job.request.seed + index)
         masked = own.mask is not None
         scheduler = self._schedulers.make(own.scheduler, steps=own.num_inference_steps, masked=masked)
-        image = Image(own, job.conditions, job.canvas, scheduler)
+        image = Image(own, job.conditions, job.canvas, scheduler, self._architecture.denoiser)
         if image.finished:
             return _as_it_is(job, index)
         async with aclosing(loop.sample(image, job.cancelled)) as samples:

@@ -52,7 +52,7 @@ def test_fixed_axes_are_the_checkpoints() -> None:
 
 
 def test_a_pipeline_and_its_unets_inputs_belong_to_one_family() -> None:
-    keys = [(pipeline, frozenset(family.unet_conditions)) for family in FAMILIES for pipeline in family.pipelines]
+    keys = [(pipeline, frozenset(family.denoiser_inputs)) for family in FAMILIES for pipeline in family.pipelines]
     assert len(keys) == len(set(keys))
 
 
@@ -80,7 +80,7 @@ def test_every_size_is_stated_by_a_module_or_follows_from_them(family: Family) -
 def test_every_text_encoder_has_its_tokenizer_and_the_last_one_pools_where_it_is_wanted(family: Family) -> None:
     assert len(family.text_encoders) == len(family.tokenizers)
     pooled = [tensor.name for tensor in family.text_encoders[-1].outputs if tensor.name == "text_embeds"]
-    assert pooled == [name for name in family.unet_conditions if name == "text_embeds"]
+    assert pooled == [name for name in family.denoiser_inputs if name == "text_embeds"]
 
 
 def test_xls_decoder_and_encoder_alone_are_known_to_overflow_in_float16() -> None:

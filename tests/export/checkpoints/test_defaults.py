@@ -109,7 +109,8 @@ def test_the_sampler_learns_how_the_components_belong_together(
     found = parameters(folder)
     assert found["components"] == "text_encoder,text_encoder_2,unet,vae_decoder,vae_encoder"
     assert (found["text_encoders"], found["tokenizers"]) == ("text_encoder,text_encoder_2", "tokenizer,tokenizer_2")
-    assert found["unet_conditions"] == "encoder_hidden_states,text_embeds,size_embeds,timestep_cond"
+    assert found["denoiser"] == "unet"
+    assert found["denoiser_inputs"] == "encoder_hidden_states,text_embeds,size_embeds,timestep_cond"
     assert (found["guidance_width"], found["zeros_for_no_negative_prompt"]) == ("32", zeros)
 
 

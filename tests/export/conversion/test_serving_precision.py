@@ -58,7 +58,7 @@ def _given(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         "sample": (sizes["latent_channels"], 8, 8),
         "encoder_hidden_states": (sizes["tokens"], sizes["context_width"]),
     }
-    if "text_embeds" in checkpoint.family.unet_conditions:
+    if "text_embeds" in checkpoint.family.denoiser_inputs:
         shapes["text_embeds"] = (sizes["pooled_width"],)
     generator = torch.Generator().manual_seed(0)
     return {name: torch.randn((len(TIMESTEPS), *shape), generator=generator) for name, shape in shapes.items()}
@@ -85,7 +85,7 @@ def _by_openvino(checkpoint: Checkpoint, given: dict[str, torch.Tensor], onnx: P
     inputs = {name: tensor.numpy() for name, tensor in given.items()} | {
         "time": _embedding(checkpoint, "time")(TIMESTEPS)
     }
-    if "size_embeds" in checkpoint.family.unet_conditions:
+    if "size_embeds" in checkpoint.family.denoiser_inputs:
         inputs["size_embeds"] = np.stack([_embedding(checkpoint, "size")(SIDES).reshape(-1)] * len(TIMESTEPS))
     return np.asarray(compiled(inputs)["model_output"])
 

@@ -34,7 +34,7 @@ def texts_of(request: Request, architecture: Architecture) -> list[str]:
 
 def outputs_of(architecture: Architecture) -> list[list[str]]:
     """For each text encoder the outputs that are needed of it."""
-    pooled = [name for name in architecture.unet_conditions if name == POOLED]
+    pooled = [name for name in architecture.denoiser_inputs if name == POOLED]
     return [*([HIDDEN_STATES] for _ in architecture.text_encoders[1:]), [HIDDEN_STATES, *pooled]]
 
 
@@ -50,7 +50,7 @@ def conditioning_of(request: Request, texts: Mapping[str, Array], architecture: 
     rows = len(texts[HIDDEN_STATES])
     return {
         name: texts[name] if name in texts else _repeat(_MADE[name](request, architecture), rows)
-        for name in architecture.unet_conditions
+        for name in architecture.denoiser_inputs
     }
 
 

@@ -23,16 +23,6 @@ class LoraVariant:
         """The model that serves the component."""
         return self.models.get(component, component)
 
-    @property
-    def unet(self) -> str:
-        """The model that takes the steps: images of one can share its batches."""
-        return self.model("unet")
-
-    @property
-    def shallow_unet(self) -> str:
-        """The model that takes the steps in which deep features are reused, where there is one."""
-        return self.model("unet_shallow")
-
 
 BASE = LoraVariant()
 

@@ -84,8 +84,10 @@ class Architecture:
     """Their hidden states stand side by side along the last axis; a pooled prompt comes from the last one."""
     tokenizers: tuple[str, ...]
     """One for each text encoder: `NAME.json` beside the model's versions."""
-    unet_conditions: tuple[str, ...]
-    """The UNet's inputs beside `sample` and `time`."""
+    denoiser: str
+    """The component that takes the steps; `NAME_shallow` takes those in which deep features are reused."""
+    denoiser_inputs: tuple[str, ...]
+    """The denoiser's inputs beside `sample` and `time`."""
     time_width: int
     """Length of a timestep's embedding."""
     size_width: int
@@ -138,7 +140,7 @@ class Architecture:
     @property
     def is_latent_consistency(self) -> bool:
         """Whether diffusers serves it by the pipelines of latent consistency models, XL having none of its own."""
-        return self.guidance_width > 0 and "text_embeds" not in self.unet_conditions
+        return self.guidance_width > 0 and "text_embeds" not in self.denoiser_inputs
 
 
 def _parameters(cls: type, model_config: str) -> dict[str, Any]:
@@ -147,6 +149,7 @@ def _parameters(cls: type, model_config: str) -> dict[str, Any]:
     readers: dict[str, Any] = {
         "int": int,
         "float": float,
+        "str": str,
         "tuple[str, ...]": _names,
         "tuple[LoraVariant, ...]": read_variants,
     }

@@ -42,13 +42,17 @@ class Image:
         conditions: the UNet's inputs beside latents and timestep, each with the rows of a guided step.
         canvas: what to draw it on.
         scheduler: one of diffusers', which is this image's alone.
+        denoiser: the name of the component that takes the steps.
 
     Raises:
         InvalidInputError: the scheduler does not take these steps or no picture, or the strength leaves too few.
     """
 
-    def __init__(self, request: Request, conditions: Conditioning, canvas: LatentInit, scheduler: Any) -> None:
+    def __init__(
+        self, request: Request, conditions: Conditioning, canvas: LatentInit, scheduler: Any, denoiser: str
+    ) -> None:
         self.steps_done = 0
+        self._denoiser = denoiser
         self._variant = request.variant
         self._cache_interval = request.cache_interval
         self._deep_features: Array | None = None
@@ -71,7 +75,7 @@ class Image:
     @property
     def model(self) -> str:
         """The model that takes the next step: images of one can share its batches."""
-        return self._variant.unet if self._reused is None else self._variant.shallow_unet
+        return self._variant.model(self._denoiser if self._reused is None else f"{self._denoiser}_shallow")
 
     @property
     def _reused(self) -> Array | None:
