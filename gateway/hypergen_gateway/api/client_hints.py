@@ -89,8 +89,11 @@ def _fingerprint(route: str, wanted: PictureRequest, order: Order) -> str:
     """A digest of what was read, not of the body: a form's boundary is another one in every request."""
     digest = hashlib.sha256(f"{route}\n{wanted.model_dump_json(exclude=_FILES)}".encode())
     for part in order.parts:
-        kept = None if part.retouch is None else part.retouch.kept
-        for pixels in (part.generation.image, part.generation.mask, kept):
+        arrays = [part.generation.image, part.generation.mask]
+        if part.retouch is not None:  # what the client gets of it, in a size that the model need not see
+            digest.update(repr(part.retouch.size).encode())
+            arrays += [part.retouch.kept, part.retouch.mask]
+        for pixels in arrays:
             if pixels is not None:
                 digest.update(repr(pixels.shape).encode())
                 digest.update(np.ascontiguousarray(pixels).data)

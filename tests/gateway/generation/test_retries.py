@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from PIL import Image
 
 from hypergen_gateway.api.fields import ImageRequest
 from hypergen_gateway.api.validation import to_generation
@@ -23,7 +25,7 @@ from hypergen_gateway.generation.service import ImageService, Order, parts_of
 from support.cutting_proxy import CuttingProxy, cutting_proxy
 from support.fake_backend import MODEL, FakeBackend, in_memory, on_loopback, until
 from support.node_client import install_node_client, run_node_client
-from support.pictures import file_of, photo
+from support.pictures import file_of, hole, photo
 
 KEY = "sk-correct-horse"
 GENERATIONS = "/v1/images/generations"
@@ -115,6 +117,23 @@ class TestKeys:
         assert seeds_of(await again(64)) == seeds_of(await again(64))
         assert (await again(72)).json()["error"]["code"] == "idempotency_key_reused"
         assert len(backend.generations) == 1
+
+    async def test_uploads_are_known_by_what_the_model_does_not_see(
+        self, client: httpx.AsyncClient, backend: FakeBackend
+    ) -> None:
+        backend.description = replace(MODEL, max_size=96)
+
+        async def code(key: str, side: int, transparent: int = 0) -> str | None:
+            files = {"image": file_of(Image.new("RGB", (side, side), "teal"))}
+            if transparent:
+                files["mask"] = file_of(hole(side, side, (0, 0, transparent, transparent)))
+            response = await client.post(EDITS, data=FOX, files=files, headers=keyed(key))
+            error: dict[str, str] = response.json().get("error", {})
+            return error.get("code")
+
+        assert [await code("size", side) for side in (960, 960, 480)] == [None, None, "idempotency_key_reused"]
+        assert [await code("mask", 960, side) for side in (509, 509, 508)] == [None, None, "idempotency_key_reused"]
+        assert len(backend.generations) == 2
 
     async def test_what_failed_is_done_again(self, client: httpx.AsyncClient, backend: FakeBackend) -> None:
         backend.failure = UnavailableError("away")
