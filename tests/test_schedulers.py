@@ -23,7 +23,7 @@ from hypergen_sampler.request import InvalidInputError
 from support.miniature import save_miniature
 from support.parity import Pair, Sampler, by_diffusers, held, held_from_picture, mask, picture, request_of, sampler_of
 from support.pipelines import pipeline_of
-from support.scheduler_tables import CLASSES, schedulers_in
+from support.scheduler_tables import CLASSES, SERVED, schedulers_in
 
 pytestmark = pytest.mark.claim("families")
 
@@ -142,32 +142,6 @@ async def test_the_class_that_the_index_names_is_loaded(
     await drawn_as_by_diffusers(pair, scheduler=scheduler)
 
 
-SERVED = (
-    "CMStochasticIterativeScheduler",
-    "CogVideoXDDIMScheduler",
-    "DDIMInverseScheduler",
-    "DDIMParallelScheduler",
-    "DDIMScheduler",
-    "DDPMParallelScheduler",
-    "DDPMScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepInverseScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EDMDPMSolverMultistepScheduler",
-    "EDMEulerScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "IPNDMScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LCMScheduler",
-    "PNDMScheduler",
-    "SASolverScheduler",
-    "TCDScheduler",
-    "UniPCMultistepScheduler",
-)
 WITHOUT_ADD_NOISE = ("DDIMInverseScheduler", "IPNDMScheduler")
 
 

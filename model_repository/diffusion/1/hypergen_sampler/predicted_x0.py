@@ -1,7 +1,4 @@
-"""What an image is expected to become: the estimate of its original that every step of a scheduler contains.
-
-Knows diffusers' schedulers; knows neither guidance nor what becomes of an estimate.
-"""
+"""Predicted x0: the estimate of the final latents that every step of a scheduler contains, and which previews show."""
 
 from __future__ import annotations
 
@@ -9,44 +6,77 @@ from typing import Any
 
 import torch
 
+from hypergen_sampler.schedulers import diffusers
+
 
 def preview_steps(steps: int, previews: int) -> frozenset[int]:
-    """After which of `steps` steps to look at the image: evenly spaced, and never after the last one."""
+    """The steps after which a preview is shown: evenly spaced, and never the last one."""
     return frozenset(-(-steps * number // (previews + 1)) for number in range(1, previews + 1)) - {steps}
 
 
-def predicted_original(
-    scheduler: Any, step: Any, timestep: torch.Tensor, answer: torch.Tensor, sample: torch.Tensor
-) -> Any:
-    """The original that the model's `answer` to the noisy `sample` amounts to, in the scale of the final latents.
+def predicted_x0(
+    scheduler: Any, step: Any, timestep: torch.Tensor, model_output: torch.Tensor, sample: torch.Tensor
+) -> torch.Tensor:
+    """The clean latents that `model_output` implies for the noisy `sample`, in the scale of the final latents.
 
     Args:
         scheduler: one of diffusers', right after the step.
-        step: what that step returned; where it tells the original, or a consistency model's own estimate, that is it.
+        step: what that step returned. If it contains the scheduler's own estimate, that is the result.
         timestep: the step's.
-        answer: the UNet's, guided.
+        model_output: the denoiser's, guided.
         sample: the latents before the step.
     """
     for name in ("pred_original_sample", "denoised"):
         if getattr(step, name, None) is not None:
-            return getattr(step, name)
-    kind = scheduler.config.prediction_type
-    if kind == "sample":
-        return answer
-    # sample = alpha * original + sigma * noise; v-prediction is defined where alpha² + sigma² = 1.
+            own: torch.Tensor = getattr(step, name)
+            return own
+    if isinstance(scheduler, diffusers.CMStochasticIterativeScheduler):
+        return _of_consistency_model(scheduler, model_output, sample)
+    if isinstance(scheduler, diffusers.EDMDPMSolverMultistepScheduler):
+        x0: torch.Tensor = scheduler.precondition_outputs(sample, model_output, _last_sigma(scheduler))
+    else:
+        x0 = _of_prediction_type(scheduler, timestep, model_output, sample)
+    # As `convert_model_output` of the multistep solvers; the others that have this option return their estimate, or
+    # ignore it (TCD).
+    if hasattr(scheduler, "convert_model_output") and scheduler.config.thresholding:
+        x0 = scheduler._threshold_sample(x0)
+    return x0
+
+
+def _of_consistency_model(scheduler: Any, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    c_skip, c_out = scheduler.get_scalings_for_boundary_condition(_last_sigma(scheduler))
+    x0: torch.Tensor = c_out * model_output + c_skip * sample
+    return x0.clamp(-1, 1) if scheduler.config.clip_denoised else x0
+
+
+def _of_prediction_type(
+    scheduler: Any, timestep: torch.Tensor, model_output: torch.Tensor, sample: torch.Tensor
+) -> torch.Tensor:
+    """Solve sample = alpha * x0 + sigma * noise for x0."""
     alpha, sigma = _alpha_and_sigma(scheduler, timestep)
-    if kind == "v_prediction":
-        power = alpha**2 + sigma**2
-        return (alpha * sample - sigma * power**0.5 * answer) / power
-    return (sample - sigma * answer) / alpha
+    # IPNDM has no such option: its equations are those of velocities.
+    match scheduler.config.get("prediction_type", "v_prediction"):
+        case "sample":
+            return model_output
+        case "v_prediction":
+            return alpha * sample - sigma * model_output
+        case "flow_prediction":
+            return sample - sigma * model_output
+        case _:
+            return (sample - sigma * model_output) / alpha
 
 
 def _alpha_and_sigma(scheduler: Any, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How much of the original and of unit noise there is in the latents that a scheduler's last step was given."""
-    if not hasattr(scheduler, "sigmas"):
-        signal = scheduler.alphas_cumprod[timestep]
-        return signal**0.5, (1 - signal) ** 0.5
-    ratio = scheduler.sigmas[scheduler.step_index - 1]
-    # Schedulers that start from unit noise keep the variance; the others add noise to an original of full size.
-    alpha = (1 + ratio**2) ** -0.5 if scheduler.init_noise_sigma == 1.0 else torch.ones(())
-    return alpha, alpha * ratio
+    """The scales of x0 and of unit noise in the latents that the scheduler's last step was given."""
+    if isinstance(scheduler, diffusers.IPNDMScheduler):
+        return scheduler.alphas[scheduler.step_index - 1], scheduler.betas[scheduler.step_index - 1]
+    if hasattr(scheduler, "sigmas"):
+        alpha, sigma = scheduler._sigma_to_alpha_sigma_t(_last_sigma(scheduler))
+        return alpha, sigma
+    signal = scheduler.alphas_cumprod[timestep]
+    return signal**0.5, (1 - signal) ** 0.5
+
+
+def _last_sigma(scheduler: Any) -> torch.Tensor:
+    sigma: torch.Tensor = scheduler.sigmas[scheduler.step_index - 1]
+    return sigma

@@ -15,7 +15,7 @@ import torch
 
 from hypergen_sampler.conditioning import DEEP_FEATURES, HIDDEN_STATES, MODEL_OUTPUT, Array, Conditioning
 from hypergen_sampler.latent_init import LatentInit, initial_latents
-from hypergen_sampler.predicted_x0 import predicted_original, preview_steps
+from hypergen_sampler.predicted_x0 import predicted_x0, preview_steps
 from hypergen_sampler.request import NonFiniteLatentsError, Request
 from hypergen_sampler.schedulers import step_arguments
 
@@ -143,7 +143,7 @@ class Image:
         self._latents = self._put_back(step.prev_sample, None if self.finished else self._timesteps[self.steps_done])
         self._preview = None
         if self.steps_done in self._preview_steps:
-            self._preview = self._put_back(predicted_original(self._scheduler, step, timestep, guided, sample), None)
+            self._preview = self._put_back(predicted_x0(self._scheduler, step, timestep, guided, sample), None)
 
     def _guide(self, output: Array) -> Array:
         if len(output) == 1:
