@@ -349,6 +349,42 @@ async def test_an_image_whose_latents_are_not_finite_fails_and_leaves_the_others
         assert np.abs(alone.latents - together.latents).max() <= 1e-4 * np.abs(alone.latents).max()
 
 
+@pytest.mark.parametrize("method", ["scale_model_input", "step"])
+async def test_a_scheduler_that_raises_fails_its_own_image_and_leaves_the_others_of_its_batch_as_they_are(
+    method: str, unet: Any, image_of: Callable[..., Image]
+) -> None:
+    alone = [await last(loop_on(unet).sample(image_of(seed=seed), never)) for seed in (1, 3)]
+    images = [image_of(seed=seed) for seed in (1, 2, 3)]
+    scheduler = images[1]._scheduler
+    works, steps = getattr(scheduler, method), 0
+
+    def raises_at_the_third_step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            raise IndexError("index 3 is out of bounds")
+        return works(*args, **kwargs)
+
+    setattr(scheduler, method, raises_at_the_third_step)
+    loop = loop_on(unet)
+    first, second, third = await asyncio.gather(
+        *(last(loop.sample(image, never)) for image in images), return_exceptions=True
+    )
+    assert isinstance(second, IndexError)
+    for expected, together in zip(alone, (first, third), strict=True):
+        assert isinstance(together, Sample)
+        assert np.abs(expected.latents - together.latents).max() <= 1e-4 * np.abs(expected.latents).max()
+
+
+async def test_images_whose_inputs_differ_in_shape_share_no_batch(unet: Any, image_of: Callable[..., Image]) -> None:
+    """Such as those whose prompts are encoded to other numbers of tokens."""
+    images = [image_of(seed=seed, num_inference_steps=2) for seed in range(3)]
+    images[1]._conditions = {name: np.concatenate([each, each], axis=1) for name, each in images[1]._conditions.items()}
+    loop = loop_on(unet)
+    await asyncio.gather(*(last(loop.sample(image, never)) for image in images))
+    assert Counter(unet.rows_of_calls) == Counter([4, 2] * 2)
+
+
 async def test_no_image_waits_for_ever_when_triton_cannot_be_asked(unet: Any, image_of: Callable[..., Image]) -> None:
     def broken() -> bool:
         raise OSError("Triton is gone")

@@ -6,7 +6,7 @@ latents. Knows torch and diffusers; the UNet itself and what it is told of the p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,9 +86,11 @@ class Image:
         return kept
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the latents: only equal ones can share a batch, and those of one `model`."""
-        return self._latents.shape[2], self._latents.shape[3]
+    def batch_key(self) -> Hashable:
+        """The next step's model and the shapes of its inputs: only images whose keys are equal can share a batch."""
+        # Deep features have a shape of their own, which follows from the model and that of the latents.
+        conditions = tuple((name, array.shape[1:]) for name, array in self._conditions.items())
+        return self.model, self._latents.shape[1:], conditions
 
     @property
     def steps(self) -> int:

@@ -14,7 +14,7 @@ import asyncio
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Hashable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -87,6 +87,14 @@ class _Ticket:
     """Why the image takes no further step: nobody reads the outcomes any longer, or the client has gone."""
     joined: float = field(default_factory=time.perf_counter)
     admitted: float = 0.0
+
+    def next_inputs(self) -> DenoiserInputs | None:
+        """The inputs of the image's next step; None if they cannot be made, which fails this image alone."""
+        try:
+            return self.image.unet_rows()
+        except Exception as error:
+            self.fail(error)
+            return None
 
     def advance(self, answer: Mapping[str, Array]) -> None:
         try:
@@ -240,7 +248,7 @@ class StepLoop:
             Round(
                 active=len(self._active),
                 waiting=len(self._waiting),
-                unet_calls=len(calls),
+                unet_calls=sum(call.rows > 0 for call in calls),
                 unet_rows=sum(call.rows for call in calls),
                 unet_seconds=sum(call.seconds for call in calls),
                 steps=sum(call.steps for call in calls),
@@ -264,10 +272,10 @@ class StepLoop:
         return sum(ticket.image.steps - ticket.image.steps_done for ticket, _ in gone)
 
     def _batches(self) -> list[list[_Ticket]]:
-        """Split the active images into batches of one model and size, and at most `max_rows` rows."""
-        alike: dict[tuple[str, tuple[int, int]], list[_Ticket]] = defaultdict(list)
+        """Split the active images into batches of one model and input shapes, and at most `max_rows` rows."""
+        alike: dict[Hashable, list[_Ticket]] = defaultdict(list)
         for ticket in self._active:
-            alike[ticket.image.model, ticket.image.size].append(ticket)
+            alike[ticket.image.batch_key].append(ticket)
         return [batch for tickets in alike.values() for batch in self._fill(tickets)]
 
     def _fill(self, tickets: list[_Ticket]) -> Iterable[list[_Ticket]]:
@@ -282,24 +290,27 @@ class StepLoop:
         yield batch
 
     def _step(self, batch: list[_Ticket]) -> _Call:
-        """One UNet call and one scheduler step for each image of the batch.
+        """One denoiser call and one scheduler step for each image of the batch.
 
-        A call that fails ends the images of its batch, a step that fails its own image.
+        A failed call fails the images of its batch, a failed scheduler only its own image.
         """
-        rows = sum(ticket.image.rows for ticket in batch)
+        inputs = {ticket: made for ticket in batch if (made := ticket.next_inputs()) is not None}
+        if not inputs:
+            return _Call(0, 0, 0.0)
+        rows = sum(len(made.sample) for made in inputs.values())
         began = time.perf_counter()
         try:
-            answer = self._unet(_stack([ticket.image.unet_rows() for ticket in batch]))
+            answer = self._unet(_stack(list(inputs.values())))
         except Exception as error:
-            _fail(batch, error)
+            _fail(inputs, error)
             return _Call(rows, 0, time.perf_counter() - began)
         seconds = time.perf_counter() - began
         first = 0
-        for ticket in batch:
-            following = first + ticket.image.rows  # asked before the step: the next may take another number
+        for ticket, made in inputs.items():
+            following = first + len(made.sample)
             ticket.advance({name: array[first:following] for name, array in answer.items()})
             first = following
-        return _Call(rows, len(batch), seconds)
+        return _Call(rows, len(inputs), seconds)
 
 
 def _fail(tickets: Iterable[_Ticket], error: BaseException) -> None:
