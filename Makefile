@@ -1,5 +1,6 @@
 # make serve             install what serving needs into .venv/ and serve the small model of the project on port 8000
 # make test              install what the tests need as well, and run them
+# make quick             the tests that start no Triton, browser, Node or torch: under a minute
 # make check             lint, types and import rules
 # make production-check  what can be proved of production without a GPU and without Docker, as a table
 # make audit             hold the installed packages against the known advisories
@@ -11,7 +12,7 @@
 # PYTHON is the Python:  make serve PYTHON=/usr/bin/python3.12 (3.10, 3.11 or 3.12)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev serve test check production-check audit bench clients clean
+.PHONY: help setup setup-dev serve test quick check production-check audit bench clients clean
 
 # The first of those that the embedded Triton runs on, 3.11 as the project is developed with it.
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.10 python3; do \
@@ -35,6 +36,9 @@ test: setup-dev
 	@sh .ci/test-tools
 	@echo "Running the tests"
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+
+quick: setup-dev
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q -m "not (triton or browser or node or java or export or torch or gpu)" $(ARGS)
 
 check: setup-dev
 	$(BIN)/ruff check

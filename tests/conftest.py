@@ -18,8 +18,9 @@ from filelock import FileLock
 from hypergen_gateway.embedded.export_cache import ExportOptions, find_repository
 from support.claims import ClaimsTable, attach_claims
 from support.faults import FaultsTable
-from support.miniature import save_miniature
-from support.skips import SkipsTable
+from support.kinds import mark_kinds, register_kinds
+from support.node_client import install_node_client
+from support.skips import SkipsFail, SkipsTable
 
 # Families that are exported and served with a shallow UNet: one with attention in it, and one without.
 DEEP_CACHED = ("lcm", "sdxl")
@@ -31,6 +32,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    register_kinds(config)
+    if os.environ.get("CI"):
+        config.pluginmanager.register(SkipsFail(), "skips-fail")
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(SkipsTable(), "skips")
     # Tests may run in several processes; the one that waits for them hears of all.
@@ -40,7 +44,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(FaultsTable(), "faults")
 
 
+# Before pytest looks at the markers that were asked for.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_kinds(items)
     attach_claims(items)
 
 
@@ -51,6 +58,12 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def node() -> Path:
+    """A folder with OpenAI's Node client and Vercel's AI SDK."""
+    return install_node_client()
 
 
 @pytest.fixture(scope="session")
@@ -88,6 +101,8 @@ def exported(family_of: Callable[[str], tuple[Path, Path]]) -> Path:
 
 
 def _made_once(shared: Path, family: str) -> Path:
+    from support.miniature import save_miniature  # imports torch, without which the gateway's tests run
+
     folder = shared / "checkpoints" / family
     with FileLock(shared / f"{family}.lock"):
         return folder if folder.exists() else save_miniature(folder, family=family)

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,36 @@ def test_a_reason_to_skip_is_said_once() -> None:
     reports = [skipped("no JDK"), *[skipped("helm is not installed")] * 30]
     assert lines_of(reports) == ["30 skipped: helm is not installed", "1 skipped: no JDK"]
     assert lines_of([]) == []
+
+
+SKIPPING = """
+import pytest
+
+def test_that_skips():
+    pytest.skip("no JDK")
+
+@pytest.mark.gpu
+def test_of_a_gpu():
+    pytest.skip("no GPU")
+
+@pytest.mark.xfail(strict=True)
+def test_of_a_known_fault():
+    assert False
+"""
+
+
+@pytest.mark.parametrize(("ci", "outcomes"), [("", "2 skipped, 1 xfailed"), ("true", "1 failed, 1 skipped, 1 xfailed")])
+def test_in_ci_only_tests_of_a_gpu_may_skip(ci: str, outcomes: str) -> None:
+    # Beside the conftest whose work it is.
+    with tempfile.NamedTemporaryFile("w", dir=ROOT / "tests", prefix="skipping_", suffix=".py") as file:
+        file.write(SKIPPING)
+        file.flush()
+        command = [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", file.name]
+        done = subprocess.run(
+            command, env=os.environ | {"CI": ci}, cwd=ROOT, capture_output=True, text=True, check=False
+        )
+    assert f"= {outcomes} in " in done.stdout
+    assert ("Skipped in CI: no JDK" in done.stdout) == bool(ci)
 
 
 def test_ci_runs_the_readme_s_commands() -> None:

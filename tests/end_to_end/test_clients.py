@@ -14,7 +14,7 @@ import openai
 import pytest
 from PIL import Image
 
-from support.node_client import install_node_client, run_node_client
+from support.node_client import run_node_client
 from support.pictures import file_of, hole, photo, ramp
 from support.running_server import KEY, Server, pixels_of
 
@@ -191,8 +191,8 @@ def test_the_request_id_comes_back(server: Server) -> None:
     assert httpx.get(f"{server.url}/health").headers["x-request-id"]
 
 
-async def test_openais_node_client_works_unchanged(server: Server) -> None:
-    seen = await run_node_client(install_node_client(), f"{server.url}/v1", KEY, server.model)
+async def test_openais_node_client_works_unchanged(server: Server, node: Path) -> None:
+    seen = await run_node_client(node, f"{server.url}/v1", KEY, server.model)
     assert [model["id"] for model in seen["models"]] == [server.model]
     assert seen["retrieved"]["owned_by"] == "hypergen"
     assert [image["seed"] for image in seen["images"]["data"]] == [7, 8]

@@ -37,8 +37,8 @@ CONVERTED: Mapping[str, tuple[str, ...]] = {"sd-2": ("text_encoder", "unet"), "l
 
 
 @pytest.fixture(scope="session")
-def checkpoint_folder(family_of: Callable[[str], tuple[Path, Path]]) -> Path:
-    return family_of("sd-1")[0]
+def checkpoint_folder(checkpoint_of: Callable[[str], Path]) -> Path:
+    return checkpoint_of("sd-1")
 
 
 @pytest.fixture(scope="session")

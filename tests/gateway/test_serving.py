@@ -44,8 +44,8 @@ def start() -> Iterator[InitImage]:
 
     yield begin
     for process in started:
-        process.kill()
-        process.wait()
+        with process:
+            process.kill()
 
 
 def said(process: subprocess.Popen[str]) -> str:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
 from playwright.async_api import Browser, ConsoleMessage, Page, async_playwright, expect
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+from support.kinds import CHROMIUM
 
 # Two test processes share two cores, and some of what they run beside this is heavy.
 _PATIENCE_MILLISECONDS = 30_000
 expect.set_options(timeout=_PATIENCE_MILLISECONDS)
 
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+needs_chromium = pytest.mark.browser
 
 # It runs as root in CI, and it is not to look for anything but the page.
 _ARGUMENTS = [

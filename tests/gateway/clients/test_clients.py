@@ -8,7 +8,6 @@ import asyncio
 import base64
 import io
 import json
-import shutil
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -31,16 +30,11 @@ from hypergen_gateway.config import Config
 from hypergen_gateway.errors import UnavailableError
 from hypergen_gateway.generation.backend import GenerationRequest
 from support.fake_backend import FakeBackend, on_loopback, until
-from support.node_client import install_node_client, run_node_client
+from support.node_client import run_node_client
 from support.pictures import file_of, hole, photo
 
 KEY = "sk-correct-horse"
 GENERATIONS = "/v1/images/generations"
-
-
-@pytest.fixture(scope="session")
-def node() -> Path:
-    return install_node_client()
 
 
 @pytest.fixture
@@ -363,7 +357,7 @@ def files_in(answer: dict[str, Any]) -> list[Image.Image]:
 
 
 class TestJdk:
-    @pytest.mark.skipif(shutil.which("javac") is None, reason="needs a JDK")
+    @pytest.mark.java
     async def test_its_client_that_asks_for_http_2_first_gets_pictures(
         self, gateway: str, backend: FakeBackend
     ) -> None:

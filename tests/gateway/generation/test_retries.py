@@ -24,7 +24,7 @@ from hypergen_gateway.generation.jobs import Jobs, RequestIdentity, RetentionPol
 from hypergen_gateway.generation.service import ImageService, Order, parts_of
 from support.cutting_proxy import CuttingProxy, cutting_proxy
 from support.fake_backend import MODEL, FakeBackend, in_memory, on_loopback, until
-from support.node_client import install_node_client, run_node_client
+from support.node_client import run_node_client
 from support.pictures import file_of, hole, photo
 
 KEY = "sk-correct-horse"
@@ -41,11 +41,6 @@ def keyed(key: str, **more: str) -> dict[str, str]:
 def seeds_of(response: httpx.Response) -> list[int]:
     assert response.status_code == 200, response.text
     return [image["seed"] for image in response.json()["data"]]
-
-
-@pytest.fixture(scope="session")
-def node() -> Path:
-    return install_node_client()
 
 
 @pytest.fixture

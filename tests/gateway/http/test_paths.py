@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import httpx
 import openai
@@ -13,7 +14,7 @@ from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.http.paths import canonical_path
 from support.fake_backend import FakeBackend, in_memory, on_loopback
-from support.node_client import install_node_client, run_node_client
+from support.node_client import run_node_client
 from support.pictures import file_of, photo
 from support.wire import error_of
 
@@ -160,8 +161,8 @@ class TestAzure:
             assert (await azure.models.retrieve("gpt-image-1")).id == "gpt-image-1"
         assert [generation.prompt for generation in backend.generations] == ["a fox", "a cat"]
 
-    async def test_openai_s_client_for_azure_in_node_does_too(self, url: str) -> None:
-        seen = (await run_node_client(install_node_client(), f"{url}/v1", KEY, script="azure.mjs"))["seen"]
+    async def test_openai_s_client_for_azure_in_node_does_too(self, url: str, node: Path) -> None:
+        seen = (await run_node_client(node, f"{url}/v1", KEY, script="azure.mjs"))["seen"]
         assert seen == [{"generated": 7, "edited": 8, "models": ["acme/tiny-emoji"]}] * 2
 
     async def test_a_wrong_key_is_an_authentication_error(self, url: str) -> None:

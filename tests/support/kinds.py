@@ -1,0 +1,67 @@
+"""What a test starts beside Python, as markers: `make quick` runs the tests that have none of them.
+
+Most follow from a fixture or from where the test is; a test that itself starts Chromium or Java is marked there.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+
+KINDS: Mapping[str, str] = {
+    "triton": "starts a Triton",
+    "browser": "drives Chromium",
+    "node": "installs and runs packages of npm",
+    "java": "runs a JDK",
+    "export": "exports a checkpoint, or converts a component of one",
+    "torch": "runs or trains a miniature in torch",
+}
+BY_FIXTURE: Mapping[str, str] = {
+    "checkpoint_of": "torch",
+    "converted": "export",
+    "family_of": "export",
+    "node": "node",
+}
+BY_PLACE: Mapping[str, str] = {
+    "end_to_end": "triton",
+    "export/conversion": "export",
+    "export/emoji": "torch",
+    "export/engines/test_tensorrt.py": "export",
+    "gateway/embedded/test_compilations.py": "triton",
+    "gateway/embedded/test_server.py": "triton",
+    "gateway/embedded/test_surroundings.py": "triton",
+    "test_families.py": "torch",
+    "test_latent_scale.py": "torch",
+    "test_schedulers.py": "torch",
+    "test_textual_inversion.py": "torch",
+}
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PROGRAMS: Mapping[str, str | None] = {"browser": CHROMIUM, "java": shutil.which("javac")}
+
+
+def register_kinds(config: pytest.Config) -> None:
+    """Make the markers known, as `--strict-markers` wants it."""
+    for kind, meaning in KINDS.items():
+        config.addinivalue_line("markers", f"{kind}: {meaning}")
+
+
+def mark_kinds(items: list[pytest.Item]) -> None:
+    """Mark each test with what it starts, and skip it if that program is missing."""
+    for item in items:
+        for kind in kinds_of(item):
+            item.add_marker(kind)
+        for kind, program in PROGRAMS.items():
+            if program is None and item.get_closest_marker(kind):
+                item.add_marker(pytest.mark.skip(reason=f"the program is missing: it {KINDS[kind]}"))
+
+
+def kinds_of(item: pytest.Item) -> Iterator[str]:
+    """What follows from the fixtures and the place of a test."""
+    path = item.path.relative_to(TESTS)
+    yield from (kind for place, kind in BY_PLACE.items() if path.is_relative_to(place))
+    yield from (kind for fixture, kind in BY_FIXTURE.items() if fixture in getattr(item, "fixturenames", ()))
