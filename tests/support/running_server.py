@@ -123,8 +123,9 @@ def start_server(
 
 def _collect(server: Server) -> None:
     assert server.process.stdout is not None
-    for line in server.process.stdout:
-        server.lines.append(line.rstrip("\n"))
+    with server.process.stdout as output:
+        for line in output:
+            server.lines.append(line.rstrip("\n"))
 
 
 def _answers(server: Server, path: str) -> bool:

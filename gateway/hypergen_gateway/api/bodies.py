@@ -83,7 +83,9 @@ class _FormParser(MultiPartParser):
         except MultiPartException as error:
             raise InvalidRequestError(f"The form cannot be read: {error.message}") from error
         if not self._is_whole:
-            await form.close()
+            # Not those of the form alone: the file that was cut is in none yet.
+            for file in self._files_to_close_on_error:
+                file.close()
             raise MalformedRequestError(
                 "The form ends before its last boundary. A Content-Length counts bytes, not characters."
             )

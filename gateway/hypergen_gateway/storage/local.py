@@ -14,8 +14,10 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import tempfile
 import time
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -87,8 +89,9 @@ class LocalLinks:
     def _folder(self) -> Path:
         if self._given_folder is not None:
             return self._given_folder
-        self._temporary = tempfile.TemporaryDirectory(prefix="hypergen-links-")
-        return Path(self._temporary.name)
+        folder = tempfile.mkdtemp(prefix="hypergen-links-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return Path(folder)
 
     async def publish(self, file: bytes, file_format: FileFormat, base_url: str) -> str:
         """Writes the file, readable by this user alone."""
