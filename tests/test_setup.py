@@ -6,15 +6,14 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
-import tomllib
 from packaging.requirements import Requirement
 
 from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.embedded.installation import PYTHONS, check_python
+from support.project import PYPROJECT
 from support.skips import lines_of
 
 ROOT = Path(__file__).parents[1]
@@ -22,8 +21,7 @@ TESTED = [(3, 9), *PYTHONS, (3, 13), (3, 14), (4, 0)]
 
 
 def requirements(extra: str) -> list[Requirement]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return [Requirement(each) for each in project["optional-dependencies"][extra]]
+    return [Requirement(each) for each in PYPROJECT["project"]["optional-dependencies"][extra]]
 
 
 @pytest.mark.parametrize("version", TESTED)
@@ -144,18 +142,19 @@ def test_of_a_known_fault():
 """
 
 
-@pytest.mark.parametrize(("ci", "outcomes"), [("", "2 skipped, 1 xfailed"), ("true", "1 failed, 1 skipped, 1 xfailed")])
-def test_in_ci_only_tests_of_a_gpu_may_skip(ci: str, outcomes: str) -> None:
-    # Beside the conftest whose work it is.
-    with tempfile.NamedTemporaryFile("w", dir=ROOT / "tests", prefix="skipping_", suffix=".py") as file:
-        file.write(SKIPPING)
-        file.flush()
-        command = [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", file.name]
-        done = subprocess.run(
-            command, env=os.environ | {"CI": ci}, cwd=ROOT, capture_output=True, text=True, check=False
-        )
-    assert f"= {outcomes} in " in done.stdout
-    assert ("Skipped in CI: no JDK" in done.stdout) == bool(ci)
+def test_in_ci_only_tests_of_a_gpu_may_skip(tmp_path: Path) -> None:
+    (tmp_path / "test_skipping.py").write_text(SKIPPING)
+    path = os.pathsep.join(str(ROOT / folder) for folder in ("tests", "gateway"))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", "-c", os.devnull, tmp_path],
+        env=os.environ | {"CI": "true", "PYTHONPATH": path},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "= 1 failed, 1 skipped, 1 xfailed" in done.stdout
+    assert "Skipped in CI: no JDK" in done.stdout
 
 
 def test_ci_runs_the_readme_s_commands() -> None:

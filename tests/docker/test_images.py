@@ -8,18 +8,18 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import tomllib
 from packaging.requirements import Requirement
 from packaging.version import Version
 from pathspec import PathSpec
 
 from hypergen_gateway.embedded.installation import find_installation
+from support.project import PYPROJECT
 
 from .conftest import DOCKER, DOCKERFILES, ROOT, run_tool
 
 pytestmark = pytest.mark.claim("images")
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROJECT = PYPROJECT["project"]
 SAMPLER = ROOT / "model_repository" / "diffusion" / "1"
 
 
@@ -89,7 +89,7 @@ def test_what_is_copied_reaches_the_build(name: str) -> None:
 
 def test_the_build_is_given_all_of_a_wheel_and_no_secret() -> None:
     files = context()
-    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    wheel = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
     for folder in [*wheel["packages"], *wheel["force-include"]]:
         kept = [path for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix != ".pyc"]
         assert {path.relative_to(ROOT).as_posix() for path in kept} <= files

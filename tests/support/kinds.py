@@ -62,6 +62,5 @@ def mark_kinds(items: list[pytest.Item]) -> None:
 
 def kinds_of(item: pytest.Item) -> Iterator[str]:
     """What follows from the fixtures and the place of a test."""
-    path = item.path.relative_to(TESTS)
-    yield from (kind for place, kind in BY_PLACE.items() if path.is_relative_to(place))
+    yield from (kind for place, kind in BY_PLACE.items() if item.path.is_relative_to(TESTS / place))
     yield from (kind for fixture, kind in BY_FIXTURE.items() if fixture in getattr(item, "fixturenames", ()))
