@@ -9,9 +9,11 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
-from starlette.types import ASGIApp
 
 from hypergen_gateway.api.routes import Endpoints
 from hypergen_gateway.config import Config
@@ -41,17 +43,6 @@ _OPEN_PATHS = PROBE_PATHS | {"/openapi.json", "/docs", PAGE_PATH}
 _OPEN_PREFIXES = (f"{FILES_PATH}/", FILES_PREFIX)
 
 
-class Gateway(Starlette):
-    """Starlette without its own layers around errors: ours answer all of them, at one place."""
-
-    def build_middleware_stack(self) -> ASGIApp:
-        """The router within what the application was given, and nothing else."""
-        app: ASGIApp = self.router
-        for layer, arguments, settings in reversed(self.user_middleware):
-            app = layer(app, *arguments, **settings)
-        return app
-
-
 def create_app(config: Config, backend: Backend, tracing: Tracing | None = None) -> Starlette:
     """The gateway's ASGI application. It closes the backend, and the tracing, when it shuts down.
 
@@ -63,11 +54,11 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
         logger.warning("Every website may use this server through its visitors' browsers, and it asks for no key")
     admission = Admission(config.max_queue_size)
     metrics = Metrics(admission)
-    keeping = RetentionPolicy(grace=config.retry_grace, seconds=config.retry_seconds, nbytes=config.retry_bytes)
-    jobs, links = Jobs(keeping, metrics.joined), _links(config)
+    retention = RetentionPolicy(grace=config.retry_grace, seconds=config.retry_seconds, nbytes=config.retry_bytes)
     observers: list[Metrics | Tracing] = [metrics] if tracing is None else [metrics, tracing]
-    studio = ImageService(backend, admission, observers)
-    endpoints = Endpoints(config, backend, admission, studio, jobs, links, metrics)
+    jobs = Jobs(ImageService(backend, admission, observers), retention, metrics.joined)
+    links = _links(config)
+    endpoints = Endpoints(config, backend, admission, jobs, links, metrics)
     routes = endpoints.routes()
     open_paths = _OPEN_PATHS if config.metrics_need_key else _OPEN_PATHS | {METRICS_PATH}
 
@@ -87,7 +78,7 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
     who_may_ask = (
         ApiKey(keys, open_paths, _OPEN_PREFIXES) if keys else OriginCheck(config.cors_origins, config.public_url)
     )
-    app = Gateway(
+    app = Starlette(
         routes=routes,
         middleware=[
             Middleware(CanonicalPath),
@@ -97,11 +88,17 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
             Middleware(Errors),
             Middleware(RequestValidation, checks=(check_head, who_may_ask)),
         ],
+        exception_handlers={HTTPException: _reraise},
         lifespan=lifespan,
     )
     # A redirect of "/v1/models/" would be the one answer that is not OpenAI's.
     app.router.redirect_slashes = False
     return app
+
+
+async def _reraise(_: Request, error: Exception) -> Response:
+    """Leaves the router's 404 and 405 to `Errors`; Starlette would respond in plain text."""
+    raise error
 
 
 def _paths(routes: Sequence[BaseRoute]) -> dict[Any, str]:

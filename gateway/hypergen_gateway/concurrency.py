@@ -33,8 +33,8 @@ class ByteBudget:
         self._taken = 0
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
-    async def take(self, nbytes: int) -> None:
-        """Waits for room; each call is followed by `give_back`."""
+    async def acquire(self, nbytes: int) -> None:
+        """Waits for room; each call is followed by `release`."""
         if not self._waiting and self._has_room(nbytes):
             self._taken += nbytes
             return
@@ -44,10 +44,10 @@ class ByteBudget:
             await called
         except asyncio.CancelledError:
             # Perhaps called in the very moment in which it was cancelled.
-            self.give_back(0 if called.cancelled() else nbytes)
+            self.release(0 if called.cancelled() else nbytes)
             raise
 
-    def give_back(self, nbytes: int) -> None:
+    def release(self, nbytes: int) -> None:
         """Makes room."""
         self._taken -= nbytes
         while self._waiting:

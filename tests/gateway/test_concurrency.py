@@ -30,41 +30,41 @@ class TestByteBudget:
         budget, done = ByteBudget(100), list[int]()
 
         async def work(nbytes: int) -> None:
-            await budget.take(nbytes)
+            await budget.acquire(nbytes)
             done.append(nbytes)
 
         await asyncio.wait_for(work(60), 1)
         waiting = [asyncio.ensure_future(work(nbytes)) for nbytes in (50, 30, 90)]
         await asyncio.sleep(0)
         assert done == [60]
-        budget.give_back(60)
+        budget.release(60)
         await asyncio.wait_for(asyncio.gather(*waiting[:2]), 1)
         assert done == [60, 50, 30]
-        budget.give_back(50)
+        budget.release(50)
         await asyncio.sleep(0)
         assert not waiting[2].done()
-        budget.give_back(30)
+        budget.release(30)
         await asyncio.wait_for(waiting[2], 1)
 
     async def test_more_than_all_of_it_goes_alone(self) -> None:
         budget = ByteBudget(100)
-        await asyncio.wait_for(budget.take(500), 1)
-        other = asyncio.ensure_future(budget.take(1))
+        await asyncio.wait_for(budget.acquire(500), 1)
+        other = asyncio.ensure_future(budget.acquire(1))
         await asyncio.sleep(0)
         assert not other.done()
-        budget.give_back(500)
+        budget.release(500)
         await asyncio.wait_for(other, 1)
 
     @pytest.mark.parametrize("called_first", [False, True])
     async def test_who_leaves_the_queue_holds_nothing(self, called_first: bool) -> None:
         budget = ByteBudget(100)
-        await budget.take(80)
-        leaving, staying = (asyncio.ensure_future(budget.take(nbytes)) for nbytes in (90, 100))
+        await budget.acquire(80)
+        leaving, staying = (asyncio.ensure_future(budget.acquire(nbytes)) for nbytes in (90, 100))
         await asyncio.sleep(0)
         if called_first:
-            budget.give_back(80)
+            budget.release(80)
         leaving.cancel()
         await asyncio.wait([leaving])
         if not called_first:
-            budget.give_back(80)
+            budget.release(80)
         await asyncio.wait_for(staying, 1)

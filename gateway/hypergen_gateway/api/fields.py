@@ -73,7 +73,7 @@ class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
 
-class PictureFields(_Body):
+class ImageFields(_Body):
     """What every request for pictures may say."""
 
     model: str | None = Field(default=None, description="Accepted and ignored: the server has one model.")
@@ -144,7 +144,7 @@ class PictureFields(_Body):
     )
 
 
-class _PromptFields(PictureFields):
+class _PromptFields(ImageFields):
     prompt: Prompt
     stream: bool = Field(default=False, description="Answer with server-sent events.")
     partial_images: Annotated[int, Field(ge=0, le=3), _WHOLE] = Field(
@@ -195,7 +195,7 @@ class EditForm(_EditFields):
     )
 
 
-class VariationForm(PictureFields):
+class VariationForm(ImageFields):
     """The form of POST /v1/images/variations."""
 
     image: Upload = Field(
@@ -215,7 +215,7 @@ class VariationForm(PictureFields):
         return 0
 
 
-PictureRequest: TypeAlias = ImageRequest | EditRequest | EditForm | VariationForm
+RequestBody: TypeAlias = ImageRequest | EditRequest | EditForm | VariationForm
 
 _INTEGER = re.compile(r"-?[0-9]{1,400}")
 _NUMBER = re.compile(r"-?[0-9]{1,400}(\.[0-9]{1,400})?([eE][+-]?[0-9]{1,4})?")

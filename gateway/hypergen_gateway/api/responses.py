@@ -1,7 +1,4 @@
-"""Pictures to OpenAI's answers: the objects of its Images and Models APIs, and what they say about cost.
-
-Knows the shapes and the words of OpenAI's schema. Knows neither HTTP nor Triton.
-"""
+"""Response bodies and events in the shapes of OpenAI's Images and Models APIs."""
 
 from __future__ import annotations
 
@@ -12,10 +9,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from hypergen_gateway.api.fields import ImageRequest, PictureRequest
-from hypergen_gateway.api.validation import Quality, quality_of
 from hypergen_gateway.generation.backend import Pixels
 from hypergen_gateway.generation.images import FormatName
+from hypergen_gateway.generation.request import ClientRequest, Quality
 from hypergen_gateway.generation.service import EncodedImage
 from hypergen_gateway.generation.sizes import Size
 
@@ -93,24 +89,24 @@ class ImagesResponse(BaseModel):
 
 
 def images_response(
-    request: PictureRequest, finished: Sequence[EncodedImage], urls: Sequence[str] | None = None
+    request: ClientRequest, images: Sequence[EncodedImage], urls: Sequence[str] | None = None
 ) -> ImagesResponse:
-    """The response that holds pictures: as base64, or as links where there are any."""
+    """The response to a request: the images in base64, or the links in `urls`."""
     contents = (
-        [{"b64_json": base64.b64encode(picture.file).decode("ascii")} for picture in finished]
+        [{"b64_json": base64.b64encode(image.file).decode("ascii")} for image in images]
         if urls is None
         else [{"url": url} for url in urls]
     )
     return ImagesResponse(
-        output_format=request.output_format,
-        quality=quality_of(request),
-        size=_size(finished),
+        output_format=request.file_format.name,
+        quality=request.quality,
+        size=_common_size(images),
         data=[
-            ImageObject(**content, revised_prompt=request.prompt or None, seed=picture.picture.seed)
-            for content, picture in zip(contents, finished, strict=True)
+            ImageObject(**content, revised_prompt=request.prompt or None, seed=encoded.image.seed)
+            for content, encoded in zip(contents, images, strict=True)
         ],
-        usage=usage(finished),
-        prompt_truncated=truncated(finished[0]),
+        usage=usage(images),
+        prompt_truncated=truncated(images[0]),
     )
 
 
@@ -142,41 +138,33 @@ class CompletedEvent(_ImageEvent):
     prompt_truncated: int | None = _TRUNCATED
 
 
-def image_event(request: PictureRequest, finished: EncodedImage, number: int) -> PartialImageEvent | CompletedEvent:
-    """The event that carries a preview, the `number`-th of its picture, or a finished picture."""
-    picture = finished.picture
-    is_generation = isinstance(request, ImageRequest)
+def image_event(request: ClientRequest, encoded: EncodedImage, number: int) -> PartialImageEvent | CompletedEvent:
+    """The event for an image, or for a preview, the `number`-th of its image."""
     common: dict[str, Any] = {
-        "b64_json": base64.b64encode(finished.file).decode("ascii"),
-        "size": _written(finished.size),
-        "quality": quality_of(request),
-        "output_format": request.output_format,
-        "image_index": picture.index,
+        "type": f"{request.operation}.{'completed' if encoded.image.is_final else 'partial_image'}",
+        "b64_json": base64.b64encode(encoded.file).decode("ascii"),
+        "size": _to_text(encoded.size),
+        "quality": request.quality,
+        "output_format": request.file_format.name,
+        "image_index": encoded.image.index,
     }
-    if not picture.is_final:
-        return PartialImageEvent(
-            type="image_generation.partial_image" if is_generation else "image_edit.partial_image",
-            partial_image_index=number,
-            **common,
-        )
+    if not encoded.image.is_final:
+        return PartialImageEvent(partial_image_index=number, **common)
     return CompletedEvent(
-        type="image_generation.completed" if is_generation else "image_edit.completed",
-        usage=usage([finished]),
-        seed=picture.seed,
-        prompt_truncated=truncated(finished),
+        usage=usage([encoded]),
+        seed=encoded.image.seed,
+        prompt_truncated=truncated(encoded),
         **common,
     )
 
 
-def usage(finished: Sequence[EncodedImage]) -> Usage:
-    """The tokens that went into pictures of a request and came out."""
-    text_tokens = finished[0].picture.prompt_tokens
-    # Pictures that started from the same image share it.
-    images = {
-        id(image): image for image in (picture.part.generation.image for picture in finished) if image is not None
-    }
-    image_tokens = sum(_tokens(image) for image in images.values())
-    output_tokens = sum(_tokens(picture.picture.pixels) for picture in finished)
+def usage(images: Sequence[EncodedImage]) -> Usage:
+    """The input and output tokens of images of one request."""
+    text_tokens = images[0].image.prompt_tokens
+    inputs = [encoded.sub_request.generation.image for encoded in images]
+    # Images that start from the same init image share it.
+    image_tokens = sum(_tokens(pixels) for pixels in {id(pixels): pixels for pixels in inputs}.values())
+    output_tokens = sum(_tokens(encoded.image.pixels) for encoded in images)
     return Usage(
         input_tokens=text_tokens + image_tokens,
         output_tokens=output_tokens,
@@ -185,32 +173,33 @@ def usage(finished: Sequence[EncodedImage]) -> Usage:
     )
 
 
-def truncated(finished: EncodedImage) -> int | None:
-    """How many tokens of a request's texts were cut off; None if all were read."""
-    return finished.picture.truncated_tokens or None
+def truncated(encoded: EncodedImage) -> int | None:
+    """The number of tokens that were cut from the prompts; None if there are none."""
+    return encoded.image.truncated_tokens or None
 
 
-def server_timing(finished: Sequence[EncodedImage]) -> str:
-    """Where the time went, as the header `Server-Timing` says it: of each phase, what the slowest picture took."""
+def server_timing(images: Sequence[EncodedImage]) -> str:
+    """The `Server-Timing` header: the slowest image's time in each phase."""
+    timings = [encoded.image.timings for encoded in images]
     phases = {
-        "queue": [picture.picture.timings.queue for picture in finished],
-        "encode-text": [picture.picture.timings.encode_text for picture in finished],
-        "denoise": [picture.picture.timings.denoise for picture in finished],
-        "decode": [picture.picture.timings.decode for picture in finished],
-        "encode-image": [picture.encode_image for picture in finished],
+        "queue": [each.queue for each in timings],
+        "encode-text": [each.encode_text for each in timings],
+        "denoise": [each.denoise for each in timings],
+        "decode": [each.decode for each in timings],
+        "encode-image": [encoded.encode_ms for encoded in images],
     }
     return ", ".join(f"{name};dur={max(durations):.1f}" for name, durations in phases.items())
 
 
-def _tokens(pixels: Pixels) -> int:
-    return pixels.shape[0] * pixels.shape[1] // _PIXELS_PER_TOKEN
+def _tokens(pixels: Pixels | None) -> int:
+    return 0 if pixels is None else pixels.shape[0] * pixels.shape[1] // _PIXELS_PER_TOKEN
 
 
-def _size(finished: Sequence[EncodedImage]) -> str | None:
-    """The size of all pictures, if they share one; those that start from several images have each its own."""
-    sizes = {picture.size for picture in finished}
-    return _written(sizes.pop()) if len(sizes) == 1 else None
+def _common_size(images: Sequence[EncodedImage]) -> str | None:
+    """The size of all images; None if they differ, as they may when they start from several init images."""
+    sizes = {encoded.size for encoded in images}
+    return _to_text(sizes.pop()) if len(sizes) == 1 else None
 
 
-def _written(size: Size) -> str:
+def _to_text(size: Size) -> str:
     return f"{size[0]}x{size[1]}"

@@ -84,8 +84,8 @@ class Admission:
         """Places that are taken."""
         return sum(place.places for place in self._running)
 
-    def arrive(self, work: Work, capacity: int, deadline: float | None = None) -> Slot:
-        """A place out of `capacity`, at work or in the queue; whoever gets one goes on to its `turn` at once.
+    def enter(self, work: Work, capacity: int, deadline: float | None = None) -> Slot:
+        """A place out of `capacity`, at work or in the queue; whoever gets one `acquire`s it at once.
 
         Raises:
             QueueFullError: as many wait as may wait.
@@ -109,7 +109,7 @@ class Admission:
         return place
 
     @asynccontextmanager
-    async def turn(self, place: Slot) -> AsyncIterator[None]:
+    async def acquire(self, place: Slot) -> AsyncIterator[None]:
         """Waits until it is the place's turn, and holds it while the block runs."""
         await self._called(place)
         try:

@@ -1,7 +1,6 @@
-"""From uploaded images to what the model starts from, and from what it drew back to the image.
+"""Uploaded images to init images and masks in a size that the model generates, and compositing the result.
 
-Knows how image and mask get into a size that the model draws, and how what is drawn gets back. Knows what a mask is to
-OpenAI: transparent pixels are drawn anew. Blocks, so it is called in a thread.
+As in OpenAI's API, transparent pixels of a mask are repainted. Blocks, so it is called in a thread.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from hypergen_gateway.generation.backend import ModelDescription, Pixels
 from hypergen_gateway.generation.images import decode
 from hypergen_gateway.generation.sizes import Box, Size, SizePolicy, nearest_size, window
 
-# Pixels less opaque than this are drawn anew.
+# Pixels less opaque than this are repainted.
 _OPAQUE = 128
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Uploads:
-    """The images of a request and the mask of the first of them, with the names by which the client knows them."""
+    """The uploaded images and the mask of the first one; `images_param` is the field name that the client used."""
 
     images: Sequence[BinaryIO]
     mask: BinaryIO | None
@@ -33,18 +32,18 @@ class Uploads:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Compositing:
-    """What makes a drawn picture one of the size that the client expects, unchanged where nothing was to be drawn."""
+    """Turns a generated image into one of the requested size, with the unmasked pixels of the input image."""
 
     size: Size
-    kept: Pixels | None = None  # RGB [height, width, 3] in `size`
-    mask: Pixels | None = None  # [height, width]; 255 where the drawn picture shows, 0 where `kept` does
+    kept: Pixels | None = None  # the input image, RGB [height, width, 3] in `size`
+    mask: Pixels | None = None  # [height, width]; 255 shows the generated image, 0 shows `kept`
 
     def apply(self, pixels: Pixels) -> Pixels:
-        """The picture in RGB, [height, width, 3] of `size`: scaled to cover it, and cut where proportions differ."""
+        """The image in RGB, [height, width, 3] of `size`: scaled to cover it and cropped to its proportions."""
         height, width, _ = pixels.shape
         if (width, height) != self.size:
-            shown = window((width, height), self.size)
-            pixels = np.asarray(Image.fromarray(pixels).resize(self.size, Image.Resampling.LANCZOS, box=shown))
+            box = window((width, height), self.size)
+            pixels = np.asarray(Image.fromarray(pixels).resize(self.size, Image.Resampling.LANCZOS, box=box))
         if self.kept is None or self.mask is None:
             return pixels
         return np.where(self.mask[..., None] > 0, pixels, self.kept)
@@ -52,43 +51,53 @@ class Compositing:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class InitImage:
-    """What pictures start from: RGB [height, width, 3] in a size that the model draws, and its mask."""
+    """An image that generation starts from, in a size that the model generates."""
 
-    image: Pixels
+    image: Pixels  # RGB [height, width, 3]
     mask: Pixels | None  # [height, width]; 255 is repainted, 0 stays
-    retouch: Compositing
+    compositing: Compositing
+
+    @property
+    def nbytes(self) -> int:
+        """The memory it takes."""
+        return sum(array.nbytes for array in (self.image, self.mask, self.compositing.kept) if array is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What pictures are wanted of images: how many, and in which size, None being each image's own."""
+class InitImageOptions:
+    """How uploads become init images: at most `count`, scaled to `size`, or each in its own size if that is None.
+
+    `keep_originals` is for a strength that may leave no step to take: the image is then returned unchanged.
+    """
 
     size: Size | None
     count: int
-    may_stay: bool = False  # whether an image may come back as it is
+    keep_originals: bool = False
 
 
-def open_init_images(uploads: Uploads, wanted: Wanted, model: ModelDescription, sizes: SizePolicy) -> list[InitImage]:
-    """As many images as pictures are wanted, made ready; all are looked at, so that a broken one is always told.
+def read_init_images(
+    uploads: Uploads, options: InitImageOptions, model: ModelDescription, sizes: SizePolicy
+) -> list[InitImage]:
+    """The first `count` uploads as init images. All are decoded, so that a broken one is always reported.
 
-    The first image's own size may be asked for whatever the policy is: it is what is answered where none is.
+    The first image's own size is legal whatever the policy, as it is the size of the response by default.
 
     Raises:
-        InvalidRequestError: with the name of the image's, the mask's or the size's field as `param`.
+        InvalidRequestError: `param` is the field of the images, the mask or the size.
     """
-    starts = []
+    init_images = []
     for number, file in enumerate(uploads.images):
         image = decode(file, uploads.images_param)
-        if number == 0 and wanted.size not in (None, image.size):
-            sizes.check(wanted.size, model)
+        if number == 0 and options.size not in (None, image.size):
+            sizes.check(options.size, model)
         mask = None
         if number == 0 and uploads.mask is not None:
             mask = _read_mask(uploads.mask, image)
         elif image.mode == "RGBA":
             mask = _transparency(image)
-        if number < wanted.count:
-            starts.append(_start(_flat(image), mask, wanted, model))
-    return starts
+        if number < options.count:
+            init_images.append(_init_image(_flatten(image), mask, options, model))
+    return init_images
 
 
 def _read_mask(file: BinaryIO, image: Image.Image) -> Image.Image:
@@ -106,46 +115,48 @@ def _read_mask(file: BinaryIO, image: Image.Image) -> Image.Image:
 
 
 def _transparency(image: Image.Image) -> Image.Image | None:
-    """The mask that an image's alpha makes: 255 where it is transparent, 0 elsewhere; None if it is nowhere."""
+    """The mask given by an image's alpha: 255 where transparent, else 0; None if nothing is transparent."""
     mask = image.getchannel("A").point(lambda alpha: 0 if alpha >= _OPAQUE else 255)
     return mask if mask.getbbox() else None
 
 
-def _flat(image: Image.Image) -> Image.Image:
-    """RGB; what is transparent shows white paper."""
+def _flatten(image: Image.Image) -> Image.Image:
+    """RGB, on a white background."""
     if image.mode == "RGB":
         return image
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def _start(image: Image.Image, mask: Image.Image | None, wanted: Wanted, model: ModelDescription) -> InitImage:
-    """An image in the size asked for, cut to its proportions, or in its own; made ready in the nearest drawn one."""
-    if wanted.size is not None:
-        image = ImageOps.fit(image, wanted.size, Image.Resampling.LANCZOS)
-        mask = mask and ImageOps.fit(mask, wanted.size, Image.Resampling.BOX)
-    drawn = nearest_size(image.size, model)
-    shown = window(drawn, image.size)
-    kept = np.asarray(image) if mask or wanted.may_stay else None
-    retouch = Compositing(size=image.size, kept=kept, mask=_binary(mask))
+def _init_image(
+    image: Image.Image, mask: Image.Image | None, options: InitImageOptions, model: ModelDescription
+) -> InitImage:
+    """Crops an image to the requested size, if there is one, and fits it into the nearest generated size."""
+    if options.size is not None:
+        image = ImageOps.fit(image, options.size, Image.Resampling.LANCZOS)
+        mask = mask and ImageOps.fit(mask, options.size, Image.Resampling.BOX)
+    generated = nearest_size(image.size, model)
+    box = window(generated, image.size)
+    kept = np.asarray(image) if mask or options.keep_originals else None
     return InitImage(
-        image=_framed(image, drawn, shown, Image.Resampling.LANCZOS),
-        mask=_binary(mask and _framed(mask, drawn, shown, Image.Resampling.BOX)),
-        retouch=retouch,
+        image=_fit_into(image, generated, box, Image.Resampling.LANCZOS),
+        mask=_binary(mask and _fit_into(mask, generated, box, Image.Resampling.BOX)),
+        compositing=Compositing(size=image.size, kept=kept, mask=_binary(mask)),
     )
 
 
-def _framed(image: Image.Image, drawn: Size, shown: Box, resample: Image.Resampling) -> Pixels:
-    """An image scaled into the part of a drawn one where it is shown. It is mirrored around that part: what the model
-    sees there is like the image, and is cut off again.
+def _fit_into(image: Image.Image, size: Size, box: Box, resample: Image.Resampling) -> Pixels:
+    """An image scaled into `box` of a larger one and mirrored around it.
+
+    The model sees similar content in the margins, which are cropped from the result.
     """
-    left, top, right, bottom = shown
+    left, top, right, bottom = box
     scaled = np.asarray(image.resize((right - left, bottom - top), resample))
-    around = [(top, drawn[1] - bottom), (left, drawn[0] - right), *[(0, 0)] * (scaled.ndim - 2)]
-    return np.pad(scaled, around, mode="symmetric")
+    margins = [(top, size[1] - bottom), (left, size[0] - right), *[(0, 0)] * (scaled.ndim - 2)]
+    return np.pad(scaled, margins, mode="symmetric")
 
 
 def _binary(mask: Image.Image | Pixels | None) -> Pixels | None:
-    """255 wherever a pixel is to be drawn anew at least in part."""
+    """255 wherever a pixel is to be repainted, if only in part."""
     if mask is None:
         return None
     return np.where(np.asarray(mask) > 0, np.uint8(255), np.uint8(0))

@@ -1,9 +1,9 @@
-"""Drawing that outlives the connection that asked for it.
+"""Jobs: work that outlives the connection that asked for it.
 
-A job draws once, for any number of listeners, each of which hears everything from the beginning. So a client whose
-connection broke joins its own work again rather than have it done twice: by an idempotency key, or because OpenAI's
-clients say when they ask again. Who asks for the first time without a key never joins anybody: the same request twice
-means two different pictures. Knows no HTTP.
+A job generates once for any number of subscribers, each of which receives everything from the beginning. A client whose
+connection broke thus rejoins its own job rather than starting it again: by an idempotency key, or by the retry counter
+that OpenAI's clients send. A first request without a key never joins a job: the same request twice means two different
+images. Does not depend on HTTP.
 """
 
 from __future__ import annotations
@@ -15,37 +15,19 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 
 from hypergen_gateway.errors import IdempotencyKeyReusedError, UnavailableError
-from hypergen_gateway.generation.service import EncodedImage, GenerationTask
+from hypergen_gateway.generation.admission import Slot
+from hypergen_gateway.generation.request import ClientRequest
+from hypergen_gateway.generation.service import EncodedImage, GenerationTask, ImageService
 from hypergen_gateway.http.disconnect import cancel
 
 
 @dataclass(frozen=True, kw_only=True)
-class RequestIdentity:
-    """Who asks for what: enough to tell whether it is asked again.
-
-    `owner` stands for the credentials and `fingerprint` for the route and everything the request says, pictures
-    included.
-    """
-
-    owner: str
-    fingerprint: str
-    idempotency_key: str | None = None
-    is_retry: bool = False
-    may_return: bool = False  # a client that neither has a key nor counts its retries cannot
-
-    @property
-    def identity(self) -> tuple[str, str]:
-        """What a client's repeated requests share."""
-        return self.owner, self.fingerprint
-
-
-@dataclass(frozen=True, kw_only=True)
 class RetentionPolicy:
-    """How long work is kept for a client that may come back for it.
+    """How long a job is kept for a client that may return.
 
-    `grace` is how many seconds it goes on without a listener; what is finished stays for `seconds`, as long as all of
-    it takes no more than `nbytes`. What was delivered longer than `lost_answer` seconds ago has arrived, as OpenAI's
-    clients back off for half a second and then for one: a retry without a key is another request's, then.
+    A job without subscribers runs for another `grace` seconds; its result is kept for `seconds`, as long as all results
+    together take at most `nbytes`. A result delivered more than `lost_answer` seconds ago has arrived: OpenAI's clients
+    back off for half a second, then one, so a later retry without a key belongs to another request.
     """
 
     grace: float
@@ -55,150 +37,157 @@ class RetentionPolicy:
 
 
 class Job:
-    """One drawing and its listeners; made by `Jobs`."""
+    """One generation task and its subscribers; created by `Jobs`."""
 
-    def __init__(self, drawing: GenerationTask, asked: RequestIdentity, unattended: Callable[[Job], None]) -> None:
-        self.drawing = drawing
-        self.asked = asked
-        self.may_return = asked.may_return
-        self.listeners = 0
-        self.end: asyncio.TimerHandle | None = None  # set while nobody listens
-        self.delivered_at: float | None = None  # of the loop's clock
-        self._unattended = unattended
-        self._pictures: list[EncodedImage] = []
-        self._news = asyncio.Event()
-        self.task = asyncio.create_task(self._draw())
-        self.task.add_done_callback(lambda _: self._tell())
+    def __init__(self, generation: GenerationTask, on_unsubscribed: Callable[[Job], None]) -> None:
+        self.request = generation.request
+        self.may_return = generation.request.client.may_return
+        self.subscribers = 0
+        self.expiry: asyncio.TimerHandle | None = None  # set while there are no subscribers
+        self.delivered_at: float | None = None  # on the loop's clock
+        self._generation = generation
+        self._on_unsubscribed = on_unsubscribed
+        self._images: list[EncodedImage] = []
+        self._changed = asyncio.Event()
+        self.task = asyncio.create_task(self._run())
+        self.task.add_done_callback(lambda _: self._notify())
+
+    @property
+    def slot(self) -> Slot | None:
+        """Its slot, once admission has given one."""
+        return self._generation.slot
 
     @property
     def has_failed(self) -> bool:
-        """Whether its listeners were told an error."""
+        """Whether its subscribers received an error."""
         return self.task.done() and not self.task.cancelled() and self.task.exception() is not None
 
     @property
     def is_abandoned(self) -> bool:
-        """Whether its client left without its pictures."""
-        return not self.listeners and self.delivered_at is None and not self.has_failed
+        """Whether its client disconnected before receiving the images."""
+        return not self.subscribers and self.delivered_at is None and not self.has_failed
 
     @property
     def nbytes(self) -> int:
-        """The memory that its pictures take, and the images that they started from."""
-        return self.drawing.order.nbytes + sum(finished.nbytes for finished in self._pictures)
+        """The memory taken by its images and init images."""
+        return self.request.nbytes + sum(encoded.nbytes for encoded in self._images)
 
     @contextmanager
     def subscribe(self) -> Iterator[None]:
-        """Somebody is there for the job, and need not listen yet."""
-        self.listeners += 1
-        if self.end is not None:
-            self.end.cancel()
+        """Keeps the job running, whether or not anything reads its images yet."""
+        self.subscribers += 1
+        if self.expiry is not None:
+            self.expiry.cancel()
         try:
             yield
         finally:
-            self.listeners -= 1
-            if not self.listeners:
-                self._unattended(self)
+            self.subscribers -= 1
+            if not self.subscribers:
+                self._on_unsubscribed(self)
 
-    async def listen(self) -> AsyncGenerator[EncodedImage, None]:
-        """Previews and pictures from the first one on, as they come; raises what the drawing does."""
-        heard = 0
+    async def images(self) -> AsyncGenerator[EncodedImage, None]:
+        """Previews and images from the first one on, as they are ready; raises what the generation raises."""
+        received = 0
         with self.subscribe():
-            while heard < len(self._pictures) or not self.task.done():
-                if heard == len(self._pictures):
-                    await self._news.wait()
+            while received < len(self._images) or not self.task.done():
+                if received == len(self._images):
+                    await self._changed.wait()
                     continue
-                yield self._pictures[heard]
-                heard += 1
-            if self.task.cancelled():  # by nobody who listens: the server ends, or gRPC's channel is closed
+                yield self._images[received]
+                received += 1
+            if self.task.cancelled():  # not by a subscriber: the server is stopping, or gRPC's channel is closed
                 raise UnavailableError("The server is shutting down.")
             self.task.result()
             self.delivered_at = asyncio.get_running_loop().time()
 
-    async def finals(self) -> list[EncodedImage]:
-        """The finished pictures in the order of their indices, when all are there."""
-        async with aclosing(self.listen()) as pictures:
-            finals = [finished async for finished in pictures if finished.picture.is_final]
-        return sorted(finals, key=lambda finished: finished.picture.index)
+    async def final_images(self) -> list[EncodedImage]:
+        """All finished images, ordered by index."""
+        async with aclosing(self.images()) as images:
+            finals = [encoded async for encoded in images if encoded.image.is_final]
+        return sorted(finals, key=lambda encoded: encoded.image.index)
 
-    async def _draw(self) -> None:
-        async with aclosing(self.drawing.pictures()) as pictures:
-            async for finished in pictures:
-                self._pictures.append(finished)
-                self._tell()
+    async def _run(self) -> None:
+        async with aclosing(self._generation.images()) as images:
+            async for encoded in images:
+                self._images.append(encoded)
+                self._notify()
 
-    def _tell(self) -> None:
-        news, self._news = self._news, asyncio.Event()
-        news.set()
+    def _notify(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
 
 
 class Jobs:
-    """The jobs of one gateway. Belongs to one event loop; `joined` is told why somebody joined a job."""
+    """The jobs of one gateway. Belongs to one event loop; `on_joined` is called with the reason for joining a job."""
 
-    def __init__(self, keeping: RetentionPolicy, joined: Callable[[str], object]) -> None:
-        self._keeping = keeping
-        self._joined = joined
+    def __init__(self, service: ImageService, retention: RetentionPolicy, on_joined: Callable[[str], object]) -> None:
+        self._service = service
+        self._retention = retention
+        self._on_joined = on_joined
         self._by_key: dict[tuple[str, str], Job] = {}
-        self._by_identity: defaultdict[tuple[str, str], list[Job]] = defaultdict(list)
+        self._by_fingerprint: defaultdict[tuple[str, str], list[Job]] = defaultdict(list)
         self._kept: OrderedDict[Job, int] = OrderedDict()
         self._running: set[Job] = set()
 
-    def join(self, asked: RequestIdentity, start: Callable[[], GenerationTask]) -> Job:
-        """The job that already does what is asked, if this is asked again; else a new one.
+    def join(self, request: ClientRequest) -> Job:
+        """The job that already serves this request, if the request is a retry; else a new one.
 
         Raises:
             IdempotencyKeyReusedError: the key belongs to another request.
         """
-        job = self._find(asked)
+        job = self._find(request)
         if job is None:
-            return self._begin(asked, start())
-        job.may_return = job.may_return or asked.may_return
+            return self._start(request)
+        job.may_return = job.may_return or request.client.may_return
         return job
 
     async def close(self) -> None:
-        """Ends all work."""
+        """Cancels all jobs."""
         await cancel(*(job.task for job in self._running))
 
-    def _find(self, asked: RequestIdentity) -> Job | None:
-        if asked.idempotency_key is not None:
-            job, reason = self._by_key.get((asked.owner, asked.idempotency_key)), "idempotency_key"
-            if job is not None and job.asked.fingerprint != asked.fingerprint:
+    def _find(self, request: ClientRequest) -> Job | None:
+        client = request.client
+        if client.idempotency_key is not None:
+            job, reason = self._by_key.get((client.owner, client.idempotency_key)), "idempotency_key"
+            if job is not None and job.request.fingerprint != request.fingerprint:
                 raise IdempotencyKeyReusedError
         else:
-            job, reason = self._find_interrupted(asked) if asked.is_retry else None, "retry"
+            job, reason = self._find_interrupted(request) if client.is_retry else None, "retry"
         if job is not None:
-            self._joined(reason)
+            self._on_joined(reason)
         return job
 
-    def _find_interrupted(self, asked: RequestIdentity) -> Job | None:
-        family = self._by_identity.get(asked.identity, [])
-        for job in reversed(family):
+    def _find_interrupted(self, request: ClientRequest) -> Job | None:
+        candidates = self._by_fingerprint.get(_owned_fingerprint(request), [])
+        for job in reversed(candidates):
             if job.is_abandoned:
                 return job
-        for job in family:
-            if job.has_failed:  # it is this failure that is tried again
+        for job in candidates:
+            if job.has_failed:  # the request is the retry of this failure
                 self._forget(job)
                 return None
         now = asyncio.get_running_loop().time()
-        for job in reversed(family):
-            # Nobody has noticed yet that its client is gone, or its answer was lost on the way.
-            if job.delivered_at is None or now - job.delivered_at < self._keeping.lost_answer:
+        for job in reversed(candidates):
+            # Its client's disconnect has not been noticed yet, or the response was lost on the way.
+            if job.delivered_at is None or now - job.delivered_at < self._retention.lost_answer:
                 return job
         return None
 
-    def _begin(self, asked: RequestIdentity, drawing: GenerationTask) -> Job:
-        job = Job(drawing, asked, self._left)
+    def _start(self, request: ClientRequest) -> Job:
+        job = Job(GenerationTask(self._service, request), self._unsubscribed)
         self._running.add(job)
         job.task.add_done_callback(lambda _: self._ended(job))
-        if asked.may_return:
-            self._by_identity[asked.identity].append(job)
-        if asked.idempotency_key is not None:
-            self._by_key[asked.owner, asked.idempotency_key] = job
+        if request.client.may_return:
+            self._by_fingerprint[_owned_fingerprint(request)].append(job)
+        if request.client.idempotency_key is not None:
+            self._by_key[request.client.owner, request.client.idempotency_key] = job
         return job
 
-    def _left(self, job: Job) -> None:
-        """The last listener of a job has left it."""
+    def _unsubscribed(self, job: Job) -> None:
+        """The last subscriber has left."""
         if not job.task.done():
-            grace = self._keeping.grace if job.may_return else 0.0
-            job.end = asyncio.get_running_loop().call_later(grace, self._give_up, job)
+            grace = self._retention.grace if job.may_return else 0.0
+            job.expiry = asyncio.get_running_loop().call_later(grace, self._give_up, job)
 
     def _give_up(self, job: Job) -> None:
         self._forget(job)
@@ -209,23 +198,28 @@ class Jobs:
         if job.task.cancelled() or not job.may_return:
             self._forget(job)
             return
-        if job.has_failed:  # only so that its retry is not taken for that of another job
+        if job.has_failed:  # kept only so that its retry is not mistaken for that of another job
             self._forget_key(job)
         self._kept[job] = job.nbytes
-        asyncio.get_running_loop().call_later(self._keeping.seconds, self._forget, job)
-        while sum(self._kept.values()) > self._keeping.nbytes:
+        asyncio.get_running_loop().call_later(self._retention.seconds, self._forget, job)
+        while sum(self._kept.values()) > self._retention.nbytes:
             self._forget(next(iter(self._kept)))
 
     def _forget(self, job: Job) -> None:
         self._forget_key(job)
         self._kept.pop(job, None)
-        family = self._by_identity.get(job.asked.identity, [])
-        if job in family:
-            family.remove(job)
-        if not family:
-            self._by_identity.pop(job.asked.identity, None)
+        candidates = self._by_fingerprint.get(_owned_fingerprint(job.request), [])
+        if job in candidates:
+            candidates.remove(job)
+        if not candidates:
+            self._by_fingerprint.pop(_owned_fingerprint(job.request), None)
 
     def _forget_key(self, job: Job) -> None:
-        key = (job.asked.owner, job.asked.idempotency_key or "")
+        key = (job.request.client.owner, job.request.client.idempotency_key or "")
         if self._by_key.get(key) is job:
             del self._by_key[key]
+
+
+def _owned_fingerprint(request: ClientRequest) -> tuple[str, str]:
+    """What a client's repeated requests share."""
+    return request.client.owner, request.fingerprint

@@ -10,11 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from hypergen_gateway.generation.backend import GenerationRequest, ModelDescription
+from hypergen_gateway.generation.request import ClientRequest
+
 # How much older requests count beside the latest one: ten of them are what is remembered.
 _MEMORY = 0.9
 # The weight of the one thing known beforehand: that a round without images takes no time. Without it, requests that all
 # came one at a time would say nothing about how long two together take.
 _PRIOR = 0.1
+# The cost of a UNet row in a step that reuses deep features, relative to a full step.
+_SHALLOW = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +32,32 @@ class Work:
     images: int
     steps: float
     load: float
+
+
+def work_of(request: ClientRequest) -> Work:
+    """The work of a request. An image that starts from an init image takes only the last part of its steps."""
+    model, generations = request.model, [sub_request.generation for sub_request in request.sub_requests]
+    strengths = [1.0 if generation.strength is None else generation.strength for generation in generations]
+    loads = [_load(generation, model) for generation in generations]
+    return Work(
+        images=request.num_images,
+        steps=max(request.num_inference_steps * max(strengths), 1.0),
+        load=sum(loads) / len(loads) / (model.default_width * model.default_height),
+    )
+
+
+def _load(generation: GenerationRequest, model: ModelDescription) -> float:
+    """Rows times pixels that an image adds to a round, on average over its steps.
+
+    The average is exact, since the time of a round is modelled as linear in its load.
+    """
+    interval = generation.cache_interval or 1
+    depth = (1.0 + (interval - 1) * _SHALLOW) / interval
+    rows = 1.0
+    if generation.guidance_scale > 1 and not model.guidance_width:  # two rows in the steps under guidance
+        end = 1.0 if generation.guidance_end is None else generation.guidance_end
+        rows += end - (generation.guidance_start or 0.0)
+    return rows * depth * generation.width * generation.height
 
 
 class StepTimeModel:

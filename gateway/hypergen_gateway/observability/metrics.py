@@ -71,29 +71,29 @@ class Metrics:
         """A request joined a job."""
         self._joined.labels(reason).inc()
 
-    def refused(self, error: HyperGenError) -> None:
+    def rejected(self, error: HyperGenError) -> None:
         """A request was not let in."""
         self._refused.labels("deadline" if isinstance(error, DeadlineTooShortError) else "queue_full").inc()
 
-    def came(self, finished: EncodedImage, seconds: float, *, is_first: bool) -> None:
+    def image_ready(self, encoded: EncodedImage, seconds: float, *, is_first: bool) -> None:
         """A preview or a picture is there, `seconds` after its request."""
-        picture = finished.picture
-        kind = "picture" if picture.is_final else "preview"
+        image = encoded.image
+        kind = "picture" if image.is_final else "preview"
         self._images.labels(kind).inc()
         if is_first:
             self._first.labels(kind).observe(seconds)
-        if picture.is_final:
-            self._steps.inc(picture.step)
-            phases = {**vars(picture.timings), "encode_image": finished.encode_image}
+        if image.is_final:
+            self._steps.inc(image.step)
+            phases = {**vars(image.timings), "encode_image": encoded.encode_ms}
             for phase, milliseconds in phases.items():
                 self._phases.labels(phase).observe(milliseconds / 1000)
 
-    def completed(self, place: Slot, seconds: float) -> None:
+    def completed(self, slot: Slot, seconds: float) -> None:
         """All pictures of a request are drawn, `seconds` after it came."""
-        if place.estimate:
-            self._ratio.observe(seconds / place.estimate)
+        if slot.estimate:
+            self._ratio.observe(seconds / slot.estimate)
 
-    def abandoned(self, steps: float) -> None:
+    def cancelled(self, steps: float) -> None:
         """A request was given up before `steps` of its images' steps."""
         self._saved.inc(steps)
 

@@ -85,19 +85,19 @@ class Tracing:
         if served.status >= 500:
             span.set_status(StatusCode.ERROR)
 
-    def came(self, finished: EncodedImage, seconds: float, *, is_first: bool) -> None:  # noqa: ARG002
+    def image_ready(self, encoded: EncodedImage, seconds: float, *, is_first: bool) -> None:  # noqa: ARG002
         """A picture is there: its way is told from behind, as its times are known only now."""
-        picture = finished.picture
-        if not picture.is_final:
+        image = encoded.image
+        if not image.is_final:
             return
-        phases = {name: getattr(picture.timings, phase) for phase, name in _PHASES.items()}
-        phases["file"] = finished.encode_image
+        phases = {name: getattr(image.timings, phase) for phase, name in _PHASES.items()}
+        phases["file"] = encoded.encode_ms
         ended = time.time_ns()
         began = ended - sum(_nanoseconds(milliseconds) for milliseconds in phases.values())
         attributes = {
-            "hypergen.image_index": picture.index,
-            "hypergen.steps": picture.step,
-            "hypergen.seed": picture.seed,
+            "hypergen.image_index": image.index,
+            "hypergen.steps": image.step,
+            "hypergen.seed": image.seed,
         }
         span = self._tracer.start_span("picture", start_time=began, attributes=attributes)
         for name, milliseconds in phases.items():
@@ -106,14 +106,14 @@ class Tracing:
             child.end(began)
         span.end(ended)
 
-    def refused(self, error: HyperGenError) -> None:
+    def rejected(self, error: HyperGenError) -> None:
         """A request was not let in."""
         trace.get_current_span().add_event("refused", {"reason": error.code or ""})
 
-    def completed(self, place: Slot, seconds: float) -> None:
+    def completed(self, slot: Slot, seconds: float) -> None:
         """All pictures of a request are drawn."""
 
-    def abandoned(self, steps: float) -> None:
+    def cancelled(self, steps: float) -> None:
         """A request was given up."""
         trace.get_current_span().add_event("abandoned", {"hypergen.saved_steps": steps})
 

@@ -1,4 +1,4 @@
-"""From the wire to a Generation."""
+"""From the fields of a body to a request that is legal for the model."""
 
 from __future__ import annotations
 
@@ -6,19 +6,27 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from starlette.datastructures import Headers
 
 from hypergen_gateway.api.bodies import parse_json
+from hypergen_gateway.api.client_request import to_client_request, to_generation_request
 from hypergen_gateway.api.fields import ImageRequest
-from hypergen_gateway.api.validation import file_format_of, quality_of, read_request, to_generation
+from hypergen_gateway.api.validation import validate
 from hypergen_gateway.errors import InvalidRequestError
 from hypergen_gateway.generation.backend import MAX_SEED, GenerationRequest, Lora, ModelDescription
 from hypergen_gateway.generation.images import FileFormat
+from hypergen_gateway.generation.request import ClientRequest
 from hypergen_gateway.generation.sizes import SizePolicy
 from support.fake_backend import MODEL
 
 
 def generation(served: ModelDescription = MODEL, **fields: Any) -> GenerationRequest:
-    return to_generation(read_request({"prompt": "a fox"} | fields, ImageRequest, served), served)
+    return to_generation_request(validate({"prompt": "a fox"} | fields, ImageRequest, served), served)
+
+
+def client_request(**fields: Any) -> ClientRequest:
+    body = validate({"prompt": "a fox"} | fields, ImageRequest, MODEL)
+    return to_client_request(body, [], MODEL, Headers(), "/v1/images/generations")
 
 
 def test_what_is_absent_comes_from_the_model() -> None:
@@ -77,7 +85,7 @@ def test_strictly_the_sizes_that_are_built_in_are_named() -> None:
     with pytest.raises(InvalidRequestError, match=r"It must be 'auto' or one of 64x48, 128x128\."):
         SizePolicy(name="strict").check((128, 48), served)
     with pytest.raises(InvalidRequestError, match=r"It must be 'auto' or one of 64x48, 128x128\."):
-        read_request({"prompt": "a", "size": "64"}, ImageRequest, served, SizePolicy(name="strict"))
+        validate({"prompt": "a", "size": "64"}, ImageRequest, served, SizePolicy(name="strict"))
 
 
 def test_null_is_the_same_as_absent() -> None:
@@ -123,7 +131,7 @@ def test_the_longest_prompt_and_any_unicode_pass() -> None:
     ("asked", "told"), [("auto", "medium"), ("hd", "high"), ("low", "low"), ("standard", "medium")]
 )
 def test_quality_is_told_in_a_word_of_openai_s_schema(asked: str, told: str) -> None:
-    assert quality_of(read_request({"prompt": "a fox", "quality": asked}, ImageRequest, MODEL)) == told
+    assert client_request(quality=asked).quality == told
 
 
 def test_previews_are_for_streams() -> None:
@@ -141,7 +149,7 @@ def test_previews_are_for_streams() -> None:
     ],
 )
 def test_format_and_compression_say_which_file_is_made(fields: dict[str, Any], made: FileFormat) -> None:
-    assert file_format_of(read_request({"prompt": "a fox"} | fields, ImageRequest, MODEL)) == made
+    assert client_request(**fields).file_format == made
 
 
 WITH_LORAS = replace(

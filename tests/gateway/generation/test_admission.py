@@ -31,11 +31,11 @@ class Visitor:
     ) -> None:
         self.is_in = False
         self.done = asyncio.Event()
-        self.place = admission.arrive(ask(images), capacity)
+        self.place = admission.enter(ask(images), capacity)
         self.task = asyncio.create_task(self._visit(admission, name, [] if log is None else log))
 
     async def _visit(self, admission: Admission, name: str, log: list[str]) -> None:
-        async with admission.turn(self.place):
+        async with admission.acquire(self.place):
             log.append(name)
             self.is_in = True
             await self.done.wait()
@@ -141,7 +141,7 @@ class TestTurns:
         admission = Admission(0)
         for _ in range(3):
             with pytest.raises(ZeroDivisionError):
-                async with admission.turn(admission.arrive(ask(), 1)):
+                async with admission.acquire(admission.enter(ask(), 1)):
                     raise ZeroDivisionError
         assert admission.running == 0
 
@@ -151,7 +151,7 @@ class TestFullQueues:
         admission = Admission(1)
         visitors = [Visitor(admission, images=2) for _ in range(2)]
         with pytest.raises(QueueFullError) as refused:
-            admission.arrive(ask(), 2)
+            admission.enter(ask(), 2)
         assert refused.value.headers == {"Retry-After": "1", "retry-after-ms": "1000"}
         for visitor in visitors:
             await visitor.leave()
@@ -162,7 +162,7 @@ class TestFullQueues:
         visitors = [Visitor(admission, images=2) for _ in range(2)]  # 20 image-steps each: 2 s
         clock.now += 0.5
         with pytest.raises(QueueFullError) as refused:
-            admission.arrive(ask(), 2)
+            admission.enter(ask(), 2)
         assert refused.value.retry_after == pytest.approx(1.5)
         assert refused.value.headers["retry-after-ms"] == "1500"
         for visitor in visitors:
@@ -173,7 +173,7 @@ class TestFullQueues:
         admission = await measured(clock, max_waiting=0)
         working = Visitor(admission, images=2)
         with pytest.raises(QueueFullError) as refused:
-            admission.arrive(ask(), 2)
+            admission.enter(ask(), 2)
         assert refused.value.retry_after == pytest.approx(2.0)
         await working.leave()
 
@@ -182,7 +182,7 @@ class TestFullQueues:
         admission = await measured(clock, seconds=500, max_waiting=0)
         working = Visitor(admission)
         with pytest.raises(QueueFullError) as refused:
-            admission.arrive(ask(), 1)
+            admission.enter(ask(), 1)
         assert refused.value.retry_after == 120.0
         await working.leave()
 
@@ -197,7 +197,7 @@ class TestEstimates:
     async def test_an_estimate_grows_with_images_steps_and_load_and_with_who_is_before(self) -> None:
         admission = await measured(Clock())
         estimates = [
-            admission.arrive(work, 100).estimate
+            admission.enter(work, 100).estimate
             for work in (ask(), ask(images=2), ask(steps=40), ask(load=4.0))  # all of them stay
         ]
         # Each is played together with those before: 10 steps of 1 image, then of 3, then 10 of 4 and 30 of 1, …
@@ -233,15 +233,15 @@ class TestEstimates:
 
 class TestDeadlines:
     async def test_what_can_be_met_is_let_in_and_what_nobody_knows_too(self) -> None:
-        assert Admission(10).arrive(ask(), 2, deadline=0.001).position == 0
+        assert Admission(10).enter(ask(), 2, deadline=0.001).position == 0
         admission = await measured(Clock())
-        assert admission.arrive(ask(), 2, deadline=1.01).estimate == pytest.approx(1.0)
+        assert admission.enter(ask(), 2, deadline=1.01).estimate == pytest.approx(1.0)
 
     async def test_what_comes_too_late_behind_others_is_refused_until_enough_of_them_is_done(self) -> None:
         admission = await measured(Clock())
         working = Visitor(admission, images=2)
         with pytest.raises(DeadlineTooShortError, match="about 3 s, and the request allows") as refused:
-            admission.arrive(ask(), 2, deadline=1.5)
+            admission.enter(ask(), 2, deadline=1.5)
         assert refused.value.retry_after == pytest.approx(1.5)
         assert refused.value.headers == {"Retry-After": "2", "retry-after-ms": "1500"}
         assert admission.waiting == 0
@@ -250,7 +250,7 @@ class TestDeadlines:
     async def test_what_not_even_an_idle_server_can_do_is_not_to_be_tried_again(self) -> None:
         admission = await measured(Clock())
         with pytest.raises(DeadlineTooShortError, match="even on an idle server") as refused:
-            admission.arrive(ask(steps=100), 2, deadline=5)
+            admission.enter(ask(steps=100), 2, deadline=5)
         assert (refused.value.status, refused.value.headers) == (429, {"x-should-retry": "false"})
 
     async def test_old_figures_forbid_nothing_on_an_idle_server(self) -> None:
@@ -258,6 +258,6 @@ class TestDeadlines:
         clock = Clock()
         admission = await measured(clock, seconds=60)
         with pytest.raises(DeadlineTooShortError):
-            admission.arrive(ask(), 2, deadline=5)
+            admission.enter(ask(), 2, deadline=5)
         clock.now += 61
-        assert admission.arrive(ask(), 2, deadline=5).position == 0
+        assert admission.enter(ask(), 2, deadline=5).position == 0

@@ -12,7 +12,7 @@ from PIL import Image
 
 from hypergen_gateway.errors import InvalidRequestError
 from hypergen_gateway.generation.backend import ModelDescription
-from hypergen_gateway.generation.image_inputs import InitImage, Uploads, Wanted, open_init_images
+from hypergen_gateway.generation.image_inputs import InitImage, InitImageOptions, Uploads, read_init_images
 from hypergen_gateway.generation.sizes import SizePolicy
 from support.fake_backend import MODEL
 from support.pictures import file_of, hole, photo, ramp
@@ -28,7 +28,7 @@ def starts(
         mask=None if mask is None else io.BytesIO(mask),
         images_param="image",
     )
-    return open_init_images(uploads, Wanted(size=asked, count=needed), model, SizePolicy())
+    return read_init_images(uploads, InitImageOptions(size=asked, count=needed), model, SizePolicy())
 
 
 def test_an_image_of_a_legal_size_arrives_pixel_by_pixel() -> None:
@@ -36,14 +36,14 @@ def test_an_image_of_a_legal_size_arrives_pixel_by_pixel() -> None:
     assert np.array_equal(start.image, ramp(64, 48))
     assert start.mask is None
     drawn = np.full((48, 64, 3), 7, dtype=np.uint8)
-    assert start.retouch.apply(drawn) is drawn
+    assert start.compositing.apply(drawn) is drawn
 
 
 def test_another_image_is_drawn_in_a_legal_size_and_comes_back_in_its_own() -> None:
     (start,) = starts(file_of(photo(501, 333)))
     assert start.image.shape == (336, 504, 3)
     assert np.abs(start.image[::48, ::72].astype(int) - ramp(504, 336)[::48, ::72]).max() < 4
-    back = start.retouch.apply(start.image)
+    back = start.compositing.apply(start.image)
     assert back.shape == (333, 501, 3)
     assert np.abs(back.astype(int) - ramp(501, 333)).mean() < 1
 
@@ -51,7 +51,7 @@ def test_another_image_is_drawn_in_a_legal_size_and_comes_back_in_its_own() -> N
 def test_with_a_size_the_image_is_cut_to_its_proportions_from_the_middle() -> None:
     (start,) = starts(file_of(photo(96, 48)), asked=(48, 48))
     assert np.array_equal(start.image, ramp(96, 48)[:, 24:72])
-    assert start.retouch.size == (48, 48)
+    assert start.compositing.size == (48, 48)
 
 
 def test_the_mask_is_255_where_it_is_transparent_and_everything_else_stays_to_the_pixel() -> None:
@@ -60,7 +60,7 @@ def test_the_mask_is_255_where_it_is_transparent_and_everything_else_stays_to_th
     expected[8:40, 16:48] = 255
     assert start.mask is not None
     assert np.array_equal(start.mask, expected)
-    result = start.retouch.apply(np.full((48, 64, 3), 7, dtype=np.uint8))
+    result = start.compositing.apply(np.full((48, 64, 3), 7, dtype=np.uint8))
     assert np.array_equal(result, np.where(expected[..., None] > 0, np.uint8(7), ramp(64, 48)))
 
 
@@ -69,7 +69,7 @@ def test_what_stays_is_the_image_itself_even_where_it_was_drawn_in_another_size(
     assert start.mask is not None
     assert start.mask.shape == (336, 504)
     assert start.mask.max() == 255  # a single pixel does not get lost on the way
-    result = start.retouch.apply(np.full((336, 504, 3), 7, dtype=np.uint8))
+    result = start.compositing.apply(np.full((336, 504, 3), 7, dtype=np.uint8))
     changed = (result != ramp(501, 333)).any(axis=2)
     assert (changed.sum(), changed[100, 100]) == (1, True)
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from hypergen_gateway.api.client_request import to_generation_request
 from hypergen_gateway.api.fields import ImageRequest
-from hypergen_gateway.api.validation import read_request, to_generation
-from hypergen_gateway.generation.images import PNG
-from hypergen_gateway.generation.latency import RemainingWork, StepTimeModel, forecast
-from hypergen_gateway.generation.service import Order, SubRequest, work_of
+from hypergen_gateway.api.validation import validate
+from hypergen_gateway.generation.backend import GenerationRequest, ModelDescription
+from hypergen_gateway.generation.latency import RemainingWork, StepTimeModel, forecast, work_of
+from hypergen_gateway.generation.request import ClientRequest, SubRequest
 from support.fake_backend import MODEL
 
 
@@ -20,6 +21,10 @@ def learned(*samples: tuple[float, float]) -> StepTimeModel:
     for load, seconds in samples:
         pace.learn(load, seconds)
     return pace
+
+
+def load_of(generation: GenerationRequest, model: ModelDescription) -> float:
+    return work_of(ClientRequest(sub_requests=[SubRequest(generation=generation)], model=model)).load
 
 
 def test_nothing_is_known_before_the_first_request() -> None:
@@ -101,12 +106,11 @@ def test_what_a_request_takes_besides_its_rounds_is_not_taken_for_rounds() -> No
 def test_the_load_of_a_picture_is_the_mean_over_its_steps(fields: dict[str, Any], load: float) -> None:
     """With time a line over load, requests of unequal steps then tell the truth, and are told it."""
     model = replace(MODEL, max_cache_interval=10)
-    request = read_request({"prompt": "a fox"} | fields, ImageRequest, model)
-    order = Order(parts=[SubRequest(generation=to_generation(request, model))], model=model, file_format=PNG)
-    assert work_of(order).load == pytest.approx(load)
+    body = validate({"prompt": "a fox"} | fields, ImageRequest, model)
+    assert load_of(to_generation_request(body, model), model) == pytest.approx(load)
 
 
 def test_guidance_inside_the_unet_adds_no_row() -> None:
     model = replace(MODEL, guidance_width=256)
-    generation = to_generation(ImageRequest(prompt="a fox", guidance_scale=8.0), model)
-    assert work_of(Order(parts=[SubRequest(generation=generation)], model=model, file_format=PNG)).load == 1.0
+    generation = to_generation_request(ImageRequest(prompt="a fox", guidance_scale=8.0), model)
+    assert load_of(generation, model) == 1.0

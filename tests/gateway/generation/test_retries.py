@@ -13,15 +13,15 @@ import openai
 import pytest
 from PIL import Image
 
+from hypergen_gateway.api.client_request import to_generation_request
 from hypergen_gateway.api.fields import ImageRequest
-from hypergen_gateway.api.validation import to_generation
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.errors import UnavailableError
 from hypergen_gateway.generation.admission import Admission
-from hypergen_gateway.generation.images import PNG
-from hypergen_gateway.generation.jobs import Jobs, RequestIdentity, RetentionPolicy
-from hypergen_gateway.generation.service import ImageService, Order, parts_of
+from hypergen_gateway.generation.jobs import Jobs, RetentionPolicy
+from hypergen_gateway.generation.request import Client, ClientRequest, SubRequest
+from hypergen_gateway.generation.service import ImageService
 from support.cutting_proxy import CuttingProxy, cutting_proxy
 from support.fake_backend import MODEL, FakeBackend, in_memory, on_loopback, until
 from support.node_client import run_node_client
@@ -235,18 +235,23 @@ class TestRetries:
     async def test_the_retry_of_a_request_that_never_came_is_not_answered_with_an_old_picture(
         self, backend: FakeBackend
     ) -> None:
-        jobs = Jobs(RetentionPolicy(grace=1.0, seconds=60.0, nbytes=1 << 20, lost_answer=0.1), joined=lambda _: None)
-        made = to_generation(ImageRequest(prompt="a fox"), MODEL)
-        order = Order(parts=parts_of(made, [], None), model=MODEL, file_format=PNG)
-        studio = ImageService(backend, Admission(10))
-        first = jobs.join(RequestIdentity(owner="", fingerprint="fox", may_return=True), lambda: studio.take(order))
-        assert await first.finals()
-        again = RequestIdentity(owner="", fingerprint="fox", may_return=True, is_retry=True)
-        assert jobs.join(again, lambda: studio.take(order)) is first
+        retention = RetentionPolicy(grace=1.0, seconds=60.0, nbytes=1 << 20, lost_answer=0.1)
+        jobs = Jobs(ImageService(backend, Admission(10)), retention, on_joined=lambda _: None)
+        generation = to_generation_request(ImageRequest(prompt="a fox"), MODEL)
+        request = ClientRequest(
+            sub_requests=[SubRequest(generation=generation)],
+            model=MODEL,
+            client=Client(may_return=True),
+            fingerprint="fox",
+        )
+        first = jobs.join(request)
+        assert await first.final_images()
+        retry = replace(request, client=Client(may_return=True, is_retry=True))
+        assert jobs.join(retry) is first
         await asyncio.sleep(0.15)
-        second = jobs.join(again, lambda: studio.take(order))
+        second = jobs.join(retry)
         assert second is not first
-        assert await second.finals()
+        assert await second.final_images()
 
     async def test_another_owner_s_or_another_request_s_work_is_never_joined(
         self, client: httpx.AsyncClient, backend: FakeBackend

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import pytest
 
-from hypergen_gateway.api.fields import EditForm, EditRequest, ImageRequest, PictureFields, VariationForm
+from hypergen_gateway.api.fields import EditForm, EditRequest, ImageFields, ImageRequest, VariationForm
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from support.fake_backend import FakeBackend, in_memory
@@ -69,7 +69,7 @@ def places(listener: socket.socket, secret: Path) -> list[str]:
     ]
 
 
-def texts_of(kind: type[PictureFields]) -> list[str]:
+def texts_of(kind: type[ImageFields]) -> list[str]:
     """The fields of a body that take a text."""
     annotations = {name: described.annotation for name, described in kind.model_fields.items()}
     return [name for name, annotation in annotations.items() if str in (annotation, *get_args(annotation))]

@@ -1,0 +1,170 @@
+"""From validated fields to the internal `ClientRequest`: fills in the model's defaults and what the client implies."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from starlette.datastructures import Headers
+
+from hypergen_gateway.api.client_hints import read_client
+from hypergen_gateway.api.fields import ImageRequest, RequestBody, VariationForm
+from hypergen_gateway.api.validation import check_limits, invalid, requested_size
+from hypergen_gateway.errors import InvalidRequestError
+from hypergen_gateway.generation.backend import GenerationRequest, ModelDescription
+from hypergen_gateway.generation.image_inputs import InitImage, InitImageOptions
+from hypergen_gateway.generation.images import FileFormat
+from hypergen_gateway.generation.request import Client, ClientRequest, Quality, SubRequest, split
+from hypergen_gateway.generation.sizes import nearest_size
+
+# Random seeds stay below 2^53: JavaScript rounds larger ones, and the image could not be reproduced.
+_RANDOM_SEEDS = 2**53
+# Enough for a different image, little enough to show the same thing.
+_VARIATION_STRENGTH = 0.6
+# The qualities of all of OpenAI's models, in the words of its schema for responses.
+_QUALITIES: dict[str, Quality] = {
+    "low": "low",
+    "medium": "medium",
+    "high": "high",
+    "xhigh": "high",
+    "max": "high",
+    "auto": "medium",
+    "standard": "medium",
+    "hd": "high",
+}
+_STEPS_BY_QUALITY: dict[Quality, float] = {"low": 0.5, "medium": 1.0, "high": 1.5}
+# OpenAI's models that answer with links by default.
+_LINKING_MODELS = ("dall-e-2", "dall-e-3")
+# Fields that hold files; the fingerprint covers their pixels instead.
+_FILES = {"image", "images", "mask"}
+
+
+def to_client_request(
+    body: RequestBody, init_images: Sequence[InitImage], model: ModelDescription, headers: Headers, route: str
+) -> ClientRequest:
+    """The whole request. Hashes the init images if the client may return: large ones belong in a thread.
+
+    Raises:
+        InvalidRequestError: a field is beyond the model's limits, or the idempotency key is malformed.
+    """
+    sub_requests = split(to_generation_request(body, model), init_images, requested_size(body))
+    client = read_client(headers)
+    return ClientRequest(
+        sub_requests=sub_requests,
+        model=model,
+        file_format=FileFormat(body.output_format, body.output_compression),
+        operation="image_generation" if isinstance(body, ImageRequest) else "image_edit",
+        quality=_QUALITIES[body.quality],
+        stream=body.stream,
+        links=_wants_links(body, client),
+        deadline=_deadline(body, client),
+        client=client,
+        fingerprint=_fingerprint(route, body, sub_requests) if client.may_return else "",
+    )
+
+
+def init_image_options(body: RequestBody, model: ModelDescription) -> InitImageOptions:
+    """How the uploads of a request become init images."""
+    strength = _strength(body, model)
+    return InitImageOptions(
+        size=requested_size(body),
+        count=body.n,
+        keep_originals=strength is not None and strength * _num_inference_steps(body, model) < 1,
+    )
+
+
+def to_generation_request(body: RequestBody, model: ModelDescription) -> GenerationRequest:
+    """What the backend is asked for, before it is split by init images."""
+    size = requested_size(body)
+    width, height = (model.default_width, model.default_height) if size is None else nearest_size(size, model)
+    seed = secrets.randbelow(_RANDOM_SEEDS - body.n) if body.seed in (None, -1) else body.seed
+    generation = GenerationRequest(
+        prompt=body.prompt,
+        negative_prompt=body.negative_prompt,
+        num_images=body.n,
+        width=width,
+        height=height,
+        num_inference_steps=_num_inference_steps(body, model),
+        guidance_scale=model.default_guidance_scale if body.guidance_scale is None else body.guidance_scale,
+        guidance_start=body.guidance_start,
+        guidance_end=body.guidance_end,
+        cache_interval=body.cache_interval,
+        scheduler=body.scheduler,
+        seed=seed,
+        partial_images=body.partial_images if body.stream else 0,
+        strength=_strength(body, model),
+        **_lora(body, model),
+    )
+    check_limits(generation, body, model)
+    return generation
+
+
+def _num_inference_steps(body: RequestBody, model: ModelDescription) -> int:
+    """The requested steps, or those of the quality."""
+    if body.num_inference_steps is not None:
+        return body.num_inference_steps
+    steps = round(model.default_num_inference_steps * _STEPS_BY_QUALITY[_QUALITIES[body.quality]])
+    return min(max(steps, 1), model.max_num_inference_steps)
+
+
+def _strength(body: RequestBody, model: ModelDescription) -> float | None:
+    """The strength of an edit or variation; None leaves it to the model."""
+    if isinstance(body, ImageRequest):
+        return None
+    if isinstance(body, VariationForm) and body.strength is None:
+        return max(_VARIATION_STRENGTH, 1 / _num_inference_steps(body, model))
+    return body.strength
+
+
+def _lora(body: RequestBody, model: ModelDescription) -> dict[str, Any]:
+    """The LoRA and its scale; neither at scale 0, and a scale without a LoRA is ignored."""
+    if body.lora_path is None:
+        return {}
+    scales = [lora.scale for lora in model.loras if lora.name == body.lora_path]
+    if not scales:
+        raise invalid("lora_path", {"lora_path": body.lora_path}, model)
+    scale = scales[0] if body.lora_scale is None else body.lora_scale
+    if scale not in (0, *scales):
+        known = ", ".join(f"{one:g}" for one in scales)
+        raise InvalidRequestError(
+            f"Invalid value for 'lora_scale': {scale:g}. '{body.lora_path}' is served at {known}; 0 leaves it out.",
+            "lora_scale",
+        )
+    return {"lora": body.lora_path, "lora_scale": scale} if scale else {}
+
+
+def _wants_links(body: RequestBody, client: Client) -> bool:
+    """Whether the response links to the images; by default, as OpenAI's model of that name does."""
+    if body.response_format is not None or body.stream:
+        return body.response_format == "url"
+    # OpenAI offers variations by one model only.
+    model = body.model or ("dall-e-2" if isinstance(body, VariationForm) else None)
+    return model in _LINKING_MODELS or (client.expects_links and not model)
+
+
+def _deadline(body: RequestBody, client: Client) -> float | None:
+    """Seconds within which the images are wanted; None if there is no limit.
+
+    A client's read time-out is a deadline unless the response is a stream, whose heartbeats keep the client waiting.
+    """
+    requested = None if body.deadline_ms is None else body.deadline_ms / 1000
+    read_timeout = None if body.stream else client.read_timeout
+    return min((limit for limit in (requested, read_timeout) if limit is not None), default=None)
+
+
+def _fingerprint(route: str, body: RequestBody, sub_requests: Sequence[SubRequest]) -> str:
+    """A digest of what was read rather than of the bytes: a form's boundary differs in every request."""
+    digest = hashlib.sha256(f"{route}\n{body.model_dump_json(exclude=_FILES)}".encode())
+    for sub_request in sub_requests:
+        arrays = [sub_request.generation.image, sub_request.generation.mask]
+        if (compositing := sub_request.compositing) is not None:  # in a size that the model does not see
+            digest.update(repr(compositing.size).encode())
+            arrays += [compositing.kept, compositing.mask]
+        for pixels in arrays:
+            if pixels is not None:
+                digest.update(repr(pixels.shape).encode())
+                digest.update(np.ascontiguousarray(pixels).data)
+    return digest.hexdigest()
