@@ -1,12 +1,12 @@
-# Everything in one container, for a machine without a GPU: `hypergen serve` with the Triton of its PyPI wheel.
+# Everything in one container, for a machine without a GPU: `hypergen serve` with Triton from its PyPI wheel.
 #
-# NVIDIA's image holds an OpenVINO backend too, but one that fixes every call at the largest batch: a smaller one is
-# refused, or padded to it. Calls of step-level batching have as many rows as there are images under way. The backend
-# that `hypergen serve` brings runs a batch at its own size.
+# NVIDIA's image has an OpenVINO backend too, but it fixes every call at the largest batch: a smaller one is rejected, or
+# padded. With step-level batching, calls have as many rows as images are in progress. The backend of `hypergen serve`
+# runs each batch at its own size.
 #
 #   docker build -f docker/cpu.Dockerfile -t hypergen-cpu .
 
-# Triton's wheel has a Python backend for this Python, and needs its shared library, which these images have.
+# Triton's wheel has a Python backend for this version and needs libpython, which these images have.
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS build

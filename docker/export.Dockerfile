@@ -1,4 +1,4 @@
-# The exporter: a checkpoint becomes a Triton repository, its engines built by the TensorRT of the Triton that serves.
+# The exporter: converts a checkpoint to a Triton repository, with engines built by the serving Triton's TensorRT.
 #
 #   docker build -f docker/export.Dockerfile -t hypergen-export .
 
@@ -6,8 +6,8 @@ ARG TRITON_IMAGE=nvcr.io/nvidia/tritonserver:26.07-py3
 
 FROM ${TRITON_IMAGE}
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-# The release of TensorRT in TRITON_IMAGE. Only the bindings are installed, which load the image's own libnvinfer: a
-# library from pip could be another build, whose plans Triton would refuse.
+# The TensorRT release of TRITON_IMAGE. Only the bindings are installed, which load the image's libnvinfer: a library
+# from pip could be another build, whose plans Triton would reject.
 ARG TENSORRT=11.1.0.106
 WORKDIR /src
 COPY docker/constraints.txt docker/
@@ -28,9 +28,9 @@ ENV PATH=/opt/hypergen/bin:${PATH} \
     HOME=/hub \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
-# The image's own user triton-server, which serves what this one writes.
+# The image's user triton-server, which also serves the repository.
 USER 1000:1000
 WORKDIR /models
-# NVIDIA's entry point first: it sets up CUDA's forward compatibility with older drivers.
+# NVIDIA's entry point sets up CUDA's forward compatibility with older drivers.
 ENTRYPOINT ["/opt/nvidia/nvidia_entrypoint.sh", "hypergen"]
 CMD ["export", "--help"]

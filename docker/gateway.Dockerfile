@@ -1,8 +1,8 @@
-# The gateway: Starlette, gRPC and nothing of torch or Triton. Runs with a read-only root file system.
+# The gateway: Starlette and gRPC, without torch and Triton. Runs with a read-only root file system.
 #
 #   docker build -f docker/gateway.Dockerfile -t hypergen-gateway .
 
-# The Python that the tests run with.
+# The Python version of the tests.
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS build

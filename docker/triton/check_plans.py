@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""Checks a repository's TensorRT plans against this machine, then becomes Triton; run in Triton's place.
+"""Check a repository's TensorRT plans against this machine, then replace this process with Triton.
 
     check_plans.py tritonserver --model-repository=/models/repository …
 
-A plan runs in the release of TensorRT and on the kind of GPU that it was built with. Triton itself finds that out one
-component at a time and in the words of TensorRT; here it is one line per plan, with what to do about it, before
-anything is loaded. It knows the records that the exporter wrote: `hypergen.json`, and `model.plan.json` beside each
-plan.
+A plan runs only in the TensorRT release and on the kind of GPU that it was built with. Triton itself fails on the first
+mismatch while loading, with TensorRT's own error. This script reports one line per plan, and what to do, before
+anything is loaded. It reads the exporter's records: `hypergen.json`, and `model.plan.json` beside each plan.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 OPTION = "--model-repository="
-# Of any major release from 10 on; the image holds one.
+# Major releases from 10 on; the image contains one of them.
 TENSORRT = ("libnvinfer.so", "libnvinfer.so.12", "libnvinfer.so.11", "libnvinfer.so.10")
 DRIVER = "libcuda.so.1"
 NAME_BYTES = 256
@@ -31,7 +30,7 @@ COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76
 
 @dataclass(frozen=True)
 class Machine:
-    """What would run the plans: the release of TensorRT as "11.1.0", and the first GPU."""
+    """This machine's TensorRT release, such as "11.1.0", and its first GPU."""
 
     tensorrt: str
     gpu: str
@@ -39,11 +38,11 @@ class Machine:
 
 
 class NotHereError(Exception):
-    """No plan can be run here; `str()` is the reason."""
+    """This machine cannot run plans; `str()` is the reason."""
 
 
 def main(command: list[str]) -> NoReturn:
-    """Become the command, or exit with 1 where a plan would not run."""
+    """Run the command in place of this process, or exit with 1 if a plan would not run."""
     repository = next((Path(word.removeprefix(OPTION)) for word in command if word.startswith(OPTION)), None)
     if repository is None:
         say(f"usage: check_plans.py tritonserver {OPTION}FOLDER …")
@@ -58,23 +57,23 @@ def main(command: list[str]) -> NoReturn:
 
 
 def refusals_of(repository: Path) -> Iterator[str]:
-    """A line for each thing that keeps the repository from being served here."""
+    """One line for each reason why the repository cannot be served on this machine."""
     try:
         files: Mapping[str, int] = json.loads((repository / "hypergen.json").read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):
-        yield f"{repository} holds no whole export: hypergen.json is missing or broken"
+        yield f"{repository} is not a complete export: hypergen.json is missing or broken"
         return
     plans = sorted(name for name in files if name.endswith(".plan"))
     for name in plans:
         found = repository / name
         if not found.is_file() or found.stat().st_size != files[name]:
-            yield f"{name} is missing or not whole"
+            yield f"{name} is missing or incomplete"
     if plans:
         yield from plans_refused(repository, plans)
 
 
 def plans_refused(repository: Path, plans: list[str]) -> Iterator[str]:
-    """A line for each plan that was built for another machine than this."""
+    """One line for each plan that was built for another kind of machine."""
     try:
         machine = this_machine()
     except NotHereError as error:
@@ -89,63 +88,63 @@ def plans_refused(repository: Path, plans: list[str]) -> Iterator[str]:
 
 
 def mismatches(record: Mapping[str, Any], machine: Machine) -> Iterator[str]:
-    """Why a plan with this record does not run on the machine; another model of GPU of its kind only gets a remark."""
+    """Why a plan with this record does not run on the machine. Another GPU of the same kind only gets a warning."""
     if record["library"] != "tensorrt":
         yield f"it was built by {record['library']}, whose plans Triton does not load"
         return
     if record["version"].split(".")[:3] != machine.tensorrt.split("."):
-        yield f"it was built by TensorRT {record['version']}, and this Triton has TensorRT {machine.tensorrt}"
+        yield f"it was built by TensorRT {record['version']}, but this Triton has TensorRT {machine.tensorrt}"
     if record["compute_capability"] != machine.compute_capability:
         yield (
-            f"it was built for {record['gpu']} (compute capability {record['compute_capability']}), and this GPU is "
+            f"it was built for {record['gpu']} (compute capability {record['compute_capability']}), but this GPU is "
             f"{machine.gpu} ({machine.compute_capability})"
         )
     elif record["gpu"] != machine.gpu:
-        say(f"a plan was tuned on {record['gpu']}, and this GPU is {machine.gpu}: it may be slower than one built here")
+        say(f"a plan was built on {record['gpu']}, but this GPU is {machine.gpu}: a plan built here may be faster")
 
 
 def this_machine() -> Machine:
-    """Raises NotHereError where TensorRT or a GPU is missing."""
+    """This machine. Raises NotHereError if TensorRT or a GPU is missing."""
     return Machine(tensorrt_version(), *first_gpu())
 
 
 def tensorrt_version() -> str:
-    """Asked of the library that Triton's backend loads."""
+    """The release of the library that Triton's backend loads."""
     for name in TENSORRT:
         try:
             number = ctypes.CDLL(name).getInferLibVersion()
         except (OSError, AttributeError):
             continue
-        # As NvInferVersion.h has it since 10.
+        # The encoding of NvInferVersion.h since release 10.
         return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
-    raise NotHereError("there is no TensorRT here (libnvinfer.so), in which alone plans run")
+    raise NotHereError("TensorRT (libnvinfer.so) is not installed, so plans cannot run")
 
 
 def first_gpu() -> tuple[str, str]:
-    """Name and compute capability of the first GPU that is visible, asked of NVIDIA's driver."""
+    """Name and compute capability of the first visible GPU, from NVIDIA's driver."""
     try:
         driver = ctypes.CDLL(DRIVER)
     except OSError:
-        raise NotHereError("there is no NVIDIA GPU here: was the container given one?") from None
+        raise NotHereError("no NVIDIA GPU found: was the container given one?") from None
     device, name = ctypes.c_int(), ctypes.create_string_buffer(NAME_BYTES)
-    asked = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0)
-    asked = asked or driver.cuDeviceGetName(name, NAME_BYTES, device)
-    if asked:
-        raise NotHereError(f"NVIDIA's driver shows no GPU here (CUDA error {asked}): was the container given one?")
+    error = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0)
+    error = error or driver.cuDeviceGetName(name, NAME_BYTES, device)
+    if error:
+        raise NotHereError(f"NVIDIA's driver finds no GPU (CUDA error {error}): was the container given one?")
     numbers = [attribute(driver, device, which) for which in (COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR)]
     return name.value.decode(), f"{numbers[0]}.{numbers[1]}"
 
 
 def attribute(driver: ctypes.CDLL, device: ctypes.c_int, which: int) -> int:
-    """One number about a device."""
+    """An attribute of the device."""
     value = ctypes.c_int()
     if error := driver.cuDeviceGetAttribute(ctypes.byref(value), which, device):
-        raise NotHereError(f"NVIDIA's driver does not describe its GPU (CUDA error {error})")
+        raise NotHereError(f"NVIDIA's driver does not describe the GPU (CUDA error {error})")
     return value.value
 
 
 def say(line: str) -> None:
-    """To where Triton logs."""
+    """Write to standard error, where Triton logs."""
     print(f"check_plans: {line}", file=sys.stderr, flush=True)
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Waits until Triton has nothing left to do; run before Triton is told to stop.
+"""Wait until Triton has finished its images; run before Triton is stopped.
 
-From the moment it is told, Triton fails the next call of every picture under way. The step loop calls the UNet at
-every step, so a Triton whose count of executions stands still draws nothing. Knows Triton's metrics alone.
+Once it is stopping, Triton fails the next call of every image in progress. The sampler calls the denoiser at every
+step, so Triton is idle when its count of executions does not change. Uses Triton's metrics only.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ EXECUTIONS = re.compile(r"^nv_inference_exec_count\{[^}]*\} (\S+)$", re.MULTILIN
 
 
 def main() -> int:
-    """Exit code 0: nothing is under way, or nobody is there any more. 1: pictures were still drawn at the limit."""
+    """Exit code 0: Triton is idle or has stopped. 1: images were still being generated at the limit."""
     options = parser().parse_args()
-    # Until then clients may still open streams, on connections from before this server left their list.
+    # Clients may still open streams on old connections until they no longer resolve to this server.
     time.sleep(options.announce)
     deadline = time.monotonic() + options.limit
     last, since = executions(options.metrics_url), time.monotonic()
     while last is not None and time.monotonic() - since < options.quiet:
         if time.monotonic() > deadline:
-            print(f"drain: pictures were still drawn after {options.limit:.0f} s", file=sys.stderr)
+            print(f"drain: images were still being generated after {options.limit:.0f} s", file=sys.stderr)
             return 1
         time.sleep(POLL_SECONDS)
         count = executions(options.metrics_url)
@@ -36,17 +36,17 @@ def main() -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options: seconds, and where the metrics are."""
-    options = argparse.ArgumentParser(description="Wait until Triton has nothing left to do.")
+    """The command-line options."""
+    options = argparse.ArgumentParser(description="Wait until Triton has finished its images.")
     options.add_argument("--metrics-url", default="http://127.0.0.1:8002/metrics")
-    options.add_argument("--announce", type=float, default=0.0, help="seconds until no client knows this server")
-    options.add_argument("--quiet", type=float, default=5.0, help="seconds without an execution that mean idle")
-    options.add_argument("--limit", type=float, default=240.0, help="seconds after announce until it gives up")
+    options.add_argument("--announce", type=float, default=0.0, help="seconds until clients no longer know this server")
+    options.add_argument("--quiet", type=float, default=5.0, help="seconds without an execution that count as idle")
+    options.add_argument("--limit", type=float, default=240.0, help="seconds to wait after --announce")
     return options
 
 
 def executions(url: str) -> float | None:
-    """How often any model was executed since the start; None where nobody answers."""
+    """Executions of all models since Triton's start; None if it does not answer."""
     try:
         with urllib.request.urlopen(url, timeout=2) as answer:
             text = answer.read().decode()

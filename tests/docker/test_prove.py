@@ -40,7 +40,7 @@ class Proof:
     code: int
     said: str
     docker_calls: list[str]
-    picture: Path
+    image: Path
 
     def done(self, word: str) -> bool:
         """Whether a compose command was run."""
@@ -74,11 +74,11 @@ async def prove(
 
 
 @pytest.mark.parametrize(("mode", "served"), [("gpu", "gateway"), ("cpu", "cpu")])
-async def test_a_picture_and_a_refused_key_prove_it(tmp_path: Path, mode: str, served: str) -> None:
+async def test_an_image_and_a_rejected_key_prove_it(tmp_path: Path, mode: str, served: str) -> None:
     proof = await prove(tmp_path, FakeBackend(), mode)
     assert proof.code == 0, proof.said
     assert "== proved: " in proof.said
-    assert proof.picture.read_bytes().startswith(b"\x89PNG")
+    assert proof.image.read_bytes().startswith(b"\x89PNG")
     project = "compose --project-name hypergen-prove " + ("--profile cpu " if mode == "cpu" else "")
     commands = [call.removeprefix(project) for call in proof.docker_calls]
     assert f"up --detach {served}" in commands
@@ -100,7 +100,7 @@ async def test_what_docker_shows_to_be_wrong_is_named(tmp_path: Path, environmen
     assert proof.code == 1
     assert f"NOT PROVED: {says}" in proof.said
     assert proof.done("down")
-    assert not proof.picture.exists()
+    assert not proof.image.exists()
 
 
 async def test_a_gateway_that_takes_any_key_is_found_out(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ async def test_a_server_that_cannot_draw_is_found_out(tmp_path: Path) -> None:
     backend.failure = UnavailableError("The image model is not available.")
     proof = await prove(tmp_path, backend)
     assert proof.code == 1
-    assert "the request for a picture got 503" in proof.said
+    assert "the request for an image got 503" in proof.said
 
 
 async def test_it_does_not_wait_for_ever(tmp_path: Path) -> None:

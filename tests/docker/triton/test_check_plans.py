@@ -82,10 +82,10 @@ def test_plans_built_here_are_served(repository: Path, libraries: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"version": "11.0.0.114"}, "it was built by TensorRT 11.0.0.114, and this Triton has TensorRT 11.1.0"),
+        ({"version": "11.0.0.114"}, "it was built by TensorRT 11.0.0.114, but this Triton has TensorRT 11.1.0"),
         (
             {"gpu": "NVIDIA H100", "compute_capability": "9.0"},
-            "it was built for NVIDIA H100 (compute capability 9.0), and this GPU is NVIDIA Test GPU (8.6)",
+            "it was built for NVIDIA H100 (compute capability 9.0), but this GPU is NVIDIA Test GPU (8.6)",
         ),
         ({"library": "tensorrt_rtx"}, "it was built by tensorrt_rtx, whose plans Triton does not load"),
     ],
@@ -103,14 +103,14 @@ def test_another_model_of_the_same_kind_is_served_with_a_remark(repository: Path
     write_record(repository, gpu="NVIDIA A10")
     code, out, said = check(repository, libraries)
     assert (code, out.split()[0]) == (0, "serving")
-    assert "tuned on NVIDIA A10, and this GPU is NVIDIA Test GPU" in said
+    assert "built on NVIDIA A10, but this GPU is NVIDIA Test GPU" in said
 
 
 def test_a_plan_that_is_not_whole_is_refused(repository: Path, libraries: Path) -> None:
     (repository / PLAN).write_bytes(b"a pl")
-    assert f"{PLAN} is missing or not whole" in refusal(repository, libraries)
+    assert f"{PLAN} is missing or incomplete" in refusal(repository, libraries)
     (repository / PLAN).unlink()
-    assert f"{PLAN} is missing or not whole" in refusal(repository, libraries)
+    assert f"{PLAN} is missing or incomplete" in refusal(repository, libraries)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"library": "tensorrt"}'])
@@ -120,12 +120,15 @@ def test_a_broken_record_is_refused(repository: Path, libraries: Path, content: 
 
 
 def test_a_folder_that_no_export_wrote_is_refused(tmp_path: Path) -> None:
-    assert f"{tmp_path} holds no whole export" in refusal(tmp_path, None)
+    assert f"{tmp_path} is not a complete export" in refusal(tmp_path, None)
 
 
 def test_a_machine_without_tensorrt_or_gpu_is_told_so(repository: Path, libraries: Path, tmp_path: Path) -> None:
     (tmp_path / "libraries").mkdir()
-    for name, says in [("libcuda.so.1", "there is no TensorRT here"), ("libnvinfer.so", "there is no NVIDIA GPU here")]:
+    for name, says in [
+        ("libcuda.so.1", "TensorRT (libnvinfer.so) is not"),
+        ("libnvinfer.so", "no NVIDIA GPU found"),
+    ]:
         folder = tmp_path / "libraries" / name
         folder.mkdir()
         shutil.copy(libraries / name, folder)

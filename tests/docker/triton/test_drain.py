@@ -71,7 +71,7 @@ def test_it_gives_up_at_its_limit_and_says_so() -> None:
     with drawing(time.monotonic() + 60) as url:
         code, said = drain(url, "--quiet", "2", "--limit", "1")
     assert code == 1
-    assert said == "drain: pictures were still drawn after 1 s\n"
+    assert said == "drain: images were still being generated after 1 s\n"
 
 
 def test_nobody_there_is_nothing_to_wait_for() -> None:
