@@ -181,11 +181,11 @@ def test_every_request_field_has_a_row_in_the_api_and_no_other_has() -> None:
 
 
 def test_the_api_lists_the_schedulers_that_are_offered() -> None:
-    from hypergen_export.checkpoints.schedulers import OFFERED
+    from hypergen_export.checkpoints.schedulers import SELECTABLE
 
     table = section((DOCS / "api.md").read_text(), "## HyperGen's own fields")
     (values,) = [cells[1] for cells in rows(table) if cells[0] == "`scheduler`"]
-    assert code_in(values) == list(OFFERED)
+    assert code_in(values) == list(SELECTABLE)
 
 
 def response_headers() -> set[str]:

@@ -1,4 +1,4 @@
-"""The exporter: a diffusers checkpoint becomes a Triton model repository.
+"""The exporter: converts a diffusers checkpoint to a Triton model repository.
 
-Importing the package costs nothing: torch, diffusers and transformers are imported when an export really runs.
+torch, diffusers and transformers are imported only when something is converted.
 """

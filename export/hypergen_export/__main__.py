@@ -1,4 +1,4 @@
-"""`python -m hypergen_export MODEL --output DIR`: the command `hypergen export` without the gateway."""
+"""`python -m hypergen_export MODEL --output DIR`: `hypergen export` without the gateway."""
 
 from hypergen_export.cli import export
 

@@ -1,6 +1,6 @@
-"""The command `export`: options in, one clear line and an exit code out.
+"""The command `hypergen export`: options, error messages and exit codes.
 
-The gateway's command line loads this module; it imports nothing heavy.
+The gateway's command line loads this module, so it must not import torch or diffusers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import click
 from hypergen_export.checkpoints.lora import read_loras
 from hypergen_export.engines.engine import ENGINES, read_sizes
 from hypergen_export.errors import ExportError, InterruptedExportError
-from hypergen_export.repository.export import ExportRequest, Outcome
+from hypergen_export.repository.export import ExportRequest, ExportResult
 from hypergen_export.repository.export import export as build
 
 _DTYPES = {
@@ -32,9 +32,9 @@ _DTYPES = {
 
 
 def _not_empty(_: click.Context, parameter: click.Parameter, value: Any) -> Any:
-    """Refuses what a shell makes of a variable that is not set, as in --output "$FOLDER"."""
+    """Reject an empty value, such as --output "$FOLDER" with an unset variable."""
     if any(each in ("", Path()) for each in (value if isinstance(value, tuple) else (value,))):
-        raise click.BadParameter("it is empty.", param=parameter)
+        raise click.BadParameter("must not be empty.", param=parameter)
     return value
 
 
@@ -45,26 +45,26 @@ def _not_empty(_: click.Context, parameter: click.Parameter, value: Any) -> Any:
     type=click.Choice(list(ENGINES)),
     default="openvino",
     show_default=True,
-    help="openvino for a CPU; tensorrt for the GPU of this machine, in the TensorRT release that is installed here.",
+    help="openvino for a CPU; tensorrt for this machine's GPU, built by the TensorRT release installed here.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(list(_DTYPES)),
     default="float32",
     show_default=True,
-    help="What the engine computes in: float16 is TensorRT's alone.",
+    help="Precision of the engine; float16 with TensorRT only.",
 )
 @click.option(
     "--sizes",
     metavar="WxH,…",
-    help="Pictures that TensorRT engines are built for; OpenVINO draws any.  [default: the model's own size]",
+    help="Image sizes to build TensorRT engines for; OpenVINO takes any.  [default: the model's own size]",
 )
 @click.option(
     "--max-batch-size",
     type=click.IntRange(1, 128),
     default=8,
     show_default=True,
-    help="Images per UNet call; with guidance an image takes two rows of it.",
+    help="Images per denoiser call; an image with guidance takes two of its rows.",
 )
 @click.option(
     "--lora",
@@ -74,42 +74,46 @@ def _not_empty(_: click.Context, parameter: click.Parameter, value: Any) -> Any:
     callback=_not_empty,
     envvar="HYPERGEN_LORA",
     show_envvar=True,
-    help="A LoRA (.safetensors, or a folder that holds it) to serve beside MODEL, merged at this scale; repeatable.",
+    help="LoRA (.safetensors file, or a folder with one) to serve beside MODEL, merged at SCALE; repeatable.",
 )
 @click.option(
     "--deep-cache",
     is_flag=True,
     envvar="HYPERGEN_DEEP_CACHE",
     show_envvar=True,
-    help="Export a second, shallow UNet, for requests with cache_interval.",
+    help="Also export a shallow UNet, for requests with cache_interval (DeepCache).",
 )
-@click.option("--model-id", callback=_not_empty, help="The id that clients see.  [default: MODEL]")
+@click.option("--model-id", callback=_not_empty, help="Model id in the API.  [default: MODEL]")
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
     callback=_not_empty,
     required=True,
-    help="Folder of the Triton repository; an earlier export there is replaced.",
+    help="Folder for the Triton repository; a previous export there is replaced.",
 )
 def export(*, model: str, output: Path, dtype: str, sizes: str | None, loras: tuple[str, ...], **options: Any) -> None:
-    """Export MODEL, a diffusers checkpoint's hub id or folder, to a Triton model repository.
+    """Export MODEL, a diffusers checkpoint (hub id or folder), to a Triton model repository.
 
-    `hypergen/emoji` is the checkpoint that ships with the project.
+    `hypergen/emoji` is the checkpoint bundled with HyperGen.
     """
     began = time.monotonic()
     options["model_id"] = options["model_id"] or model
     try:
-        asked = () if sizes is None else read_sizes(sizes)
         request = ExportRequest(
-            model=model, output=output, dtype=_DTYPES[dtype], sizes=asked, loras=read_loras(loras), **options
+            model=model,
+            output=output,
+            dtype=_DTYPES[dtype],
+            sizes=() if sizes is None else read_sizes(sizes),
+            loras=read_loras(loras),
+            **options,
         )
         with _interruptible():
-            outcome = build(request, remark=lambda text: click.echo(f"{model}: {text}", err=True))
+            result = build(request, notify=lambda text: click.echo(f"{model}: {text}", err=True))
     except ExportError as error:
         _fail(str(error), error.exit_code)
-    except OSError as error:  # a checkpoint that may not be read, an installation with a file missing
+    except OSError as error:  # an unreadable checkpoint, an incomplete installation
         _fail(f"{error.filename or model}: {error.strerror or error}", 1)
-    click.echo(f"{output}: {_summary(outcome)} ({time.monotonic() - began:.1f} s)", err=True)
+    click.echo(f"{output}: {_summary(result)} ({time.monotonic() - began:.1f} s)", err=True)
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
@@ -117,27 +121,27 @@ def _fail(message: str, exit_code: int) -> NoReturn:
     raise SystemExit(exit_code)
 
 
-def _summary(outcome: Outcome) -> str:
-    parts = {"exported": outcome.converted, "reused": outcome.reused}
+def _summary(result: ExportResult) -> str:
+    parts = {"exported": result.converted, "reused": result.reused}
     return "; ".join(f"{verb} {', '.join(names)}" for verb, names in parts.items() if names) or "up to date"
 
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the block in order, as InterruptedExportError."""
+    """Turn SIGINT and SIGTERM into InterruptedExportError, so that the block cleans up."""
     received: list[int] = []
 
     def stop(number: int, _: FrameType | None) -> None:
         received.append(number)
-        if len(received) == 1:  # a second one must not interrupt the cleaning up
-            # Not an Exception: no gate on the way may take it for a failed conversion.
+        if len(received) == 1:  # a second signal must not interrupt the clean-up
+            # Not an Exception: handlers on the way would report it as a failed conversion.
             raise KeyboardInterrupt
 
-    former = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     except KeyboardInterrupt:
         raise InterruptedExportError(received[0] if received else signal.SIGINT) from None
     finally:
-        for number, handler in former.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

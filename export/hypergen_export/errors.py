@@ -1,48 +1,48 @@
-"""Everything that can go wrong in an export, as one tree. A message is one line that a user can act on."""
+"""Errors of an export. A message is one line that a user can act on."""
 
 from __future__ import annotations
 
 
 class ExportError(Exception):
-    """Base of all errors that an export reports; `exit_code` is what the command ends with."""
+    """Base of all errors that an export reports; `exit_code` is the command's."""
 
     exit_code = 1
 
 
 class BadOptionError(ExportError):
-    """Options that do not go together, or not with this model."""
+    """Options that contradict each other or do not fit the model."""
 
 
 class NoGpuError(ExportError):
-    """TensorRT builds on the GPU that will serve, and there is none."""
+    """TensorRT engines are built on a GPU, and this machine has none."""
 
 
 class UnknownModelError(ExportError):
-    """Neither a folder nor a model that the hub could deliver."""
+    """Neither a folder nor a model on the hub."""
 
 
 class NotADiffusersPipelineError(ExportError):
-    """The folder or hub repository is there, but not in the layout of diffusers."""
+    """The folder or hub repository exists but is not in diffusers' layout."""
 
 
 class UnsupportedModelError(ExportError):
-    """A pipeline of another family, or with a part this exporter has no row for."""
+    """A pipeline of an unsupported family, or with an unsupported component."""
 
 
 class BrokenCheckpointError(ExportError):
-    """Files that the layout promises are missing or cannot be read."""
+    """Files of the checkpoint are missing or cannot be read."""
 
 
 class BadLoraError(ExportError):
-    """A LoRA that is missing, cannot be read, or is made for another model."""
+    """A LoRA that is missing, unreadable, or made for another model."""
 
 
 class OutputRefusedError(ExportError):
-    """The output folder may not or cannot be written."""
+    """The output folder cannot be written, or holds something else."""
 
 
 class NoSpaceError(OutputRefusedError):
-    """The disk is too full for the repository."""
+    """Not enough disk space for the repository."""
 
 
 class ConversionError(ExportError):
@@ -50,7 +50,7 @@ class ConversionError(ExportError):
 
 
 class ParityMissedError(ExportError):
-    """An exported component does not compute what torch computes."""
+    """An exported component's outputs differ from torch's."""
 
 
 class MissingDependencyError(ExportError):
@@ -58,7 +58,7 @@ class MissingDependencyError(ExportError):
 
 
 class InterruptedExportError(ExportError):
-    """Ctrl-C or SIGTERM arrived; the exit code is a shell's for that signal."""
+    """SIGINT or SIGTERM was received; the exit code is the shell's for that signal."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__("export interrupted; nothing was written")
@@ -66,6 +66,6 @@ class InterruptedExportError(ExportError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a foreign error that says something, for use inside one of ours."""
+    """The first non-empty line of a library's error, to be quoted in one of ours."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)[:300]

@@ -22,7 +22,7 @@ from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hypergen_export.checkpoints.components import STABLE_DIFFUSION, Component, with_deep_cache
 from hypergen_export.conversion.convert import Job, convert
 from hypergen_export.conversion.progress import Progress
-from hypergen_export.repository.export import ExportRequest, Outcome, export
+from hypergen_export.repository.export import ExportRequest, ExportResult, export
 
 Array = npt.NDArray[Any]
 Run = Callable[..., list[Array]]
@@ -50,8 +50,8 @@ def checkpoint(checkpoint_folder: Path) -> Checkpoint:
 def repository(checkpoint_folder: Path, exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The miniature in float32 for four images, with the components of `exported`. Read only: copy it."""
     output = Path(shutil.copytree(exported, tmp_path_factory.mktemp("exported") / "repository"))
-    outcome = export(ExportRequest(model=str(checkpoint_folder), output=output, max_batch_size=4, model_id="tiny/one"))
-    assert outcome == Outcome(reused=tuple(COMPONENTS))
+    result = export(ExportRequest(model=str(checkpoint_folder), output=output, max_batch_size=4, model_id="tiny/one"))
+    assert result == ExportResult(reused=tuple(COMPONENTS))
     return output
 
 

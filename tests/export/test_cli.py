@@ -39,7 +39,7 @@ def one_line(finished: subprocess.CompletedProcess[str]) -> str:
     return line
 
 
-def test_what_is_up_to_date_costs_less_than_a_second(checkpoint_folder: Path, repository_copy: Path) -> None:
+def test_an_up_to_date_export_takes_less_than_a_second(checkpoint_folder: Path, repository_copy: Path) -> None:
     arguments = [checkpoint_folder, "--max-batch-size", "4", "--model-id", "tiny/one", "--output", repository_copy]
     began = time.monotonic()
     finished = run(*arguments)
@@ -84,7 +84,7 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
-def test_no_pipeline(tmp_path: Path) -> None:
+def test_a_folder_without_a_pipeline(tmp_path: Path) -> None:
     (tmp_path / "checkpoint").mkdir()
     line = one_line(run(tmp_path / "checkpoint", "--output", tmp_path / "repository"))
     assert "not a diffusers pipeline" in line
@@ -101,7 +101,7 @@ def test_an_unsupported_family(checkpoint_copy: Path, tmp_path: Path) -> None:
 def test_broken_weights_say_so_quietly_and_leave_nothing(checkpoint_copy: Path, tmp_path: Path) -> None:
     (checkpoint_copy / "text_encoder" / "model.safetensors").write_bytes(b"garbage")
     line = one_line(run(checkpoint_copy, "--output", tmp_path / "repository"))
-    assert "text_encoder/model.safetensors: holds no weights that can be read (it does not begin with a header)" in line
+    assert "text_encoder/model.safetensors: the weights cannot be read (it does not start with" in line
     assert leftovers(tmp_path) == []
 
 
@@ -109,18 +109,18 @@ def test_a_place_where_nothing_can_be_written(checkpoint_folder: Path) -> None:
     assert "cannot be written" in one_line(run(checkpoint_folder, "--output", "/proc/hypergen"))
 
 
-def test_a_safety_checker_that_nobody_runs_is_said_before_the_export(checkpoint_copy: Path) -> None:
+def test_a_safety_checker_that_is_not_run_is_reported_before_the_export(checkpoint_copy: Path) -> None:
     edit_json(checkpoint_copy / "model_index.json", requires_safety_checker=True)
     said = run(checkpoint_copy, "--output", "/proc/hypergen").stderr.splitlines()
     assert said[0] == (
-        f"{checkpoint_copy}: the checkpoint comes with a safety checker; none is run, and images are not filtered"
+        f"{checkpoint_copy}: the checkpoint has a safety checker, which is not run: images are not filtered"
     )
     assert "cannot be written" in said[1]
 
 
 def test_another_folder_is_never_replaced(checkpoint_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("precious")
-    assert "no exported repository" in one_line(run(checkpoint_folder, "--output", tmp_path))
+    assert "is not an export" in one_line(run(checkpoint_folder, "--output", tmp_path))
     assert leftovers(tmp_path) == ["notes.txt"]
 
 
@@ -145,11 +145,11 @@ def test_a_missing_package_is_named_with_what_installs_it(checkpoint_folder: Pat
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--dtype", "fp16"], "--dtype float16: openvino computes in float32 or bfloat16"),
-        (["--sizes", "64x64"], "--sizes: openvino draws every size"),
-        (["--engine", "tensorrt", "--sizes", ""], "--sizes: must be WIDTHxHEIGHT"),
-        (["--engine", "tensorrt", "--sizes", "64x64,65x64"], "--sizes: 65x64 is no size of this model"),
-        (["--engine", "tensorrt", "--sizes", "64x64,64x2048"], "--sizes: 64x2048 is no size of this model"),
+        (["--dtype", "fp16"], "--dtype float16: openvino supports float32 and bfloat16"),
+        (["--sizes", "64x64"], "--sizes: openvino takes any size"),
+        (["--engine", "tensorrt", "--sizes", ""], "--sizes: must be a list of WIDTHxHEIGHT"),
+        (["--engine", "tensorrt", "--sizes", "64x64,65x64"], "--sizes: 65x64 does not suit this model"),
+        (["--engine", "tensorrt", "--sizes", "64x64,64x2048"], "--sizes: 64x2048 does not suit this model"),
         (["--engine", "tensorrt", "--sizes", ",".join(f"{8 * n}x64" for n in range(8, 25))], "17 sizes"),
     ],
 )
@@ -161,7 +161,7 @@ def test_options_that_do_not_go_together(
 
 
 @pytest.mark.parametrize("option", ["--max-batch-size=0", "--engine=abacus", "--dtype=int8"])
-def test_values_that_no_engine_takes(checkpoint_folder: Path, tmp_path: Path, option: str) -> None:
+def test_invalid_option_values(checkpoint_folder: Path, tmp_path: Path, option: str) -> None:
     finished = run(checkpoint_folder, option, "--output", tmp_path / "repository")
     assert finished.returncode == 2
     assert option.partition("=")[0] in finished.stderr.splitlines()[-1]
@@ -172,7 +172,7 @@ def test_an_installation_without_tensorrt_is_told_which_one_it_needs(checkpoint_
     code = "import sys; sys.modules['tensorrt'] = None\nfrom hypergen_export.cli import export\nexport()"
     line = one_line(run(checkpoint_folder, "--engine", "tensorrt", "--output", tmp_path / "repository", code=code))
     assert "tensorrt is not installed" in line
-    assert "the very release that Triton brings" in line
+    assert "Triton's own TensorRT release" in line
     assert leftovers(tmp_path) == []
 
 
@@ -183,7 +183,7 @@ def test_a_machine_without_a_gpu_builds_no_tensorrt_engine(checkpoint_folder: Pa
         "from hypergen_export.cli import export\nexport()"
     )
     arguments = [checkpoint_folder, "--engine", "tensorrt", "--output", tmp_path / "repository"]
-    assert "GPU here" in one_line(run(*arguments, code=code, CUDA_VISIBLE_DEVICES=""))
+    assert "GPU" in one_line(run(*arguments, code=code, CUDA_VISIBLE_DEVICES=""))
     assert leftovers(tmp_path) == []
 
 

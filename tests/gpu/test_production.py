@@ -16,7 +16,7 @@ from tritonclient.utils import np_to_triton_dtype
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint
 from hypergen_export.checkpoints.components import BYTE, Component, Tensor
-from hypergen_export.conversion.examples import by_name, example_inputs
+from hypergen_export.conversion.examples import as_kwargs, example_inputs
 from hypergen_export.conversion.loading import load_module
 from hypergen_export.conversion.wrappers import wrap
 from support.running_server import Pixels, Server, draw, draw_all
@@ -65,7 +65,7 @@ def test_every_component_computes_what_torch_computes(
         inputs = example_inputs(component, checkpoint.sizes, batch=rows, height=height, width=width)
         module = wrap(component, load_module(checkpoint, component)).to("cuda")
         with torch.no_grad():
-            given = {name: tensor.to("cuda") for name, tensor in by_name(component, inputs).items()}
+            given = {name: tensor.to("cuda") for name, tensor in as_kwargs(component, inputs).items()}
             expected = module(**given)
         del module
         expected = expected if isinstance(expected, tuple) else (expected,)

@@ -25,7 +25,7 @@ from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hypergen_export.checkpoints.components import with_deep_cache
 from hypergen_export.checkpoints.defaults import checkpoint_parameters
 from hypergen_export.checkpoints.schedulers import checkpoint_schedulers
-from hypergen_export.conversion.examples import by_name
+from hypergen_export.conversion.examples import as_kwargs
 from hypergen_export.conversion.loading import load_module
 from hypergen_export.conversion.tokenizer import write_tokenizer
 from hypergen_export.conversion.wrappers import wrap
@@ -112,7 +112,7 @@ class Sampler:
         tensors = tuple(torch.from_numpy(inputs[tensor.name]) for tensor in component.inputs)
         # The loop calls from several threads, and a wrapper keeps what it is given in itself: the engines have copies.
         with self._one_at_a_time, torch.no_grad():
-            answer = self.modules[name](**by_name(component, tensors))
+            answer = self.modules[name](**as_kwargs(component, tensors))
         answers = answer if isinstance(answer, tuple) else (answer,)
         return {tensor.name: one.numpy() for tensor, one in zip(component.outputs, answers, strict=True)}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import diffusers
 
-from hypergen_export.checkpoints.components import Amendments
+from hypergen_export.checkpoints.components import ConfigOverrides
 from hypergen_export.checkpoints.schedulers import SchedulerTable, scheduler_table
 from hypergen_sampler.schedulers import Schedulers
 
@@ -63,9 +63,9 @@ def called_by_diffusers(name: str, own: Any) -> Any:
     return getattr(diffusers, class_name).from_config(own.config, **overrides)
 
 
-def schedulers_of(config: Mapping[str, Any], amendments: Amendments | None = None, steps: int = 20) -> Schedulers:
+def schedulers_of(config: Mapping[str, Any], overrides: ConfigOverrides | None = None, steps: int = 20) -> Schedulers:
     """The sampler's, of a checkpoint whose scheduler has this configuration."""
-    return schedulers_in(scheduler_table(config, amendments or Amendments(), steps=steps, channels=4))
+    return schedulers_in(scheduler_table(config, overrides or ConfigOverrides(), steps=steps, channels=4))
 
 
 def schedulers_in(table: SchedulerTable) -> Schedulers:

@@ -1,1 +1,1 @@
-"""What is read: checkpoints, their families and weights, LoRA files."""
+"""Reading: checkpoints, their families and weights, LoRA files."""

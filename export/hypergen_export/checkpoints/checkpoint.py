@@ -1,7 +1,7 @@
-"""Where a checkpoint lies and what it is: a hub id, a folder or the shipped model becomes a `Checkpoint`.
+"""Find and check a checkpoint: a hub id, a folder or the bundled model becomes a `Checkpoint`.
 
-It knows the layout of diffusers (model_index.json, one subfolder per module, names of weight files) and reads
-json alone; weights are opened elsewhere, so nothing here imports torch.
+Reads diffusers' layout (model_index.json, one subfolder per module) and JSON files only. Weights are loaded
+elsewhere, so torch is not imported.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hypergen_export.checkpoints.components import Amendments, Family, Sizes
+from hypergen_export.checkpoints.components import ConfigOverrides, Family, Sizes
 from hypergen_export.checkpoints.detection import check_classes, check_configs, find_family
 from hypergen_export.checkpoints.hub import find_snapshot
 from hypergen_export.checkpoints.weights import (
     VOCABULARIES,
     Weights,
-    choose_weights,
     missing_shards,
-    other_content,
-    weights_fault,
+    select_weights,
+    weight_file_problem,
+    wrong_content,
 )
 from hypergen_export.errors import (
     BrokenCheckpointError,
@@ -34,7 +34,7 @@ SHIPPED_MODEL = "hypergen/emoji"
 INDEX = "model_index.json"
 SCHEDULER = Path("scheduler") / "scheduler_config.json"
 DEFAULTS = "hypergen_defaults.json"
-# transformers' CLIPTextConfig, for a config that leaves them out.
+# Defaults of transformers' CLIPTextConfig, for entries that a config leaves out.
 _CLIP_TEXT_DEFAULTS = {
     "vocab_size": 49408,
     "hidden_size": 512,
@@ -42,61 +42,66 @@ _CLIP_TEXT_DEFAULTS = {
     "projection_dim": 512,
 }
 _PACKAGE = Path(__file__).parents[1]
-# In a wheel the checkpoint lies inside the package, in a checkout beside it.
+# In a wheel the checkpoint is inside the package, in a source checkout beside it.
 _SHIPPED_FOLDERS = (_PACKAGE / "bundled" / "emoji", _PACKAGE.parent / "emoji" / "checkpoint")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder in the layout of diffusers whose family is known. `index` is its model_index.json."""
+    """A folder in diffusers' layout and its family. `index` is its model_index.json."""
 
     folder: Path
     family: Family
     index: Mapping[str, Any]
 
     def config(self, module: str) -> Mapping[str, Any]:
-        """The module's config.json; of a text encoder what transformers makes of it, with its defaults."""
+        """The module's config.json; for a text encoder completed with transformers' defaults."""
         config = read_json(self.folder / module / "config.json")
         if not module.startswith("text_encoder"):
             return config
-        # A whole CLIP's has another one inside, for its text encoder.
+        # The config of a whole CLIP model contains its text encoder's.
         text = config.get("text_config")
         return {**_CLIP_TEXT_DEFAULTS, **(text if isinstance(text, dict) else config)}
 
     def weights(self, module: str) -> Weights:
         """The files that hold the module's weights."""
         files = sorted(entry.name for entry in (self.folder / module).iterdir())
-        chosen = choose_weights(files)
+        chosen = select_weights(files)
         if chosen is None:
             raise BrokenCheckpointError(f"{self.folder / module}: no weights (*.safetensors or *.bin) here")
         return chosen
 
     @cached_property
     def defaults(self) -> Mapping[str, Any]:
-        """What the checkpoint's author recommends, if anything."""
+        """Defaults that the checkpoint's author states in hypergen_defaults.json; empty if there is no such file."""
         path = self.folder / DEFAULTS
         return read_json(path) if path.exists() else {}
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the checkpoint is called: its folder's name, its id in the hub's cache, what it was made from."""
+        """Names of the checkpoint: its folder, its id in the hub's cache, and the checkpoints it was made from."""
         cached = (part for part in self.folder.parts if part.startswith("models--"))
-        made_from = (self.index.get("_name_or_path"), self.config("unet").get("_name_or_path"))
+        made_from = (self.index.get("_name_or_path"), self.denoiser_config.get("_name_or_path"))
         return (self.folder.name, *cached, *(str(name) for name in made_from if name))
 
     @property
-    def amendments(self) -> Amendments:
-        """What diffusers' pipeline of this checkpoint changes in its configs."""
+    def denoiser_config(self) -> Mapping[str, Any]:
+        """The denoiser's config.json."""
+        return self.config(self.family.denoiser.module)
+
+    @property
+    def overrides(self) -> ConfigOverrides:
+        """What the checkpoint's diffusers pipeline changes in its configs."""
         return self.family.pipelines[str(self.index["_class_name"])]
 
     @cached_property
     def scheduler(self) -> Mapping[str, Any]:
-        """The checkpoint's own scheduler_config.json, with the class that is loaded from it: the index names that."""
+        """The checkpoint's scheduler_config.json with the scheduler class, which the index names."""
         return {**read_json(self.folder / SCHEDULER), "_class_name": self.index["scheduler"][1]}
 
     @cached_property
     def sizes(self) -> Sizes:
-        """The sizes that the table of components calls by name."""
+        """The sizes that tensor axes refer to by name."""
         stated = {name: int(self.config(module)[key]) for name, (module, key) in self.family.sizes.items()}
         encoders = [self.config(component.module) for component in self.family.text_encoders]
         return {
@@ -104,13 +109,13 @@ class Checkpoint:
             "tokens": min(map(self._tokens, self.family.tokenizers, encoders)),
             "context_width": sum(int(encoder["hidden_size"]) for encoder in encoders),
             "vae_scale_factor": 2 ** (len(self.config("vae")["block_out_channels"]) - 1),
-            **self._unet_widths(),
+            **self._denoiser_widths(),
         }
 
-    def _unet_widths(self) -> Sizes:
-        config = self.config("unet")
+    def _denoiser_widths(self) -> Sizes:
+        config = self.denoiser_config
         width = int(config["block_out_channels"][0])
-        # Of sizes, the original's and the target's two sides and two offsets are embedded one by one.
+        # Six numbers are embedded one by one: original height and width, two crop offsets, target height and width.
         return {
             "deep_channels": width,
             "time_width": width,
@@ -118,15 +123,15 @@ class Checkpoint:
         }
 
     def _tokens(self, tokenizer: str, text_encoder: Mapping[str, Any]) -> int:
-        """Length of a prompt in tokens: the tokenizer's, where it states one the text encoder can read."""
+        """Prompt length in tokens: the tokenizer's, limited to the positions of the text encoder."""
         positions = int(text_encoder["max_position_embeddings"])
         stated = read_json(self.folder / tokenizer / "tokenizer_config.json").get("model_max_length")
-        # Without one, transformers writes 10**30.
+        # transformers writes 10**30 for "no limit".
         return min(int(stated), positions) if stated else positions
 
 
 def open_checkpoint(model: str) -> Checkpoint:
-    """Find `model` and check that it is something this exporter can convert.
+    """Find `model` and check that it can be converted.
 
     Raises:
         UnknownModelError, NotADiffusersPipelineError, UnsupportedModelError, BrokenCheckpointError
@@ -134,9 +139,9 @@ def open_checkpoint(model: str) -> Checkpoint:
     folder = _find_folder(model)
     index_path = folder / INDEX
     if not index_path.is_file():
-        raise NotADiffusersPipelineError(f"{model}: not a diffusers pipeline, for it has no {INDEX}")
+        raise NotADiffusersPipelineError(f"{model}: not a diffusers pipeline: it has no {INDEX}")
     index = read_json(index_path)
-    family = find_family(model, index, lambda: read_json(folder / "unet" / "config.json"))
+    family = find_family(model, index, lambda module: read_json(folder / module / "config.json"))
     check_classes(model, index, family)
     checkpoint = Checkpoint(folder, family, index)
     _check_files(checkpoint)
@@ -145,16 +150,16 @@ def open_checkpoint(model: str) -> Checkpoint:
 
 
 def read_json(path: Path) -> Mapping[str, Any]:
-    """A json object. Raises BrokenCheckpointError with the file's name."""
+    """Read a JSON object. Raises BrokenCheckpointError with the file's name."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BrokenCheckpointError(f"{path}: missing") from None
     except (OSError, ValueError) as error:
-        reason = (path.is_file() and other_content(path)) or error
+        reason = (path.is_file() and wrong_content(path)) or error
         raise BrokenCheckpointError(f"{path}: cannot be read ({reason})") from error
     if not isinstance(content, dict):
-        raise BrokenCheckpointError(f"{path}: holds no json object")
+        raise BrokenCheckpointError(f"{path}: is not a JSON object")
     return content
 
 
@@ -165,9 +170,9 @@ def _find_folder(model: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise NotADiffusersPipelineError(f"{model}: is a file; name the folder of a diffusers pipeline or a hub id")
+        raise NotADiffusersPipelineError(f"{model}: is a file; give the folder of a diffusers pipeline or a hub id")
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise UnknownModelError(f"{model}: there is no such folder, and a hub id has the form owner/name")
+        raise UnknownModelError(f"{model}: no such folder, and not a hub id of the form owner/name")
     return find_snapshot(model)
 
 
@@ -175,7 +180,7 @@ def _shipped_folder() -> Path:
     for folder in _SHIPPED_FOLDERS:
         if (folder / INDEX).is_file():
             return folder
-    raise UnknownModelError(f"{SHIPPED_MODEL}: the shipped checkpoint is missing from this installation")
+    raise UnknownModelError(f"{SHIPPED_MODEL}: the bundled checkpoint is missing from this installation")
 
 
 def _check_files(checkpoint: Checkpoint) -> None:
@@ -196,22 +201,22 @@ def _check_weights(folder: Path, weights: Weights) -> None:
     except ValueError as error:
         raise BrokenCheckpointError(f"{folder}: {error}") from error
     if missing:
-        raise BrokenCheckpointError(f"{folder / missing[0]}: missing, though it is a part of the weights")
+        raise BrokenCheckpointError(f"{folder / missing[0]}: missing: it is a part of the weights")
     for file in weights.files:
-        fault = weights_fault(folder / file)
-        if fault:
-            raise BrokenCheckpointError(f"{folder / file}: holds no weights that can be read ({fault})")
+        problem = weight_file_problem(folder / file)
+        if problem:
+            raise BrokenCheckpointError(f"{folder / file}: the weights cannot be read ({problem})")
 
 
 def _check_tokenizer(folder: Path) -> None:
     found = [files for files in VOCABULARIES if all((folder / file).is_file() for file in files)]
     if not found:
-        wanted = " or ".join(" and ".join(files) for files in VOCABULARIES)
-        raise BrokenCheckpointError(f"{folder}: has no vocabulary ({wanted}) for a CLIPTokenizer")
+        expected = " or ".join(" and ".join(files) for files in VOCABULARIES)
+        raise BrokenCheckpointError(f"{folder}: has no vocabulary for a CLIPTokenizer ({expected})")
     for file in found[0]:
-        fault = other_content(folder / file)
-        if fault:
-            raise BrokenCheckpointError(f"{folder / file}: cannot be read ({fault})")
+        problem = wrong_content(folder / file)
+        if problem:
+            raise BrokenCheckpointError(f"{folder / file}: cannot be read ({problem})")
 
 
 def _readable_sizes(checkpoint: Checkpoint) -> Sizes:

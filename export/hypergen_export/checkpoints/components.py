@@ -1,7 +1,7 @@
-"""What a family of checkpoints consists of: one row per component of the Triton repository.
+"""Model families as data: the components of each, their tensors, schedulers' overrides and defaults.
 
-It knows names, tensors, free axes, example values and tolerances, all as data and without torch, and nothing
-of how a component is loaded or converted. A new family is a new row of FAMILIES; a new input is a new `Tensor`.
+A new family is a new row of FAMILIES, a new input a new `Tensor`. No torch here, and nothing about how a component is
+loaded or converted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hypergen_export.checkpoints.lora import Lora
 
 FLOAT, INT, BYTE = "FP32", "INT32", "UINT8"
 
-# Axes that a request chooses. Every other name in `Tensor.axes` is fixed by the checkpoint (`Sizes`).
+# Axes that vary between requests. Every other name in `Tensor.axes` is fixed by the checkpoint (`Sizes`).
 FREE_AXES = frozenset({"height", "width", "latent_height", "latent_width"})
 
 Sizes = Mapping[str, int]
@@ -22,10 +22,10 @@ Sizes = Mapping[str, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Tensor:
-    """An input or output without its leading batch axis.
+    """An input or output, without its leading batch axis.
 
-    `axes` holds names of sizes or plain numbers. `example` says what values mean something to the component: a key of
-    `examples.VALUES`.
+    `axes` holds names of sizes or plain numbers. `example` is the key of `examples.VALUES` that generates realistic
+    values for tracing and comparison.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Tensor:
     example: str = "normal"
 
     def dims(self, sizes: Sizes) -> tuple[int, ...]:
-        """The shape for Triton: -1 where a request decides."""
+        """The shape for Triton: -1 for a free axis."""
         return tuple(-1 if axis in FREE_AXES else self._size(axis, sizes) for axis in self.axes)
 
     def shape(self, sizes: Sizes, *, batch: int, height: int, width: int) -> tuple[int, ...]:
@@ -49,7 +49,7 @@ class Tensor:
         return (batch, *(self._size(axis, {**sizes, **free}) for axis in self.axes))
 
     def free_axes(self) -> dict[int, str]:
-        """Position (the batch counted) and name of each axis that may change between calls."""
+        """Position (counting the batch axis) and name of each axis that may change between calls."""
         named = {i: axis for i, axis in enumerate(self.axes, start=1) if axis in FREE_AXES}
         return {0: "batch", **{i: str(axis) for i, axis in named.items()}}
 
@@ -60,12 +60,12 @@ class Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """One model of the repository.
+    """One model of the Triton repository.
 
-    `module` is the checkpoint's subfolder, `loader` the class it must be ("library.Class"). `tolerance` bounds the
-    largest difference to torch, relative to the largest magnitude where that exceeds one; for UINT8 it is absolute.
-    `wrapper` is a key of `wrappers.WRAPPERS`, empty where that is the component's name. `overflows_float16`: values
-    inside leave float16's range, so an engine must compute this one in float32, whatever it computes the others in.
+    `module` is the checkpoint's subfolder, `loader` its class ("library.Class"). `tolerance` bounds the largest
+    difference from torch, relative to the largest magnitude if that exceeds one; for UINT8 it is absolute. `wrapper`
+    is a key of `wrappers.WRAPPERS`, empty if it equals the component's name. `overflows_float16`: intermediate values
+    exceed float16's range, so this component is computed in float32 whenever the others are computed in float16.
     `lora` is merged into the module's weights.
     """
 
@@ -79,22 +79,27 @@ class Component:
     overflows_float16: bool = False
     lora: Lora | None = None
 
+    @property
+    def is_denoiser(self) -> bool:
+        """Whether this component takes the denoising steps."""
+        return self.inputs[0].name == "sample"
+
     def with_lora(self, lora: Lora) -> Component:
-        """The model that serves this component's pictures with the LoRA, beside this one."""
+        """This component with the LoRA merged, as a further model of the repository."""
         return replace(self, name=f"{self.name}.{lora.label}", wrapper=self.wrapper or self.name, lora=lora)
 
     def weights_dtype(self, dtype: str) -> str:
-        """What this component is computed in where `dtype` is asked for."""
+        """The precision of this component in an export in `dtype`."""
         return "float32" if self.overflows_float16 and dtype == "float16" else dtype
 
 
 _LATENTS = ("latent_channels", "latent_height", "latent_width")
 _IMAGE = Tensor(name="image", dtype=BYTE, axes=("height", "width", 3), example="pixel")
-# Float32 against float32: the engines sum in another order. 1e-3 is far above what that costs (1e-6 to 1e-5 on
-# the models tried) and far below what a wrong operator, axis or weight does.
+# Float32 against float32: engines sum in another order. 1e-3 is far above the resulting difference (1e-6 to 1e-5 on
+# the models tried) and far below that of a wrong operator, axis or weight.
 _TOLERANCE = 1e-3
 
-# What a UNet may be told beside latents and timestep, under the names that diffusers gives it.
+# A denoiser's conditioning inputs, by diffusers' names.
 _HIDDEN_STATES = Tensor(name="encoder_hidden_states", dtype=FLOAT, axes=("tokens", "context_width"))
 _GUIDANCE = Tensor(name="timestep_cond", dtype=FLOAT, axes=("guidance_width",))
 _POOLED = Tensor(name="text_embeds", dtype=FLOAT, axes=("pooled_width",))
@@ -107,7 +112,7 @@ def _input_ids(example: str) -> Tensor:
 
 
 def _states_of(width: str) -> Tensor:
-    """One text encoder's share of what the UNet attends to; the shares stand side by side along the last axis."""
+    """One text encoder's hidden states; those of several encoders are concatenated along the last axis."""
     return Tensor(name="encoder_hidden_states", dtype=FLOAT, axes=("tokens", width))
 
 
@@ -127,14 +132,15 @@ def _unet(*conditions: Tensor) -> Component:
 
 
 def with_deep_cache(components: tuple[Component, ...]) -> tuple[Component, ...]:
-    """The components with a UNet that tells its deep features, and a shallow one that takes them from an earlier step.
+    """The components for DeepCache (Ma et al., 2023), which only UNets have.
 
-    DeepCache (Ma et al., 2023) at its first branch: all but the last layer of the last block is taken for deep.
+    The UNet also outputs its deep features, and a shallow UNet takes those of an earlier step as an input. Cut at the
+    first branch: everything but the last layer of the last block is deep.
     """
     (unet,) = (component for component in components if component.name == "unet")
-    telling = replace(unet, wrapper="telling_unet", outputs=(*unet.outputs, _DEEP))
+    exporting = replace(unet, wrapper="feature_exporting_unet", outputs=(*unet.outputs, _DEEP))
     shallow = replace(unet, name="unet_shallow", inputs=(*unet.inputs, _DEEP))
-    return (*(telling if component is unet else component for component in components), shallow)
+    return (*(exporting if component is unet else component for component in components), shallow)
 
 
 _CLIP = Component(
@@ -164,7 +170,7 @@ _VAE = (
         loader="diffusers.AutoencoderKL",
         inputs=(Tensor(name="latents", dtype=FLOAT, axes=_LATENTS),),
         outputs=(_IMAGE,),
-        tolerance=1.0,  # one level of 255, where a value lies on the edge of two
+        tolerance=1.0,  # one level of 255: rounding may fall either way
     ),
     Component(
         name="vae_encoder",
@@ -178,8 +184,8 @@ _VAE = (
         tolerance=_TOLERANCE,
     ),
 )
-# diffusers' pipeline says so too: it decodes in float32 ("make sure the VAE is in float32 mode, as it overflows").
-# Of the pipelines, XL's alone heed a mean and a standard deviation per channel.
+# diffusers' XL pipeline also decodes in float32 ("make sure the VAE is in float32 mode, as it overflows"). It is the
+# only one of these pipelines that uses a mean and a standard deviation per latent channel.
 _VAE_XL = tuple(
     replace(component, wrapper=f"{component.name}_per_channel", overflows_float16=True) for component in _VAE
 )
@@ -191,50 +197,56 @@ LATENT_CONSISTENCY_XL = (*_TEXT_ENCODERS_XL, _unet(_HIDDEN_STATES, _POOLED, _SIZ
 
 
 @dataclass(frozen=True, kw_only=True)
-class Amendments:
-    """What the constructor of a pipeline changes in the configs that it loads; what is absent there stays absent.
+class ConfigOverrides:
+    """What the constructor of a pipeline changes in the configs that it loads; entries that are absent stay absent.
 
-    `scheduler` are entries of its scheduler's, and `inpainting` those that the pipeline for a mask changes beside them.
-    `least_old_sample_size`: a UNet's that was saved by diffusers before 0.9, where none was stated rightly.
+    `scheduler` applies to the scheduler's config, `inpainting` also, in the inpainting pipeline. A UNet saved by
+    diffusers before 0.9 has a `sample_size` of at least `min_legacy_sample_size`: older versions stated it wrongly.
     """
 
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     inpainting: Mapping[str, Any] = field(default_factory=dict)
-    least_old_sample_size: int = 0
+    min_legacy_sample_size: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Checkpoints that one set of components serves.
+    """Checkpoints that are served by the same components.
 
-    `pipelines` are diffusers' class names and what each amends; among families that share one, the denoiser's config
-    decides. `denoiser` is the component that takes the steps, under the name of the checkpoint's subfolder. `sizes`
-    says where the checkpoint states a size: the module and the key of its config.json. `tokenizers` are subfolders,
-    one for each text encoder.
+    `pipelines` maps diffusers' class names to the config overrides of each; families that share a pipeline are told
+    apart by the denoiser's config. `sizes` maps a size to the module and the key of its config.json. `tokenizers` are
+    subfolders, one for each text encoder. `num_inference_steps` and `guidance_scale` are the defaults of diffusers'
+    pipeline, for checkpoints that are not distilled.
     """
 
     name: str
-    pipelines: Mapping[str, Amendments]
+    pipelines: Mapping[str, ConfigOverrides]
     components: tuple[Component, ...]
-    denoiser: str
     sizes: Mapping[str, tuple[str, str]]
+    num_inference_steps: int
+    guidance_scale: float
     tokenizers: tuple[str, ...] = ("tokenizer",)
 
     @property
     def modules(self) -> dict[str, str]:
-        """Subfolder -> the class it must be."""
+        """Subfolder of the checkpoint -> its class."""
         return {component.module: component.loader for component in self.components}
 
     @property
     def text_encoders(self) -> tuple[Component, ...]:
-        """What reads a prompt, in the order in which their hidden states stand side by side."""
+        """The text encoders, in the order in which their hidden states are concatenated."""
         return tuple(component for component in self.components if component.inputs[0].name == "input_ids")
+
+    @property
+    def denoiser(self) -> Component:
+        """The component that takes the steps, named after the checkpoint's subfolder: `unet`."""
+        (denoiser,) = (component for component in self.components if component.is_denoiser)
+        return denoiser
 
     @property
     def denoiser_inputs(self) -> tuple[str, ...]:
         """The denoiser's inputs beside latents and timestep."""
-        (denoiser,) = (component for component in self.components if component.name == self.denoiser)
-        return tuple(tensor.name for tensor in denoiser.inputs if tensor.name not in ("sample", "time"))
+        return tuple(tensor.name for tensor in self.denoiser.inputs if tensor.name not in ("sample", "time"))
 
 
 _SIZES_SD = {
@@ -250,52 +262,56 @@ _SIZES_XL = {
 }
 _SIZES_LCM = {"guidance_width": ("unet", "time_cond_proj_dim")}
 
-# StableDiffusionPipeline's and StableDiffusionInpaintPipeline's; those of latent consistency and XL change nothing, but
-# for latent consistency under a mask there is only StableDiffusionInpaintPipeline.
-_AMENDED = Amendments(
+# Of StableDiffusionPipeline and StableDiffusionInpaintPipeline. The pipelines of latent consistency models and of XL
+# change nothing, but inpainting with a latent consistency model uses StableDiffusionInpaintPipeline.
+_OVERRIDES_SD = ConfigOverrides(
     scheduler={"steps_offset": 1, "clip_sample": False},
     inpainting={"skip_prk_steps": True},
-    least_old_sample_size=64,
+    min_legacy_sample_size=64,
 )
-_AMENDED_UNDER_A_MASK = Amendments(inpainting={"steps_offset": 1, "skip_prk_steps": True})
-# Saved from an image-to-image pipeline, the parts are the same; only the index names another class.
-_PIPELINES = dict.fromkeys(("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"), _AMENDED)
+_OVERRIDES_LCM = ConfigOverrides(inpainting={"steps_offset": 1, "skip_prk_steps": True})
+# A checkpoint saved from an image-to-image pipeline has the same components; its index names another class.
+_PIPELINES = dict.fromkeys(("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"), _OVERRIDES_SD)
 _PIPELINES_LCM = dict.fromkeys(
-    ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"), _AMENDED_UNDER_A_MASK
+    ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"), _OVERRIDES_LCM
 )
-_PIPELINES_XL = dict.fromkeys(("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"), Amendments())
+_PIPELINES_XL = dict.fromkeys(("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"), ConfigOverrides())
 
-# 1.x, 2.x, SD-Turbo and what LCM and TCD leave of them without a guidance embedding are one family: their configs,
-# weights and schedulers differ, their tensors do not. So with XL, XL-Turbo and XL-Lightning.
+# 1.x, 2.x, SD-Turbo, and LCM and TCD models without a guidance embedding are one family: their configs, weights and
+# schedulers differ, their tensors do not. The same holds for XL, XL-Turbo and XL-Lightning.
 FAMILIES = (
     Family(
         name="stable-diffusion",
         pipelines=_PIPELINES,
         components=STABLE_DIFFUSION,
-        denoiser="unet",
         sizes=_SIZES_SD,
+        num_inference_steps=50,
+        guidance_scale=7.5,
     ),
     Family(
         name="latent-consistency",
         pipelines=_PIPELINES | _PIPELINES_LCM,
         components=LATENT_CONSISTENCY,
-        denoiser="unet",
         sizes={**_SIZES_SD, **_SIZES_LCM},
+        num_inference_steps=4,
+        guidance_scale=8.5,
     ),
     Family(
         name="stable-diffusion-xl",
         pipelines=_PIPELINES_XL,
         components=STABLE_DIFFUSION_XL,
-        denoiser="unet",
         sizes=_SIZES_XL,
+        num_inference_steps=50,
+        guidance_scale=5.0,
         tokenizers=("tokenizer", "tokenizer_2"),
     ),
     Family(
         name="latent-consistency-xl",
         pipelines=_PIPELINES_XL,
         components=LATENT_CONSISTENCY_XL,
-        denoiser="unet",
         sizes={**_SIZES_XL, **_SIZES_LCM},
+        num_inference_steps=4,
+        guidance_scale=8.5,
         tokenizers=("tokenizer", "tokenizer_2"),
     ),
 )

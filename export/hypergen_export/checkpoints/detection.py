@@ -1,6 +1,6 @@
-"""Which family a checkpoint is of, from its index and configs; and for what is not supported, why, in one line.
+"""Detect a checkpoint's family from its index and configs, or say in one line why it is not supported.
 
-It knows what diffusers writes into these files and nothing of where they lie.
+Works on the parsed files alone; does not touch the disk.
 """
 
 from __future__ import annotations
@@ -13,58 +13,63 @@ from hypergen_export.errors import UnsupportedModelError
 
 Config = Mapping[str, Any]
 
-# A part in the index, or a word in the pipeline's name -> why no family could serve it.
-_FOREIGN_PARTS = {
-    "transformer": "it draws with a transformer, not with a UNet",
-    "controlnet": "it needs a control picture beside the prompt (ControlNet)",
-    "adapter": "it needs a control picture beside the prompt (T2I-Adapter)",
-    "motion_adapter": "it makes videos",
-    "prior": "it draws in two stages, a prior and a decoder",
-    "image_normalizer": "it draws from an image embedding (unCLIP)",
-    "low_res_scheduler": "it enlarges a given picture",
+# Part in the index -> why the pipeline is not supported.
+_UNSUPPORTED_PARTS = {
+    "transformer": "its denoiser is a transformer, not a UNet",
+    "controlnet": "it needs a control image beside the prompt (ControlNet)",
+    "adapter": "it needs a control image beside the prompt (T2I-Adapter)",
+    "motion_adapter": "it generates videos",
+    "prior": "it generates in two stages, a prior and a decoder",
+    "image_normalizer": "it generates from an image embedding (unCLIP)",
+    "low_res_scheduler": "it is an upscaler",
     "depth_estimator": "it needs a depth map",
 }
-_FOREIGN_WORDS = {
-    "ControlNet": _FOREIGN_PARTS["controlnet"],
-    "Inpaint": "its UNet takes a mask and a masked picture beside the latents (inpainting)",
-    "InstructPix2Pix": "its UNet takes a picture to edit beside the latents",
-    "Upscale": _FOREIGN_PARTS["low_res_scheduler"],
-    "Kandinsky": _FOREIGN_PARTS["prior"],
+# Word in the name of the pipeline's class -> the same.
+_UNSUPPORTED_PIPELINES = {
+    "ControlNet": _UNSUPPORTED_PARTS["controlnet"],
+    "Inpaint": "its UNet takes a mask and a masked image beside the latents (inpainting)",
+    "InstructPix2Pix": "its UNet takes an image to edit beside the latents",
+    "Upscale": _UNSUPPORTED_PARTS["low_res_scheduler"],
+    "Kandinsky": _UNSUPPORTED_PARTS["prior"],
 }
-# Further channels of a UNet with latents of four -> what they carry.
+# Input channels of a UNet whose latents have four -> what the further ones carry.
 _CHANNELS = {
     5: "a depth map",
-    7: "a picture to enlarge",
-    8: "a picture to edit",
-    9: "a mask and a masked picture: an inpainting model",
+    7: "an image to upscale",
+    8: "an image to edit",
+    9: "a mask and a masked image: an inpainting model",
 }
 
 _TOKENIZERS = ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast")
-_DEFAULT_CONTEXT_WIDTH = 1280  # diffusers', for a config that leaves it out
+_DEFAULT_CONTEXT_WIDTH = 1280  # the default of UNet2DConditionModel
 
 
-def find_family(model: str, index: Config, read_unet: Callable[[], Config]) -> Family:
-    """The family that serves the pipeline of `index` with its UNet's inputs. Raises UnsupportedModelError."""
+def find_family(model: str, index: Config, read_config: Callable[[str], Config]) -> Family:
+    """The family of the pipeline of `index`, told apart by the denoiser's inputs.
+
+    `read_config` reads the config.json of a module. Raises UnsupportedModelError.
+    """
     pipeline = str(index.get("_class_name"))
     families = [family for family in FAMILIES if pipeline in family.pipelines]
     if not families:
         raise UnsupportedModelError(f"{model}: {pipeline} is not supported{_reason(pipeline, index)}; {_known()}")
     if index.get("requires_aesthetics_score"):
         raise UnsupportedModelError(
-            f"{model}: it is a refiner, which finishes another model's picture and wants an aesthetic score; "
+            f"{model}: it is a refiner, which finishes another model's image and takes an aesthetic score; "
             "refiners are not supported"
         )
-    wanted = _wanted_conditions(read_unet())
+    inputs = _stated_inputs(read_config(families[0].denoiser.module))
     for family in families:
-        if set(family.denoiser_inputs) == wanted:
+        if set(family.denoiser_inputs) == inputs:
             return family
-    has, lacks = (sorted(one - other) for one, other in ((wanted, _common(families)), (_common(families), wanted)))
-    complaint = f"wants {' and '.join(has)}" if has else f"does not take {' and '.join(lacks)}"
+    common = set[str].intersection(*(set(family.denoiser_inputs) for family in families))
+    extra, absent = sorted(inputs - common), sorted(common - inputs)
+    complaint = f"needs {' and '.join(extra)}" if extra else f"does not take {' and '.join(absent)}"
     raise UnsupportedModelError(f"{model}: its UNet {complaint}, which is not supported for {pipeline}")
 
 
 def check_classes(model: str, index: Config, family: Family) -> None:
-    """Refuse parts of other classes than the table's. Raises UnsupportedModelError."""
+    """Reject modules, tokenizers and schedulers of unsupported classes. Raises UnsupportedModelError."""
     for module, loader in family.modules.items():
         given = _class_name(index, module)
         if given != loader:
@@ -80,7 +85,7 @@ def check_classes(model: str, index: Config, family: Family) -> None:
 
 
 def check_configs(model: str, configs: Mapping[str, Config], sizes: Sizes) -> None:
-    """Refuse what the configs of the modules say would need other inputs than the table's.
+    """Reject modules whose configs require inputs that the family's components do not have.
 
     Raises:
         UnsupportedModelError: one line that names the reason.
@@ -91,17 +96,17 @@ def check_configs(model: str, configs: Mapping[str, Config], sizes: Sizes) -> No
         _channels_reason(unet.get("in_channels"), sizes["latent_channels"]): (
             unet.get("in_channels") != sizes["latent_channels"]
         ),
-        f"its UNet embeds timesteps in its own way ({unet.get('time_embedding_type')})": unet.get(
+        f"its UNet uses another timestep embedding ({unet.get('time_embedding_type')})": unet.get(
             "time_embedding_type", "positional"
         )
         != "positional",
-        "its UNet wants a class label": unet.get("class_embed_type") is not None or unet.get("num_class_embeds"),
-        "its UNet projects embeddings of its own (encoder_hid_dim)": unet.get("encoder_hid_dim") is not None
+        "its UNet needs a class label": unet.get("class_embed_type") is not None or unet.get("num_class_embeds"),
+        "its UNet projects the encoder's hidden states (encoder_hid_dim)": unet.get("encoder_hid_dim") is not None
         or unet.get("encoder_hid_dim_type") is not None,
-        f"its UNet reads {unet.get('cross_attention_dim')} features a token, its text encoders give "
+        f"its UNet reads {unet.get('cross_attention_dim')} features per token, its text encoders give "
         f"{sizes['context_width']}": _context_widths(unet) != {sizes["context_width"]},
-        "its UNet wants other numbers than six of sizes and crops": _size_numbers(unet, sizes) not in (None, 6),
-        "its text encoder wants an attention mask": any(config.get("use_attention_mask") for config in encoders),
+        "its UNet takes other size conditioning than six numbers": _size_numbers(unet, sizes) not in (None, 6),
+        "its text encoder needs an attention mask": any(config.get("use_attention_mask") for config in encoders),
     }
     for reason, applies in reasons.items():
         if applies:
@@ -114,28 +119,24 @@ def _class_name(index: Config, part: str) -> str:
 
 def _reason(pipeline: str, index: Config) -> str:
     reasons = [
-        *(reason for part, reason in _FOREIGN_PARTS.items() if (index.get(part) or [None])[0]),
-        *(reason for word, reason in _FOREIGN_WORDS.items() if word in pipeline),
+        *(reason for part, reason in _UNSUPPORTED_PARTS.items() if (index.get(part) or [None])[0]),
+        *(reason for word, reason in _UNSUPPORTED_PIPELINES.items() if word in pipeline),
     ]
-    return f", for {reasons[0]}" if reasons else ""
+    return f" ({reasons[0]})" if reasons else ""
 
 
 def _known() -> str:
     names = sorted({name for family in FAMILIES for name in family.pipelines})
-    return f"supported are {', '.join(names)}"
+    return f"supported pipelines: {', '.join(names)}"
 
 
-def _wanted_conditions(unet: Config) -> set[str]:
-    """The UNet's inputs beside latents and timestep, as far as its config tells."""
+def _stated_inputs(unet: Config) -> set[str]:
+    """A UNet's inputs beside latents and timestep, according to its config."""
     kind = unet.get("addition_embed_type")
     # "text" is pooled from encoder_hidden_states inside the UNet and needs no input of its own.
     added = {None: set[str](), "text": set[str](), "text_time": {"text_embeds", "size_embeds"}}
     guidance = {"timestep_cond"} if unet.get("time_cond_proj_dim") is not None else set[str]()
     return {"encoder_hidden_states"} | guidance | added.get(kind, {f"added conditions ({kind})"})
-
-
-def _common(families: list[Family]) -> set[str]:
-    return set[str].intersection(*(set(family.denoiser_inputs) for family in families))
 
 
 def _channels_reason(given: Any, expected: int) -> str:

@@ -1,6 +1,6 @@
-"""Checkpoints of the Hugging Face hub: what is already here is used as it is, the rest is fetched once.
+"""Checkpoints from the Hugging Face hub: a complete cached snapshot is used as it is, anything else is downloaded.
 
-Only the files that an export reads are fetched: no other variants, no safety checker, no single-file copies.
+Only the files that an export reads are downloaded: no other variants, no safety checker, no single-file copies.
 """
 
 from __future__ import annotations
@@ -10,54 +10,54 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from hypergen_export.checkpoints.components import FAMILIES
-from hypergen_export.checkpoints.weights import VOCABULARIES, choose_weights, missing_shards
+from hypergen_export.checkpoints.weights import VOCABULARIES, missing_shards, select_weights
 from hypergen_export.errors import MissingDependencyError, UnknownModelError, first_line
 
 _SMALL_FILES = (".json", ".txt")
 
 
 def find_snapshot(model: str) -> Path:
-    """The folder of a hub id's snapshot, complete for an export. Raises UnknownModelError."""
+    """The folder of a hub id's snapshot with all files that an export reads. Raises UnknownModelError."""
     try:
         import huggingface_hub
     except ImportError as error:
-        raise MissingDependencyError(f"{model}: fetching from the hub needs hypergen-triton[export]") from error
-    # A server that restarts must find the very weights it served before, and without a network: no look at the hub
-    # for a newer revision while a complete snapshot is here.
-    lacks = ""
+        raise MissingDependencyError(f"{model}: the hub needs: pip install 'hypergen-triton[export]'") from error
+    # A restarted server must find the weights it served before, even without a network, so the hub is not asked for a
+    # newer revision while a complete snapshot is cached.
+    missing = ""
     try:
         folder = Path(huggingface_hub.snapshot_download(model, local_files_only=True))
-        lacks = what_is_missing(folder)
-        if not lacks:
+        missing = first_missing_file(folder)
+        if not missing:
             return folder
     except (OSError, ValueError):
-        pass  # not in the cache, or an id that the hub will refuse with a better message
+        pass  # not cached, or not a hub id: the hub's own error says it better
     try:
         names = [file.rfilename for file in huggingface_hub.HfApi().model_info(model).siblings or []]
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=wanted_files(names)))
-    except Exception as error:  # the one gate for whatever the hub's client and its transports raise
-        here = f"its copy here lacks {lacks}, and it is not" if lacks else "neither a folder nor"
-        raise UnknownModelError(f"{model}: {here} to be had from the hub ({first_line(error)})") from error
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=required_files(names)))
+    except Exception as error:  # the hub client and its transports raise many kinds
+        local = f"the cached copy lacks {missing}" if missing else "no such folder"
+        raise UnknownModelError(f"{model}: {local}, and the hub cannot provide it ({first_line(error)})") from error
 
 
-def wanted_files(names: Iterable[str]) -> list[str]:
-    """The files of a repository that an export reads: enough to say what is wrong with one that is no pipeline."""
+def required_files(names: Iterable[str]) -> list[str]:
+    """The files of a hub repository that an export reads, or that tell why it cannot be exported."""
     names = list(names)
-    wanted = [name for name in names if "/" not in name and name.endswith(".json")]
+    paths = [name for name in names if "/" not in name and name.endswith(".json")]
     for module in _modules():
         files = _within(names, module)
-        weights = choose_weights(files)
-        wanted += [f"{module}/{file}" for file in files if file == "config.json" or (weights and file in weights.files)]
+        weights = select_weights(files)
+        paths += [f"{module}/{file}" for file in files if file == "config.json" or (weights and file in weights.files)]
     for folder in ("scheduler", *_tokenizers()):
-        wanted += [f"{folder}/{file}" for file in _within(names, folder) if file.endswith(_SMALL_FILES)]
-    return wanted
+        paths += [f"{folder}/{file}" for file in _within(names, folder) if file.endswith(_SMALL_FILES)]
+    return paths
 
 
-def what_is_missing(folder: Path) -> str:
-    """The first file of a snapshot that an export would read in vain; empty where it is complete.
+def first_missing_file(folder: Path) -> str:
+    """The first file that an export needs and the snapshot lacks; empty if it is complete.
 
-    Of modules, tokenizers and scheduler as the index lists them, as far as any family has them. Of a pipeline that no
-    family serves, the index alone is read.
+    Checks the modules, tokenizers and scheduler that the index lists and any family has. Of an unsupported pipeline
+    only the index is needed.
     """
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
@@ -78,7 +78,7 @@ def what_is_missing(folder: Path) -> str:
 def _missing_of_module(folder: Path) -> str:
     if not (folder / "config.json").is_file():
         return f"{folder.name}/config.json"
-    weights = choose_weights(path.name for path in folder.iterdir() if path.is_file())
+    weights = select_weights(path.name for path in folder.iterdir() if path.is_file())
     if weights is None:
         return f"{folder.name}'s weights"
     try:

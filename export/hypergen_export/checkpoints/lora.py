@@ -1,7 +1,7 @@
-"""LoRAs to merge into a checkpoint: what `--lora` says of them, and what a file's header tells, without torch.
+"""LoRA files: the option `--lora`, and the weights named in a file's header. Reads no tensors and imports no torch.
 
-It knows how the trainers name their weights: diffusers and peft by the module's subfolder, peft alone (which has no
-idea of a pipeline) by its own prefix, kohya by a prefix per module. How they are merged is `merging`'s matter.
+Trainers name weights differently: diffusers and peft by the module's subfolder, peft alone (which does not know the
+pipeline) by its own prefix, kohya by a prefix per module. Merging is done in `conversion.merging`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _OTHER_CHARACTERS = re.compile(r"[^A-Za-z0-9_.-]+")
 _LARGEST_SCALE = 2.0
 
-# What a folder's weights are called by diffusers' `save_lora_weights` and by peft's `save_pretrained`.
+# Files written by diffusers' `save_lora_weights` and by peft's `save_pretrained`.
 _USUAL_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 _PEFT_CONFIG = "adapter_config.json"
-# Where diffusers keeps peft's settings in the file's header, each under its module's name.
+# Metadata in which diffusers stores peft's settings, each prefixed with its module's name.
 _PEFT_METADATA = "lora_adapter_metadata"
-# peft saves a module without saying of which pipeline; what is trained alone is the UNet.
+# peft does not store which module it trained; a module trained alone is the UNet.
 _PEFT_PREFIX = "base_model.model."
-# How a weight's name begins -> the module that it is for.
+# Prefix of a weight's name -> module.
 _MODULES = {
     "unet.": "unet",
     "text_encoder.": "text_encoder",
@@ -39,9 +39,9 @@ _MODULES = {
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
 }
-# diffusers' `save_attn_procs` names the UNet's layers without saying that they are the UNet's.
-_UNET_PARTS = ("down_blocks.", "mid_block.", "up_blocks.")
-# How a weight's name ends, by peft (where the adapter's own name may be left in), kohya and diffusers.
+# diffusers' `save_attn_procs` names the UNet's layers without a prefix.
+_UNET_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
+# Endings of weights' names by peft (which may include the adapter's name), kohya and diffusers.
 _ENDINGS = tuple(
     re.compile(rf"(?P<layer>.+?){ending}")
     for ending in (
@@ -54,8 +54,8 @@ _ENDINGS = tuple(
     )
 )
 _PARTS = {"A": "down", "B": "up", "magnitude_vector": "magnitude"}
-# What a weight's name tells of a file that holds no LoRA, or something beside it.
-_OTHER_KINDS = {
+# Pattern in a weight's name -> format of a file that is not, or not only, a LoRA.
+_OTHER_FORMATS = {
     re.compile(sign): kind
     for sign, kind in {
         r"\.hada_(w\d|t\d)": "a LoHa (low-rank Hadamard product)",
@@ -73,13 +73,13 @@ _OTHER_KINDS = {
         r"^(emb_params|string_to_param|clip_[lg])$": "a textual inversion",
     }.items()
 }
-# peft changes the base model's weights, too, where a LoRA begins from their singular values or the like.
-_PLAIN_BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
+# With other initialisations, such as from singular values, peft changes the base model's weights too.
+_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """A LoRA under the name that requests call it by, and the scale at which it is merged."""
+    """A LoRA file, its name in requests, and the scale at which it is merged."""
 
     name: str
     file: Path
@@ -87,33 +87,33 @@ class Lora:
 
     @property
     def label(self) -> str:
-        """Tells it from the same LoRA at another scale; no name holds the sign between them."""
+        """Name and scale. Names cannot contain "@", so labels are unique."""
         return f"{self.name}@{self.scale:g}"
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of what it is read from."""
+        """Hash of the file and of peft's settings beside it."""
         config = self.file.with_name(_PEFT_CONFIG)
         return sha256([self.file, config] if config.is_file() else [self.file])
 
     @property
     def modules(self) -> frozenset[str]:
-        """The subfolders of a checkpoint whose weights it changes. Raises BadLoraError."""
+        """The modules (subfolders of the checkpoint) that it changes. Raises BadLoraError."""
         return frozenset(self._layers)
 
     def layers(self, module: str) -> Mapping[str, Mapping[str, str]]:
-        """Layer of a module, as the file calls it -> part (down, up, mid, alpha, magnitude, bias) -> weight's name."""
+        """Layer name in the file -> part (down, up, mid, alpha, magnitude, bias) -> weight's name."""
         return self._layers.get(module, {})
 
     def settings(self, module: str) -> Mapping[str, Any]:
-        """peft's settings for a module; none where the file is not peft's or says nothing. Raises BadLoraError."""
+        """peft's settings for a module; empty if the file has none. Raises BadLoraError."""
         if any(weight.startswith(_PEFT_PREFIX) for weight in self._weights):
             settings = _read_settings(self.file.with_name(_PEFT_CONFIG))
         else:
             settings = self._stored_settings(f"{module}.")
-        if settings.get("init_lora_weights") not in _PLAIN_BEGINNINGS:
+        if settings.get("init_lora_weights") not in _PLAIN_INITS:
             raise BadLoraError(
-                f"{self.file}: belongs to a base model that peft changed first ({settings['init_lora_weights']}); "
+                f"{self.file}: was trained on a base model that peft changed ({settings['init_lora_weights']}); "
                 "save it with path_initial_model_for_weight_conversion"
             )
         return settings
@@ -130,7 +130,7 @@ class Lora:
         try:
             return safetensors_header(self.file)
         except (OSError, ValueError) as error:
-            raise BadLoraError(f"{self.file}: is no safetensors file ({error})") from error
+            raise BadLoraError(f"{self.file}: not a safetensors file ({error})") from error
 
     @property
     def _weights(self) -> list[str]:
@@ -141,33 +141,33 @@ class Lora:
     def _layers(self) -> Mapping[str, Mapping[str, Mapping[str, str]]]:
         """Module -> layer -> part -> weight's name."""
         if not self._weights:
-            raise BadLoraError(f"{self.file}: holds no weights")
-        for sign, kind in _OTHER_KINDS.items():
-            strange = next(filter(sign.search, self._weights), None)
-            if strange:
-                raise BadLoraError(f"{self.file}: is {kind}, which is not supported (it holds {strange})")
+            raise BadLoraError(f"{self.file}: has no weights")
+        for sign, kind in _OTHER_FORMATS.items():
+            found = next(filter(sign.search, self._weights), None)
+            if found:
+                raise BadLoraError(f"{self.file}: is {kind}, which is not supported (it contains {found})")
         layers: dict[str, dict[str, dict[str, str]]] = {}
         for weight in self._weights:
             module, layer, part = self._read_name(weight)
             parts = layers.setdefault(module, {}).setdefault(layer, {})
             if parts.setdefault(part, weight) != weight:
-                raise BadLoraError(f"{self.file}: holds more than one LoRA ({parts[part]}, {weight}); save one alone")
+                raise BadLoraError(f"{self.file}: contains more than one LoRA ({parts[part]}, {weight})")
         return layers
 
     def _read_name(self, weight: str) -> tuple[str, str, str]:
         """A weight's module, layer and part."""
         match = next(filter(None, (ending.fullmatch(weight) for ending in _ENDINGS)), None)
         if match is None:
-            raise BadLoraError(f"{self.file}: is no LoRA, for it holds {weight}")
+            raise BadLoraError(f"{self.file}: not a LoRA: it contains {weight}")
         layer = match["layer"] + (match.groupdict().get("projection") or "")
         part = _PARTS.get(match["part"], match["part"])
-        if layer.startswith(_UNET_PARTS):
+        if layer.startswith(_UNET_BLOCKS):
             return "unet", layer, part
         for prefix, module in _MODULES.items():
             if layer.startswith(prefix):
                 return module, layer.removeprefix(prefix), part
         raise BadLoraError(
-            f"{self.file}: {weight} belongs to no UNet or text encoder; the LoRA is made for another kind of model"
+            f"{self.file}: {weight} is not of a UNet or text encoder; the LoRA is made for another kind of model"
         )
 
 
@@ -175,18 +175,18 @@ def _read_settings(path: Path) -> Mapping[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BadLoraError(f"{path}: peft's settings, which hold the LoRA's alpha, cannot be read ({error})") from error
+        raise BadLoraError(f"{path}: peft's settings cannot be read, which state the LoRA's alpha ({error})") from error
     if not isinstance(settings, dict) or settings.get("peft_type", "LORA") != "LORA":
-        raise BadLoraError(f"{path}: these are no settings of a LoRA")
+        raise BadLoraError(f"{path}: not the settings of a LoRA")
     return settings
 
 
 def read_loras(texts: Iterable[str]) -> tuple[Lora, ...]:
-    """Each of `[NAME=]PATH[:SCALE]`, PATH a file or a folder that holds one.
+    """Parse values of `--lora`: `[NAME=]PATH[:SCALE]`, where PATH is a file or a folder that contains one.
 
     Raises:
-        BadOptionError: a name or scale is not legal, or is given twice.
-        BadLoraError: there is no such file.
+        BadOptionError: a name or scale is invalid or given twice.
+        BadLoraError: the file does not exist.
     """
     loras: dict[str, Lora] = {}
     files: dict[str, Path] = {}
@@ -194,7 +194,7 @@ def read_loras(texts: Iterable[str]) -> tuple[Lora, ...]:
         if lora.label in loras:
             raise BadOptionError(f"--lora: {lora.name} at scale {lora.scale:g} is given twice")
         if files.setdefault(lora.name, lora.file) != lora.file:
-            raise BadOptionError(f"--lora: {lora.name} is the name of two files; call one of them otherwise")
+            raise BadOptionError(f"--lora: {lora.name} is the name of two files; give one of them another name")
         loras[lora.label] = lora
     return tuple(loras.values())
 
@@ -204,14 +204,14 @@ def _read_lora(text: str) -> Lora:
     if not equals or "/" in name or _is_path(text):
         name, rest = "", text
     elif not _NAME.fullmatch(name):
-        raise BadOptionError(f"--lora: a name has 1 to 64 letters, digits, '_', '.' and '-', unlike {name[:80]!r}")
+        raise BadOptionError(f"--lora: a name must have 1 to 64 letters, digits, '_', '.' or '-', not {name[:80]!r}")
     path, scale = _split_scale(rest)
     place = Path(path).expanduser()
     return Lora(name=name or _name_of(place), file=_find_file(place), scale=scale)
 
 
 def _is_path(text: str) -> bool:
-    """Whether there is a file or folder of that very name, with or without a scale behind it."""
+    """Whether a file or folder of exactly that name exists, with or without a scale at the end."""
     return any(path and Path(path).expanduser().exists() for path in (text, text.rpartition(":")[0]))
 
 
@@ -219,16 +219,16 @@ def _split_scale(text: str) -> tuple[str, float]:
     path, colon, last = text.rpartition(":")
     try:
         scale = float(last) if colon else 1.0
-    except ValueError:  # a colon of the path's own
+    except ValueError:  # the colon belongs to the path
         return text, 1.0
     if not 0 < scale <= _LARGEST_SCALE:
-        raise BadOptionError(f"--lora: a scale is above 0 and at most {_LARGEST_SCALE:g}, unlike {last}")
-    # As precise as it is written into names.
+        raise BadOptionError(f"--lora: a scale must be above 0 and at most {_LARGEST_SCALE:g}, not {last}")
+    # Rounded as in labels.
     return (path if colon else text), float(f"{scale:g}")
 
 
 def _name_of(place: Path) -> str:
-    """A legal name for what is called by its path alone."""
+    """A valid name derived from the path."""
     place = place.resolve()
     name = place.stem if place.is_file() else place.name
     return _OTHER_CHARACTERS.sub("-", name).strip("-")[:64] or "lora"
@@ -238,9 +238,9 @@ def _find_file(place: Path) -> Path:
     if place.is_file():
         return place
     if not place.is_dir():
-        raise BadLoraError(f"{place}: there is no such LoRA file or folder")
+        raise BadLoraError(f"{place}: no such LoRA file or folder")
     usual = [place / name for name in _USUAL_FILES if (place / name).is_file()]
     found = usual[:1] or sorted(place.glob("*.safetensors"))
     if len(found) != 1:
-        raise BadLoraError(f"{place}: holds {len(found) or 'no'} .safetensors files; name the LoRA's own")
+        raise BadLoraError(f"{place}: has {len(found) or 'no'} .safetensors files; give the path of the LoRA's file")
     return found[0]

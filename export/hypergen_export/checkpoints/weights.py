@@ -1,12 +1,13 @@
-"""Weight files without torch: which of a module's to load, and what their headers and bytes tell.
+"""Weight files without torch: which of a module's files to load, and what their headers say.
 
-The choice is by names alone, so that the hub can be asked before anything is fetched.
+Files are selected by name alone, so that it can be done before anything is downloaded.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,10 +19,10 @@ _NAME = re.compile(
     r"(?:\.(?P<before>\w+?))?(?:-\d+-of-\d+)?(?:\.(?P<after>\w+?))?"
     r"\.(?P<format>safetensors|bin)(?:\.index(?:\.(?P<index>\w+))?\.json)?"
 )
-# safetensors run no code when they are read; among them, full precision before half.
+# In order of preference: reading safetensors runs no code, and full precision comes before half.
 _FORMATS = ("safetensors", "bin")
 _VARIANTS = ("", "fp16", "bf16")
-# Of a tokenizer, either is a vocabulary that transformers' CLIPTokenizer reads.
+# Either set of files is a vocabulary that transformers' CLIPTokenizer reads.
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _READ_BYTES = 2**20
 _SHARD = re.compile(r"-(?P<number>\d+)-of-(?P<count>\d+)")
@@ -30,15 +31,15 @@ _MOST_SHARDS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Files of one format and variant ("" or what stands in their names, such as fp16)."""
+    """Files of one format and variant (empty, or the part of their names such as fp16)."""
 
     files: tuple[str, ...]
     format: str
     variant: str
 
 
-def choose_weights(names: Iterable[str]) -> Weights | None:
-    """The best complete set among the files of one module's folder; None where no file holds weights."""
+def select_weights(names: Iterable[str]) -> Weights | None:
+    """The preferred set of weight files in one module's folder; None if there is none."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name in sorted(names):
         match = _NAME.fullmatch(name)
@@ -52,29 +53,29 @@ def choose_weights(names: Iterable[str]) -> Weights | None:
 
 
 def float32_bytes(folder: Path, weights: Weights) -> int:
-    """How many bytes the weights take in float32."""
+    """Size of the weights in float32, in bytes."""
     return sum(_float32_bytes(folder / name, weights) for name in weights.files if not name.endswith(".json"))
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:
-    """What a safetensors file says about its tensors, by name. Raises ValueError, OSError."""
-    other = other_content(path)
+    """The header of a safetensors file: its tensors by name. Raises ValueError, OSError."""
+    other = wrong_content(path)
     if other:
         raise ValueError(other)
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= size - 8:
-            raise ValueError("it does not begin with a header")
+            raise ValueError("it does not start with a safetensors header")
         header = json.loads(file.read(length))
     if not isinstance(header, dict):
-        raise ValueError("its header is no json object")
+        raise ValueError("its header is not a JSON object")
     _check_length(header, size - 8 - length)
     return header
 
 
-def other_content(path: Path) -> str:
-    """What lies in place of a file's content, where its first bytes tell that; empty where they do not."""
+def wrong_content(path: Path) -> str:
+    """What a file holds instead of its content, judging by its first bytes; empty if nothing is wrong."""
     with path.open("rb") as file:
         begin = file.read(512)
     if not begin:
@@ -82,30 +83,30 @@ def other_content(path: Path) -> str:
     if begin.startswith(b"version https://git-lfs.github.com/"):
         return "it is a git-LFS pointer: run 'git lfs pull' in its folder"
     if begin.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"<!", b"<html", b"<HTML", b"<?xml", b"<Error")):
-        return "it is a web page, as a failed download leaves it"
+        return "it is a web page, left by a failed download"
     return ""
 
 
-def weights_fault(path: Path) -> str:
-    """Why a weight file cannot be read, as far as its beginning and length tell; empty where nothing is wrong."""
+def weight_file_problem(path: Path) -> str:
+    """Why a weight file cannot be read, judging by its header and length; empty if nothing is wrong."""
     try:
         if path.suffix == ".safetensors":
             safetensors_header(path)
-        return other_content(path)
+        return wrong_content(path)
     except (OSError, ValueError) as error:
         return str(error)
 
 
 def missing_shards(folder: Path, weights: Weights) -> list[str]:
-    """Files that an index or the numbers in the files' names promise, and that are not there. Raises ValueError."""
-    wanted = {name for file in weights.files if file.endswith(".json") for name in _indexed(folder / file)}
+    """Shards that an index or the numbers in file names refer to and that do not exist. Raises ValueError."""
+    expected = {name for file in weights.files if file.endswith(".json") for name in _indexed(folder / file)}
     for file in weights.files:
         match = _SHARD.search(file)
         if match:
             count = int(match["count"])
             numbers = (f"{number:0{len(match['number'])}}" for number in range(1, min(count, _MOST_SHARDS) + 1))
-            wanted |= {f"{file[: match.start('number')]}{number}{file[match.end('number') :]}" for number in numbers}
-    return sorted(name for name in wanted if not (folder / name).is_file())
+            expected |= {f"{file[: match.start('number')]}{number}{file[match.end('number') :]}" for number in numbers}
+    return sorted(name for name in expected if not (folder / name).is_file())
 
 
 def sha256(files: Iterable[Path]) -> str:
@@ -119,21 +120,21 @@ def sha256(files: Iterable[Path]) -> str:
 
 
 def _indexed(path: Path) -> set[str]:
-    """The shards that an index names; only names within its folder count."""
+    """The shards that an index names."""
     try:
         names = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
         return {str(name) for name in names}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path.name}: is no index of weights ({error})") from error
+        raise ValueError(f"{path.name}: is not an index of weights ({error})") from error
 
 
 def _check_length(header: dict[str, Any], given: int) -> None:
     try:
         ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
     except (KeyError, TypeError, IndexError, ValueError):
-        raise ValueError("its header does not say where the tensors lie") from None
+        raise ValueError("its header does not give the tensors' offsets") from None
     if max(ends, default=0) > given:
-        raise ValueError(f"it is cut off: {given:,} of {max(ends):,} bytes of weights are here")
+        raise ValueError(f"it is truncated: {given:,} of {max(ends):,} bytes of weights")
 
 
 def _rank(group: tuple[str, str]) -> tuple[int, int, str]:
@@ -150,16 +151,9 @@ def _float32_bytes(path: Path, weights: Weights) -> int:
 
 
 def _safetensors_elements(path: Path) -> int:
-    """Elements that a safetensors header declares; 0 for a broken file, which loading will report."""
+    """Number of elements in a safetensors file; 0 for a broken one, which loading will report."""
     try:
         tensors = (entry for name, entry in safetensors_header(path).items() if name != "__metadata__")
-        return sum(_product(entry["shape"]) for entry in tensors)
+        return sum(math.prod(entry["shape"]) for entry in tensors)
     except (ValueError, KeyError, TypeError):
         return 0
-
-
-def _product(shape: list[int]) -> int:
-    elements = 1
-    for length in shape:
-        elements *= length
-    return elements

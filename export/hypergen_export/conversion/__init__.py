@@ -1,1 +1,1 @@
-"""Checkpoint components become ONNX graphs, each held against torch."""
+"""Conversion of components to ONNX, each compared with torch."""

@@ -1,8 +1,6 @@
-"""Components through torch: load, capture, convert, compare, one after the other, and quietly.
+"""Convert components one after the other: load, trace, write ONNX, compare with torch.
 
-What an engine makes of the ONNX afterwards is handed in.
-
-This is the module behind which torch, diffusers and transformers lie; import it only when something is converted.
+Imports torch, diffusers and transformers, so import it only when something is converted.
 """
 
 from __future__ import annotations
@@ -29,21 +27,21 @@ from hypergen_export.conversion.wrappers import wrap
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A component to convert into the file `onnx`, with weights of `dtype`."""
+    """A component to convert to the file `onnx` with weights of `dtype`."""
 
     component: Component
     dtype: str
     onnx: Path
 
 
-# What an engine that does not run ONNX does with the file, told how to report its progress.
+# Called after each component with a progress callback, to build an engine of the ONNX file.
 Finish = Callable[[Job, Callable[[float], None]], None]
 
 
 def convert(
     checkpoint: Checkpoint, jobs: Sequence[Job], progress: Progress, finish: Finish | None
 ) -> dict[str, Parity]:
-    """Write each job's ONNX, hold it against torch and finish it; returns how well each component agrees."""
+    """Write each job's ONNX, compare it with torch and call `finish`; returns each component's parity."""
     with _quiet():
         return {job.component.name: _convert(checkpoint, job, progress, finish) for job in jobs}
 
@@ -60,7 +58,7 @@ def _convert(checkpoint: Checkpoint, job: Job, progress: Progress, finish: Finis
     with progress.stage(f"{component.name}: compare"):
         parity = compare(component, wrapped.float(), checkpoint.sizes, job.onnx, job.dtype)
     if finish:
-        del program, wrapped, module  # room for the engine's builder, which has another copy of the weights
+        del program, wrapped, module  # frees memory: the engine builder holds another copy of the weights
         with progress.stage(f"{component.name}: build") as report:
             finish(job, report)
     return parity
@@ -77,7 +75,7 @@ def _load(checkpoint: Checkpoint, component: Component) -> torch.nn.Module:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the libraries' remarks and bars to themselves: what matters of them comes back as our errors."""
+    """Suppress the libraries' logs, warnings and progress bars; their errors are reported as ours."""
     diffusers.utils.logging.set_verbosity(logging.CRITICAL)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity(logging.CRITICAL)

@@ -1,6 +1,6 @@
-"""A LoRA into the weights of a module: W + scale · alpha / rank · up · down, layer by layer.
+"""Merge a LoRA into a module's weights: W + scale · alpha / rank · up · down, layer by layer.
 
-diffusers' own loader is not asked, as it scales all layers of a file by the alpha and rank of the first.
+Not done with diffusers' loader, which scales all layers of a file by the alpha and rank of the first.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from hypergen_export.errors import BadLoraError
 
 Tensors = Mapping[str, torch.Tensor]
 
-# Other names of a layer's last part: those of diffusers' former attention processors,
+# Alternative names of a layer's last part: those of diffusers' former attention processors.
 _PROJECTIONS = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out", "to_out_0": "to_out"}
-# and, of a UNet, those that its authors gave it, by which kohya trains XL.
+# Names in the UNet's original implementation, which kohya uses for XL.
 _ORIGINAL_PARTS = {
     ("resnets", "conv1"): "in_layers_2",
     ("resnets", "conv2"): "out_layers_3",
@@ -41,16 +41,20 @@ _OUTER = {
 
 @dataclass(frozen=True)
 class _Change:
-    """What a LoRA does to one layer: its weights in float32 by part, and scale · alpha / rank."""
+    """A LoRA's change to one layer: its weights in float32 by part, and scale · alpha / rank."""
 
     parts: Tensors
     factor: float
 
     def apply(self, layer: torch.nn.Module) -> None:
-        """Raises RuntimeError, AttributeError: it is made for a layer of another shape, or with a bias."""
+        """Add the change to the layer's weights.
+
+        Raises:
+            RuntimeError, AttributeError: it is made for a layer of another shape, or for one with a bias.
+        """
         weight = layer.get_parameter("weight")
         merged = weight + self.factor * self._product(weight.shape)
-        if "magnitude" in self.parts:  # DoRA: the length of each output's weights is learnt apart
+        if "magnitude" in self.parts:  # DoRA: the norm of each output's weights is learnt separately
             norm = torch.linalg.vector_norm(merged.flatten(1), dim=1)
             ratio = self.parts["magnitude"].reshape(norm.shape) / norm
             merged = merged * ratio.reshape(-1, *[1] * (weight.dim() - 1))
@@ -59,11 +63,11 @@ class _Change:
             layer.get_parameter("bias").add_(self.factor * self.parts["bias"])
 
     def _product(self, shape: torch.Size) -> torch.Tensor:
-        """up · down in the layer's shape, with a convolution's kernel in `down` or between the two (CP)."""
+        """up · down in the layer's shape; a convolution's kernel is in `down`, or in `mid` (CP decomposition)."""
         up, kernel = self.parts["up"], self.parts["down"]
         if "mid" in self.parts:
             kernel = torch.einsum("rs...,si->ri...", self.parts["mid"], kernel.flatten(1))
-        # A linear layer may be stored as a convolution of one pixel, and the other way round.
+        # A linear layer may be stored as a 1×1 convolution, and vice versa.
         if _without_ones((len(up), *kernel.shape[1:])) != _without_ones(shape):
             raise RuntimeError("another shape")
         return (up.flatten(1) @ kernel.flatten(1)).reshape(shape)
@@ -71,45 +75,42 @@ class _Change:
 
 @torch.no_grad()
 def merge_lora(name: str, module: torch.nn.Module, lora: Lora) -> None:
-    """Add the LoRA's share for the checkpoint's module `name`, times its scale, to the module's weights.
-
-    Raises BadLoraError.
-    """
+    """Add the LoRA's weights for the checkpoint's module `name`, times its scale. Raises BadLoraError."""
     layers, settings = lora.layers(name), lora.settings(name)
-    places = _find_places(name, module, lora)
+    targets = _match_layers(name, module, lora)
     tensors = _read(lora)
     for layer, weights in layers.items():
         parts = {part: tensors[weight] for part, weight in weights.items()}
         if not {"down", "up"} <= parts.keys():
             raise BadLoraError(f"{lora.file}: {layer} has no {' and no '.join(sorted({'down', 'up'} - parts.keys()))}")
         try:
-            _Change(parts, lora.scale * _scaling(parts, settings, layer)).apply(places[layer])
+            _Change(parts, lora.scale * _scaling(parts, settings, layer)).apply(targets[layer])
         except (RuntimeError, AttributeError) as error:
-            raise _misfit(name, lora, f"the weights' shapes differ at {layer}") from error
+            raise _mismatch(name, lora, f"the weights' shapes differ at {layer}") from error
 
 
 def _read(lora: Lora) -> Tensors:
     """All weights of the file in float32. Raises BadLoraError."""
     try:
         tensors = {weight: tensor.float() for weight, tensor in load_file(lora.file).items()}
-    except Exception as error:  # safetensors has an error of its own
+    except Exception as error:  # safetensors raises its own errors
         raise BadLoraError(f"{lora.file}: cannot be read ({error})") from error
     for weight, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise BadLoraError(f"{lora.file}: has non-finite weights ({weight})")
+            raise BadLoraError(f"{lora.file}: the weights are not finite ({weight})")
     if not any(_changes(tensors, parts) for module in lora.modules for parts in lora.layers(module).values()):
-        raise BadLoraError(f"{lora.file}: changes nothing, for its weights are zero")
+        raise BadLoraError(f"{lora.file}: has no effect: its weights are zero")
     return tensors
 
 
 def _changes(tensors: Tensors, parts: Mapping[str, str]) -> bool:
-    """Whether a layer's weights come out other than they were; a bias or a magnitude is taken to see to that."""
+    """Whether a layer's weights change; a bias or magnitude is assumed to change them."""
     factors = [tensors[weight] for part, weight in parts.items() if part in ("down", "mid", "up", "alpha")]
     return all(factor.any() for factor in factors) or not {"bias", "magnitude"}.isdisjoint(parts)
 
 
 def _scaling(parts: Tensors, settings: Mapping[str, Any], layer: str) -> float:
-    """alpha / rank: the layer's own alpha, else what peft's settings say of it, else the rank."""
+    """alpha / rank. alpha is the layer's own, else that of peft's settings, else the rank."""
     rank = max(1, len(parts["down"]))
     if "alpha" in parts:
         return parts["alpha"].item() / rank
@@ -121,25 +122,25 @@ def _scaling(parts: Tensors, settings: Mapping[str, Any], layer: str) -> float:
     return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def _find_places(name: str, module: torch.nn.Module, lora: Lora) -> dict[str, torch.nn.Module]:
-    """The file's name of a layer -> that layer of the module. Raises BadLoraError."""
+def _match_layers(name: str, module: torch.nn.Module, lora: Lora) -> dict[str, torch.nn.Module]:
+    """Layer name in the file -> that layer of the module. Raises BadLoraError."""
     known = {_flat(path): layer for path, layer in module.named_modules() if _has_matrix(layer)}
     known |= {other: known[path] for path in known for other in _other_names(path)}
     known |= {other: known[path] for path, other in _original_names(module, known)}
     layers = list(lora.layers(name))
-    strange = [layer for layer in layers if _flat(layer) not in known]
-    if len(strange) == len(layers):
-        raise _misfit(name, lora, f"it has no layer that the weights are for, such as {strange[0]}")
-    if strange:
-        raise _misfit(name, lora, f"it lacks {len(strange)} of {len(layers)} layers, such as {strange[0]}")
-    places = {layer: known[_flat(layer)] for layer in layers}
-    if len(set(places.values())) != len(places):
-        raise BadLoraError(f"{lora.file}: holds weights for one layer under two names")
-    return places
+    unmatched = [layer for layer in layers if _flat(layer) not in known]
+    if len(unmatched) == len(layers):
+        raise _mismatch(name, lora, f"it has none of its layers, for example {unmatched[0]}")
+    if unmatched:
+        raise _mismatch(name, lora, f"it lacks {len(unmatched)} of {len(layers)} layers, for example {unmatched[0]}")
+    targets = {layer: known[_flat(layer)] for layer in layers}
+    if len(set(targets.values())) != len(targets):
+        raise BadLoraError(f"{lora.file}: has weights for one layer under two names")
+    return targets
 
 
 def _flat(path: str) -> str:
-    """As kohya writes a layer's path; transformers calls a text encoder's with or without its first part."""
+    """A layer's path as kohya writes it, without the optional prefix of transformers' text encoders."""
     return path.replace(".", "_").removeprefix("text_model_")
 
 
@@ -154,7 +155,7 @@ def _other_names(path: str) -> Iterator[str]:
 
 
 def _original_names(unet: Any, paths: Iterable[str]) -> list[tuple[str, str]]:
-    """Paths of a UNet's layers with the names that its authors gave them; none for another module."""
+    """Paths of a UNet's layers and their names in the original implementation; empty for other modules."""
     if not hasattr(unet, "down_blocks"):
         return []
     blocks = dict(_original_blocks(unet))
@@ -169,7 +170,7 @@ def _original_names(unet: Any, paths: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def _original_blocks(unet: Any) -> Iterator[tuple[str, str]]:
-    """A UNet's resnets, attentions and samplers by their paths, with their places in the authors' flat lists."""
+    """A UNet's resnets, attentions and samplers by path, with their names in the original flat lists of blocks."""
     place = 1  # after conv_in
     for number, block in enumerate(unet.down_blocks):
         for layer in range(len(block.resnets)):
@@ -187,16 +188,16 @@ def _original_blocks(unet: Any) -> Iterator[tuple[str, str]]:
             yield f"up_blocks_{number}_resnets_{layer}", f"output_blocks_{place}_0"
             yield f"up_blocks_{number}_attentions_{layer}", f"output_blocks_{place}_1"
             place += 1
-        if block.upsamplers:  # behind the last layer, in its place
+        if block.upsamplers:  # at the place of the last layer, after it
             behind = 2 if getattr(block, "attentions", None) else 1
             yield f"up_blocks_{number}_upsamplers_0", f"output_blocks_{place - 1}_{behind}"
 
 
 def _without_ones(shape: Iterable[int]) -> tuple[int, ...]:
-    """A layer's shape without a kernel of one pixel."""
+    """A layer's shape without kernel sides of 1."""
     outputs, inputs, *kernel = shape
     return outputs, inputs, *(side for side in kernel if side != 1)
 
 
-def _misfit(name: str, lora: Lora, reason: str) -> BadLoraError:
+def _mismatch(name: str, lora: Lora, reason: str) -> BadLoraError:
     return BadLoraError(f"{lora.file}: does not fit this model's {name} ({reason})")

@@ -1,6 +1,6 @@
-"""Whether an exported component computes what torch computes, in the engine that will serve it.
+"""Compare an exported component, run by OpenVINO, with torch.
 
-It compares at shapes the graph was not traced with, since a dimension frozen by the trace shows only there.
+The shapes differ from those of the trace, since a dimension frozen by the trace shows only at other shapes.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ import openvino
 import torch
 
 from hypergen_export.checkpoints.components import BYTE, Component, Sizes
-from hypergen_export.conversion.examples import by_name, example_inputs
+from hypergen_export.conversion.examples import as_kwargs, example_inputs
 from hypergen_export.errors import ConversionError, ParityMissedError, first_line
 
 Array = npt.NDArray[np.generic]
 Engine = Callable[[list[Array]], list[Array]]
 
-# What a graph that is not in float32 loses, against a torch that computes with the same weights: as a root mean square,
-# since of so many roundings the largest is a matter of luck. A wrong operator, axis or weight costs more by far.
+# Allowed difference of a half-precision graph from torch in float32 with the same weights. A root mean square, since
+# the largest of so many rounding errors is random. A wrong operator, axis or weight makes a far larger one.
 _ROUNDING = {"float16": 0.01, "bfloat16": 0.05}
-_LEVELS = 255  # of a picture
+_LEVELS = 255  # of an image
 
-# Neither the batch nor the sides of the example, even and odd, wide and high.
+# Other batches and sizes than those of the trace, even and odd, wide and tall.
 _SHAPES = ({"batch": 1, "height": 8, "width": 12}, {"batch": 4, "height": 11, "width": 9})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """The difference found, and what was allowed: the largest one in float32, else a root mean square."""
+    """The difference and its limit: the largest difference in float32, else the root mean square."""
 
     difference: float
     tolerance: float
 
 
 def compare(component: Component, wrapped: torch.nn.Module, sizes: Sizes, path: Path, dtype: str = "float32") -> Parity:
-    """Hold the file at `path`, whose weights are of `dtype`, against `wrapped`, which is in float32.
+    """Compare the ONNX file at `path`, with weights of `dtype`, with `wrapped`, which is in float32.
 
     Raises ParityMissedError, ConversionError.
     """
@@ -50,14 +50,13 @@ def compare(component: Component, wrapped: torch.nn.Module, sizes: Sizes, path: 
     pairs = (
         pair for s in _SHAPES for pair in _outputs(component, wrapped, engine, example_inputs(component, sizes, **s))
     )
-    # Not the built-in one, which loses a NaN.
+    # np.max propagates NaN; the built-in max does not.
     difference = float(np.max([measure(*pair) for pair in pairs]))
     if not math.isfinite(difference):
-        raise ParityMissedError(f"{component.name}: torch or the exported model computes values that are not finite")
+        raise ParityMissedError(f"{component.name}: torch or the exported model gives non-finite values")
     if difference > allowed:
         raise ParityMissedError(
-            f"{component.name}: the exported model differs from torch by {difference:.2g}, "
-            f"more than the {allowed:g} allowed"
+            f"{component.name}: the exported model differs from torch by {difference:.2g}, the limit is {allowed:g}"
         )
     return Parity(difference=difference, tolerance=allowed)
 
@@ -65,16 +64,16 @@ def compare(component: Component, wrapped: torch.nn.Module, sizes: Sizes, path: 
 def _allowed(component: Component, dtype: str) -> float:
     if dtype == "float32":
         return component.tolerance
-    is_picture = any(tensor.dtype == BYTE for tensor in component.outputs)
-    return _ROUNDING[dtype] * (_LEVELS if is_picture else 1)
+    is_image = any(tensor.dtype == BYTE for tensor in component.outputs)
+    return _ROUNDING[dtype] * (_LEVELS if is_image else 1)
 
 
 def _openvino_float32(component: Component, path: Path) -> Engine:
-    """The file in OpenVINO with float32 arithmetic: what bfloat16 rounds away is no fault of the export."""
+    """The ONNX file in OpenVINO, computed in float32: rounding to bfloat16 is not an error of the export."""
     try:
         compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     except RuntimeError as error:
-        raise ConversionError(f"{component.name}: OpenVINO refuses the export ({first_line(error)})") from error
+        raise ConversionError(f"{component.name}: OpenVINO rejects the ONNX file ({first_line(error)})") from error
 
     def run(inputs: list[Array]) -> list[Array]:
         results = compiled(inputs)
@@ -88,7 +87,7 @@ def _outputs(
 ) -> Iterator[tuple[Array, Array]]:
     """Each output by torch and by the engine."""
     with torch.no_grad():
-        expected = wrapped(**by_name(component, inputs))
+        expected = wrapped(**as_kwargs(component, inputs))
     expected = expected if isinstance(expected, tuple) else (expected,)
     given = engine([tensor.numpy() for tensor in inputs])
     for theirs, ours in zip((tensor.numpy() for tensor in expected), given, strict=True):
@@ -101,14 +100,14 @@ def _outputs(
 
 
 def _largest(theirs: Array, ours: Array) -> float:
-    """Of bytes in levels; of floats relative to the largest magnitude where that exceeds one."""
+    """The largest difference: of bytes in levels, of floats relative to the largest magnitude if that exceeds one."""
     reference = theirs.astype(np.float64)
     scale = 1.0 if theirs.dtype == np.uint8 else max(1.0, float(np.abs(reference).max()))
     return float(np.abs(reference - ours.astype(np.float64)).max() / scale)
 
 
 def _root_mean_square(theirs: Array, ours: Array) -> float:
-    """Of bytes in levels; of floats relative to the root mean square of what is expected."""
+    """The root mean square: of bytes in levels, of floats relative to that of the expected values."""
     reference = theirs.astype(np.float64)
     scale = 1.0 if theirs.dtype == np.uint8 else float(np.sqrt(np.square(reference).mean()))
     return float(np.sqrt(np.square(reference - ours.astype(np.float64)).mean()) / scale)

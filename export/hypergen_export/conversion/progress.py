@@ -1,4 +1,4 @@
-"""What a user sees of an export: a bar on a terminal, a line per stage elsewhere."""
+"""Progress of an export: a bar on a terminal, otherwise a line per stage."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
-# In a log, a stage that takes minutes shows that it lives.
+# So that a stage of several minutes shows progress in a log.
 _SECONDS_BETWEEN_LINES = 30.0
 
 
 class Progress:
-    """Counts stages. On a terminal one bar; in a log one line per stage with the seconds that it took."""
+    """Counts stages. On a terminal one bar; in a log one line per stage with its duration."""
 
     def __init__(self, total: int) -> None:
         self._live = sys.stderr.isatty()
@@ -22,7 +22,7 @@ class Progress:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Callable[[float], None]]:
-        """One of the stages, for as long as the block lasts; what it yields may be told its share done, 0 to 1."""
+        """Run the block as one stage; yields a callback for the fraction of it that is done, 0 to 1."""
         self._bar.set_description_str(name)
         began = time.monotonic()
         yield self._reporter(name)
@@ -31,11 +31,11 @@ class Progress:
             tqdm.write(f"{name}: {time.monotonic() - began:.1f} s", file=sys.stderr)
 
     def close(self) -> None:
-        """Take the bar off the screen."""
+        """Remove the bar from the screen."""
         self._bar.close()
 
     def _reporter(self, name: str) -> Callable[[float], None]:
-        """Shows a share when there is something new to see: every per cent on a terminal, now and then in a log."""
+        """A callback that shows every per cent on a terminal, and a line every 30 s in a log."""
         shown, when = name, time.monotonic()
 
         def report(share: float) -> None:

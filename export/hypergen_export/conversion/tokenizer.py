@@ -1,4 +1,4 @@
-"""The tokenizer as one file that needs no transformers: what pads and truncates stands inside it."""
+"""Write a tokenizer as one `tokenizers` file with its padding and truncation, so serving needs no transformers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from hypergen_export.checkpoints.checkpoint import Checkpoint
 from hypergen_export.errors import BrokenCheckpointError, ParityMissedError, first_line
 
-# Empty, short, longer than any text encoder reads, beyond ASCII, case, space and special tokens.
+# Empty, short, too long, not ASCII, and with case, whitespace and special tokens.
 _PROBES = (
     "",
     "a rocket on a yellow background",
@@ -26,7 +26,7 @@ def write_tokenizer(checkpoint: Checkpoint, name: str, path: Path) -> None:
 
     Raises:
         BrokenCheckpointError: the tokenizer's files cannot be read.
-        ParityMissedError: the file would encode a prompt in another way.
+        ParityMissedError: the file would encode a prompt differently.
     """
     length = checkpoint.sizes["tokens"]
     folder = checkpoint.folder / name
@@ -36,29 +36,29 @@ def write_tokenizer(checkpoint: Checkpoint, name: str, path: Path) -> None:
     for prompt in _PROBES:
         expected = theirs(prompt, padding="max_length", max_length=length, truncation=True).input_ids
         if ours.encode(prompt).ids != expected:
-            raise ParityMissedError(f"{name}: encodes {prompt[:40]!r} in another way than transformers")
+            raise ParityMissedError(f"{name}: encodes {prompt[:40]!r} differently than transformers")
     ours.save(str(path))
 
 
 def _with_padding(theirs: Any, length: int) -> Any:
     from tokenizers import Tokenizer
 
-    # A copy, since transformers changes truncation and padding of its own one with every call.
+    # A copy, since transformers changes the original's truncation and padding with every call.
     ours = Tokenizer.from_str(theirs.backend_tokenizer.to_str())
     ours.enable_truncation(max_length=length)
     ours.enable_padding(length=length, pad_id=theirs.pad_token_id, pad_token=theirs.pad_token)
     return ours
 
 
-def _check_vocabulary(theirs: Any, folder: Path, positions: int) -> None:
-    """Refuse what diffusers' pipeline could not read prompts with, or would read all alike."""
+def _check_vocabulary(theirs: Any, folder: Path, vocabulary_size: int) -> None:
+    """Reject a vocabulary that cannot pad, does not tell prompts apart or exceeds the text encoder's."""
     if theirs.pad_token_id is None:
-        raise BrokenCheckpointError(f"{folder}: its pad_token is null, and prompts must be padded")
+        raise BrokenCheckpointError(f"{folder}: its pad_token is null, but prompts must be padded")
     if theirs("a").input_ids == theirs("b").input_ids:
-        raise BrokenCheckpointError(f"{folder}: reads every prompt alike, for its vocabulary lacks single letters")
+        raise BrokenCheckpointError(f"{folder}: encodes every prompt alike: its vocabulary lacks single letters")
     last = max(theirs.get_vocab().values())
-    if last >= positions:
-        raise BrokenCheckpointError(f"{folder}: has tokens up to {last}, its text encoder reads {positions}")
+    if last >= vocabulary_size:
+        raise BrokenCheckpointError(f"{folder}: has token ids up to {last}, its text encoder takes {vocabulary_size}")
 
 
 def _load(folder: Path) -> Any:

@@ -1,8 +1,8 @@
-"""Modules of a checkpoint with the inputs and outputs of the repository's contract.
+"""Wrappers that give a checkpoint's modules the inputs and outputs of their components.
 
-Each wrapper takes a loaded module of transformers or diffusers and does inside the graph what diffusers' pipeline
-does around it, so that the sampler exchanges finished tensors and a picture leaves the decoder as bytes. Floats go
-in and out as float32 whatever the module computes in: the casts are part of the graph.
+A wrapper does inside the graph what diffusers' pipeline does around the module, so the sampler exchanges finished
+tensors and the decoder returns an image as bytes. Floating-point inputs and outputs are float32 whatever the module's
+precision: the casts are part of the graph.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from hypergen_export.checkpoints.components import Component
 
-# No latent is divisible by 2**30, so a UNet that believes to have this many upsamplers takes, for every size,
-# diffusers' forward_upsample_size path: each upsampler is told the size of the skip connection it must meet.
-# The other path doubles sizes blindly and is right only for multiples of 2**levels; a traced graph has just one.
+# No latent size is divisible by 2**30, so with this `num_upsamplers` a UNet takes diffusers' forward_upsample_size path
+# for every size: each upsampler is given the size of its skip connection. The other path doubles sizes, which is right
+# only for multiples of 2**levels, and a traced graph contains only one path.
 _ALWAYS_FORWARD_UPSAMPLE_SIZE = 30
 
 
 class TextEncoder(nn.Module):
-    """input_ids [B, L] -> encoder_hidden_states [B, L, D], the last layer's, normalised: what the UNet attends to."""
+    """input_ids [B, L] -> encoder_hidden_states [B, L, D], the normalised output of the last layer."""
 
     def __init__(self, text_encoder: Any) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class TextEncoder(nn.Module):
 
 
 class PenultimateTextEncoder(nn.Module):
-    """input_ids [B, L] -> encoder_hidden_states [B, L, D], those before the last layer, as they are."""
+    """input_ids [B, L] -> encoder_hidden_states [B, L, D], the input of the last layer."""
 
     def __init__(self, text_encoder: Any) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class PenultimateTextEncoder(nn.Module):
 
 
 class PooledTextEncoder(nn.Module):
-    """input_ids [B, L] -> those hidden states, and text_embeds [B, P], the projection of the whole prompt."""
+    """input_ids [B, L] -> encoder_hidden_states as above, and text_embeds [B, P], the projected pooled output."""
 
     def __init__(self, text_encoder: Any) -> None:
         super().__init__()
@@ -59,47 +59,47 @@ class PooledTextEncoder(nn.Module):
         return output.hidden_states[-2].to(torch.float32), output.text_embeds.to(torch.float32)
 
 
-class _Deep:
-    """What lies between the two ends of a UNet: kept by one that tells of it, taken by one that lacks it."""
+class _DeepFeatures:
+    """Deep features: stored by a UNet that outputs them, read by a shallow one."""
 
     features: Tensor
 
 
-class _Given:
-    """What is handed to a wrapper, for a part of the module that would else have computed it."""
+class _Embeddings:
+    """Embeddings given to the wrapper instead of being computed by the module."""
 
     time: Tensor
     size_embeds: Tensor
 
 
 class _TimeProjection(nn.Module):
-    """In the place of diffusers' `Timesteps`."""
+    """Returns a given embedding; replaces diffusers' `Timesteps`."""
 
-    def __init__(self, given: _Given, name: str) -> None:
+    def __init__(self, embeddings: _Embeddings, name: str) -> None:
         super().__init__()
-        self._given, self._name = given, name
+        self._embeddings, self._name = embeddings, name
 
     def forward(self, _: Tensor) -> Tensor:
-        embedding: Tensor = getattr(self._given, self._name)
+        embedding: Tensor = getattr(self._embeddings, self._name)
         return embedding
 
 
 class UNet(nn.Module):
     """sample [B, C, h, w], time [B, T], encoder_hidden_states [B, L, D] -> model_output [B, C, h, w].
 
-    The others only where its config wants them: timestep_cond [B, G], text_embeds [B, P], size_embeds [B, 6 × S]; and
-    where it is a `ShallowUNet`, deep_features [B, D, h, w]. `time` and `size_embeds` are sines and cosines of the
-    timestep and of six sizes, which whoever calls computes: in bfloat16 their angles would be rounded.
+    Further inputs if the config requires them: timestep_cond [B, G], text_embeds [B, P], size_embeds [B, 6 × S]; for a
+    `ShallowUNet` also deep_features [B, D, h, w]. `time` and `size_embeds` are sinusoidal embeddings of the timestep
+    and of six sizes. The caller computes them, since their angles would be rounded in bfloat16.
     """
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
         unet.num_upsamplers = _ALWAYS_FORWARD_UPSAMPLE_SIZE
-        self._given = _Given()
-        unet.time_proj = _TimeProjection(self._given, "time")
-        unet.add_time_proj = _TimeProjection(self._given, "size_embeds")
+        self._embeddings = _Embeddings()
+        unet.time_proj = _TimeProjection(self._embeddings, "time")
+        unet.add_time_proj = _TimeProjection(self._embeddings, "size_embeds")
         self.unet = unet
-        self._deep = _Deep()
+        self._deep = _DeepFeatures()
 
     def forward(  # noqa: PLR0913 - diffusers' inputs
         self,
@@ -111,11 +111,11 @@ class UNet(nn.Module):
         size_embeds: Tensor | None = None,
         deep_features: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        # What is embedded stays float32 until diffusers casts it.
+        # Embeddings stay float32 until diffusers casts them.
         dtype = self.unet.dtype
-        self._given.time = time
+        self._embeddings.time = time
         if size_embeds is not None:
-            self._given.size_embeds = size_embeds
+            self._embeddings.size_embeds = size_embeds
         if deep_features is not None:
             self._deep.features = deep_features.to(dtype)
         model_output: Tensor = self.unet(
@@ -126,33 +126,34 @@ class UNet(nn.Module):
             added_cond_kwargs={"text_embeds": text_embeds, "time_ids": size_embeds},
             return_dict=False,
         )[0]
-        return self._answer(model_output.to(torch.float32))
+        return self._outputs(model_output.to(torch.float32))
 
-    def _answer(self, model_output: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def _outputs(self, model_output: Tensor) -> Tensor | tuple[Tensor, ...]:
         return model_output
 
 
 class FeatureExportingUNet(UNet):
-    """A UNet -> also deep_features [B, D, h, w]: what enters the last layer of the last block from below."""
+    """A UNet that also returns deep_features [B, D, h, w]: the input of the last block's last layer."""
 
     def __init__(self, unet: Any) -> None:
         super().__init__(unet)
-        # Beside it enters, along the channels, what conv_in made.
-        beside = unet.conv_in.out_channels
+        # The layer's input is concatenated with conv_in's output, its skip connection, along the channels.
+        skip_channels = unet.conv_in.out_channels
 
-        def keep(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-            self._deep.features = given[0][:, : given[0].shape[1] - beside]
+        def store(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self._deep.features = inputs[0][:, : inputs[0].shape[1] - skip_channels]
 
-        unet.up_blocks[-1].resnets[-1].register_forward_pre_hook(keep)
+        unet.up_blocks[-1].resnets[-1].register_forward_pre_hook(store)
 
-    def _answer(self, model_output: Tensor) -> tuple[Tensor, ...]:
+    def _outputs(self, model_output: Tensor) -> tuple[Tensor, ...]:
         return model_output, self._deep.features.to(torch.float32)
 
 
 class ShallowUNet(UNet):
-    """A UNet that is given its deep features: its first convolution, the last layer of its last block and what follows.
+    """A UNet that takes its deep features as an input.
 
-    It remains a UNet of diffusers, which does the rest: embeddings of time, size and text above all.
+    Keeps the first convolution, the last layer of the last block and the layers after it. It is still a UNet of
+    diffusers, which computes the embeddings of time, size and text.
     """
 
     def __init__(self, unet: Any) -> None:
@@ -166,22 +167,22 @@ class ShallowUNet(UNet):
 
 
 class _CachedMidBlock(nn.Module):
-    """In the place of a UNet's middle."""
+    """Returns the given deep features; replaces a UNet's mid block."""
 
     has_cross_attention = False
 
-    def __init__(self, deep: _Deep) -> None:
+    def __init__(self, deep: _DeepFeatures) -> None:
         super().__init__()
-        self._taken = deep
+        self._deep = deep
 
     def forward(self, *_: Tensor) -> Tensor:
-        return self._taken.features
+        return self._deep.features
 
 
 class VaeDecoder(nn.Module):
-    """latents [B, C, h, w] as the scheduler leaves them -> image [B, H, W, 3] uint8.
+    """latents [B, C, h, w] in the scheduler's scale -> image [B, H, W, 3] uint8.
 
-    `per_channel`: the pipeline heeds a mean and a standard deviation of the latents, where the config states them.
+    `per_channel`: use the mean and standard deviation per latent channel if the config states them.
     """
 
     def __init__(self, vae: Any, *, per_channel: bool = False) -> None:
@@ -205,7 +206,7 @@ class VaeEncoder(nn.Module):
         self.scale, self.shift = _scale_and_shift(vae.config, per_channel)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        # Cast first: of bytes, TensorRT knows nothing but the cast.
+        # Cast first: the only operator that TensorRT has for uint8 is the cast.
         pixels = image.to(torch.float32).permute(0, 3, 1, 2) / 255 * 2 - 1
         posterior = self.vae.encode(pixels.to(self.vae.dtype), return_dict=False)[0]
         mean, std = posterior.mean.to(torch.float32), posterior.std.to(torch.float32)
@@ -213,7 +214,7 @@ class VaeEncoder(nn.Module):
 
 
 def _scale_and_shift(config: Any, per_channel: bool) -> tuple[float | Tensor, float | Tensor]:
-    """Latents of the scheduler are (latents of the VAE - shift) * scale. No pipeline of a UNet heeds `shift_factor`."""
+    """The scheduler's latents are (the VAE's - shift) * scale. No pipeline with a UNet uses `shift_factor`."""
     scale = float(config.scaling_factor)
     mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     if not per_channel or mean is None or std is None:
@@ -221,13 +222,13 @@ def _scale_and_shift(config: Any, per_channel: bool) -> tuple[float | Tensor, fl
     return scale / torch.tensor(std).view(1, -1, 1, 1), torch.tensor(mean).view(1, -1, 1, 1)
 
 
-# Component.wrapper, or its name -> what is put around its module.
+# Component.wrapper, or the component's name -> wrapper of its module.
 WRAPPERS: Mapping[str, Callable[[Any], nn.Module]] = {
     "text_encoder": TextEncoder,
     "penultimate_text_encoder": PenultimateTextEncoder,
     "pooled_text_encoder": PooledTextEncoder,
     "unet": UNet,
-    "telling_unet": FeatureExportingUNet,
+    "feature_exporting_unet": FeatureExportingUNet,
     "unet_shallow": ShallowUNet,
     "vae_decoder": VaeDecoder,
     "vae_encoder": VaeEncoder,
@@ -237,5 +238,5 @@ WRAPPERS: Mapping[str, Callable[[Any], nn.Module]] = {
 
 
 def wrap(component: Component, module: Any) -> nn.Module:
-    """The module with the inputs and outputs of its row in the table."""
+    """Give the module the inputs and outputs of its component."""
     return WRAPPERS[component.wrapper or component.name](module)

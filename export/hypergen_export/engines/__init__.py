@@ -1,1 +1,1 @@
-"""ONNX graphs become what a runtime executes, and the shapes they are built for."""
+"""Inference engines: their options, the shapes they are built for, and TensorRT builds."""

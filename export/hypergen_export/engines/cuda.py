@@ -1,4 +1,4 @@
-"""The GPU that this process would use, asked of NVIDIA's driver itself: no package is needed for it."""
+"""The first GPU, queried from NVIDIA's driver through ctypes, so that no package is needed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def first_gpu(library: str = _DRIVER) -> Gpu:
     try:
         driver = ctypes.CDLL(library)
     except OSError as error:
-        raise NoGpuError("there is no NVIDIA GPU here, on which TensorRT engines must be built") from error
+        raise NoGpuError("no NVIDIA GPU found; TensorRT engines must be built on one") from error
     _check(driver.cuInit(0))
     device = ctypes.c_int()
     _check(driver.cuDeviceGet(ctypes.byref(device), 0))
@@ -46,4 +46,4 @@ def _attribute(driver: ctypes.CDLL, device: ctypes.c_int, which: int) -> int:
 
 def _check(result: int) -> None:
     if result:
-        raise NoGpuError(f"NVIDIA's driver shows no GPU here (CUDA error {result}), and TensorRT must build on one")
+        raise NoGpuError(f"NVIDIA's driver finds no GPU (CUDA error {result}); TensorRT engines must be built on one")

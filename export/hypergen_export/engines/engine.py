@@ -1,7 +1,4 @@
-"""What a repository can be exported for: one row per engine, and which options go with it.
-
-Data and checks alone: nothing heavy is imported, so that a wrong option is refused at once.
-"""
+"""The engines as data, and the checks of the options that depend on them. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -13,13 +10,13 @@ from hypergen_export.errors import BadOptionError
 # Width and height in pixels.
 Size = tuple[int, int]
 
-# Each size is a profile with memory of its own on the GPU, and a build of its own.
+# Each size is a profile, which adds to the build time and to the GPU memory.
 MAX_SIZES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """`name` is Triton's backend, `file` what it loads, `device` where it runs; `any_size`: shapes are free."""
+    """`name` is Triton's backend, `file` the file it loads; `any_size`: image sizes need not be known at export."""
 
     name: str
     file: str
@@ -46,40 +43,40 @@ ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in (OPENVINO, TE
 
 
 def check_dtype(engine: Engine, dtype: str) -> None:
-    """Refuse what the engine does not compute in. Raises BadOptionError."""
+    """Reject a precision that the engine does not have. Raises BadOptionError."""
     if dtype not in engine.dtypes:
-        raise BadOptionError(f"--dtype {dtype}: {engine.name} computes in {' or '.join(engine.dtypes)}")
+        raise BadOptionError(f"--dtype {dtype}: {engine.name} supports {' and '.join(engine.dtypes)}")
 
 
 def read_sizes(text: str) -> tuple[Size, ...]:
-    """`512x512,768x768` as widths and heights, each once. Raises BadOptionError."""
+    """Parse `512x512,768x768`, without duplicates. Raises BadOptionError."""
     sizes = tuple(dict.fromkeys(_read_size(part) for part in text.split(",")))
     if len(sizes) > MAX_SIZES:
-        raise BadOptionError(f"--sizes: {len(sizes)} sizes, but at most {MAX_SIZES} can be built in")
+        raise BadOptionError(f"--sizes: {len(sizes)} sizes; at most {MAX_SIZES} can be built")
     return sizes
 
 
-def choose_sizes(engine: Engine, asked: Sequence[Size], limits: Mapping[str, str]) -> tuple[Size, ...]:
-    """The sizes to build in: those asked for, else the checkpoint's own; none for an engine that takes any.
+def choose_sizes(engine: Engine, requested: Sequence[Size], limits: Mapping[str, str]) -> tuple[Size, ...]:
+    """The sizes to build: `requested`, else the checkpoint's default; none for an engine that takes any size.
 
-    `limits` are the sampler's parameters, as `defaults` makes them. Raises BadOptionError.
+    `limits` are the sampler's parameters from `checkpoint_parameters`. Raises BadOptionError.
     """
     if engine.any_size:
-        if asked:
-            raise BadOptionError(f"--sizes: {engine.name} draws every size; leave the option out")
+        if requested:
+            raise BadOptionError(f"--sizes: {engine.name} takes any size; omit the option")
         return ()
     factor, smallest, largest = (int(limits[name]) for name in ("size_factor", "min_size", "max_size"))
-    for width, height in asked:
+    for width, height in requested:
         if width % factor or height % factor or not smallest <= min(width, height) <= max(width, height) <= largest:
             raise BadOptionError(
-                f"--sizes: {width}x{height} is no size of this model, whose sides are multiples of {factor} "
+                f"--sizes: {width}x{height} does not suit this model; width and height must be multiples of {factor} "
                 f"from {smallest} to {largest}"
             )
-    return tuple(asked) or ((int(limits["default_width"]), int(limits["default_height"])),)
+    return tuple(requested) or ((int(limits["default_width"]), int(limits["default_height"])),)
 
 
 def size_parameters(sizes: Sequence[Size], limits: Mapping[str, str]) -> dict[str, str]:
-    """The sampler's parameters that follow from the sizes built in; the checkpoint's own where any can be drawn."""
+    """The sampler's parameters for the sizes that are built; empty if the engine takes any size."""
     if not sizes:
         return {}
     own = (int(limits["default_width"]), int(limits["default_height"]))
@@ -95,7 +92,7 @@ def size_parameters(sizes: Sequence[Size], limits: Mapping[str, str]) -> dict[st
 
 def _read_size(text: str) -> Size:
     width, cross, height = text.strip().partition("x")
-    # isascii: int() reads the digits of every script, and nobody else does.
+    # isascii: int() accepts the digits of every script.
     if not (cross and text.isascii() and width.isdecimal() and height.isdecimal()):
-        raise BadOptionError(f"--sizes: must be WIDTHxHEIGHT and so on, such as 512x512,768x512, not {text[:40]!r}")
+        raise BadOptionError(f"--sizes: must be a list of WIDTHxHEIGHT such as 512x512,768x512, not {text[:40]!r}")
     return int(width), int(height)

@@ -1,11 +1,11 @@
-"""The shapes that a component's TensorRT engine is built for: its profiles, and the batches worth a CUDA graph.
+"""Shapes of a component's TensorRT engine: its optimization profiles and the batches recorded as CUDA graphs.
 
-One profile per size, of fixed height and width, free in the batch alone. Not one that covers a range of sizes, because
-- TensorRT chooses kernels for one shape of a profile; each size then has its own, and no other size pays for it;
-- Triton's backend takes the profile nearest to a request, and measures that distance one axis off; here exactly one
-  profile admits a request, so there is nothing to choose;
-- a CUDA graph holds for one shape, so the sizes that matter must be known anyway.
-A size that is not built in cannot be drawn: the sampler's parameter `sizes` names those that are.
+One profile per image size, with a fixed height and width and a free batch. Not one profile for a range of sizes:
+- TensorRT optimizes kernels for one shape of a profile, so each size gets its own kernels;
+- Triton's backend selects the profile nearest to a request, but compares axes shifted by one; here exactly one profile
+  admits a request, so its choice does not matter;
+- a CUDA graph has one shape, so the sizes must be known anyway.
+Other sizes cannot be generated: the sampler's parameter `sizes` lists those that are built.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from hypergen_export.engines.engine import Size
 
 Shape = tuple[int, ...]
 
-# What is tuned for: one image with guidance, whose latency a user waits for. A larger batch fills the GPU anyway.
+# Batch that profiles are optimized for: one image with guidance, for latency. A larger batch fills the GPU anyway.
 _USUAL_ROWS = 2
-# Rows of one image without and with guidance, and of two images: beyond, the kernels take longer than their launches.
+# Rows of one image without and with guidance, and of two images. Kernels of larger batches outlast their launches.
 _GRAPH_ROWS = (1, 2, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """The shapes that an input may have in a profile, the batch first, and the one that is tuned for."""
+    """Smallest, optimal and largest shape of an input in a profile, including the batch."""
 
     smallest: Shape
     usual: Shape
@@ -38,7 +38,7 @@ Profile = Mapping[str, Bounds]
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """A shape to record as a CUDA graph: the batch, and each input without it."""
+    """The shape of a CUDA graph: the batch, and each input without it."""
 
     batch: int
     inputs: Mapping[str, Shape]
@@ -46,24 +46,24 @@ class Graph:
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """What an export is for: pictures of `pictures`, and at most `rows` samples in a UNet call."""
+    """What engines are built for: images of `image_sizes`, and at most `rows` samples in a denoiser call."""
 
     sizes: Sizes
-    pictures: Sequence[Size]
+    image_sizes: Sequence[Size]
     rows: int
 
 
 def largest_batch(component: Component, rows: int) -> int:
-    """Samples in one call: `rows`, but one where a sample is a whole picture.
+    """Most samples in one call: `rows`, but 1 if a sample is an image.
 
-    A picture fills the GPU by itself, and its VAE would need gigabytes for each further one, reserved at load.
+    One image fills the GPU, and the VAE would reserve gigabytes for each further one at load time.
     """
     return 1 if _works_on_pixels(component) else rows
 
 
 def profiles(component: Component, shapes: Shapes) -> tuple[Profile, ...]:
-    """The component's profiles, one per size of its inputs: a single one where no input has a side."""
-    largest, usual = largest_batch(component, shapes.rows), usual_batch(component, shapes.rows)
+    """The component's profiles: one per image size, or a single one if no input depends on it."""
+    largest, usual = largest_batch(component, shapes.rows), typical_batch(component, shapes.rows)
 
     def bounds(size: Size) -> Profile:
         smallest_of, usual_of, largest_of = (input_shapes(component, shapes, size, b) for b in (1, usual, largest))
@@ -76,7 +76,7 @@ def profiles(component: Component, shapes: Shapes) -> tuple[Profile, ...]:
 
 
 def graphs(component: Component, shapes: Shapes) -> tuple[Graph, ...]:
-    """The shapes to record; none of the VAE, whose few kernels are long."""
+    """The CUDA graphs; none for the VAE, whose kernels are few and long."""
     if _works_on_pixels(component):
         return ()
     batches = [rows for rows in _GRAPH_ROWS if rows <= shapes.rows]
@@ -89,18 +89,18 @@ def graphs(component: Component, shapes: Shapes) -> tuple[Graph, ...]:
 
 
 def _distinct_sizes(component: Component, shapes: Shapes) -> Sequence[Size]:
-    """Every size, or any one where the inputs' shapes do not depend on it."""
+    """All image sizes, or one if the inputs' shapes do not depend on them."""
     depends = any(len(tensor.free_axes()) > 1 for tensor in component.inputs)
-    return shapes.pictures if depends else shapes.pictures[:1]
+    return shapes.image_sizes if depends else shapes.image_sizes[:1]
 
 
-def usual_batch(component: Component, rows: int) -> int:
-    """Samples in the calls for one picture: two under guidance, and one where a sample is a whole picture."""
+def typical_batch(component: Component, rows: int) -> int:
+    """Samples in a call for one image: two with guidance, or 1 if a sample is an image."""
     return min(_USUAL_ROWS, largest_batch(component, rows))
 
 
 def input_shapes(component: Component, shapes: Shapes, size: Size, batch: int) -> dict[str, Shape]:
-    """The shape of each input for `batch` samples of pictures of `size`."""
+    """The shape of each input for `batch` samples of images of `size`."""
     width, height = (side // shapes.sizes["vae_scale_factor"] for side in size)
     return {
         tensor.name: tensor.shape(shapes.sizes, batch=batch, height=height, width=width) for tensor in component.inputs

@@ -1,11 +1,11 @@
-"""ONNX to a TensorRT plan: the network, its profiles, the build, and the record that lies beside the plan.
+"""Build a TensorRT plan from an ONNX file, and write the record beside it.
 
-Knows the API of TensorRT 10.12 to 11 and of TensorRT-RTX, in which they are alike. The network is strongly typed: what
-it computes in are the types of the ONNX, and no flag lowers them. What shapes it is built for stands in `profiles`.
+Uses the API that TensorRT 10.12 to 11 and TensorRT-RTX have in common. The network is strongly typed: it is computed in
+the types of the ONNX, and no flag lowers them. `profiles` defines the shapes.
 
-TensorRT builds on the GPU that will run the plan, and in its own release only: see `this_machine`. TensorRT-RTX builds
-ahead of time and needs no GPU. Triton cannot load what it builds; but it shows on any machine that our ONNX, types and
-profiles are what TensorRT takes. Neither is imported before something is built.
+A TensorRT plan runs on the kind of GPU and in the release that built it: see `local_target`. TensorRT-RTX builds ahead
+of time and needs no GPU. Triton cannot load its plans, but the tests use it to check on any machine that TensorRT
+accepts our ONNX, types and profiles. Neither library is imported before something is built.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from hypergen_export.engines.cuda import first_gpu
 from hypergen_export.engines.profiles import Profile
 from hypergen_export.errors import BadOptionError, ConversionError, MissingDependencyError
 
-# A tactic's scratch memory. Without a limit it may be the whole GPU, which the served model has to share.
+# Limit of a tactic's scratch memory. Without one it may take the whole GPU, which other models share.
 _WORKSPACE_BYTES = 8 * 2**30
-# TensorRT's names for the types that our tables use -> Triton's.
+# TensorRT's names of data types -> Triton's.
 _TYPES = {"FLOAT": "FP32", "HALF": "FP16", "BF16": "BF16", "INT32": "INT32", "INT64": "INT64", "UINT8": "UINT8"}
-# Tensor cores compute in bfloat16 since Ampere.
+# bfloat16 needs tensor cores of Ampere or later.
 _BFLOAT16_SINCE = (8, 0)
 
 Report = Callable[[float], None]
@@ -34,7 +34,7 @@ Report = Callable[[float], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """The library that builds, and what GPU for. `gpu` is empty where it is built ahead of time."""
+    """The building library and the GPU to build for. `gpu` is empty for a build ahead of time."""
 
     library: str
     version: str
@@ -42,18 +42,18 @@ class Target:
     compute_capability: str
 
     def check_dtype(self, dtype: str) -> None:
-        """Refuse what the GPU does not compute in. Raises BadOptionError."""
+        """Reject a precision that the GPU does not have. Raises BadOptionError."""
         capability = tuple(int(part) for part in self.compute_capability.split("."))
         if dtype == "bfloat16" and capability < _BFLOAT16_SINCE:
             raise BadOptionError(
-                f"--dtype bfloat16: needs a GPU of compute capability 8.0 or later, and "
-                f"{self.gpu or 'the one to build for'} has {self.compute_capability}; use float16"
+                f"--dtype bfloat16: needs a GPU of compute capability 8.0 or later, but "
+                f"{self.gpu or 'the target GPU'} has {self.compute_capability}; use float16"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Binding:
-    """An input or output of an engine: its type in Triton's words, and its shape, -1 where that is free."""
+    """An input or output of an engine: Triton's name of its type, and its shape with -1 for free axes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -67,24 +67,24 @@ class Interface:
     outputs: Mapping[str, Binding]
 
 
-def this_machine() -> Target:
+def local_target() -> Target:
     """TensorRT and the GPU of this machine. Raises MissingDependencyError, NoGpuError."""
     version = _import("tensorrt").__version__
     gpu = first_gpu()
     return Target(library="tensorrt", version=version, gpu=gpu.name, compute_capability=gpu.compute_capability)
 
 
-def ahead_of_time(compute_capability: str) -> Target:
+def rtx_target(compute_capability: str) -> Target:
     """TensorRT-RTX, for GPUs of a compute capability such as "8.6". Raises MissingDependencyError, BadOptionError."""
     trt = _import("tensorrt_rtx")
     if _capability_name(compute_capability) not in trt.ComputeCapability.__members__:
-        raise BadOptionError(f"TensorRT-RTX builds nothing for the compute capability {compute_capability}")
+        raise BadOptionError(f"TensorRT-RTX does not support the compute capability {compute_capability}")
     return Target(library="tensorrt_rtx", version=trt.__version__, gpu="", compute_capability=compute_capability)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Build:
-    """A plan to build: of which component, from which ONNX with weights of `dtype`, into which file, for what."""
+    """The build of a component's plan from its ONNX file, whose weights are of `dtype`."""
 
     name: str
     onnx: Path
@@ -95,18 +95,18 @@ class Build:
 
 
 def build_plan(build: Build, report: Report) -> Interface:
-    """Write the plan; `report` is told how much is done, from 0 to 1.
+    """Write the plan; `report` is called with the fraction done, from 0 to 1.
 
     Raises:
-        ConversionError: TensorRT refuses the file or cannot build it.
+        ConversionError: TensorRT rejects the file or cannot build the engine.
         OSError: the plan cannot be written.
     """
     trt = importlib.import_module(build.target.library)
     log = _make_log(trt)
     builder = trt.Builder(log)
-    # Needed up to 10, where it is a choice; from 11 on there is nothing else and the flag is without effect.
+    # Needed up to TensorRT 10. From 11 on all networks are strongly typed and the flag has no effect.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, log)  # the network's weights are its own: it must live until they are in the plan
+    parser = trt.OnnxParser(network, log)  # owns the network's weights, so it must live until the plan is built
     if not parser.parse_from_file(str(build.onnx)):
         raise ConversionError(f"{build.name}: TensorRT cannot read the ONNX ({_parser_error(parser)})")
     config = _configure(trt, builder, build)
@@ -122,11 +122,11 @@ def build_plan(build: Build, report: Report) -> Interface:
 
 
 def write_plan_record(build: Build, interface: Interface) -> None:
-    """Write beside the plan how it was built, of what, for what, and its interface."""
+    """Write the plan's record beside it: its target, its ONNX file, its interface and its profiles."""
     record = {
         **asdict(build.target),
         "dtype": build.dtype,
-        "onnx_sha256": sha256(sorted(build.onnx.parent.glob(f"{build.onnx.name}*"))),  # weights may lie beside it
+        "onnx_sha256": sha256(sorted(build.onnx.parent.glob(f"{build.onnx.name}*"))),  # with external weights
         **asdict(interface),
         "profiles": [{name: asdict(bounds) for name, bounds in profile.items()} for profile in build.profiles],
     }
@@ -139,8 +139,8 @@ def _import(library: str) -> Any:
         return importlib.import_module(library)
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
-            f"{library} is not installed; TensorRT engines must be built by the very release that Triton brings, "
-            "best inside Triton's own container"
+            f"{library} is not installed; TensorRT engines must be built by Triton's own TensorRT release, "
+            "for example in Triton's container"
         ) from error
 
 
@@ -149,7 +149,7 @@ def _capability_name(compute_capability: str) -> str:
 
 
 def _configure(trt: Any, builder: Any, build: Build) -> Any:
-    """No timing cache: it holds for one GPU and release, and because of it TensorRT-RTX would look for a GPU."""
+    """The builder's configuration. Without a timing cache: with one, TensorRT-RTX would look for a GPU."""
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, _WORKSPACE_BYTES)
     if not build.target.gpu:
@@ -165,7 +165,7 @@ def _configure(trt: Any, builder: Any, build: Build) -> Any:
 
 
 def _parser_error(parser: Any) -> str:
-    """The first thing that the parser refuses, on one line."""
+    """The parser's first error, on one line."""
     error = parser.get_error(0)
     where = f"{error.node_operator()} {error.node_name()}".strip()
     return f"{where}: {' '.join(error.desc().split())}"[:300]
@@ -182,7 +182,7 @@ def _bindings(tensors: Sequence[Any]) -> dict[str, Binding]:
 
 
 def _make_log(trt: Any) -> Any:
-    """A logger of TensorRT's that says nothing and keeps the first error."""
+    """A TensorRT logger that prints nothing and keeps the first error."""
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -198,7 +198,7 @@ def _make_log(trt: Any) -> Any:
 
 
 def _make_monitor(trt: Any, report: Report) -> Any:
-    """A monitor of TensorRT's that reports progress, and ends the build where it is interrupted.
+    """A TensorRT progress monitor that calls `report` and stops the build on KeyboardInterrupt.
 
     TensorRT calls it from C++, which no exception may cross.
     """
@@ -230,32 +230,32 @@ def _make_monitor(trt: Any, report: Report) -> Any:
 
 
 class Phases:
-    """How far a build is. Its phases lie inside each other and count steps; a step of one may be a phase itself."""
+    """Progress of a build as nested phases, each of which counts steps; a step may be a phase itself."""
 
     def __init__(self) -> None:
         self._steps: dict[str, tuple[float, int]] = {}
         self._parents: dict[str, str | None] = {}
         self.fraction = 0.0
-        """From 0 to 1, and never less than it was."""
+        """From 0 to 1, never decreasing."""
 
     def start(self, name: str, parent: str | None, steps: int) -> None:
-        """A phase begins, as a step of `parent`."""
+        """Start a phase, as a step of `parent`."""
         self._steps[name] = (0, max(steps, 1))
         self._parents[name] = parent
 
     def complete(self, name: str, step: int) -> None:
-        """The step of this number, from 0, is done."""
+        """Mark step number `step`, from 0, as done."""
         if name in self._steps:
             self._steps[name] = (step + 1, self._steps[name][1])
             self.fraction = max(self.fraction, min(self._outermost(name), 1.0))
 
     def finish(self, name: str) -> None:
-        """A phase is done or given up."""
+        """End a phase, whether it is complete or not."""
         self._steps.pop(name, None)
         self._parents.pop(name, None)
 
     def _outermost(self, name: str) -> float:
-        """The share of the outermost phase that is done, as seen from the phase `name`."""
+        """The fraction of the outermost phase that is done, computed from the nested phase `name`."""
         done, steps = self._steps[name]
         share = done / steps
         parent = self._parents[name]

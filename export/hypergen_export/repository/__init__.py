@@ -1,1 +1,1 @@
-"""Components, engines and configuration become a Triton model repository."""
+"""Writing the Triton model repository: components, engines, configuration and the export's record."""

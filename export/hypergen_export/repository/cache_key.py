@@ -1,4 +1,4 @@
-"""Keys that change when an export would come out differently, from what is on the disk and without torch."""
+"""Cache keys, which change whenever an export would differ. Computed from files alone, without torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypergen_export.checkpoints.components import Component
 from hypergen_export.checkpoints.hashes import ContentHashes
 
 _PACKAGE = Path(__file__).parents[1]
-# Sources that decide what a component's ONNX is, and what plan is built of it; others decide what stands around them.
+# Sources that determine a component's plan, its merged LoRA and its ONNX file. All sources are in the repository's key.
 _PLAN = ("engines/profiles.py", "engines/tensorrt.py")
 _MERGING = ("checkpoints/lora.py", "conversion/merging.py")
 _CONVERSION = (
@@ -27,7 +27,7 @@ _CONVERSION = (
 
 
 def component_key(checkpoint: Checkpoint, component: Component, hashes: ContentHashes) -> str:
-    """Key of a component's ONNX: the module's files, the LoRA merged into them, and the sources that convert them."""
+    """Key of a component's ONNX file: the module's files, the merged LoRA, and the sources that convert them."""
     folder = checkpoint.folder / component.module
     return _digest(
         component.name,
@@ -44,31 +44,31 @@ def weight_files(checkpoint: Checkpoint, module: str) -> list[Path]:
     return [checkpoint.folder / module / name for name in checkpoint.weights(module).files]
 
 
-def plan_key(onnx_key: str, *circumstances: Any) -> str:
-    """Key of a TensorRT plan: the ONNX that it is built of, and all that the build depends on beside it."""
-    return _digest(onnx_key, repr(circumstances), _contents(_PACKAGE / name for name in _PLAN))
+def plan_key(onnx_key: str, *build_inputs: Any) -> str:
+    """Key of a TensorRT plan: its ONNX file, and `build_inputs`, everything else that the build depends on."""
+    return _digest(onnx_key, repr(build_inputs), _contents(_PACKAGE / name for name in _PLAN))
 
 
 def tokenizer_key(checkpoint: Checkpoint, tokenizer: str) -> str:
-    """Key of the file that the sampler reads in place of the folder `tokenizer`."""
+    """Key of the tokenizer's file for the sampler."""
     files = (path for path in (checkpoint.folder / tokenizer).iterdir() if path.is_file())
     return _digest(dict(checkpoint.sizes), _contents([*files, _PACKAGE / "conversion" / "tokenizer.py"]))
 
 
 def repository_key(parts: Iterable[str], settings: dict[str, str], sources: Iterable[Path]) -> str:
-    """Key of a whole repository: its parts' keys, every setting, and all files that shape the rest."""
+    """Key of a whole repository: its parts' keys, all settings, and the contents of `sources` and this package."""
     return _digest(list(parts), settings, _contents([*sources, *_PACKAGE.rglob("*.py")]))
 
 
 def _lora_parts(component: Component) -> list[Any]:
-    """By the file's content: it is small, and its name and time say little."""
+    """Key parts of the merged LoRA: the file's content, the scale and the sources that merge it."""
     if component.lora is None:
         return []
     return [component.lora.sha256, component.lora.scale, _contents(_PACKAGE / name for name in _MERGING)]
 
 
 def _contents(paths: Iterable[Path]) -> list[tuple[str, str]]:
-    # In the order of their names: that of their paths would change with the place of the checkpoint.
+    # By name, since the order of paths depends on the checkpoint's location.
     return sorted((path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in paths)
 
 

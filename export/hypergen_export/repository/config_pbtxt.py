@@ -1,4 +1,4 @@
-"""Triton's configuration files, made through Triton's own protobuf class: what it prints, Triton can parse."""
+"""Triton's configuration files, written with Triton's protobuf class so that Triton can parse them."""
 
 from __future__ import annotations
 
@@ -11,55 +11,52 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from hypergen_export.checkpoints.components import Component, Tensor
 from hypergen_export.engines.engine import ENGINES, Size
-from hypergen_export.engines.profiles import Graph, Shapes, graphs, input_shapes, largest_batch, profiles, usual_batch
+from hypergen_export.engines.profiles import Graph, Shapes, graphs, input_shapes, largest_batch, profiles, typical_batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How the components run: `dtype` is what the engine computes in, `shapes` what for.
-
-    `usual_size` is that of the pictures that most requests want.
-    """
+    """How the components run: the engine, its precision, the shapes it is built for and the default image size."""
 
     engine: str
     dtype: str
     shapes: Shapes
-    usual_size: Size
+    default_size: Size
 
 
 def component_config(component: Component, options: EngineOptions) -> str:
-    """config.pbtxt of a component."""
+    """The config.pbtxt of a component."""
     config = pb.ModelConfig(
         name=component.name,
         backend=options.engine,
         default_model_filename=ENGINES[options.engine].file,
         max_batch_size=options.shapes.rows,
-        input=[_fill(pb.ModelInput(), tensor, options.shapes) for tensor in component.inputs],
-        output=[_fill(pb.ModelOutput(), tensor, options.shapes) for tensor in component.outputs],
+        input=[_describe(pb.ModelInput(), tensor, options.shapes) for tensor in component.inputs],
+        output=[_describe(pb.ModelOutput(), tensor, options.shapes) for tensor in component.outputs],
     )
-    _COMPLETE[options.engine](config, component, options)
+    _CONFIGURE[options.engine](config, component, options)
     return _text(config)
 
 
 def sampler_config(template: str, parameters: Mapping[str, str]) -> str:
-    """config.pbtxt of the sampler: the template with the checkpoint's parameters."""
+    """The config.pbtxt of the sampler: the template with the checkpoint's parameters."""
     config = read_config(template)
     _set_parameters(config, parameters)
     return _text(config)
 
 
 def read_config(text: str) -> Any:
-    """A config.pbtxt as Triton's ModelConfig."""
+    """Parse a config.pbtxt as Triton's ModelConfig."""
     return text_format.Parse(text, pb.ModelConfig())
 
 
-def _complete_openvino(config: Any, component: Component, options: EngineOptions) -> None:
-    """The parameters have the names of Triton's native OpenVINO backend.
+def _configure_openvino(config: Any, component: Component, options: EngineOptions) -> None:
+    """Parameters are named as in Triton's native OpenVINO backend.
 
-    One stream, for latency: the sampler makes one call at a time, and that call gets all cores. Its steps come in
-    batches already; a batcher before the UNet would find nothing to merge, and hand each on by one more thread.
+    One stream, for latency: the sampler makes one call at a time, and that call gets all cores. Calls of the denoiser
+    are batched by the sampler already, so a dynamic batcher would only add a thread in between.
     """
-    if component.module != "unet":
+    if not component.is_denoiser:
         config.dynamic_batching.SetInParent()
     config.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=1)
     bf16 = "YES" if options.dtype == "bfloat16" else "NO"
@@ -69,44 +66,44 @@ def _complete_openvino(config: Any, component: Component, options: EngineOptions
 
 
 def _add_warm_up(config: Any, component: Component, options: EngineOptions) -> None:
-    """One picture of the usual size before the model is ready: nobody waits for what a first call takes longer.
+    """Run a call for one image of the default size before the model is ready, so that no request waits for it.
 
-    Not of what starts from a picture, as not every request does, and its memory would be taken for good.
+    Not for components that take an image: not every request calls them, and their memory would stay allocated.
     """
-    batch = usual_batch(component, options.shapes.rows)
-    warm_up = config.model_warmup.add(name="usual_size", batch_size=batch)
-    shapes = input_shapes(component, options.shapes, options.usual_size, batch)
+    batch = typical_batch(component, options.shapes.rows)
+    warm_up = config.model_warmup.add(name="default_size", batch_size=batch)
+    shapes = input_shapes(component, options.shapes, options.default_size, batch)
     for entry in config.input:
         warmed = warm_up.inputs[entry.name]
         warmed.data_type, warmed.zero_data = entry.data_type, True
         warmed.dims.extend(shapes[entry.name][1:] or (1,))
 
 
-def _complete_tensorrt(config: Any, component: Component, options: EngineOptions) -> None:
-    """All profiles in one instance per GPU: unnamed, Triton would use the first alone."""
+def _configure_tensorrt(config: Any, component: Component, options: EngineOptions) -> None:
+    """All profiles in one instance per GPU; unless they are named, Triton uses the first only."""
     config.dynamic_batching.SetInParent()
     config.max_batch_size = largest_batch(component, options.shapes.rows)
     names = [str(index) for index, _ in enumerate(profiles(component, options.shapes))]
     config.instance_group.add(kind=pb.ModelInstanceGroup.KIND_GPU, count=1, profile=names)
-    # Each profile has a context that never leaves it. Allocated on its change, a context takes the memory that its
-    # own profile needs; otherwise each would take that of the largest.
+    # Each profile has an execution context of its own. With ON_PROFILE_CHANGE a context allocates the memory of its
+    # profile; otherwise each would allocate that of the largest.
     _set_parameters(config, {"execution_context_allocation_strategy": "ON_PROFILE_CHANGE"})
     for graph in graphs(component, options.shapes):
         _add_graph(config.optimization.cuda, graph)
 
 
 def _add_graph(cuda: Any, graph: Graph) -> None:
-    """Triton tries to record each graph in every profile, and at start logs an error for those that it does not fit."""
+    """Triton tries to record each graph in every profile and logs an error at start for those that do not fit."""
     cuda.graphs = True
     spec = cuda.graph_spec.add(batch_size=graph.batch)
     for name, shape in graph.inputs.items():
         spec.input[name].dim.extend(shape)
 
 
-_COMPLETE = {"openvino": _complete_openvino, "tensorrt": _complete_tensorrt}
+_CONFIGURE = {"openvino": _configure_openvino, "tensorrt": _configure_tensorrt}
 
 
-def _fill(entry: Any, tensor: Tensor, shapes: Shapes) -> Any:
+def _describe(entry: Any, tensor: Tensor, shapes: Shapes) -> Any:
     entry.name = tensor.name
     entry.data_type = pb.DataType.Value(f"TYPE_{tensor.dtype}")
     entry.dims.extend(tensor.dims(shapes.sizes))

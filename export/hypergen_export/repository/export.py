@@ -1,7 +1,6 @@
-"""An export from MODEL to a repository in its place: what must be made, what an earlier export already holds.
+"""Export a checkpoint to a Triton repository, reusing what previous exports have converted.
 
-It decides and arranges. Everything up to the first conversion works without torch, so that finding out that nothing
-is to be done costs a fraction of a second.
+torch is not imported before the first conversion, so an export that is up to date takes a fraction of a second.
 """
 
 from __future__ import annotations
@@ -19,24 +18,24 @@ from typing import TYPE_CHECKING, Any
 
 from hypergen_export.checkpoints.checkpoint import SCHEDULER, Checkpoint, open_checkpoint
 from hypergen_export.checkpoints.components import Component, with_deep_cache
-from hypergen_export.checkpoints.defaults import checkpoint_parameters, remarks
+from hypergen_export.checkpoints.defaults import checkpoint_parameters, notices
 from hypergen_export.checkpoints.hashes import ContentHashes
 from hypergen_export.checkpoints.lora import Lora
 from hypergen_export.checkpoints.weights import float32_bytes
 from hypergen_export.engines.engine import ENGINES, OPENVINO, TENSORRT, Size, check_dtype, choose_sizes, size_parameters
 from hypergen_export.engines.profiles import Shapes, profiles
-from hypergen_export.engines.tensorrt import Build, Target, build_plan, this_machine, write_plan_record
+from hypergen_export.engines.tensorrt import Build, Target, build_plan, local_target, write_plan_record
 from hypergen_export.errors import BadLoraError, MissingDependencyError
 from hypergen_export.repository.cache_key import component_key, plan_key, repository_key, tokenizer_key, weight_files
 from hypergen_export.repository.staging import (
     PreviousExport,
     check_space,
-    exports_beside,
     file_sizes,
     link_or_copy,
     read_record,
-    remember,
+    sibling_exports,
     staged,
+    update_record,
     write_record,
 )
 
@@ -44,23 +43,23 @@ if TYPE_CHECKING:
     from hypergen_export.conversion.convert import Job
 
 _PACKAGE = Path(__file__).parents[1]
-# In a wheel the sampler lies inside the package, in a checkout in its own folder.
+# In a wheel the sampler is inside the package, in a source checkout in model_repository.
 _SAMPLER_FOLDERS = (_PACKAGE / "bundled" / "diffusion", _PACKAGE.parents[1] / "model_repository" / "diffusion")
 _SAMPLER = "diffusion"
 _SCHEDULERS = "schedulers.json"
 _VERSIONS = ("hypergen-triton", "torch", "diffusers", "transformers", "onnx", "openvino")
 _ONNX = "model.onnx"
-_STAGES_PER_COMPONENT = 4  # and one more where a plan is built
-# DeepCache loses much beyond five steps or so already.
+_STAGES_PER_COMPONENT = 4  # and one more if a plan is built
+# Quality already drops above about five.
 _MAX_CACHE_INTERVAL = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRequest:
-    """What is asked for. `max_batch_size` counts images; guidance gives each of them two rows in a UNet call.
+    """The options of an export. `max_batch_size` counts images; with guidance each takes two rows of a denoiser call.
 
-    `sizes` are pictures' widths and heights, for an engine that must know them; empty: the checkpoint's own.
-    `loras` are served beside the checkpoint as it is. `deep_cache`: requests may ask for deep features to be reused.
+    `sizes` are the image sizes to build, for engines that need them; empty for the checkpoint's default. `loras` are
+    served beside the unmodified checkpoint. `deep_cache` adds a shallow UNet, for requests with `cache_interval`.
     """
 
     model: str
@@ -75,12 +74,12 @@ class ExportRequest:
 
     @property
     def rows(self) -> int:
-        """The largest batch of a component."""
+        """The maximum batch size of a component."""
         return 2 * self.max_batch_size
 
     @property
     def settings(self) -> dict[str, str]:
-        """The parameters of the sampler that follow from the request alone."""
+        """The sampler's parameters that depend on the request alone."""
         return {
             "model_id": self.model_id or self.model,
             "engine": self.engine,
@@ -92,112 +91,114 @@ class ExportRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What an export did: the components it converted and those it took over. Neither: all was up to date."""
+class ExportResult:
+    """The components that were converted and those that were reused; both are empty if all was up to date."""
 
     converted: tuple[str, ...] = ()
     reused: tuple[str, ...] = ()
 
 
 def export(
-    request: ExportRequest, target: Target | None = None, remark: Callable[[str], None] = lambda _: None
-) -> Outcome:
-    """Make `request.output` the repository asked for. Raises ExportError.
+    request: ExportRequest, target: Target | None = None, notify: Callable[[str], None] = lambda _: None
+) -> ExportResult:
+    """Write the Triton repository at `request.output`, unless it is up to date. Raises ExportError.
 
-    TensorRT's plans are for `target`, or for this machine. `remark` is told what one should know of the checkpoint.
+    TensorRT plans are built for `target`, by default for this machine. `notify` is called with each notice about the
+    checkpoint.
     """
     output = request.output.expanduser().resolve()
-    plan = _plan(request, PreviousExport(output, read_record(output) or {}), target)
-    for text in remarks(plan.checkpoint):
-        remark(text)
-    _hash_weights(plan)
-    if plan.is_up_to_date:
-        if plan.hashes.has_news:
-            remember(output, {**plan.earlier.record, "hashes": plan.hashes.remembered})
-        return Outcome()
-    check_space(output, plan.bytes_to_write)
+    task = _make_task(request, PreviousExport(output, read_record(output) or {}), target)
+    for text in notices(task.checkpoint):
+        notify(text)
+    _hash_weights(task)
+    if task.is_up_to_date:
+        if task.hashes.has_new_hashes:
+            update_record(output, {**task.previous.record, "hashes": task.hashes.stored})
+        return ExportResult()
+    check_space(output, task.bytes_to_write)
     with staged(output) as folder:
-        parity = _fill(plan, folder)
-        write_record(folder, _record(plan, folder, parity))
-    reused = tuple(component.name for component in plan.reused)
-    return Outcome(converted=tuple(component.name for component in plan.outdated), reused=reused)
+        parity = _write_repository(task, folder)
+        write_record(folder, _record(task, folder, parity))
+    reused = tuple(component.name for component in task.reused)
+    return ExportResult(converted=tuple(component.name for component in task.outdated), reused=reused)
 
 
-def _hash_weights(plan: ExportTask) -> None:
-    """Read what no earlier export knows by its content: many gigabytes, so with progress."""
-    files = [file for module in plan.checkpoint.family.modules for file in weight_files(plan.checkpoint, module)]
-    unknown = plan.hashes.unknown(files)
+def _hash_weights(task: ExportTask) -> None:
+    """Hash the weights whose hashes no export has stored: many gigabytes, so with progress."""
+    files = [file for module in task.checkpoint.family.modules for file in weight_files(task.checkpoint, module)]
+    unknown = task.hashes.unknown(files)
     if unknown:
-        with _needs_the_extra():
+        with _requires_export_extra():
             from hypergen_export.conversion.progress import Progress
         with contextlib.closing(Progress(1)) as progress, progress.stage("weights: hash") as report:
-            plan.hashes.read(unknown, report)
+            task.hashes.read(unknown, report)
 
 
-def _plan(request: ExportRequest, earlier: PreviousExport, target: Target | None) -> ExportTask:
-    """Everything that can be refused before anything is done, is refused here, what costs least first."""
+def _make_task(request: ExportRequest, previous: PreviousExport, target: Target | None) -> ExportTask:
+    """The task of a request. Options are checked here, before any work is done, the cheapest check first."""
     engine = ENGINES[request.engine]
     check_dtype(engine, request.dtype)
     checkpoint = open_checkpoint(request.model)
     _check_loras(request, checkpoint)
     sizes = choose_sizes(engine, request.sizes, checkpoint_parameters(checkpoint))
     if engine is OPENVINO:
-        return ExportTask(checkpoint, request, earlier, sizes, None)
-    target = target or this_machine()
+        return ExportTask(checkpoint, request, previous, sizes, None)
+    target = target or local_target()
     target.check_dtype(request.dtype)
-    return ExportTask(checkpoint, request, earlier, sizes, target)
+    return ExportTask(checkpoint, request, previous, sizes, target)
 
 
 def _check_loras(request: ExportRequest, checkpoint: Checkpoint) -> None:
     for lora in request.loras:
-        strange = sorted(lora.modules - checkpoint.family.modules.keys())
-        if strange:
-            raise BadLoraError(f"{lora.file}: changes {strange[0]}, which {request.model} does not have")
+        unknown = sorted(lora.modules - checkpoint.family.modules.keys())
+        if unknown:
+            raise BadLoraError(f"{lora.file}: changes {unknown[0]}, which {request.model} does not have")
 
 
 @dataclass(frozen=True)
 class ExportTask:
-    """A request held against the export that is already there (one without a record where none is).
+    """What an export has to do: its components, their cache keys, and which of them previous exports have.
 
-    `sizes` are those that are built in, empty for an engine that takes any; `target` is what TensorRT builds for.
+    `previous` is the export at the output folder; its record is empty if there is none. `sizes` are the image sizes to
+    build, empty for an engine that takes any; `target` is what TensorRT builds for, None for OpenVINO.
     """
 
     checkpoint: Checkpoint
     request: ExportRequest
-    earlier: PreviousExport
+    previous: PreviousExport
     sizes: tuple[Size, ...]
     target: Target | None
 
     @cached_property
     def components(self) -> tuple[Component, ...]:
-        """The checkpoint's own, then for each LoRA those that it changes."""
+        """The checkpoint's components, then for each LoRA the variants of those that it changes."""
         variants = (variant for lora in self.request.loras for variant in self.variants(lora).values())
         return (*self.own, *variants)
 
     @cached_property
     def own(self) -> tuple[Component, ...]:
-        """Those of the checkpoint as it is."""
+        """The components of the unmodified checkpoint."""
         components = self.checkpoint.family.components
         return with_deep_cache(components) if self.request.deep_cache else components
 
     @cached_property
     def hashes(self) -> ContentHashes:
-        """The checkpoint's files by their content."""
-        exports = (*exports_beside(self.earlier.folder), self.earlier)
+        """Content hashes, starting with those that exports beside this one have stored."""
+        exports = (*sibling_exports(self.previous.folder), self.previous)
         return ContentHashes({stamp: known for each in exports for stamp, known in each.hashes.items()})
 
     def variants(self, lora: Lora) -> dict[str, Component]:
-        """Component -> what takes its place under the LoRA, for those that it changes."""
+        """Component -> its variant with the LoRA merged, for those that the LoRA changes."""
         return {each.name: each.with_lora(lora) for each in self.own if each.module in lora.modules}
 
     @property
     def shapes(self) -> Shapes:
-        """What the engines are for."""
-        return Shapes(sizes=self.checkpoint.sizes, pictures=self.sizes, rows=self.request.rows)
+        """The shapes that engines are built for."""
+        return Shapes(sizes=self.checkpoint.sizes, image_sizes=self.sizes, rows=self.request.rows)
 
     @cached_property
     def keys(self) -> dict[str, str]:
-        """Component -> key of the file that its engine loads."""
+        """Component -> key of its model file."""
         return {component.name: self._key(component) for component in self.components}
 
     @cached_property
@@ -216,30 +217,30 @@ class ExportTask:
 
     @property
     def is_up_to_date(self) -> bool:
-        """Whether there is nothing to do."""
-        same: bool = self.earlier.record.get("key") == self.key
-        return same and self.earlier.is_intact("")
+        """Whether the output folder already has this export."""
+        same: bool = self.previous.record.get("key") == self.key
+        return same and self.previous.is_intact("")
 
     @cached_property
     def sources(self) -> dict[str, PreviousExport]:
-        """Component -> an export that has its file, for those of which there is one.
+        """Component -> an export with the same model file, if there is one.
 
-        Beside the place of this one lie those of the same checkpoint with other LoRAs or options: what they have in
-        common is converted once, and no export takes away what another, which may be served just now, still needs.
+        Exports of the same checkpoint with other LoRAs or options are siblings of the output folder. Components that
+        they share are converted once. Files are linked or copied, since another export may be in use.
         """
         sources: dict[str, PreviousExport] = {}
-        for export in (*exports_beside(self.earlier.folder), self.earlier):
-            sources |= {each.name: export for each in self.components if self._is_held(each, export)}
+        for export in (*sibling_exports(self.previous.folder), self.previous):
+            sources |= {each.name: export for each in self.components if self._is_available(each, export)}
         return sources
 
     @property
     def reused(self) -> list[Component]:
-        """Components that an earlier export has."""
+        """Components that a previous export has."""
         return [component for component in self.components if component.name in self.sources]
 
     @property
     def outdated(self) -> list[Component]:
-        """Components to convert; those with a LoRA first, for whether it fits shows when it is merged."""
+        """Components to convert; those with a LoRA first, since a LoRA that does not fit shows only when merged."""
         missing = (component for component in self.components if component.name not in self.sources)
         return sorted(missing, key=lambda component: component.lora is None)
 
@@ -247,20 +248,20 @@ class ExportTask:
         """What the export that a reused component comes from says of it."""
         return self.sources[component.name].component(component.name)
 
-    def holds_tokenizer(self, name: str) -> bool:
-        """Whether the earlier export has this tokenizer's file."""
-        same: bool = self.earlier.record.get("tokenizers", {}).get(name) == self.tokenizer_keys[name]
-        return same and self.earlier.is_intact(str(tokenizer_file(name)))
+    def has_tokenizer(self, name: str) -> bool:
+        """Whether the previous export has this tokenizer's file."""
+        same: bool = self.previous.record.get("tokenizers", {}).get(name) == self.tokenizer_keys[name]
+        return same and self.previous.is_intact(str(tokenizer_file(name)))
 
     @property
     def bytes_to_write(self) -> int:
-        """An estimate: a component's ONNX is at most as large as its module in float32, and a plan as its ONNX."""
+        """An estimate: an ONNX file is at most as large as its module in float32, and a plan as its ONNX file."""
         folder = self.checkpoint.folder
         files = 2 if self.target else 1
         return sum(float32_bytes(folder / c.module, self.checkpoint.weights(c.module)) * files for c in self.outdated)
 
     def weights_dtype(self, component: Component) -> str:
-        """The type of the weights in the component's ONNX. OpenVINO lowers them itself when it loads them."""
+        """The dtype of the weights in the component's ONNX file; OpenVINO itself converts them when it loads them."""
         return component.weights_dtype(self.request.dtype) if self.target else "float32"
 
     def _key(self, component: Component) -> str:
@@ -269,23 +270,23 @@ class ExportTask:
             return key
         return plan_key(key, self.weights_dtype(component), self.target, profiles(component, self.shapes))
 
-    def _is_held(self, component: Component, export: PreviousExport) -> bool:
+    def _is_available(self, component: Component, export: PreviousExport) -> bool:
         same: bool = export.component(component.name).get("key") == self.keys[component.name]
         return same and export.is_intact(f"{component.name}/1/")
 
 
 def version_folder(repository: Path, component: Component) -> Path:
-    """Where Triton looks for version 1 of a component."""
+    """The folder of version 1 of a component."""
     return repository / component.name / "1"
 
 
 def tokenizer_file(name: str) -> Path:
-    """Where in a repository the sampler looks for a tokenizer."""
+    """Path of a tokenizer's file in a repository."""
     return Path(_SAMPLER) / f"{name}.json"
 
 
 def sampler_folder() -> Path:
-    """The sampler model: its config.pbtxt is the template, its version's files are copied."""
+    """The folder of the sampler: its config.pbtxt is a template, the files of its version are copied."""
     return next((folder for folder in _SAMPLER_FOLDERS if folder.is_dir()), _SAMPLER_FOLDERS[-1])
 
 
@@ -294,43 +295,44 @@ def sampler_sources() -> list[Path]:
     return sorted((sampler_folder() / "1").rglob("*.py"))
 
 
-def _fill(plan: ExportTask, folder: Path) -> dict[str, Any]:
-    """Write everything but the record into `folder`; returns component -> parity of those converted."""
-    for component in plan.components:
+def _write_repository(task: ExportTask, folder: Path) -> dict[str, Any]:
+    """Write everything but the record to `folder`; returns the parity of each converted component."""
+    for component in task.components:
         version_folder(folder, component).mkdir(parents=True)
     (folder / _SAMPLER / "1").mkdir(parents=True)
-    for component in plan.reused:
-        _take_over(version_folder(plan.sources[component.name].folder, component), version_folder(folder, component))
-    _write_configs(plan, folder)
+    for component in task.reused:
+        for file in version_folder(task.sources[component.name].folder, component).iterdir():
+            link_or_copy(file, version_folder(folder, component) / file.name)
+    _write_configs(task, folder)
     for source in sampler_sources():
         copy = folder / _SAMPLER / source.relative_to(sampler_folder())
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(source, copy)
-    for tokenizer in plan.checkpoint.family.tokenizers:
-        _put_tokenizer(plan, tokenizer, folder)
-    return _convert(plan, folder) if plan.outdated else {}
+    for tokenizer in task.checkpoint.family.tokenizers:
+        _write_tokenizer(task, tokenizer, folder)
+    return _convert(task, folder) if task.outdated else {}
 
 
-def _write_configs(plan: ExportTask, folder: Path) -> None:
-    with _needs_the_extra():
+def _write_configs(task: ExportTask, folder: Path) -> None:
+    with _requires_export_extra():
         from hypergen_export.repository.config_pbtxt import EngineOptions, component_config, sampler_config
 
-    request = plan.request
+    request = task.request
     template = (sampler_folder() / "config.pbtxt").read_text(encoding="utf-8")
-    own = checkpoint_parameters(plan.checkpoint)
-    own |= _write_schedulers(plan.checkpoint, int(own["default_num_inference_steps"]), folder)
-    usual_size = int(own["default_width"]), int(own["default_height"])
-    options = EngineOptions(engine=request.engine, dtype=request.dtype, shapes=plan.shapes, usual_size=usual_size)
-    for component in plan.components:
+    own = checkpoint_parameters(task.checkpoint)
+    own |= _write_schedulers(task.checkpoint, int(own["default_num_inference_steps"]), folder)
+    default_size = int(own["default_width"]), int(own["default_height"])
+    options = EngineOptions(engine=request.engine, dtype=request.dtype, shapes=task.shapes, default_size=default_size)
+    for component in task.components:
         text = component_config(component, options)
         (folder / component.name / "config.pbtxt").write_text(text, encoding="utf-8")
-    parameters = request.settings | own | size_parameters(plan.sizes, own) | _lora_parameters(plan)
+    parameters = request.settings | own | size_parameters(task.sizes, own) | _lora_parameters(task)
     (folder / _SAMPLER / "config.pbtxt").write_text(sampler_config(template, parameters), encoding="utf-8")
 
 
 def _write_schedulers(checkpoint: Checkpoint, steps: int, folder: Path) -> dict[str, str]:
-    """Write the table that the sampler makes its schedulers from; returns its parameters."""
-    with _needs_the_extra():
+    """Write the sampler's table of schedulers; returns the parameters that describe it."""
+    with _requires_export_extra():
         from hypergen_export.checkpoints.schedulers import checkpoint_schedulers
 
     table = checkpoint_schedulers(checkpoint, steps)
@@ -338,46 +340,46 @@ def _write_schedulers(checkpoint: Checkpoint, steps: int, folder: Path) -> dict[
     return {"schedulers": ",".join(table.names), "default_scheduler": table.own_name}
 
 
-def _lora_parameters(plan: ExportTask) -> dict[str, str]:
-    """The LoRAs by name and scale, and which models take the components' places; all models that are called."""
+def _lora_parameters(task: ExportTask) -> dict[str, str]:
+    """The sampler's parameters for LoRAs and their models, and the names of all component models."""
     loras = [
         {
             "name": lora.name,
             "scale": lora.scale,
-            "models": {component: variant.name for component, variant in plan.variants(lora).items()},
+            "models": {component: variant.name for component, variant in task.variants(lora).items()},
         }
-        for lora in plan.request.loras
+        for lora in task.request.loras
     ]
-    return {"loras": json.dumps(loras), "components": ",".join(component.name for component in plan.components)}
+    return {"loras": json.dumps(loras), "components": ",".join(component.name for component in task.components)}
 
 
-def _put_tokenizer(plan: ExportTask, name: str, folder: Path) -> None:
+def _write_tokenizer(task: ExportTask, name: str, folder: Path) -> None:
     from hypergen_export.conversion.tokenizer import write_tokenizer
 
-    if plan.holds_tokenizer(name):
-        link_or_copy(plan.earlier.folder / tokenizer_file(name), folder / tokenizer_file(name))
+    if task.has_tokenizer(name):
+        link_or_copy(task.previous.folder / tokenizer_file(name), folder / tokenizer_file(name))
         return
-    with _needs_the_extra():
-        write_tokenizer(plan.checkpoint, name, folder / tokenizer_file(name))
+    with _requires_export_extra():
+        write_tokenizer(task.checkpoint, name, folder / tokenizer_file(name))
 
 
-def _convert(plan: ExportTask, folder: Path) -> dict[str, Any]:
-    with _needs_the_extra():
+def _convert(task: ExportTask, folder: Path) -> dict[str, Any]:
+    with _requires_export_extra():
         from hypergen_export.conversion.convert import Job, convert
         from hypergen_export.conversion.progress import Progress
 
     jobs = [
-        Job(component=c, dtype=plan.weights_dtype(c), onnx=version_folder(folder, c) / _ONNX) for c in plan.outdated
+        Job(component=c, dtype=task.weights_dtype(c), onnx=version_folder(folder, c) / _ONNX) for c in task.outdated
     ]
-    finish = functools.partial(_build, plan.shapes, plan.target) if plan.target else None
+    finish = functools.partial(_build, task.shapes, task.target) if task.target else None
     progress = Progress((_STAGES_PER_COMPONENT + bool(finish)) * len(jobs))
     with contextlib.closing(progress):
-        parity = convert(plan.checkpoint, jobs, progress, finish)
+        parity = convert(task.checkpoint, jobs, progress, finish)
     return {name: asdict(entry) for name, entry in parity.items()}
 
 
 def _build(shapes: Shapes, target: Target, job: Job, report: Callable[[float], None]) -> None:
-    """Replace a component's ONNX by its plan and the plan's record."""
+    """Replace a component's ONNX file with its plan and the plan's record."""
     build = Build(
         name=job.component.name,
         onnx=job.onnx,
@@ -392,7 +394,7 @@ def _build(shapes: Shapes, target: Target, job: Job, report: Callable[[float], N
 
 
 @contextlib.contextmanager
-def _needs_the_extra() -> Iterator[None]:
+def _requires_export_extra() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
@@ -401,23 +403,23 @@ def _needs_the_extra() -> Iterator[None]:
         ) from error
 
 
-def _record(plan: ExportTask, folder: Path, parity: Mapping[str, Any]) -> dict[str, Any]:
+def _record(task: ExportTask, folder: Path, parity: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "key": plan.key,
-        "model": plan.request.model,
-        **plan.request.settings,
-        "target": asdict(plan.target) if plan.target else None,
+        "key": task.key,
+        "model": task.request.model,
+        **task.request.settings,
+        "target": asdict(task.target) if task.target else None,
         "versions": _versions(),
         "components": {
             component.name: {
-                "key": plan.keys[component.name],
-                "parity": parity.get(component.name) or plan.recorded(component)["parity"],
+                "key": task.keys[component.name],
+                "parity": parity.get(component.name) or task.recorded(component)["parity"],
             }
-            for component in plan.components
+            for component in task.components
         },
-        "tokenizers": plan.tokenizer_keys,
-        "loras": [{"name": lora.name, "scale": lora.scale, "sha256": lora.sha256} for lora in plan.request.loras],
-        "hashes": plan.hashes.remembered,
+        "tokenizers": task.tokenizer_keys,
+        "loras": [{"name": lora.name, "scale": lora.scale, "sha256": lora.sha256} for lora in task.request.loras],
+        "hashes": task.hashes.stored,
         "files": file_sizes(folder),
     }
 
@@ -428,8 +430,3 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-
-
-def _take_over(source: Path, target: Path) -> None:
-    for file in source.iterdir():
-        link_or_copy(file, target / file.name)

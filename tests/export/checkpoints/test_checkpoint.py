@@ -84,14 +84,18 @@ def test_a_part_of_another_class_is_unsupported(checkpoint_copy: Path) -> None:
     ("module", "changes", "said"),
     [
         ("unet", {"in_channels": 9}, "inpainting"),
-        ("unet", {"in_channels": 8}, "8 channels (a picture to edit)"),
+        ("unet", {"in_channels": 8}, "8 channels (an image to edit)"),
         ("unet", {"in_channels": 16}, "16 channels, its VAE gives 4"),
-        ("unet", {"addition_embed_type": "text_time"}, "wants size_embeds and text_embeds"),
+        ("unet", {"addition_embed_type": "text_time"}, "needs size_embeds and text_embeds"),
         ("unet", {"addition_embed_type": "image"}, "added conditions (image)"),
-        ("unet", {"encoder_hid_dim": 4096, "encoder_hid_dim_type": "text_proj"}, "projects embeddings of its own"),
-        ("unet", {"cross_attention_dim": 64}, "reads 64 features a token, its text encoders give 32"),
+        (
+            "unet",
+            {"encoder_hid_dim": 4096, "encoder_hid_dim_type": "text_proj"},
+            "projects the encoder's hidden states",
+        ),
+        ("unet", {"cross_attention_dim": 64}, "reads 64 features per token, its text encoders give 32"),
         ("unet", {"class_embed_type": "timestep"}, "class label"),
-        ("unet", {"time_embedding_type": "fourier"}, "embeds timesteps in its own way (fourier)"),
+        ("unet", {"time_embedding_type": "fourier"}, "uses another timestep embedding (fourier)"),
         ("text_encoder", {"use_attention_mask": True}, "attention mask"),
     ],
 )
@@ -148,7 +152,7 @@ def test_a_git_lfs_pointer_in_place_of_weights_is_named(checkpoint_copy: Path, f
     ("weight_map", "said"),
     [
         ({"a": "diffusion_pytorch_model-00001-of-00001.safetensors", "b": "other.safetensors"}, "other.safetensors"),
-        ([], "is no index of weights"),
+        ([], "is not an index of weights"),
     ],
 )
 def test_an_index_that_names_no_files_that_are_there_is_a_broken_checkpoint(
@@ -232,18 +236,21 @@ def test_xls_sizes_are_those_of_both_text_encoders(xl_copy: Path) -> None:
     [
         (
             {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]},
-            "it draws with a transformer",
+            "its denoiser is a transformer",
         ),
         ({"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}, "a transformer"),
         (
             {"_class_name": "StableDiffusionXLControlNetPipeline", "controlnet": ["diffusers", "ControlNetModel"]},
-            "it needs a control picture beside the prompt (ControlNet)",
+            "it needs a control image beside the prompt (ControlNet)",
         ),
         ({"_class_name": "StableDiffusionInpaintPipeline"}, "inpainting"),
         ({"_class_name": "StableDiffusionXLInpaintPipeline"}, "inpainting"),
-        ({"_class_name": "StableDiffusionInstructPix2PixPipeline"}, "a picture to edit"),
-        ({"_class_name": "StableDiffusionUpscalePipeline"}, "enlarges a given picture"),
-        ({"_class_name": "AnimateDiffPipeline", "motion_adapter": ["diffusers", "MotionAdapter"]}, "it makes videos"),
+        ({"_class_name": "StableDiffusionInstructPix2PixPipeline"}, "an image to edit"),
+        ({"_class_name": "StableDiffusionUpscalePipeline"}, "it is an upscaler"),
+        (
+            {"_class_name": "AnimateDiffPipeline", "motion_adapter": ["diffusers", "MotionAdapter"]},
+            "generates videos",
+        ),
         (
             {
                 "_class_name": "StableDiffusionXLImg2ImgPipeline",
@@ -255,7 +262,9 @@ def test_xls_sizes_are_those_of_both_text_encoders(xl_copy: Path) -> None:
         ({"text_encoder_2": [None, None]}, "its text_encoder_2 is none"),
     ],
 )
-def test_what_no_family_serves_is_refused_with_the_reason(xl_copy: Path, changes: dict[str, object], said: str) -> None:
+def test_an_unsupported_pipeline_is_rejected_with_the_reason(
+    xl_copy: Path, changes: dict[str, object], said: str
+) -> None:
     edit_json(xl_copy / "model_index.json", **changes)
     message = refusal(UnsupportedModelError, xl_copy)
     assert said in message
@@ -265,7 +274,7 @@ def test_what_no_family_serves_is_refused_with_the_reason(xl_copy: Path, changes
     ("changes", "said"),
     [
         ({"addition_embed_type": None}, "does not take size_embeds and text_embeds"),
-        ({"projection_class_embeddings_input_dim": 40 + 5 * 8}, "other numbers than six"),
+        ({"projection_class_embeddings_input_dim": 40 + 5 * 8}, "other size conditioning than six numbers"),
         ({"in_channels": 9}, "an inpainting model"),
     ],
 )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hypergen_export.checkpoints.checkpoint import open_checkpoint
-from hypergen_export.checkpoints.defaults import checkpoint_parameters, remarks
+from hypergen_export.checkpoints.defaults import checkpoint_parameters, notices
 from hypergen_export.errors import BrokenCheckpointError
 from support.miniature import save_miniature
 from support.pipelines import pipeline_of
@@ -39,7 +39,9 @@ def steps_and_scale(found: dict[str, str]) -> tuple[str, str]:
         ("lcm-sdxl", "4", "8.5"),
     ],
 )
-def test_habits_follow_from_scheduler_and_unet(family: str, steps: str, guidance: str, tmp_path: Path) -> None:
+def test_default_steps_and_guidance_depend_on_scheduler_and_unet(
+    family: str, steps: str, guidance: str, tmp_path: Path
+) -> None:
     found = parameters(save_miniature(tmp_path, family=family))
     assert (found["default_num_inference_steps"], found["default_guidance_scale"]) == (steps, guidance)
 
@@ -66,14 +68,14 @@ def test_trailing_euler_is_that_of_a_few_step_model_only_where_its_name_says_so_
 ) -> None:
     folder = save_miniature(tmp_path / "painter", family="sdxl", scheduler={"timestep_spacing": "trailing"})
     assert steps_and_scale(parameters(folder)) == ("50", "5")
-    assert remarks(open_checkpoint(str(folder))) == []
+    assert notices(open_checkpoint(str(folder))) == []
     edit_json(folder / part, _name_or_path=name)
     assert steps_and_scale(parameters(folder)) == ("4", "1")
-    (said,) = remarks(open_checkpoint(str(folder)))
+    (said,) = notices(open_checkpoint(str(folder)))
     assert said.startswith("taken for a few-step model (EulerDiscreteScheduler with trailing timesteps, and '")
     assert said.endswith("' in its name): by default 4 steps, guidance scale 1")
     assert parameters(folder, num_inference_steps=30, guidance_scale=6)["default_num_inference_steps"] == "30"
-    assert remarks(open_checkpoint(str(folder))) == [], "what its author states is no guess"
+    assert notices(open_checkpoint(str(folder))) == [], "what its author states is no guess"
 
 
 @pytest.mark.parametrize("place", ["my-sdxl-turbo", "models--me--xl-turbo/snapshots/abc123"])
@@ -91,19 +93,19 @@ def test_a_folders_or_the_hubs_name_tells_it_too(place: str, tmp_path: Path) -> 
         ({"safety_checker": None}, False),
     ],
 )
-def test_a_safety_checker_that_is_not_run_is_said(index: dict[str, Any], is_said: bool, checkpoint_copy: Path) -> None:
+def test_a_safety_checker_that_is_not_run_is_reported(
+    index: dict[str, Any], is_said: bool, checkpoint_copy: Path
+) -> None:
     edit_json(checkpoint_copy / "model_index.json", **index)
-    assert ["safety checker" in text for text in remarks(open_checkpoint(str(checkpoint_copy)))] == [True] * is_said
+    assert ["safety checker" in text for text in notices(open_checkpoint(str(checkpoint_copy)))] == [True] * is_said
 
 
-def test_a_guidance_scale_of_zero_is_none(checkpoint_copy: Path) -> None:
+def test_a_default_guidance_scale_of_zero_becomes_one(checkpoint_copy: Path) -> None:
     assert parameters(checkpoint_copy, guidance_scale=0.0)["default_guidance_scale"] == "1"
 
 
 @pytest.mark.parametrize(("stated", "zeros"), [({}, "1"), ({"force_zeros_for_empty_prompt": False}, "0")])
-def test_the_sampler_learns_how_the_components_belong_together(
-    tmp_path: Path, stated: dict[str, bool], zeros: str
-) -> None:
+def test_the_parameters_describe_the_architecture(tmp_path: Path, stated: dict[str, bool], zeros: str) -> None:
     folder = save_miniature(tmp_path, family="lcm-sdxl")
     edit_json(folder / "model_index.json", **stated)
     found = parameters(folder)
@@ -131,7 +133,7 @@ def test_what_a_checkpoint_recommends_is_the_default(checkpoint_copy: Path) -> N
         ([8, 12], ("96", "64"), ("64", "1024")),
     ],
 )
-def test_sizes_follow_from_what_the_unet_was_trained_on(
+def test_sizes_are_derived_from_the_unets_training_size(
     checkpoint_copy: Path, sample_size: Any, sides: tuple[str, str], limits: tuple[str, str]
 ) -> None:
     edit_json(checkpoint_copy / "unet" / "config.json", sample_size=sample_size)
@@ -145,7 +147,7 @@ def test_limits_are_multiples_of_the_vaes_factor(checkpoint_copy: Path) -> None:
     assert (found["min_size"], found["max_size"]) == ("40", "992")
 
 
-def test_suggestions_travel_one_a_line(checkpoint_copy: Path) -> None:
+def test_suggestions_are_written_one_per_line(checkpoint_copy: Path) -> None:
     assert parameters(checkpoint_copy)["suggestions"] == ""
     prompts = ["a rocket, on yellow", "Crème brûlée"]
     assert parameters(checkpoint_copy, suggestions=prompts)["suggestions"].splitlines() == prompts
@@ -161,7 +163,7 @@ def test_suggestions_travel_one_a_line(checkpoint_copy: Path) -> None:
         {"suggestions": ["two\nlines"]},
     ],
 )
-def test_defaults_that_cannot_be_are_a_broken_checkpoint(checkpoint_copy: Path, defaults: dict[str, Any]) -> None:
+def test_impossible_defaults_are_a_broken_checkpoint(checkpoint_copy: Path, defaults: dict[str, Any]) -> None:
     with pytest.raises(BrokenCheckpointError, match="default"):
         parameters(checkpoint_copy, **defaults)
 

@@ -19,7 +19,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hypergen_export.checkpoints.components import Component, with_deep_cache
-from hypergen_export.conversion.examples import by_name, example_inputs
+from hypergen_export.conversion.examples import as_kwargs, example_inputs
 from hypergen_export.conversion.loading import load_module
 from hypergen_export.conversion.wrappers import wrap
 
@@ -61,7 +61,7 @@ def test_batch_height_and_width_are_free(
     folder, repository = family_of(family)
     checkpoint = open_checkpoint(str(folder))
     component = component_of(checkpoint, name)
-    inputs = by_name(component, example_inputs(component, checkpoint.sizes, batch=batch, height=height, width=width))
+    inputs = as_kwargs(component, example_inputs(component, checkpoint.sizes, batch=batch, height=height, width=width))
     expected = wrap(component, load_module(checkpoint, component))(**inputs)
     ours = run(repository / name / "1" / "model.onnx", {key: tensor.numpy() for key, tensor in inputs.items()})
     for tensor, theirs in zip(component.outputs, expected if isinstance(expected, tuple) else (expected,), strict=True):

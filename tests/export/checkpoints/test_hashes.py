@@ -48,7 +48,7 @@ def test_a_hash_is_of_the_content_alone(tmp_path: Path) -> None:
     hashed = ContentHashes()
     assert hashed(one) == hashed(same) == digest(one)
     assert hashed(other) == digest(other)
-    assert not hashed.remembered, "small files are read each time"
+    assert not hashed.stored, "small files are read each time"
 
 
 def test_a_large_file_is_read_once_for_all_exports(large: Path) -> None:
@@ -59,11 +59,11 @@ def test_a_large_file_is_read_once_for_all_exports(large: Path) -> None:
     assert first(large) == digest(large)
     assert shares == sorted(shares)
     assert (len(shares), shares[-1]) == (64, 1.0)
-    assert first.has_news
-    second = ContentHashes(first.remembered, changed_at(WRITTEN_NS))
+    assert first.has_new_hashes
+    second = ContentHashes(first.stored, changed_at(WRITTEN_NS))
     assert second.unknown([large]) == []
     assert second(large) == digest(large)
-    assert (second.remembered, second.has_news) == (first.remembered, False)
+    assert (second.stored, second.has_new_hashes) == (first.stored, False)
 
 
 def test_a_file_whose_times_were_set_back_is_read_again(large: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_file_whose_times_were_set_back_is_read_again(large: Path) -> None:
     with large.open("r+b") as file:
         file.write(b"other weights")
     os.utime(large, (1, 1))
-    second = ContentHashes(first.remembered, changed_at(WRITTEN_NS + 5))
+    second = ContentHashes(first.stored, changed_at(WRITTEN_NS + 5))
     assert second.unknown([large]) == [large]
     assert second(large) == digest(large) != before
 
@@ -87,7 +87,7 @@ def test_a_file_whose_times_were_set_back_is_read_again(large: Path) -> None:
         (2**62 + 1, "it may still be written to"),
     ],
 )
-def test_a_file_whose_change_time_tells_nothing_is_never_remembered(large: Path, ctime_ns: int, why: str) -> None:
+def test_the_hash_of_a_file_with_an_unreliable_change_time_is_not_stored(large: Path, ctime_ns: int, why: str) -> None:
     hashed = ContentHashes(stat=changed_at(ctime_ns))
     assert hashed(large) == digest(large)
-    assert not hashed.remembered, why
+    assert not hashed.stored, why

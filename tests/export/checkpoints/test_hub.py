@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from hypergen_export.checkpoints.checkpoint import open_checkpoint
-from hypergen_export.checkpoints.hub import wanted_files, what_is_missing
+from hypergen_export.checkpoints.hub import first_missing_file, required_files
 from hypergen_export.errors import UnknownModelError, UnsupportedModelError
 
 from ..conftest import edit_json
@@ -46,7 +46,7 @@ LISTING = [
 
 
 def test_only_what_an_export_reads_is_fetched() -> None:
-    assert sorted(wanted_files(LISTING)) == [
+    assert sorted(required_files(LISTING)) == [
         "model_index.json",
         "scheduler/scheduler_config.json",
         "text_encoder/config.json",
@@ -65,12 +65,12 @@ def test_only_what_an_export_reads_is_fetched() -> None:
 def test_of_xl_the_second_text_encoder_and_its_tokenizer_are_fetched_too() -> None:
     second = ["text_encoder_2/config.json", "text_encoder_2/model.safetensors", "tokenizer_2/vocab.json"]
     unused = ["text_encoder_2/model.fp16.safetensors", "text_encoder_2/openvino_model.bin"]
-    assert set(wanted_files([*LISTING, *second, *unused])) == {*wanted_files(LISTING), *second}
+    assert set(required_files([*LISTING, *second, *unused])) == {*required_files(LISTING), *second}
 
 
 def test_of_something_else_only_small_files_are_fetched() -> None:
     listing = ["config.json", "model-00001-of-00004.safetensors", "tokenizer.json", "generation_config.json"]
-    fetched = wanted_files(listing)
+    fetched = required_files(listing)
     assert "model-00001-of-00004.safetensors" not in fetched
     assert set(listing[:1]) <= set(fetched)
 
@@ -171,12 +171,12 @@ def test_a_snapshot_that_lacks_a_file_is_fetched_or_refused_with_its_name(
     hub_of: Callable[[Path, Path | None], FakeHub],
 ) -> None:
     change(checkpoint_copy)
-    assert what_is_missing(checkpoint_copy) == lacks
+    assert first_missing_file(checkpoint_copy) == lacks
     hub_of(checkpoint_copy, None)
     with pytest.raises(UnknownModelError) as caught:
         open_checkpoint("owner/model")
     assert str(caught.value) == (
-        f"owner/model: its copy here lacks {lacks}, and it is not to be had from the hub (no network)"
+        f"owner/model: the cached copy lacks {lacks}, and the hub cannot provide it (no network)"
     )
     shutil.rmtree(checkpoint_copy / "blobs", ignore_errors=True)
     if change is dangling:
@@ -186,7 +186,7 @@ def test_a_snapshot_that_lacks_a_file_is_fetched_or_refused_with_its_name(
             file.unlink()
     hub = hub_of(checkpoint_copy, checkpoint_folder)
     assert open_checkpoint("owner/model").folder == checkpoint_copy
-    assert what_is_missing(checkpoint_copy) == ""
+    assert first_missing_file(checkpoint_copy) == ""
     assert len(hub.fetched) == 1
 
 
@@ -211,4 +211,4 @@ def test_a_snapshot_of_another_pipeline_is_refused_for_what_it_is(
 @pytest.mark.parametrize("content", ["[]", "{", '"a"'])
 def test_a_snapshot_whose_index_is_broken_is_not_complete(content: str, checkpoint_copy: Path) -> None:
     (checkpoint_copy / "model_index.json").write_text(content)
-    assert what_is_missing(checkpoint_copy) == "model_index.json"
+    assert first_missing_file(checkpoint_copy) == "model_index.json"

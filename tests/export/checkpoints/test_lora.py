@@ -78,14 +78,14 @@ def test_a_folder_stands_for_its_lora(tmp_path: Path, usual: str) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("ink wash={}", "a name has 1 to 64 letters, digits, '_', '.' and '-', unlike 'ink wash'"),
-        ("={}", "a name has 1 to 64"),
-        ("ink@2={}", "a name has 1 to 64"),
-        (f"{'x' * 65}={{}}", "a name has 1 to 64"),
-        ("ink={}:0", "a scale is above 0 and at most 2, unlike 0"),
-        ("ink={}:2.1", "a scale is above 0"),
-        ("ink={}:-1", "a scale is above 0"),
-        ("ink={}:nan", "a scale is above 0"),
+        ("ink wash={}", "a name must have 1 to 64 letters, digits, '_', '.' or '-', not 'ink wash'"),
+        ("={}", "a name must have 1 to 64"),
+        ("ink@2={}", "a name must have 1 to 64"),
+        (f"{'x' * 65}={{}}", "a name must have 1 to 64"),
+        ("ink={}:0", "a scale must be above 0 and at most 2, not 0"),
+        ("ink={}:2.1", "a scale must be above 0"),
+        ("ink={}:-1", "a scale must be above 0"),
+        ("ink={}:nan", "a scale must be above 0"),
     ],
 )
 def test_an_illegal_name_or_scale_is_refused(text: str, problem: str, file: Path) -> None:
@@ -102,13 +102,13 @@ def test_a_name_and_scale_are_given_once_and_for_one_file(file: Path, tmp_path: 
 
 
 def test_a_missing_file_and_an_ambiguous_folder_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadLoraError, match="there is no such LoRA file or folder"):
+    with pytest.raises(BadLoraError, match="no such LoRA file or folder"):
         read_loras([f"ink={tmp_path / 'nowhere.safetensors'}"])
-    with pytest.raises(BadLoraError, match=r"holds no \.safetensors files"):
+    with pytest.raises(BadLoraError, match=r"has no \.safetensors files"):
         read_loras([str(tmp_path)])
     save(tmp_path / "one.safetensors", ANY)
     save(tmp_path / "two.safetensors", ANY)
-    with pytest.raises(BadLoraError, match=r"holds 2 \.safetensors files"):
+    with pytest.raises(BadLoraError, match=r"has 2 \.safetensors files"):
         read_loras([str(tmp_path)])
 
 
@@ -128,13 +128,15 @@ def test_the_names_of_the_weights_tell_what_it_changes(weights: list[str], modul
 @pytest.mark.parametrize(
     ("weights", "problem"),
     [
-        (["unet.conv_in.weight"], "is no LoRA, for it holds unet.conv_in.weight"),
-        (["transformer.x.lora_A.weight"], "belongs to no UNet or text encoder"),
-        (["lora_te3_x.lora_down.weight"], "belongs to no UNet or text encoder"),
-        ([], "holds no weights"),
+        (["unet.conv_in.weight"], "not a LoRA: it contains unet.conv_in.weight"),
+        (["transformer.x.lora_A.weight"], "is not of a UNet or text encoder"),
+        (["lora_te3_x.lora_down.weight"], "is not of a UNet or text encoder"),
+        ([], "has no weights"),
     ],
 )
-def test_what_is_no_lora_for_such_a_model_is_refused(weights: list[str], problem: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_lora_for_this_kind_of_model_is_rejected(
+    weights: list[str], problem: str, tmp_path: Path
+) -> None:
     with pytest.raises(BadLoraError, match=problem):
         _ = read_one(save(tmp_path / "x.safetensors", *weights)).modules
 
@@ -173,7 +175,7 @@ def test_another_kind_of_file_is_named_even_where_it_stands_beside_a_lora(
     weight: str, kind: str, tmp_path: Path
 ) -> None:
     file = save(tmp_path / "x.safetensors", "lora_unet_y.lora_down.weight", "lora_unet_y.lora_up.weight", weight)
-    with pytest.raises(BadLoraError, match=rf"^{file}: is .*{kind}.*, which is not supported \(it holds {weight}\)$"):
+    with pytest.raises(BadLoraError, match=rf"^{file}: is .*{kind}.*, which is not supported \(it contains {weight}\)"):
         _ = read_one(file).modules
 
 
@@ -212,7 +214,7 @@ def test_a_weights_name_tells_its_layer_and_what_it_is_to_it(
 )
 def test_a_file_of_another_format_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(content)
-    with pytest.raises(BadLoraError, match="is no safetensors file"):
+    with pytest.raises(BadLoraError, match="not a safetensors file"):
         _ = read_one(tmp_path / "x.safetensors").modules
 
 

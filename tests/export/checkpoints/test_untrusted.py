@@ -32,7 +32,7 @@ def folder(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(checkpoint_of("sd-1"), tmp_path / "checkpoint"))
 
 
-class Burglar:
+class MaliciousPickle:
     """What runs when it is unpickled: the trace it leaves is a file."""
 
     def __init__(self, trace: Path) -> None:
@@ -52,7 +52,7 @@ def test_a_pickle_that_would_run_something_is_refused(folder: Path, name: str, w
     module = folder / component.module
     tensors = load_file(module / weights)
     (module / weights).unlink()
-    pickle_into(module / pickled, {**tensors, "burglar": Burglar(trace)})
+    pickle_into(module / pickled, {**tensors, "burglar": MaliciousPickle(trace)})
     with pytest.raises(BrokenCheckpointError, match="cannot be loaded"):
         load_module(open_checkpoint(str(folder)), component)
     assert not trace.exists()
@@ -64,7 +64,7 @@ def test_a_pickle_that_would_run_something_is_refused(folder: Path, name: str, w
 def test_beside_safetensors_no_pickle_is_opened(folder: Path, name: str, weights: str, pickled: str) -> None:
     component, trace = COMPONENTS[name], folder / "trace"
     assert (folder / component.module / weights).exists()
-    pickle_into(folder / component.module / pickled, Burglar(trace))
+    pickle_into(folder / component.module / pickled, MaliciousPickle(trace))
     load_module(open_checkpoint(str(folder)), component)
     assert not trace.exists()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hypergen_export.checkpoints.weights import Weights, choose_weights, float32_bytes, weights_fault
+from hypergen_export.checkpoints.weights import Weights, float32_bytes, select_weights, weight_file_problem
 
 
 @pytest.mark.parametrize(
@@ -41,13 +41,13 @@ from hypergen_export.checkpoints.weights import Weights, choose_weights, float32
     ],
 )
 def test_the_best_complete_set_is_chosen(names: list[str], expected: tuple[str, ...]) -> None:
-    chosen = choose_weights(names)
+    chosen = select_weights(names)
     assert chosen is not None
     assert chosen.files == expected
 
 
 def test_a_folder_without_weights_gives_none() -> None:
-    assert choose_weights(["config.json", "openvino_model.bin", "flax_model.msgpack"]) is None
+    assert select_weights(["config.json", "openvino_model.bin", "flax_model.msgpack"]) is None
 
 
 def test_half_precision_counts_double_since_the_export_is_in_float32(tmp_path: Path) -> None:
@@ -77,20 +77,22 @@ NOT_FOUND = b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>NoSuchKey</Code
         (NOT_FOUND, "it is a web page"),
     ],
 )
-def test_what_lies_in_place_of_weights_is_named(name: str, content: bytes, fault: str, tmp_path: Path) -> None:
+def test_a_file_without_weights_is_reported_for_what_it_is(
+    name: str, content: bytes, fault: str, tmp_path: Path
+) -> None:
     (tmp_path / name).write_bytes(content)
-    assert weights_fault(tmp_path / name).startswith(fault)
+    assert weight_file_problem(tmp_path / name).startswith(fault)
 
 
-def test_safetensors_that_are_cut_off_are_told_by_their_length(tmp_path: Path) -> None:
+def test_truncated_safetensors_are_detected_by_their_length(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.zeros(300)}, path)
-    assert weights_fault(path) == ""
+    assert weight_file_problem(path) == ""
     path.write_bytes(path.read_bytes()[:-200])
-    assert weights_fault(path) == "it is cut off: 1,000 of 1,200 bytes of weights are here"
+    assert weight_file_problem(path) == "it is truncated: 1,000 of 1,200 bytes of weights"
 
 
 @pytest.mark.parametrize("content", [b"PK\x03\x04 a zip archive", (2).to_bytes(8, "little") + b"[]"])
-def test_another_format_is_no_safetensors(content: bytes, tmp_path: Path) -> None:
+def test_a_file_of_another_format_is_not_safetensors(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
-    assert "header" in weights_fault(tmp_path / "model.safetensors")
+    assert "header" in weight_file_problem(tmp_path / "model.safetensors")

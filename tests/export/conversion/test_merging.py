@@ -337,8 +337,8 @@ def for_more_layers(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]
     ("change", "problem"),
     [
         (wider, r"the weights' shapes differ at [\w.]+"),
-        (for_other_layers, r"it has no layer that the weights are for, such as [\w.]+"),
-        (for_more_layers, r"it lacks \d+ of \d+ layers, such as [\w.]+"),
+        (for_other_layers, r"it has none of its layers, for example [\w.]+"),
+        (for_more_layers, r"it lacks \d+ of \d+ layers, for example [\w.]+"),
     ],
 )
 def test_a_lora_of_another_architecture_is_refused_in_one_line(
@@ -372,10 +372,10 @@ DOWN, UP = torch.ones(2, 32), torch.ones(32, 2)
         ({f"{Q}.alpha": torch.tensor(1.0)}, "to_q has no down and no up"),
         (
             {f"{Q}.lora_A.weight": DOWN, f"{Q}.lora_B.weight": UP * math.nan},
-            r"non-finite weights \(.*to_q.lora_B.weight\)",
+            r"the weights are not finite \(.*to_q.lora_B.weight\)",
         ),
-        ({f"{Q}.lora_A.weight": DOWN, f"{Q}.lora_B.weight": UP * 0}, "changes nothing, for its weights are zero"),
-        ({f"{Q}.lora_A.weight": DOWN[:0], f"{Q}.lora_B.weight": UP[:, :0]}, "changes nothing"),
+        ({f"{Q}.lora_A.weight": DOWN, f"{Q}.lora_B.weight": UP * 0}, "has no effect: its weights are zero"),
+        ({f"{Q}.lora_A.weight": DOWN[:0], f"{Q}.lora_B.weight": UP[:, :0]}, "has no effect"),
         ({f"{Q}.lora_A.weight": DOWN, f"{Q}.lora_B.weight": torch.ones(32, 3)}, "shapes differ"),
         (
             {f"{Q}.lora_A.weight": DOWN, f"{Q}.lora_B.weight": UP, f"{Q}.alpha": torch.ones(2)},
@@ -387,7 +387,7 @@ DOWN, UP = torch.ones(2, 32), torch.ones(32, 2)
                 for adapter in ("one", "other")
                 for pair, one in (("A", DOWN), ("B", UP))
             },
-            "holds more than one LoRA",
+            "contains more than one LoRA",
         ),
         (
             {
@@ -399,7 +399,7 @@ DOWN, UP = torch.ones(2, 32), torch.ones(32, 2)
         ),
     ],
 )
-def test_what_cannot_be_merged_is_refused_in_one_line(
+def test_a_lora_that_cannot_be_merged_is_rejected_in_one_line(
     tensors: Weights, problem: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     save_file(tensors, tmp_path / "x.safetensors")
@@ -411,9 +411,9 @@ def test_what_cannot_be_merged_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        (None, "adapter_config.json: peft's settings, which hold the LoRA's alpha, cannot be read"),
-        ({"peft_type": "LOHA"}, "no settings of a LoRA"),
-        ({"peft_type": "LORA", "init_lora_weights": "pissa"}, "belongs to a base model that peft changed first"),
+        (None, "adapter_config.json: peft's settings cannot be read"),
+        ({"peft_type": "LOHA"}, "not the settings of a LoRA"),
+        ({"peft_type": "LORA", "init_lora_weights": "pissa"}, "was trained on a base model that peft changed"),
     ],
 )
 def test_pefts_settings_are_needed_and_must_be_those_of_a_lora(

@@ -15,14 +15,14 @@ from hypergen_export.errors import ConversionError, ParityMissedError
 from ..conftest import COMPONENTS
 
 
-def weigh(name: str, checkpoint: Checkpoint, repository: Path, change: Callable[[torch.nn.Module], None]) -> float:
+def parity_of(name: str, checkpoint: Checkpoint, repository: Path, change: Callable[[torch.nn.Module], None]) -> float:
     """The difference between an exported file and its module after `change`."""
     wrapped = wrap(COMPONENTS[name], load_module(checkpoint, COMPONENTS[name]))
     change(wrapped)
     return compare(COMPONENTS[name], wrapped, checkpoint.sizes, repository / name / "1" / "model.onnx").difference
 
 
-def disturb(amount: float) -> Callable[[torch.nn.Module], None]:
+def add_noise(amount: float) -> Callable[[torch.nn.Module], None]:
     def change(module: torch.nn.Module) -> None:
         for parameter in module.parameters():
             parameter.add_(amount)
@@ -32,18 +32,18 @@ def disturb(amount: float) -> Callable[[torch.nn.Module], None]:
 
 @pytest.mark.parametrize("name", ["text_encoder", "unet", "vae_encoder"])
 def test_an_export_agrees_with_torch_to_rounding(name: str, checkpoint: Checkpoint, repository: Path) -> None:
-    assert weigh(name, checkpoint, repository, lambda _: None) < 1e-5
+    assert parity_of(name, checkpoint, repository, lambda _: None) < 1e-5
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_other_weights_are_a_miss(name: str, checkpoint: Checkpoint, repository: Path) -> None:
     with pytest.raises(ParityMissedError, match=f"{name}: .* differs from torch by"):
-        weigh(name, checkpoint, repository, disturb(0.02))
+        parity_of(name, checkpoint, repository, add_noise(0.02))
 
 
 def test_not_a_number_is_a_miss(checkpoint: Checkpoint, repository: Path) -> None:
-    with pytest.raises(ParityMissedError, match=r"text_encoder: .* computes values that are not finite"):
-        weigh("text_encoder", checkpoint, repository, disturb(float("nan")))
+    with pytest.raises(ParityMissedError, match=r"text_encoder: .* gives non-finite values"):
+        parity_of("text_encoder", checkpoint, repository, add_noise(float("nan")))
 
 
 def test_a_file_of_another_component_is_a_miss_or_refused(checkpoint: Checkpoint, repository: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_broken_file_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> Non
     (tmp_path / "model.onnx").write_bytes(b"no model")
     component = COMPONENTS["text_encoder"]
     wrapped = wrap(component, load_module(checkpoint, component))
-    with pytest.raises(ConversionError, match="OpenVINO refuses"):
+    with pytest.raises(ConversionError, match="OpenVINO rejects"):
         compare(component, wrapped, checkpoint.sizes, tmp_path / "model.onnx")
 
 

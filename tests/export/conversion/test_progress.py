@@ -8,7 +8,7 @@ import pytest
 from hypergen_export.conversion.progress import Progress
 
 
-def test_a_log_gets_a_line_per_stage_and_none_for_every_share(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_has_one_line_per_stage(capsys: pytest.CaptureFixture[str]) -> None:
     with contextlib.closing(Progress(2)) as progress:
         with progress.stage("unet: load"):
             pass

@@ -94,7 +94,7 @@ def test_a_folder_without_a_vocabulary_is_refused_in_one_line(checkpoint_copy: P
     for file in ("vocab.json", "merges.txt"):
         (folder / file).rename(folder / f"former-{file}")
     (folder / "spiece.model").write_bytes(b"sentencepiece")
-    expected = f"{folder}: has no vocabulary (tokenizer.json or vocab.json and merges.txt) for a CLIPTokenizer"
+    expected = f"{folder}: has no vocabulary for a CLIPTokenizer (tokenizer.json or vocab.json and merges.txt)"
     assert refusal(checkpoint_copy, tmp_path) == expected
 
 
@@ -102,12 +102,12 @@ def test_a_vocabulary_of_nothing_is_refused_in_one_line(checkpoint_copy: Path, t
     special = {"<|startoftext|>": 0, "<|endoftext|>": 1}
     (checkpoint_copy / "tokenizer" / "vocab.json").write_text(json.dumps(special))
     (checkpoint_copy / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
-    assert "reads every prompt alike" in refusal(checkpoint_copy, tmp_path)
+    assert "encodes every prompt alike" in refusal(checkpoint_copy, tmp_path)
 
 
 def test_tokens_that_the_text_encoder_does_not_know_are_refused(checkpoint_copy: Path, tmp_path: Path) -> None:
     edit_json(checkpoint_copy / "text_encoder" / "config.json", vocab_size=500)
-    assert "has tokens up to 539, its text encoder reads 500" in refusal(checkpoint_copy, tmp_path)
+    assert "has token ids up to 539, its text encoder takes 500" in refusal(checkpoint_copy, tmp_path)
 
 
 def test_a_pad_token_of_null_is_refused_in_one_line(checkpoint_copy: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_each_sample_has_its_own_timestep(pipeline: Any, wrapped_unet: UNet) -> 
 
 
 @torch.no_grad()
-def test_the_decoders_bytes_are_those_of_the_pipelines_picture(pipeline: Any) -> None:
+def test_the_decoders_bytes_are_those_of_the_pipelines_image(pipeline: Any) -> None:
     latents = noise(2, 4, 9, 7)
     decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
     pictures = pipeline.image_processor.postprocess(decoded, output_type="pil")

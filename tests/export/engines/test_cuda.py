@@ -44,5 +44,5 @@ def test_a_driver_that_sees_no_gpu_says_so(tmp_path: Path) -> None:
 
 
 def test_a_machine_without_the_driver_has_no_gpu(tmp_path: Path) -> None:
-    with pytest.raises(NoGpuError, match="no NVIDIA GPU here"):
+    with pytest.raises(NoGpuError, match="no NVIDIA GPU found"):
         first_gpu(str(tmp_path / "libcuda.so.1"))

@@ -23,19 +23,19 @@ def test_sizes_are_read_in_order_and_once() -> None:
 @pytest.mark.parametrize(
     "text", ["", ",", "512", "512x", "x512", "512×512", "-8x8", "5.5x8", "512x512;64x64", "٥١٢x٥١٢"]
 )
-def test_what_is_no_list_of_sizes_is_refused(text: str) -> None:
-    with pytest.raises(BadOptionError, match=r"^--sizes: must be WIDTHxHEIGHT and so on"):
+def test_text_that_is_not_a_list_of_sizes_is_rejected(text: str) -> None:
+    with pytest.raises(BadOptionError, match=r"^--sizes: must be a list of WIDTHxHEIGHT"):
         read_sizes(text)
 
 
 def test_more_sizes_than_a_gpu_has_room_for_are_refused() -> None:
-    with pytest.raises(BadOptionError, match="17 sizes, but at most 16"):
+    with pytest.raises(BadOptionError, match="17 sizes; at most 16"):
         read_sizes(",".join(f"{8 * side}x64" for side in range(8, 8 + MAX_SIZES + 1)))
 
 
 @pytest.mark.parametrize("size", [(65, 64), (64, 100), (56, 64), (64, 1032), (0, 0)])
-def test_a_size_that_the_model_does_not_draw_is_refused(size: tuple[int, int]) -> None:
-    with pytest.raises(BadOptionError, match=r"no size of this model, whose sides are multiples of 8 from 64 to 1024"):
+def test_a_size_that_the_model_cannot_generate_is_rejected(size: tuple[int, int]) -> None:
+    with pytest.raises(BadOptionError, match=r"this model; width and height must be multiples of 8 from 64 to 1024"):
         choose_sizes(TENSORRT, [(512, 512), size], LIMITS)
 
 
@@ -43,16 +43,16 @@ def test_without_sizes_the_models_own_is_built_in() -> None:
     assert choose_sizes(TENSORRT, (), LIMITS) == ((512, 448),)
 
 
-def test_an_engine_that_draws_every_size_is_told_none() -> None:
+def test_an_engine_that_takes_any_size_gets_none() -> None:
     assert choose_sizes(OPENVINO, (), LIMITS) == ()
-    with pytest.raises(BadOptionError, match="openvino draws every size"):
+    with pytest.raises(BadOptionError, match="openvino takes any size"):
         choose_sizes(OPENVINO, ((512, 512),), LIMITS)
 
 
-def test_an_engine_computes_in_its_own_types_alone() -> None:
+def test_an_engine_rejects_other_dtypes_than_its_own() -> None:
     for dtype in ("float32", "float16", "bfloat16"):
         check_dtype(TENSORRT, dtype)
-    with pytest.raises(BadOptionError, match=r"--dtype float16: openvino computes in float32 or bfloat16"):
+    with pytest.raises(BadOptionError, match=r"--dtype float16: openvino supports float32 and bfloat16"):
         check_dtype(OPENVINO, "float16")
 
 

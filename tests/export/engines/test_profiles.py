@@ -17,10 +17,10 @@ SIZES = {
     "latent_channels": 4,
     "vae_scale_factor": 8,
 }
-SHAPES = Shapes(sizes=SIZES, pictures=((512, 512), (768, 512)), rows=16)
+SHAPES = Shapes(sizes=SIZES, image_sizes=((512, 512), (768, 512)), rows=16)
 
 
-def test_the_unet_has_a_profile_per_size_free_in_the_batch_alone() -> None:
+def test_the_unet_has_a_profile_per_size_with_a_free_batch() -> None:
     square, wide = profiles(COMPONENTS["unet"], SHAPES)
     assert (square["sample"].smallest, square["sample"].largest) == ((1, 4, 64, 64), (16, 4, 64, 64))
     assert (wide["sample"].smallest, wide["sample"].largest) == ((1, 4, 64, 96), (16, 4, 64, 96))
@@ -28,17 +28,17 @@ def test_the_unet_has_a_profile_per_size_free_in_the_batch_alone() -> None:
     assert wide["encoder_hidden_states"].largest == (16, 77, 768)
 
 
-def test_an_image_with_guidance_is_what_is_tuned_for() -> None:
+def test_profiles_are_optimized_for_one_image_with_guidance() -> None:
     assert {profile["sample"].usual[0] for profile in profiles(COMPONENTS["unet"], SHAPES)} == {2}
 
 
-def test_a_component_without_sides_has_one_profile() -> None:
+def test_a_component_that_does_not_depend_on_the_size_has_one_profile() -> None:
     (profile,) = profiles(COMPONENTS["text_encoder"], SHAPES)
     assert profile["input_ids"].largest == (16, 77)
 
 
 @pytest.mark.parametrize(("name", "tensor"), [("vae_decoder", "latents"), ("vae_encoder", "image")])
-def test_pictures_go_through_the_vae_one_at_a_time(name: str, tensor: str) -> None:
+def test_the_vae_processes_one_image_per_call(name: str, tensor: str) -> None:
     assert largest_batch(COMPONENTS[name], 16) == 1
     for profile in profiles(COMPONENTS[name], SHAPES):
         assert profile[tensor].smallest == profile[tensor].usual == profile[tensor].largest
@@ -51,7 +51,7 @@ def test_an_encoders_profile_counts_pixels() -> None:
     ]
 
 
-def test_small_batches_of_every_size_are_worth_a_graph() -> None:
+def test_small_batches_of_every_size_have_a_cuda_graph() -> None:
     found = [(graph.batch, graph.inputs["sample"]) for graph in graphs(COMPONENTS["unet"], SHAPES)]
     sides = [(4, 64, 64), (4, 64, 96)]
     assert found == [(batch, side) for side in sides for batch in (1, 2, 4)]
@@ -60,5 +60,5 @@ def test_small_batches_of_every_size_are_worth_a_graph() -> None:
 
 
 def test_no_graph_is_larger_than_a_batch_may_be() -> None:
-    small = Shapes(sizes=SIZES, pictures=((512, 512),), rows=2)
+    small = Shapes(sizes=SIZES, image_sizes=((512, 512),), rows=2)
     assert [graph.batch for graph in graphs(COMPONENTS["text_encoder"], small)] == [1, 2]

@@ -38,14 +38,14 @@ from hypergen_export.engines.tensorrt import (
     Build,
     Phases,
     Target,
-    ahead_of_time,
     build_plan,
-    this_machine,
+    local_target,
+    rtx_target,
     write_plan_record,
 )
 from hypergen_export.errors import BadOptionError, ConversionError, MissingDependencyError, NoGpuError
 from hypergen_export.repository.config_pbtxt import EngineOptions, component_config
-from hypergen_export.repository.export import ExportRequest, Outcome, export, sampler_folder, sampler_sources
+from hypergen_export.repository.export import ExportRequest, ExportResult, export, sampler_folder, sampler_sources
 from support.loras import lora_weights, save_by_diffusers
 from support.miniature import FAMILIES
 
@@ -71,7 +71,7 @@ EVERY_ENGINE = [(family, name) for family, names in {"sd-1": NAMES, **EXPORTED, 
 
 @pytest.fixture(scope="module")
 def target() -> Target:
-    return ahead_of_time(CAPABILITY)
+    return rtx_target(CAPABILITY)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def request_made(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def plans(request_made: ExportRequest, target: Target) -> Path:
     """The miniature as a repository of plans in float16. Read only."""
-    assert export(request_made, target) == Outcome(converted=NAMES)
+    assert export(request_made, target) == ExportResult(converted=NAMES)
     return request_made.output
 
 
@@ -135,7 +135,7 @@ def engine_of(
 def build_engine(checkpoint: Checkpoint, onnx_file: Path, target: Target, folder: Path) -> None:
     """Write the plan, its record and its configuration into `folder`, which has the component's name."""
     (component,) = (each for each in with_deep_cache(checkpoint.family.components) if each.name == folder.name)
-    shapes = Shapes(sizes=checkpoint.sizes, pictures=SIZES[1:], rows=ROWS)
+    shapes = Shapes(sizes=checkpoint.sizes, image_sizes=SIZES[1:], rows=ROWS)
     (folder / "1").mkdir(parents=True)
     build = Build(
         name=component.name,
@@ -148,7 +148,7 @@ def build_engine(checkpoint: Checkpoint, onnx_file: Path, target: Target, folder
     began = time.monotonic()
     write_plan_record(build, build_plan(build, lambda _: None))
     print(f"{checkpoint.family.name} {component.name}: built in {time.monotonic() - began:.1f} s")
-    options = EngineOptions(engine="tensorrt", dtype="float32", shapes=shapes, usual_size=(64, 64))
+    options = EngineOptions(engine="tensorrt", dtype="float32", shapes=shapes, default_size=(64, 64))
     (folder / "config.pbtxt").write_text(component_config(component, options))
 
 
@@ -263,7 +263,7 @@ def test_a_lora_has_plans_of_its_own(
     file = save_by_diffusers(tmp_path, lora_weights(checkpoint_folder, "text_encoder"))
     request = replace(request_made, output=plans.with_name("with-lora"), loras=read_loras([f"words={file}:0.5"]))
     name = "text_encoder.words@0.5"
-    assert export(request, target) == Outcome(converted=(name,), reused=NAMES)
+    assert export(request, target) == ExportResult(converted=(name,), reused=NAMES)
     theirs, ours = record_of(plans, "text_encoder"), record_of(request.output, name)
     assert ours.pop("onnx_sha256") != theirs.pop("onnx_sha256")
     assert ours == theirs
@@ -333,10 +333,10 @@ def test_the_repositorys_record_states_target_and_parity(plans: Path, target: Ta
 def test_the_same_export_again_does_nothing_and_another_name_builds_nothing(
     plans: Path, request_made: ExportRequest, target: Target, tmp_path: Path
 ) -> None:
-    assert export(request_made, target) == Outcome()
+    assert export(request_made, target) == ExportResult()
     copy = tmp_path / "copy"
     _copy(plans, copy)
-    assert export(replace(request_made, output=copy, model_id="tiny/two"), target) == Outcome(reused=NAMES)
+    assert export(replace(request_made, output=copy, model_id="tiny/two"), target) == ExportResult(reused=NAMES)
     assert record_of(copy, "unet") == record_of(plans, "unet")
 
 
@@ -353,7 +353,7 @@ def test_what_openvino_runs_is_built_in_float32_too(
     name: str, repository: Path, checkpoint: Checkpoint, target: Target, tmp_path: Path
 ) -> None:
     onnx_file = repository / name / "1" / "model.onnx"
-    shapes = Shapes(sizes=checkpoint.sizes, pictures=SIZES, rows=ROWS)
+    shapes = Shapes(sizes=checkpoint.sizes, image_sizes=SIZES, rows=ROWS)
     build = Build(
         name=name,
         onnx=onnx_file,
@@ -388,7 +388,7 @@ def test_half_precision_is_inside_the_graph_and_not_in_its_interface(
     interface = [value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)]
     assert set(interface) <= {TensorProto.FLOAT, TensorProto.INT32, TensorProto.UINT8}
     assert compare(component, wrapped.float(), checkpoint.sizes, path, dtype).difference < 0.05 * 255
-    shapes = Shapes(sizes=checkpoint.sizes, pictures=SIZES[:1], rows=2)
+    shapes = Shapes(sizes=checkpoint.sizes, image_sizes=SIZES[:1], rows=2)
     found = profiles(component, shapes)
     plan = tmp_path / "model.plan"
     build_plan(Build(name=name, onnx=path, dtype=dtype, plan=plan, profiles=found, target=target), lambda _: None)
@@ -466,7 +466,7 @@ def test_an_interrupt_ends_the_build_and_leaves_no_plan(tmp_path: Path, target: 
 
 def test_a_gpu_that_the_library_builds_nothing_for_is_refused() -> None:
     with pytest.raises(BadOptionError, match=r"compute capability 9\.9"):
-        ahead_of_time("9.9")
+        rtx_target("9.9")
 
 
 def test_a_gpu_before_ampere_computes_in_no_bfloat16(checkpoint_folder: Path, tmp_path: Path) -> None:
@@ -474,13 +474,13 @@ def test_a_gpu_before_ampere_computes_in_no_bfloat16(checkpoint_folder: Path, tm
         model=str(checkpoint_folder), output=tmp_path / "repository", engine="tensorrt", dtype="bfloat16"
     )
     with pytest.raises(BadOptionError, match=r"--dtype bfloat16: .* has 7\.5; use float16"):
-        export(request, ahead_of_time("7.5"))
+        export(request, rtx_target("7.5"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_export_for_this_machine_needs_tensorrt_and_a_gpu(checkpoint_folder: Path, tmp_path: Path) -> None:
     try:
-        this_machine()
+        local_target()
     except (MissingDependencyError, NoGpuError):
         with pytest.raises((MissingDependencyError, NoGpuError)):
             export(ExportRequest(model=str(checkpoint_folder), output=tmp_path / "repository", engine="tensorrt"))

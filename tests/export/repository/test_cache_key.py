@@ -36,7 +36,7 @@ def test_the_same_files_elsewhere_have_the_same_keys(checkpoint_folder: Path, ch
         ("text_encoder/model.safetensors", {"text_encoder"}),
     ],
 )
-def test_weights_count_by_their_content_and_not_by_their_time(
+def test_a_key_depends_on_the_weights_content_and_not_on_their_time(
     checkpoint_copy: Path, file: str, affected: set[str]
 ) -> None:
     path = checkpoint_copy / file
@@ -51,7 +51,7 @@ def test_weights_count_by_their_content_and_not_by_their_time(
     assert changed(before, keys(checkpoint_copy)) == affected
 
 
-def test_a_config_counts_by_its_content(checkpoint_copy: Path) -> None:
+def test_a_key_depends_on_the_configs_content(checkpoint_copy: Path) -> None:
     before = keys(checkpoint_copy)
     os.utime(checkpoint_copy / "vae" / "config.json", ns=(1, 1))
     assert changed(before, keys(checkpoint_copy)) == set()
@@ -66,7 +66,7 @@ def test_another_vocabulary_changes_the_tokenizers_key_alone(checkpoint_copy: Pa
     assert changed(before, keys(checkpoint_copy)) == {"tokenizer"}
 
 
-def test_weights_in_the_hubs_cache_count_by_their_content_and_not_by_their_blobs_name(checkpoint_copy: Path) -> None:
+def test_a_key_depends_on_the_content_of_cached_weights_and_not_on_the_blobs_name(checkpoint_copy: Path) -> None:
     """Whoever saves into a snapshot writes through its links: the blob's name then is the hash of other weights."""
     weights = checkpoint_copy / "unet" / "diffusion_pytorch_model.safetensors"
     blob = checkpoint_copy / "blobs" / "abc123"
@@ -79,7 +79,7 @@ def test_weights_in_the_hubs_cache_count_by_their_content_and_not_by_their_blobs
     assert changed(before, keys(checkpoint_copy)) == {"unet"}
 
 
-def test_a_plans_key_follows_its_onnx_and_all_that_it_is_built_for() -> None:
+def test_a_plans_key_depends_on_its_onnx_and_its_build_inputs() -> None:
     key = plan_key("onnx", "float16", "TensorRT 11.1", "H100", [(1, 2)])
     assert plan_key("onnx", "float16", "TensorRT 11.1", "H100", [(1, 2)]) == key
     others = [
@@ -92,7 +92,7 @@ def test_a_plans_key_follows_its_onnx_and_all_that_it_is_built_for() -> None:
     assert len({key, *others}) == 6
 
 
-def test_a_repositorys_key_follows_parts_settings_and_sources(tmp_path: Path, checkpoint: Checkpoint) -> None:
+def test_a_repositorys_key_depends_on_parts_settings_and_sources(tmp_path: Path, checkpoint: Checkpoint) -> None:
     source = tmp_path / "model.py"
     source.write_text("one")
     parts = [component_key(checkpoint, component, ContentHashes()) for component in COMPONENTS.values()]

@@ -64,7 +64,9 @@ def test_a_component_runs_on_the_cpu_in_openvino(repository: Path, name: str) ->
         ),
     ],
 )
-def test_tensors_are_the_contracts(repository: Path, name: str, inputs: object, outputs: object) -> None:
+def test_a_components_tensors_are_those_of_the_table(
+    repository: Path, name: str, inputs: object, outputs: object
+) -> None:
     config = parsed(repository / name / "config.pbtxt")
     assert tensors(config.input) == inputs
     assert tensors(config.output) == outputs
@@ -79,8 +81,8 @@ def test_bfloat16_is_the_backends_hint() -> None:
         outputs=(Tensor(name="y", dtype=FLOAT, axes=(3,)),),
         tolerance=0.1,
     )
-    shapes = Shapes(sizes={"vae_scale_factor": 8}, pictures=(), rows=2)
-    options = EngineOptions(engine="openvino", dtype="bfloat16", shapes=shapes, usual_size=(64, 64))
+    shapes = Shapes(sizes={"vae_scale_factor": 8}, image_sizes=(), rows=2)
+    options = EngineOptions(engine="openvino", dtype="bfloat16", shapes=shapes, default_size=(64, 64))
     text = component_config(component, options)
     assert parameters(text_format.Parse(text, pb.ModelConfig()))["HINT_BF16"] == "YES"
 
@@ -93,7 +95,7 @@ def test_bfloat16_is_the_backends_hint() -> None:
         ("vae_decoder", 1, {"latents": [4, 8, 8]}),
     ],
 )
-def test_a_picture_of_the_usual_size_warms_up_what_every_picture_needs(
+def test_components_that_every_image_needs_are_warmed_up_at_the_default_size(
     repository: Path, name: str, rows: int, dims: dict[str, list[int]]
 ) -> None:
     (warm_up,) = parsed(repository / name / "config.pbtxt").model_warmup
@@ -102,7 +104,7 @@ def test_a_picture_of_the_usual_size_warms_up_what_every_picture_needs(
     assert all(given.zero_data for given in warm_up.inputs.values())
 
 
-def test_what_starts_from_a_picture_is_not_warmed_up(repository: Path) -> None:
+def test_the_encoder_is_not_warmed_up(repository: Path) -> None:
     assert not parsed(repository / "vae_encoder" / "config.pbtxt").model_warmup
 
 
@@ -151,6 +153,6 @@ def test_the_sampler_knows_its_checkpoint(repository: Path) -> None:
 
 
 def test_text_that_protobuf_must_escape_survives() -> None:
-    strange = 'a "model" of C:\\new\n日本'
-    config = text_format.Parse(sampler_config(TEMPLATE.read_text(), {"model_id": strange}), pb.ModelConfig())
-    assert parameters(config)["model_id"] == strange
+    unusual = 'a "model" of C:\\new\n日本'
+    config = text_format.Parse(sampler_config(TEMPLATE.read_text(), {"model_id": unusual}), pb.ModelConfig())
+    assert parameters(config)["model_id"] == unusual

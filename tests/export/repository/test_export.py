@@ -19,7 +19,7 @@ from hypergen_export.checkpoints.hashes import LARGE
 from hypergen_export.checkpoints.lora import read_loras
 from hypergen_export.errors import BadLoraError, BrokenCheckpointError, OutputRefusedError
 from hypergen_export.repository.config_pbtxt import read_config
-from hypergen_export.repository.export import ExportRequest, Outcome, export, sampler_folder, sampler_sources
+from hypergen_export.repository.export import ExportRequest, ExportResult, export, sampler_folder, sampler_sources
 from support.loras import lora_weights, save_by_diffusers
 
 from ..conftest import Array, edit_json, leftovers
@@ -67,7 +67,7 @@ def test_the_record_says_what_was_made_of_what_and_how_well(repository: Path, ch
 
 def test_the_same_export_again_does_nothing(request_again: ExportRequest) -> None:
     before = {path: path.stat().st_mtime_ns for path in request_again.output.rglob("*")}
-    assert export(request_again) == Outcome()
+    assert export(request_again) == ExportResult()
     assert {path: path.stat().st_mtime_ns for path in request_again.output.rglob("*")} == before
 
 
@@ -79,15 +79,15 @@ def test_the_same_export_again_does_nothing(request_again: ExportRequest) -> Non
         ({"model_id": "another/id"}, "model_id", "another/id"),
     ],
 )
-def test_another_setting_takes_over_every_component(
+def test_changing_a_setting_reuses_every_component(
     request_again: ExportRequest, changes: dict[str, object], parameter: str, value: str
 ) -> None:
     before = onnx_files(request_again.output)
-    outcome = export(replace(request_again, **changes))  # type: ignore[arg-type]
-    assert outcome == Outcome(reused=NAMES)
+    result = export(replace(request_again, **changes))  # type: ignore[arg-type]
+    assert result == ExportResult(reused=NAMES)
     assert onnx_files(request_again.output) == before
     assert sampler_parameter(request_again.output, parameter) == value
-    assert export(replace(request_again, **changes)) == Outcome()  # type: ignore[arg-type]
+    assert export(replace(request_again, **changes)) == ExportResult()  # type: ignore[arg-type]
 
 
 def test_the_engines_precision_reaches_every_component(request_again: ExportRequest) -> None:
@@ -96,19 +96,19 @@ def test_the_engines_precision_reaches_every_component(request_again: ExportRequ
     assert {config.parameters["HINT_BF16"].string_value for config in configs} == {"YES"}
 
 
-def test_another_scheduler_takes_over_every_component(checkpoint_copy: Path, request_again: ExportRequest) -> None:
+def test_changing_the_scheduler_reuses_every_component(checkpoint_copy: Path, request_again: ExportRequest) -> None:
     edit_json(checkpoint_copy / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
-    outcome = export(replace(request_again, model=str(checkpoint_copy)))
-    assert outcome == Outcome(reused=NAMES)
+    result = export(replace(request_again, model=str(checkpoint_copy)))
+    assert result == ExportResult(reused=NAMES)
     assert sampler_parameter(request_again.output, "default_scheduler") == "ddim"
 
 
-def test_other_weights_convert_their_component_alone(checkpoint_copy: Path, request_again: ExportRequest) -> None:
+def test_changed_weights_convert_only_their_component(checkpoint_copy: Path, request_again: ExportRequest) -> None:
     path = checkpoint_copy / "text_encoder" / "model.safetensors"
     save_file({name: tensor * 1.1 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
     before = onnx_files(request_again.output)
-    outcome = export(replace(request_again, model=str(checkpoint_copy)))
-    assert outcome == Outcome(converted=("text_encoder",), reused=NAMES[1:])
+    result = export(replace(request_again, model=str(checkpoint_copy)))
+    assert result == ExportResult(converted=("text_encoder",), reused=NAMES[1:])
     after = onnx_files(request_again.output)
     assert {name for name in NAMES if before[name] != after[name]} == {"text_encoder"}
 
@@ -122,11 +122,11 @@ def test_a_checkpoint_is_never_served_with_the_weights_of_another_of_the_same_si
     save_file({name: tensor * 1.1 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
     for file in (*first.rglob("*"), *second.rglob("*")):
         os.utime(file, (1, 1))
-    assert export(replace(request_again, model=str(first))) == Outcome()
+    assert export(replace(request_again, model=str(first))) == ExportResult()
     before = hidden_states(request_again.output / "text_encoder" / "1" / "model.onnx")
     other = replace(request_again, model=str(second), output=tmp_path / "other")
     shutil.copytree(request_again.output, tmp_path / "beside")
-    assert export(other) == Outcome(converted=("text_encoder",), reused=NAMES[1:])
+    assert export(other) == ExportResult(converted=("text_encoder",), reused=NAMES[1:])
     after = hidden_states(other.output / "text_encoder" / "1" / "model.onnx")
     assert np.abs(after - before).max() > 0.01
 
@@ -142,16 +142,16 @@ def test_large_weights_are_read_once_and_known_to_every_export_beside(
     assert export(request).converted == ("text_encoder",)
     assert "weights: hash" in capsys.readouterr().err
     assert len(json.loads((request.output / "hypergen.json").read_text())["hashes"]) == 1
-    assert export(request) == Outcome()
-    assert export(replace(request, output=request.output.with_name("beside"))) == Outcome(reused=NAMES)
+    assert export(request) == ExportResult()
+    assert export(replace(request, output=request.output.with_name("beside"))) == ExportResult(reused=NAMES)
     assert "weights: hash" not in capsys.readouterr().err
     path.rename(path.with_suffix(".moved"))
     shutil.copy2(path.with_suffix(".moved"), path)
-    assert export(request) == Outcome(), "the same content, though nobody can know without reading it"
+    assert export(request) == ExportResult(), "the same content, though nobody can know without reading it"
     assert "weights: hash" in capsys.readouterr().err
 
 
-def test_what_was_read_for_an_export_that_is_up_to_date_is_noted_in_it(
+def test_hashes_computed_by_an_up_to_date_export_are_stored_in_it(
     checkpoint_copy: Path, request_again: ExportRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = checkpoint_copy / "text_encoder" / "model.safetensors"
@@ -162,30 +162,30 @@ def test_what_was_read_for_an_export_that_is_up_to_date_is_noted_in_it(
     while time.time_ns() - path.stat().st_ctime_ns < 3 * 10**9:
         time.sleep(0.1)
     for _ in range(2):
-        assert export(request) == Outcome()
+        assert export(request) == ExportResult()
     assert capsys.readouterr().err.count("weights: hash") == 2, "for the export, and for the first time it is seen old"
     assert sorted(path.name for path in request.output.iterdir() if path.name.startswith(".")) == []
 
 
 @pytest.mark.parametrize("file", ["text_encoder/1/model.onnx", "diffusion/tokenizer.json", "unet/config.pbtxt"])
-def test_a_damaged_repository_is_mended(request_again: ExportRequest, file: str) -> None:
+def test_a_damaged_repository_is_repaired(request_again: ExportRequest, file: str) -> None:
     intact = (request_again.output / file).read_bytes()
     (request_again.output / file).write_bytes(intact[:100])
     export(request_again)
     assert (request_again.output / file).stat().st_size > 100
     if not file.endswith(".onnx"):
         assert (request_again.output / file).read_bytes() == intact
-    assert export(request_again) == Outcome()
+    assert export(request_again) == ExportResult()
 
 
-def test_a_folder_that_is_no_repository_is_never_touched(checkpoint_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_an_export_is_never_touched(checkpoint_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("precious")
-    with pytest.raises(OutputRefusedError, match="no exported repository"):
+    with pytest.raises(OutputRefusedError, match="is not an export"):
         export(ExportRequest(model=str(checkpoint_folder), output=tmp_path))
     assert (tmp_path / "notes.txt").read_text() == "precious"
 
 
-def test_a_checkpoint_is_never_taken_for_an_output(checkpoint_copy: Path) -> None:
+def test_a_checkpoint_is_never_overwritten(checkpoint_copy: Path) -> None:
     with pytest.raises(OutputRefusedError):
         export(ExportRequest(model=str(checkpoint_copy), output=checkpoint_copy))
     assert (checkpoint_copy / "model_index.json").is_file()
@@ -194,12 +194,12 @@ def test_a_checkpoint_is_never_taken_for_an_output(checkpoint_copy: Path) -> Non
 def test_an_export_that_fails_half_way_leaves_nothing(checkpoint_copy: Path, tmp_path: Path) -> None:
     path = checkpoint_copy / "text_encoder" / "model.safetensors"
     save_file({name: tensor * torch.nan for name, tensor in load_file(path).items()}, path, {"format": "pt"})
-    with pytest.raises(BrokenCheckpointError, match="text_encoder: has non-finite weights"):
+    with pytest.raises(BrokenCheckpointError, match="text_encoder: the weights are not finite"):
         export(ExportRequest(model=str(checkpoint_copy), output=tmp_path / "repository"))
     assert leftovers(tmp_path) == []
 
 
-def test_what_the_checkpoint_brings_and_nobody_runs_is_said_at_every_start(
+def test_a_safety_checker_that_is_not_run_is_reported_by_every_export(
     checkpoint_copy: Path, request_again: ExportRequest
 ) -> None:
     classes = ["stable_diffusion", "StableDiffusionSafetyChecker"]
@@ -207,8 +207,8 @@ def test_what_the_checkpoint_brings_and_nobody_runs_is_said_at_every_start(
     said: list[str] = []
     request = replace(request_again, model=str(checkpoint_copy))
     for _ in range(2):
-        export(request, remark=said.append)
-    assert said == ["the checkpoint comes with a safety checker; none is run, and images are not filtered"] * 2
+        export(request, notify=said.append)
+    assert said == ["the checkpoint has a safety checker, which is not run: images are not filtered"] * 2
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def words(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def with_loras(checkpoint_folder: Path, repository: Path, words: Path) -> tuple[ExportRequest, Outcome]:
+def with_loras(checkpoint_folder: Path, repository: Path, words: Path) -> tuple[ExportRequest, ExportResult]:
     """An export beside the one without LoRAs. Read only."""
     request = ExportRequest(
         model=str(checkpoint_folder),
@@ -231,11 +231,11 @@ def with_loras(checkpoint_folder: Path, repository: Path, words: Path) -> tuple[
 
 
 def test_a_lora_is_a_further_model_of_each_component_that_it_changes(
-    with_loras: tuple[ExportRequest, Outcome],
+    with_loras: tuple[ExportRequest, ExportResult],
 ) -> None:
-    request, outcome = with_loras
+    request, result = with_loras
     variants = ("text_encoder.words@0.5", "text_encoder.words@1.5")
-    assert outcome == Outcome(converted=variants, reused=NAMES), "what lies beside it is taken over"
+    assert result == ExportResult(converted=variants, reused=NAMES), "what lies beside it is taken over"
     base = read_config((request.output / "text_encoder" / "config.pbtxt").read_text())
     for name in variants:
         config = read_config((request.output / name / "config.pbtxt").read_text())
@@ -247,10 +247,10 @@ def test_a_lora_is_a_further_model_of_each_component_that_it_changes(
         {"name": "words", "scale": 0.5, "models": {"text_encoder": variants[0]}},
         {"name": "words", "scale": 1.5, "models": {"text_encoder": variants[1]}},
     ]
-    assert export(request) == Outcome()
+    assert export(request) == ExportResult()
 
 
-def test_the_scale_is_in_the_weights(with_loras: tuple[ExportRequest, Outcome]) -> None:
+def test_the_scale_is_in_the_weights(with_loras: tuple[ExportRequest, ExportResult]) -> None:
     """The smaller one lies nearer to the checkpoint as it is."""
     output = with_loras[0].output
     names = ("text_encoder", "text_encoder.words@0.5", "text_encoder.words@1.5")
@@ -263,16 +263,16 @@ def hidden_states(path: Path) -> Array:
     return np.asarray(compiled([np.arange(16, dtype=np.int32)[None]])[0])
 
 
-def test_loras_leave_and_come_back_without_a_conversion(
-    with_loras: tuple[ExportRequest, Outcome], repository: Path, tmp_path: Path
+def test_removing_and_adding_a_lora_converts_nothing(
+    with_loras: tuple[ExportRequest, ExportResult], repository: Path, tmp_path: Path
 ) -> None:
     request = replace(with_loras[0], output=repository.with_name("again"))
     one = replace(request, loras=request.loras[1:])
-    assert export(one) == Outcome(reused=(*NAMES, "text_encoder.words@1.5"))
-    assert export(replace(request, loras=())) == Outcome(reused=NAMES)
+    assert export(one) == ExportResult(reused=(*NAMES, "text_encoder.words@1.5"))
+    assert export(replace(request, loras=())) == ExportResult(reused=NAMES)
     assert not (request.output / "text_encoder.words@1.5").exists()
     assert sampler_parameter(request.output, "loras") == "[]"
-    assert export(one) == Outcome(reused=(*NAMES, "text_encoder.words@1.5"))
+    assert export(one) == ExportResult(reused=(*NAMES, "text_encoder.words@1.5"))
     shutil.move(request.output, tmp_path / "elsewhere")
 
 

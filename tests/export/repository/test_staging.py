@@ -64,7 +64,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
 
 def test_space_is_checked_before_anything_is_done(tmp_path: Path) -> None:
     check_space(tmp_path / "not" / "yet" / "there", 1000)
-    with pytest.raises(NoSpaceError, match=r"needs .* MB, .* MB are free"):
+    with pytest.raises(NoSpaceError, match=r"needs .* MB, but .* MB are free"):
         check_space(tmp_path / "not" / "yet" / "there", 2**60)
 
 
@@ -75,13 +75,13 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("record", [None, "{}", "no json", '{"format": "something else"}'])
-def test_a_folder_that_no_export_wrote_is_refused(tmp_path: Path, record: str | None) -> None:
+def test_a_folder_that_no_export_wrote_is_rejected(tmp_path: Path, record: str | None) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("years of work")
     if record is not None:
         (precious / "hypergen.json").write_text(record)
-    with pytest.raises(OutputRefusedError, match="no exported repository"):
+    with pytest.raises(OutputRefusedError, match="is not an export"):
         read_record(precious)
     assert (precious / "thesis.txt").read_text() == "years of work"
 
@@ -100,7 +100,7 @@ def test_an_empty_folder_is_used(tmp_path: Path) -> None:
     assert (output / "model.txt").read_text() == "new"
 
 
-def test_what_a_killed_export_left_is_removed_but_a_living_ones_is_not(tmp_path: Path) -> None:
+def test_staging_folders_of_killed_exports_are_removed_and_those_of_running_ones_are_kept(tmp_path: Path) -> None:
     dead, alive = tmp_path / ".repository.aaa.partial", tmp_path / ".repository.bbb.partial"
     unrelated = tmp_path / ".other.ccc.partial"
     for folder in (dead, alive, unrelated):
@@ -116,7 +116,7 @@ def test_what_a_killed_export_left_is_removed_but_a_living_ones_is_not(tmp_path:
     assert unrelated.exists()
 
 
-def test_a_link_takes_no_second_place_on_the_disk(tmp_path: Path) -> None:
+def test_a_linked_file_takes_no_further_disk_space(tmp_path: Path) -> None:
     (tmp_path / "one").write_text("weights")
     link_or_copy(tmp_path / "one", tmp_path / "two")
     assert (tmp_path / "two").read_text() == "weights"
