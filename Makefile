@@ -38,7 +38,7 @@ test: setup-dev
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 quick: setup-dev
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q -m "not (triton or browser or node or java or export or torch or gpu)" $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q -m "not (triton or browser or node or java or export or torch or slow or gpu)" $(ARGS)
 
 check: setup-dev
 	$(BIN)/ruff check

@@ -1,4 +1,4 @@
-"""What a test starts beside Python, as markers: `make quick` runs the tests that have none of them.
+"""What makes a test slow, above all what it starts, as markers: `make quick` runs the tests that have none of them.
 
 Most follow from a fixture or from where the test is; a test that itself starts Chromium or Java is marked there.
 """
@@ -19,6 +19,7 @@ KINDS: Mapping[str, str] = {
     "node": "installs and runs packages of npm",
     "java": "runs a JDK",
     "export": "exports a checkpoint, or converts a component of one",
+    "slow": "takes seconds by itself, as it generates requests or imports much",
     "torch": "runs or trains a miniature in torch",
 }
 BY_FIXTURE: Mapping[str, str] = {
@@ -32,6 +33,9 @@ BY_PLACE: Mapping[str, str] = {
     "export/conversion": "export",
     "export/emoji": "torch",
     "export/engines/test_tensorrt.py": "export",
+    "gateway/api/test_fuzz.py": "slow",
+    "gateway/api/test_schemathesis.py": "slow",
+    "gateway/clients/test_litellm.py": "slow",
     "gateway/embedded/test_compilations.py": "triton",
     "gateway/embedded/test_server.py": "triton",
     "gateway/embedded/test_surroundings.py": "triton",
