@@ -47,7 +47,10 @@ def another_gateway(place: Path, *prefix: str) -> Iterator[Path]:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
-            yield Path(process.stdout.readline().strip())
+            folder = process.stdout.readline().strip()
+            # Path("") is the current folder, and what is yielded here is changed and removed.
+            assert folder, "the gateway made no folder"
+            yield Path(folder)
         finally:
             process.kill()
 
