@@ -38,6 +38,8 @@ _QUALITIES: dict[str, Quality] = {
 _STEPS_BY_QUALITY: dict[Quality, float] = {"low": 0.5, "medium": 1.0, "high": 1.5}
 # OpenAI's models that answer with links by default.
 _LINKING_MODELS = ("dall-e-2", "dall-e-3")
+# Fields that the sampler gets as they are.
+_UNCHANGED = ("negative_prompt", "guidance_start", "guidance_end", "cache_interval", "scheduler")
 # Fields that hold files; the fingerprint covers their pixels instead.
 _FILES = {"image", "images", "mask"}
 
@@ -83,20 +85,16 @@ def to_generation_request(body: RequestBody, model: ModelDescription) -> Generat
     seed = secrets.randbelow(_RANDOM_SEEDS - body.n) if body.seed in (None, -1) else body.seed
     generation = GenerationRequest(
         prompt=body.prompt,
-        negative_prompt=body.negative_prompt,
         num_images=body.n,
         width=width,
         height=height,
         num_inference_steps=_num_inference_steps(body, model),
         guidance_scale=model.default_guidance_scale if body.guidance_scale is None else body.guidance_scale,
-        guidance_start=body.guidance_start,
-        guidance_end=body.guidance_end,
-        cache_interval=body.cache_interval,
-        scheduler=body.scheduler,
         seed=seed,
         partial_images=body.partial_images if body.stream else 0,
         strength=_strength(body, model),
         **_lora(body, model),
+        **{name: getattr(body, name) for name in _UNCHANGED},
     )
     check_limits(generation, body, model)
     return generation
@@ -125,7 +123,7 @@ def _lora(body: RequestBody, model: ModelDescription) -> dict[str, Any]:
         return {}
     scales = [lora.scale for lora in model.loras if lora.name == body.lora_path]
     if not scales:
-        raise invalid("lora_path", {"lora_path": body.lora_path}, model)
+        raise invalid("lora_path", {"lora_path": body.lora_path}, model, type(body))
     scale = scales[0] if body.lora_scale is None else body.lora_scale
     if scale not in (0, *scales):
         known = ", ".join(f"{one:g}" for one in scales)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, TypeAlias, get_args
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 
+from annotated_types import Ge, Le
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, WithJsonSchema
+from pydantic.fields import FieldInfo
 
 from hypergen_gateway.api.bodies import UploadedFile
 from hypergen_gateway.generation.backend import MAX_SEED
@@ -38,9 +41,32 @@ def _reference(value: object) -> object:
     return value["url"] if isinstance(value, dict) and "url" in value else value
 
 
+@dataclass(frozen=True)
+class Legal:
+    """The legal values of a field, to complete "It must be …", unless type and range say it all.
+
+    Braces are filled in from the model's description and policies.
+    """
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ModelLimit:
+    """The upper bound of a field, by its name in the `ModelDescription`."""
+
+    name: str
+
+
 _WHOLE = BeforeValidator(_whole)
-Text = Annotated[str, Field(max_length=32_000)]
-Prompt = Annotated[Text, Field(min_length=1, description="What to draw.")]
+_IMAGE = Legal("a PNG, JPEG, WebP, AVIF or GIF file; an edit takes up to {max_images}")
+_MASK = Legal('a PNG, transparent where the image is drawn anew; in JSON {{"image_url": "data:image/png;base64,…"}}')
+Text = Annotated[str, Field(max_length=32_000), Legal("a string of at most 32,000 characters")]
+Prompt = Annotated[
+    str,
+    Field(min_length=1, max_length=32_000, description="What to draw."),
+    Legal("a string of 1 to 32,000 characters"),
+]
 Upload = Annotated[InstanceOf[UploadedFile], WithJsonSchema({"type": "string", "format": "binary"})]
 Uploads = Annotated[list[Upload], BeforeValidator(_listed), Field(min_length=1, max_length=MAX_IMAGES)]
 
@@ -69,6 +95,10 @@ ImageReference = Annotated[
 References = Annotated[list[ImageReference], BeforeValidator(_listed), Field(min_length=1, max_length=MAX_IMAGES)]
 
 
+_INTERVALS = Legal("{legal_cache_intervals}")
+_SEEDS = Legal(f"an integer from 0 to {MAX_SEED}, and so must be seed + n - 1; -1 is a random one")
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
@@ -77,8 +107,10 @@ class ImageFields(_Body):
     """What every request for pictures may say."""
 
     model: str | None = Field(default=None, description="Accepted and ignored: the server has one model.")
-    n: Annotated[int, Field(ge=1, le=10), _WHOLE] = Field(default=1, description="How many pictures.")
-    size: str = Field(
+    n: Annotated[int, Field(ge=1, le=10), _WHOLE, ModelLimit("max_num_images")] = Field(
+        default=1, description="How many pictures."
+    )
+    size: Annotated[str, Legal("'auto' or {legal_sizes}")] = Field(
         default="auto",
         pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$",
         description="`auto`, or WIDTHxHEIGHT. A size that the model does not draw is scaled from the nearest it does, "
@@ -97,17 +129,17 @@ class ImageFields(_Body):
         default=100,
         description="For jpeg and webp the encoder's quality: 100 loses least, 0 is smallest.",
     )
-    background: Literal["auto", "opaque", "transparent"] = Field(
+    background: Annotated[Literal["auto", "opaque", "transparent"], Legal("'auto' or 'opaque'")] = Field(
         default="auto", description="Pictures are opaque; `transparent` is refused."
     )
     user: str | None = Field(default=None, description="Accepted and ignored.")
     safety_identifier: str | None = Field(default=None, description="Accepted and ignored.")
     # HyperGen's own
     negative_prompt: Text | None = Field(default=None, description="What to keep out of the picture.")
-    num_inference_steps: Annotated[int, Field(ge=1), _WHOLE] | None = Field(
+    num_inference_steps: Annotated[int, Field(ge=1), _WHOLE, ModelLimit("max_num_inference_steps")] | None = Field(
         default=None, description="Steps of denoising."
     )
-    guidance_scale: float | None = Field(
+    guidance_scale: Annotated[float | None, ModelLimit("max_guidance_scale")] = Field(
         default=None, ge=1.0, description="How closely to follow the prompt; 1 is without guidance and half the work."
     )
     guidance_start: float | None = Field(
@@ -117,26 +149,28 @@ class ImageFields(_Body):
         description="The share of the steps after which guidance begins, 0 unless given; a step without takes half "
         "the work.",
     )
-    guidance_end: float | None = Field(
+    guidance_end: Annotated[float | None, Legal("a number from 'guidance_start' to 1")] = Field(
         default=None,
         ge=0.0,
         le=1.0,
         description="The share of the steps after which guidance ends, 1 unless given; not before `guidance_start`.",
     )
-    cache_interval: Annotated[int, Field(ge=1), _WHOLE] | None = Field(
+    cache_interval: Annotated[int, Field(ge=1), _WHOLE, ModelLimit("max_cache_interval"), _INTERVALS] | None = Field(
         default=None,
         description="Of so many steps only the first computes the UNet's deep features (DeepCache); 1, unless given, "
         "is every step. For models that are served with `--deep-cache`.",
     )
-    scheduler: str | None = Field(default=None, description="The sampler's name, such as `euler` or `dpmpp_2m`.")
-    seed: Annotated[int, Field(ge=-1, le=MAX_SEED), _WHOLE] | None = Field(
+    scheduler: Annotated[str | None, Legal("one of {known_schedulers}")] = Field(
+        default=None, description="The sampler's name, such as `euler` or `dpmpp_2m`."
+    )
+    seed: Annotated[int, Field(ge=-1, le=MAX_SEED), _WHOLE, _SEEDS] | None = Field(
         default=None, description="Picture i is drawn from seed + i. Random unless given, and where it is -1."
     )
     deadline_ms: Annotated[int, Field(ge=1, le=MAX_DEADLINE_MS), _WHOLE] | None = Field(
         default=None,
         description="Refuse at once what would take longer than this many milliseconds, and give up what does.",
     )
-    lora_path: str | None = Field(
+    lora_path: Annotated[str | None, Legal("{known_loras}")] = Field(
         default=None, description="The name of a LoRA that the model is served with. Without one: the model as it is."
     )
     lora_scale: float | None = Field(
@@ -172,25 +206,31 @@ class _EditFields(_PromptFields):
     input_fidelity: Literal["high", "low"] | None = Field(default=None, description="Accepted and ignored.")
 
 
+_IMAGE_REFERENCES = Legal(
+    '1 to {max_images} images, each an object such as {{"image_url": "data:image/png;base64,…"}}; '
+    "a file_id would need OpenAI's Files API"
+)
+
+
 class EditRequest(_EditFields):
     """The JSON body of POST /v1/images/edits."""
 
-    images: References = Field(
+    images: Annotated[References, _IMAGE_REFERENCES] = Field(
         validation_alias=AliasChoices("images", "image"),
         description="Data URLs, `data:image/png;base64,…`, or base64; also as `image`. No URL is ever fetched.",
     )
-    mask: ImageReference | None = None
+    mask: Annotated[ImageReference | None, _MASK] = None
 
 
 class EditForm(_EditFields):
     """The form of POST /v1/images/edits."""
 
-    image: Uploads = Field(
+    image: Annotated[Uploads, _IMAGE] = Field(
         validation_alias=AliasChoices("image", "images"),
         description="PNG, JPEG, WebP, AVIF or GIF, less than 50 MB each; also as `image[]`. Picture i starts from "
         "image i mod k.",
     )
-    mask: Upload | None = Field(
+    mask: Annotated[Upload | None, _MASK] = Field(
         default=None, description="A PNG of the first image's size: its transparent pixels are drawn anew."
     )
 
@@ -198,7 +238,7 @@ class EditForm(_EditFields):
 class VariationForm(ImageFields):
     """The form of POST /v1/images/variations."""
 
-    image: Upload = Field(
+    image: Annotated[Upload, _IMAGE] = Field(
         validation_alias=AliasChoices("image", "images"), description="PNG, JPEG, WebP, AVIF or GIF, less than 50 MB."
     )
     strength: float | None = _STRENGTH
@@ -242,7 +282,39 @@ def _from_text(text: str, kind: type[BaseModel], name: str) -> str | int | float
 
 
 def _types(annotation: Any) -> Iterator[Any]:
-    """An annotation and whatever it is made of."""
+    """An annotation and everything in it, metadata included."""
     yield annotation
+    if isinstance(annotation, FieldInfo):
+        yield from annotation.metadata
     for part in get_args(annotation):
         yield from _types(part)
+
+
+def legal_values(kind: type[BaseModel], name: str) -> str:
+    """The legal values of a field, with the placeholders of `Legal`."""
+    parts = _parts(kind, name)
+    for legal in (part for part in parts if isinstance(part, Legal)):
+        return legal.text
+    for literal in (part for part in parts if get_origin(part) is Literal):
+        *others, last = map(repr, get_args(literal))
+        return f"{', '.join(others)} or {last}"
+    if bool in parts:
+        return "true or false"
+    if str in parts:
+        return "a string"
+    low = next(part.ge for part in parts if isinstance(part, Ge))
+    limit = model_limit(kind, name)
+    high = None if limit else next(part.le for part in parts if isinstance(part, Le))
+    if int in parts:
+        return f"an integer from {low} to {f'{{{limit}}}' if limit else high}"
+    return f"a number from {low:g} to {f'{{{limit}:g}}' if limit else f'{high:g}'}"
+
+
+def model_limit(kind: type[BaseModel], name: str) -> str | None:
+    """The name of a field's upper bound in the `ModelDescription`, if the model has one."""
+    return next((part.name for part in _parts(kind, name) if isinstance(part, ModelLimit)), None)
+
+
+def _parts(kind: type[BaseModel], name: str) -> list[Any]:
+    field = kind.model_fields[name]
+    return [*field.metadata, *_types(field.annotation)]

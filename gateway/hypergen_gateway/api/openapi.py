@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from hypergen_gateway.api.capabilities import Capabilities
-from hypergen_gateway.api.fields import EditForm, EditRequest, ImageRequest, VariationForm
+from hypergen_gateway.api.fields import EditForm, EditRequest, ImageRequest, VariationForm, model_limit
 from hypergen_gateway.api.responses import (
     CompletedEvent,
     Health,
@@ -314,7 +314,7 @@ def _schemas(model: ModelDescription | None) -> JsonObject:
     definitions: JsonObject = schema["$defs"]
     for request in requests:
         if model is not None:
-            _limit(definitions[request.__name__]["properties"], model)
+            _limit(request, definitions[request.__name__]["properties"], model)
     for name, described in definitions.items():
         _tidy(described)
         if name in _SAY_NULL:
@@ -329,18 +329,13 @@ def _by_name(models: Iterable[type[BaseModel]]) -> list[type[BaseModel]]:
     return sorted(models, key=lambda model: model.__name__)
 
 
-def _limit(properties: JsonObject, model: ModelDescription) -> None:
-    """Adds what the served model says: its defaults and where it stops."""
-    properties["n"]["maximum"] = model.max_num_images
+def _limit(request: type[BaseModel], properties: JsonObject, model: ModelDescription) -> None:
+    """Adds the defaults and limits of the served model."""
+    for name, described in properties.items():
+        if limit := model_limit(request, name):
+            described.get("anyOf", [described])[0]["maximum"] = getattr(model, limit)
     properties["size"]["examples"] = list(model.sizes) or [f"{model.default_width}x{model.default_height}"]
-    limits: dict[str, JsonObject] = {
-        "num_inference_steps": {"maximum": model.max_num_inference_steps},
-        "guidance_scale": {"maximum": model.max_guidance_scale},
-        "cache_interval": {"maximum": model.max_cache_interval},
-        "scheduler": {"enum": list(model.schedulers)},
-    }
-    for name, limit in limits.items():
-        properties[name]["anyOf"][0].update(limit)
+    properties["scheduler"]["anyOf"][0]["enum"] = list(model.schedulers)
     for name in ("num_inference_steps", "guidance_scale"):
         properties[name]["description"] += f" The model's own: {getattr(model, f'default_{name}'):g}."
 

@@ -15,7 +15,6 @@ from pydantic import ValidationError
 from hypergen_gateway.api.bodies import shown
 from hypergen_gateway.api.data_urls import file_in
 from hypergen_gateway.api.fields import (
-    MAX_DEADLINE_MS,
     MAX_IMAGES,
     EditForm,
     EditRequest,
@@ -23,6 +22,8 @@ from hypergen_gateway.api.fields import (
     ImageRequest,
     RequestBody,
     VariationForm,
+    legal_values,
+    model_limit,
 )
 from hypergen_gateway.errors import InvalidRequestError
 from hypergen_gateway.generation.backend import MAX_SEED, GenerationRequest, ModelDescription
@@ -50,46 +51,6 @@ _ELSEWHERE: dict[type[ImageFields], dict[str, str]] = {
     VariationForm: _ANY_ROUTE
     | dict.fromkeys(("prompt", "mask", "markup"), "what is to change is said in POST /v1/images/edits"),
 }
-# Which of the words below say what the images of a request may be, whichever of its two names it uses.
-_LEGAL_IMAGES = {ImageRequest: "image", EditRequest: "images", EditForm: "image", VariationForm: "image"}
-
-# What a field may hold, to complete "It must be …". Braces are filled from the model's description.
-_LEGAL: dict[str, str] = {
-    "prompt": "a string of 1 to 32,000 characters",
-    "model": "a string",
-    "n": "an integer from 1 to {max_num_images}",
-    "size": "'auto' or {legal_sizes}",
-    "quality": "'low', 'medium', 'high', 'xhigh', 'max', 'auto', 'standard' or 'hd'",
-    "response_format": "'b64_json' or 'url'",
-    "output_format": "'png', 'jpeg' or 'webp'",
-    "output_compression": "an integer from 0 to 100",
-    "background": "'auto' or 'opaque'",
-    "stream": "true or false",
-    "partial_images": "an integer from 0 to 3",
-    "moderation": "'low' or 'auto'",
-    "style": "'vivid' or 'natural'",
-    "user": "a string",
-    "safety_identifier": "a string",
-    "negative_prompt": "a string of at most 32,000 characters",
-    "num_inference_steps": "an integer from 1 to {max_num_inference_steps}",
-    "guidance_scale": "a number from 1 to {max_guidance_scale:g}",
-    "guidance_start": "a number from 0 to 1",
-    "guidance_end": "a number from 'guidance_start' to 1",
-    "cache_interval": "{legal_cache_intervals}",
-    "scheduler": "one of {known_schedulers}",
-    "seed": f"an integer from 0 to {MAX_SEED}, and so must be seed + n - 1; -1 is a random one",
-    "strength": "a number from 0 to 1",
-    "input_fidelity": "'high' or 'low'",
-    "image": "a PNG, JPEG, WebP, AVIF or GIF file; an edit takes up to {max_images}",
-    "images": (
-        '1 to {max_images} images, each an object such as {{"image_url": "data:image/png;base64,…"}}; '
-        "a file_id would need OpenAI's Files API"
-    ),
-    "mask": 'a PNG, transparent where the image is drawn anew; in JSON {{"image_url": "data:image/png;base64,…"}}',
-    "deadline_ms": f"an integer from 1 to {MAX_DEADLINE_MS}",
-    "lora_path": "{known_loras}",
-    "lora_scale": "a number from 0 to 2",
-}
 
 
 def validate(payload: dict[str, Any], kind: type[Body], model: ModelDescription, sizes: SizePolicy = _ANY_SIZE) -> Body:
@@ -103,12 +64,11 @@ def validate(payload: dict[str, Any], kind: type[Body], model: ModelDescription,
     try:
         body: Body = kind.model_validate(given)
     except ValidationError as error:
-        raise invalid(str(error.errors()[0]["loc"][0]), given, model, sizes, _LEGAL_IMAGES[kind]) from error
+        raise invalid(str(error.errors()[0]["loc"][0]), given, model, kind, sizes) from error
     for name, supported in _SUPPORTED.items():
         if getattr(body, name) not in supported:
-            raise InvalidRequestError(
-                f"{shown(given[name])} for '{name}' is not supported by this server. It must be {_LEGAL[name]}.", name
-            )
+            problem = f"{shown(given[name])} for '{name}' is not supported by this server."
+            raise InvalidRequestError(f"{problem} It must be {legal_values(kind, name)}.", name)
     _check_combinations(body)
     if isinstance(body, ImageRequest) and (size := requested_size(body)) is not None:
         sizes.check(size, model)
@@ -154,18 +114,16 @@ def check_limits(generation: GenerationRequest, body: RequestBody, model: ModelD
     Raises:
         InvalidRequestError: `param` is the field.
     """
+    limits = {name: limit for name in type(body).model_fields if (limit := model_limit(type(body), name))}
     is_legal = {
-        "n": generation.num_images <= model.max_num_images,
-        "num_inference_steps": generation.num_inference_steps <= model.max_num_inference_steps,
-        "guidance_scale": generation.guidance_scale <= model.max_guidance_scale,
+        **{name: (getattr(body, name) or 0) <= getattr(model, limit) for name, limit in limits.items()},
         "guidance_end": body.guidance_end is None or (body.guidance_start or 0.0) <= body.guidance_end,
-        "cache_interval": (generation.cache_interval or 1) <= model.max_cache_interval,
-        "scheduler": generation.scheduler is None or generation.scheduler in model.schedulers,
+        "scheduler": body.scheduler is None or body.scheduler in model.schedulers,
         "seed": generation.seed + generation.num_images - 1 <= MAX_SEED,
     }
     for name, legal in is_legal.items():
         if not legal:
-            raise invalid(name, {name: getattr(body, name)}, model)
+            raise invalid(name, {name: getattr(body, name)}, model, type(body))
 
 
 def images_param(payload: Container[str]) -> str:
@@ -206,8 +164,13 @@ def _known_loras(model: ModelDescription) -> str:
 
 
 def invalid(
-    name: str, given: dict[str, Any], model: ModelDescription, sizes: SizePolicy = _ANY_SIZE, images: str = "image"
+    name: str,
+    given: dict[str, Any],
+    model: ModelDescription,
+    kind: type[ImageFields],
+    sizes: SizePolicy = _ANY_SIZE,
 ) -> InvalidRequestError:
+    """The error for a field of a `kind` of body that is missing from `given` or has an illegal value there."""
     more = {
         "known_schedulers": ", ".join(model.schedulers),
         "legal_sizes": sizes.legal(model),
@@ -215,6 +178,8 @@ def invalid(
         "legal_cache_intervals": _legal_cache_intervals(model),
         "max_images": MAX_IMAGES,
     }
-    legal = _LEGAL[images if name in ("image", "images") else name].format(**vars(model), **more)
+    # 'image' and 'images' are two names of one field.
+    field = name if name in kind.model_fields else {"image": "images", "images": "image"}[name]
+    legal = legal_values(kind, field).format(**vars(model), **more)
     problem = f"Invalid value for '{name}': {shown(given[name])}." if name in given else f"'{name}' is missing."
     return InvalidRequestError(f"{problem} It must be {legal}.", name)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 MAX_SEED = 2**63 - 1
 Lines = tuple[str, ...]
+Int64 = int  # other integers of a request are 32 bits wide
 Pixels = NDArray[np.uint8]
 
 
@@ -33,7 +34,7 @@ class GenerationRequest:
     guidance_end: float | None = None  # and where it ends; None: 1
     cache_interval: int | None = None  # of so many steps the first one's deep features serve all; None: 1
     scheduler: str | None = None  # None: the checkpoint's own
-    seed: int
+    seed: Int64
     partial_images: int = 0  # previews of each picture on its way, at evenly spaced steps
     image: Pixels | None = None  # RGB [height, width, 3] to start from
     mask: Pixels | None = None  # [height, width]; 255 is repainted, 0 stays as in `image`

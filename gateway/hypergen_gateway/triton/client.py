@@ -62,26 +62,10 @@ CHANNEL_ARGS: list[tuple[str, int | str]] = [
     ("grpc.enable_http_proxy", 0),
 ]
 
-# Input tensors of `diffusion`, named as the fields of `GenerationRequest`. Absent fields are not sent.
+_DATATYPES = {"str": "BYTES", "int": "INT32", "Int64": "INT64", "float": "FP32", "Pixels": "UINT8"}
+# Input tensors of `diffusion`: the fields of `GenerationRequest`. Absent fields are not sent.
 INPUT_TYPES: dict[str, str] = {
-    "prompt": "BYTES",
-    "negative_prompt": "BYTES",
-    "num_images": "INT32",
-    "width": "INT32",
-    "height": "INT32",
-    "num_inference_steps": "INT32",
-    "guidance_scale": "FP32",
-    "guidance_start": "FP32",
-    "guidance_end": "FP32",
-    "cache_interval": "INT32",
-    "scheduler": "BYTES",
-    "seed": "INT64",
-    "partial_images": "INT32",
-    "image": "UINT8",
-    "mask": "UINT8",
-    "strength": "FP32",
-    "lora": "BYTES",
-    "lora_scale": "FP32",
+    field.name: _DATATYPES[str(field.type).removesuffix(" | None")] for field in dataclasses.fields(GenerationRequest)
 }
 
 # A tensor of BYTES holds before each text its length.
