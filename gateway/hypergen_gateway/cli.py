@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -401,12 +402,19 @@ def _run_reloading(options: ServeOptions) -> None:
     watched = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "model_repository")]
     folders = [folder for folder in watched if Path(folder).is_dir()]
     config = UvicornConfig("", reload=True, reload_dirs=folders, log_config=None)
-    ChangeReload(config, target=functools.partial(_serve_again, options, logging_options), sockets=[]).run()
+    target = functools.partial(_serve_reloaded, options, logging_options, Path.cwd())
+    # multiprocessing starts its processes with `python -c`, which looks for modules in the current folder first: it may
+    # hold somebody else's checkpoint. PYTHONSAFEPATH would prevent that from Python 3.11 on only.
+    os.chdir(sysconfig.get_path("stdlib"))
+    ChangeReload(config, target=target, sockets=[]).run()
 
 
-def _serve_again(options: ServeOptions, logging_options: tuple[str, LogFormat], sockets: Any) -> None:
-    """One life of a reloaded server; `sockets` is what uvicorn hands over, none here."""
+def _serve_reloaded(
+    options: ServeOptions, logging_options: tuple[str, LogFormat], current_folder: Path, sockets: Any
+) -> None:
+    """Entry point of a reloaded server's process. uvicorn passes `sockets`, which is empty here."""
     assert not sockets
+    os.chdir(current_folder)
     set_up_logging(*logging_options)
     with _one_line_errors():
         run_until_signalled(serve(options))

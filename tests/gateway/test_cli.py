@@ -463,6 +463,27 @@ def test_a_reloading_server_keeps_its_log_s_level_and_format() -> None:
     assert not [line for line in lines if line["logger"] == "hypergen_gateway.access"]  # those are of level info
 
 
+def test_a_reloading_server_runs_no_module_of_the_current_folder_but_finds_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, trapped = tmp_path / "checkpoint", tmp_path / "trapped"
+    checkpoint.mkdir()
+    for module in ("multiprocessing", "pickle", "json", "runpy", "uvicorn", "hypergen_gateway"):
+        (checkpoint / f"{module}.py").write_text(f"open({str(trapped)!r}, 'a').write('{module} ')")
+    (checkpoint / "keys").write_text(KEY)
+    monkeypatch.chdir(checkpoint)
+    options = ["--triton-url", "127.0.0.1:1", "--reload", "--api-key-file", "keys"]
+    server = start_server(*options, model="", key=None, ready=False)
+    try:
+        answers = [
+            httpx.get(f"{server.url}/v1/models", headers={"Authorization": f"Bearer {key}"}) for key in (KEY, "x")
+        ]
+    finally:
+        stop_server(server)
+    assert [answer.status_code for answer in answers] == [503, 401]
+    assert not trapped.exists()
+
+
 def test_the_package_is_the_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "hypergen_gateway", "--version"], capture_output=True, text=True, check=True
