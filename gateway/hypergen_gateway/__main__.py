@@ -1,4 +1,4 @@
-"""`python -m hypergen_gateway`: the command `hypergen`, where a script folder is not on PATH."""
+"""`python -m hypergen_gateway`: the `hypergen` command, for when it is not on PATH."""
 
 from hypergen_gateway.cli import main
 

@@ -1,7 +1,7 @@
-"""The command `hypergen`: its options, their environment variables, and one line for each thing that can go wrong.
+"""The `hypergen` command line: options, their environment variables, and one-line error messages.
 
-Knows the words a user types. What they do is in `serving`; `export` is the exporter's own command, loaded when asked
-for, so that the gateway works where torch is not installed.
+`serving` implements the commands. `export` is the exporter's own command, imported on demand so that the gateway works
+without torch.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from hypergen_gateway.options import A_WEEK, A_YEAR, Argument, KeyText, Number, 
 from hypergen_gateway.serving import (
     ServeOptions,
     TritonOptions,
-    draw,
+    generate_image,
     run_until_signalled,
     serve,
 )
@@ -58,19 +58,19 @@ DTYPES = {
     "fp16": "float16",
 }
 
-# The kind of file that a name asks for.
+# File formats by file name extension; standard output has none.
 FORMATS: Mapping[str, FormatName] = {"": "png", ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 STANDARD_OUTPUT = Path("-")
 
-# Loaded when they are asked for: the exporter may not be installed, and serving needs no HTTP client.
-_ELSEWHERE = {"export": "hypergen_export.cli", "conformance": "hypergen_gateway.conformance.command"}
+# Commands imported on demand: the exporter may not be installed, and serving needs no HTTP client.
+_LAZY_COMMANDS = {"export": "hypergen_export.cli", "conformance": "hypergen_gateway.conformance.command"}
 
 
-class _Commands(click.Group):
-    """Finds some commands in modules of their own, and says in one line what stands in the way of any of them."""
+class _LazyGroup(click.Group):
+    """A command group that imports some of its commands on demand and reports I/O errors in one line."""
 
     def main(self, *arguments: Any, **settings: Any) -> Any:
-        """Runs the command. Output that cannot be written, as to a full disk, is no reason for a traceback."""
+        """Run the command. Output that cannot be written, for example to a full disk, gives no traceback."""
         try:
             return super().main(*arguments, **settings)
         except OSError as error:
@@ -78,30 +78,30 @@ class _Commands(click.Group):
             raise SystemExit(1) from error
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """The command. Text in another encoding would fail later, where nobody knows from which option it came."""
+        """The command. Reject undecodable text here, as later errors could not name the option that it came from."""
         variables = [f"{name}={value}" for name, value in os.environ.items() if name.startswith("HYPERGEN_")]
         for text in (*args, *variables):
             if not _is_text(text):
-                raise click.UsageError(f"{text!a} is not text in {sys.getfilesystemencoding()}.")
+                raise click.UsageError(f"{text!a} is not valid {sys.getfilesystemencoding()}.")
         return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*super().list_commands(ctx), *_ELSEWHERE])
+        return sorted([*super().list_commands(ctx), *_LAZY_COMMANDS])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _ELSEWHERE:
+        if cmd_name not in _LAZY_COMMANDS:
             return super().get_command(ctx, cmd_name)
-        command: click.Command = getattr(importlib.import_module(_ELSEWHERE[cmd_name]), cmd_name)
+        command: click.Command = getattr(importlib.import_module(_LAZY_COMMANDS[cmd_name]), cmd_name)
         return command
 
 
 def _is_text(text: str) -> bool:
-    """Whether it can be written: Python keeps bytes that it cannot read as halves of characters."""
+    """Whether `text` can be encoded: Python represents undecodable bytes as lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 @click.group(
-    cls=_Commands,
+    cls=_LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100},
 )
 @click.version_option(version("hypergen-triton"), prog_name="hypergen")
@@ -110,37 +110,37 @@ def main() -> None:
 
 
 def _triton_options(command: Callable[..., None]) -> Any:
-    """The options that say which Triton to use; they reach the command as one `TritonOptions`."""
+    """Options that select a Triton; the command receives them as one `TritonOptions`."""
 
-    @option("--triton-url", metavar="HOST:PORT", help="Use the Triton that listens there for gRPC, and start none.")
+    @option("--triton-url", metavar="HOST:PORT", help="gRPC address of a running Triton to use instead of an embedded one.")
     @option(
         "--dtype",
         type=click.Choice(list(DTYPES)),
         default="auto",
-        help="Precision of the engines; auto: bfloat16 on a CPU that computes in it, else float32.",
+        help="Precision of the engines; auto: bfloat16 if the CPU supports it, else float32.",
     )
-    @option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where the engines run.")
-    @option("--max-batch-size", type=click.IntRange(1, 128), default=8, help="Images that share one UNet call.")
+    @option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Device of the embedded Triton; for a GPU use --triton-url.")
+    @option("--max-batch-size", type=click.IntRange(1, 128), default=8, help="Images per denoiser call.")
     @option(
         "--lora",
         metavar="[NAME=]PATH[:SCALE]",
         multiple=True,
-        help="A LoRA (.safetensors, or its folder) that requests may ask for as lora_path=NAME; repeatable.",
+        help="A LoRA (.safetensors file or its folder) that requests select with lora_path=NAME; repeatable.",
     )
-    @option("--deep-cache", is_flag=True, help="Add a second, shallow UNet, for requests that say cache_interval.")
+    @option("--deep-cache", is_flag=True, help="Add a second, shallow UNet for requests with cache_interval (DeepCache).")
     @option(
         "--cache-dir",
         type=click.Path(file_okay=False, path_type=Path),
-        help="Where exported models and linked images are kept.",
+        help="Folder for exported models and linked images.",
         show_default="~/.cache/hypergen",
     )
     @option(
         "--log-level",
         type=click.Choice(["debug", "info", "warning", "error"]),
         default="info",
-        help="debug adds Triton's own log.",
+        help="Minimum level of log lines; debug includes Triton's log.",
     )
-    @option("--log-format", type=click.Choice(["text", "json"]), default="text", help="json: one object per line.")
+    @option("--log-format", type=click.Choice(["text", "json"]), default="text", help="Format of log lines; json: one object per line.")
     @functools.wraps(command)
     def with_triton(*, model: str | None, log_level: str, log_format: LogFormat, **given: Any) -> None:
         set_up_logging(log_level, log_format)
@@ -160,13 +160,13 @@ def _read_triton_options(model: str | None, given: dict[str, Any]) -> TritonOpti
         return TritonOptions(model=model, url=url, export=None)
     if device == "cuda" or dtype == "float16":
         raise click.UsageError(
-            "The embedded Triton runs on the CPU, in float32 or bfloat16; for a GPU, make TensorRT engines with "
-            "'hypergen export --engine tensorrt', start Triton with them and name it with --triton-url."
+            "The embedded Triton runs on the CPU, in float32 or bfloat16. For a GPU, build TensorRT engines with "
+            "'hypergen export --engine tensorrt', start Triton with them and pass its address as --triton-url."
         )
     cache_dir = given["cache_dir"] or default_cache_dir()
     if cache_dir is None:
-        raise click.UsageError("This user has no home folder: say with --cache-dir where exported models are kept.")
-    _have_a_home(cache_dir)
+        raise click.UsageError("This user has no home folder: pass --cache-dir, the folder for exported models.")
+    _ensure_home(cache_dir)
     export = ExportOptions(
         dtype=_cpu_dtype() if dtype == "auto" else dtype,
         max_batch_size=max_batch_size,
@@ -177,8 +177,8 @@ def _read_triton_options(model: str | None, given: dict[str, Any]) -> TritonOpti
     return TritonOptions(model=model, url=None, export=export)
 
 
-def _have_a_home(cache_dir: Path) -> None:
-    """Libraries of the exporter and the models fail for a user without a home, even those that keep nothing there."""
+def _ensure_home(cache_dir: Path) -> None:
+    """Set HOME for a user without one: libraries of the exporter and the models need it, even if they store nothing."""
     try:
         Path.home()
     except RuntimeError:
@@ -188,24 +188,24 @@ def _have_a_home(cache_dir: Path) -> None:
 def _check_triton_url(url: str, *, loras: Sequence[str], deep_cache: bool) -> None:
     if not is_grpc_address(url):
         raise click.UsageError(
-            f"--triton-url is HOST:PORT of Triton's gRPC service, such as 127.0.0.1:8001 or [::1]:8001, not {url!r}."
+            f"--triton-url must be HOST:PORT of Triton's gRPC service, such as 127.0.0.1:8001 or [::1]:8001, not {url!r}."
         )
     if loras:
-        raise click.UsageError("--triton-url serves what is exported: give --lora to 'hypergen export'.")
+        raise click.UsageError("--triton-url serves an exported repository: pass --lora to 'hypergen export'.")
     if deep_cache:
-        raise click.UsageError("--triton-url serves what is exported: give --deep-cache to 'hypergen export'.")
+        raise click.UsageError("--triton-url serves an exported repository: pass --deep-cache to 'hypergen export'.")
 
 
 def _cpu_dtype() -> str:
-    """bfloat16 where the CPU multiplies it in hardware, else float32."""
+    """bfloat16 if the CPU has instructions for it, else float32."""
     flags = Path("/proc/cpuinfo")
     has_bf16 = flags.exists() and any(flag in flags.read_text() for flag in (" avx512_bf16", " amx_bf16"))
     return "bfloat16" if has_bf16 else "float32"
 
 
-@main.command(name="serve", short_help="Serve a model behind OpenAI's API.")
+@main.command(name="serve", short_help="Serve a model through the OpenAI images API.")
 @click.argument("model", cls=Argument, required=False, envvar="HYPERGEN_MODEL")
-@option("--host", default="0.0.0.0", help="Address or host name to listen on; '::' is IPv4 and IPv6.")
+@option("--host", default="0.0.0.0", help="Address or host name to listen on; '::' is both IPv4 and IPv6.")
 @option("--port", type=click.IntRange(1, 65535), default=8000, help="Port to listen on.")
 @option(
     "--api-key",
@@ -213,64 +213,64 @@ def _cpu_dtype() -> str:
     type=KeyText(),
     metavar="KEY",
     multiple=True,
-    help="Clients must send it as 'Authorization: Bearer KEY'; repeatable. Other users of this machine can read "
-    "command lines: prefer a file or the variable.",
+    help="API key that clients must send as 'Authorization: Bearer KEY'; repeatable. Other users of this machine can "
+    "read command lines: prefer a file or the variable.",
     show_default="no key",
 )
 @option(
     "--api-key-file",
     secret=True,
     type=click.Path(path_type=Path),
-    help="Read keys from this file, 'KEY' or 'NAME: KEY' a line, at the start and whenever it changes. Logs show NAME.",
+    help="File of API keys, one 'KEY' or 'NAME: KEY' per line; reloaded when it changes. Logs show NAME.",
 )
 @option(
     "--sizes",
     type=click.Choice(["fit", "strict"]),
     default="fit",
-    help="fit: any size may be asked for, and is scaled from the nearest that the model draws; strict: only those.",
+    help="fit: accept any size and scale from the nearest that the model generates; strict: accept only those.",
 )
-@option("--max-side", type=click.IntRange(1, LONGEST_SIDE), default=4096, help="Pixels a side that may be asked for.")
+@option("--max-side", type=click.IntRange(1, LONGEST_SIDE), default=4096, help="Largest width and height that a request may ask for.")
 @option(
     "--model-alias",
     "model_aliases",
     metavar="NAME",
     multiple=True,
-    help="Another name under which clients may look the model up, such as gpt-image-1; repeatable.",
+    help="Another name by which clients can look up the model, such as gpt-image-1; repeatable.",
 )
-@option("--max-queue-size", type=click.IntRange(0, MOST_WAITING), default=100, help="Requests that may wait.")
-@option("--request-timeout", type=Number(1, A_WEEK), default=600.0, help="Seconds until a request is given up.")
-@option("--body-timeout", type=Number(1, A_WEEK), default=30.0, help="Seconds for a body, plus one per 32 KiB.")
-@option("--keep-alive", type=Number(1, A_WEEK), default=75.0, help="Seconds that an idle connection is kept open.")
-@option("--retry-grace", type=Number(0, A_WEEK), default=5.0, help="Seconds that work continues after a disconnect.")
+@option("--max-queue-size", type=click.IntRange(0, MOST_WAITING), default=100, help="Requests that may wait; more get a 429.")
+@option("--request-timeout", type=Number(1, A_WEEK), default=600.0, help="Time limit of a request in seconds.")
+@option("--body-timeout", type=Number(1, A_WEEK), default=30.0, help="Seconds to receive a request body, plus one per 32 KiB.")
+@option("--keep-alive", type=Number(1, A_WEEK), default=75.0, help="Seconds that idle connections stay open.")
+@option("--retry-grace", type=Number(0, A_WEEK), default=5.0, help="Seconds that generation continues after a disconnect.")
 @option(
     "--cors-origin",
     "cors_origins",
     metavar="ORIGIN",
     multiple=True,
-    help="A website whose scripts may use the API, such as https://app.example.com; repeatable. '*' is every website.",
+    help="Website whose scripts may use the API, such as https://app.example.com; repeatable. '*' allows all.",
 )
 @option(
-    "--public-url", metavar="URL", help="Where clients reach the server, for links.", show_default="the request's Host"
+    "--public-url", metavar="URL", help="Base URL of links to images.", show_default="the request's Host"
 )
-@option("--link-lifetime", type=Number(1, A_YEAR), default=3600.0, help="Seconds until a link to an image expires.")
+@option("--link-lifetime", type=Number(1, A_YEAR), default=3600.0, help="Seconds until links to images expire.")
 @option(
     "--link-secret",
     secret=True,
     metavar="SECRET",
-    help="Signs links, so they survive a restart.",
+    help="Secret that signs links; keep it for links to survive a restart.",
     show_default="random",
 )
-@option("--link-bucket", metavar="s3://BUCKET/PREFIX", help="Store linked images there.", show_default="the cache")
-@option("--metrics-need-key", is_flag=True, help="Ask for the API key on /metrics, too.")
+@option("--link-bucket", metavar="s3://BUCKET/PREFIX", help="Bucket for linked images.", show_default="the cache")
+@option("--metrics-need-key", is_flag=True, help="Require the API key for /metrics, too.")
 @option("--reload", is_flag=True, help="Restart when the project's code changes.")
 @_triton_options
 def serve_command(*, triton: TritonOptions, model: str | None, reload: bool, **given: Any) -> None:
-    """Serve MODEL behind OpenAI's API: a diffusers checkpoint's hub id or folder, or an exported repository.
+    """Serve MODEL through the OpenAI images API: a diffusers checkpoint's hub id or folder, or an exported repository.
 
-    Without MODEL it serves the small checkpoint that ships with the project. Every option is an environment variable
-    too; an empty one counts as absent, but for keys and secrets, where it is an error.
+    The default MODEL is the small checkpoint that ships with the project. Every option can be set by an environment
+    variable; an empty variable counts as unset, except for keys and secrets, where it is an error.
     """
-    # What is exported already says its own id, and so does what somebody else's Triton serves unless MODEL names it.
+    # An exported repository has an id of its own, and so has the model of an external Triton unless MODEL names it.
     served_id = None if is_repository(triton.model) or (triton.url and model is None) else triton.model
     host, port = given.pop("host"), given.pop("port")
     if given["link_bucket"] is not None and importlib.util.find_spec("boto3") is None:
@@ -288,14 +288,14 @@ def serve_command(*, triton: TritonOptions, model: str | None, reload: bool, **g
 
 
 def _find_link_folder(cache_dir: Path | None) -> Path | None:
-    """Where linked images are kept; None, which is a temporary folder, where there is no cache but the given one."""
-    place = cache_dir or default_cache_dir()
-    if place is None:
+    """The folder for linked images; None, meaning a temporary one, if the default cache folder is not writable."""
+    folder = cache_dir or default_cache_dir()
+    if folder is None:
         return None
-    reason = why_not_writable(place / "links")
+    reason = why_not_writable(folder / "links")
     if reason is not None and cache_dir is not None:
-        raise click.UsageError(f"Linked images cannot be kept in {cache_dir} ({reason}): see --cache-dir.")
-    return place / "links" if reason is None else None
+        raise click.UsageError(f"Linked images cannot be stored in {cache_dir} ({reason}): see --cache-dir.")
+    return folder / "links" if reason is None else None
 
 
 @main.command()
@@ -306,10 +306,10 @@ def _find_link_folder(cache_dir: Path | None) -> Path | None:
     cls=Option,
     type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
     default=Path("out.png"),
-    help="The file to write: .png, .jpg, .jpeg or .webp; '-' is standard output, as PNG.",
+    help="File to write: .png, .jpg, .jpeg or .webp; '-' is standard output, as PNG.",
 )
 @option("--model", show_default="the shipped checkpoint")
-@click.option("--negative-prompt", help="What to keep out of the image.")
+@click.option("--negative-prompt", help="What the image should not show.")
 @click.option("--size", cls=Option, metavar="WxH", show_default="the model's own")
 @click.option(
     "--num-inference-steps", "--steps", cls=Option, type=click.IntRange(1, 150), show_default="the model's own"
@@ -319,31 +319,31 @@ def _find_link_folder(cache_dir: Path | None) -> Path | None:
 @click.option("--seed", cls=Option, type=click.IntRange(0, 2**63 - 1), show_default="random")
 @_triton_options
 def generate(*, triton: TritonOptions, output: Path, size: str | None, **given: Any) -> None:
-    """Draw one image of PROMPT into a file."""
+    """Generate one image of PROMPT and write it to a file."""
     del given["model"], given["cache_dir"]
     width, height = _read_size(size)
     seed = secrets.randbits(32) if given["seed"] is None else given["seed"]
-    file_format = _format_of(output)
-    with _reserved(output):
-        picture = run_until_signalled(draw(triton, given | {"width": width, "height": height, "seed": seed}))
-        _write(output, encode(picture.pixels, file_format))
-    done = f"{click.format_filename(output)}: {picture.pixels.shape[1]}x{picture.pixels.shape[0]}, seed {picture.seed}"
-    click.echo(done, err=output == STANDARD_OUTPUT)
+    file_format = _file_format(output)
+    with _reserve_file(output):
+        image = run_until_signalled(generate_image(triton, given | {"width": width, "height": height, "seed": seed}))
+        _write(output, encode(image.pixels, file_format))
+    summary = f"{click.format_filename(output)}: {image.pixels.shape[1]}x{image.pixels.shape[0]}, seed {image.seed}"
+    click.echo(summary, err=output == STANDARD_OUTPUT)
 
 
-def _format_of(output: Path) -> FileFormat:
+def _file_format(output: Path) -> FileFormat:
     suffix = output.suffix.lower()
     if suffix not in FORMATS:
-        raise click.UsageError(f"--output: images are written as .png, .jpg, .jpeg or .webp, not as {suffix}.")
+        raise click.UsageError(f"--output must end in .png, .jpg, .jpeg or .webp, not in {suffix}.")
     return FileFormat(FORMATS[suffix])
 
 
 @contextmanager
-def _reserved(output: Path) -> Iterator[None]:
-    """Makes sure that a file can be written before anything is drawn. A new one does not outlive a failure."""
+def _reserve_file(output: Path) -> Iterator[None]:
+    """Create the output file before the image is generated, so that errors come early; remove a new one on failure."""
     is_new = output != STANDARD_OUTPUT and not output.exists()
     if is_new or output.is_file():
-        with _naming(output):
+        with _errors_name_output(output):
             output.open("ab").close()
     try:
         yield
@@ -354,7 +354,7 @@ def _reserved(output: Path) -> Iterator[None]:
 
 
 def _write(output: Path, content: bytes) -> None:
-    with _naming(output):
+    with _errors_name_output(output):
         if output == STANDARD_OUTPUT:
             sys.stdout.buffer.write(content)
             sys.stdout.buffer.flush()
@@ -363,7 +363,7 @@ def _write(output: Path, content: bytes) -> None:
 
 
 @contextmanager
-def _naming(output: Path) -> Iterator[None]:
+def _errors_name_output(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -381,7 +381,7 @@ def _read_size(text: str | None) -> tuple[int | None, int | None]:
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Every error that a user can mend is one line and an exit code other than 0, never a traceback."""
+    """Report errors that a user can fix in one line, with a non-zero exit code and without a traceback."""
     try:
         yield
     except ExportFailedError as error:

@@ -1,7 +1,4 @@
-"""Options of the command line: their environment variables, the numbers that they hold, and what an empty value means.
-
-Knows click, and no option by name.
-"""
+"""Building blocks for command-line options: environment variables, ranges, and the treatment of empty values."""
 
 from __future__ import annotations
 
@@ -12,16 +9,16 @@ from typing import Any
 
 import click
 
-# Longer than anybody waits, and short enough for every clock: gRPC's, asyncio's and the file system's.
+# Upper bounds that gRPC's, asyncio's and the file system's clocks can represent.
 A_WEEK = 7 * 24 * 3600
 A_YEAR = 365 * 24 * 3600
 
 
 class Number(click.FloatRange):
-    """A number within bounds. NaN, which compares to nothing, is in no range."""
+    """A number within bounds. NaN, which compares as false with every bound, is rejected."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The number; a usage error where it is none or out of its range."""
+        """The number, or a usage error if it is not one or out of range."""
         number: float = super().convert(value, param, ctx)
         if math.isnan(number):
             self.fail(f"{value} is not a number.", param, ctx)
@@ -29,50 +26,50 @@ class Number(click.FloatRange):
 
 
 class KeyText(click.types.StringParamType):
-    """An API key as a header can carry it. An environment variable holds one, whatever is in it."""
+    """An API key that a header can carry. An environment variable holds exactly one, even if it contains spaces."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The key; a usage error, which does not show it, where no client could send it."""
+        """The key, or a usage error that does not show it if no client could send it."""
         key = str(super().convert(value, param, ctx)).strip()
         if not (key.isascii() and key.isprintable()):
-            self.fail("an API key is printing ASCII.", param, ctx)
+            self.fail("an API key must be printable ASCII.", param, ctx)
         return key
 
     def split_envvar_value(self, rv: str) -> list[str]:
-        """All of it."""
+        """The whole value as one key."""
         return [rv]
 
 
 class _NotEmpty(click.Parameter):
-    """A parameter that is not empty, as `--host "$ADDRESS"` is where the shell has no such variable."""
+    """Rejects empty values, such as that of `--host "$ADDRESS"` when ADDRESS is not set."""
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
-        """The value, converted. Only the command line has an empty one: click takes an empty variable for none."""
+        """The converted value. Only the command line can pass an empty one: click ignores empty variables."""
         if "" in (value if self.multiple or self.nargs == -1 else [value]):
-            raise click.BadParameter("it is empty.", ctx, self)
+            raise click.BadParameter("must not be empty.", ctx, self)
         return super().type_cast_value(ctx, value)
 
 
 class Argument(_NotEmpty, click.Argument):
-    """An argument that is not empty."""
+    """An argument that rejects an empty value."""
 
 
 class Option(_NotEmpty, click.Option):
-    """An option that is not empty. An empty variable counts as absent, as Compose writes those that are not set."""
+    """An option that rejects an empty value. An empty variable counts as unset, as Compose passes unset ones so."""
 
 
 class SecretOption(Option):
-    """An option without which the server is less protected: its variable may be absent, but not set to nothing."""
+    """An option that protects the server: its variable may be unset, but not empty."""
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
-        """The variable's value, None where it is absent."""
+        """The variable's value; None if unset."""
         value = super().resolve_envvar_value(ctx)
         if value is None and os.environ.get(str(self.envvar)) is not None:
-            raise click.BadParameter("it is set but empty; unset it if none is meant.", ctx, self)
+            raise click.BadParameter("the variable is set but empty; unset it to go without.", ctx, self)
         return value
 
 
 def option(*names: str, secret: bool = False, **settings: Any) -> Callable[[Any], Any]:
-    """An option that is an environment variable too: --api-key is HYPERGEN_API_KEY."""
+    """An option that can also be set by an environment variable: HYPERGEN_API_KEY for --api-key."""
     envvar = "HYPERGEN_" + names[0].lstrip("-").upper().replace("-", "_")
     return click.option(*names, cls=SecretOption if secret else Option, envvar=envvar, show_envvar=True, **settings)
