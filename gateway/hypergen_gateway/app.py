@@ -24,7 +24,7 @@ from hypergen_gateway.generation.jobs import Jobs, RetentionPolicy
 from hypergen_gateway.generation.service import ImageService
 from hypergen_gateway.http.auth import METRICS_PATH, PROBE_PATHS, ApiKey
 from hypergen_gateway.http.disconnect import cancel
-from hypergen_gateway.http.middleware import Errors, RequestLog, RequestValidation, Trace, check_head
+from hypergen_gateway.http.middleware import ExceptionMiddleware, RequestLog, RequestValidation, Trace, check_head
 from hypergen_gateway.http.origins import OriginCheck, cors
 from hypergen_gateway.http.paths import CanonicalPath
 from hypergen_gateway.http.protocol import ON_REJECTED
@@ -67,7 +67,7 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
         tidying = asyncio.create_task(links.run())
         await _read_description(backend)
         try:
-            yield {ON_REJECTED: metrics.unheard}
+            yield {ON_REJECTED: metrics.rejected_by_protocol}
         finally:
             await cancel(tidying)
             await jobs.close()
@@ -75,7 +75,7 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
 
-    who_may_ask = (
+    authorize = (
         ApiKey(keys, open_paths, _OPEN_PREFIXES) if keys else OriginCheck(config.cors_origins, config.public_url)
     )
     app = Starlette(
@@ -85,8 +85,8 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
             Middleware(Trace) if tracing is None else Middleware(Trace, traced=tracing.middleware),
             Middleware(RequestLog, routes=_paths(routes), observers=observers),
             *cors(config.cors_origins),
-            Middleware(Errors),
-            Middleware(RequestValidation, checks=(check_head, who_may_ask)),
+            Middleware(ExceptionMiddleware),
+            Middleware(RequestValidation, checks=(check_head, authorize)),
         ],
         exception_handlers={HTTPException: _reraise},
         lifespan=lifespan,

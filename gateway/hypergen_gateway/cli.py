@@ -24,15 +24,15 @@ from typing import Any
 
 import click
 
-from hypergen_gateway.config import MOST_WAITING, Config
+from hypergen_gateway.config import MAX_QUEUE_SIZE, Config
 from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.embedded.export_cache import (
     SHIPPED_MODEL,
     ExportFailedError,
     ExportOptions,
     default_cache_dir,
+    find_write_error,
     is_repository,
-    why_not_writable,
 )
 from hypergen_gateway.errors import HyperGenError
 from hypergen_gateway.generation.images import FileFormat, FormatName, encode
@@ -112,14 +112,19 @@ def main() -> None:
 def _triton_options(command: Callable[..., None]) -> Any:
     """Options that select a Triton; the command receives them as one `TritonOptions`."""
 
-    @option("--triton-url", metavar="HOST:PORT", help="gRPC address of a running Triton to use instead of an embedded one.")
+    @option("--triton-url", metavar="HOST:PORT", help="gRPC address of a running Triton, instead of an embedded one.")
     @option(
         "--dtype",
         type=click.Choice(list(DTYPES)),
         default="auto",
         help="Precision of the engines; auto: bfloat16 if the CPU supports it, else float32.",
     )
-    @option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Device of the embedded Triton; for a GPU use --triton-url.")
+    @option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        help="Device of the embedded Triton.",
+    )
     @option("--max-batch-size", type=click.IntRange(1, 128), default=8, help="Images per denoiser call.")
     @option(
         "--lora",
@@ -127,7 +132,7 @@ def _triton_options(command: Callable[..., None]) -> Any:
         multiple=True,
         help="A LoRA (.safetensors file or its folder) that requests select with lora_path=NAME; repeatable.",
     )
-    @option("--deep-cache", is_flag=True, help="Add a second, shallow UNet for requests with cache_interval (DeepCache).")
+    @option("--deep-cache", is_flag=True, help="Add a shallow UNet for requests with cache_interval (DeepCache).")
     @option(
         "--cache-dir",
         type=click.Path(file_okay=False, path_type=Path),
@@ -140,7 +145,12 @@ def _triton_options(command: Callable[..., None]) -> Any:
         default="info",
         help="Minimum level of log lines; debug includes Triton's log.",
     )
-    @option("--log-format", type=click.Choice(["text", "json"]), default="text", help="Format of log lines; json: one object per line.")
+    @option(
+        "--log-format",
+        type=click.Choice(["text", "json"]),
+        default="text",
+        help="json: one object per line.",
+    )
     @functools.wraps(command)
     def with_triton(*, model: str | None, log_level: str, log_format: LogFormat, **given: Any) -> None:
         set_up_logging(log_level, log_format)
@@ -188,7 +198,7 @@ def _ensure_home(cache_dir: Path) -> None:
 def _check_triton_url(url: str, *, loras: Sequence[str], deep_cache: bool) -> None:
     if not is_grpc_address(url):
         raise click.UsageError(
-            f"--triton-url must be HOST:PORT of Triton's gRPC service, such as 127.0.0.1:8001 or [::1]:8001, not {url!r}."
+            f"--triton-url must be HOST:PORT of Triton's gRPC, such as 127.0.0.1:8001 or [::1]:8001, not {url!r}."
         )
     if loras:
         raise click.UsageError("--triton-url serves an exported repository: pass --lora to 'hypergen export'.")
@@ -229,7 +239,12 @@ def _cpu_dtype() -> str:
     default="fit",
     help="fit: accept any size and scale from the nearest that the model generates; strict: accept only those.",
 )
-@option("--max-side", type=click.IntRange(1, LONGEST_SIDE), default=4096, help="Largest width and height that a request may ask for.")
+@option(
+    "--max-side",
+    type=click.IntRange(1, LONGEST_SIDE),
+    default=4096,
+    help="Largest width and height in pixels.",
+)
 @option(
     "--model-alias",
     "model_aliases",
@@ -237,11 +252,21 @@ def _cpu_dtype() -> str:
     multiple=True,
     help="Another name by which clients can look up the model, such as gpt-image-1; repeatable.",
 )
-@option("--max-queue-size", type=click.IntRange(0, MOST_WAITING), default=100, help="Requests that may wait; more get a 429.")
+@option(
+    "--max-queue-size",
+    type=click.IntRange(0, MAX_QUEUE_SIZE),
+    default=100,
+    help="Requests that may wait.",
+)
 @option("--request-timeout", type=Number(1, A_WEEK), default=600.0, help="Time limit of a request in seconds.")
-@option("--body-timeout", type=Number(1, A_WEEK), default=30.0, help="Seconds to receive a request body, plus one per 32 KiB.")
+@option(
+    "--body-timeout",
+    type=Number(1, A_WEEK),
+    default=30.0,
+    help="Seconds to receive a body, plus one per 32 KiB.",
+)
 @option("--keep-alive", type=Number(1, A_WEEK), default=75.0, help="Seconds that idle connections stay open.")
-@option("--retry-grace", type=Number(0, A_WEEK), default=5.0, help="Seconds that generation continues after a disconnect.")
+@option("--retry-grace", type=Number(0, A_WEEK), default=5.0, help="Seconds to go on after a disconnect.")
 @option(
     "--cors-origin",
     "cors_origins",
@@ -249,9 +274,7 @@ def _cpu_dtype() -> str:
     multiple=True,
     help="Website whose scripts may use the API, such as https://app.example.com; repeatable. '*' allows all.",
 )
-@option(
-    "--public-url", metavar="URL", help="Base URL of links to images.", show_default="the request's Host"
-)
+@option("--public-url", metavar="URL", help="Base URL of links to images.", show_default="the request's Host")
 @option("--link-lifetime", type=Number(1, A_YEAR), default=3600.0, help="Seconds until links to images expire.")
 @option(
     "--link-secret",
@@ -292,7 +315,7 @@ def _find_link_folder(cache_dir: Path | None) -> Path | None:
     folder = cache_dir or default_cache_dir()
     if folder is None:
         return None
-    reason = why_not_writable(folder / "links")
+    reason = find_write_error(folder / "links")
     if reason is not None and cache_dir is not None:
         raise click.UsageError(f"Linked images cannot be stored in {cache_dir} ({reason}): see --cache-dir.")
     return folder / "links" if reason is None else None

@@ -1,4 +1,4 @@
-"""The gateway's settings. Read once at the edge, by the command line, and passed on as a value."""
+"""Settings of the gateway, created by the command line and passed on as a value."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypergen_gateway.http.keys import BadKeysError, Keys
 from hypergen_gateway.http.protocol import KEEP_ALIVE_SECONDS
 from hypergen_gateway.options import A_WEEK, A_YEAR
 
-MOST_WAITING = 1_000_000
+MAX_QUEUE_SIZE = 1_000_000
 _POSITIVE = (
     "request_timeout",
     "body_timeout",
@@ -25,12 +25,12 @@ _POSITIVE = (
     "link_lifetime",
 )
 _ZERO_MEANS = {
-    "max_queue_size": "nobody waits",
-    "retry_grace": "work ends with its client",
-    "retry_seconds": "nothing finished is kept",
-    "retry_bytes": "nothing finished is kept",
+    "max_queue_size": "no request waits",
+    "retry_grace": "generation stops at a disconnect",
+    "retry_seconds": "no finished results are kept",
+    "retry_bytes": "no finished results are kept",
 }
-# No clock holds for ever: gRPC's, asyncio's and the file system's end somewhere, and nobody waits for longer.
+# Upper bounds, as the clocks of gRPC, asyncio and the file system overflow somewhere.
 _AT_MOST = {
     "request_timeout": A_WEEK,
     "body_timeout": A_WEEK,
@@ -40,100 +40,100 @@ _AT_MOST = {
     "retry_grace": A_WEEK,
     "retry_seconds": A_WEEK,
     "link_lifetime": A_YEAR,
-    "max_queue_size": MOST_WAITING,
+    "max_queue_size": MAX_QUEUE_SIZE,
 }
-_SHORTEST_SECRET = 16
-_LONGEST_S3_LIFETIME = A_WEEK  # of a signature of version 4
+_MIN_SECRET_LENGTH = 16
+_MAX_S3_LIFETIME = A_WEEK  # AWS signature version 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Settings of one gateway."""
 
-    # One key or several; without any, everybody who reaches the port may use it. Kept out of repr, and so out of logs.
+    # One key or several; without any, the server is open. Not in repr, so that logs cannot show them.
     api_key: str | tuple[str, ...] | None = field(default=None, repr=False)
-    # A file with more of them, which is read again when it changes.
+    # File of API keys, reloaded when it changes.
     api_key_file: Path | None = None
-    # Whether /metrics asks for the key, too. Scrapers come without one, and learn how much is drawn, never what.
+    # Whether /metrics requires the key, too. Metrics show how much is generated, never what.
     metrics_need_key: bool = False
-    # The id that clients see; None: the one that the exported model carries.
+    # The model id that clients see; None: that of the exported model.
     model_id: str | None = None
-    # Other names under which clients look the model up; the list of models has its id alone.
+    # Other names by which clients can look up the model; the list of models contains its id only.
     model_aliases: tuple[str, ...] = ()
-    # fit: any size may be asked for, and is scaled from the nearest that the model draws; strict: only those it draws.
+    # fit: accept any size and scale from the nearest that the model generates; strict: accept only those.
     sizes: PolicyName = "fit"
-    # Pixels a side that may be asked for; an image is three bytes a pixel while it is made into a file.
+    # Largest width and height of a request; an image takes three bytes per pixel while it is encoded.
     max_side: int = 4096
-    # Requests that may wait for a place in Triton; the next one gets a 429.
+    # Requests that may wait for a slot in Triton; more get a 429.
     max_queue_size: int = 100
-    # Seconds from a complete request to its pictures. OpenAI's clients give up after 600 by default.
+    # Seconds from a complete request to its images. OpenAI's clients time out after 600 by default.
     request_timeout: float = 600.0
-    # Seconds work goes on for a client that may come back for it: OpenAI's clients do after half a second, then one.
+    # Seconds that generation continues after a disconnect: OpenAI's clients retry after half a second, then one.
     retry_grace: float = 5.0
-    # Finished work is kept for a client whose answer was lost: this many seconds, and bytes of all of it together.
+    # How long finished results are kept for clients whose response was lost, and their total size.
     retry_seconds: float = 120.0
     retry_bytes: int = 256 << 20
-    # Quiet seconds in a stream after which a comment shows that the server is still there.
+    # Seconds without an event after which a stream sends a comment to keep the connection alive.
     heartbeat_interval: float = 15.0
-    # Websites whose scripts may use the API, such as https://app.example.com; * is every website.
+    # Websites whose scripts may use the API, such as https://app.example.com; * allows all.
     cors_origins: tuple[str, ...] = ()
-    # Where clients reach this server, for links; None: where the request came to.
+    # Base URL of links to images; None: the request's Host.
     public_url: str | None = None
-    # Seconds that a link to a picture is good for; OpenAI's are good for an hour.
+    # Seconds until links to images expire; OpenAI's expire after an hour.
     link_lifetime: float = 3600.0
-    # Signs links. None: a random one, so that links end with the process and no other server opens them.
+    # Signs links. None: a random secret, so that links are valid for this process only.
     link_secret: str | None = field(default=None, repr=False)
-    # Where pictures with links are kept; None: a temporary folder that goes with the process.
+    # Folder for linked images; None: a temporary folder that is removed at exit.
     link_folder: Path | None = None
-    # s3://BUCKET/PREFIX to keep them there instead.
+    # s3://BUCKET/PREFIX for linked images, instead of the folder.
     link_bucket: str | None = None
-    # Seconds for a body to arrive, and one more for each 32 KiB of it.
+    # Seconds to receive a request body, plus one per 32 KiB.
     body_timeout: float = 30.0
-    # Seconds that an idle connection is kept. Proxies reuse theirs for 60 or so: one that is closed under a request
-    # loses it.
+    # Seconds that idle connections stay open. Longer than proxies reuse theirs, usually 60: a request sent while the
+    # connection closes is lost.
     keep_alive: float = KEEP_ALIVE_SECONDS
     # A prompt of 32,000 characters, each written as two \uXXXX escapes, twice, fits.
     max_body_bytes: int = 1 << 20
-    # A form with images goes to disk as it comes. Sixteen images of 50 MB would be legal; nobody sends those.
+    # Forms are spooled to disk. Sixteen images of 50 MB would be legal, but are not realistic.
     max_upload_bytes: int = 256 << 20
     # JSON stays in memory: one image of 50 MB as base64, and little else.
     max_json_upload_bytes: int = 72 << 20
-    # Seconds that a health check waits for Triton; orchestrators' probes often give up after a few.
+    # Seconds that a health check waits for Triton; orchestrators' probes often time out after a few.
     probe_timeout: float = 2.0
 
     def __post_init__(self) -> None:
-        """A setting that would quietly switch protection off is refused here rather than found out later."""
+        """Reject invalid settings, above all those that would silently turn off protection."""
         self._check_numbers()
         self._check_addresses()
         self._check_keys()
         if not all(alias.strip("/. ") for alias in self.model_aliases):
-            raise ValueError("an alias of the model is empty")
-        if self.link_secret is not None and len(self.link_secret) < _SHORTEST_SECRET:
-            raise ValueError(f"the secret for links is shorter than {_SHORTEST_SECRET} characters")
-        if self.link_bucket is not None and self.link_lifetime > _LONGEST_S3_LIFETIME:
-            raise ValueError("links into a bucket are good for seven days at most")
+            raise ValueError("a model alias is empty")
+        if self.link_secret is not None and len(self.link_secret) < _MIN_SECRET_LENGTH:
+            raise ValueError(f"the secret for links is shorter than {_MIN_SECRET_LENGTH} characters")
+        if self.link_bucket is not None and self.link_lifetime > _MAX_S3_LIFETIME:
+            raise ValueError("links to a bucket last seven days at most")
 
     def _check_numbers(self) -> None:
         for name, meaning in _ZERO_MEANS.items():
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} is negative; 0 already means that {meaning}")
+                raise ValueError(f"{name} must not be negative; 0 means that {meaning}")
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is not positive")
+                raise ValueError(f"{name} must be positive")
         if not 1 <= self.max_side <= LONGEST_SIDE:
-            raise ValueError(f"max_side is not from 1 to {LONGEST_SIDE:,}")
+            raise ValueError(f"max_side must be from 1 to {LONGEST_SIDE:,}")
         for name, largest in _AT_MOST.items():
-            if not getattr(self, name) <= largest:  # of NaN, both are false
-                raise ValueError(f"{name} is above {largest}")
+            if not getattr(self, name) <= largest:  # also true for NaN
+                raise ValueError(f"{name} must be at most {largest}")
 
     def _check_keys(self) -> None:
         if self.api_keys and self.api_key_file is not None:
-            raise ValueError("API keys and a file of them exclude each other: --api-key and --api-key-file")
+            raise ValueError("--api-key and --api-key-file are mutually exclusive")
         try:
             _ = self.keys
         except BadKeysError as error:
             file = self.api_key_file
-            what = "an API key cannot be used" if file is None else f"the API keys cannot be read from {file}"
+            what = "invalid API key" if file is None else f"cannot read API keys from {file}"
             raise ValueError(f"{what}: {error}") from error
 
     def _check_addresses(self) -> None:
@@ -146,22 +146,22 @@ class Config:
 
     @property
     def size_policy(self) -> SizePolicy:
-        """Which sizes a request may ask for."""
+        """Which sizes are accepted."""
         return SizePolicy(name=self.sizes, max_side=self.max_side)
 
     @property
     def api_keys(self) -> tuple[str, ...]:
-        """The keys that were given."""
+        """The keys given directly, as opposed to by file."""
         return (self.api_key,) if isinstance(self.api_key, str) else self.api_key or ()
 
     @cached_property
     def keys(self) -> Keys:
-        """All of them. A file is read once, as what a shell writes `<(…)` can be."""
+        """All keys. The file is opened once, as a shell's `<(…)` can be read only once."""
         return Keys(self.api_keys, self.api_key_file)
 
     @property
     def needs_key(self) -> bool:
-        """Whether clients are asked for a key."""
+        """Whether requests need an API key."""
         return bool(self.keys)
 
 
@@ -171,5 +171,5 @@ def _is_url(text: str, *schemes: str) -> bool:
 
 
 def _is_origin(text: str) -> bool:
-    """Whether browsers call a website so: scheme, host and perhaps a port, in small letters."""
+    """Whether `text` is an origin as browsers send it: scheme, host and optional port, in lower case."""
     return _is_url(text, "http", "https") and text == "{0.scheme}://{0.netloc}".format(urlsplit(text)).lower()

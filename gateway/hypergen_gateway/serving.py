@@ -1,7 +1,4 @@
-"""What the commands do: bring up Triton, put the gateway in front of it or ask it for a picture, and end in order.
-
-Knows asyncio, uvicorn and signals. The options' words are the command line's matter.
-"""
+"""Implementation of the commands: start Triton, run the gateway or generate one image, and shut down in order."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ from hypergen_gateway.embedded.installation import find_installation
 from hypergen_gateway.errors import UnavailableError
 from hypergen_gateway.generation.backend import GeneratedImage, GenerationRequest, Lora, ModelDescription
 from hypergen_gateway.http.addresses import listening, url_of
-from hypergen_gateway.http.protocol import AcceptErrors, Listener, allow_open_files, bounded
+from hypergen_gateway.http.protocol import AcceptErrors, Listener, make_uvicorn_config, raise_file_limit
 from hypergen_gateway.observability.logs import console
 from hypergen_gateway.triton.client import TritonBackend
 
@@ -40,21 +37,21 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SAME_SIGNAL_SECONDS = 1.0
-# Pictures in the making when the server is told to stop get this long; then their clients get an error.
+# Images being generated when the server is told to stop get this long; then their clients get an error.
 DRAIN_SECONDS = 120
-# An embedded Triton that died or hung is back by then, with a model of moderate size; who waited for it need not know.
-RETURN_SECONDS = 30
-# A model that brings no prompts of its own is asked for this.
-ANY_PROMPT = "a lighthouse at dusk"
+# An embedded Triton restarts within this time, with a model of moderate size; requests wait for it meanwhile.
+RESTART_SECONDS = 30
+# The example prompt for models that suggest none.
+DEFAULT_PROMPT = "a lighthouse at dusk"
 SUGGESTIONS_SHOWN = 5
 TRACE_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-# One picture of the largest model on the slowest machine.
-DRAW_SECONDS = 3600
+# Enough for one image of the largest model on the slowest machine.
+GENERATE_SECONDS = 3600
 
 
 @dataclass(frozen=True, kw_only=True)
 class TritonOptions:
-    """Which Triton to use: one that runs at `url`, else an embedded one serving `model`, exported if need be."""
+    """Which Triton to use: the one at `url`, or an embedded one that serves `model`, exported if necessary."""
 
     model: str
     url: str | None
@@ -63,7 +60,7 @@ class TritonOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """Everything `hypergen serve` was told."""
+    """All settings of `hypergen serve`."""
 
     host: str
     port: int
@@ -72,15 +69,15 @@ class ServeOptions:
 
 
 async def serve(options: ServeOptions) -> None:
-    """Serve until SIGINT, SIGTERM or SIGHUP; pictures in the making are finished first, unless another one comes.
+    """Serve until SIGINT, SIGTERM or SIGHUP. Requests in progress are finished first, unless a second signal arrives.
 
-    Another's Triton may come later than the gateway; until it does, requests get a 503.
+    An external Triton may start later than the gateway; until then, requests get a 503.
 
     Raises:
         PortUnavailableError, ExportFailedError, EmbeddedError: before anything is served.
     """
-    allow_open_files()
-    # Bound before the engines are loaded: a busy port is known at once.
+    raise_file_limit()
+    # Bound before the engines are loaded, so that a busy port is reported at once.
     with listening(options.host, options.port) as listeners:
         async with _connected(options.triton, options.gateway.request_timeout) as backend:
             console.info(await _greeting(options, backend))
@@ -88,48 +85,48 @@ async def serve(options: ServeOptions) -> None:
 
 
 def _tracing() -> Tracing | None:
-    """Traces, where OpenTelemetry's own variables name an endpoint."""
+    """Tracing, if OpenTelemetry's variables name an endpoint."""
     if not any(os.environ.get(name) for name in TRACE_ENDPOINTS):
         return None
     try:
         from hypergen_gateway.observability.tracing import Tracing
     except ImportError as error:
-        logger.warning("There will be no traces without %s: pip install 'hypergen-triton[otel]'", error.name)
+        logger.warning("Tracing is off because %s is not installed: pip install 'hypergen-triton[otel]'", error.name)
         return None
     return Tracing()
 
 
-async def draw(options: TritonOptions, wanted: dict[str, Any]) -> GeneratedImage:
+async def generate_image(options: TritonOptions, wanted: dict[str, Any]) -> GeneratedImage:
     """One image, without a gateway. `wanted` holds fields of `GenerationRequest`; the model fills in the rest."""
-    async with _connected(options, DRAW_SECONDS) as backend:
+    async with _connected(options, GENERATE_SECONDS) as backend:
         try:
             generation = _complete(
                 wanted, await backend.describe(), with_lora=bool(options.export and options.export.loras)
             )
         except UnavailableError as error:
-            raise UnavailableError(f"No model answers on {options.url} ({error.detail}).") from error
-        console.info(f"Drawing in {generation.num_inference_steps} steps …")
-        async with contextlib.aclosing(backend.generate(generation)) as pictures:
-            return await anext(pictures)
+            raise UnavailableError(f"No model is available at {options.url} ({error.detail}).") from error
+        console.info(f"Generating in {generation.num_inference_steps} steps …")
+        async with contextlib.aclosing(backend.generate(generation)) as images:
+            return await anext(images)
 
 
 def run_until_signalled(work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`; a signal to stop cancels it, so that everything it opened is closed in order."""
+    """The result of `work`. A stop signal cancels it, so that everything it opened is closed in order."""
     return asyncio.run(_cancelled_by_signals(work))
 
 
 async def _cancelled_by_signals(work: Coroutine[Any, Any, T]) -> T:
     task = asyncio.ensure_future(work)
-    with _signals_call(task.cancel):
+    with _on_stop_signals(task.cancel):
         return await task
 
 
 @contextlib.contextmanager
-def _signals_call(*steps: Callable[[], object]) -> Iterator[None]:
-    """While it lasts, each signal to stop calls the next of `steps`; one more ends the process as it is.
+def _on_stop_signals(*steps: Callable[[], object]) -> Iterator[None]:
+    """Call the next of `steps` on each stop signal within the context; one more signal ends the process at once.
 
-    Afterwards the end is under way, and takes its time once. Some programs, such as `timeout`, send a signal twice:
-    what comes within `SAME_SIGNAL_SECONDS` of another is the same.
+    After the context one signal is ignored, as the shutdown has begun. Some programs, such as `timeout`, send a signal
+    twice, so signals within `SAME_SIGNAL_SECONDS` of each other count as one.
     """
     loop = asyncio.get_running_loop()
     left = list(steps)
@@ -145,7 +142,7 @@ def _signals_call(*steps: Callable[[], object]) -> Iterator[None]:
         else:
             _end_at_once(number)
 
-    for number in _stopping_signals():
+    for number in _stop_signals():
         loop.add_signal_handler(number, on_signal, number)
     try:
         yield
@@ -153,14 +150,14 @@ def _signals_call(*steps: Callable[[], object]) -> Iterator[None]:
         left[:] = [lambda: None]
 
 
-def _stopping_signals() -> list[signal.Signals]:
-    """Those that end a server. Not SIGHUP where whoever started it has it ignored, as nohup does."""
+def _stop_signals() -> list[signal.Signals]:
+    """The signals that end a server, without SIGHUP if it is ignored, as under nohup."""
     is_detached = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [signal.SIGINT, signal.SIGTERM, *([] if is_detached else [signal.SIGHUP])]
 
 
 def _end_at_once(number: signal.Signals) -> None:
-    """As if nobody had handled the signal. Triton gets a SIGTERM then; the next start removes what is left of it."""
+    """End as if the signal were not handled. Triton gets a SIGTERM; the next start removes its leftovers."""
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
 
@@ -172,7 +169,7 @@ async def _connected(options: TritonOptions, request_timeout: float) -> AsyncIte
             backend = TritonBackend(options.url, request_timeout=request_timeout)
         else:
             triton = await stack.enter_async_context(_embedded(options))
-            backend = TritonBackend(triton.url, request_timeout=request_timeout, returns_within=RETURN_SECONDS)
+            backend = TritonBackend(triton.url, request_timeout=request_timeout, returns_within=RESTART_SECONDS)
             triton.at_work = lambda: backend.at_work
         stack.push_async_callback(backend.close)
         yield backend
@@ -180,14 +177,14 @@ async def _connected(options: TritonOptions, request_timeout: float) -> AsyncIte
 
 @contextlib.asynccontextmanager
 async def _embedded(options: TritonOptions) -> AsyncIterator[EmbeddedTriton]:
-    # What is missing is known before an export that may take long.
+    # Report a missing Triton before an export that may take long.
     find_installation()
-    # Imported here, because a gateway in front of another Triton is installed without what this needs.
+    # Imported here, as a gateway in front of an external Triton is installed without these dependencies.
     try:
         from hypergen_gateway.embedded.supervisor import embedded_triton
     except ImportError as error:
         raise EmbeddedError(
-            f"An embedded Triton needs {error.name}: pip install 'hypergen-triton[all]', or use --triton-url."
+            f"The embedded Triton needs {error.name}: pip install 'hypergen-triton[all]', or use --triton-url."
         ) from error
 
     assert options.export is not None
@@ -202,33 +199,33 @@ async def _embedded(options: TritonOptions) -> AsyncIterator[EmbeddedTriton]:
     except ModelsNotLoadedError as error:
         if repository.parent != options.export.cache_dir:
             raise
-        # Not removed unasked: short memory looks the same, and an export may take an hour.
-        advice = f"If the export is damaged, remove {repository} to have it made again."
+        # Not removed automatically: running out of memory looks the same, and an export may take an hour.
+        advice = f"If the export is damaged, remove {repository} to export again."
         raise EmbeddedError(f"{str(error).rstrip('.')}. {advice}") from error
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its own signal handlers, which would end the process before Triton is stopped."""
+    """uvicorn without its signal handlers, which would end the process before Triton is stopped."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
     def stop(self) -> None:
-        """Finish the requests under way, refuse new ones."""
-        self.should_exit = True  # first: nobody may be left to read what is said
-        console.info("Stopping: pictures under way are finished first")
+        """Finish the requests in progress and accept no new ones."""
+        self.should_exit = True  # first, as the terminal may be gone and logging fail
+        console.info("Stopping: finishing requests in progress")
 
     def stop_now(self) -> None:
-        """Give up the requests under way."""
+        """Cancel the requests in progress."""
         self.force_exit = True
-        console.info("Stopping now: pictures under way are given up")
+        console.info("Stopping now: cancelling requests in progress")
 
 
 async def _serve_http(app: Any, listeners: list[socket.socket], keep_alive: float) -> None:
-    server = _Server(bounded(app, keep_alive=keep_alive, timeout_graceful_shutdown=DRAIN_SECONDS))
+    server = _Server(make_uvicorn_config(app, keep_alive=keep_alive, timeout_graceful_shutdown=DRAIN_SECONDS))
     asyncio.get_running_loop().set_exception_handler(AcceptErrors())
-    with _signals_call(server.stop, server.stop_now):
+    with _on_stop_signals(server.stop, server.stop_now):
         await server.serve(sockets=[Listener(fileno=listener.detach()) for listener in listeners])
 
 
@@ -245,13 +242,13 @@ def _complete(wanted: dict[str, Any], description: ModelDescription, *, with_lor
 
 
 async def _greeting(options: ServeOptions, backend: TritonBackend) -> str:
-    """Where the server is and what to do next, ready to be copied. Never shows the key."""
+    """The address of the server and a command to try, ready to be copied. Never contains the key."""
     url = url_of(options.host, options.port)
     try:
         description = await backend.describe()
     except UnavailableError as error:
-        waiting = f"No model answers on {options.triton.url} yet ({error.detail}): requests get a 503 until one does"
-        return f"Serving on {url}/v1, a page to try it on {url}\n{waiting}"
+        waiting = f"No model is available at {options.triton.url} yet ({error.detail}): until then requests get a 503"
+        return f"Serving on {url}/v1, playground on {url}\n{waiting}"
     model = options.gateway.model_id or description.model_id
     curl = _curl_line(url, options.gateway, description.suggestions)
     details = [
@@ -261,8 +258,8 @@ async def _greeting(options: ServeOptions, backend: TritonBackend) -> str:
     ]
     return (
         f"Serving {model} on {url}/v1 ({', '.join(details)})"
-        f"\n\nA page to try it on: {url}"
-        f"\n\nA picture:\n{curl}\n{_suggested(description.suggestions)}"
+        f"\n\nPlayground: {url}"
+        f"\n\nGenerate an image:\n{curl}\n{_format_suggestions(description.suggestions)}"
     )
 
 
@@ -270,36 +267,36 @@ def _lora_names(loras: Sequence[Lora]) -> list[str]:
     return [f"with the LoRA {lora.name} at {lora.scale:g}" for lora in loras]
 
 
-def _suggested(prompts: Sequence[str]) -> str:
-    """A few prompts from all over the list but the first, which is in the curl line; nothing where there are none."""
-    step = len(prompts) // (SUGGESTIONS_SHOWN + 1) | 1  # odd, for lists whose colours take turns
+def _format_suggestions(prompts: Sequence[str]) -> str:
+    """A few prompts spread over the list, without the first, which the curl command uses; empty if there are none."""
+    step = len(prompts) // (SUGGESTIONS_SHOWN + 1) | 1  # odd, as colours alternate in some lists
     few = prompts[step::step][:SUGGESTIONS_SHOWN]
     return "\nOther prompts:\n" + "".join(f"  {prompt}\n" for prompt in few) if few else ""
 
 
 def _curl_line(url: str, gateway: Config, prompts: Sequence[str]) -> str:
-    """A command that saves an image, or says what went wrong, in any shell."""
+    """A command that saves an image or prints the error, in any shell."""
     decode = (
-        # Without an answer, curl or the shell has said why.
+        # Without a response, curl or the shell has printed the reason.
         "import base64, json, sys; answer = json.loads(sys.stdin.read() or sys.exit(1)); "
         'sys.exit(answer["error"]["message"]) if "error" in answer else '
         'sys.stdout.buffer.write(base64.b64decode(answer["data"][0]["b64_json"]))'
     )
-    body = shlex.quote(json.dumps({"prompt": prompts[0] if prompts else ANY_PROMPT}, ensure_ascii=False))
+    body = shlex.quote(json.dumps({"prompt": prompts[0] if prompts else DEFAULT_PROMPT}, ensure_ascii=False))
     return (
         f"  curl -sS {url}/v1/images/generations -H 'Content-Type: application/json' \\\n"
         f"{_key_line(gateway)}"
         f"    -d {body} \\\n"
-        f"    | python3 -c '{decode}' > picture.png"
+        f"    | python3 -c '{decode}' > image.png"
     )
 
 
 def _key_line(gateway: Config) -> str:
-    """The line of the command that sends a key, from where the server has it; nothing without one."""
+    """The line of the command that sends the API key, read from the server's own source; empty without one."""
     if not gateway.needs_key:
         return ""
     if gateway.api_key_file is None or not gateway.api_key_file.is_file():
-        return '    -H "Authorization: Bearer ${HYPERGEN_API_KEY:?first set it to the key}" \\\n'
-    # The last word of the first line that holds a key.
+        return '    -H "Authorization: Bearer ${HYPERGEN_API_KEY:?set it to the API key}" \\\n'
+    # The last word of the first line with a key.
     first = f"awk '!/^[[:space:]]*(#|$)/ {{print $NF; exit}}' {shlex.quote(str(gateway.api_key_file.absolute()))}"
     return f'    -H "Authorization: Bearer $({first})" \\\n'

@@ -31,5 +31,5 @@ def test_gateway_and_triton_tell_of_one_request_in_one_trace(
     (inference,) = [span for span in triton if span.name == "InferRequest"]
     assert inference.parent_span_id == request.span_id
     assert "diffusion" in {span.name for span in triton}
-    phases = {span.name for span in gateway} - {request.name, "picture"}
+    phases = {span.name for span in gateway} - {request.name, "image"}
     assert phases == {"queue", "text encoder", "denoising", "decoder", "file"}

@@ -82,7 +82,7 @@ def test_the_key_in_the_file_is_the_one_that_opens_and_is_never_shown(secured: S
 def test_text_in_another_encoding_is_one_line(word: bytes) -> None:
     text = os.fsdecode(word)
     for words in (["generate", text], ["serve", text], ["serve", "--api-key", text], ["conformance", text]):
-        assert "is not text in utf-8" in refusal(CliRunner().invoke(main, words))
+        assert "is not valid utf-8" in refusal(CliRunner().invoke(main, words))
     assert "HYPERGEN_LINK_SECRET" in refusal(serve(HYPERGEN_LINK_SECRET=text))
 
 
@@ -237,29 +237,29 @@ def test_a_bucket_without_boto3_says_what_to_install(monkeypatch: pytest.MonkeyP
 
 def test_loras_belong_to_an_export(tmp_path: Path) -> None:
     line = refusal(serve("--triton-url", "127.0.0.1:1", "--lora", "ink=ink.safetensors"))
-    assert "give --lora to 'hypergen export'" in line
+    assert "pass --lora to 'hypergen export'" in line
     (tmp_path / "diffusion").mkdir()
     (tmp_path / "diffusion" / "config.pbtxt").touch()
     result = serve(
         str(tmp_path), "--host=127.0.0.1", f"--port={free_port()}", HYPERGEN_LORA="ink=a.safetensors clay=b.safetensors"
     )
     assert result.exit_code == 1
-    assert f"{tmp_path} is exported already: give --lora to 'hypergen export'" in result.output
+    assert f"{tmp_path} is exported already: pass --lora to 'hypergen export'" in result.output
 
 
 def test_what_is_exported_without_a_shallow_unet_gets_none(tmp_path: Path) -> None:
-    assert "give --deep-cache to 'hypergen export'" in refusal(serve("--triton-url", "127.0.0.1:8001", "--deep-cache"))
+    assert "pass --deep-cache to 'hypergen export'" in refusal(serve("--triton-url", "127.0.0.1:8001", "--deep-cache"))
     (tmp_path / "diffusion").mkdir()
     (tmp_path / "diffusion" / "config.pbtxt").touch()
     result = serve("--deep-cache", str(tmp_path), "--host=127.0.0.1", f"--port={free_port()}")
     assert result.exit_code == 1
-    assert f"{tmp_path} is exported already, without: give --deep-cache to 'hypergen export'" in result.output
+    assert f"{tmp_path} has no shallow UNet: pass --deep-cache to 'hypergen export'" in result.output
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8001", "triton", "::1:8001"])
 def test_an_address_of_triton_that_grpc_would_misread_is_refused(address: str) -> None:
     for line in (refusal(serve("--triton-url", address)), refusal(serve(HYPERGEN_TRITON_URL=address))):
-        assert "--triton-url is HOST:PORT" in line
+        assert "--triton-url must be HOST:PORT" in line
         assert repr(address) in line
 
 
@@ -268,9 +268,9 @@ def test_the_start_says_why_no_model_answers() -> None:
         threading.Thread(target=_answer_as_http, args=(silent,), daemon=True).start()
         url = f"127.0.0.1:{silent.getsockname()[1]}"
         server = start_server("--triton-url", url, model="", key=None, ready=False)
-        (line,) = [line for line in server.lines if line.startswith("No model answers")]
+        (line,) = [line for line in server.lines if line.startswith("No model is available")]
         assert stop_server(server) == 0
-    assert line.startswith(f"No model answers on {url} yet (")
+    assert line.startswith(f"No model is available at {url} yet (")
     assert "HTTP/2" in line
 
 
@@ -305,7 +305,7 @@ class TestHomes:
     def test_who_needs_none_is_asked_for_none(self) -> None:
         result = serve("--triton-url", "127.0.0.1:1")
         assert f"Cannot listen on {NOWHERE}" in result.output
-        assert "No model answers" in generate().output
+        assert "No model is available" in generate().output
 
     def test_whose_cache_is_given_has_a_home_there(self, tmp_path: Path) -> None:
         assert f"Cannot listen on {NOWHERE}" in serve("--cache-dir", str(tmp_path)).output
@@ -364,7 +364,7 @@ class TestOutput:
             )
             return flat_picture(made, 0)
 
-        monkeypatch.setattr("hypergen_gateway.cli.draw", draw)
+        monkeypatch.setattr("hypergen_gateway.cli.generate_image", draw)
         return calls
 
     @pytest.mark.parametrize(
@@ -423,20 +423,20 @@ async def test_the_command_that_is_printed_saves_an_image(how: str, tmp_path: Pa
         server = await asyncio.to_thread(start_server, "--triton-url", url, *options, model="", key=None)
         try:
             said = "\n".join(server.lines)
-            command = re.search(r"^  curl .*?> picture.png$", said, re.DOTALL | re.MULTILINE)
+            command = re.search(r"^  curl .*?> image.png$", said, re.DOTALL | re.MULTILINE)
             assert command is not None, said
             assert "sk-1" not in said
             environment = {"HYPERGEN_API_KEY": "sk-1"} if how == "variable" else {}
             done = await asyncio.to_thread(run_shell, command[0], tmp_path, environment)
             assert (done.returncode, done.stderr) == (0, "")
-            with Image.open(tmp_path / "picture.png") as image:
+            with Image.open(tmp_path / "image.png") as image:
                 assert (image.format, image.size) == ("PNG", (64, 48))  # the fake model's own size
             if how == "variable":  # what is missing or wrong is said, and not by a traceback
                 unset = await asyncio.to_thread(run_shell, command[0], tmp_path, {})
-                assert "first set it to the key" in unset.stderr
+                assert "set it to the API key" in unset.stderr
                 assert "Traceback" not in unset.stderr
                 wrong = await asyncio.to_thread(run_shell, command[0], tmp_path, {"HYPERGEN_API_KEY": "sk-3"})
-                assert wrong.stderr == "The API key is wrong.\n"
+                assert wrong.stderr == "Incorrect API key.\n"
         finally:
             assert await asyncio.to_thread(stop_server, server) == 0
 

@@ -18,7 +18,7 @@ def test_the_defaults_are_an_open_server_with_hypergen_s_queue() -> None:
 
 @pytest.mark.parametrize("key", ["", "  "])
 def test_an_empty_key_is_refused_rather_than_taken_for_none(key: str) -> None:
-    with pytest.raises(ValueError, match="an API key cannot be used: it is empty"):
+    with pytest.raises(ValueError, match="invalid API key: it is empty"):
         Config(api_key=key)
 
 

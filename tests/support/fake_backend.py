@@ -17,7 +17,7 @@ from starlette.applications import Starlette
 
 from hypergen_gateway.errors import HyperGenError
 from hypergen_gateway.generation.backend import GeneratedImage, GenerationRequest, ModelDescription, Timings
-from hypergen_gateway.http.protocol import Listener, bounded
+from hypergen_gateway.http.protocol import Listener, make_uvicorn_config
 
 MODEL = ModelDescription(
     model_id="acme/tiny-emoji",
@@ -152,8 +152,8 @@ class _Server(uvicorn.Server):
 
 @asynccontextmanager
 async def on_loopback(app: Starlette, **settings: Any) -> AsyncIterator[str]:
-    """The app under uvicorn on a free port of 127.0.0.1, with settings of `bounded`; gives its base URL."""
-    server = _Server(bounded(app, **settings))
+    """The app under uvicorn on a free port of 127.0.0.1, with settings of `make_uvicorn_config`; gives its base URL."""
+    server = _Server(make_uvicorn_config(app, **settings))
     listener = Listener(fileno=socket.create_server(("127.0.0.1", 0)).detach())
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -1,6 +1,6 @@
-"""Which Triton repository a MODEL means: one that is already exported, or the cached export of a checkpoint.
+"""Resolves MODEL to a Triton repository: an exported one, or the cached export of a checkpoint.
 
-Knows the cache's layout and how to start the exporter as a process of its own, so that torch stays out of this one.
+The exporter runs as a separate process, so that torch is not imported here.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from hypergen_gateway.embedded.processes import die_with_parent
 from hypergen_gateway.observability.logs import console
 
 SHIPPED_MODEL = "hypergen/emoji"
-# `python -m hypergen_export`, but for the current folder, in which Python would look for modules first: it may be the
+# `python -m hypergen_export` without the current folder, which Python would search for modules first: it may be the
 # checkpoint. Python 3.10 has no option for that.
 _EXPORTER = (
     "import sys; sys.path[:] = filter(None, sys.path); "
     "import runpy; runpy.run_module('hypergen_export', run_name='__main__', alter_sys=True)"
 )
-# An exporter in the middle of a large tensor hears no signal.
+# An exporter does not handle signals while it converts a large tensor.
 _STOP_SECONDS = 10.0
 _WAITING_SECONDS = 15.0
 
 
 class ExportFailedError(Exception):
-    """The exporter has already said why on stderr; `exit_code` is its own."""
+    """The export failed. The exporter has printed the reason on stderr; `exit_code` is its exit code."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__(f"the export failed with exit code {exit_code}")
@@ -47,7 +47,7 @@ class ExportFailedError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What the engines are built for, and where they are kept."""
+    """Build options of the engines, and the cache folder."""
 
     dtype: str
     max_batch_size: int
@@ -59,10 +59,10 @@ class ExportOptions:
 def default_cache_dir() -> Path | None:
     """`hypergen` in the user's cache folder, as the XDG base directory specification places it.
 
-    None for a user without a home, such as the unknown uid of a container.
+    None for a user without a home folder, such as an unknown uid in a container.
     """
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if given.is_absolute():  # others are to be ignored
+    if given.is_absolute():  # the specification says to ignore relative ones
         return given / "hypergen"
     try:
         return Path.home() / ".cache" / "hypergen"
@@ -70,8 +70,8 @@ def default_cache_dir() -> Path | None:
         return None
 
 
-def why_not_writable(folder: Path) -> str | None:
-    """Makes a folder, and says in the system's words why nothing can be written into it, if so."""
+def find_write_error(folder: Path) -> str | None:
+    """Create a folder; the operating system's reason why it cannot be written to, or None."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -80,44 +80,44 @@ def why_not_writable(folder: Path) -> str | None:
 
 
 def is_repository(model: str) -> bool:
-    """Whether it is exported already."""
+    """Whether `model` is an exported repository."""
     return (Path(model) / "diffusion" / "config.pbtxt").is_file()
 
 
 async def find_repository(model: str, options: ExportOptions) -> Path:
-    """The repository to serve, exported first if need be, with the exporter's progress on stderr.
+    """The repository to serve, exported first if necessary, with the exporter's progress on stderr.
 
     Raises:
-        ExportFailedError: there is none and none could be made.
-        EmbeddedError: it is for another Triton than the embedded one.
+        ExportFailedError: there is no export and creating one failed.
+        EmbeddedError: the embedded Triton cannot serve the repository.
     """
     if is_repository(model):
-        _refuse_plans(Path(model))
+        _reject_plans(Path(model))
         if options.loras:
-            raise EmbeddedError(f"{model} is exported already: give --lora to 'hypergen export', with the checkpoint.")
+            raise EmbeddedError(f"{model} is exported already: pass --lora to 'hypergen export' with the checkpoint.")
         if options.deep_cache and not (Path(model) / "unet_shallow").is_dir():
-            raise EmbeddedError(f"{model} is exported already, without: give --deep-cache to 'hypergen export'.")
+            raise EmbeddedError(f"{model} has no shallow UNet: pass --deep-cache to 'hypergen export'.")
         return Path(model)
     output = options.cache_dir / _folder_name(model, options)
-    # A finished export is used from a volume that is mounted read-only, too.
-    if not output.exists() and (reason := why_not_writable(options.cache_dir)):
-        raise EmbeddedError(f"Models cannot be kept in {options.cache_dir} ({reason}): see --cache-dir.")
+    # A finished export can be used from a read-only volume.
+    if not output.exists() and (reason := find_write_error(options.cache_dir)):
+        raise EmbeddedError(f"Models cannot be stored in {options.cache_dir} ({reason}): see --cache-dir.")
     async with _locked(output) as lock:
         _remove_damaged(output)
         await _export(model, options, output, lock)
     return output
 
 
-def _refuse_plans(repository: Path) -> None:
+def _reject_plans(repository: Path) -> None:
     if any(repository.glob("*/*/model.plan")):
         raise EmbeddedError(
-            f"{repository} holds TensorRT engines, which the embedded Triton cannot run: start Triton with TensorRT on "
+            f"{repository} holds TensorRT engines, which the embedded Triton cannot run. Start Triton with TensorRT on "
             f"a GPU machine ('tritonserver --model-repository={repository}'), then serve with --triton-url HOST:8001."
         )
 
 
 def _folder_name(model: str, options: ExportOptions) -> str:
-    """Readable, and distinct for distinct checkpoints and LoRAs; the exporter shares what they have in common."""
+    """A readable name, distinct for distinct checkpoints and LoRAs; the exporter reuses common components."""
     place = str(Path(model).resolve()) if Path(model).exists() else model
     readable = re.sub(r"[^A-Za-z0-9.]+", "-", Path(model).name).strip("-.") or "model"
     loras = f"-lora-{_digest(*options.loras)}" if options.loras else ""
@@ -131,10 +131,10 @@ def _digest(*texts: str) -> str:
 
 @contextlib.asynccontextmanager
 async def _locked(output: Path) -> AsyncIterator[int | None]:
-    """While it lasts, nobody else exports to `output`; a second start waits for the first, and finds its export.
+    """Hold an exclusive lock on exporting to `output`; a second start waits for the first and reuses its export.
 
-    Yields the descriptor that holds the lock. An exporter that has it, too, holds it until it ends, even if this
-    process is killed. None where the cache cannot be written, nor exported to.
+    Yields the lock's file descriptor, which an exporter inherits to hold the lock even if this process is killed.
+    Yields None if the cache is not writable.
     """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -150,14 +150,15 @@ async def _locked(output: Path) -> AsyncIterator[int | None]:
 
 
 async def _acquire(lock: int, output: Path) -> None:
-    told = -_WAITING_SECONDS
+    logged = -_WAITING_SECONDS
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() - told >= _WAITING_SECONDS:
-                told = time.monotonic()
-                console.info(f"Another process exports to {output}: waiting for it ({_written(output)} MB so far) …")
+            if time.monotonic() - logged >= _WAITING_SECONDS:
+                logged = time.monotonic()
+                written = _written_megabytes(output)
+                console.info(f"Another process is exporting to {output}: waiting for it ({written} MB so far) …")
             await asyncio.sleep(0.2)
         except OSError:  # a file system without locks
             return
@@ -165,8 +166,8 @@ async def _acquire(lock: int, output: Path) -> None:
             return
 
 
-def _written(output: Path) -> int:
-    """Megabytes that an export to `output` under way has written."""
+def _written_megabytes(output: Path) -> int:
+    """Megabytes written so far by the running export to `output`."""
     size = 0
     for folder in output.parent.glob(f".{output.name}.*.partial"):
         for file in folder.rglob("*"):
@@ -176,9 +177,9 @@ def _written(output: Path) -> int:
 
 
 def _remove_damaged(output: Path) -> None:
-    """Make room for a new export where an earlier one cannot be read.
+    """Remove an earlier export that cannot be read, so that a new one can replace it.
 
-    The exporter never overwrites what it did not write; but a folder of this name in the cache was written by it.
+    The exporter never overwrites files that are not its own, but a folder of this name in the cache is.
     """
     try:
         record = json.loads((output / "hypergen.json").read_bytes())
@@ -194,7 +195,7 @@ def _remove_damaged(output: Path) -> None:
 
 
 async def _export(model: str, options: ExportOptions, output: Path, lock: int | None) -> None:
-    """Run the exporter; it finds out itself whether `output` is up to date."""
+    """Run the exporter, which itself checks whether `output` is up to date."""
     try:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-c", _EXPORTER, model, "--engine", "openvino", "--dtype", options.dtype),
@@ -207,18 +208,18 @@ async def _export(model: str, options: ExportOptions, output: Path, lock: int | 
             start_new_session=True,
             preexec_fn=die_with_parent,
         )
-    except (OSError, RuntimeError) as error:  # the latter where no thread can be started that waits for it
+    except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started to wait for it
         raise EmbeddedError(f"The exporter cannot be started: {error}.") from error
     try:
         exit_code = await process.wait()
     finally:
-        await _end(process)
+        await _terminate(process)
     if exit_code != 0:
         raise ExportFailedError(exit_code)
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
-    """Let it remove what it has begun, for a while."""
+async def _terminate(process: asyncio.subprocess.Process) -> None:
+    """Stop the exporter, with time to remove its incomplete output."""
     if process.returncode is not None:
         return
     process.terminate()

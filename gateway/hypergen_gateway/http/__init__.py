@@ -1,1 +1,1 @@
-"""What is true of every request: connections, errors, keys, browsers."""
+"""HTTP concerns of all requests: connections, errors, API keys, browsers."""

@@ -1,4 +1,4 @@
-"""Who may ask: whoever carries a key; where none is needed, everybody but other websites in a visitor's browser."""
+"""API key authentication."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ METRICS_PATH = "/metrics"
 
 
 class ApiKey:
-    """Lets a request through that carries a key or goes to an open path; where there are no keys, every request.
+    """Requires a valid API key, except on open paths or if no keys are configured.
 
-    A path is open if it is one of `open_paths` or begins with one of `open_prefixes`.
+    A path is open if it is one of `open_paths` or starts with one of `open_prefixes`.
     """
 
     def __init__(self, keys: Keys, open_paths: Container[str], open_prefixes: tuple[str, ...]) -> None:
@@ -26,7 +26,7 @@ class ApiKey:
         self._open_prefixes = open_prefixes
 
     def __call__(self, scope: Scope) -> None:
-        """Raises `AuthenticationError`; else notes the key's name, if it has one."""
+        """Raise `AuthenticationError`, or record the key's name for the log."""
         if self._keys and not self._is_open(scope["path"]):
             key = self._check(scope["headers"])
             if key.name is not None:
@@ -38,12 +38,12 @@ class ApiKey:
     def _check(self, headers: RawHeaders) -> Key:
         given = presented_key(headers)
         if given is None:
-            raise AuthenticationError("No API key was given. Send it in the header 'Authorization: Bearer KEY'.")
+            raise AuthenticationError("Missing API key. Send it in the header 'Authorization: Bearer KEY'.")
         if not given:
             raise AuthenticationError(
-                "The header with the API key is malformed. It must read 'Authorization: Bearer KEY', or 'api-key: KEY'."
+                "The header with the API key is malformed. It must be 'Authorization: Bearer KEY' or 'api-key: KEY'."
             )
         found = self._keys.find(given)
         if found is None:
-            raise AuthenticationError("The API key is wrong.")
+            raise AuthenticationError("Incorrect API key.")
         return found

@@ -1,6 +1,6 @@
-"""Who may use the server: its API keys, as they were given or as a file holds them, and whose key a request carries.
+"""API keys, given directly or in a file.
 
-Keeps digests rather than keys. A file is read again when it changes, so keys come and go without a restart.
+Only digests are kept. The file is reloaded when it changes, so keys can be added and removed without a restart.
 """
 
 from __future__ import annotations
@@ -19,62 +19,62 @@ from hypergen_gateway.http.request_id import RawHeaders
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[\w.@-]{1,64}")
-# What every client can put into a header: printing ASCII.
+# What every client can send in a header: printable ASCII.
 _SENDABLE = re.compile(r"[ -~]+")
 _HEADERS = (b"authorization", b"api-key")
-_LARGEST_FILE = 1 << 20
+_MAX_FILE_BYTES = 1 << 20
 
 
 class BadKeysError(Exception):
-    """Keys that cannot be used; `str()` says why and never holds any of them."""
+    """Invalid API keys; `str()` is the reason and never contains a key."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """One key. Its name, if it has one, is for the log."""
+    """An API key. Its name, if any, is for logs."""
 
     digest: bytes
     name: str | None = None
 
 
 def parse_keys(text: str) -> list[Key]:
-    """The keys in a file: `KEY` or `NAME: KEY` a line, where empty lines and those that begin with # say nothing.
+    """Parse a key file: `KEY` or `NAME: KEY` per line; empty lines and lines that start with # are ignored.
 
     Raises:
-        BadKeysError: a line is neither, or there is no key at all.
+        BadKeysError: a line is malformed, or there is no key.
     """
     lines = [(number, line.split()) for number, line in enumerate(text.splitlines(), start=1)]
     keys = [_parse_line(number, words) for number, words in lines if words and not words[0].startswith("#")]
     if not keys:
-        raise BadKeysError("it holds no key")
+        raise BadKeysError("it contains no key")
     return keys
 
 
 def _parse_line(number: int, words: list[str]) -> Key:
-    # The colon keeps a key that was written before its name from being taken for the name, and so from the log.
+    # The colon is required, so that a key written before its name is not mistaken for the name and logged.
     *before, key = words
     name = before[0].removesuffix(":") if before else None
     if len(before) > 1 or (name is not None and (name == before[0] or not _NAME.fullmatch(name))):
-        raise BadKeysError(f"line {number} is neither KEY nor NAME: KEY")
+        raise BadKeysError(f"line {number} must be KEY or NAME: KEY")
     if not _SENDABLE.fullmatch(key):
-        raise BadKeysError(f"line {number} holds a character that clients cannot send")
+        raise BadKeysError(f"line {number} contains a character that clients cannot send")
     return Key(digest=_digest(key.encode()), name=name)
 
 
-def _parse_given(text: str) -> Key:
-    """A key that was given alone. White space around it, as the last line of a secret may leave, is not part of it."""
+def _parse_key(text: str) -> Key:
+    """Parse a single key. Surrounding whitespace, such as the newline at the end of a secret, is removed."""
     key = text.strip()
     if not key:
-        raise BadKeysError("it is empty; leave it out to serve without")
+        raise BadKeysError("it is empty; omit it to serve without a key")
     if not _SENDABLE.fullmatch(key):
-        raise BadKeysError("it holds a character that clients cannot send")
+        raise BadKeysError("it contains a character that clients cannot send")
     return Key(digest=_digest(key.encode()))
 
 
 def presented_key(headers: RawHeaders) -> bytes | None:
     """The key in `Authorization: Bearer KEY` or, as Azure's clients send it, in `api-key: KEY`.
 
-    None where neither header is there; empty where it is malformed. If both are there, `Authorization` counts.
+    None without either header; empty if malformed. `Authorization` takes precedence.
     """
     authorization, azure = ([value for each, value in headers if each == name] for name in _HEADERS)
     if authorization:
@@ -86,60 +86,60 @@ def presented_key(headers: RawHeaders) -> bytes | None:
 
 
 class Keys:
-    """The keys that are good now; without any, nobody is asked for one."""
+    """The currently valid API keys; empty if the server is open."""
 
     def __init__(self, given: Iterable[str] = (), file: Path | None = None) -> None:
-        """Those that are given and those in the file, which is read at once.
+        """Read the keys in `given` and in `file`.
 
         Raises:
-            BadKeysError: one is empty or cannot be sent, or the file cannot be read as keys.
+            BadKeysError: a key is empty or cannot be sent, or the file is unreadable or malformed.
         """
-        self._given = [_parse_given(key) for key in given]
+        self._given = [_parse_key(key) for key in given]
         self._from_file: list[Key] = []
         self._file = file
-        self._stamp: tuple[int, ...] = ()
+        self._version: tuple[int, ...] = ()
         if file is not None:
-            self._stamp = _stamp(file)
+            self._version = _file_version(file)
             self._from_file = _read(file)
 
     def __bool__(self) -> bool:
-        """Whether a key is needed."""
+        """Whether requests need a key."""
         return bool(self._given or self._from_file)
 
     def find(self, given: bytes) -> Key | None:
-        """The key that a request carries, None if it is none of ours.
+        """The valid key that equals `given`; None if there is none.
 
-        Takes the same time for every wrong one: what are compared are digests of one length, and all of them.
+        Takes constant time: digests of equal length are compared, and always all of them.
         """
-        self._follow_file()
+        self._reload_if_changed()
         digest, found = _digest(given), None
         for key in (*self._given, *self._from_file):
             if hmac.compare_digest(digest, key.digest):
                 found = key
         return found
 
-    def _follow_file(self) -> None:
-        """Takes over what a changed file holds; from one that cannot be read nothing, so the keys stay as they were."""
+    def _reload_if_changed(self) -> None:
+        """Reload a changed file; if it is invalid, keep the previous keys."""
         if self._file is None:
             return
-        stamp = _stamp(self._file)
-        if stamp == self._stamp:
+        version = _file_version(self._file)
+        if version == self._version:
             return
-        self._stamp = stamp
+        self._version = version
         try:
             self._from_file = _read(self._file)
         except BadKeysError as error:
-            logger.error("%s has changed, and the API keys stay as they were: %s", self._file, error)
+            logger.error("%s has changed but is invalid, keeping the previous API keys: %s", self._file, error)
         else:
-            logger.info("%s has changed: %d API keys are good now", self._file, len(self._from_file))
+            logger.info("%s has changed: loaded %d API keys", self._file, len(self._from_file))
 
 
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def _stamp(file: Path) -> tuple[int, ...]:
-    """What tells one state of a file from another; empty while there is none, and of a pipe, which is read but once."""
+def _file_version(file: Path) -> tuple[int, ...]:
+    """Identifies a version of a file; empty if there is none, and for a pipe, which can be read only once."""
     try:
         status = file.stat()
     except OSError:
@@ -152,10 +152,10 @@ def _stamp(file: Path) -> tuple[int, ...]:
 def _read(file: Path) -> list[Key]:
     try:
         with file.open("rb") as opened:
-            content = opened.read(_LARGEST_FILE + 1)
-        if len(content) > _LARGEST_FILE:
+            content = opened.read(_MAX_FILE_BYTES + 1)
+        if len(content) > _MAX_FILE_BYTES:
             raise BadKeysError("it is larger than a megabyte")
-        return parse_keys(content.decode("utf-8-sig"))  # Windows' editors mark their files
+        return parse_keys(content.decode("utf-8-sig"))  # Windows editors add a byte order mark
     except OSError as error:
         raise BadKeysError(str(error.strerror)) from error
     except UnicodeDecodeError as error:

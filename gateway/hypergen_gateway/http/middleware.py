@@ -1,7 +1,7 @@
-"""What happens to every request, whatever it asks for. Pure ASGI, so bodies and responses stream through untouched.
+"""Middleware for all requests. Pure ASGI, so bodies and responses are streamed through.
 
-From the outside in: trace; request id, access log and what browsers are told; errors; who may ask (in `browsers` and
-`access`); a body's limit is its route's.
+From the outside in: trace context; request id, access log and security headers; exception handling; validation and
+authorization (see `auth` and `origins`). The limit of a body belongs to its route.
 """
 
 from __future__ import annotations
@@ -41,55 +41,56 @@ from hypergen_gateway.http.request_id import (
 
 access_logger = logging.getLogger("hypergen_gateway.access")
 
-# Anything else that a client may write there would be one more label of a metric.
+# Other methods are counted as "other", as clients could otherwise create any number of metric labels.
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
-_MAX_ADDRESS_BYTES = 8 << 10
+_MAX_URL_BYTES = 8 << 10
 _MAX_HEADERS = 100
 _MAX_HEAD_BYTES = 32 << 10
 _FRAMING = frozenset({b"content-length", b"transfer-encoding"})
-# Of a path that may be any text, in logs and messages.
-_SHOWN_PATH = 200
+# Longest part of a path shown in logs and messages.
+_MAX_SHOWN_PATH = 200
 
 
 class RequestRecord(NamedTuple):
-    """A request that was answered. What was drawn is known where it was tried.
+    """A completed request, and the message of its access log line.
 
-    `method` and `route` are among few; `asked` has both as they were, to be shown. It is its own line in the log.
+    `method` and `route` have few possible values, for metrics; `request_line` has both as sent. `images` and `steps`
+    are set for requests that generate images.
     """
 
     request_id: str
-    asked: str
+    request_line: str
     method: str
     route: str
     status: int
     seconds: float
-    key: str | None = None  # the name of the API key, if it has one
+    key: str | None = None  # name of the API key, if it has one
     images: int | None = None
     steps: int | None = None
 
     def __str__(self) -> str:
         key = "" if self.key is None else f" {self.key}"
-        return f"{self.asked} {self.status} {round(self.seconds * 1000)} ms {self.request_id}{key}"
+        return f"{self.request_line} {self.status} {round(self.seconds * 1000)} ms {self.request_id}{key}"
 
     def fields(self) -> dict[str, str | int]:
-        """What a structured log says of it."""
-        told: dict[str, str | int] = {"method": self.method, "route": self.route}
-        told |= {"status": self.status, "ms": round(self.seconds * 1000)}
-        more = {"key": self.key, "images": self.images, "steps": self.steps}
-        return told | {name: value for name, value in more.items() if value is not None}
+        """Fields of a structured log line."""
+        fields: dict[str, str | int] = {"method": self.method, "route": self.route}
+        fields |= {"status": self.status, "ms": round(self.seconds * 1000)}
+        optional = {"key": self.key, "images": self.images, "steps": self.steps}
+        return fields | {name: value for name, value in optional.items() if value is not None}
 
 
 class Observer(Protocol):
-    """Is told of every request."""
+    """Receives every completed request."""
 
-    def served(self, served: RequestRecord) -> None:
-        """It was answered."""
+    def responded(self, record: RequestRecord) -> None:
+        """A request was answered."""
         ...
 
 
 class Trace:
-    """Takes up the trace that a client's request belongs to; `traced` makes a span of it where traces are wanted."""
+    """Reads the trace context of a request. `traced` wraps the application to create spans, if tracing is on."""
 
     def __init__(self, app: ASGIApp, traced: Callable[[ASGIApp], ASGIApp] = lambda app: app) -> None:
         self._app = traced(app)
@@ -104,11 +105,11 @@ class Trace:
 
 
 class RequestLog:
-    """Gives every request an id, sends it back with the time taken, writes one line to the log and tells the observers.
+    """Assigns request ids, adds response headers, writes the access log and notifies the observers.
 
-    What browsers need to be told is added with it, as every layer around an answer takes its time.
+    Security headers are added here, too, as each further middleware costs time.
 
-    `routes` names the path of each endpoint, with what varies in braces.
+    `routes` maps endpoints to their paths, with parameters in braces.
     """
 
     def __init__(self, app: ASGIApp, routes: Mapping[Any, str], observers: Sequence[Observer]) -> None:
@@ -141,15 +142,15 @@ class RequestLog:
         try:
             await self._app(scope, receive, send_with_headers)
         finally:
-            self._tell(scope, status, time.perf_counter() - started)
+            self._report(scope, status, time.perf_counter() - started)
             current_request_id.reset(token)
 
-    def _tell(self, scope: Scope, status: int, seconds: float) -> None:
+    def _report(self, scope: Scope, status: int, seconds: float) -> None:
         method, path, state = scope["method"], scope["path"], scope.get("state", {})
         route = self._routes.get(scope.get("endpoint"), "other")
-        served = RequestRecord(
+        record = RequestRecord(
             request_id=current_request_id.get(),
-            asked=f"{method} {path if path == route else _shown(path)}",
+            request_line=f"{method} {path if path == route else _shown(path)}",
             method=method if method in _METHODS else "other",
             route=route,
             status=status,
@@ -157,19 +158,13 @@ class RequestLog:
             key=state.get("key_name"),
             **state.get("drawn", {}),
         )
-        _log(served)
+        access_logger.info(record)
         for observer in self._observers:
-            observer.served(served)
+            observer.responded(record)
 
 
-def _log(served: RequestRecord) -> None:
-    """The line of a request. It tells of no place in the code, so none is looked for."""
-    if access_logger.isEnabledFor(logging.INFO):
-        access_logger.handle(access_logger.makeRecord(access_logger.name, logging.INFO, "", 0, served, (), None))
-
-
-class Errors:
-    """Answers every error that anything inside raises, in OpenAI's shape."""
+class ExceptionMiddleware:
+    """Turns exceptions into error responses in OpenAI's shape."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -180,25 +175,25 @@ class Errors:
             return
         response_started = False
 
-        def watched_send(message: Message) -> Awaitable[None]:
+        def send_and_note(message: Message) -> Awaitable[None]:
             nonlocal response_started
             response_started = True
             return send(message)
 
         try:
-            await self._app(scope, receive, watched_send)
-        except asyncio.CancelledError:  # uvicorn's patience with a running request has ended
+            await self._app(scope, receive, send_and_note)
+        except asyncio.CancelledError:  # uvicorn's graceful shutdown has timed out
             if not response_started:
                 await error_response(UnavailableError("The server is shutting down."))(scope, receive, send)
             raise
         except Exception as error:
             if response_started:
                 raise
-            await _answer_to(error, scope)(scope, receive, send)
+            await _to_response(error, scope)(scope, receive, send)
 
 
 class RequestValidation:
-    """Lets no request in to which one of `checks` has an objection, which it raises."""
+    """Runs `checks` on each request before it is routed; they raise an error to reject it."""
 
     def __init__(self, app: ASGIApp, checks: Sequence[Callable[[Scope], None]]) -> None:
         self._app = app
@@ -212,27 +207,24 @@ class RequestValidation:
 
 
 def check_head(scope: Scope) -> None:
-    """Refuses heads that no client needs, and those that leave in doubt where the body ends.
+    """Reject oversized heads, and those with an ambiguous body length (request smuggling).
 
-    A proxy that believes the length, where we believe the encoding, would take the rest for another request.
+    A proxy that trusts Content-Length while this server trusts Transfer-Encoding would see another request in the body.
     """
-    if len(scope["path"]) + len(scope["query_string"]) > _MAX_ADDRESS_BYTES:
-        raise AddressTooLongError(f"The address is too long: at most {_MAX_ADDRESS_BYTES:,} bytes are read.")
-    size, framings = 0, []
-    for name, value in scope["headers"]:  # one loop, as every request comes by
-        size += len(name) + len(value)
-        if name in _FRAMING:
-            framings.append(value.lower())
+    if len(scope["path"]) + len(scope["query_string"]) > _MAX_URL_BYTES:
+        raise AddressTooLongError(f"The URL is too long: at most {_MAX_URL_BYTES:,} bytes are accepted.")
+    size = sum(len(name) + len(value) for name, value in scope["headers"])
+    framings = [value.lower() for name, value in scope["headers"] if name in _FRAMING]
     if len(scope["headers"]) > _MAX_HEADERS or size > _MAX_HEAD_BYTES:
         raise HeadTooLargeError
     if len(framings) > 1 or not all(framing == b"chunked" or framing.isdigit() for framing in framings):
-        raise MalformedRequestError("A body has one Content-Length, or one Transfer-Encoding, which is 'chunked'.")
+        raise MalformedRequestError("A body must have one Content-Length, or one Transfer-Encoding: chunked.")
 
 
 class BodyLimit:
-    """Refuses a body above the limit: by its declared length before reading, else as soon as it goes over.
+    """Rejects bodies above the limit: by Content-Length before reading, else as soon as too much is received.
 
-    A form may be larger than other bodies, as its files need not stay in memory.
+    Forms have a higher limit, as their files are spooled to disk.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, max_form_bytes: int | None = None) -> None:
@@ -261,11 +253,11 @@ class BodyLimit:
 
 
 def _too_large(limit: int) -> BodyTooLargeError:
-    return BodyTooLargeError(f"The body is too large: at most {limit:,} bytes are read.")
+    return BodyTooLargeError(f"The body is too large: at most {limit:,} bytes are accepted.")
 
 
-def _answer_to(error: Exception, scope: Scope) -> Response:
-    """Starlette's own errors are no such route, no such method. OPTIONS is told the methods that there are."""
+def _to_response(error: Exception, scope: Scope) -> Response:
+    """The response to an exception. Starlette raises 404 and 405; OPTIONS gets the allowed methods."""
     method = scope["method"]
     allow = (error.headers or {}).get("Allow") if isinstance(error, HTTPException) else None
     if allow is not None and method == "OPTIONS":
@@ -275,7 +267,7 @@ def _answer_to(error: Exception, scope: Scope) -> Response:
         ours = MethodNotAllowedError(f"The method {method} is not allowed here. Allowed: {allow}.", allow)
     elif isinstance(error, HTTPException) and error.status_code == 404:
         path = scope["path"]
-        ours = NotFoundError(f"There is no {method} {_shown(path)} here.{hint_for(path)}")
+        ours = NotFoundError(f"Not found: {method} {_shown(path)}.{hint_for(path)}")
     else:
         ours = to_api_error(error)
     log_exception(ours, error)
@@ -283,9 +275,9 @@ def _answer_to(error: Exception, scope: Scope) -> Response:
 
 
 def _shown(path: str) -> str:
-    """A path that cannot be taken for anything else, in a length that bears repeating."""
-    shown = quote(path[:_SHOWN_PATH], safe="/:@")
-    return shown if len(path) <= _SHOWN_PATH else f"{shown}…"
+    """A path, escaped and shortened for logs and messages."""
+    shown = quote(path[:_MAX_SHOWN_PATH], safe="/:@")
+    return shown if len(path) <= _MAX_SHOWN_PATH else f"{shown}…"
 
 
 def _milliseconds_since(started: float) -> int:

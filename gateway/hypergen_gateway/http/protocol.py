@@ -1,6 +1,7 @@
-"""How many connections there may be, how long they may say nothing, and what is answered to what is no HTTP.
+"""Connection limits and malformed-request handling on top of uvicorn's httptools protocol.
 
-Knows uvicorn's protocol and httptools under it, which bound neither number nor size nor time, and answer in plain text.
+uvicorn limits neither the number of connections nor the size and duration of request heads, and answers malformed
+requests in plain text.
 """
 
 from __future__ import annotations
@@ -34,56 +35,56 @@ from hypergen_gateway.http.proxies import TrustedProxies
 
 logger = logging.getLogger(__name__)
 
-# What an application puts into its lifespan's state to be told the statuses of requests that it never hears of.
-ON_REJECTED = "tell_unheard"
+# Key of the lifespan state for a callback that receives the status of each request rejected before the application.
+ON_REJECTED = "on_rejected"
 
-# Far more than are drawn for at once, as idle ones count.
+# Far more than generate images at once, as idle ones count.
 MAX_CONNECTIONS = 1000
-# Those above it are told so, if there are not too many of them either.
-MAX_REFUSALS = 200
-# Seconds that an idle connection stays open: longer than proxies keep theirs, so that none is used as it closes.
+# Connections above the limit that get a 503; further ones are closed.
+MAX_REJECTIONS = 200
+# Seconds that an idle connection stays open: longer than proxies reuse theirs, so that none is used as it closes.
 KEEP_ALIVE_SECONDS = 75.0
-# Seconds for the head of a request: one packet, of any client that means well.
+# Seconds to receive the head of a request, which usually is one packet.
 HEAD_SECONDS = 10.0
-# Seconds that the rest of a body may still come after its request was refused.
+# Seconds to receive the rest of a body after its request was rejected.
 REST_SECONDS = 5.0
-# Of each connection one, and some of each form and of gRPC and the models.
+# One per connection, and some for forms, gRPC and the models.
 OPEN_FILES = 8192
-# Each connection that is accepted in one turn of the loop has a file, whatever becomes of it.
-_ACCEPTED_AT_ONCE = 64
-_WAITING_TO_BE_ACCEPTED = 2048
+# Connections accepted in one iteration of the event loop; each takes a file even if it is rejected.
+_ACCEPTS_PER_ITERATION = 64
+_LISTEN_BACKLOG = 2048
 _NO_FILE = (errno.EMFILE, errno.ENFILE)
-# What is still no part of a request then is refused: a head, a chunk's own or a trailer that does not end.
+# Largest head, chunk header or trailer; unparsed input above it is rejected.
 MAX_HEAD_BYTES = 64 << 10
 
-# The version, and how often Host is there.
+# HTTP version and number of Host headers.
 _WELL_FORMED = frozenset({("1.0", 0), ("1.0", 1), ("1.1", 1)})
 
 
 class Connections:
-    """How many connections a server has at most, and which of them wait for a request: the idlest makes room."""
+    """The limit of connections, and the idle ones: the longest idle one is closed to make room for a new one."""
 
-    def __init__(self, most: int, refusals: int) -> None:
-        """`refusals` more are told that there are too many."""
+    def __init__(self, most: int, rejections: int) -> None:
+        """`rejections` more connections get a 503."""
         self.most = most
-        self.refusals = refusals
-        self._idle: dict[LimitedHTTPProtocol, None] = {}  # the idlest first
+        self.rejections = rejections
+        self._idle: dict[LimitedHTTPProtocol, None] = {}  # longest idle first
 
     @classmethod
     def for_files(cls, files: int) -> Connections:
-        """As many as leave files for what comes with requests, where so many files may be open."""
+        """A limit for a process that may open `files` files, which leaves some for uploads and gRPC."""
         files = OPEN_FILES if files == resource.RLIM_INFINITY else files
-        return cls(most=min(MAX_CONNECTIONS, files // 2), refusals=min(MAX_REFUSALS, files // 8))
+        return cls(most=min(MAX_CONNECTIONS, files // 2), rejections=min(MAX_REJECTIONS, files // 8))
 
-    def note(self, connection: LimitedHTTPProtocol, *, is_idle: bool) -> None:
-        """Whether a connection waits for a request."""
+    def update(self, connection: LimitedHTTPProtocol, *, is_idle: bool) -> None:
+        """Record whether a connection is idle."""
         if is_idle:
             self._idle.setdefault(connection)
         else:
             self._idle.pop(connection, None)
 
     def make_room(self) -> bool:
-        """Closes the connection that has waited longest; False where none waits that has sent all that it was given."""
+        """Close the longest idle connection. False if none is idle with an empty write buffer."""
         for connection in self._idle:
             if connection.transport.get_write_buffer_size() == 0:
                 del self._idle[connection]
@@ -93,55 +94,55 @@ class Connections:
 
 
 class LimitedHTTPProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with the limits above, and with OpenAI's shape for what never reaches the application."""
+    """uvicorn's protocol with the limits above, and errors in OpenAI's shape for requests that it rejects itself."""
 
     def __init__(self, *arguments: Any, limit: Connections, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self._limit = limit
         self._timer: asyncio.TimerHandle | None = None
-        self._unparsed = 0  # bytes since something came of them
+        self._unparsed = 0  # bytes received since the parser last made progress
         self._in_head = self._in_body = False
         self._ignores_input = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Starts the clock for the first head; beyond the limit another one goes, or the application is another one."""
+        """Start the head timeout. Above the limit, close an idle connection or answer this one with a 503."""
         super().connection_made(transport)
         self.transport = CoalescingTransport(transport, self.loop)  # type: ignore[assignment]
         surplus = len(self.connections) - self._limit.most
         if surplus > 0 and not self._limit.make_room():
-            if surplus > self._limit.refusals:
+            if surplus > self._limit.rejections:
                 transport.abort()
-            self.app = _only_probes(self.app, self._tell)
-        self._limit.note(self, is_idle=True)
+            self.app = _serve_probes_only(self.app, self._report)
+        self._limit.update(self, is_idle=True)
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stops the clock."""
+        """Stop the timeout."""
         self._stop_timer()
-        self._limit.note(self, is_idle=False)
+        self._limit.update(self, is_idle=False)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Runs the clock while a head is on its way, and bounds what the parser keeps until it is whole."""
+        """Parse `data`, and limit the time and size of an incomplete head."""
         if self._ignores_input or self.transport.is_closing():
             return
         self._unset_keepalive_if_required()
         self._unparsed += len(data)
         try:
             self._feed(data)
-        except httptools.HttpParserError:  # no line in the log: anybody can send rubbish, as much as they like
-            self._refuse(InvalidRequestError("Invalid HTTP request received."))
+        except httptools.HttpParserError:  # not logged, as anybody can send any amount of malformed data
+            self._reject(InvalidRequestError("Invalid HTTP request received."))
         if self._unparsed > MAX_HEAD_BYTES and not self._ignores_input:
-            self._refuse(HeadTooLargeError())
+            self._reject(HeadTooLargeError())
         if self._timer is None and not self._is_at_work():
             self._await_head()
-        self._limit.note(self, is_idle=self._is_idle())
+        self._limit.update(self, is_idle=self._is_idle())
 
     def _feed(self, data: bytes) -> None:
-        """Parses `data`, for which a request to upgrade is one like any other.
+        """Parse `data`, ignoring requests to upgrade, as RFC 9110, section 7.8 allows.
 
-        httptools stops after the head of one, and would take its body for the next request. So the request is parsed
-        again without its wish, as RFC 9110, section 7.8 allows.
+        httptools stops after the head of an upgrade request and would parse its body as the next request, so the head
+        is parsed again without the header.
         """
         while data:
             try:
@@ -159,58 +160,58 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
         return line + b"".join(b"%s: %s\r\n" % each for each in self.headers if each[0] != b"upgrade") + b"\r\n"
 
     def on_message_begin(self) -> None:
-        """The first byte of a head is there."""
+        """The first byte of a head was received."""
         self._in_head = True
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Trailers come by here, too, and are nobody's headers."""
+        """httptools reports trailers, too; they are ignored."""
         if not self._in_body:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """A request begins. What is raised here is a 400."""
+        """A head is complete. Exceptions raised here become a 400."""
         if self.parser.get_method() == b"CONNECT":
-            raise ValueError("this is no proxy")
+            raise ValueError("CONNECT is for proxies")
         if self.parser.should_upgrade():
-            return  # it comes again, without
+            return  # parsed again without the header
         version, names = self.parser.get_http_version(), [name for name, _ in self.headers]
         if (version, names.count(b"host")) not in _WELL_FORMED:
-            raise ValueError("another version, or not one Host")
+            raise ValueError("unsupported version, or not exactly one Host")
         if version == "1.0":
             if b"transfer-encoding" in names:
-                raise ValueError("HTTP/1.0 has no chunks")
+                raise ValueError("HTTP/1.0 has no chunked encoding")
             self.expect_100_continue = False
         super().on_headers_complete()
         self._stop_timer()
         self._unparsed, self._in_head, self._in_body = 0, False, True
 
     def on_body(self, body: bytes) -> None:
-        """A part of it is there."""
+        """A part of the body was received."""
         self._unparsed = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """All of it is there."""
+        """The request is complete."""
         if self.parser.should_upgrade():
             return
         self._unparsed, self._in_body = 0, False
-        if not self.parser.should_keep_alive():  # a trailer may say so: nothing more is parsed
+        if not self.parser.should_keep_alive():  # a trailer can end it: nothing more is parsed
             self.cycle.keep_alive = False
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Whoever was refused while sending may send on for a moment only."""
+        """The response is sent. A client that is still sending its body may do so for `REST_SECONDS`."""
         if self._in_body and not self.pipeline:
             self._restart_timer(REST_SECONDS, self.transport.abort)
         elif self._in_head and not self.pipeline and not self.transport.is_closing():
             self._await_head()
         super().on_response_complete()
-        self._limit.note(self, is_idle=self._is_idle())
+        self._limit.update(self, is_idle=self._is_idle())
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         if cycle.waiting_for_100_continue or cycle.scope["http_version"] == "1.0":
-            app = functools.partial(_framed, app, cycle)
+            app = functools.partial(_with_framing, app, cycle)
         super()._start_asgi_task(cycle, app)
 
     def _is_at_work(self) -> bool:
@@ -219,14 +220,14 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
     def _is_idle(self) -> bool:
         return not (self._in_head or self._is_at_work() or self.transport.is_closing())
 
-    def _refuse(self, error: HyperGenError) -> None:
-        """Ends the connection after the answers to what came before, and with this one where it is not too late."""
-        self._tell(error.status)
+    def _reject(self, error: HyperGenError) -> None:
+        """Close the connection after the responses to earlier requests, with this error unless a response has begun."""
+        self._report(error.status)
         self._ignores_input = True
         if self.pipeline or (self._is_at_work() and not self._in_body):
-            if self._in_body:  # the last in the queue is what is wrong
-                answer: Any = error_response(error)
-                self.pipeline[0] = (self.cycle, answer)
+            if self._in_body:  # the last request in the queue is the malformed one
+                response: Any = error_response(error)
+                self.pipeline[0] = (self.cycle, response)
             self.cycle.keep_alive = False
             return
         if not (self._in_body and self.cycle.response_started):
@@ -234,23 +235,23 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
             lines = [STATUS_LINE[error.status], b"connection: close\r\n"]
             lines += [b"%s: %s\r\n" % header for header in response.raw_headers if header[0] != b"connection"]
             self.transport.write(b"".join([*lines, b"\r\n", bytes(response.body)]))
-        if self._in_body:  # the application waits for more of it
+        if self._in_body:  # the application is waiting for more of the body
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.transport.close()
 
-    def _tell(self, status: int) -> None:
-        tell: Callable[[int], None] | None = self.app_state.get(ON_REJECTED)
-        if tell is not None:
-            tell(status)
+    def _report(self, status: int) -> None:
+        on_rejected: Callable[[int], None] | None = self.app_state.get(ON_REJECTED)
+        if on_rejected is not None:
+            on_rejected(status)
 
     def _await_head(self) -> None:
-        self._restart_timer(HEAD_SECONDS, self._give_up_head)
+        self._restart_timer(HEAD_SECONDS, self._on_head_timeout)
 
-    def _give_up_head(self) -> None:
-        """Whoever has begun is told so; who has said nothing expects nothing."""
+    def _on_head_timeout(self) -> None:
+        """Answer a client that has sent a part of a head; close the connection of one that has sent nothing."""
         if self._in_head:
-            self._refuse(RequestTimeoutError("The head of the request did not arrive in time."))
+            self._reject(RequestTimeoutError("The head of the request did not arrive in time."))
         else:
             self.transport.abort()
 
@@ -265,9 +266,9 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
 
 
 class CoalescingTransport:
-    """A transport that sends what is written in one turn of the loop at once: head and body of an answer are a packet.
+    """A transport that sends everything written in one iteration of the event loop at once.
 
-    Sent one by one, each costs a system call, and wakes the client up.
+    Head and body of a response become one packet; separately, each would cost a system call and wake the client.
     """
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
@@ -276,7 +277,7 @@ class CoalescingTransport:
         self._parts: list[bytes] = []
 
     def write(self, data: bytes) -> None:
-        """Sends `data` at the end of this turn; much at once, so that the flow is controlled."""
+        """Send `data` at the end of this iteration, or at once if large, for flow control."""
         if not self._parts:
             self._loop.call_soon(self._flush)
         self._parts.append(data)
@@ -284,7 +285,7 @@ class CoalescingTransport:
             self._flush()
 
     def close(self) -> None:
-        """Ends the connection when everything is sent."""
+        """Close the connection after everything is sent."""
         self._flush()
         self._transport.close()
 
@@ -297,8 +298,8 @@ class CoalescingTransport:
         return getattr(self._transport, name)
 
 
-def allow_open_files() -> None:
-    """Lets this process have as many files open as it may, up to what all those connections and their forms need."""
+def raise_file_limit() -> None:
+    """Raise the limit of open files as far as allowed, up to what the connections and their uploads need."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
     if soft not in (resource.RLIM_INFINITY, allowed) and soft < allowed:
@@ -306,38 +307,37 @@ def allow_open_files() -> None:
 
 
 class Listener(socket.socket):
-    """A listening socket that stops accepting for a moment when no file can be opened.
+    """A listening socket that pauses accepting when the process is out of file descriptors.
 
-    asyncio by itself stops then, too, but only after it has tried as often as its backlog is long, each time with a
-    traceback.
+    asyncio pauses, too, but only after as many attempts as its backlog, each with a traceback.
     """
 
     _resumes = 0.0
 
     def listen(self, backlog: int = 0, /) -> None:
-        """Lets the system hold more connections than asyncio accepts in a turn, which is what it gives as `backlog`."""
-        super().listen(max(backlog, _WAITING_TO_BE_ACCEPTED))
+        """Use a longer backlog than the one asyncio passes, which is also the number of accepts per iteration."""
+        super().listen(max(backlog, _LISTEN_BACKLOG))
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """The next connection. Raises `BlockingIOError` where there is none for now."""
+        """The next connection. Raises `BlockingIOError` if there is none, or during a pause."""
         if time.monotonic() < self._resumes:
             raise BlockingIOError
         try:
             return super().accept()
         except OSError as error:
             if error.errno in _NO_FILE:
-                self._resumes = time.monotonic() + 0.5  # less than asyncio waits until it tries again
+                self._resumes = time.monotonic() + 0.5  # shorter than the pause of asyncio
             raise
 
 
 class AcceptErrors:
-    """An event loop's handler of exceptions: one line a minute, where asyncio tells each second of no open file."""
+    """An event loop exception handler that logs running out of file descriptors once a minute, not every second."""
 
     def __init__(self) -> None:
         self._quiet_until = 0.0
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Logs an exception that nobody else has seen."""
+        """Log an unhandled exception."""
         error = context.get("exception")
         if not (isinstance(error, OSError) and error.errno in _NO_FILE and "accept" in context["message"]):
             loop.default_exception_handler(context)
@@ -346,12 +346,12 @@ class AcceptErrors:
             logger.warning("No connection can be accepted: %s", error.strerror)
 
 
-def bounded(
+def make_uvicorn_config(
     app: Any, *, keep_alive: float = KEEP_ALIVE_SECONDS, connections: Connections | None = None, **settings: Any
 ) -> uvicorn.Config:
-    """uvicorn's configuration for an application behind such connections. It says nothing by itself.
+    """uvicorn's configuration for an application with `LimitedHTTPProtocol` and without uvicorn's own logs.
 
-    There are as many connections as this process may have open files for, unless a limit is given.
+    The default limit of connections follows from the process's limit of open files.
     """
     limit = connections or Connections.for_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     protocol: Any = functools.partial(LimitedHTTPProtocol, limit=limit)
@@ -361,7 +361,7 @@ def bounded(
         http=protocol,
         ws="none",
         timeout_keep_alive=keep_alive,  # type: ignore[arg-type]  # seconds of asyncio's clock
-        backlog=_ACCEPTED_AT_ONCE,
+        backlog=_ACCEPTS_PER_ITERATION,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -369,39 +369,39 @@ def bounded(
     )
 
 
-async def _framed(app: ASGIApp, cycle: RequestResponseCycle, scope: Scope, receive: Receive, send: Send) -> None:
-    """Runs `app` with an answer that ends as its client understands.
+async def _with_framing(app: ASGIApp, cycle: RequestResponseCycle, scope: Scope, receive: Receive, send: Send) -> None:
+    """Run `app`, with a response that ends in a way that the client understands.
 
-    Chunks are not of HTTP/1.0: there, what has no known length ends with the connection. So does what is said instead
-    of "100 Continue", for whether the body then comes is up to the client.
+    HTTP/1.0 has no chunked encoding: a response of unknown length ends with the connection. So does a response sent
+    instead of "100 Continue", as the client may or may not send the body.
     """
-    is_unbounded = False
+    has_unknown_length = False
 
-    def send_framed(message: Message) -> Awaitable[None]:
-        nonlocal is_unbounded
+    def send_with_framing(message: Message) -> Awaitable[None]:
+        nonlocal has_unknown_length
         if message["type"] == "http.response.start":
             cycle.keep_alive &= not cycle.waiting_for_100_continue
             lengths = [value for name, value in message["headers"] if name == b"content-length"]
-            is_unbounded = scope["http_version"] == "1.0" and not lengths
-            if is_unbounded:
+            has_unknown_length = scope["http_version"] == "1.0" and not lengths
+            if has_unknown_length:
                 cycle.chunked_encoding = False
-        elif is_unbounded:
+        elif has_unknown_length:
             cycle.expected_content_length = len(message.get("body", b""))
         return send(message)
 
-    await app(scope, receive, send_framed)
+    await app(scope, receive, send_with_framing)
 
 
-def _only_probes(app: ASGIApp, tell: Callable[[int], None]) -> ASGIApp:
-    """Answers orchestrators, who would end a server that did not, and nobody else."""
+def _serve_probes_only(app: ASGIApp, on_rejected: Callable[[int], None]) -> ASGIApp:
+    """Serve health checks, as an orchestrator would otherwise restart the server; reject everything else."""
 
     async def busy(scope: Scope, receive: Receive, send: Send) -> None:
         if canonical_path(scope.get("path", "")) in PROBE_PATHS:
             await app(scope, receive, send)
             return
-        refusal = error_response(UnavailableError("The server has too many connections."))
-        refusal.headers["Connection"] = "close"
-        tell(refusal.status_code)
-        await refusal(scope, receive, send)
+        rejection = error_response(UnavailableError("The server has too many connections."))
+        rejection.headers["Connection"] = "close"
+        on_rejected(rejection.status_code)
+        await rejection(scope, receive, send)
 
     return busy

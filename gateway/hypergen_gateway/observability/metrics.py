@@ -1,7 +1,7 @@
-"""What a gateway counts, for Prometheus.
+"""Prometheus metrics of the gateway.
 
-Knows the metrics' names and units; Triton's and the sampler's own are scraped from Triton, beside these. No label takes
-its value from a client, so that nobody can make more of them.
+Triton's and the sampler's metrics are scraped from Triton. No label takes its value from a client, as clients could
+then create any number of time series.
 """
 
 from __future__ import annotations
@@ -25,47 +25,47 @@ _RATIOS = (0.5, 0.67, 0.8, 1, 1.25, 1.5, 2, 3, 5)
 
 
 class Metrics:
-    """`hypergen_gateway_...`, in a registry of its own: two gateways in one process do not mix."""
+    """The metrics `hypergen_gateway_*`, in a registry of their own, so that several gateways can share a process."""
 
     def __init__(self, admission: Admission) -> None:
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
-        self._requests = self._counter("requests", "Requests answered", "route", "method", "status")
-        self._seconds = self._histogram("request_seconds", "From a request to the end of its answer", "route")
-        self._counted_by = functools.cache(self._look_up)  # there are few of them, and they stay
-        self._first = self._histogram("first_image_seconds", "From a request to its first preview or picture", "kind")
-        self._phases = self._histogram("phase_seconds", "Where a picture's time went", "phase")
-        self._images = self._counter("images", "Previews and pictures made", "kind")
-        self._steps = self._counter("steps", "Steps of denoising in the pictures made")
-        self._saved = self._counter("saved_steps", "Steps not taken, as their client had gone; estimated while at work")
-        self._refused = self._counter("refused", "Requests refused by admission", "reason")
-        self._unheard = self._counter("unheard_requests", "Requests refused at their head, or at the door", "status")
-        self._joined = self._counter("joined", "Requests that joined the work of an earlier one", "reason")
-        self._ratio = self._histogram("estimate_ratio", "Time taken by time estimated on arrival", buckets=_RATIOS)
-        self._gauge("queued_requests", "Requests that wait for a place").set_function(lambda: admission.waiting)
-        self._gauge("active_requests", "Requests at work in Triton").set_function(lambda: admission.running)
-        self._gauge("active_images", "Images at work in Triton").set_function(lambda: admission.running_images)
-        self._gauge("asyncio_tasks", "Tasks of the event loop").set_function(_tasks)
+        self._requests = self._counter("requests", "HTTP requests", "route", "method", "status")
+        self._seconds = self._histogram("request_seconds", "Duration of HTTP requests", "route")
+        self._counted_by = functools.cache(self._look_up)  # unbounded, as there are few combinations
+        self._first = self._histogram("first_image_seconds", "Time to the first preview or image", "kind")
+        self._phases = self._histogram("phase_seconds", "Time that an image spends in each phase", "phase")
+        self._images = self._counter("images", "Generated previews and images", "kind")
+        self._steps = self._counter("steps", "Denoising steps of the generated images")
+        self._saved = self._counter("saved_steps", "Remaining steps of cancelled images, an estimate for running ones")
+        self._refused = self._counter("admission_rejections", "Requests rejected by admission control", "reason")
+        self._protocol_rejections = self._counter("protocol_rejections", "Requests rejected before routing", "status")
+        self._joined = self._counter("joined", "Requests that joined an earlier request's job", "reason")
+        self._ratio = self._histogram("estimate_ratio", "Actual by estimated duration", buckets=_RATIOS)
+        self._gauge("queued_requests", "Requests waiting for a slot").set_function(lambda: admission.waiting)
+        self._gauge("active_requests", "Requests running in Triton").set_function(lambda: admission.running)
+        self._gauge("active_images", "Images running in Triton").set_function(lambda: admission.running_images)
+        self._gauge("asyncio_tasks", "Tasks of the asyncio event loop").set_function(_tasks)
         for reason in ("queue_full", "deadline"):
             self._refused.labels(reason)
         for status in (400, 408, 431, 503):
-            self._unheard.labels(str(status))
+            self._protocol_rejections.labels(str(status))
         for reason in ("idempotency_key", "retry"):
             self._joined.labels(reason)
 
     def exposition(self) -> bytes:
-        """Everything, as Prometheus reads it."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
-    def served(self, served: RequestRecord) -> None:
+    def responded(self, record: RequestRecord) -> None:
         """A request was answered."""
-        requests, seconds = self._counted_by(served.route, served.method, served.status)
+        requests, seconds = self._counted_by(record.route, record.method, record.status)
         requests.inc()
-        seconds.observe(served.seconds)
+        seconds.observe(record.seconds)
 
-    def unheard(self, status: int) -> None:
-        """A request was refused by the connection: as no HTTP, too slow, too large or one too many."""
-        self._unheard.labels(str(status)).inc()
+    def rejected_by_protocol(self, status: int) -> None:
+        """A request was rejected before routing: not HTTP, too slow, too large, or one connection too many."""
+        self._protocol_rejections.labels(str(status)).inc()
 
     def joined(self, reason: str) -> None:
         """A request joined a job."""
@@ -78,7 +78,7 @@ class Metrics:
     def image_ready(self, encoded: EncodedImage, seconds: float, *, is_first: bool) -> None:
         """A preview or a picture is there, `seconds` after its request."""
         image = encoded.image
-        kind = "picture" if image.is_final else "preview"
+        kind = "image" if image.is_final else "preview"
         self._images.labels(kind).inc()
         if is_first:
             self._first.labels(kind).observe(seconds)
@@ -114,5 +114,5 @@ class Metrics:
 def _tasks() -> int:
     try:
         return len(asyncio.all_tasks())
-    except RuntimeError:  # read outside of the loop
+    except RuntimeError:  # called outside the event loop
         return 0

@@ -1,8 +1,8 @@
-"""Traces of requests, for any collector that speaks OTLP.
+"""OpenTelemetry traces of requests, sent over OTLP.
 
-Knows OpenTelemetry, which is loaded where an endpoint is configured and only there. A request is a span; each picture
-of it is one below, and below that the time it waited, the text encoder, the denoising, the decoder and the file. Triton
-is given the request's context as a header, and adds spans of its own where its tracing is switched on.
+Imported only if an endpoint is configured. A request is a span with a child per image, which has a child per phase:
+queue, text encoder, denoising, decoder and file. Triton receives the trace context as headers and adds its own spans if
+its tracing is on.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from hypergen_gateway.http.middleware import RequestRecord
 from hypergen_gateway.http.request_id import current_request_id, current_trace
 
 _UNTRACED = PROBE_PATHS | {METRICS_PATH}
-# The phases of a picture in their order, as spans are called; what a file takes comes last.
+# Span names of an image's phases, in order; the encoding of the file comes last.
 _PHASES = {"queue": "queue", "encode_text": "text encoder", "denoise": "denoising", "decode": "decoder"}
 
 
 class Tracing:
-    """Sends spans to where the `OTEL_…` variables say, in the background; belongs to one gateway.
+    """Exports spans in the background, as configured by the `OTEL_…` variables; belongs to one gateway.
 
-    A middleware's factory, and an observer of requests and drawings.
+    Creates a middleware, and observes requests and image generation.
     """
 
     def __init__(self) -> None:
@@ -45,11 +45,11 @@ class Tracing:
         self._propagator = TraceContextTextMapPropagator()
 
     def close(self) -> None:
-        """Sends what is left. Blocks, for some seconds if nobody answers."""
+        """Export the remaining spans. Blocks, for some seconds if the collector does not answer."""
         self._provider.shutdown()
 
     def middleware(self, app: ASGIApp) -> ASGIApp:
-        """Makes a span of each request but probes, as a child of the client's if it sends a `traceparent`."""
+        """Create a span for each request except probes, as a child of the client's span if it sends a `traceparent`."""
 
         async def traced(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] != "http" or scope["path"] in _UNTRACED:
@@ -58,9 +58,9 @@ class Tracing:
             given = current_trace.get()
             parent = self._propagator.extract(given)
             with self._tracer.start_as_current_span(scope["method"], context=parent, kind=SpanKind.SERVER):
-                passed_on: dict[str, str] = {}
-                self._propagator.inject(passed_on)
-                token = current_trace.set(passed_on)
+                headers: dict[str, str] = {}
+                self._propagator.inject(headers)
+                token = current_trace.set(headers)
                 try:
                     await app(scope, receive, send)
                 finally:
@@ -68,21 +68,21 @@ class Tracing:
 
         return traced
 
-    def served(self, served: RequestRecord) -> None:
+    def responded(self, record: RequestRecord) -> None:
         """The request of the current span was answered."""
         span = trace.get_current_span()
-        span.update_name(f"{served.method} {served.route}")
+        span.update_name(f"{record.method} {record.route}")
         span.set_attributes(
             {
-                "http.request.method": served.method,
-                "http.route": served.route,
-                "http.response.status_code": served.status,
+                "http.request.method": record.method,
+                "http.route": record.route,
+                "http.response.status_code": record.status,
                 "hypergen.request_id": current_request_id.get(),
-                "hypergen.images": served.images or 0,
-                "hypergen.steps": served.steps or 0,
+                "hypergen.images": record.images or 0,
+                "hypergen.steps": record.steps or 0,
             }
         )
-        if served.status >= 500:
+        if record.status >= 500:
             span.set_status(StatusCode.ERROR)
 
     def image_ready(self, encoded: EncodedImage, seconds: float, *, is_first: bool) -> None:  # noqa: ARG002
@@ -99,7 +99,7 @@ class Tracing:
             "hypergen.steps": image.step,
             "hypergen.seed": image.seed,
         }
-        span = self._tracer.start_span("picture", start_time=began, attributes=attributes)
+        span = self._tracer.start_span("image", start_time=began, attributes=attributes)
         for name, milliseconds in phases.items():
             child = self._tracer.start_span(name, context=set_span_in_context(span), start_time=began)
             began += _nanoseconds(milliseconds)

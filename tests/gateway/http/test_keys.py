@@ -69,7 +69,7 @@ class TestFile:
     def test_a_line_that_is_neither_is_named_by_its_number_alone(self, line: str) -> None:
         with pytest.raises(BadKeysError) as raised:
             parse_keys(f"# one\nsk-good\n{line}\n")
-        assert str(raised.value) == "line 3 is neither KEY nor NAME: KEY"
+        assert str(raised.value) == "line 3 must be KEY or NAME: KEY"
 
     @pytest.mark.parametrize("text", ["", " \n", "# sk-none\n"])
     def test_no_key_is_no_way_to_open_the_server(self, text: str) -> None:
@@ -115,7 +115,7 @@ class TestRotation:
         write(file, broken)
         assert await statuses(client, "old", "old", "two", "words", "") == [200, 200, 401, 401, 401]
         (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
-        assert "stay as they were" in line
+        assert "keeping the previous API keys" in line
         assert "two" not in line
         write(file, b"mended\n")
         assert await statuses(client, "old", "mended") == [401, 200]

@@ -138,7 +138,7 @@ class TestNoRoute:
         assert words in str(error["message"])
 
     async def test_where_nobody_can_tell_nothing_is_guessed(self, client: httpx.AsyncClient) -> None:
-        assert error_of(await client.get("/nowhere"))["message"] == "There is no GET /nowhere here."
+        assert error_of(await client.get("/nowhere"))["message"] == "Not found: GET /nowhere."
 
 
 class TestAzure:

@@ -20,7 +20,7 @@ import pytest_asyncio
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.http import protocol as connections
-from hypergen_gateway.http.protocol import AcceptErrors, Connections, bounded
+from hypergen_gateway.http.protocol import AcceptErrors, Connections, make_uvicorn_config
 from support.fake_backend import FakeBackend, on_loopback, until
 
 BODY = b'{"prompt": "a fox"}'
@@ -60,11 +60,11 @@ class Wire:
         finally:
             writer.close()
 
-    async def unheard(self, status: int) -> float:
-        """How many requests the gateway has refused with this status before it heard of them."""
+    async def rejections(self, status: int) -> float:
+        """How many requests the gateway has rejected with this status before routing."""
         answer = await self.say(b"GET /metrics HTTP/1.1\r\nHost: x\r\n" + LAST)
         lines = [line.split() for line in answer.decode().splitlines()]
-        name = f'hypergen_gateway_unheard_requests_total{{status="{status}"}}'
+        name = f'hypergen_gateway_protocol_rejections_total{{status="{status}"}}'
         (value,) = [words[1] for words in lines if words[:1] == [name]]
         return float(value)
 
@@ -146,11 +146,11 @@ class TestHeads:
     async def test_rubbish_is_a_400_in_openai_s_shape_counted_and_not_logged(
         self, wire: Wire, caplog: pytest.LogCaptureFixture, rubbish: bytes
     ) -> None:
-        before = await wire.unheard(400)
+        before = await wire.rejections(400)
         answer = await wire.say(rubbish)
         assert statuses(answer) == [400]
         assert error_in(answer)["type"] == "invalid_request_error"
-        assert await wire.unheard(400) == before + 1
+        assert await wire.rejections(400) == before + 1
         assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
     @pytest.mark.parametrize(
@@ -289,11 +289,11 @@ class TestFraming:
         "rubbish", [b'"}', b'"}\r\n\r\n', b"\x00\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\x00" * 100_000]
     )
     async def test_rubbish_behind_a_request_does_not_take_its_answer(self, wire: Wire, rubbish: bytes) -> None:
-        before = await wire.unheard(400)
+        before = await wire.rejections(400)
         answer = await wire.say(LIVE + POST + LENGTH + b"\r\n" + BODY + rubbish + LIVE)
         assert statuses(answer) == [200, 200]
         assert answer.count(b"connection: close") == 1
-        assert await wire.unheard(400) == before + 1
+        assert await wire.rejections(400) == before + 1
 
     async def test_a_broken_body_behind_a_request_does_not_take_its_answer(self, wire: Wire) -> None:
         answer = await wire.say(LIVE + POST + CHUNKED + b"\r\nzz\r\n" + LIVE)
@@ -434,14 +434,14 @@ class TestTime:
     @pytest.mark.parametrize("begun", [b"G", b"GET /health HTTP/1.1\r\nHost: x\r\n"])
     @pytest.mark.parametrize("first", [b"", LIVE])
     async def test_a_head_that_stops_half_way_is_a_408(self, wire: Wire, first: bytes, begun: bytes) -> None:
-        before = await wire.unheard(408)
+        before = await wire.rejections(408)
         began = time.monotonic()
         answer = await wire.say(first, begun, pause=0.1)
         assert statuses(answer) == [200] * bool(first) + [408]
         refusal = answer[answer.rindex(b"HTTP/1.1") :]
         assert error_in(refusal)["code"] == "request_timeout"
         assert 0.25 < time.monotonic() - began < 2
-        assert await wire.unheard(408) == before + 1
+        assert await wire.rejections(408) == before + 1
 
     async def test_half_a_head_that_came_with_a_request_is_not_kept_either(self, wire: Wire) -> None:
         began = time.monotonic()
@@ -512,7 +512,7 @@ class TestNumber:
                 assert statuses(await few.say(b"GET %s HTTP/1.1\r\nHost: x\r\n" % path + LAST)) == [200]
             backend.open.set()
             assert [await reader.readline() for reader in readers] == [b"HTTP/1.1 200 OK\r\n"] * 3
-        assert await few.unheard(503) == 1
+        assert await few.rejections(503) == 1
 
     async def test_the_idlest_makes_room_for_a_new_one(self, few: Wire, backend: FakeBackend) -> None:
         """Those that are kept for a next request, and those that never had one; a request under way is left alone."""
@@ -555,7 +555,7 @@ class TestNumber:
     async def test_there_are_no_more_than_files_may_be_open_for(self, files: int, most: int) -> None:
         connections = Connections.for_files(files)
         assert connections.most == most
-        assert files < 0 or connections.most + connections.refusals < 0.7 * files
+        assert files < 0 or connections.most + connections.rejections < 0.7 * files
 
 
 class TestKeepAlive:
@@ -568,7 +568,7 @@ class TestKeepAlive:
                 assert keep_alive - 0.05 < time.monotonic() - began < keep_alive + 2
 
     async def test_by_default_it_outlasts_the_pools_of_proxies(self, backend: FakeBackend) -> None:
-        assert bounded(create_app(Config(), backend)).timeout_keep_alive == Config().keep_alive == 75
+        assert make_uvicorn_config(create_app(Config(), backend)).timeout_keep_alive == Config().keep_alive == 75
 
 
 class TestOpenFiles:

@@ -111,5 +111,5 @@ def test_lines_of_text_are_those_of_python_s_own_formatter() -> None:
 
 @pytest.mark.parametrize("value", ["yaml", ""])
 def test_another_format_is_refused_in_one_line(value: str) -> None:
-    with pytest.raises(AssertionError, match=r"--log-format.*(is not one of 'text', 'json'|it is empty)"):
+    with pytest.raises(AssertionError, match=r"--log-format.*(is not one of 'text', 'json'|must not be empty)"):
         start("--log-format", value)

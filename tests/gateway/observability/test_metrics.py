@@ -50,9 +50,9 @@ async def test_requests_are_counted_by_route_method_and_status(client: httpx.Asy
 async def test_images_steps_and_phases_are_counted(client: httpx.AsyncClient) -> None:
     await client.post(GENERATIONS, json=FOX | {"n": 2, "stream": True, "partial_images": 3})
     seen = await metrics(client)
-    assert (seen['images_total{kind="picture"}'], seen['images_total{kind="preview"}']) == (2, 6)
+    assert (seen['images_total{kind="image"}'], seen['images_total{kind="preview"}']) == (2, 6)
     assert seen["steps_total"] == 40
-    assert seen['first_image_seconds_count{kind="preview"}'] == seen['first_image_seconds_count{kind="picture"}'] == 1
+    assert seen['first_image_seconds_count{kind="preview"}'] == seen['first_image_seconds_count{kind="image"}'] == 1
     assert seen['phase_seconds_sum{phase="denoise"}'] == pytest.approx(2 * 0.030)
     phases = {name for name in seen if name.startswith("phase_seconds_count")}
     assert len(phases) == 5

@@ -66,7 +66,7 @@ async def test_a_request_is_a_span_its_pictures_are_below_and_their_phases_below
         "hypergen.images": 2,
         "hypergen.steps": 40,
     }
-    pictures = [span for span in spans if span.name == "picture"]
+    pictures = [span for span in spans if span.name == "image"]
     assert {span.parent_span_id for span in pictures} == {request.span_id}
     assert sorted(attributes_of(span)["hypergen.seed"] for span in pictures) == [5, 6]
     phases = [span for span in spans if span.parent_span_id == pictures[0].span_id]
