@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import httpx
 
-from hypergen_gateway.conformance.rules import Area, NotTried, need
+from hypergen_gateway.conformance.rules import Area, NotTested, need
 from hypergen_gateway.conformance.server import EDITS, GENERATIONS, MODELS, Server
 from hypergen_gateway.conformance.shapes import error_of, refusal, told
 
@@ -26,17 +26,17 @@ def _(server: Server) -> str:
     return seen
 
 
-@AREA.rule("with another scheme than Bearer: 401")
+@AREA.rule("with a scheme other than Bearer: 401")
 def _(server: Server) -> str:
     return refusal(_ask(server, f"Basic {server.options.api_key}"), 401)
 
 
-@AREA.rule("with a Bearer that holds nothing: 401")
+@AREA.rule("with an empty Bearer token: 401")
 def _(server: Server) -> str:
     return refusal(_ask(server, "Bearer"), 401)
 
 
-@AREA.rule("no key, a wrong key and a malformed header are told apart")
+@AREA.rule("no key, a wrong key and a malformed header have different messages")
 def _(server: Server) -> str:
     messages = {error_of(_ask(server, value))["message"] for value in (None, f"Bearer {_WRONG}", "Basic x")}
     need(len(messages) == 3, f"one message for several: {' | '.join(sorted(messages))}")
@@ -57,7 +57,7 @@ def _(server: Server) -> str:
     return "it does not"
 
 
-@AREA.rule("pictures need the key too, before anything else is looked at")
+@AREA.rule("image generation checks the key before anything else")
 def _(server: Server) -> str:
     _need_key(server)
     for path in (GENERATIONS, EDITS):
@@ -76,4 +76,4 @@ def _ask(server: Server, authorization: str | None) -> httpx.Response:
 
 def _need_key(server: Server) -> None:
     if server.options.api_key is None:
-        raise NotTried("no --api-key was given")
+        raise NotTested("no --api-key was given")

@@ -1,4 +1,4 @@
-"""`hypergen conformance`: the rules of OpenAI's Images API, tried on servers."""
+"""`hypergen conformance`: check servers against OpenAI's Images API."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ RULES: tuple[Rule, ...] = tuple(rule for area in AREAS for rule in area.rules)
 
 @click.command()
 @click.argument("urls", cls=Argument, nargs=-1, required=True, metavar="URL...")
-@option("--api-key", secret=True, type=KeyText(), metavar="KEY", help="The servers' key.")
-@click.option("--timeout", cls=Option, type=Number(1, A_WEEK), default=600.0, help="Seconds that one answer may take.")
+@option("--api-key", secret=True, type=KeyText(), metavar="KEY", help="API key of the servers.")
+@click.option(
+    "--timeout", cls=Option, type=Number(1, A_WEEK), default=600.0, help="Time limit of a response in seconds."
+)
 @click.option(
     "--extra-body", cls=Option, metavar="JSON", default="{}", help="Fields for every request, such as fewer steps."
 )
@@ -43,19 +45,19 @@ RULES: tuple[Rule, ...] = tuple(rule for area in AREAS for rule in area.rules)
     cls=Option,
     type=click.IntRange(0, 1000),
     default=0,
-    help="Requests at once, to fill the queue. [0: none]",
+    help="Concurrent requests to fill the queue; 0: none.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print everything that was found as JSON.")
-@click.option("--markdown", is_flag=True, help="Print tables with a column for each server.")
+@click.option("--json", "as_json", is_flag=True, help="Print all results as JSON.")
+@click.option("--markdown", is_flag=True, help="Print tables with a column per server.")
 def conformance(*, urls: Sequence[str], extra_body: str, as_json: bool, markdown: bool, **given: Any) -> None:
-    """Hold the server at each URL against OpenAI's Images API.
+    """Check the server at each URL against OpenAI's Images API.
 
-    It draws some fifty small pictures. Rules about what HyperGen adds to the API are marked as extensions. The exit
-    code is 1 if a rule that is no extension fails.
+    Generates about fifty small images. Rules for HyperGen's additions to the API are marked as extensions. The exit
+    code is 1 if a rule fails that is not an extension.
     """
     options = Options(extra_body=_read_fields(extra_body), **given)
     quiet = as_json or markdown
-    by_server = {url: _hold(url, options, quiet) for url in urls}
+    by_server = {url: _run(url, options, quiet) for url in urls}
     if quiet:
         click.echo(report.to_json(by_server) if as_json else report.to_markdown(by_server))
     everything = [finding for found in by_server.values() for finding in found]
@@ -63,11 +65,11 @@ def conformance(*, urls: Sequence[str], extra_body: str, as_json: bool, markdown
         raise SystemExit(1)
 
 
-def _hold(url: str, options: Options, quiet: bool) -> list[Finding]:
+def _run(url: str, options: Options, quiet: bool) -> list[Finding]:
     server = Server(url, options)
     found: list[Finding] = []
     try:
-        _reach(server)
+        _check_reachable(server)
         for finding in findings(RULES, server):
             if not quiet:
                 _show(finding, is_first=not found or found[-1].rule.area != finding.rule.area)
@@ -78,7 +80,7 @@ def _hold(url: str, options: Options, quiet: bool) -> list[Finding]:
     return found
 
 
-def _reach(server: Server) -> None:
+def _check_reachable(server: Server) -> None:
     try:
         server.send("GET", MODELS)
     except (httpx.TransportError, httpx.InvalidURL) as error:
@@ -94,7 +96,7 @@ def _show(finding: Finding, *, is_first: bool) -> None:
 def _read_fields(text: str) -> dict[str, Any]:
     try:
         fields = json.loads(text)
-        json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()  # as it will be sent
+        json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()  # must also be encodable, as it will be sent
     except ValueError as error:
         raise click.UsageError(f"--extra-body is not JSON: {error}.") from error
     if not isinstance(fields, dict):

@@ -27,25 +27,25 @@ VARIATION = Area("variations")
 _BOUNDARY = "----conformance"
 
 
-@AREA.rule("`image` and a prompt give a picture")
+@AREA.rule("`image` and a prompt return an image")
 def _(server: Server) -> str:
     return described(pictures_of(offered(server.edit([("image", _picture(server))]))))
 
 
-@AREA.rule("`image[]` is the same, and may come twice")
+@AREA.rule("`image[]` works like `image` and can be repeated")
 def _(server: Server) -> str:
     once = pictures_of(offered(server.edit([("image[]", _picture(server))])))
     twice = pictures_of(offered(server.edit([("image[]", _picture(server))] * 2)))
     return described([*once, *twice])
 
 
-@AREA.rule("raw bytes come as `upload` of application/octet-stream")
+@AREA.rule("raw bytes are accepted as `upload` of type application/octet-stream")
 def _(server: Server) -> str:
     _, content, _ = _picture(server)
     return described(pictures_of(offered(server.edit([("image", ("upload", content, "application/octet-stream"))]))))
 
 
-@AREA.rule("a file before the prompt, a path as its name, a body in chunks")
+@AREA.rule("a file before the prompt, a path as file name and a chunked body are accepted")
 def _(server: Server) -> str:
     _, content, _ = _picture(server)
     body = server.body({"n": 1})
@@ -53,14 +53,14 @@ def _(server: Server) -> str:
     return described(pictures_of(offered(server.send("POST", EDITS, content=_chunks(content, body), headers=headers))))
 
 
-@AREA.rule("numbers and truth come as text: `n` 2, `stream` false")
+@AREA.rule("numbers and booleans are accepted as text: `n` 2, `stream` false")
 def _(server: Server) -> str:
     pictures = pictures_of(offered(server.edit([("image", _picture(server))], n=2, stream=False, partial_images=0)))
     need(len(pictures) == 2, f"{len(pictures)} pictures")
     return described(pictures)
 
 
-@AREA.rule("JPEG and WebP are images too")
+@AREA.rule("JPEG and WebP input images are accepted")
 def _(server: Server) -> str:
     pictures = []
     for name in ("jpeg", "webp"):
@@ -69,12 +69,12 @@ def _(server: Server) -> str:
     return described(pictures)
 
 
-@AREA.rule("a mask is taken")
+@AREA.rule("a mask is accepted")
 def _(server: Server) -> str:
     return described(pictures_of(_masked(server)))
 
 
-@AREA.rule("outside the mask the picture stays as it was", extension=True)
+@AREA.rule("the image is unchanged outside the mask", extension=True)
 def _(server: Server) -> str:
     before = _image(server).convert("RGB")
     (after,) = pictures_of(_masked(server))
@@ -86,7 +86,7 @@ def _(server: Server) -> str:
     return f"at most {worst} of 255 away"
 
 
-@AREA.rule("usage counts the tokens of the image")
+@AREA.rule("`usage` counts the tokens of the input image")
 def _(server: Server) -> str:
     usage = json_of(offered(server.edit([("image", _picture(server))]))).get("usage")
     need(usage, "no usage")
@@ -95,7 +95,7 @@ def _(server: Server) -> str:
     return f"{tokens} tokens"
 
 
-@AREA.rule("JSON with the image as a data URL is taken")
+@AREA.rule("JSON with the image as a data URL is accepted")
 def _(server: Server) -> str:
     _, content, _ = _picture(server)
     url = f"data:image/png;base64,{base64.b64encode(content).decode()}"
@@ -103,7 +103,7 @@ def _(server: Server) -> str:
     return described(pictures_of(offered(response)))
 
 
-@AREA.rule("`stream` gives image_edit.completed, with previews before it")
+@AREA.rule("`stream` sends previews, then image_edit.completed")
 def _(server: Server) -> str:
     response = offered(server.edit([("image", _picture(server))], stream=True, partial_images=1), "stream")
     types = [event.type for event in events_of(response)]
@@ -125,7 +125,7 @@ def _(server: Server) -> str:
     return refusal(server.edit([("image", _picture(server))], prompt=None), 400, param="prompt")
 
 
-@AREA.rule("an image that is none: 400, param `image`")
+@AREA.rule("a file that is not an image: 400, param `image`")
 def _(server: Server) -> str:
     _need_route(server)
     return refusal(
@@ -140,18 +140,18 @@ def _(server: Server) -> str:
     return refusal(server.edit([("image", _picture(server)), ("mask", mask)]), 400, param="mask")
 
 
-@AREA.rule("a text that is no number: 400, param `n`")
+@AREA.rule("text instead of a number: 400, param `n`")
 def _(server: Server) -> str:
     _need_route(server)
     return refusal(server.edit([("image", _picture(server))], n="two"), 400, param="n")
 
 
-@VARIATION.rule("an image alone gives a picture")
+@VARIATION.rule("an image alone returns an image")
 def _(server: Server) -> str:
     return described(pictures_of(offered(server.edit([("image", _picture(server))], path=VARIATIONS))))
 
 
-@VARIATION.rule("`n: 2` gives two that differ")
+@VARIATION.rule("`n: 2` returns two different images")
 def _(server: Server) -> str:
     pictures = pictures_of(offered(server.edit([("image", _picture(server))], path=VARIATIONS, n=2)))
     need(len(pictures) == 2 and pictures[0].tobytes() != pictures[1].tobytes(), described(pictures))

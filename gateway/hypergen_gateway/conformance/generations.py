@@ -6,7 +6,7 @@ import hashlib
 import time
 from typing import Any
 
-from hypergen_gateway.conformance.rules import Area, NotTried, need
+from hypergen_gateway.conformance.rules import Area, NotTested, need
 from hypergen_gateway.conformance.server import PROMPT, Server
 from hypergen_gateway.conformance.shapes import (
     described,
@@ -22,14 +22,14 @@ AREA = Area("generations")
 _LONG_PROMPT = ", ".join([PROMPT] * 4)
 
 
-@AREA.rule("a prompt alone gives one picture")
+@AREA.rule("a prompt alone returns one image")
 def _(server: Server) -> str:
     pictures = pictures_of(server.picture)
     need(len(pictures) == 1, f"{len(pictures)} pictures")
     return described(pictures)
 
 
-@AREA.rule("without `response_format` it comes as base64 or as a link")
+@AREA.rule("without `response_format` the image is base64 or a link")
 def _(server: Server) -> str:
     response = server.generate(response_format=None)
     need(response.status_code == 200, told(response))
@@ -38,21 +38,21 @@ def _(server: Server) -> str:
     return ", ".join(held)
 
 
-@AREA.rule("it is a PNG, in base64")
+@AREA.rule("the image is a PNG in base64")
 def _(server: Server) -> str:
     (picture,) = pictures_of(server.picture)
     need(picture.format == "PNG", described([picture]))
     return described([picture])
 
 
-@AREA.rule("`created` is the time of now")
+@AREA.rule("`created` is the current time")
 def _(server: Server) -> str:
     created = json_of(server.picture)["created"]
     need(isinstance(created, int) and abs(time.time() - created) < 3600, str(created))
     return str(created)
 
 
-@AREA.rule("`usage` counts tokens of text and images, and adds them up")
+@AREA.rule("`usage` counts text and image tokens and their sum")
 def _(server: Server) -> str:
     usage = json_of(server.picture).get("usage")
     need(usage, "no usage")
@@ -63,7 +63,7 @@ def _(server: Server) -> str:
     return f"{usage['input_tokens']} + {usage['output_tokens']}"
 
 
-@AREA.rule("the answer says background, output_format and quality in OpenAI's words")
+@AREA.rule("background, output_format and quality have OpenAI's values")
 def _(server: Server) -> str:
     body = json_of(server.picture)
     legal = {
@@ -76,7 +76,7 @@ def _(server: Server) -> str:
     return ", ".join(f"{value}" for value in said.values())
 
 
-@AREA.rule("`n: 2` gives two pictures that differ, and a longer prompt more tokens")
+@AREA.rule("`n: 2` returns two different images, and a longer prompt has more tokens")
 def _(server: Server) -> str:
     response = offered(server.generate(n=2, prompt=_LONG_PROMPT), "n")
     pictures = pictures_of(response)
@@ -87,7 +87,7 @@ def _(server: Server) -> str:
     return f"{described(pictures)}; {tokens[0]} and {tokens[1]} tokens"
 
 
-@AREA.rule("a size that is asked for is the picture's, and `auto` is a size")
+@AREA.rule("images have the requested size, and `auto` is accepted")
 def _(server: Server) -> str:
     (own,) = pictures_of(server.picture)
     (asked,) = pictures_of(offered(server.generate(size=f"{own.width}x{own.height}", quality="auto"), "size"))
@@ -96,7 +96,7 @@ def _(server: Server) -> str:
     return described([asked, auto])
 
 
-@AREA.rule("`quality: low` is known")
+@AREA.rule("`quality: low` is accepted")
 def _(server: Server) -> str:
     response = offered(server.generate(quality="low"), "quality")
     said = json_of(response).get("quality")
@@ -104,7 +104,7 @@ def _(server: Server) -> str:
     return f"{described(pictures_of(response))}, quality {said}"
 
 
-@AREA.rule("every other field of OpenAI's clients is taken")
+@AREA.rule("all other fields of OpenAI's clients are accepted")
 def _(server: Server) -> str:
     fields = {
         "background": "opaque",
@@ -119,14 +119,14 @@ def _(server: Server) -> str:
     return described(pictures_of(server.generate(**fields)))
 
 
-@AREA.rule("null is as good as leaving a field out, and unknown fields are no error")
+@AREA.rule("null is the same as omitting a field, and unknown fields are ignored")
 def _(server: Server) -> str:
     absent = dict.fromkeys(("n", "size", "quality", "background", "output_format", "stream", "user"))
     body = absent | server.body({"a_field_of_next_year": {"x": [1]}})
     return described(pictures_of(server.send("POST", "/images/generations", json=body)))
 
 
-@AREA.rule("a prompt in any script is a prompt")
+@AREA.rule("prompts in any script are accepted")
 def _(server: Server) -> str:
     return described(pictures_of(server.generate(prompt="кот 猫 🐈 \u202e é")))
 
@@ -141,7 +141,7 @@ def _(server: Server) -> str:
     return _file_in(server, "webp")
 
 
-@AREA.rule("`response_format: url` gives a link that opens without the key")
+@AREA.rule("`response_format: url` returns a link that works without the key")
 def _(server: Server) -> str:
     item = json_of(offered(server.generate(response_format="url"), "response_format"))["data"][0]
     need(item.get("url"), f"no url but {', '.join(item)}")
@@ -153,33 +153,33 @@ def _(server: Server) -> str:
     return described([open_picture(response.content)])
 
 
-@AREA.rule("any `model` will do", extension=True)
+@AREA.rule("any `model` is accepted", extension=True)
 def _(server: Server) -> str:
     return described(pictures_of(server.generate(model="gpt-image-1")))
 
 
-@AREA.rule("the same `seed` gives the same bytes, and another does not", extension=True)
+@AREA.rule("the same `seed` returns the same bytes, another one does not", extension=True)
 def _(server: Server) -> str:
     digests = [_digests(server, seed=seed)[0] for seed in (7, 7, 8)]
     need(digests[0] == digests[1] != digests[2], f"seeds 7, 7 and 8: {' '.join(digests)}")
     return " ".join(digests)
 
 
-@AREA.rule("image i of a request is that of `seed` + i", extension=True)
+@AREA.rule("image i of a request has seed `seed` + i", extension=True)
 def _(server: Server) -> str:
     several, one = _digests(server, seed=7, n=2), _digests(server, seed=8)
     need(several[1] == one[0], f"{several[1]} with n 2, {one[0]} alone")
     return one[0]
 
 
-@AREA.rule("the seed of each picture is returned", extension=True)
+@AREA.rule("the seed of each image is returned", extension=True)
 def _(server: Server) -> str:
     seeds = [item.get("seed") for item in json_of(offered(server.generate(seed=7, n=2)))["data"]]
     need(seeds == [7, 8], f"{seeds}")
     return str(seeds)
 
 
-@AREA.rule("`negative_prompt`, `num_inference_steps`, `guidance_scale` change the picture", extension=True)
+@AREA.rule("`negative_prompt`, `num_inference_steps`, `guidance_scale` change the image", extension=True)
 def _(server: Server) -> str:
     plain = _digests(server, seed=7)[0]
     knobs: dict[str, Any] = {"negative_prompt": "yellow", "num_inference_steps": 3, "guidance_scale": 9.0}
@@ -200,5 +200,5 @@ def _file_in(server: Server, name: str) -> str:
 def _digests(server: Server, **fields: Any) -> list[str]:
     response = server.generate(**fields)
     if response.status_code == 400:
-        raise NotTried(told(response))
+        raise NotTested(told(response))
     return [hashlib.sha256(picture.tobytes()).hexdigest()[:8] for picture in pictures_of(response)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-from hypergen_gateway.conformance.rules import Area, NotTried, need
+from hypergen_gateway.conformance.rules import Area, NotTested, need
 from hypergen_gateway.conformance.server import MODELS, Server
 from hypergen_gateway.conformance.shapes import error_of, refusal, told
 
@@ -12,7 +12,7 @@ AREA = Area("headers")
 LOAD = Area("load")
 
 
-@AREA.rule("every answer has an `x-request-id` of its own")
+@AREA.rule("every response has a unique `x-request-id`")
 def _(server: Server) -> str:
     answers = [server.send("GET", MODELS), server.send("GET", MODELS), server.picture]
     ids = [answer.headers.get("x-request-id") for answer in answers]
@@ -21,53 +21,53 @@ def _(server: Server) -> str:
     return str(ids[0])
 
 
-@AREA.rule("an error has one too")
+@AREA.rule("an error response has an `x-request-id`")
 def _(server: Server) -> str:
     id_ = server.send("GET", "/no/such/route").headers.get("x-request-id")
     need(id_, "no such header")
     return str(id_)
 
 
-@AREA.rule("an `x-request-id` that a client sends is kept", extension=True)
+@AREA.rule("an `x-request-id` sent by the client is returned", extension=True)
 def _(server: Server) -> str:
     id_ = server.send("GET", MODELS, headers={"x-request-id": "mine-7"}).headers.get("x-request-id")
     need(id_ == "mine-7", str(id_))
     return str(id_)
 
 
-@AREA.rule("`openai-processing-ms` tells the time it took")
+@AREA.rule("`openai-processing-ms` is the processing time")
 def _(server: Server) -> str:
     header = server.picture.headers.get("openai-processing-ms")
     need(header is not None, "no such header")
     return f"{int(str(header))} ms"
 
 
-@AREA.rule("`Server-Timing` tells where it went", extension=True)
+@AREA.rule("`Server-Timing` has the time of each phase", extension=True)
 def _(server: Server) -> str:
     header = server.picture.headers.get("server-timing", "")
     need("dur=" in header, header or "no such header")
     return str(header)
 
 
-@AREA.rule("HEAD of the models is answered as GET, without a body")
+@AREA.rule("HEAD of the models is like GET without a body")
 def _(server: Server) -> str:
     response = server.send("HEAD", MODELS)
     need(response.status_code == 200 and not response.content, told(response))
     return "200"
 
 
-@LOAD.rule("a full queue is a 429 `rate_limit_exceeded` that says when to come again")
+@LOAD.rule("a full queue: 429 `rate_limit_exceeded` with a time to retry")
 def _(server: Server) -> str:
     count = server.options.burst
     if count == 0:
-        raise NotTried("no --burst was given")
+        raise NotTested("no --burst was given")
     with ThreadPoolExecutor(count) as pool:
         answers = list(pool.map(lambda _: server.generate(), range(count)))
     full = [answer for answer in answers if answer.status_code == 429]
     others = [answer for answer in answers if answer.status_code not in (200, 429)]
     need(not others, " · ".join(told(answer) for answer in others[:2]))
     if not full:
-        raise NotTried(f"{count} requests at once were all served")
+        raise NotTested(f"{count} requests at once were all served")
     seen = refusal(full[0], 429)
     need(error_of(full[0])["code"] == "rate_limit_exceeded", seen)
     need(full[0].headers.get("retry-after", "").isdecimal(), f"no Retry-After; {seen}")

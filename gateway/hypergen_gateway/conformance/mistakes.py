@@ -47,7 +47,7 @@ def _(server: Server) -> str:
     return refusal(server.send("GET", "/no/such/route"), 404)
 
 
-@AREA.rule("a method that a route does not have: 405 in OpenAI's shape, with `Allow`")
+@AREA.rule("an unsupported method: 405 in OpenAI's shape, with `Allow`")
 def _(server: Server) -> str:
     response = server.send("GET", GENERATIONS)
     seen = refusal(response, 405)
@@ -56,22 +56,22 @@ def _(server: Server) -> str:
     return seen
 
 
-@AREA.rule("a body that is no JSON by its type: 415 or 400")
+@AREA.rule("a Content-Type other than JSON: 415 or 400")
 def _(server: Server) -> str:
     return _posted(server, b'{"prompt": "a"}', 415, 400, kind="text/plain")
 
 
-@AREA.rule("a body that is empty: 400")
+@AREA.rule("an empty body: 400")
 def _(server: Server) -> str:
     return _posted(server, b"", 400)
 
 
-@AREA.rule("a body that is broken JSON: 400")
+@AREA.rule("malformed JSON: 400")
 def _(server: Server) -> str:
     return _posted(server, b'{"prompt": "a rock', 400)
 
 
-@AREA.rule("a body that is JSON but no object: 400")
+@AREA.rule("JSON that is not an object: 400")
 def _(server: Server) -> str:
     return " · ".join(_posted(server, body, 400) for body in (b"[]", b"null", b'"a"', b"7"))
 
@@ -81,12 +81,12 @@ def _(server: Server) -> str:
     return _posted(server, b'{"prompt": "\xff\xfe"}', 400)
 
 
-@AREA.rule("numbers that JSON does not have (NaN, Infinity): 400")
+@AREA.rule("NaN and Infinity, which JSON does not have: 400")
 def _(server: Server) -> str:
     return " · ".join(_posted(server, b'{"prompt": "a", "n": %s}' % word, 400) for word in (b"NaN", b"Infinity"))
 
 
-@AREA.rule("no error shows the server's insides")
+@AREA.rule("errors contain no internals of the server")
 def _(server: Server) -> str:
     bodies = [b"", b"[]", b'{"prompt": 7}', b'{"prompt": "a", "size": "' + b"9" * 5000 + b'"}', b"\x00"]
     answers = [server.send("POST", GENERATIONS, content=body, headers=_JSON) for body in bodies]
@@ -117,7 +117,7 @@ def _(server: Server) -> str:
     return seen
 
 
-@ABUSE.rule("after all that the server still draws")
+@ABUSE.rule("after these requests the server still generates images")
 def _(server: Server) -> str:
     return described(pictures_of(server.generate()))
 

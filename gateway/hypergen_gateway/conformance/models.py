@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from urllib.parse import quote
 
-from hypergen_gateway.conformance.rules import Area, Failed, NotTried, need
+from hypergen_gateway.conformance.rules import Area, Failed, NotTested, need
 from hypergen_gateway.conformance.server import MODELS, Server
 from hypergen_gateway.conformance.shapes import json_of, refusal, told
 
@@ -33,20 +33,20 @@ def _(server: Server) -> str:
     return str(created)
 
 
-@AREA.rule("one model is retrieved by its id")
+@AREA.rule("a model is retrieved by its id")
 def _(server: Server) -> str:
     return _retrieved(server, quote(_some_id(server), safe=""))
 
 
-@AREA.rule("so it is with the id's slashes as they are")
+@AREA.rule("a model is retrieved by its id with unescaped slashes")
 def _(server: Server) -> str:
     id_ = _some_id(server)
     if "/" not in id_:
-        raise NotTried(f"{id_} has no slash")
+        raise NotTested(f"{id_} has no slash")
     return _retrieved(server, quote(id_))
 
 
-@AREA.rule("an unknown model is a 404 `model_not_found`")
+@AREA.rule("an unknown model: 404 `model_not_found`")
 def _(server: Server) -> str:
     response = server.send("GET", f"{MODELS}/no-such-model")
     seen = refusal(response, 404)
@@ -55,7 +55,7 @@ def _(server: Server) -> str:
     return seen
 
 
-@HEALTH.rule("GET /health tells status, model, queue_size and device", extension=True)
+@HEALTH.rule("GET /health has status, model, queue_size and device", extension=True)
 def _(server: Server) -> str:
     response = server.send("GET", f"{server.root}/health", authorised=False)
     need(response.status_code == 200, told(response))
@@ -65,7 +65,7 @@ def _(server: Server) -> str:
     return response.text
 
 
-@HEALTH.rule("there are probes for life and for readiness", extension=True)
+@HEALTH.rule("there are liveness and readiness probes", extension=True)
 def _(server: Server) -> str:
     answers = [server.send("GET", f"{server.root}/health/{probe}", authorised=False) for probe in ("live", "ready")]
     statuses = [answer.status_code for answer in answers]

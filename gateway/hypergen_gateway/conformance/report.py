@@ -1,4 +1,4 @@
-"""Findings for people and for programs."""
+"""Output of findings as text, JSON or Markdown."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import click
 
 from hypergen_gateway.conformance.rules import RESULTS, Finding, Result
 
-_COLOURS: dict[Result, str] = {"pass": "green", "fail": "red", "not offered": "yellow", "not tried": "blue"}
+_COLOURS: dict[Result, str] = {"pass": "green", "fail": "red", "not offered": "yellow", "not tested": "blue"}
 _WIDTH = max(len(result) for result in RESULTS)
 
 
 def line(finding: Finding) -> str:
-    """One finding as a terminal shows it, what was seen below the rule."""
+    """One finding for a terminal, with the observation below the rule."""
     result = click.style(finding.result.ljust(_WIDTH), fg=_COLOURS[finding.result])
     return f"  {result}  {_text(finding)}\n{' ' * (_WIDTH + 4)}{click.style(finding.seen, dim=True)}"
 
 
 def summary(findings: Sequence[Finding]) -> str:
-    """How many rules passed, failed and were left."""
+    """Number of rules by result."""
     counts = Counter(finding.result for finding in findings)
     own = sum(finding.result == "fail" and finding.rule.extension for finding in findings)
     words = ", ".join(f"{counts[result]} {result}" for result in RESULTS if counts[result])
-    return f"{len(findings)} rules: {words}" + (f" ({own} of the failures are about extensions)" if own else "")
+    return f"{len(findings)} rules: {words}" + (f" ({own} of the failures are extensions)" if own else "")
 
 
 def to_json(by_server: Mapping[str, Sequence[Finding]]) -> str:
-    """Everything that was found."""
+    """All findings as JSON."""
     report = [
         {
             "url": url,
@@ -51,7 +51,7 @@ def to_json(by_server: Mapping[str, Sequence[Finding]]) -> str:
 
 
 def to_markdown(by_server: Mapping[str, Sequence[Finding]]) -> str:
-    """Two tables with a column for each server: how many rules of each area passed, and every rule."""
+    """Two tables with a column per server: passed rules by area, and all rules."""
     areas = list(dict.fromkeys(finding.rule.area for findings in by_server.values() for finding in findings))
     columns = by_server.values()
     counts = [[area, *(_count(findings, area) for findings in columns)] for area in areas]
@@ -62,14 +62,14 @@ def to_markdown(by_server: Mapping[str, Sequence[Finding]]) -> str:
     ]
     return "\n\n".join(
         [
-            _table(["rules that hold", *by_server], [*counts, total]),
+            _table(["passed rules", *by_server], [*counts, total]),
             _table(["", "rule", *by_server], rules),
         ]
     )
 
 
 def _count(findings: Sequence[Finding], area: str | None = None) -> str:
-    """How many of an area's rules passed, and how many are not offered or could not be tried."""
+    """Number of an area's rules that passed, are not offered, or could not be tested."""
     results = [finding.result for finding in findings if area in (None, finding.rule.area)]
     left = [f"{results.count(result)} {result}" for result in RESULTS[2:] if result in results]
     return f"{results.count('pass')} of {len(results)}" + (f" ({', '.join(left)})" if left else "")

@@ -1,4 +1,4 @@
-"""What a rule is, and what can come of one."""
+"""Rules and their results."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ import httpx
 
 from hypergen_gateway.conformance.server import Server
 
-Result = Literal["pass", "fail", "not offered", "not tried"]
-RESULTS: tuple[Result, ...] = ("pass", "fail", "not offered", "not tried")
+Result = Literal["pass", "fail", "not offered", "not tested"]
+RESULTS: tuple[Result, ...] = ("pass", "fail", "not offered", "not tested")
 
-# Does what the rule is about, and says what was seen; raises `Failed`, `NotOffered` or `NotTried`.
+# Tests a rule and returns what was observed; raises `Failed`, `NotOffered` or `NotTested`.
 Check: TypeAlias = Callable[[Server], str]
 
 _LONGEST = 160
 
 
-class Failed(Exception):  # noqa: N818 - no error of ours
-    """The rule does not hold; `str()` is what was seen instead."""
+class Failed(Exception):  # noqa: N818 - a result, not an error
+    """The server violates the rule; `str()` is what was observed."""
 
 
-class NotOffered(Exception):  # noqa: N818 - no error: a server need not have everything
-    """The server says that it does not do this, in the way that the API provides for."""
+class NotOffered(Exception):  # noqa: N818 - a result, not an error
+    """The server reports, in a way that the API provides for, that it does not support this."""
 
 
-class NotTried(Exception):  # noqa: N818 - no error either
-    """The rule could not be tried; `str()` says what was missing."""
+class NotTested(Exception):  # noqa: N818 - a result, not an error
+    """The rule could not be tested; `str()` is what was missing."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A sentence that is true of a server or not. An extension is HyperGen's own: other servers need not know it."""
+    """A statement about a server, and its test. Extensions are specific to HyperGen."""
 
     area: str
     text: str
@@ -43,7 +43,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Finding:
-    """What came of a rule, and what was seen."""
+    """The result of a rule, and what was observed."""
 
     rule: Rule
     result: Result
@@ -51,7 +51,7 @@ class Finding:
 
 
 class Area:
-    """Collects the rules of one part of the API, in the order in which they are written."""
+    """Collects the rules of one part of the API, in definition order."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -87,8 +87,8 @@ def _try(check: Check, server: Server) -> tuple[Result, str]:
         return "fail", str(failure)
     except NotOffered as refusal:
         return "not offered", str(refusal)
-    except NotTried as reason:
-        return "not tried", str(reason)
+    except NotTested as reason:
+        return "not tested", str(reason)
     except httpx.TimeoutException:
         return "fail", f"no answer within {server.options.timeout:g} s"
     except httpx.TransportError as error:

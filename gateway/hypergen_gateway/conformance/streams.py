@@ -14,13 +14,13 @@ COMPLETED = "image_generation.completed"
 _COMMON = {"type", "b64_json", "created_at", "size", "quality", "background", "output_format"}
 
 
-@AREA.rule("`stream: true` answers with server-sent events")
+@AREA.rule("`stream: true` returns server-sent events")
 def _(server: Server) -> str:
     events = _events(server)
     return f"{len(events)} events"
 
 
-@AREA.rule("every event says its type twice, in `event:` and in its data")
+@AREA.rule("every event has its type both in `event:` and in its data")
 def _(server: Server) -> str:
     for event in _events(server):
         need(f"event: {event.type}" in event.lines, " ".join(event.lines)[:80])
@@ -36,14 +36,14 @@ def _(server: Server) -> str:
     return "none"
 
 
-@AREA.rule("no event of a type that OpenAI does not know: clients take it for a picture")
+@AREA.rule("no event types that OpenAI does not have: clients treat them as images")
 def _(server: Server) -> str:
     unknown = {event.type for event in _events(server)} - {PARTIAL, COMPLETED}
     need(not unknown, ", ".join(sorted(unknown)))
     return "none"
 
 
-@AREA.rule("it ends with the finished picture, whole and with its usage")
+@AREA.rule("the stream ends with the complete image and its usage")
 def _(server: Server) -> str:
     last = _events(server)[-1]
     need(last.type == COMPLETED, f"the last event is {last.type}")
@@ -52,7 +52,7 @@ def _(server: Server) -> str:
     return described([picture_in(last.data["b64_json"])])
 
 
-@AREA.rule("`partial_images: 2` gives one or two previews before it, counted from 0")
+@AREA.rule("`partial_images: 2` sends one or two previews first, numbered from 0")
 def _(server: Server) -> str:
     previews = _previews(_events(server))
     indices = [event.data.get("partial_image_index") for event in previews]
@@ -60,7 +60,7 @@ def _(server: Server) -> str:
     return f"previews {indices}"
 
 
-@AREA.rule("a preview is a picture of the same size, with the same fields")
+@AREA.rule("a preview is an image of the same size, with the same fields")
 def _(server: Server) -> str:
     events = _events(server)
     final = picture_in(events[-1].data["b64_json"])
@@ -80,7 +80,7 @@ def _(server: Server) -> str:
     return COMPLETED
 
 
-@AREA.rule("`n: 2` in a stream gives two finished pictures")
+@AREA.rule("`n: 2` in a stream sends two complete images")
 def _(server: Server) -> str:
     events = events_of(offered(server.generate(stream=True, n=2), "stream"))
     finished = [event for event in events if event.type == COMPLETED]
@@ -88,7 +88,7 @@ def _(server: Server) -> str:
     return described([picture_in(event.data["b64_json"]) for event in finished])
 
 
-@AREA.rule("a request that is wrong is refused before the stream begins")
+@AREA.rule("an invalid request is rejected before the stream starts")
 def _(server: Server) -> str:
     return refusal(server.generate(stream=True, size="nonsense"), 400, param="size")
 

@@ -1,4 +1,4 @@
-"""Addresses of the command line: those the gateway listens on, how they are printed, and where Triton's gRPC may be."""
+"""Addresses given on the command line: listening sockets, URLs and gRPC targets."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from collections.abc import Iterator
 
 from hypergen_gateway.http.body_timeout import set_tcp_user_timeout
 
-_EVERY_ADDRESS = frozenset({"0.0.0.0", "::"})
-# An address of a family that this machine does not have: a name such as localhost may have another one.
-_NOT_HERE = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
+_WILDCARDS = frozenset({"0.0.0.0", "::"})
+# Address families that this machine lacks: a name such as localhost may have addresses of others.
+_UNSUPPORTED = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 _HOST_AND_PORT = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^\s/:,@\[\]]+):([0-9]{1,5})")
-# What gRPC resolves by itself: https://github.com/grpc/grpc/blob/master/doc/naming.md
+# Name syntax of gRPC: https://github.com/grpc/grpc/blob/master/doc/naming.md
 _DNS = re.compile(r"dns:(?://[^/]*/)?")
-_LISTS = ("ipv4:", "ipv6:")
-_LOCAL = ("unix:", "unix-abstract:")
+_LIST_PREFIXES = ("ipv4:", "ipv6:")
+_LOCAL_PREFIXES = ("unix:", "unix-abstract:")
 
 
 class PortUnavailableError(Exception):
-    """The address cannot be listened on; `str()` is the line for the user."""
+    """Listening on the address failed; `str()` is the message for the user."""
 
 
 @contextlib.contextmanager
 def listening(host: str, port: int) -> Iterator[list[socket.socket]]:
-    """Sockets that listen on every address of `host`, a name or an address; `::` is IPv4, too.
+    """Listening sockets on all addresses of `host`, a name or an address; `::` includes IPv4.
 
     Raises:
-        PortUnavailableError: the host is unknown, none of its addresses is this machine's, or the port is taken.
+        PortUnavailableError: the host is unknown or not this machine, or the port is in use.
     """
     with contextlib.ExitStack() as opened:
         try:
             sockets = [opened.enter_context(each) for each in _listen(host.removeprefix("[").removesuffix("]"), port)]
-        except (OSError, UnicodeError) as error:  # a name that cannot be one, such as "..", is a UnicodeError
-            # socket adds the address to the operating system's words.
+        except (OSError, UnicodeError) as error:  # UnicodeError: an invalid name, such as ".."
+            # socket appends the address to the operating system's message.
             reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
             raise PortUnavailableError(f"Cannot listen on {host}:{port} ({reason}): see --host and --port.") from error
         yield sockets
@@ -51,11 +51,11 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
         try:
             listener = socket.create_server(address, family=family, dualstack_ipv6=is_dual)
         except OSError as error:
-            if error.errno not in _NOT_HERE:
+            if error.errno not in _UNSUPPORTED:
                 raise
             missing = error
             continue
-        # asyncio does this for its own sockets. Without, the end of an answer waits 40 ms for the client's word.
+        # asyncio does this for its own sockets. Without it, the end of a response waits 40 ms for the client's ACK.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         set_tcp_user_timeout(listener)
         listened = True
@@ -65,18 +65,18 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def url_of(host: str, port: int) -> str:
-    """The URL of a server that listens on `host`, for somebody on the same machine."""
+    """The URL of a server that listens on `host`, as seen from the same machine."""
     host = host.removeprefix("[").removesuffix("]")
-    if host in _EVERY_ADDRESS:
+    if host in _WILDCARDS:
         return f"http://localhost:{port}"
     return f"http://[{host.replace('%', '%25')}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def is_grpc_address(text: str) -> bool:
-    """Whether gRPC understands it, with the port that it would otherwise guess."""
-    if text.startswith(_LOCAL):
+    """Whether `text` is a valid gRPC target with explicit ports."""
+    if text.startswith(_LOCAL_PREFIXES):
         return True
-    prefix = next((each for each in _LISTS if text.startswith(each)), None)
+    prefix = next((each for each in _LIST_PREFIXES if text.startswith(each)), None)
     endpoints = [_DNS.sub("", text, count=1)] if prefix is None else text.removeprefix(prefix).split(",")
     return all(_is_host_and_port(each) for each in endpoints)
 

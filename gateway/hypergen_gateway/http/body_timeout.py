@@ -1,7 +1,7 @@
-"""How long a client may take to send a body, and to read its answer.
+"""Time limits for clients that send a body or read a response slowly.
 
-A connection costs a client nothing and the server memory and a file handle, so no client keeps one for nothing. A
-body's limit grows with what has come: it is a pace rather than a time.
+Slow connections cost the server memory and a file descriptor each. The limit for a body grows with the bytes received,
+so it is a minimum rate.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hypergen_gateway.errors import RequestTimeoutError
 
-# A body may take a second more for each: a quarter of a megabit per second.
+# Minimum rate of a body, a quarter of a megabit per second.
 BYTES_PER_SECOND = 32 << 10
-# Whoever takes nothing of an answer for so long has gone, as has whoever cannot be reached.
-UNREAD_SECONDS = 60
+# Connections are closed if the client acknowledges no data for this long.
+UNACKNOWLEDGED_SECONDS = 60
 
 
 class BodyTimeout:
-    """Refuses a body that is not there within `seconds`, and one more for each `BYTES_PER_SECOND`."""
+    """Rejects a body that is not received within `seconds`, plus one per `BYTES_PER_SECOND` bytes."""
 
     def __init__(self, app: ASGIApp, seconds: float) -> None:
         self._app = app
@@ -28,25 +28,25 @@ class BodyTimeout:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         now = asyncio.get_running_loop().time
-        ends = now() + self._seconds
-        whole = False
+        deadline = now() + self._seconds
+        is_complete = False
 
         async def receive_in_time() -> Message:
-            nonlocal ends, whole
-            if whole:  # what is waited for now is the client's departure
+            nonlocal deadline, is_complete
+            if is_complete:  # from now on this waits for a disconnect
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), ends - now())
+                message = await asyncio.wait_for(receive(), deadline - now())
             except asyncio.TimeoutError:
-                raise RequestTimeoutError(f"The body did not arrive within {self._seconds:g} seconds.") from None
-            ends += len(message.get("body", b"")) / BYTES_PER_SECOND
-            whole = not message.get("more_body", False)
+                raise RequestTimeoutError(f"The body was not received within {self._seconds:g} seconds.") from None
+            deadline += len(message.get("body", b"")) / BYTES_PER_SECOND
+            is_complete = not message.get("more_body", False)
             return message
 
         await self._app(scope, receive_in_time, send)
 
 
-def set_tcp_user_timeout(listener: socket.socket, seconds: int = UNREAD_SECONDS) -> None:
-    """Let the system end connections of this listener when what was sent is not taken for so long."""
+def set_tcp_user_timeout(listener: socket.socket, seconds: int = UNACKNOWLEDGED_SECONDS) -> None:
+    """Have the kernel close connections of this listener whose sent data is not acknowledged for `seconds`."""
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, seconds * 1000)

@@ -1,4 +1,4 @@
-"""Work that somebody waits for: it ends when its client leaves or its time is up."""
+"""Running work until the client disconnects or a time limit."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ T = TypeVar("T")
 
 
 async def run_until_disconnect(receive: Receive, work: Coroutine[Any, Any, T], limit: float) -> T:
-    """The result of `work`, which is cancelled when the client leaves or `limit` seconds have passed."""
+    """The result of `work`, which is cancelled when the client disconnects or after `limit` seconds."""
     job = asyncio.ensure_future(work)
-    left = asyncio.ensure_future(wait_for_disconnect(receive))
+    disconnected = asyncio.ensure_future(wait_for_disconnect(receive))
     try:
-        await asyncio.wait({job, left}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-        if job.cancelled():  # by nobody here: gRPC says so when its channel is closed
+        await asyncio.wait({job, disconnected}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        if job.cancelled():  # by gRPC, when its channel is closed
             raise UnavailableError("The server is shutting down.")
         if job.done():
             return job.result()
-        if left.done():
+        if disconnected.done():
             raise ClientClosedRequestError("The client closed the request.")
         raise deadline_exceeded(limit)
     finally:
-        await cancel(job, left)
+        await cancel(job, disconnected)
 
 
 async def wait_for_disconnect(receive: Receive) -> None:
-    """Returns when the client has gone."""
+    """Wait until the client disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def cancel(*tasks: asyncio.Future[Any]) -> None:
-    """Cancels and waits until all of them have ended."""
+    """Cancel tasks and wait for them to end."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def deadline_exceeded(limit: float) -> DeadlineExceededError:
-    """The error of work that took too long."""
-    return DeadlineExceededError(f"The pictures were not ready within {limit:g} seconds.")
+    """The error for work that exceeds its time limit."""
+    return DeadlineExceededError(f"The images were not ready within {limit:g} seconds.")

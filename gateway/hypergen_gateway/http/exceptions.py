@@ -1,4 +1,4 @@
-"""Exceptions that nobody wrote for a client: which error they become, and what client and log are told."""
+"""Translation of exceptions into API errors, error responses and log lines."""
 
 from __future__ import annotations
 
@@ -27,39 +27,39 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def to_api_error(error: Exception) -> HyperGenError:
-    """The error that a client sees."""
+    """The API error for an exception."""
     if isinstance(error, HyperGenError):
         return error
     if isinstance(error, ClientDisconnect):
         return ClientClosedRequestError("The client closed the request.")
     if isinstance(error, HTTPException) and error.status_code < 500:
         return InvalidRequestError(HTTPStatus(error.status_code).phrase)
-    ours = _exhaustion(error) if isinstance(error, OSError) else None
-    if ours is not None:
-        ours.__cause__ = error
-        return ours
+    api_error = _exhaustion(error) if isinstance(error, OSError) else None
+    if api_error is not None:
+        api_error.__cause__ = error
+        return api_error
     return InternalError(f"unexpected {type(error).__name__}")
 
 
 def _exhaustion(error: OSError) -> HyperGenError | None:
-    """Wherever a file is wanted, for an upload or a link: there is no room for it, or no handle."""
+    """The API error for a full disk or too many open files, which any upload or link can cause."""
     if error.errno in _DISK_FULL:
-        return StorageFullError("The server's disk is full: this cannot be kept. Try again later.")
+        return StorageFullError("The server's disk is full. Try again later.")
     if error.errno in _NO_FILE:
         return UnavailableError("The server has too many files open. Try again in a moment.")
     return None
 
 
 def error_response(error: HyperGenError) -> Response:
-    """An error as an HTTP response."""
+    """The HTTP response for an API error."""
     return JSONResponse(error.body, status_code=error.status, headers=dict(error.headers))
 
 
-def log_exception(ours: HyperGenError, error: Exception) -> None:
-    """Writes down what a client is not told; nothing where the client is the one to act."""
+def log_exception(api_error: HyperGenError, error: Exception) -> None:
+    """Log the cause of a server error, which the client does not see. Client errors are not logged."""
     request_id = current_request_id.get()
-    if isinstance(ours, InternalError):
-        logger.error("request %s failed: %s", request_id, ours, exc_info=error)
-    elif ours.status >= 500:
-        cause = " ".join(str(ours.__cause__ or "no cause").split())  # gRPC's span lines
-        logger.warning("request %s: %s (%s)", request_id, ours, cause)
+    if isinstance(api_error, InternalError):
+        logger.error("request %s failed: %s", request_id, api_error, exc_info=error)
+    elif api_error.status >= 500:
+        cause = " ".join(str(api_error.__cause__ or "no cause").split())  # gRPC's messages span several lines
+        logger.warning("request %s: %s (%s)", request_id, api_error, cause)

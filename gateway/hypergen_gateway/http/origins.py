@@ -1,7 +1,6 @@
-"""What browsers are told and asked: headers that keep answers to themselves, and which other websites may use the API.
+"""Browser security: response headers, CORS, and an origin check against cross-site requests (CSRF).
 
-Programs send no `Origin` and see no difference. Browsers send one with every POST, and with whatever a script of
-another website asks for.
+Only browsers send an `Origin`: with every POST, and with requests by scripts of other websites.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from starlette.types import Scope
 from hypergen_gateway.errors import CrossSiteError, PreflightError
 from hypergen_gateway.http.exceptions import error_response
 
-# On every answer that does not say otherwise itself. HTTPS, and so HSTS, is the proxy's that brings it.
+# Defaults for responses that do not set them. HTTPS, and with it HSTS, is the job of a proxy.
 _HEADERS = (
     (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
     (b"x-content-type-options", b"nosniff"),
@@ -28,7 +27,7 @@ _HEADERS = (
     (b"cache-control", b"no-store"),
 )
 _NAMES = frozenset(name for name, _ in _HEADERS)
-# What scripts may read of an answer beside its body.
+# Response headers that scripts may read.
 _EXPOSED = (
     "openai-processing-ms",
     "retry-after",
@@ -42,34 +41,35 @@ _EXPOSED = (
     "x-should-retry",
 )
 _ANY = "*"
-# Under these, and for names without a dot, no stranger can have a name that leads to this machine.
+# Names under these, and names without a dot, are not in public DNS, so an attacker cannot own one.
 _PRIVATE_NAMES = (".localhost", ".local", ".internal", ".home.arpa", ".lan")
 
 
 def security_headers(given: Collection[tuple[bytes, bytes]]) -> Iterable[tuple[bytes, bytes]]:
-    """What browsers need to be told beside what an answer says itself."""
+    """The security headers that are missing from `given`."""
     names = {name for name, _ in given}
     return _HEADERS if names.isdisjoint(_NAMES) else [header for header in _HEADERS if header[0] not in names]
 
 
 class _Cors(CORSMiddleware):
-    """Starlette's, which refuses in plain text."""
+    """Starlette's CORS middleware with preflight errors in OpenAI's shape instead of plain text."""
 
     def preflight_response(self, request_headers: Headers) -> Response:
-        """What a browser is told before it sends a request."""
+        """The response to a preflight request."""
         response = super().preflight_response(request_headers)
         if response.status_code < 400:
             return response
-        refusal = error_response(PreflightError(bytes(response.body).decode()))
+        rejection = error_response(PreflightError(bytes(response.body).decode()))
         about = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
-        refusal.headers.update(about)
-        return refusal
+        rejection.headers.update(about)
+        return rejection
 
 
 def cors(origins: Collection[str]) -> list[Middleware]:
-    """Lets scripts of these websites use the API, `*` those of all; there are no cookies that they could misuse.
+    """CORS middleware that lets scripts of `origins` use the API; `*` allows all, as there are no cookies to misuse.
 
-    It answers preflights, which come without a key, and belongs around whatever answers errors, which scripts read too.
+    It belongs outside authentication, as preflights have no key, and outside exception handling, so that scripts can
+    read errors.
     """
     if not origins:
         return []
@@ -87,10 +87,10 @@ def cors(origins: Collection[str]) -> list[Middleware]:
 
 
 class OriginCheck:
-    """Refuses what a website has a visitor's browser POST to a server that asks for no key.
+    """Rejects cross-site POST requests, for a server without API keys.
 
-    A form needs no preflight, so CORS does not keep one away; and a name that a stranger points at this machine makes
-    his website the server's own. Where a key is needed, neither has it.
+    CORS does not prevent them, as forms need no preflight, nor DNS rebinding, which makes an attacker's website
+    same-origin. Neither can know a key, so a server with keys does not need this check.
     """
 
     def __init__(self, origins: Collection[str], public_url: str | None = None) -> None:
@@ -98,15 +98,15 @@ class OriginCheck:
 
     def __call__(self, scope: Scope) -> None:
         """Raises `CrossSiteError`."""
-        if scope["method"] == "POST" and not self._may_ask(Headers(scope=scope)):
+        if scope["method"] == "POST" and not self._is_allowed(Headers(scope=scope)):
             raise CrossSiteError
 
-    def _may_ask(self, headers: Headers) -> bool:
+    def _is_allowed(self, headers: Headers) -> bool:
         origin = headers.get("origin")
         if origin is None or origin in self._origins or _ANY in self._origins:
             return True
         host = origin.partition("://")[2]
-        return host == headers.get("host") and _cannot_be_a_stranger_s(host)
+        return host == headers.get("host") and _is_private_host(host)
 
 
 def _origin_of(url: str) -> str:
@@ -114,14 +114,14 @@ def _origin_of(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc}".lower()
 
 
-def _cannot_be_a_stranger_s(host: str) -> bool:
-    """Whether a host, perhaps with a port, is an address or has a name that is in no public DNS."""
+def _is_private_host(host: str) -> bool:
+    """Whether a host, optionally with a port, is an address or a name outside public DNS."""
     name = _without_port(host)
     return bool(name) and ("." not in name or name.endswith(_PRIVATE_NAMES) or _is_address(name))
 
 
 def _without_port(host: str) -> str:
-    """Empty for what is no host."""
+    """The host name; empty if malformed."""
     try:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:

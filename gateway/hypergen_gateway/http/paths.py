@@ -1,7 +1,6 @@
-"""Paths: the one that a route has, and the others under which clients ask for it.
+"""Normalisation of request paths.
 
-Everything behind `CanonicalPath` knows a route by its own path alone: who may ask, what a body may weigh, what log and
-metrics call it.
+Inside `CanonicalPath` each route has one path, so authentication, body limits, logs and metrics agree on it.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from urllib.parse import quote
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 _SLASHES = re.compile(r"/{2,}")
-# What Azure's clients put before a route: they name the model there, which we have but one of.
+# Prefixes of Azure's clients, which contain a model name; there is only one model here.
 _AZURE = re.compile(r"/openai/(?:deployments/.+/(?=(?:images|models|chat|completions|embeddings|audio)(?:/|$))|v1/)?")
 
 _OURS = re.compile(r"/(images/(?:generations|edits|variations)|models|capabilities)(?=/|$)")
@@ -20,9 +19,9 @@ _NOT_OURS = re.compile(r"/(?:chat/completions|completions|responses|embeddings|a
 
 
 def canonical_path(path: str) -> str:
-    """The path of the route that is meant: without doubled and trailing slashes, and without Azure's prefixes.
+    """A path without duplicate and trailing slashes and without Azure's prefixes.
 
-    Clients join base URLs and routes as they like; a redirect would lose their bodies.
+    Clients differ in how they join base URLs and routes, and a redirect would lose the body.
     """
     path = _SLASHES.sub("/", path)
     azure = _AZURE.match(path)
@@ -32,7 +31,7 @@ def canonical_path(path: str) -> str:
 
 
 def same_id(one: str, other: str) -> bool:
-    """Whether two models' ids are the same but for what a URL does not keep of a local path, such as "./" before it."""
+    """Whether two model ids are equal except for parts of a local path that URLs drop, such as a leading "./"."""
     return _segments(one) == _segments(other)
 
 
@@ -41,16 +40,16 @@ def _segments(id_: str) -> list[str]:
 
 
 def hint_for(path: str) -> str:
-    """Where to ask instead of a path that is no route; empty where nobody can tell."""
+    """A hint at the right path for one that was not found; empty if unknown."""
     if ours := _OURS.search(path):
-        return f" Use /v1/{ours[1]}: a client's base URL ends in /v1."
+        return f" Use /v1/{ours[1]}: a client's base URL must end in /v1."
     if _NOT_OURS.search(path):
-        return " This server makes images and nothing else: use /v1/images/generations."
+        return " This server only generates images: use /v1/images/generations."
     return ""
 
 
 class CanonicalPath:
-    """Gives every request the path of the route that it means."""
+    """Replaces the path of each request by its canonical form."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

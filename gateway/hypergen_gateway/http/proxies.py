@@ -1,7 +1,6 @@
-"""What a proxy in front says of a request: how its client reached it, and the prefix that it took off the path.
+"""`X-Forwarded-…` headers of trusted proxies.
 
-Knows the `X-Forwarded-…` headers, and whose word counts: that of the addresses in `FORWARDED_ALLOW_IPS`, as with
-uvicorn itself, and unless it is set that of this machine.
+Trusted are the addresses in `FORWARDED_ALLOW_IPS`, as in uvicorn; by default those of this machine.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ _PREFIX = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)+")
 
 
 class TrustedProxies(ProxyHeadersMiddleware):
-    """uvicorn's reading of scheme and client, and `X-Forwarded-Prefix`, with which links to this server begin."""
+    """uvicorn's middleware for scheme and client, extended by `X-Forwarded-Prefix`, the path prefix of this server."""
 
     def __init__(self, app: Any) -> None:
         super().__init__(app, os.environ.get("FORWARDED_ALLOW_IPS", _THIS_MACHINE))
@@ -28,5 +27,5 @@ class TrustedProxies(ProxyHeadersMiddleware):
         if scope["type"] == "http" and (scope.get("client") or ("",))[0] in self.trusted_hosts:
             prefix = (find_header(scope["headers"], b"x-forwarded-prefix") or "").rstrip("/")
             if _PREFIX.fullmatch(prefix):
-                scope["app_root_path"] = prefix  # of Starlette: what base URLs have, and paths have not
+                scope["app_root_path"] = prefix  # Starlette adds it to base URLs, not to paths
         await super().__call__(scope, receive, send)

@@ -7,7 +7,6 @@ then create any number of time series.
 from __future__ import annotations
 
 import asyncio
-import functools
 from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -32,7 +31,6 @@ class Metrics:
         ProcessCollector(registry=self._registry)
         self._requests = self._counter("requests", "HTTP requests", "route", "method", "status")
         self._seconds = self._histogram("request_seconds", "Duration of HTTP requests", "route")
-        self._counted_by = functools.cache(self._look_up)  # unbounded, as there are few combinations
         self._first = self._histogram("first_image_seconds", "Time to the first preview or image", "kind")
         self._phases = self._histogram("phase_seconds", "Time that an image spends in each phase", "phase")
         self._images = self._counter("images", "Generated previews and images", "kind")
@@ -59,9 +57,8 @@ class Metrics:
 
     def responded(self, record: RequestRecord) -> None:
         """A request was answered."""
-        requests, seconds = self._counted_by(record.route, record.method, record.status)
-        requests.inc()
-        seconds.observe(record.seconds)
+        self._requests.labels(record.route, record.method, str(record.status)).inc()
+        self._seconds.labels(record.route).observe(record.seconds)
 
     def rejected_by_protocol(self, status: int) -> None:
         """A request was rejected before routing: not HTTP, too slow, too large, or one connection too many."""
@@ -96,10 +93,6 @@ class Metrics:
     def cancelled(self, steps: float) -> None:
         """A request was given up before `steps` of its images' steps."""
         self._saved.inc(steps)
-
-    def _look_up(self, route: str, method: str, status: int) -> tuple[Counter, Histogram]:
-        """What counts such requests."""
-        return self._requests.labels(route, method, str(status)), self._seconds.labels(route)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"hypergen_gateway_{name}", text, labels, registry=self._registry)

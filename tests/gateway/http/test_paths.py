@@ -122,7 +122,7 @@ class TestNoRoute:
             ("/v1/audio/transcriptions", "use /v1/images/generations"),
             ("/chat/completions", "use /v1/images/generations"),
             ("/openai/deployments/gpt-4o/chat/completions", "use /v1/images/generations"),
-            ("/images/generations", "Use /v1/images/generations: a client's base URL ends in /v1."),
+            ("/images/generations", "Use /v1/images/generations: a client's base URL must end in /v1."),
             ("/images/edits", "Use /v1/images/edits"),
             ("/images/variations", "Use /v1/images/variations"),
             ("/models", "Use /v1/models:"),
