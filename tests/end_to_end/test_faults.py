@@ -193,7 +193,7 @@ def limit_of(server: Server) -> float:
 
 async def seconds_until_it_is_back(server: Server, said: int, began: float) -> float:
     """Until it has said so after its first `said` lines, and draws."""
-    while not any("Triton is back" in line for line in server.lines[said:]):
+    while not any("Triton has restarted" in line for line in server.lines[said:]):
         assert time.monotonic() - began < 60, "\n".join(server.lines[-20:])
         await asyncio.sleep(0.05)
     return await seconds_until_it_draws(server, began)
@@ -435,7 +435,7 @@ async def test_the_clock_may_jump_while_pictures_are_drawn(
                 created = (await client.images.generate(prompt="cat", extra_body={"num_inference_steps": 1})).created
             assert abs(created - time.time() - int(offset)) < 60, "the server does not see the clock jump"
             outcomes += Counter(await asyncio.gather(*(outcome_of(request) for request in requests)))
-        assert not any("starting it again" in line for line in server.lines)
+        assert not any("restarting it" in line for line in server.lines)
     finally:
         assert stop_server(server) == 0
     assert outcomes == {"picture": 8}

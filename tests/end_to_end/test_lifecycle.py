@@ -58,12 +58,12 @@ def test_a_closed_terminal_lets_requests_finish_and_a_second_signal_gives_them_u
         head = f"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
         unfinished.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{{".encode())
         server.process.send_signal(signal.SIGHUP)
-        server.wait_until(lambda: any("finished first" in line for line in server.lines), 10, "stopping")
+        server.wait_until(lambda: any("finishing requests" in line for line in server.lines), 10, "stopping")
         with pytest.raises(subprocess.TimeoutExpired):
             server.process.wait(SAME_SIGNAL_SECONDS + 0.5)
         server.process.send_signal(signal.SIGHUP)
         assert server.process.wait(30) == 0
-    assert any("given up" in line for line in server.lines)
+    assert any("Stopping now" in line for line in server.lines)
     assert not psutil.wait_procs(family, timeout=10)[1]
     assert not shared_memory(server)
 

@@ -1,5 +1,4 @@
-"""The real Triton Inference Server out of its PyPI wheel, as a child process of this one.
+"""Triton Inference Server from its PyPI wheel, run as a child process.
 
-Knows processes, files and ports; knows nothing of HTTP or pictures. Importing the package itself needs nothing that a
-gateway in front of another Triton would not have; its modules need the extra `embedded`.
+Importing the package needs no optional dependencies; its modules need the extra `embedded`.
 """

@@ -1,7 +1,7 @@
-"""What child processes get of the environment and the import path that this process was started with.
+"""Environment and import path of child processes.
 
-The current folder may hold somebody else's checkpoint, so no child looks there for modules, programs or libraries. An
-empty entry of a search path means that folder, and so does the first entry of Python's own after `-c` and `-m`.
+The current folder may contain an untrusted checkpoint, so no child searches it for modules, programs or libraries. An
+empty entry of a search path means that folder, as does the first entry of `sys.path` after `python -c` or `-m`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 SEARCH_PATHS = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
-# bash, by which Triton's Python backend starts a model's process, would run the one and obey the others.
+# Triton's Python backend starts model processes with bash, which would run the first and apply the others.
 SHELL_SETTINGS = frozenset({"BASH_ENV", "BASHOPTS", "ENV", "SHELLOPTS"})
 PACKAGES = Path(__file__).parents[2]
 
 
 def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment, with search paths of absolute folders alone and a PATH in any case."""
+    """A copy of `environment` with only absolute folders in search paths, and with a PATH."""
     child = {name: value for name, value in environment.items() if name not in SHELL_SETTINGS}
     for name in SEARCH_PATHS:
         if folders := absolute_folders(child.pop(name, "")):
@@ -29,15 +29,15 @@ def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def absolute_folders(search_path: str) -> list[str]:
-    """The entries, the current folder left out."""
+    """The entries of a search path as absolute paths, without the current folder."""
     return [str(Path(entry).absolute()) for entry in search_path.split(os.pathsep) if Path(entry) != Path()]
 
 
 def import_path() -> list[Path]:
-    """Where this process finds packages: `sys.path` without the standard library and the current folder."""
+    """The folders of installed packages: `sys.path` without the standard library and the current folder."""
     named = {*map(Path, absolute_folders(os.environ.get("PYTHONPATH", ""))), PACKAGES}
-    left_out = {*_standard_library(), *_current_folder()} - named
-    return [path for path in dict.fromkeys([*map(Path, filter(None, sys.path)), PACKAGES]) if path not in left_out]
+    excluded = {*_standard_library(), *_current_folder()} - named
+    return [path for path in dict.fromkeys([*map(Path, filter(None, sys.path)), PACKAGES]) if path not in excluded]
 
 
 def _standard_library() -> Iterator[Path]:

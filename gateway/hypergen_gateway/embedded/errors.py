@@ -1,9 +1,9 @@
-"""What can go wrong with the embedded Triton, each said in one line that tells what to do."""
+"""Errors of the embedded Triton; each message is one line that says what to do."""
 
 
 class EmbeddedError(Exception):
-    """The embedded Triton cannot be had; `str()` is the line for the user."""
+    """The embedded Triton is not available; `str()` is the message for the user."""
 
 
 class ModelsNotLoadedError(EmbeddedError):
-    """Triton gave up its start, as one of the models could not be loaded."""
+    """Triton exited at start because a model could not be loaded."""

@@ -1,7 +1,4 @@
-"""Where the pip-installed Triton lies, and whether this Python can run its models.
-
-Knows the layout of the wheel `nvidia-pytriton` and of Python's own shared library.
-"""
+"""Finds the Triton that is installed from the wheel `nvidia-pytriton`, and Python's shared library."""
 
 from __future__ import annotations
 
@@ -17,28 +14,28 @@ from hypergen_gateway.embedded.errors import EmbeddedError
 
 @dataclass(frozen=True)
 class Installation:
-    """The parts of Triton that a server is put together from."""
+    """Paths of the installed Triton."""
 
     server: Path
     """The executable `tritonserver`."""
     backends: Path
-    """Holds the Python backend."""
+    """Contains the Python backend."""
     caches: Path
     stub: Path
-    """The process that runs a Python model, built for this very Python."""
+    """The executable that runs a Python model, built for this Python version."""
     library_folders: tuple[Path, ...]
-    """What the loader must search: Triton's libraries and libpython's folder."""
+    """Folders for the loader: Triton's libraries and libpython."""
 
 
-# Those that Triton's wheel has a stub for and numpy 1, which it needs, a wheel.
+# Versions with both a stub in Triton's wheel and a wheel of numpy 1, which Triton needs.
 PYTHONS = ((3, 10), (3, 11), (3, 12))
 
 
 def find_installation() -> Installation:
-    """Find the Triton that pip installed beside this Python.
+    """Find the Triton installed in this Python environment.
 
     Raises:
-        EmbeddedError: it is not for this Python, is not installed, or libpython is missing.
+        EmbeddedError: Triton is not installed or does not support this Python, or libpython is missing.
     """
     check_python(sys.version_info[:2])
     package = find_package("pytriton")
@@ -53,28 +50,28 @@ def find_installation() -> Installation:
 
 
 def check_python(version: tuple[int, int]) -> None:
-    """Raises EmbeddedError for a Python that cannot run the embedded Triton."""
+    """Raise EmbeddedError if the embedded Triton does not support this Python version."""
     if version not in PYTHONS:
         known = ", ".join(f"{major}.{minor}" for major, minor in PYTHONS)
         raise EmbeddedError(
-            f"The embedded Triton runs on Python {known}, and this is {version[0]}.{version[1]}: "
-            "use one of them, or --triton-url with a Triton that runs elsewhere."
+            f"The embedded Triton needs Python {known}, and this is {version[0]}.{version[1]}: "
+            "use one of them, or --triton-url with an external Triton."
         )
 
 
 def find_package(name: str) -> Path:
     """The folder of an installed package."""
-    # Found, not imported: importing pytriton starts threads and reads configuration of its own.
+    # Not imported, as importing pytriton starts threads and reads configuration.
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise EmbeddedError(
-            "Triton is not installed here: pip install 'hypergen-triton[all]', or use --triton-url with one that runs."
+            "Triton is not installed: pip install 'hypergen-triton[all]', or use --triton-url with an external Triton."
         )
     return Path(spec.origin).parent
 
 
 def find_stub(stubs: Path) -> Path:
-    """The stub of this Python among those that came with Triton."""
+    """The stub for this Python version."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = stubs / version / "triton_python_backend_stub"
     if not stub.exists():
@@ -88,7 +85,7 @@ def _as_numbers(version: str) -> tuple[int, ...]:
 
 
 def find_libpython(folders: Iterable[Path]) -> Path:
-    """The first folder with this Python's shared library: the stub is linked against it, Python itself may not be."""
+    """The first folder with this Python's shared library, which the stub needs even if Python itself is static."""
     name = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
     for folder in folders:
         if (folder / name).exists():

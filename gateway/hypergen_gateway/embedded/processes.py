@@ -1,4 +1,4 @@
-"""What every child process does before it begins."""
+"""Setup of child processes."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ _libc = ctypes.CDLL(None)
 
 
 def die_with_parent() -> None:
-    """Have Linux send this process a SIGTERM when its parent ends in whatever way."""
+    """Have Linux send this process a SIGTERM when its parent ends for any reason."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

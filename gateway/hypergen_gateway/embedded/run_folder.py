@@ -1,10 +1,8 @@
-"""The files that one run of the server is started on, in a temporary folder that lives as long as it does.
+"""The run folder: a temporary folder with the files of one server run, and the removal of abandoned ones.
 
-Knows where Triton looks for backends and Python for packages, and what a server leaves behind that could not clean up.
-
-Triton's Python backend writes paths into a shell's command line without quotes, and the interpreter inside it reads no
-path but in ASCII. So everything that may lie anywhere, the repository, Triton's libraries, Python and the packages, is
-reached by links out of this folder, whose own path is plain.
+Triton's Python backend puts paths into a shell command without quotes, and its interpreter supports only ASCII paths.
+So the repository, Triton's libraries, Python and its packages are reached through symbolic links in this folder, whose
+own path is plain.
 """
 
 from __future__ import annotations
@@ -30,17 +28,17 @@ PREFIX = "hypergen-triton-"
 SHARED_MEMORY = Path("/dev/shm")
 KILL_SECONDS = 5.0
 OWN_BACKENDS = Path(__file__).parent / "backends"
-# What a shell leaves as it is, and no list of folders is separated by.
+# Paths that need no quoting in a shell and can be an entry of a search path.
 PLAIN_PATH = re.compile(r"[A-Za-z0-9_./+@%=,-]+")
 USUAL_PLACES = ("/tmp", "/var/tmp")
-# The processes that are started on such a folder, as Linux names them.
+# Process names of Triton and its stubs, as Linux truncates them.
 PROCESS_NAMES = ("tritonserver", "triton_python_b")
 
 _no_caches = shutil.ignore_patterns("__pycache__")
 
 
 class RunFolder:
-    """A folder that is locked for as long as this object, or its process, lives: see `remove_abandoned`."""
+    """A folder that is locked until it is removed or its process ends; see `remove_abandoned`."""
 
     def __init__(self, path: Path, repository: Path, lock: int) -> None:
         self.path = path
@@ -50,10 +48,10 @@ class RunFolder:
 
     @classmethod
     def make(cls, installation: Installation, repository: Path) -> RunFolder:
-        """A new one for a server of `repository`.
+        """Create the run folder of a server for `repository`.
 
         Raises:
-            EmbeddedError: the temporary folder cannot be written, or no programs may be run there.
+            EmbeddedError: the temporary folder is not writable, or programs cannot run there.
         """
         place = temporary_folder()
         try:
@@ -66,18 +64,18 @@ class RunFolder:
                 on_failure.pop_all()
         except OSError as error:
             raise EmbeddedError(
-                f"The temporary folder {place} cannot be used ({_reason_of(error)}): name another by TMPDIR."
+                f"The temporary folder {place} cannot be used ({_reason_of(error)}): set TMPDIR to another."
             ) from error
         return folder
 
     @property
     def name(self) -> str:
-        """What the names of the server's shared memory begin with."""
+        """Prefix of the names of the server's shared memory regions."""
         return self.path.name
 
     @property
     def backends(self) -> Path:
-        """Triton's Python backend, with this Python's stub, and our own ones."""
+        """Triton's Python backend with the stub for this Python, and our own backends."""
         return self.path / "backends"
 
     @property
@@ -87,26 +85,26 @@ class RunFolder:
 
     @property
     def programs(self) -> Path:
-        """A Python that finds what this one does."""
+        """The folder of a Python with the same packages as this one."""
         return self.path / "python" / "bin"
 
     @property
     def libraries(self) -> list[Path]:
-        """What the loader must search."""
+        """Folders for the loader."""
         return sorted((self.path / "libraries").iterdir())
 
-    def plain(self, text: str) -> str:
-        """A message of the server's with the repository's own path."""
+    def restore_paths(self, text: str) -> str:
+        """A message of the server with the path of the repository instead of the link."""
         return text.replace(str(self.models), str(self.repository))
 
     def close_shared_memory(self) -> None:
-        """Keep other users out of the server's shared memory."""
+        """Make the server's shared memory inaccessible to other users."""
         for region in _regions(self.name):
             with contextlib.suppress(FileNotFoundError):
                 region.chmod(0o600)
 
     def remove(self) -> None:
-        """Delete it and the server's shared memory; once more does nothing."""
+        """Delete the folder and the server's shared memory. Can be called more than once."""
         remove_shared_memory(self.name)
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
@@ -122,7 +120,7 @@ class RunFolder:
         self._make_python()
 
     def _make_python(self) -> None:
-        """A virtual environment of this Python with the packages that the gateway has, wherever it has them from."""
+        """Create a virtual environment with the packages of this Python, wherever they are installed."""
         base, environment = self.path / "base", self.programs.parent
         base.symlink_to(sys.base_prefix)
         self.programs.mkdir(parents=True)
@@ -139,14 +137,14 @@ class RunFolder:
 
 
 def _path_line(package_folder: Path) -> str:
-    """A line of a .pth file that has Python search a folder, and what the folder's own such files name."""
+    """A line of a .pth file that adds a folder to `sys.path`, including the folder's own .pth files."""
     if package_folder.readlink().name in ("site-packages", "dist-packages"):
         return f"import site; site.addsitedir({str(package_folder)!r})"
     return str(package_folder)
 
 
 def _link_all(folder: Path, targets: Sequence[Path]) -> list[Path]:
-    """Links in a new folder, which sort as the targets do."""
+    """Create links in a new folder, with names in the order of the targets."""
     folder.mkdir()
     links = [folder / f"{number:03d}" for number in range(len(targets))]
     for link, target in zip(links, targets, strict=True):
@@ -155,7 +153,7 @@ def _link_all(folder: Path, targets: Sequence[Path]) -> list[Path]:
 
 
 def temporary_folder() -> Path:
-    """Where run folders are: what TMPDIR says, or the first of the usual places where that is no plain path.
+    """The parent of run folders: TMPDIR or, if its path is not plain, the first suitable usual place.
 
     Raises:
         EmbeddedError: there is none.
@@ -163,23 +161,23 @@ def temporary_folder() -> Path:
     try:
         named = tempfile.gettempdir()
     except FileNotFoundError as error:
-        raise EmbeddedError("No temporary folder can be written: name one by TMPDIR.") from error
+        raise EmbeddedError("There is no writable temporary folder: set TMPDIR to one.") from error
     for place in map(os.path.abspath, (named, *USUAL_PLACES)):
         if PLAIN_PATH.fullmatch(place) and os.access(place, os.W_OK | os.X_OK):
             return Path(place)
     raise EmbeddedError(
-        f"Triton cannot be started in {named}: name a temporary folder of letters and digits by TMPDIR."
+        f"Triton cannot be started in {named}: set TMPDIR to a folder whose path has only letters and digits."
     )
 
 
 def _make_locked(place: Path) -> tuple[Path, int]:
-    """A new folder that only its owner may enter, and the lock on it."""
+    """Create a folder that only its owner can access, and lock it."""
     unlocked = Path(tempfile.mkdtemp(prefix=".hypergen-", dir=place))
     lock = os.open(unlocked, os.O_RDONLY)
-    # Where the file system has no locks, nobody else gets one either and takes it for abandoned.
+    # On a file system without locks, nobody can lock the folder and treat it as abandoned.
     with contextlib.suppress(OSError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    # Only now by the name that `remove_abandoned` looks for. What cleans up temporary folders by age respects the lock.
+    # Renamed after locking, so that `remove_abandoned` sees only locked folders. Cleaners by age respect the lock, too.
     path = unlocked.with_name(f"{PREFIX}{os.getpid()}-{unlocked.name.rpartition('-')[2]}")
     unlocked.rename(path)
     return path, lock
@@ -187,21 +185,21 @@ def _make_locked(place: Path) -> tuple[Path, int]:
 
 def _check_programs_run(folder: Path) -> None:
     if os.statvfs(folder).f_flag & os.ST_NOEXEC:
-        raise OSError(errno.EACCES, "no programs may be run from there")
+        raise OSError(errno.EACCES, "programs cannot run there")
 
 
 def _reason_of(error: OSError) -> str:
-    """In the system's words. `copytree` hands over what happened to each file, as text."""
+    """The operating system's message. `copytree` raises one error with the messages of all files."""
     if isinstance(error, shutil.Error):
         return str(error.args[0][0][2]).partition("] ")[2].partition(":")[0]
     return error.strerror or str(error)
 
 
 def remove_abandoned() -> None:
-    """End and delete what servers left whose gateway was killed: processes that hang, folders, shared memory.
+    """Remove what servers of killed gateways left behind: hanging processes, folders, shared memory.
 
-    A gateway that lives holds a lock on its folder, in whatever container it runs. Whatever goes wrong with others'
-    remains is no reason not to start.
+    A running gateway holds a lock on its folder, even in another container. Errors are ignored, as they must not
+    prevent a start.
     """
     for folder in temporary_folder().glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError), _locked(folder):
@@ -212,7 +210,7 @@ def remove_abandoned() -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """While it lasts, nobody else has the folder. Raises OSError where somebody has, or it is another user's."""
+    """Hold the lock on a folder. Raises OSError if it is locked or belongs to another user."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         if os.fstat(descriptor).st_uid != os.geteuid():
@@ -224,9 +222,9 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _kill_processes(run_folder: Path) -> None:
-    """A server ends with its gateway, unless it hears no signal any more."""
+    """Kill the processes of a run folder. Servers end with their gateway unless they hang."""
     for process in psutil.process_iter():
-        # Nor may clearing up after another keep this one from its start.
+        # Errors must not prevent this server from starting.
         with contextlib.suppress(psutil.Error, OSError):
             if process.name().startswith(PROCESS_NAMES) and any(str(run_folder) in each for each in process.cmdline()):
                 process.kill()
@@ -234,12 +232,12 @@ def _kill_processes(run_folder: Path) -> None:
 
 
 def remove_shared_memory(run_folder: str) -> None:
-    """Delete the regions of the server that runs or ran on the folder of this name."""
+    """Delete the shared memory of the server with the run folder of this name."""
     for region in _regions(run_folder):
         with contextlib.suppress(OSError):
             region.unlink()
 
 
 def _regions(run_folder: str) -> Iterator[Path]:
-    """A server's regions, whose names begin with its folder's."""
+    """The shared memory regions of a server, which are named after its run folder."""
     return SHARED_MEMORY.glob(f"{run_folder}*")

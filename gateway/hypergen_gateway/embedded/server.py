@@ -1,6 +1,6 @@
-"""One run of the tritonserver process: its command line, environment, log, readiness and end.
+"""One run of the tritonserver process: command line, environment, log, readiness and shutdown.
 
-Knows one process from start to stop; what happens when it dies is the supervisor's matter.
+Restarts are the job of `supervisor`.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ logger = logging.getLogger(__name__)
 
 STUB_NAME = "triton_python_backend_stub"
 LOG_LEVELS = {"I": logging.DEBUG, "W": logging.WARNING, "E": logging.ERROR, "F": logging.ERROR}
-# Said at every start on a machine without a GPU, or each time a stream ends with an error of the sampler's: no news.
+# Logged at every start without a GPU, or whenever a stream ends with an error of the sampler: not a problem.
 HARMLESS = (
     "CudaDriverHelper has not been initialized",
     "Unable to allocate pinned system memory",
     "failed to allocate pinned system memory",
     "HandleCancellation called even when the context was not cancelled",
 )
-# What the environment may hold for us alone.
+# Environment variables that Triton and its models must not see.
 SECRETS = frozenset(
     {"HYPERGEN_API_KEY", "HYPERGEN_LINK_SECRET", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
 )
-# Of Triton's gRPC, what nobody here needs: by these calls a user of this machine could read its models' memory, load
-# other models or write files where it may. They want a header that no gRPC client can send, as its name has capitals.
+# gRPC calls that are not needed and would let users of this machine read the models' memory, load other models or write
+# files. They require a header that no gRPC client can send, as its name has capitals.
 CLOSED_PROTOCOLS = "--grpc-restricted-protocol=shared-memory,model-repository,trace,logging:Nobody=never"
-# While it loads models Triton does not hear SIGTERM, and nobody waits for it yet.
+# Triton ignores SIGTERM while it loads models, and has no requests yet.
 LOADING_STOP_SECONDS = 0.5
-# Stubs end by themselves once their server has gone.
+# Stubs exit by themselves after their server.
 MODELS_STOP_SECONDS = 3.0
 READY_CALL_SECONDS = 2.0
 STANDSTILL_SECONDS = 20
@@ -67,7 +67,7 @@ class Ports:
 
 
 def free_ports() -> Ports:
-    """Two ports that nobody listens on at this moment."""
+    """Two currently unused ports."""
     with socket.socket() as first, socket.socket() as second:
         first.bind(("127.0.0.1", 0))
         second.bind(("127.0.0.1", 0))
@@ -75,7 +75,7 @@ def free_ports() -> Ports:
 
 
 def trace_options(environment: Mapping[str, str]) -> list[str]:
-    """What makes Triton send its spans of requests that come with a trace to where the gateway sends its own."""
+    """Options for Triton to export spans to the gateway's endpoint, for requests with a trace context."""
     base = environment.get("OTEL_EXPORTER_OTLP_ENDPOINT", "").rstrip("/")
     url = environment.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or (base and f"{base}/v1/traces")
     if not url:
@@ -86,14 +86,14 @@ def trace_options(environment: Mapping[str, str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Launch:
-    """Everything that a start of the server needs, the same at every restart."""
+    """Parameters of the server, the same for every restart."""
 
     installation: Installation
     model_repository: Path
     ports: Ports
 
     def command(self, folder: RunFolder) -> list[str]:
-        """The command line; gRPC and metrics on loopback alone."""
+        """The command line. gRPC and metrics listen on loopback only."""
         return [
             str(self.installation.server),
             f"--model-repository={folder.models}",
@@ -107,7 +107,7 @@ class Launch:
             f"--metrics-port={self.ports.metrics}",
             "--allow-gpu-metrics=false",
             "--disable-auto-complete-config",
-            # The sampler answers in flight from one thread each: see its BLS_THREADS.
+            # The sampler uses a thread per running call: see its BLS_THREADS.
             "--backend-config=python,thread-pool-size=64",
             f"--backend-config=python,shm-region-prefix-name={folder.name}",
             "--exit-timeout-secs=5",
@@ -115,16 +115,16 @@ class Launch:
         ]
 
     def environment(self, folder: RunFolder) -> dict[str, str]:
-        """Ours without its secrets, with Triton's libraries and a Python first that finds our packages."""
+        """This process's environment without secrets, with Triton's libraries and the run folder's Python first."""
         ours = child_environment({name: value for name, value in os.environ.items() if name not in SECRETS})
-        # Where nobody knows the user's home, as in a container with a user of its own, packages want one nevertheless.
+        # Packages need a home folder even for users without one, such as an unknown uid in a container.
         return (
             {"HOME": str(folder.path)}
             | ours
             | {
                 "LD_LIBRARY_PATH": _search_path(*folder.libraries, *absolute_folders(ours.get("LD_LIBRARY_PATH", ""))),
                 "PATH": _search_path(folder.programs, Path(sys.executable).parent, *absolute_folders(ours["PATH"])),
-                # Several processes share the cores: threads that spin while they wait would take them from the UNet.
+                # Several processes share the cores: spinning threads would take them from the denoiser.
                 "OMP_NUM_THREADS": "1",
                 "TOKENIZERS_PARALLELISM": "false",
             }
@@ -149,10 +149,10 @@ class TritonServer:
 
     @classmethod
     async def start(cls, launch: Launch) -> TritonServer:
-        """Start the process in a folder of its own, without waiting for its models.
+        """Start the process in a new run folder, without waiting for its models.
 
         Raises:
-            EmbeddedError: the folder cannot be made, or no process can be started.
+            EmbeddedError: the folder cannot be created, or the process cannot be started.
         """
         folder = RunFolder.make(launch.installation, launch.model_repository)
         try:
@@ -161,16 +161,16 @@ class TritonServer:
             process = await asyncio.create_subprocess_exec(
                 *launch.command(folder),
                 env=environment,
-                # Python's search for modules begins in the current folder: here nobody has put any.
+                # Python searches the current folder for modules first; this one contains none.
                 cwd=folder.path,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
-                # Its own session, so that Ctrl-C reaches us alone and we stop it in order; and it must not outlive us.
+                # A separate session, so that Ctrl-C reaches only this process, which stops Triton in order.
                 start_new_session=True,
                 preexec_fn=die_with_parent,
             )
-        except (OSError, RuntimeError) as error:  # the latter where no thread can be started that waits for it
+        except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started to wait for it
             folder.remove()
             raise EmbeddedError(f"Triton cannot be started: {error}.") from error
         except BaseException:
@@ -182,44 +182,44 @@ class TritonServer:
         """Wait until every model is loaded.
 
         Raises:
-            EmbeddedError: it exited, a model's process ended unasked, or `timeout` seconds passed.
+            EmbeddedError: Triton or a model's process exited, startup has stalled, or `timeout` seconds have passed.
         """
         deadline = time.monotonic() + timeout
-        watch = _StartWatch(self._process.pid)
+        monitor = StartupMonitor(self._process.pid)
         async with triton_client(f"127.0.0.1:{self._launch.ports.grpc}") as client:
             while not await answers(client.is_server_ready, READY_CALL_SECONDS):
-                # Triton makes it readable for everybody, whatever the umask; prompts and images will lie there.
+                # Triton creates it world-readable regardless of the umask; it will contain prompts and images.
                 self._folder.close_shared_memory()
-                await self._check_start(watch)
+                await self._check_startup(monitor)
                 if time.monotonic() > deadline:
                     raise EmbeddedError(f"Triton was not ready after {timeout:.0f} s: {self._reason()}")
                 await asyncio.sleep(0.1)
         self._folder.close_shared_memory()
         self._models = _stubs_of(self._process.pid)
 
-    async def _check_start(self, watch: _StartWatch) -> None:
+    async def _check_startup(self, monitor: StartupMonitor) -> None:
         if self._process.returncode is not None:
-            # A model's process that hangs would keep its output open.
+            # A hanging model process would keep the output open.
             await asyncio.wait([self._reader], timeout=MODELS_STOP_SECONDS)
             code = self._process.returncode
             raise ModelsNotLoadedError(f"Triton exited with code {code} at start: {self._reason()}")
-        if fault := watch.look():
+        if fault := monitor.check():
             raise EmbeddedError(f"{fault}: {self._reason()}")
 
     def missing(self) -> str | None:
-        """What has died since the server was ready, in words; None while all is alive."""
+        """A description of the processes that have died since the server was ready; None if there are none."""
         if self._process.returncode is not None:
             return f"tritonserver (exit code {self._process.returncode})"
         dead = [model for model in self._models if not _is_alive(model)]
         return f"{len(dead)} of its {len(self._models)} model processes" if dead else None
 
     def processes(self) -> list[LinuxProcess]:
-        """What the watchdog looks at once the server is ready: the server itself, then its models."""
+        """The processes for the watchdog: the server, then its models."""
         models = [LinuxProcess(model.pid, _name_of(model)) for model in self._models]
         return [LinuxProcess(self._process.pid, "tritonserver"), *models]
 
     async def stop(self, timeout: float) -> None:
-        """Ask it to end, and kill what has not ended after `timeout` seconds, or at once when cancelled."""
+        """Stop the server; kill it after `timeout` seconds, or at once when cancelled."""
         models = _stubs_of(self._process.pid) or self._models
         self._stopping = True
         try:
@@ -232,7 +232,7 @@ class TritonServer:
             await self.kill()
 
     async def kill(self) -> None:
-        """End it and everything it has started at once; it leads a session of its own."""
+        """Kill the server and its child processes, which are in one session."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         try:
@@ -247,21 +247,21 @@ class TritonServer:
             line = raw.decode("utf-8", "replace").rstrip()
             if line:
                 self._last_lines.append(line)
-                # That large models take longer to unload than Triton waits for them concerns nobody: it ends anyway.
+                # During shutdown, warnings about models that unload slowly do not matter.
                 logger.log(logging.DEBUG if self._stopping else log_level_of(line), "%s", line)
 
     def _reason(self) -> str:
-        """On one line: the first error that Triton logged, if possible one that names a model; or the last words."""
+        """One line: the first error in Triton's log, preferably one that names a model, or else the last line."""
         errors = [line for line in self._last_lines if log_level_of(line) >= logging.ERROR]
         errors.sort(key=lambda line: "failed to load '" not in line)
-        others = [line for line in self._last_lines if not _is_of_triton(line)]
-        words = errors or (others or list(self._last_lines))[-1:] or ["it said nothing"]
-        message = words[0].partition("] ")[2].strip('"') if _is_of_triton(words[0]) else words[0].strip()
-        return self._folder.plain(message.partition("\\n\\nAt:")[0])
+        others = [line for line in self._last_lines if not _is_triton_log(line)]
+        words = errors or (others or list(self._last_lines))[-1:] or ["no output"]
+        message = words[0].partition("] ")[2].strip('"') if _is_triton_log(words[0]) else words[0].strip()
+        return self._folder.restore_paths(message.partition("\\n\\nAt:")[0])
 
 
 async def _read_line(stream: asyncio.StreamReader) -> bytes:
-    """The next line; one longer than the buffer comes in pieces instead of ending the reading."""
+    """The next line; a line longer than the buffer is returned in pieces."""
     try:
         return await stream.readuntil(b"\n")
     except asyncio.IncompleteReadError as end:
@@ -271,31 +271,31 @@ async def _read_line(stream: asyncio.StreamReader) -> bytes:
 
 
 def log_level_of(line: str) -> int:
-    """The weight that Triton gave a line of its own, unless it says nothing new; others come from its models."""
-    if any(words in line for words in HARMLESS) or not _is_of_triton(line):
+    """The level of a line of Triton's log; debug for harmless ones and the output of models."""
+    if any(words in line for words in HARMLESS) or not _is_triton_log(line):
         return logging.DEBUG
     return LOG_LEVELS.get(line[0], logging.DEBUG)
 
 
-def _is_of_triton(line: str) -> bool:
-    """Whether it looks like `I1123 11:55:42.123456 42 file.cc:1] "message"`."""
+def _is_triton_log(line: str) -> bool:
+    """Whether a line has Triton's format, `I1123 11:55:42.123456 42 file.cc:1] "message"`."""
     return line[1:5].isdigit() and "] " in line
 
 
 @contextlib.asynccontextmanager
 async def triton_client(url: str) -> AsyncIterator[InferenceServerClient]:
-    """A client of the server on this machine, asked directly whatever proxy the environment names."""
+    """A gRPC client of the local server, which ignores proxy settings."""
     client = InferenceServerClient(url, channel_args=CHANNEL_ARGS)
     try:
         yield client
     finally:
-        # A library that could not start its threads does not answer either.
+        # Closing hangs if the library could not start its threads.
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(client.close(), CLOSE_SECONDS)
 
 
 async def answers(call: Callable[..., Awaitable[bool]], seconds: float) -> bool:
-    """Whether the server says yes in time."""
+    """Whether a call returns true within `seconds`."""
     try:
         return bool(await asyncio.wait_for(call(client_timeout=seconds), seconds + CLOSE_SECONDS))
     except (InferenceServerException, asyncio.TimeoutError):
@@ -304,39 +304,39 @@ async def answers(call: Callable[..., Awaitable[bool]], seconds: float) -> bool:
 
 def _check_shell(path: str) -> None:
     if shutil.which("bash", path=path) is None:
-        raise EmbeddedError("bash is not installed, or not on PATH, which Triton starts its models' processes with.")
+        raise EmbeddedError("Triton needs bash to start its models' processes, and it is not on PATH.")
 
 
-class _StartWatch:
-    """Notices a start that will never end, by looks a second apart.
+class StartupMonitor:
+    """Detects a start that will never finish, with a check every second.
 
-    Triton waits for ever for the first words of a model's process, even of one that has ended; and for its own threads,
-    even if none could be started.
+    Triton waits forever for the first message of a model's process, even if the process has exited, and for its own
+    threads, even if they could not be started.
     """
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
-        self._next_look = time.monotonic()
+        self._next_check = time.monotonic()
         self._ended: set[int] = set()
         self._cpu: dict[int, float] = {}
-        self._idle_looks = 0
+        self._idle_checks = 0
 
-    def look(self) -> str | None:
-        """What has happened, in words; None while there may be progress."""
-        if time.monotonic() < self._next_look:
+    def check(self) -> str | None:
+        """A description of the failure; None while there may be progress."""
+        if time.monotonic() < self._next_check:
             return None
-        self._next_look = time.monotonic() + 1.0
+        self._next_check = time.monotonic() + 1.0
         children = _children_of(self._pid, recursive=True)
         before, self._ended = self._ended, {child.pid for child in children if _is_zombie(child)}
-        if before & self._ended:  # nor has anybody taken note of it meanwhile
+        if before & self._ended:  # Triton has not reaped it in the meantime
             return "A model's process ended as soon as Triton started it"
-        self._idle_looks = self._idle_looks + 1 if self._is_idle([self._pid, *(each.pid for each in children)]) else 0
-        if self._idle_looks >= STANDSTILL_SECONDS:
+        self._idle_checks = self._idle_checks + 1 if self._is_idle([self._pid, *(each.pid for each in children)]) else 0
+        if self._idle_checks >= STANDSTILL_SECONDS:
             return f"Triton has done nothing for {STANDSTILL_SECONDS} s of its start"
         return None
 
     def _is_idle(self, pids: Sequence[int]) -> bool:
-        """Whether none of them has worked since the last look, nor wants to."""
+        """Whether no process has used the CPU since the last check, nor is runnable."""
         processes = [LinuxProcess(pid, "") for pid in pids]
         before, self._cpu = self._cpu, {process.pid: process.cpu_seconds() for process in processes}
         used = sum(cpu - before.get(pid, 0.0) for pid, cpu in self._cpu.items())
@@ -363,7 +363,7 @@ def _stubs_of(pid: int) -> list[psutil.Process]:
 
 
 def _name_of(stub: psutil.Process) -> str:
-    """A stub's first argument is its model's file, MODEL/1/model.py or the like."""
+    """A description of a stub by its model. Its first argument is the model's file, such as MODEL/1/model.py."""
     try:
         return f"the process of {Path(stub.cmdline()[1]).parents[1].name}"
     except (psutil.NoSuchProcess, IndexError):

@@ -1,7 +1,7 @@
-"""Keeps an embedded Triton running: starts it, notices when it or one of its processes dies or hangs, starts it again.
+"""Supervisor of the embedded Triton: restarts it when it or one of its model processes dies or hangs.
 
-Triton 2.51 stays "ready" after a model's process has crashed, and that model's clients wait for ever: so the processes
-themselves are watched, and the whole server is replaced, on the same ports, so that clients find it again.
+Triton 2.51 stays "ready" after a model's process has crashed, and requests to that model wait forever. So the processes
+are watched, and the whole server is restarted on the same ports.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LONGEST_PAUSE_SECONDS = 30.0
 
 @asynccontextmanager
 async def embedded_triton(model_repository: Path, start_timeout: float = 600.0) -> AsyncIterator[EmbeddedTriton]:
-    """Serve `model_repository` for as long as the context lasts; every model is ready when it is entered.
+    """Run a Triton that serves `model_repository` within the context; all models are ready on entry.
 
     Raises:
         EmbeddedError: Triton cannot be found, started or made ready within `start_timeout` seconds.
@@ -44,9 +44,9 @@ async def embedded_triton(model_repository: Path, start_timeout: float = 600.0) 
 
 
 class EmbeddedTriton:
-    """A Triton that is started again when it or one of its processes dies or hangs; made by `embedded_triton`.
+    """A Triton that is restarted when it or one of its processes dies or hangs; created by `embedded_triton`.
 
-    `at_work` says whether somebody waits for Triton, who sets it; then it also hangs if none of its processes works.
+    `at_work` is set by the user and returns whether requests are running; if so, idle processes count as hanging.
     """
 
     def __init__(self, launch: Launch, start_timeout: float) -> None:
@@ -58,20 +58,20 @@ class EmbeddedTriton:
 
     @property
     def url(self) -> str:
-        """HOST:PORT of gRPC; the same across restarts."""
+        """HOST:PORT of gRPC, which does not change across restarts."""
         return f"127.0.0.1:{self._launch.ports.grpc}"
 
     @property
     def metrics_url(self) -> str:
-        """Triton's own Prometheus metrics."""
+        """URL of Triton's Prometheus metrics."""
         return f"http://127.0.0.1:{self._launch.ports.metrics}/metrics"
 
     async def start(self) -> None:
-        """Start, wait until ready, and watch from then on."""
+        """Start Triton, wait until it is ready, and begin to watch it."""
         self._watcher = asyncio.create_task(self._watch(await self._start_server()))
 
     async def stop(self) -> None:
-        """End the watch and the server; also after a failed start."""
+        """Stop watching and stop the server; also after a failed start."""
         if self._watcher is not None:
             self._watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -87,11 +87,11 @@ class EmbeddedTriton:
     async def _watch(self, server: TritonServer) -> None:
         while True:
             fault = await self._fault_of(server)
-            logger.error("Triton %s; starting it again", fault)
+            logger.error("Triton %s; restarting it", fault)
             server = await self._replace()
 
     async def _fault_of(self, server: TritonServer) -> str:
-        """What has happened to the server, in words, as soon as something has."""
+        """Wait for a fault of the server, and return its description."""
         watchdog = Watchdog(server.processes(), at_work=lambda: self.at_work())
         probing = asyncio.create_task(_probe(self.url, watchdog))
         try:
@@ -106,26 +106,26 @@ class EmbeddedTriton:
             await asyncio.wait([probing])
 
     async def _replace(self) -> TritonServer:
-        """Start again until it holds, with growing pauses: a full disk or short memory may pass."""
+        """Restart, retrying with growing pauses: a full disk or a lack of memory may be temporary."""
         pause = 0.5
         while True:
             try:
-                # What is left of it could only fail its clients later.
+                # Its remaining processes could not serve requests correctly.
                 if self._server is not None:
                     await self._server.kill()
                     self._server = None
                 server = await self._start_server()
             except (EmbeddedError, OSError) as error:
-                logger.error("%s Next try in %.0f s", error, pause)
+                logger.error("%s Retrying in %.0f s", error, pause)
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
             else:
-                logger.warning("Triton is back")
+                logger.warning("Triton has restarted")
                 return server
 
 
 async def _probe(url: str, watchdog: Watchdog) -> None:
-    """Ask the server again and again whether it lives."""
+    """Probe the server's liveness repeatedly."""
     async with triton_client(url) as client:
         while True:
             watchdog.probed(answered=await answers(client.is_server_live, PROBE_SECONDS))

@@ -1,11 +1,10 @@
-"""Notices a Triton that hangs: whose processes live and do nothing.
+"""Detects a hanging Triton: one whose processes are alive but neither run nor are runnable.
 
-A slow one must never be taken for it: a step of a large model on a loaded machine takes many seconds. So no clock
-decides how long work may take; what tells a process that hangs is that it neither runs nor wants to. Whoever computes
-uses the CPU, or waits for its turn or for the disk; and Triton's processes, even with nothing to do, wake up several
-times a second to look after each other. Linux counts the CPU time of each to the nanosecond.
+A slow Triton must not be mistaken for a hanging one: a step of a large model on a loaded machine takes many seconds. So
+there is no time limit for work. A process that computes uses the CPU or waits for it or for the disk, and even idle
+Triton processes wake up several times a second. Linux counts their CPU time in nanoseconds.
 
-Looks are counted, not seconds: a machine that slept, or a container that was paused, has missed none.
+Checks are counted instead of seconds, so a suspended machine or a paused container causes no false alarm.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from pathlib import Path
 from typing import Protocol
 
 LOOK_SECONDS = 0.25
-# A process that does not run at all: stopped, frozen, or with all its threads in a lock for good.
+# A process that does not run at all: stopped, frozen or deadlocked.
 STILL_LOOKS = 12
-# Work is under way and nobody does any of it: what the processes use meanwhile is what they use to stay awake.
+# Requests are running but the processes use only the CPU time of idle ones.
 STUCK_LOOKS = 40
 IDLE_SHARE = 0.02
-# The server does not answer whether it lives; each answer is waited for PROBE_SECONDS.
+# Failed liveness probes; each has a timeout of PROBE_SECONDS.
 UNANSWERED_PROBES = 3
 PROBE_SECONDS = 3.0
 
@@ -31,11 +30,11 @@ _RUNNING_OR_IN_IO = frozenset("RD")
 
 
 class Process(Protocol):
-    """What the watchdog sees of a process."""
+    """A process as the watchdog sees it."""
 
     @property
     def name(self) -> str:
-        """What the log calls it."""
+        """Description for the log."""
         ...
 
     def cpu_seconds(self) -> float:
@@ -49,20 +48,20 @@ class Process(Protocol):
 
 @dataclass(frozen=True)
 class LinuxProcess:
-    """A process of this machine. One that has ended reads as one that runs: its end is noticed elsewhere."""
+    """A local process. One that has exited reads as running, as exits are detected elsewhere."""
 
     pid: int
     name: str
 
     def cpu_seconds(self) -> float:
-        """By the clock's id as clock_getcpuclockid(3) makes it of a process."""
+        """The CPU clock of the process, with the clock id of clock_getcpuclockid(3)."""
         try:
             return time.clock_gettime((~self.pid << 3) | 2)
         except OSError:
             return time.monotonic()
 
     def wants_to_run(self) -> bool:
-        """By the state of each thread, as proc(5) has it."""
+        """Whether the state of a thread in proc(5) is running or in I/O."""
         for stat in Path(f"/proc/{self.pid}/task").glob("*/stat"):
             with contextlib.suppress(OSError):
                 if stat.read_text().rpartition(") ")[2][:1] in _RUNNING_OR_IN_IO:
@@ -78,7 +77,7 @@ class _Watched:
 
 
 class Watchdog:
-    """Looks at a server and its models' processes every `LOOK_SECONDS`. `at_work` says whether somebody waits for them.
+    """Checks the processes of a server every `LOOK_SECONDS`. `at_work` returns whether requests are running.
 
     The first of `processes` is the server itself.
     """
@@ -90,25 +89,25 @@ class Watchdog:
         self._unanswered = 0
 
     def probed(self, *, answered: bool) -> None:
-        """The server was asked whether it lives."""
+        """Record a liveness probe."""
         self._unanswered = 0 if answered else self._unanswered + 1
 
     def look(self) -> str | None:
-        """What hangs, in words; None where nothing does."""
+        """A description of what hangs; None if nothing does."""
         used = sum(self._look_at(watched) for watched in self._watched)
         if still := [each for each in self._watched if each.still_looks >= STILL_LOOKS]:
             return f"{' and '.join(each.process.name for each in still)}, not running for {_seconds(STILL_LOOKS)}"
         if self._unanswered >= UNANSWERED_PROBES and not self._watched[0].process.wants_to_run():
-            return f"the answers of {self._watched[0].process.name}"
+            return f"{self._watched[0].process.name}, not answering"
         if self._is_stuck(used):
-            return f"the work under way, on which nobody has worked for {_seconds(STUCK_LOOKS)}"
+            return f"running requests have made no progress for {_seconds(STUCK_LOOKS)}"
         return None
 
     def _look_at(self, watched: _Watched) -> float:
-        """The CPU time that it has used since the last look."""
+        """The CPU time used since the last check."""
         cpu = watched.process.cpu_seconds()
         used, watched.cpu = cpu - watched.cpu, cpu
-        # A process that waits for a CPU all the while is starved by others, not hanging.
+        # A process that waits for the CPU is starved, not hanging.
         is_still = used == 0 and not watched.process.wants_to_run()
         watched.still_looks = watched.still_looks + 1 if is_still else 0
         return used

@@ -72,7 +72,7 @@ def test_it_holds_the_python_backend_with_its_stub_and_our_openvino_backend(fold
 
 def test_its_repository_is_an_absolute_link(folder: RunFolder) -> None:
     assert folder.models.readlink() == Path.cwd() / "models"
-    assert folder.plain(f"{folder.models}/unet: broken") == f"{Path.cwd()}/models/unet: broken"
+    assert folder.restore_paths(f"{folder.models}/unet: broken") == f"{Path.cwd()}/models/unet: broken"
 
 
 def test_its_python_finds_what_this_one_does(folder: RunFolder) -> None:
@@ -158,7 +158,7 @@ class TestTemporaryFolder:
     def test_one_that_cannot_be_used_is_said_with_the_reason_and_the_variable(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        for options, reason in (("size=64k", "No space left on device"), ("noexec", "no programs may be run")):
+        for options, reason in (("size=64k", "No space left on device"), ("noexec", "programs cannot run there")):
             disk = tmp_path / options
             disk.mkdir()
             mounting = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)], capture_output=True)

@@ -86,7 +86,7 @@ def test_a_process_that_does_not_run_hangs(server: FakeProcess, unet: FakeProces
 
 def test_work_that_nobody_does_hangs(server: FakeProcess, unet: FakeProcess) -> None:
     found = looks_until_hanging(Watchdog([server, unet], at_work=lambda: True))
-    assert found == (STUCK_LOOKS, "the work under way, on which nobody has worked for 10 s")
+    assert found == (STUCK_LOOKS, "running requests have made no progress for 10 s")
 
 
 def test_a_pause_between_two_pieces_of_work_is_none(server: FakeProcess, unet: FakeProcess) -> None:
@@ -100,7 +100,7 @@ def test_a_server_that_does_not_answer_hangs_unless_it_answers_again(server: Fak
         watchdog.probed(answered=answered)
     assert watchdog.look() is None
     watchdog.probed(answered=False)
-    assert watchdog.look() == "the answers of tritonserver"
+    assert watchdog.look() == "tritonserver, not answering"
 
 
 def test_linux_tells_a_process_that_runs_from_one_that_is_stopped() -> None:

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from hypergen_gateway.http.request_id import current_request_id
-from hypergen_gateway.observability.logs import JsonLines, TextLines
+from hypergen_gateway.observability.logs import JsonLines
 from support.running_server import KEY, Server, free_port, start_server, stop_server
 
 NOBODY = "127.0.0.1:1"  # a Triton that is not there
@@ -98,15 +98,6 @@ def test_what_is_no_json_by_itself_is_written_as_text() -> None:
 def test_time_is_in_utc_and_sortable() -> None:
     made = record("a", created=0.25)
     assert json.loads(JsonLines().format(made))["time"] == "1970-01-01T00:00:00.250+00:00"
-
-
-def test_lines_of_text_are_those_of_python_s_own_formatter() -> None:
-    ours, own = TextLines(), logging.Formatter(TextLines.FORMAT)
-    failure = ValueError("two\nlines")
-    for seconds in (0.25, 0.999, 1.0, 1_700_000_000.0005, 0.5):
-        for more in ({}, {"exc_info": (ValueError, failure, None)}, {"stack_info": "Stack"}):
-            made = record("%d of %d", created=seconds, msecs=seconds % 1 * 1000, args=(1, 2), **more)
-            assert ours.format(made) == own.format(made)
 
 
 @pytest.mark.parametrize("value", ["yaml", ""])
