@@ -202,7 +202,7 @@ def test_a_file_that_is_missing_or_may_not_be_read_is_named_with_the_reason(tmp_
     assert f"{tmp_path}: Is a directory" in refusal(serve("--api-key-file", str(tmp_path)))
 
 
-@pytest.mark.parametrize(("content", "says"), [(b"", "no key"), (b" \n", "no key"), (b"two words\n", "line 1 is")])
+@pytest.mark.parametrize(("content", "says"), [(b"", "no key"), (b" \n", "no key"), (b"two words\n", "line 1 must be")])
 def test_a_file_that_does_not_hold_keys_is_refused(key_file: Path, content: bytes, says: str) -> None:
     key_file.write_bytes(content)
     line = refusal(serve("--api-key-file", str(key_file)))

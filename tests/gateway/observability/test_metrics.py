@@ -87,7 +87,10 @@ async def test_refusals_joins_and_estimates_are_counted(backend: FakeBackend) ->
         await working
         seen = await metrics(client)
     assert (seen['joined_total{reason="idempotency_key"}'], seen['joined_total{reason="retry"}']) == (1, 0)
-    assert (seen['refused_total{reason="queue_full"}'], seen['refused_total{reason="deadline"}']) == (1, 1)
+    assert (
+        seen['admission_rejections_total{reason="queue_full"}'],
+        seen['admission_rejections_total{reason="deadline"}'],
+    ) == (1, 1)
     assert seen["estimate_ratio_count"] == 2
 
 
@@ -111,7 +114,7 @@ async def test_a_failure_of_the_backend_saves_nothing(client: httpx.AsyncClient,
     backend.failure = UnavailableError("away")
     await client.post(GENERATIONS, json=FOX)
     seen = await metrics(client)
-    assert (seen["saved_steps_total"], seen['refused_total{reason="queue_full"}']) == (0, 0)
+    assert (seen["saved_steps_total"], seen['admission_rejections_total{reason="queue_full"}']) == (0, 0)
 
 
 @pytest.mark.parametrize(("needs_key", "status"), [(False, 200), (True, 401)])
