@@ -72,8 +72,9 @@ def test_an_export_brings_the_files_that_the_sampler_opens(exported: Path) -> No
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_the_sampler_calls_components_by_their_tensors(family: Family) -> None:
-    """Text encoders and conditions are named by parameters, which the exporter takes from its table."""
+    """Text encoders, the denoiser and its inputs are named by parameters, which the exporter takes from its table."""
     named = {name for file in ("bls", "conditioning", "lora") for name in strings_of(PACKAGE / f"{file}.py")}
     for component in with_deep_cache(family.components):
-        assert component.name in named or component in family.text_encoders
+        by_parameters = component.is_denoiser or component in family.text_encoders
+        assert component.name in named or by_parameters
         assert {tensor.name for tensor in (*component.inputs, *component.outputs)} <= named

@@ -174,7 +174,7 @@ class TestGenerations:
         at_once, phases = (dict(phase.split(";dur=") for phase in timing) for timing in timings)
         assert list(phases) == ["queue", "encode-text", "denoise", "decode", "encode-image"]
         # The second waited for the first, which slept: one millisecond of each is the backend's own queue.
-        assert float(phases["queue"]) - float(at_once["queue"]) > 90
+        assert float(phases["queue"]) - float(at_once["queue"]) > 50
         assert (phases["encode-text"], phases["denoise"], phases["decode"]) == ("2.0", "30.0", "4.0")
 
     @pytest.mark.parametrize(
