@@ -45,11 +45,11 @@ def required_files(names: Iterable[str]) -> list[str]:
     names = list(names)
     paths = [name for name in names if "/" not in name and name.endswith(".json")]
     for module in _modules():
-        files = _within(names, module)
+        files = _files_in(names, module)
         weights = select_weights(files)
         paths += [f"{module}/{file}" for file in files if file == "config.json" or (weights and file in weights.files)]
     for folder in ("scheduler", *_tokenizers()):
-        paths += [f"{folder}/{file}" for file in _within(names, folder) if file.endswith(_SMALL_FILES)]
+        paths += [f"{folder}/{file}" for file in _files_in(names, folder) if file.endswith(_SMALL_FILES)]
     return paths
 
 
@@ -100,6 +100,6 @@ def _tokenizers() -> list[str]:
     return sorted({tokenizer for family in FAMILIES for tokenizer in family.tokenizers})
 
 
-def _within(names: Iterable[str], folder: str) -> list[str]:
+def _files_in(names: Iterable[str], folder: str) -> list[str]:
     paths = (PurePosixPath(name) for name in names)
     return [path.name for path in paths if path.parent == PurePosixPath(folder)]

@@ -205,9 +205,9 @@ def _read_lora(text: str) -> Lora:
         name, rest = "", text
     elif not _NAME.fullmatch(name):
         raise BadOptionError(f"--lora: a name must have 1 to 64 letters, digits, '_', '.' or '-', not {name[:80]!r}")
-    path, scale = _split_scale(rest)
-    place = Path(path).expanduser()
-    return Lora(name=name or _name_of(place), file=_find_file(place), scale=scale)
+    text_path, scale = _split_scale(rest)
+    path = Path(text_path).expanduser()
+    return Lora(name=name or _name_of(path), file=_find_file(path), scale=scale)
 
 
 def _is_path(text: str) -> bool:
@@ -227,20 +227,20 @@ def _split_scale(text: str) -> tuple[str, float]:
     return (path if colon else text), float(f"{scale:g}")
 
 
-def _name_of(place: Path) -> str:
+def _name_of(path: Path) -> str:
     """A valid name derived from the path."""
-    place = place.resolve()
-    name = place.stem if place.is_file() else place.name
+    path = path.resolve()
+    name = path.stem if path.is_file() else path.name
     return _OTHER_CHARACTERS.sub("-", name).strip("-")[:64] or "lora"
 
 
-def _find_file(place: Path) -> Path:
-    if place.is_file():
-        return place
-    if not place.is_dir():
-        raise BadLoraError(f"{place}: no such LoRA file or folder")
-    usual = [place / name for name in _USUAL_FILES if (place / name).is_file()]
-    found = usual[:1] or sorted(place.glob("*.safetensors"))
+def _find_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise BadLoraError(f"{path}: no such LoRA file or folder")
+    usual = [path / name for name in _USUAL_FILES if (path / name).is_file()]
+    found = usual[:1] or sorted(path.glob("*.safetensors"))
     if len(found) != 1:
-        raise BadLoraError(f"{place}: has {len(found) or 'no'} .safetensors files; give the path of the LoRA's file")
+        raise BadLoraError(f"{path}: has {len(found) or 'no'} .safetensors files; give the path of the LoRA's file")
     return found[0]
