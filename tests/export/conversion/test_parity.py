@@ -50,7 +50,7 @@ def test_a_file_of_another_component_is_a_miss_or_refused(checkpoint: Checkpoint
     wrapped = wrap(COMPONENTS["vae_decoder"], load_module(checkpoint, COMPONENTS["vae_decoder"]))
     path = repository / "vae_decoder" / "1" / "model.onnx"
     with pytest.raises(ParityMissedError):
-        # Twice the latents: a picture of another size.
+        # Twice the latents: an image of another size.
         compare(COMPONENTS["vae_decoder"], _Enlarged(wrapped), checkpoint.sizes, path)
 
 

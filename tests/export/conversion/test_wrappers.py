@@ -60,11 +60,11 @@ def test_each_sample_has_its_own_timestep(pipeline: Any, wrapped_unet: UNet) -> 
 def test_the_decoders_bytes_are_those_of_the_pipelines_image(pipeline: Any) -> None:
     latents = noise(2, 4, 9, 7)
     decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
-    pictures = pipeline.image_processor.postprocess(decoded, output_type="pil")
+    images = pipeline.image_processor.postprocess(decoded, output_type="pil")
     image = VaeDecoder(pipeline.vae)(latents)
     assert image.dtype == torch.uint8
-    np.testing.assert_array_equal(image.numpy(), np.stack([np.asarray(picture) for picture in pictures]))
-    assert image.numpy().std() > 10, "a flat picture would prove nothing"
+    np.testing.assert_array_equal(image.numpy(), np.stack([np.asarray(each) for each in images]))
+    assert image.numpy().std() > 10, "a flat image would prove nothing"
 
 
 @torch.no_grad()
