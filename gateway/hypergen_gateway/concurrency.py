@@ -1,8 +1,4 @@
-"""Whether work holds up everybody for a moment, or goes to a thread, which takes a moment by itself; and how much of it
-is done at a time.
-
-Knows nothing of the work but the data that it goes over, which is what its time depends on.
-"""
+"""Blocking work in threads, and a limit on how much of it runs at a time; both measured in bytes of data."""
 
 from __future__ import annotations
 
@@ -15,15 +11,15 @@ T = TypeVar("T")
 
 
 async def run_in_thread_if_large(work: Callable[[], T], nbytes: int, *, quick: int) -> T:
-    """The result of `work`, which goes over `nbytes`: from a thread, unless they are `quick` ones at most.
+    """Runs `work` over `nbytes` of data: in a thread if that is more than `quick`, else on the event loop.
 
-    Having a thread do something and hearing of it takes a fifth of a millisecond: `quick` is what takes no longer.
+    A round trip to a thread takes a fifth of a millisecond; `quick` is what takes no longer than that.
     """
     return work() if nbytes <= quick else await asyncio.to_thread(work)
 
 
 class ByteBudget:
-    """Bounds the bytes that are worked on at a time, first come, first served. More than all of them go alone.
+    """Bounds the bytes being processed, first come, first served. Work larger than the limit runs alone.
 
     Belongs to one event loop.
     """

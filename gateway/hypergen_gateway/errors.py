@@ -1,7 +1,7 @@
 """Every error a client can see, as one tree.
 
-A class knows its HTTP status, the type and code that OpenAI's clients expect, and the headers that belong to it.
-It does not know how or where it is answered: whoever notices a problem raises, and one middleware answers.
+A class has its HTTP status, the type and code that OpenAI's clients expect, and its headers. One middleware turns
+raised errors into responses.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class HyperGenError(Exception):
 
 
 class InvalidRequestError(HyperGenError):
-    """The request cannot be served as it stands; `param` says which part of it."""
+    """The request is invalid; `param` names the field."""
 
     status = 400
     type = "invalid_request_error"
 
 
 class IdempotencyKeyReusedError(InvalidRequestError):
-    """The key of another request. Not a 409, which OpenAI's clients would try again."""
+    """The key belongs to another request. Not a 409, which OpenAI's clients would retry."""
 
     code = "idempotency_key_reused"
 
@@ -97,7 +97,7 @@ class ModelNotFoundError(NotFoundError):
 
 
 class LinkExpiredError(NotFoundError):
-    """A link to a picture was good once."""
+    """A link to an image that has expired."""
 
     status = 410
     code = "link_expired"
@@ -195,7 +195,7 @@ class RetryableError(HyperGenError):
 
 
 class QueueFullError(RetryableError):
-    """As many requests wait as may wait."""
+    """The queue is full."""
 
     status = 429
     type = "rate_limit_error"

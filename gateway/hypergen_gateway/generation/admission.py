@@ -1,4 +1,4 @@
-"""Who may go to Triton now, and who waits.
+"""Admission control: a FIFO queue bounded by images in flight.
 
 Triton does not push back on a decoupled model: it takes every request at once. So at most as many images as the
 sampler works on are let through, the other requests wait here in order of arrival, and who would wait in vain is

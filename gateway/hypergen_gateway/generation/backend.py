@@ -1,7 +1,6 @@
-"""The seam between the HTTP side and whatever makes the pictures.
+"""The interface between the API and the backend that generates images, and the types that cross it.
 
-Knows what a request for pictures is, what a picture is, what a model tells about itself, and the one interface
-through which they are exchanged. Knows neither HTTP nor Triton, so a test can stand in on either side.
+Does not depend on HTTP or Triton, so tests can replace either side.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """A request for pictures, complete and legal for the model. Picture i is drawn from `seed + i`."""
+    """Images to generate, complete and legal for the model. Image i has the seed `seed + i`."""
 
     prompt: str
     negative_prompt: str | None = None
@@ -107,7 +106,7 @@ class ModelDescription:
 
 
 class Backend(Protocol):
-    """Makes pictures. Every method raises a `HyperGenError` and nothing else, and none waits for ever."""
+    """Generates images. Methods raise only `HyperGenError`, and none waits forever."""
 
     async def describe(self) -> ModelDescription:
         """The model's description: the last one read when it cannot be read now, `UnavailableError` without one."""
