@@ -23,6 +23,8 @@ _SHORTEST_RETRY_AFTER = 0.1
 _UNKNOWN_RETRY_AFTER = 1.0
 # An idle server that nobody has measured for this long lets a request try what the old figures would forbid.
 _TRUSTED_SECONDS = 60.0
+# A small file may be an image of 4096 × 4096, or be asked for in that size: some 64 MiB with its mask.
+_WAITING_BYTES = 1 << 30
 
 
 @dataclass(eq=False)
@@ -58,10 +60,21 @@ class _Entry:
 
 
 class Admission:
-    """A first-come, first-served gate for images. Belongs to one event loop; `clock` gives seconds."""
+    """A first-come, first-served gate for images. Belongs to one event loop; `clock` gives seconds.
 
-    def __init__(self, max_waiting: int, clock: Callable[[], float] = time.monotonic) -> None:
+    At most `max_waiting` requests wait, and start from images of `max_waiting_bytes` together; more than that waits
+    alone.
+    """
+
+    def __init__(
+        self,
+        max_waiting: int,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        max_waiting_bytes: int = _WAITING_BYTES,
+    ) -> None:
         self._max_waiting = max_waiting
+        self._max_waiting_bytes = max_waiting_bytes
         self._clock = clock
         self._pace = StepTimeModel()
         self._waiting: deque[Slot] = deque()
@@ -88,14 +101,14 @@ class Admission:
         """A place out of `capacity`, at work or in the queue; whoever gets one `acquire`s it at once.
 
         Raises:
-            QueueFullError: as many wait as may wait.
+            QueueFullError: as many wait as may wait, or their images take as much memory as they may.
             DeadlineTooShortError: as far as is known, the work would not be done within `deadline` seconds.
         """
         self._tick()
         # A request of more images than there are places takes them all, or it would wait for ever.
         place = Slot(work, min(work.images, capacity), capacity)
         goes_at_once = not self._waiting and self._fits(place)
-        if not goes_at_once and len(self._waiting) >= self._max_waiting:
+        if not goes_at_once and not self._may_wait(work):
             raise QueueFullError("Too many requests are waiting. Try again later.", self._seconds_to_next_place(place))
         expected = self._forecast([*self._waiting, place])
         if expected is not None:
@@ -125,6 +138,11 @@ class Admission:
             return place.rounds
         seconds, load = self._stay(place)
         return max(place.rounds - seconds / self._pace.round_seconds(load), 0.0)
+
+    def _may_wait(self, work: Work) -> bool:
+        waiting_bytes = sum(place.work.nbytes for place in self._waiting)
+        has_memory = not (waiting_bytes and work.nbytes) or waiting_bytes + work.nbytes <= self._max_waiting_bytes
+        return len(self._waiting) < self._max_waiting and has_memory
 
     def _check_deadline(self, place: Slot, expected: float, deadline: float | None) -> None:
         if deadline is None or expected <= deadline:

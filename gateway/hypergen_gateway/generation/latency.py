@@ -27,11 +27,13 @@ class Work:
     """What a request asks of the sampler.
 
     `load` is what one of its images adds to a round: rows of the UNet times pixels, relative to the model's own size.
+    `nbytes` is the memory taken by its init images.
     """
 
     images: int
     steps: float
     load: float
+    nbytes: int = 0
 
 
 def work_of(request: ClientRequest) -> Work:
@@ -43,6 +45,7 @@ def work_of(request: ClientRequest) -> Work:
         images=request.num_images,
         steps=max(request.num_inference_steps * max(strengths), 1.0),
         load=sum(loads) / len(loads) / (model.default_width * model.default_height),
+        nbytes=request.nbytes,
     )
 
 

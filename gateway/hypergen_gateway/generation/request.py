@@ -79,9 +79,12 @@ class ClientRequest:
     @property
     def nbytes(self) -> int:
         """The memory taken by the init images."""
-        kept = (each.compositing.kept for each in self.sub_requests if each.compositing is not None)
-        inputs = (array for each in self.sub_requests for array in (each.generation.image, each.generation.mask))
-        return sum(array.nbytes for array in (*inputs, *kept) if array is not None)
+        inputs = [array for each in self.sub_requests for array in (each.generation.image, each.generation.mask)]
+        compositings = [each.compositing for each in self.sub_requests if each.compositing is not None]
+        kept = [array for each in compositings for array in (each.kept, each.mask)]
+        # Several images may start from the same one.
+        arrays = {id(array): array for array in (*inputs, *kept) if array is not None}
+        return sum(array.nbytes for array in arrays.values())
 
 
 def split(generation: GenerationRequest, init_images: Sequence[InitImage], size: Size | None) -> list[SubRequest]:
