@@ -150,19 +150,19 @@ class TestMemoryOfTheQueue:
     async def test_images_that_wait_take_no_more_memory_than_they_may(self) -> None:
         admission = Admission(100, max_waiting_bytes=1000)
         working = Visitor(admission, images=2)
-        waiting = [admission.arrive(ask(nbytes=nbytes), 2) for nbytes in (600, 400, 0)]
+        waiting = [admission.enter(ask(nbytes=nbytes), 2) for nbytes in (600, 400, 0)]
         with pytest.raises(QueueFullError):
-            admission.arrive(ask(nbytes=1), 2)
+            admission.enter(ask(nbytes=1), 2)
         assert admission.waiting == len(waiting)
         await working.leave()
 
     async def test_what_takes_more_than_that_waits_alone(self) -> None:
         admission = Admission(100, max_waiting_bytes=1000)
         working = Visitor(admission, images=2)
-        admission.arrive(ask(nbytes=5000), 2)
-        admission.arrive(ask(nbytes=0), 2)
+        admission.enter(ask(nbytes=5000), 2)
+        admission.enter(ask(nbytes=0), 2)
         with pytest.raises(QueueFullError):
-            admission.arrive(ask(nbytes=1), 2)
+            admission.enter(ask(nbytes=1), 2)
         await working.leave()
 
 
