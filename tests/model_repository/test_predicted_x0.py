@@ -13,7 +13,7 @@ import torch
 from hypergen_sampler.latent_init import LatentInit
 from hypergen_sampler.predicted_x0 import predicted_x0, preview_steps
 from hypergen_sampler.request import Request
-from hypergen_sampler.sampling import DenoiserInputs, Image
+from hypergen_sampler.sampling import DenoiserInputs, Trajectory
 from support.scheduler_tables import CLASSES, SERVED, schedulers_of
 
 CONFIG = {
@@ -49,17 +49,17 @@ REQUEST = Request(
 )
 
 
-def image_of(scheduler: str, prediction_type: str, guidance_scale: float) -> Image:
+def image_of(scheduler: str, prediction_type: str, guidance_scale: float) -> Trajectory:
     request = dataclasses.replace(REQUEST, guidance_scale=guidance_scale, scheduler=scheduler, partial_images=3)
     states = np.zeros((2 if guidance_scale > 1 else 1, 1, 1), dtype=np.float32)
     schedulers = schedulers_of(CONFIG | {"prediction_type": prediction_type})
     made = schedulers.make(scheduler, steps=STEPS)
-    return Image(request, {"encoder_hidden_states": states}, LatentInit((4, 6, 5)), made, "unet")
+    return Trajectory(request, {"encoder_hidden_states": states}, LatentInit((4, 6, 5)), made, "unet")
 
 
-def answer_of_one_who_knows(image: Image, prediction_type: str, guidance_scale: float) -> Any:
+def answer_of_one_who_knows(image: Trajectory, prediction_type: str, guidance_scale: float) -> Any:
     """The model output [R, C, h, w] that is right for ORIGINAL: of two rows, neither is, but their guided sum."""
-    rows = image.unet_rows()
+    rows = image.denoiser_inputs()
     noise_ratio = np.interp(rows.timestep[0], np.arange(1000), ((1 - ALPHAS_CUMPROD) / ALPHAS_CUMPROD) ** 0.5)
     alpha, sigma = (1 + noise_ratio**2) ** -0.5, noise_ratio * (1 + noise_ratio**2) ** -0.5
     noise = (rows.sample[:1] - alpha * ORIGINAL) / sigma
@@ -110,11 +110,11 @@ FINAL_TOLERANCE = {"IPNDMScheduler": 0.4}
 UNALTERED = {"clip_denoised": False, "snr_shift_scale": 1.0}
 
 
-def stepping_image(scheduler: Any) -> Image:
+def stepping_image(scheduler: Any) -> Trajectory:
     """An image that shows a preview after every step but the last."""
     request = dataclasses.replace(REQUEST, num_inference_steps=STEPS, partial_images=STEPS - 1)
     states = np.zeros((1, 1, 1), dtype=np.float32)
-    return Image(request, {"encoder_hidden_states": states}, LatentInit((4, 6, 5)), scheduler, "unet")
+    return Trajectory(request, {"encoder_hidden_states": states}, LatentInit((4, 6, 5)), scheduler, "unet")
 
 
 def knowing_output(scheduler: Any, rows: DenoiserInputs) -> Any:
@@ -149,7 +149,7 @@ def test_every_preview_by_any_class_is_the_original_that_the_denoiser_means(
     image = stepping_image(scheduler)
     errors = []
     while not image.finished:
-        image.advance({"model_output": knowing_output(scheduler, image.unet_rows()).astype(np.float32)})
+        image.advance({"model_output": knowing_output(scheduler, image.denoiser_inputs()).astype(np.float32)})
         if image.preview is not None:
             errors.append(float(np.abs(image.preview - ORIGINAL[0]).max() / np.abs(ORIGINAL).max()))
     last = float(np.abs(image.latents - ORIGINAL[0]).max() / np.abs(ORIGINAL).max())

@@ -22,8 +22,8 @@ from hypergen_sampler.conditioning import Array
 from hypergen_sampler.latent_init import LatentInit
 from hypergen_sampler.lora import BASE, LoraVariant
 from hypergen_sampler.request import InvalidInputError, NonFiniteLatentsError, QueueFullError, Request
-from hypergen_sampler.sampling import DenoiserInputs, Image, steps_between
-from hypergen_sampler.stepping import ASK_SECONDS, ClientGoneError, Round, Sample, StepLoop, UNet
+from hypergen_sampler.sampling import DenoiserInputs, Trajectory, steps_between
+from hypergen_sampler.stepping import POLL_SECONDS, ClientGoneError, Denoiser, IterationStats, LatentsOutput, StepLoop
 from support.scheduler_tables import CLASSES, called_by_diffusers, schedulers_of
 
 REQUEST = Request(
@@ -44,22 +44,22 @@ def never() -> bool:
 
 
 @pytest.fixture
-def image_of(pipeline: Any, checkpoint: Path) -> Callable[..., Image]:
+def image_of(pipeline: Any, checkpoint: Path) -> Callable[..., Trajectory]:
     """An image of REQUEST with some fields changed, its prompt encoded by the checkpoint's own text encoder."""
     schedulers = schedulers_of(open_checkpoint(str(checkpoint)).scheduler)
 
-    def make(**changes: Any) -> Image:
+    def make(**changes: Any) -> Trajectory:
         request = dataclasses.replace(REQUEST, **changes)
         prompt, negative = pipeline.encode_prompt(request.prompt, "cpu", 1, True, request.negative_prompt)
         embeddings = torch.cat([negative, prompt] if request.guidance_scale > 1 else [prompt]).detach().numpy()
-        canvas = LatentInit((4, request.height // 8, request.width // 8))
+        latent_init = LatentInit((4, request.height // 8, request.width // 8))
         scheduler = schedulers.make(request.scheduler, steps=request.num_inference_steps)
-        return Image(request, {"encoder_hidden_states": embeddings}, canvas, scheduler, "unet")
+        return Trajectory(request, {"encoder_hidden_states": embeddings}, latent_init, scheduler, "unet")
 
     return make
 
 
-async def last(samples: AsyncGenerator[Sample, None]) -> Sample:
+async def last(samples: AsyncGenerator[LatentsOutput, None]) -> LatentsOutput:
     """The sample of the final latents."""
     return [sample async for sample in samples][-1]
 
@@ -69,13 +69,13 @@ async def until_called(unet: Any, calls: int) -> None:
         await asyncio.sleep(0)
 
 
-async def until_idle(rounds: list[Round]) -> None:
+async def until_idle(rounds: list[IterationStats]) -> None:
     """The last round is reported after its pictures are on their way."""
     while rounds[-1].active or rounds[-1].waiting:
         await asyncio.sleep(0)
 
 
-def loop_on(unet: UNet, report: Callable[[Round], None] = lambda _: None, **limits: int) -> StepLoop:
+def loop_on(unet: Denoiser, report: Callable[[IterationStats], None] = lambda _: None, **limits: int) -> StepLoop:
     sizes = {"max_rows": 16, "max_active": 32, "max_waiting": 8} | limits
     return StepLoop(
         unet,
@@ -89,7 +89,12 @@ def loop_on(unet: UNet, report: Callable[[Round], None] = lambda _: None, **limi
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
 @pytest.mark.parametrize("scheduler", sorted(CLASSES))
 async def test_latents_equal_those_of_diffusers_pipeline(
-    scheduler: str, guidance_scale: float, pipeline: Any, checkpoint: Path, unet: UNet, image_of: Callable[..., Image]
+    scheduler: str,
+    guidance_scale: float,
+    pipeline: Any,
+    checkpoint: Path,
+    unet: Denoiser,
+    image_of: Callable[..., Trajectory],
 ) -> None:
     ours = await last(loop_on(unet).sample(image_of(scheduler=scheduler, guidance_scale=guidance_scale), never))
     pipeline.scheduler = called_by_diffusers(scheduler, PNDMScheduler.from_pretrained(checkpoint / "scheduler"))
@@ -108,7 +113,7 @@ async def test_latents_equal_those_of_diffusers_pipeline(
 
 
 async def test_different_images_in_one_batch_come_out_as_they_would_alone(
-    unet: Any, image_of: Callable[..., Image]
+    unet: Any, image_of: Callable[..., Trajectory]
 ) -> None:
     wishes: list[dict[str, Any]] = [
         {"seed": 1},
@@ -128,7 +133,7 @@ async def test_different_images_in_one_batch_come_out_as_they_would_alone(
     assert Counter(unet.rows_of_calls) == Counter([7, 2] * 4 + [2] * 3)
 
 
-async def test_images_of_different_models_share_no_batch(unet: Any, image_of: Callable[..., Image]) -> None:
+async def test_images_of_different_models_share_no_batch(unet: Any, image_of: Callable[..., Trajectory]) -> None:
     """Two LoRAs that change the UNet; one that does not, and is in a batch with the checkpoint as it is."""
     ink = LoraVariant(name="ink", scale=1.0, models={"unet": "unet.ink@1"})
     clay = LoraVariant(name="clay", scale=1.0, models={"unet": "unet.clay@1"})
@@ -155,20 +160,20 @@ def test_a_share_of_the_steps_is_what_it_is_on_paper_in_float32_too() -> None:
         assert steps_between(0.0, share, steps) == range(exact), (share, steps)
 
 
-def test_a_lora_has_a_shallow_unet_of_its_own_where_it_changes_the_unet(image_of: Callable[..., Image]) -> None:
+def test_a_lora_has_a_shallow_unet_of_its_own_where_it_changes_the_unet(image_of: Callable[..., Trajectory]) -> None:
     names = {"unet": "unet.ink@1", "unet_shallow": "unet_shallow.ink@1"}
     ink = LoraVariant(name="ink", scale=1.0, models=names)
     for variant, models in [(ink, list(names.values())), (BASE, list(names))]:
         image = image_of(variant=variant, cache_interval=2)
         called = []
         for _ in range(4):
-            rows = image.unet_rows()
+            rows = image.denoiser_inputs()
             called.append(rows.model)
             image.advance({name: np.zeros_like(rows.sample) for name in rows.outputs})
         assert called == models * 2
 
 
-async def test_an_image_joins_between_steps(unet: Any, image_of: Callable[..., Image]) -> None:
+async def test_an_image_joins_between_steps(unet: Any, image_of: Callable[..., Trajectory]) -> None:
     loop = loop_on(unet)
     first = asyncio.create_task(last(loop.sample(image_of(num_inference_steps=6), never)))
     await until_called(unet, 2)
@@ -178,20 +183,20 @@ async def test_an_image_joins_between_steps(unet: Any, image_of: Callable[..., I
     assert sorted(unet.rows_of_calls) == [2, 2, 2, 2, 4, 4]
 
 
-async def test_a_batch_never_exceeds_the_engines_rows(unet: Any, image_of: Callable[..., Image]) -> None:
+async def test_a_batch_never_exceeds_the_engines_rows(unet: Any, image_of: Callable[..., Trajectory]) -> None:
     loop = loop_on(unet, max_rows=5)
     await asyncio.gather(*(last(loop.sample(image_of(seed=seed, num_inference_steps=1), never)) for seed in range(5)))
     assert Counter(unet.rows_of_calls) == Counter([4, 4, 2])
 
 
-async def test_images_beyond_max_active_wait_their_turn(unet: Any, image_of: Callable[..., Image]) -> None:
+async def test_images_beyond_max_active_wait_their_turn(unet: Any, image_of: Callable[..., Trajectory]) -> None:
     loop = loop_on(unet, max_active=2)
     await asyncio.gather(*(last(loop.sample(image_of(seed=seed, num_inference_steps=2), never)) for seed in range(3)))
     assert unet.rows_of_calls == [4, 4, 2, 2]
 
 
 async def test_the_time_that_an_image_waits_is_told_from_that_of_its_steps(
-    unet: Any, image_of: Callable[..., Image]
+    unet: Any, image_of: Callable[..., Trajectory]
 ) -> None:
     def slow(rows: DenoiserInputs) -> Mapping[str, Array]:
         time.sleep(0.02)
@@ -205,7 +210,7 @@ async def test_the_time_that_an_image_waits_is_told_from_that_of_its_steps(
     assert second.took >= 0.04
 
 
-async def test_previews_come_in_order_and_change_nothing(unet: UNet, image_of: Callable[..., Image]) -> None:
+async def test_previews_come_in_order_and_change_nothing(unet: Denoiser, image_of: Callable[..., Trajectory]) -> None:
     plain = await last(loop_on(unet).sample(image_of(num_inference_steps=8), never))
     samples = [
         sample async for sample in loop_on(unet).sample(image_of(num_inference_steps=8, partial_images=3), never)
@@ -216,7 +221,9 @@ async def test_previews_come_in_order_and_change_nothing(unet: UNet, image_of: C
     assert distances == sorted(distances, reverse=True), "each preview is nearer to the picture"
 
 
-async def test_the_steps_do_not_wait_for_whoever_looks_at_a_preview(unet: Any, image_of: Callable[..., Image]) -> None:
+async def test_the_steps_do_not_wait_for_whoever_looks_at_a_preview(
+    unet: Any, image_of: Callable[..., Trajectory]
+) -> None:
     samples = loop_on(unet).sample(image_of(num_inference_steps=8, partial_images=3), never)
     assert (await anext(samples)).step == 2
     await asyncio.wait_for(until_called(unet, 8), 10)
@@ -224,7 +231,7 @@ async def test_the_steps_do_not_wait_for_whoever_looks_at_a_preview(unet: Any, i
 
 
 async def test_an_image_that_nobody_waits_for_any_longer_takes_no_further_step(
-    unet: Any, image_of: Callable[..., Image]
+    unet: Any, image_of: Callable[..., Trajectory]
 ) -> None:
     loop = loop_on(unet)
     samples = loop.sample(image_of(num_inference_steps=50, partial_images=3), never)
@@ -235,7 +242,7 @@ async def test_an_image_that_nobody_waits_for_any_longer_takes_no_further_step(
     assert len(unet.rows_of_calls) <= calls + 3
 
 
-async def test_a_cancelled_image_ends_soon(unet: Any, image_of: Callable[..., Image]) -> None:
+async def test_a_cancelled_image_ends_soon(unet: Any, image_of: Callable[..., Trajectory]) -> None:
     loop = loop_on(unet)
     gone = asyncio.Event()
     sampling = asyncio.create_task(last(loop.sample(image_of(num_inference_steps=500), gone.is_set)))
@@ -244,12 +251,12 @@ async def test_a_cancelled_image_ends_soon(unet: Any, image_of: Callable[..., Im
     cancelled = time.monotonic()
     with pytest.raises(ClientGoneError):
         await sampling
-    assert time.monotonic() - cancelled < ASK_SECONDS + 0.2
+    assert time.monotonic() - cancelled < POLL_SECONDS + 0.2
     assert len(unet.rows_of_calls) < 400
 
 
 async def test_cancellation_is_asked_once_at_a_time_for_all_images_of_a_request(
-    unet: Any, image_of: Callable[..., Image]
+    unet: Any, image_of: Callable[..., Trajectory]
 ) -> None:
     asked: list[float] = []
 
@@ -258,18 +265,18 @@ async def test_cancellation_is_asked_once_at_a_time_for_all_images_of_a_request(
         return False
 
     def slow(rows: DenoiserInputs) -> Mapping[str, Array]:
-        time.sleep(ASK_SECONDS)
+        time.sleep(POLL_SECONDS)
         answer: Mapping[str, Array] = unet(rows)
         return answer
 
     loop = loop_on(slow)
     await asyncio.gather(*(last(loop.sample(image_of(seed=seed), cancelled)) for seed in range(3)))
     assert len(asked) >= 2
-    assert min(second - first for first, second in pairwise(asked)) >= 0.9 * ASK_SECONDS
+    assert min(second - first for first, second in pairwise(asked)) >= 0.9 * POLL_SECONDS
 
 
-async def test_every_round_is_reported(unet: UNet, image_of: Callable[..., Image]) -> None:
-    rounds: list[Round] = []
+async def test_every_round_is_reported(unet: Denoiser, image_of: Callable[..., Trajectory]) -> None:
+    rounds: list[IterationStats] = []
     loop = loop_on(unet, rounds.append, max_active=2)
     wishes: list[dict[str, Any]] = [
         {"num_inference_steps": 2},
@@ -279,14 +286,18 @@ async def test_every_round_is_reported(unet: UNet, image_of: Callable[..., Image
     await asyncio.gather(*(last(loop.sample(image_of(**wish), never)) for wish in wishes))
     await asyncio.wait_for(until_idle(rounds), 10)
     assert [(done.active, done.waiting) for done in rounds] == [(2, 1), (1, 1), (0, 0)]
-    assert [(done.unet_calls, done.unet_rows, done.steps) for done in rounds] == [(2, 4, 2), (2, 4, 2), (2, 3, 2)]
-    assert all(done.unet_seconds > 0 and done.saved_steps == 0 for done in rounds)
+    assert [(done.denoiser_calls, done.denoiser_rows, done.steps) for done in rounds] == [
+        (2, 4, 2),
+        (2, 4, 2),
+        (2, 3, 2),
+    ]
+    assert all(done.denoiser_seconds > 0 and done.saved_steps == 0 for done in rounds)
 
 
 async def test_steps_that_a_gone_client_saves_are_counted_for_all_its_images(
-    unet: Any, image_of: Callable[..., Image]
+    unet: Any, image_of: Callable[..., Trajectory]
 ) -> None:
-    rounds: list[Round] = []
+    rounds: list[IterationStats] = []
     gone = asyncio.Event()
     loop = loop_on(unet, rounds.append, max_active=2)
     images = [image_of(num_inference_steps=500, seed=seed) for seed in range(3)]
@@ -296,18 +307,18 @@ async def test_steps_that_a_gone_client_saves_are_counted_for_all_its_images(
     results = await asyncio.gather(*sampling, return_exceptions=True)
     assert [type(result) for result in results] == [ClientGoneError] * 3
     await asyncio.wait_for(until_idle(rounds), 10)
-    assert rounds[-1] == Round(
+    assert rounds[-1] == IterationStats(
         active=0,
         waiting=0,
-        unet_calls=0,
-        unet_rows=0,
-        unet_seconds=0,
+        denoiser_calls=0,
+        denoiser_rows=0,
+        denoiser_seconds=0,
         steps=0,
         saved_steps=1500 - 2 * images[0].steps_done,
     )
 
 
-async def test_a_failing_batch_ends_its_own_images_alone(unet: Any, image_of: Callable[..., Image]) -> None:
+async def test_a_failing_batch_ends_its_own_images_alone(unet: Any, image_of: Callable[..., Trajectory]) -> None:
     def fails_on_wide(rows: DenoiserInputs) -> Mapping[str, Array]:
         if rows.sample.shape[3] == 9:
             raise RuntimeError("out of memory")
@@ -319,13 +330,13 @@ async def test_a_failing_batch_ends_its_own_images_alone(unet: Any, image_of: Ca
         last(loop.sample(image_of(width=72), never)), last(loop.sample(image_of(), never)), return_exceptions=True
     )
     assert isinstance(wide, RuntimeError)
-    assert isinstance(square, Sample)
+    assert isinstance(square, LatentsOutput)
     assert (await last(loop.sample(image_of(), never))).latents.shape == (4, 8, 8)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 async def test_an_image_whose_latents_are_not_finite_fails_and_leaves_the_others_of_its_batch_as_they_are(
-    value: float, unet: Any, image_of: Callable[..., Image]
+    value: float, unet: Any, image_of: Callable[..., Trajectory]
 ) -> None:
     images = [image_of(seed=seed, num_inference_steps=steps) for seed, steps in [(1, 4), (2, 6), (3, 4)]]
     healthy = [await last(loop_on(unet).sample(image_of(seed=seed), never)) for seed in (1, 3)]
@@ -345,13 +356,13 @@ async def test_an_image_whose_latents_are_not_finite_fails_and_leaves_the_others
     assert str(second) == "not finite: the latents after step 3 of 6"
     assert unet.rows_of_calls == [6, 6, 6, 4], "it takes no further step"
     for alone, together in zip(healthy, (first, third), strict=True):
-        assert isinstance(together, Sample)
+        assert isinstance(together, LatentsOutput)
         assert np.abs(alone.latents - together.latents).max() <= 1e-4 * np.abs(alone.latents).max()
 
 
 @pytest.mark.parametrize("method", ["scale_model_input", "step"])
 async def test_a_scheduler_that_raises_fails_its_own_image_and_leaves_the_others_of_its_batch_as_they_are(
-    method: str, unet: Any, image_of: Callable[..., Image]
+    method: str, unet: Any, image_of: Callable[..., Trajectory]
 ) -> None:
     alone = [await last(loop_on(unet).sample(image_of(seed=seed), never)) for seed in (1, 3)]
     images = [image_of(seed=seed) for seed in (1, 2, 3)]
@@ -372,11 +383,13 @@ async def test_a_scheduler_that_raises_fails_its_own_image_and_leaves_the_others
     )
     assert isinstance(second, IndexError)
     for expected, together in zip(alone, (first, third), strict=True):
-        assert isinstance(together, Sample)
+        assert isinstance(together, LatentsOutput)
         assert np.abs(expected.latents - together.latents).max() <= 1e-4 * np.abs(expected.latents).max()
 
 
-async def test_images_whose_inputs_differ_in_shape_share_no_batch(unet: Any, image_of: Callable[..., Image]) -> None:
+async def test_images_whose_inputs_differ_in_shape_share_no_batch(
+    unet: Any, image_of: Callable[..., Trajectory]
+) -> None:
     """Such as those whose prompts are encoded to other numbers of tokens."""
     images = [image_of(seed=seed, num_inference_steps=2) for seed in range(3)]
     images[1]._conditions = {name: np.concatenate([each, each], axis=1) for name, each in images[1]._conditions.items()}
@@ -385,7 +398,9 @@ async def test_images_whose_inputs_differ_in_shape_share_no_batch(unet: Any, ima
     assert Counter(unet.rows_of_calls) == Counter([4, 2] * 2)
 
 
-async def test_no_image_waits_for_ever_when_triton_cannot_be_asked(unet: Any, image_of: Callable[..., Image]) -> None:
+async def test_no_image_waits_for_ever_when_triton_cannot_be_asked(
+    unet: Any, image_of: Callable[..., Trajectory]
+) -> None:
     def broken() -> bool:
         raise OSError("Triton is gone")
 
@@ -397,10 +412,12 @@ async def test_no_image_waits_for_ever_when_triton_cannot_be_asked(unet: Any, im
     assert (await last(loop.sample(image_of(), never))).latents.shape == (4, 8, 8)
 
 
-async def test_no_image_waits_for_ever_when_the_loop_itself_fails(unet: Any, image_of: Callable[..., Image]) -> None:
-    reports: list[Round] = []
+async def test_no_image_waits_for_ever_when_the_loop_itself_fails(
+    unet: Any, image_of: Callable[..., Trajectory]
+) -> None:
+    reports: list[IterationStats] = []
 
-    def report_once(done: Round) -> None:
+    def report_once(done: IterationStats) -> None:
         reports.append(done)
         if len(reports) == 1:
             raise OSError("Triton is gone")
@@ -412,7 +429,7 @@ async def test_no_image_waits_for_ever_when_the_loop_itself_fails(unet: Any, ima
     assert (await last(loop.sample(image_of(), never))).latents.shape == (4, 8, 8)
 
 
-async def test_the_event_loop_is_free_while_the_unet_works(unet: Any, image_of: Callable[..., Image]) -> None:
+async def test_the_event_loop_is_free_while_the_unet_works(unet: Any, image_of: Callable[..., Trajectory]) -> None:
     """And batches of one round, which share no call, are in flight together."""
     let_go, in_flight = threading.Event(), threading.Semaphore(0)
 
@@ -434,7 +451,7 @@ async def test_the_event_loop_is_free_while_the_unet_works(unet: Any, image_of: 
     assert unet.rows_of_calls == [2, 2, 2]
 
 
-def test_reservations_are_bounded_and_given_back(unet: UNet) -> None:
+def test_reservations_are_bounded_and_given_back(unet: Denoiser) -> None:
     loop = loop_on(unet, max_active=2, max_waiting=1)
     loop.reserve(3)
     with pytest.raises(QueueFullError, match=r"^queue full"):
@@ -443,6 +460,6 @@ def test_reservations_are_bounded_and_given_back(unet: UNet) -> None:
     loop.reserve(1)
 
 
-def test_steps_that_the_scheduler_refuses_are_the_requests_fault(image_of: Callable[..., Image]) -> None:
+def test_steps_that_the_scheduler_refuses_are_the_requests_fault(image_of: Callable[..., Trajectory]) -> None:
     with pytest.raises(InvalidInputError, match=r"^num_inference_steps: "):
         image_of(scheduler="lcm", num_inference_steps=100)

@@ -33,7 +33,7 @@ from hypergen_sampler.conditioning import Array, conditioning_of, merge, outputs
 from hypergen_sampler.latent_init import ImagePosterior, LatentInit
 from hypergen_sampler.prompts import PromptTokenizers
 from hypergen_sampler.request import Architecture, Request
-from hypergen_sampler.sampling import DenoiserInputs, Image
+from hypergen_sampler.sampling import DenoiserInputs, Trajectory
 from hypergen_sampler.schedulers import Schedulers
 from hypergen_sampler.stepping import StepLoop
 from support.deep_cache import deep_features_reused
@@ -77,11 +77,11 @@ class Sampler:
         conditions = conditioning_of(request, self.encode(texts_of(request, self.architecture)), self.architecture)
         masked = request.mask is not None
         scheduler = self.schedulers.make(request.scheduler, steps=request.num_inference_steps, masked=masked)
-        image = Image(request, conditions, self.canvas(request), scheduler, self.architecture.denoiser)
+        image = Trajectory(request, conditions, self.latent_init(request), scheduler, self.architecture.denoiser)
         latents = [sample async for sample in (loop or self.loop()).sample(image, lambda: False)][-1].latents
         return latents, self.run("vae_decoder", latents=latents[None])["image"][0]
 
-    def canvas(self, request: Request) -> LatentInit:
+    def latent_init(self, request: Request) -> LatentInit:
         shape = (4, request.height // 8, request.width // 8)
         if request.image is None:
             return LatentInit(shape)

@@ -1,8 +1,8 @@
-"""The Triton model `diffusion`: a prompt in, pictures out, over BLS calls to the component models.
+"""The Triton model `diffusion`: prompt in, images out, through BLS calls to the component models.
 
-Knows the order of a request's steps. What a request may ask is in `contract`, how it looks to Triton in `messages`, the
-mathematics in `sampling`, the batching in `stepping`. Every request ends its stream exactly once, whatever happens: a
-decoupled client waits for ever otherwise.
+Contains the order of a request's steps; validation is in `request`, tensors in `triton_io`, the mathematics in
+`sampling`, the batching in `stepping`. Every request ends its stream exactly once, whatever happens: a decoupled client
+would wait forever otherwise.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import triton_python_backend_utils as pb_utils
 
@@ -26,14 +27,14 @@ from hypergen_sampler.latent_init import ImagePosterior, LatentInit
 from hypergen_sampler.metrics import SamplerMetrics
 from hypergen_sampler.prompts import PromptTokenizers
 from hypergen_sampler.request import Architecture, Limits, Request, check_request
-from hypergen_sampler.sampling import Image
+from hypergen_sampler.sampling import Trajectory
 from hypergen_sampler.schedulers import Schedulers
-from hypergen_sampler.stepping import Sample, StepLoop
+from hypergen_sampler.stepping import LatentsOutput, StepLoop
 from hypergen_sampler.text_cache import TextCache
-from hypergen_sampler.triton_io import Picture, error_response, read_inputs, response_of
+from hypergen_sampler.triton_io import ImageOutput, error_response, read_inputs, response_of
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-# Every BLS call in flight, but for the UNet's, holds a thread of asyncio's default executor, whose own size is but
+# Every BLS call in flight, except the denoiser's, holds a thread of asyncio's default executor, whose own size is but
 # cores + 4.
 BLS_THREADS = 64
 # About three hundred prompts of Stable Diffusion 1.5, or a hundred of SDXL.
@@ -41,18 +42,18 @@ TEXT_CACHE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Job:
-    """What the pictures of one request have in common."""
+class _PreparedRequest:
+    """What the images of one request share."""
 
     request: Request
     conditions: Conditioning
-    canvas: LatentInit
+    latent_init: LatentInit
     prompt_tokens: int
     truncated_tokens: int
     encode_seconds: float
-    sender: Any
+    sender: pb_utils.InferenceResponseSender
     cancelled: Callable[[], bool]
-    """One bound method for all of them: the step loop then asks Triton once for all."""
+    """One bound method for all images, so that the step loop polls Triton once for all."""
 
 
 class TritonPythonModel:
@@ -60,7 +61,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Read the configuration and the files beside it. An error here keeps the model from becoming ready."""
-        # The UNet has the cores; more threads for a step of the scheduler would only spin beside it.
+        # The denoiser needs the cores; more threads for a scheduler's step would only spin beside it.
         torch.set_num_threads(1)
         folder = Path(args["model_repository"])
         self._limits = Limits.from_model_config(args["model_config"])
@@ -69,10 +70,10 @@ class TritonPythonModel:
         self._tokenize = PromptTokenizers(folder, self._architecture.tokenizers)
         self._components = Components(self._architecture.time_embedding)
         self._encode_text = TextCache(self._components.encode_text, TEXT_CACHE_BYTES)
-        self._gauges = SamplerMetrics(self._limits.max_batch_size)
+        self._metrics = SamplerMetrics(self._limits.max_batch_size)
         self._loop: StepLoop | None = None
 
-    async def execute(self, requests: list[Any]) -> None:
+    async def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
         """Serve the requests; returns when the stream of each has ended."""
         if self._loop is None:
             self._loop = self._start_loop()
@@ -81,21 +82,21 @@ class TritonPythonModel:
     def _start_loop(self) -> StepLoop:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(BLS_THREADS))
         return StepLoop(
-            self._components.unet,
+            self._components.denoise,
             max_rows=self._limits.max_batch_size,
             max_active=self._limits.max_active_images,
             max_waiting=self._limits.max_waiting_images,
-            report=self._gauges.report,
+            report=self._metrics.report,
         )
 
-    async def _serve(self, triton_request: Any, loop: StepLoop) -> None:
+    async def _serve(self, triton_request: pb_utils.InferenceRequest, loop: StepLoop) -> None:
         sender = triton_request.get_response_sender()
         try:
             request = check_request(read_inputs(triton_request), self._limits)
             self._architecture.check(request)
             loop.reserve(request.num_images)
             try:
-                await self._draw(await self._prepare(request, sender), loop)
+                await self._generate(await self._prepare(request, sender), loop)
             finally:
                 loop.release(request.num_images)
         except BaseException as error:
@@ -103,15 +104,15 @@ class TritonPythonModel:
             if not isinstance(error, Exception):
                 raise
 
-    async def _prepare(self, request: Request, sender: Any) -> _Job:
+    async def _prepare(self, request: Request, sender: pb_utils.InferenceResponseSender) -> _PreparedRequest:
         began = time.perf_counter()
-        request = _with_own_pixels(request)
+        request = _with_copied_pixels(request)
         tokens = self._tokenize(texts_of(request, self._architecture))
         texts, original = await asyncio.gather(self._encode_texts(request, tokens.ids), self._encode_image(request))
-        return _Job(
+        return _PreparedRequest(
             request=request,
             conditions=conditioning_of(request, texts, self._architecture),
-            canvas=LatentInit(
+            latent_init=LatentInit(
                 shape=self._latent_shape(request),
                 original=original,
                 mask=request.mask,
@@ -124,8 +125,8 @@ class TritonPythonModel:
             cancelled=sender.is_cancelled,
         )
 
-    async def _encode_texts(self, request: Request, ids: list[Any]) -> dict[str, Array]:
-        """What the text encoders make of the texts together: hidden states [T, L, D] and, of some, a pooled [T, P]."""
+    async def _encode_texts(self, request: Request, ids: list[npt.NDArray[np.int32]]) -> dict[str, Array]:
+        """The encoded texts: hidden states [T, L, D] and, of some families, a pooled [T, P]."""
         made_of = self._architecture
         models = [request.variant.model(encoder) for encoder in made_of.text_encoders]
         calls = zip(models, ids, outputs_of(made_of), strict=True)
@@ -136,9 +137,9 @@ class TritonPythonModel:
             return None
         return ImagePosterior(*await self._components.encode(request.image))
 
-    async def _draw(self, job: _Job, loop: StepLoop) -> None:
-        """Send each picture as soon as it is ready; the last one sent ends the stream."""
-        tasks = [asyncio.create_task(self._draw_one(job, index, loop)) for index in range(job.request.num_images)]
+    async def _generate(self, job: _PreparedRequest, loop: StepLoop) -> None:
+        """Send each image as soon as it is ready; the last one sent ends the stream."""
+        tasks = [asyncio.create_task(self._generate_image(job, index, loop)) for index in range(job.request.num_images)]
         try:
             for number, finished in enumerate(asyncio.as_completed(tasks), start=1):
                 response = response_of(await finished)
@@ -147,35 +148,35 @@ class TritonPythonModel:
             for task in tasks:
                 task.cancel()
 
-    async def _draw_one(self, job: _Job, index: int, loop: StepLoop) -> Picture:
-        """Send the previews of the picture while its steps go on, and return it when it is finished."""
+    async def _generate_image(self, job: _PreparedRequest, index: int, loop: StepLoop) -> ImageOutput:
+        """Generate one image, sending its previews meanwhile."""
         own = replace(job.request, seed=job.request.seed + index)
         masked = own.mask is not None
         scheduler = self._schedulers.make(own.scheduler, steps=own.num_inference_steps, masked=masked)
-        image = Image(own, job.conditions, job.canvas, scheduler, self._architecture.denoiser)
-        if image.finished:
-            return _as_it_is(job, index)
-        async with aclosing(loop.sample(image, job.cancelled)) as samples:
-            async for sample in samples:
-                picture = await self._decode(sample, job, index)
-                if not sample.is_final:
-                    job.sender.send(response_of(picture))
-        return picture
+        trajectory = Trajectory(own, job.conditions, job.latent_init, scheduler, self._architecture.denoiser)
+        if trajectory.finished:
+            return _unchanged_image(job, index)
+        async with aclosing(loop.sample(trajectory, job.cancelled)) as outputs:
+            async for latents in outputs:
+                image = await self._decode(latents, job, index)
+                if not latents.is_final:
+                    job.sender.send(response_of(image))
+        return image
 
-    async def _decode(self, sample: Sample, job: _Job, index: int) -> Picture:
-        pixels = await self._components.decode(sample.latents)
+    async def _decode(self, output: LatentsOutput, job: _PreparedRequest, index: int) -> ImageOutput:
+        pixels = await self._components.decode(output.latents)
         if job.request.image is not None and job.request.mask is not None:
-            # In a thread: milliseconds for a large picture, in which the step loop would stand still.
+            # In a thread: milliseconds for a large image, which would block the event loop.
             pixels = await asyncio.to_thread(composite, pixels, job.request.image, job.request.mask)
-        return Picture(
+        return ImageOutput(
             pixels=pixels,
             index=index,
-            step=sample.step,
-            is_final=sample.is_final,
+            step=output.step,
+            is_final=output.is_final,
             seed=job.request.seed + index,
             prompt_tokens=job.prompt_tokens,
             truncated_tokens=job.truncated_tokens,
-            timings=(sample.waited, job.encode_seconds, sample.took, time.perf_counter() - sample.made),
+            timings=(output.waited, job.encode_seconds, output.took, time.perf_counter() - output.made),
         )
 
     def _latent_shape(self, request: Request) -> tuple[int, int, int]:
@@ -183,10 +184,10 @@ class TritonPythonModel:
         return self._limits.latent_channels, request.height // factor, request.width // factor
 
 
-def _as_it_is(job: _Job, index: int) -> Picture:
-    """The picture to start from, where the strength leaves no step to take."""
+def _unchanged_image(job: _PreparedRequest, index: int) -> ImageOutput:
+    """The input image, if the strength leaves no step."""
     assert job.request.image is not None
-    return Picture(
+    return ImageOutput(
         pixels=job.request.image,
         index=index,
         step=0,
@@ -198,8 +199,8 @@ def _as_it_is(job: _Job, index: int) -> Picture:
     )
 
 
-def _with_own_pixels(request: Request) -> Request:
-    """The request, its pictures no longer in Triton's memory."""
+def _with_copied_pixels(request: Request) -> Request:
+    """The request, its images copied from Triton's memory."""
     return replace(
         request,
         image=None if request.image is None else request.image.copy(),

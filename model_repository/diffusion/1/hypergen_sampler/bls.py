@@ -1,7 +1,4 @@
-"""Calls from the sampler to the component models, through Triton's business logic scripting.
-
-Knows the components' names and tensors; arrays in, arrays out, so that nothing else needs Triton's types.
-"""
+"""Calls to the component models through Triton's business logic scripting (BLS): arrays in, arrays out."""
 
 from __future__ import annotations
 
@@ -16,12 +13,12 @@ from hypergen_sampler.conditioning import Array
 from hypergen_sampler.sampling import DenoiserInputs
 from hypergen_sampler.sinusoids import Sinusoid
 
-# Triton's words for it; its code reaches BLS only since 25.05.
+# Parts of Triton's messages; the error code reaches BLS only since 25.05.
 UNAVAILABLE = ("Server not ready", "is not healthy", "is not ready")
 
 
 class ComponentError(RuntimeError):
-    """A component model answered with an error."""
+    """A component model returned an error."""
 
 
 class ComponentUnavailableError(ComponentError):
@@ -32,7 +29,7 @@ class Components:
     """The engines of a checkpoint and its LoRAs.
 
     Args:
-        time_embedding: what the UNet is told of its timesteps.
+        time_embedding: embeds timesteps for the denoiser.
     """
 
     def __init__(self, time_embedding: Sinusoid) -> None:
@@ -44,21 +41,21 @@ class Components:
         """[B, L] token ids to the named outputs of the model of a text encoder, such as hidden states [B, L, D]."""
         return await _call(encoder, {"input_ids": input_ids}, outputs)
 
-    def unet(self, rows: DenoiserInputs) -> dict[str, Array]:
-        """The outputs, each [R, C, h, w], that the rows of one batch ask for. The calling thread waits for them."""
+    def denoise(self, rows: DenoiserInputs) -> dict[str, Array]:
+        """The outputs, each [R, C, h, w], that the rows of one batch request. Blocks the calling thread."""
         inputs = {"sample": rows.sample, "time": self._time_embedding(rows.timestep), **rows.conditions}
         return _outputs(rows.model, _request(rows.model, inputs, rows.outputs).exec(), rows.outputs)
 
-    async def encode(self, picture: npt.NDArray[np.uint8]) -> tuple[Array, Array]:
-        """A picture [H, W, 3] to mean and standard deviation [C, h, w] of its latents."""
-        answer = await _call("vae_encoder", {"image": picture[None]}, ["mean", "std"])
+    async def encode(self, image: npt.NDArray[np.uint8]) -> tuple[Array, Array]:
+        """An image [H, W, 3] to mean and standard deviation [C, h, w] of its latents."""
+        answer = await _call("vae_encoder", {"image": image[None]}, ["mean", "std"])
         return answer["mean"][0], answer["std"][0]
 
     async def decode(self, latents: Array) -> npt.NDArray[np.uint8]:
-        """Latents [C, h, w] to a picture [H, W, 3]."""
+        """Latents [C, h, w] to an image [H, W, 3]."""
         answer = await _call("vae_decoder", {"latents": latents[None]}, ["image"])
-        picture: npt.NDArray[np.uint8] = answer["image"][0]
-        return picture
+        image: npt.NDArray[np.uint8] = answer["image"][0]
+        return image
 
 
 async def _call(
@@ -67,7 +64,7 @@ async def _call(
     return _outputs(model, await _request(model, inputs, outputs).async_exec(), outputs)
 
 
-def _request(model: str, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]) -> Any:
+def _request(model: str, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]) -> pb_utils.InferenceRequest:
     return pb_utils.InferenceRequest(
         model_name=model,
         inputs=[pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in inputs.items()],
@@ -76,7 +73,7 @@ def _request(model: str, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequen
     )
 
 
-def _outputs(model: str, response: Any, outputs: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+def _outputs(model: str, response: pb_utils.InferenceResponse, outputs: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
     if response.has_error():
         message = response.error().message()
         unavailable = any(words in message for words in UNAVAILABLE)

@@ -1,8 +1,7 @@
-"""What the UNet is told beside latents and timestep: the prompt's embeddings, the picture's size, the guidance scale.
+"""The denoiser's inputs beside latents and timestep: the prompt's embeddings, the image's size, the guidance scale.
 
-Follows diffusers' pipelines. Knows the UNet's inputs by name and makes those that the checkpoint's has; knows
-neither Triton nor which family that is. Every array has a row per row of the image: two under classifier-free
-guidance, the negative one first, else one.
+Follows diffusers' pipelines. Inputs are made by name, those that the checkpoint's denoiser has. Every array has two
+rows under classifier-free guidance, the negative one first, else one.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from hypergen_sampler.request import Architecture, Request
 Array = npt.NDArray[np.float32]
 Conditioning = Mapping[str, Array]
 
-# The UNet's outputs, of which a shallow one takes the second.
+# The denoiser's outputs; the second is an input of the shallow one.
 MODEL_OUTPUT = "model_output"
 DEEP_FEATURES = "deep_features"
 HIDDEN_STATES = "encoder_hidden_states"
@@ -26,26 +25,26 @@ POOLED = "text_embeds"
 
 
 def texts_of(request: Request, architecture: Architecture) -> list[str]:
-    """What the text encoders must read for this request."""
-    if not architecture.guides(request) or _zeros_instead(request, architecture):
+    """The texts to encode for this request."""
+    if not architecture.guides(request) or _uses_zeros(request, architecture):
         return [request.prompt]
     return [request.negative_prompt or "", request.prompt]
 
 
 def outputs_of(architecture: Architecture) -> list[list[str]]:
-    """For each text encoder the outputs that are needed of it."""
+    """The outputs to request from each text encoder."""
     pooled = [name for name in architecture.denoiser_inputs if name == POOLED]
     return [*([HIDDEN_STATES] for _ in architecture.text_encoders[1:]), [HIDDEN_STATES, *pooled]]
 
 
 def merge(answers: list[dict[str, Array]]) -> dict[str, Array]:
-    """The text encoders' answers as one: hidden states [T, L, D] side by side, the rest as the last one gave it."""
+    """The text encoders' outputs as one: hidden states [T, L, D] concatenated, the rest from the last encoder."""
     return {**answers[-1], HIDDEN_STATES: np.concatenate([answer[HIDDEN_STATES] for answer in answers], axis=-1)}
 
 
 def conditioning_of(request: Request, texts: Mapping[str, Array], architecture: Architecture) -> Conditioning:
-    """The UNet's inputs for this request, by name, from what the text encoders made of `texts_of` it."""
-    if architecture.guides(request) and _zeros_instead(request, architecture):
+    """The denoiser's inputs for this request, by name, from the encoded `texts_of` it."""
+    if architecture.guides(request) and _uses_zeros(request, architecture):
         texts = {name: np.concatenate([np.zeros_like(array), array]) for name, array in texts.items()}
     rows = len(texts[HIDDEN_STATES])
     return {
@@ -54,7 +53,7 @@ def conditioning_of(request: Request, texts: Mapping[str, Array], architecture: 
     }
 
 
-def _zeros_instead(request: Request, architecture: Architecture) -> bool:
+def _uses_zeros(request: Request, architecture: Architecture) -> bool:
     return request.negative_prompt is None and bool(architecture.zeros_for_no_negative_prompt)
 
 

@@ -1,7 +1,7 @@
-"""Where an image starts from: noise, or a picture that is noised away in part; and what a mask keeps of that picture.
+"""The first latents: noise, or an encoded input image with noise added; and the part of it that a mask keeps.
 
 Follows diffusers' text-to-image, image-to-image and inpainting pipelines, down to the order in which they draw from an
-image's generator. Knows torch and diffusers' schedulers; the picture comes encoded.
+image's generator.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hypergen_sampler.request import InvalidInputError, Pixels, Request
 
 @dataclass(frozen=True)
 class ImagePosterior:
-    """The picture to start from, as the VAE's encoder gives it: mean and std [C, h, w] of its posterior."""
+    """The encoded input image: mean and std [C, h, w] of the VAE's posterior."""
 
     mean: Array
     std: Array
@@ -27,12 +27,12 @@ class ImagePosterior:
 
 @dataclass(frozen=True)
 class LatentInit:
-    """What a request's images are drawn on: latents of `shape` C, h, w, and the picture that is there already."""
+    """The source of a request's first latents: their `shape` C, h, w, and the input image, if any."""
 
     shape: tuple[int, int, int]
     original: ImagePosterior | None = None
     mask: Pixels | None = None
-    """[H, W] over the original: from 128 on, what lies under it is repainted."""
+    """[H, W] over the input image: repainted from 128 on."""
     respaces_timesteps: bool = False
     """How a strength below 1 is met: True takes the request's number of steps through what the strength leaves of the
     schedule, as the pipelines of latent consistency models do; False takes the last steps of that many."""
@@ -40,7 +40,7 @@ class LatentInit:
 
 @dataclass(frozen=True)
 class MaskBlend:
-    """What lies outside a mask: it is put back after every step, with the noise that the next one expects."""
+    """The input image outside a mask: restored after every step, with the noise that the next one expects."""
 
     latents: torch.Tensor
     noise: torch.Tensor
@@ -48,7 +48,7 @@ class MaskBlend:
     """[1, 1, h, w]: 1 is repainted."""
 
     def apply(self, latents: torch.Tensor, scheduler: Any, next_timestep: torch.Tensor | None) -> torch.Tensor:
-        """`latents` with the kept part in it, free of noise where no timestep follows."""
+        """`latents` with the kept part restored, free of noise if no timestep follows."""
         kept = self.latents
         if next_timestep is not None:
             kept = scheduler.add_noise(kept, self.noise, next_timestep[None])
@@ -57,9 +57,9 @@ class MaskBlend:
 
 @dataclass(frozen=True)
 class Start:
-    """The first latents [1, C, h, w], the timesteps that lead to the last, and what a mask keeps.
+    """The first latents [1, C, h, w], the timesteps that follow, and the blend of a mask.
 
-    No timesteps: the strength leaves no step, and the picture stays as it is.
+    No timesteps: the strength leaves no step, and the input image is returned as it is.
     """
 
     latents: torch.Tensor
@@ -67,46 +67,46 @@ class Start:
     kept: MaskBlend | None = None
 
 
-def initial_latents(request: Request, canvas: LatentInit, scheduler: Any, generator: torch.Generator) -> Start:
-    """Set the scheduler's timesteps, and draw what the image starts from.
+def initial_latents(request: Request, latent_init: LatentInit, scheduler: Any, generator: torch.Generator) -> Start:
+    """Set the scheduler's timesteps, and draw the first latents.
 
     The noise of diffusers: drawn on the CPU in float32, one generator per image.
 
     Raises:
-        InvalidInputError: the scheduler does not take these steps or no picture, or the strength leaves too few.
+        InvalidInputError: the scheduler rejects the steps or an input image, or the strength leaves too few steps.
     """
-    if canvas.original is None:
+    if latent_init.original is None:
         timesteps = _timesteps(scheduler, request.num_inference_steps)
-        noise = torch.randn((1, *canvas.shape), generator=generator)
+        noise = torch.randn((1, *latent_init.shape), generator=generator)
         return Start(noise * scheduler.init_noise_sigma, timesteps)
     if not hasattr(scheduler, "add_noise"):
         raise InvalidInputError("image", "must be absent, as this scheduler starts from noise alone; name another one")
-    if canvas.mask is None:
-        return _from_picture(request, canvas.original, canvas.respaces_timesteps, scheduler, generator)
-    return _from_masked_picture(request, canvas.original, canvas.mask, scheduler, generator)
+    if latent_init.mask is None:
+        return _image_to_image(request, latent_init.original, latent_init.respaces_timesteps, scheduler, generator)
+    return _inpainting(request, latent_init.original, latent_init.mask, scheduler, generator)
 
 
-def _from_picture(
+def _image_to_image(
     request: Request, original: ImagePosterior, respaces_timesteps: bool, scheduler: Any, generator: torch.Generator
 ) -> Start:
     respaces_timesteps = respaces_timesteps and "strength" in inspect.signature(scheduler.set_timesteps).parameters
-    timesteps = _thinned_timesteps(scheduler, request) if respaces_timesteps else _last_timesteps(scheduler, request)
-    latents = _drawn(original, generator)
+    timesteps = _respaced_timesteps(scheduler, request) if respaces_timesteps else _last_timesteps(scheduler, request)
+    latents = _sample_posterior(original, generator)
     if not timesteps:
         return Start(latents, [])
     noise = torch.randn(latents.shape, generator=generator)
     return Start(scheduler.add_noise(latents, noise, timesteps[0][None]), timesteps)
 
 
-def _from_masked_picture(
+def _inpainting(
     request: Request, original: ImagePosterior, mask: Pixels, scheduler: Any, generator: torch.Generator
 ) -> Start:
     timesteps = _last_timesteps(scheduler, request)
-    latents = _drawn(original, generator)
+    latents = _sample_posterior(original, generator)
     if not timesteps:
         return Start(latents, [])
     noise = torch.randn(latents.shape, generator=generator)
-    # The masked picture, which only a UNet of nine channels sees; diffusers draws it for any.
+    # For the masked image, an input of inpainting UNets alone (nine channels); diffusers draws it for any.
     torch.randn(latents.shape, generator=generator)
     kept = MaskBlend(latents, noise, _latent_mask(mask, latents.shape[2:]))
     if request.strength == 1.0:
@@ -114,7 +114,7 @@ def _from_masked_picture(
     return Start(scheduler.add_noise(latents, noise, timesteps[0][None]), timesteps, kept)
 
 
-def _drawn(original: ImagePosterior, generator: torch.Generator) -> torch.Tensor:
+def _sample_posterior(original: ImagePosterior, generator: torch.Generator) -> torch.Tensor:
     """A sample [1, C, h, w] of the posterior."""
     mean, std = torch.from_numpy(original.mean)[None], torch.from_numpy(original.std)[None]
     return mean + std * torch.randn(mean.shape, generator=generator)
@@ -150,9 +150,9 @@ def _last_timesteps(scheduler: Any, request: Request) -> list[torch.Tensor]:
     return timesteps[first:]
 
 
-def _thinned_timesteps(scheduler: Any, request: Request) -> list[torch.Tensor]:
+def _respaced_timesteps(scheduler: Any, request: Request) -> list[torch.Tensor]:
     """As LatentConsistencyModelImg2ImgPipeline: all of the request's steps, in what the strength leaves of them."""
-    _timesteps(scheduler, request.num_inference_steps)  # where these are too many, it is not the strength's fault
+    _timesteps(scheduler, request.num_inference_steps)  # too many steps are reported as such, not as the strength
     if int(scheduler.config.original_inference_steps * request.strength) == 0:
         return []
     try:

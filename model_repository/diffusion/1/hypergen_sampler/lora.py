@@ -1,7 +1,4 @@
-"""The checkpoint with a LoRA merged into its weights: which models serve it in place of the checkpoint's own.
-
-Knows the parameter `loras` of `config.pbtxt`; knows nothing of how it came about.
-"""
+"""Variants of the checkpoint with a LoRA merged into its weights: the models that replace the checkpoint's own."""
 
 from __future__ import annotations
 

@@ -1,33 +1,35 @@
-"""What the sampler adds to Triton's own metrics.
+"""The sampler's custom metrics in Triton.
 
-Knows Triton's custom metrics and the step loop's reports. An update is a few round trips to Triton's process, and the
-steps stand still meanwhile, so rounds are summed up between updates.
+An update takes a few round trips to Triton's process and blocks the step loop meanwhile, so iterations are accumulated
+between updates.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from hypergen_sampler.stepping import Round
+from hypergen_sampler.stepping import IterationStats
 
-# Seconds of work between updates; where the work ends, one follows at once.
+# Seconds between updates while there is work; the last one follows at once.
 INTERVAL = 0.25
 
 GAUGES = {
     "active": ("active_images", "Images that take steps"),
-    "waiting": ("waiting_images", "Images that wait for a place among the active ones"),
+    "waiting": ("waiting_images", "Images that wait in the queue"),
 }
-# Mean rows of a UNet call, of at most `unet_max_rows`: rows by calls. Mean seconds: seconds by calls.
+# Mean rows of a call, of at most `unet_max_rows`: rows by calls. Mean seconds: seconds by calls.
 COUNTERS = {
-    "unet_calls": ("unet_calls_total", "Calls of the UNet"),
-    "unet_rows": ("unet_rows_total", "Rows of all calls of the UNet; an image takes two under guidance, else one"),
-    "unet_seconds": ("unet_seconds_total", "Seconds that calls of the UNet took"),
+    "denoiser_calls": ("unet_calls_total", "Calls of the denoiser"),
+    "denoiser_rows": (
+        "unet_rows_total",
+        "Rows of all calls of the denoiser; an image takes two under guidance, else one",
+    ),
+    "denoiser_seconds": ("unet_seconds_total", "Seconds that calls of the denoiser took"),
     "steps": ("steps_total", "Steps taken, of all images"),
-    "saved_steps": ("saved_steps_total", "Steps not taken, as the client had gone"),
+    "saved_steps": ("saved_steps_total", "Remaining steps of cancelled images"),
 }
 
 
@@ -35,17 +37,17 @@ class SamplerMetrics:
     """`hypergen_sampler_...` at Triton's /metrics."""
 
     def __init__(self, max_rows: int) -> None:
-        self._families: list[Any] = []  # which take their metrics along when they go
+        self._families: list[pb_utils.MetricFamily] = []  # which take their metrics along when they go
         kinds = pb_utils.MetricFamily
         self._gauges = {name: self._metric(*texts, kinds.GAUGE) for name, texts in GAUGES.items()}
         self._counters = {name: self._metric(*texts, kinds.COUNTER) for name, texts in COUNTERS.items()}
-        self._metric("unet_max_rows", "Rows that a call of the UNet may have", kinds.GAUGE).set(max_rows)
+        self._metric("unet_max_rows", "Rows that a call of the denoiser may have", kinds.GAUGE).set(max_rows)
         self._growth: Counter[str] = Counter()
         self._is_at_work = False
         self._updated = 0.0
 
-    def report(self, done: Round) -> None:
-        """Take in a round of the step loop."""
+    def report(self, done: IterationStats) -> None:
+        """Add an iteration of the step loop."""
         self._growth.update({name: getattr(done, name) for name in COUNTERS})
         if not self._is_at_work:
             self._is_at_work, self._updated = True, time.monotonic()
@@ -55,7 +57,7 @@ class SamplerMetrics:
         elif time.monotonic() - self._updated >= INTERVAL:
             self._update(done)
 
-    def _update(self, done: Round) -> None:
+    def _update(self, done: IterationStats) -> None:
         for name, gauge in self._gauges.items():
             gauge.set(getattr(done, name))
         for name, amount in self._growth.items():
@@ -63,7 +65,7 @@ class SamplerMetrics:
         self._growth.clear()
         self._updated = time.monotonic()
 
-    def _metric(self, name: str, description: str, kind: Any) -> Any:
+    def _metric(self, name: str, description: str, kind: pb_utils.MetricFamily.MetricKind) -> pb_utils.Metric:
         family = pb_utils.MetricFamily(name=f"hypergen_sampler_{name}", description=description, kind=kind)
         self._families.append(family)
         return family.Metric(labels={})

@@ -1,7 +1,4 @@
-"""Prompts to token ids. The exported tokenizers already pad and truncate to their text encoders' positions.
-
-Knows the tokenizers' files alone; the text encoders are reached through `bls`.
-"""
+"""Prompts to token ids. The exported tokenizers already pad and truncate to their text encoders' positions."""
 
 from __future__ import annotations
 

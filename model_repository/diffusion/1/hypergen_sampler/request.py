@@ -1,7 +1,4 @@
-"""What the model `diffusion` promises: its limits and defaults, and the request it accepts; and of what it is made.
-
-Knows the parameters of `config.pbtxt` and the names of the input tensors. Knows neither Triton nor torch.
-"""
+"""Requests to the model `diffusion`, their validation, and the parameters of `config.pbtxt` that describe the model."""
 
 from __future__ import annotations
 
@@ -31,16 +28,16 @@ class InvalidInputError(ValueError):
 
 
 class NonFiniteLatentsError(ArithmeticError):
-    """An image's latents are no longer numbers: its picture would be black. Its message is for the client."""
+    """An image's latents are no longer numbers: its image would be black. The message is for the client."""
 
 
 class QueueFullError(RuntimeError):
-    """No room to wait in. `str()` starts with "queue full"."""
+    """The queue is full. `str()` starts with "queue full"."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What this checkpoint and its engines take, and what they do unasked. Sizes in pixels a side."""
+    """The limits and defaults of this checkpoint and its engines. Sizes in pixels a side."""
 
     default_width: int
     default_height: int
@@ -48,18 +45,18 @@ class Limits:
     min_size: int
     max_size: int
     sizes: tuple[str, ...]
-    """WIDTHxHEIGHT of those that the engines are built for; none where they take any."""
+    """WIDTHxHEIGHT of those that the engines are built for; none if they take any."""
     default_num_inference_steps: int
     max_num_inference_steps: int
     default_guidance_scale: float
     max_guidance_scale: float
     max_cache_interval: int
-    """1 where there is no shallow UNet."""
+    """1 if there is no shallow UNet."""
     max_num_images: int
     max_active_images: int
     max_waiting_images: int
     max_batch_size: int
-    """Rows of one UNet call; an image under classifier-free guidance takes two."""
+    """Rows of one denoiser call; an image under classifier-free guidance takes two."""
     latent_channels: int
     vae_scale_factor: int
     schedulers: tuple[str, ...]
@@ -78,7 +75,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """How this checkpoint's components are put together: what tells one family from another."""
+    """How this checkpoint's components fit together: the differences between families."""
 
     text_encoders: tuple[str, ...]
     """Their hidden states stand side by side along the last axis; a pooled prompt comes from the last one."""
@@ -91,12 +88,12 @@ class Architecture:
     time_width: int
     """Length of a timestep's embedding."""
     size_width: int
-    """Length of the embedding of one side or offset of an image, 0 where the UNet is told none."""
+    """Length of the embedding of one side or offset of an image, 0 if the denoiser has no such input."""
     flip_sin_to_cos: int
     freq_shift: float
     """How diffusers' `Timesteps` embeds timesteps and sides."""
     guidance_width: int
-    """Length of the guidance scale's embedding, 0 where the UNet takes none."""
+    """Length of the guidance scale's embedding, 0 if the denoiser has no such input."""
     zeros_for_no_negative_prompt: int
     """1: an absent negative prompt is zeros. 0: it is the empty text. A given one, even empty, is always encoded."""
 
@@ -110,9 +107,9 @@ class Architecture:
         return cls(**_parameters(cls, model_config))
 
     def guides(self, request: Request) -> bool:
-        """Whether an image takes two rows of the UNet, for classifier-free guidance (Ho & Salimans, 2022).
+        """Whether an image takes two rows of the denoiser, for classifier-free guidance (Ho & Salimans, 2022).
 
-        At scale 1 that is the identity, and a UNet that takes the scale as an input has it inside.
+        At scale 1 that is the identity, and a denoiser that takes the scale as an input needs no second row.
         """
         return request.guidance_scale > 1.0 and not self.guidance_width
 
@@ -126,12 +123,12 @@ class Architecture:
 
     @property
     def time_embedding(self) -> Sinusoid:
-        """What makes the UNet's `time` of timesteps."""
+        """Embeds timesteps as the denoiser's `time`."""
         return self._sinusoid(self.time_width)
 
     @property
     def size_embedding(self) -> Sinusoid:
-        """What makes the UNet's `size_embeds` of sides in pixels."""
+        """Embeds sides in pixels as the denoiser's `size_embeds`."""
         return self._sinusoid(self.size_width)
 
     def _sinusoid(self, width: int) -> Sinusoid:
@@ -165,7 +162,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """A checked request: `num_images` pictures of one prompt, image i from the noise of `seed + i`."""
+    """A checked request: `num_images` images of one prompt, image i from the noise of `seed + i`."""
 
     prompt: str
     negative_prompt: str | None
@@ -184,9 +181,9 @@ class Request:
     cache_interval: int = 1
     """Of so many steps the first one's deep features serve all (DeepCache: Ma et al., 2023)."""
     partial_images: int = 0
-    """Previews of each picture."""
+    """Previews of each image."""
     image: Pixels | None = None
-    """[height, width, 3] to start from."""
+    """[height, width, 3], the input image."""
     mask: Pixels | None = None
     """[height, width] over `image`: 255 is repainted, 0 stays."""
     strength: float = 1.0
@@ -246,7 +243,7 @@ def _within(name: str, value: Any, low: Any, high: Any) -> Any:
 
 
 def _size(given: Mapping[str, Any], limits: Limits) -> tuple[int, int]:
-    """The size asked for; without one that of the picture to start from, and without that the checkpoint's own."""
+    """The size asked for; else that of the input image, else the checkpoint's own."""
     image = given.get("image")
     default_height, default_width = (limits.default_height, limits.default_width) if image is None else image.shape[:2]
     width = _side("width", given.get("width", default_width), limits)

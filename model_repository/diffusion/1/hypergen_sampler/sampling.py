@@ -1,7 +1,7 @@
-"""One image on its way to its latents: the mathematics of a step, without any batching.
+"""The denoising trajectory of one image: the mathematics of its steps, without batching or the denoiser itself.
 
 Follows `__call__` of diffusers' pipelines step for step, so that the same weights, seed and scheduler give the same
-latents. Knows torch and diffusers; the UNet itself and what it is told of the prompt are somebody else's.
+latents.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hypergen_sampler.schedulers import step_arguments
 class DenoiserInputs:
     """The rows that one image adds to a batch: [R, C, h, w], [R] and [R, …], with R = 2 in a guided step, else 1.
 
-    `model` is the UNet's name in Triton, `outputs` are those that are needed of it.
+    `model` is the denoiser's name in Triton, `outputs` are the outputs to request from it.
     """
 
     model: str
@@ -34,22 +34,22 @@ class DenoiserInputs:
     outputs: tuple[str, ...] = (MODEL_OUTPUT,)
 
 
-class Image:
-    """The latents of one image and the scheduler that moves them.
+class Trajectory:
+    """The latents of one image, and the scheduler that advances them from noise to the final ones.
 
     Args:
-        request: what to draw; `seed` must already be this image's own.
-        conditions: the UNet's inputs beside latents and timestep, each with the rows of a guided step.
-        canvas: what to draw it on.
-        scheduler: one of diffusers', which is this image's alone.
+        request: its `seed` must already be this image's own.
+        conditions: the denoiser's inputs beside latents and timestep, each with the rows of a guided step.
+        latent_init: what the first latents are made from.
+        scheduler: one of diffusers', not shared with other images.
         denoiser: the name of the component that takes the steps.
 
     Raises:
-        InvalidInputError: the scheduler does not take these steps or no picture, or the strength leaves too few.
+        InvalidInputError: the scheduler rejects the steps or an input image, or the strength leaves too few steps.
     """
 
     def __init__(
-        self, request: Request, conditions: Conditioning, canvas: LatentInit, scheduler: Any, denoiser: str
+        self, request: Request, conditions: Conditioning, latent_init: LatentInit, scheduler: Any, denoiser: str
     ) -> None:
         self.steps_done = 0
         self._denoiser = denoiser
@@ -60,8 +60,8 @@ class Image:
         self._guidance_scale = request.guidance_scale
         self._scheduler = scheduler
         generator = torch.Generator("cpu").manual_seed(request.seed)
-        start = initial_latents(request, canvas, self._scheduler, generator)
-        self._latents, self._timesteps, self._kept = start.latents, start.timesteps, start.kept
+        start = initial_latents(request, latent_init, self._scheduler, generator)
+        self._latents, self._timesteps, self._mask_blend = start.latents, start.timesteps, start.kept
         self._extra = step_arguments(self._scheduler, generator)
         self._guided_steps = steps_between(request.guidance_start, request.guidance_end, self.steps)
         self._preview_steps = preview_steps(self.steps, request.partial_images)
@@ -69,17 +69,17 @@ class Image:
 
     @property
     def rows(self) -> int:
-        """How many rows of a UNet batch this image needs for its next step."""
+        """Rows of a denoiser batch that the next step takes."""
         return len(self._conditions[HIDDEN_STATES]) if self.steps_done in self._guided_steps else 1
 
     @property
     def model(self) -> str:
-        """The model that takes the next step: images of one can share its batches."""
+        """The model that takes the next step."""
         return self._variant.model(self._denoiser if self._reused is None else f"{self._denoiser}_shallow")
 
     @property
     def _reused(self) -> Array | None:
-        """The deep features of an earlier step, where the next one takes them; that one must have had all its rows."""
+        """The deep features that the next step reuses, if any; they must contain all its rows."""
         kept = self._deep_features
         if self.steps_done % self._cache_interval == 0 or kept is None or len(kept) < self.rows:
             return None
@@ -94,7 +94,7 @@ class Image:
 
     @property
     def steps(self) -> int:
-        """UNet calls that this image takes in all."""
+        """Denoiser calls that the whole trajectory takes."""
         return len(self._timesteps)
 
     @property
@@ -108,11 +108,11 @@ class Image:
 
     @property
     def preview(self) -> Array | None:
-        """[C, h, w], what the last step expects `latents` to become in the end; None where nobody asked to see it."""
+        """[C, h, w], predicted x0 of the last step; None if no preview is due after it."""
         return None if self._preview is None else _to_array(self._preview)
 
-    def unet_rows(self) -> DenoiserInputs:
-        """The input of this image's next step."""
+    def denoiser_inputs(self) -> DenoiserInputs:
+        """The denoiser's inputs for the next step."""
         timestep = self._timesteps[self.steps_done]
         scaled = self._scheduler.scale_model_input(self._latents, timestep).numpy()
         rows, reused = self.rows, self._reused
@@ -127,25 +127,25 @@ class Image:
             outputs=(MODEL_OUTPUT, DEEP_FEATURES) if are_kept else (MODEL_OUTPUT,),
         )
 
-    def advance(self, answer: Mapping[str, Array]) -> None:
-        """Take one step of the scheduler with the UNet's answer to `unet_rows`, each output [R, C, h, w].
+    def advance(self, outputs: Mapping[str, Array]) -> None:
+        """Take one step of the scheduler with the denoiser's outputs for `denoiser_inputs`, each [R, C, h, w].
 
         Raises:
-            NonFiniteLatentsError: it leads to infinities or NaN, which no later step would turn into a picture.
+            NonFiniteLatentsError: it leads to infinities or NaN, from which no later step recovers.
         """
-        if self._cache_interval > 1 and DEEP_FEATURES in answer:
+        if self._cache_interval > 1 and DEEP_FEATURES in outputs:
             # No longer in Triton's memory, and without the rows of others.
-            self._deep_features = answer[DEEP_FEATURES].copy()
-        guided = torch.from_numpy(self._guide(answer[MODEL_OUTPUT]))
+            self._deep_features = outputs[DEEP_FEATURES].copy()
+        guided = torch.from_numpy(self._guide(outputs[MODEL_OUTPUT]))
         timestep, sample = self._timesteps[self.steps_done], self._latents
         step = self._scheduler.step(guided, timestep, sample, **self._extra)
         self.steps_done += 1
         if not step.prev_sample.isfinite().all():
             raise NonFiniteLatentsError(f"not finite: the latents after step {self.steps_done} of {self.steps}")
-        self._latents = self._put_back(step.prev_sample, None if self.finished else self._timesteps[self.steps_done])
+        self._latents = self._blend_mask(step.prev_sample, None if self.finished else self._timesteps[self.steps_done])
         self._preview = None
         if self.steps_done in self._preview_steps:
-            self._preview = self._put_back(predicted_x0(self._scheduler, step, timestep, guided, sample), None)
+            self._preview = self._blend_mask(predicted_x0(self._scheduler, step, timestep, guided, sample), None)
 
     def _guide(self, output: Array) -> Array:
         if len(output) == 1:
@@ -153,8 +153,8 @@ class Image:
         unconditional, conditional = output[:1], output[1:]
         return unconditional + self._guidance_scale * (conditional - unconditional)
 
-    def _put_back(self, latents: torch.Tensor, next_timestep: torch.Tensor | None) -> torch.Tensor:
-        return latents if self._kept is None else self._kept.apply(latents, self._scheduler, next_timestep)
+    def _blend_mask(self, latents: torch.Tensor, next_timestep: torch.Tensor | None) -> torch.Tensor:
+        return latents if self._mask_blend is None else self._mask_blend.apply(latents, self._scheduler, next_timestep)
 
 
 def steps_between(start: float, end: float, steps: int) -> range:

@@ -1,7 +1,5 @@
 """The schedulers a request may name. All of them are diffusers' own classes, in the configurations that the exporter
-has worked out from the checkpoint's, so that a picture equals the one of diffusers' pipeline by construction.
-
-Knows diffusers; knows nothing of batches or Triton.
+derives from the checkpoint's, so that an image equals that of diffusers' pipeline by construction.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Step-level continuous batching: one loop owns every active image and takes them all one step further per round.
+"""Step-level continuous batching: one loop advances all active images by one step per iteration.
 
-Images of equal latent size share UNet calls whatever their prompt, seed, step, guidance or scheduler; they join and
-leave between rounds. The rounds have a thread of their own, which calls the UNet itself: by way of the event loop,
-every step would wait twice more for a thread to wake up. Knows images and a UNet to call; knows nothing of Triton.
+Images with equal input shapes share denoiser calls whatever their prompt, seed, step, guidance or scheduler; they join
+and leave between iterations. The loop runs in its own thread and calls the denoiser from there: through the event loop,
+every step would wait for two more thread wake-ups. Does not depend on Triton.
 
-Triton's own dynamic batcher cannot do this for a loop that sends its next request only after the last answer: such
+Triton's dynamic batcher cannot do this for a loop that sends its next request only after the last response: such
 requests split into cohorts that never merge again, and every change of size breaks a batch.
 """
 
@@ -22,25 +22,25 @@ import numpy as np
 
 from hypergen_sampler.conditioning import Array
 from hypergen_sampler.request import QueueFullError
-from hypergen_sampler.sampling import DenoiserInputs, Image
+from hypergen_sampler.sampling import DenoiserInputs, Trajectory
 
-UNet = Callable[[DenoiserInputs], Mapping[str, Array]]
+Denoiser = Callable[[DenoiserInputs], Mapping[str, Array]]
 
-# Batches of one round, which differ in size or model, that are in flight at a time.
-CALLS_AT_A_TIME = 8
-# Seconds between questions whether the clients are still there, each a round trip to Triton.
-ASK_SECONDS = 0.05
+# Batches of one iteration, which differ in input shapes or model, that are in flight at a time.
+MAX_CONCURRENT_CALLS = 8
+# Seconds between checks for cancelled requests, each a round trip to Triton.
+POLL_SECONDS = 0.05
 
 
 class ClientGoneError(Exception):
-    """The client that asked for the image has gone."""
+    """The client has disconnected."""
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Latents [C, h, w] for the decoder: the image's final ones, or those of a preview on the way to them.
+class LatentsOutput:
+    """Latents [C, h, w] to decode: an image's final latents or a preview of them.
 
-    `waited` and `took` are the seconds that the image waited for a place and has been taking steps; `made` is when.
+    `waited` and `took` are the seconds that the image spent in the queue and in its steps so far; `made` is the time.
     """
 
     latents: Array
@@ -52,118 +52,118 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Round:
-    """What one round did, and what it left: `active` images that take further steps, and those `waiting` to."""
+class IterationStats:
+    """The work of one iteration, and the images that remain: `active` ones and those `waiting` in the queue."""
 
     active: int
     waiting: int
-    unet_calls: int
-    unet_rows: int
-    unet_seconds: float
+    denoiser_calls: int
+    denoiser_rows: int
+    denoiser_seconds: float
     steps: int
     """Of all images together."""
     saved_steps: int
-    """Those that images had before them whose client has gone."""
+    """Remaining steps of cancelled images."""
 
 
 @dataclass(frozen=True)
-class _Call:
+class _BatchStats:
     rows: int
     steps: int
     seconds: float
 
 
 @dataclass(eq=False)
-class _Ticket:
-    """An image's place in the loop. Whoever waits for the image reads `outcomes`; the loop never waits for them."""
+class _QueueEntry:
+    """An image in the loop. `sample` reads its `outcomes`; the loop never blocks on them."""
 
-    image: Image
+    trajectory: Trajectory
     cancelled: Callable[[], bool]
-    outcomes: asyncio.Queue[Sample | BaseException] = field(default_factory=asyncio.Queue)
+    outcomes: asyncio.Queue[LatentsOutput | BaseException] = field(default_factory=asyncio.Queue)
     events: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     over: bool = False
-    """The last outcome is there: the final latents or an error."""
+    """Whether the last outcome has been put: the final latents or an error."""
     end: BaseException | None = None
-    """Why the image takes no further step: nobody reads the outcomes any longer, or the client has gone."""
+    """Why the image takes no further step: `sample` was closed, or the client has disconnected."""
     joined: float = field(default_factory=time.perf_counter)
     admitted: float = 0.0
 
     def next_inputs(self) -> DenoiserInputs | None:
         """The inputs of the image's next step; None if they cannot be made, which fails this image alone."""
         try:
-            return self.image.unet_rows()
+            return self.trajectory.denoiser_inputs()
         except Exception as error:
             self.fail(error)
             return None
 
-    def advance(self, answer: Mapping[str, Array]) -> None:
+    def advance(self, outputs: Mapping[str, Array]) -> None:
         try:
-            self.image.advance(answer)
+            self.trajectory.advance(outputs)
         except Exception as error:
             self.fail(error)
             return
-        if self.image.preview is not None:
-            self._hand_over(self.image.preview)
-        if self.image.finished:
-            self._hand_over(self.image.latents)
+        if self.trajectory.preview is not None:
+            self._put_latents(self.trajectory.preview)
+        if self.trajectory.finished:
+            self._put_latents(self.trajectory.latents)
             self.over = True
 
     def fail(self, error: BaseException) -> None:
         if not self.over:
             self.over = True
-            self._tell(error)
+            self._put(error)
 
-    def _hand_over(self, latents: Array) -> None:
+    def _put_latents(self, latents: Array) -> None:
         now = time.perf_counter()
         waited, took = self.admitted - self.joined, now - self.admitted
-        self._tell(Sample(latents, self.image.steps_done, self.image.finished, waited, took, now))
+        self._put(LatentsOutput(latents, self.trajectory.steps_done, self.trajectory.finished, waited, took, now))
 
-    def _tell(self, outcome: Sample | BaseException) -> None:
+    def _put(self, outcome: LatentsOutput | BaseException) -> None:
         self.events.call_soon_threadsafe(self.outcomes.put_nowait, outcome)
 
 
 class StepLoop:
-    """Owns the active images and those that wait for a place among them.
+    """The active images and a FIFO queue of waiting ones.
 
     Args:
-        unet: answers one batch of rows with the outputs that they ask for, by name; called from several threads.
-        max_rows: rows of one UNet call, at least 2.
-        max_active: images that take steps at a time; all share the UNet evenly.
-        max_waiting: images that may wait, first come first served.
-        report: is told of every round, in the thread of the rounds.
+        denoiser: maps one batch of rows to the outputs that they request, by name; called from several threads.
+        max_rows: rows of one denoiser call, at least 2.
+        max_active: images that take steps at a time; all share the denoiser evenly.
+        max_waiting: capacity of the queue.
+        report: called after every iteration, in the loop's thread.
     """
 
     def __init__(
         self,
-        unet: UNet,
+        denoiser: Denoiser,
         *,
         max_rows: int,
         max_active: int,
         max_waiting: int,
-        report: Callable[[Round], None] = lambda _: None,
+        report: Callable[[IterationStats], None] = lambda _: None,
     ) -> None:
-        self._unet = unet
+        self._denoiser = denoiser
         self._report = report
         self._max_rows = max_rows
         self._max_active = max_active
         self._max_waiting = max_waiting
         self._reserved = 0
-        self._tickets: set[_Ticket] = set()
-        self._watch: asyncio.Task[None] | None = None
-        self._threads = ThreadPoolExecutor(1 + CALLS_AT_A_TIME, "steps")
-        # Between the event loop and the thread of the rounds: who has come, and whether that thread is there.
+        self._entries: set[_QueueEntry] = set()
+        self._polling: asyncio.Task[None] | None = None
+        self._threads = ThreadPoolExecutor(1 + MAX_CONCURRENT_CALLS, "steps")
+        # Shared by the event loop and the loop's thread: new images, and whether the thread is running.
         self._lock = threading.Lock()
-        self._arrived: list[_Ticket] = []
+        self._arrived: list[_QueueEntry] = []
         self._is_running = False
-        # The thread's own.
-        self._waiting: deque[_Ticket] = deque()
-        self._active: list[_Ticket] = []
+        # Used by the loop's thread alone.
+        self._waiting: deque[_QueueEntry] = deque()
+        self._active: list[_QueueEntry] = []
 
     def reserve(self, images: int) -> None:
-        """Claim places for images that will be sampled; each must be given back by `release`.
+        """Reserve slots for images that will be sampled; each must be freed by `release`.
 
         Raises:
-            QueueFullError: active and waiting places are all taken.
+            QueueFullError: all active and waiting slots are taken.
         """
         room = self._max_active + self._max_waiting
         if self._reserved + images > room:
@@ -171,57 +171,59 @@ class StepLoop:
         self._reserved += images
 
     def release(self, images: int) -> None:
-        """Give places back."""
+        """Free slots."""
         self._reserved -= images
 
-    async def sample(self, image: Image, cancelled: Callable[[], bool]) -> AsyncGenerator[Sample, None]:
-        """Take the image through all its steps; yields its previews, if it has any, and last its final latents.
+    async def sample(
+        self, trajectory: Trajectory, cancelled: Callable[[], bool]
+    ) -> AsyncGenerator[LatentsOutput, None]:
+        """Run all steps of an image; yields its previews, if any, and last its final latents.
 
-        The steps go on whether or not a preview has been fetched. Closing the generator ends the image.
-        `cancelled` is asked now and then, and once for all images that share it.
+        Steps continue whether or not a preview has been consumed. Closing the generator cancels the image.
+        `cancelled` is polled, once for all images that share it.
 
         Raises:
-            ClientGoneError: `cancelled` said so.
-            Exception: whatever the UNet raised for this image's batch.
+            ClientGoneError: `cancelled` returned True.
+            Exception: whatever the denoiser raised for this image's batch, or the scheduler for this image.
         """
-        ticket = _Ticket(image, cancelled)
-        self._enter(ticket)
+        entry = _QueueEntry(trajectory, cancelled)
+        self._enqueue(entry)
         try:
             while True:
-                outcome = await ticket.outcomes.get()
+                outcome = await entry.outcomes.get()
                 if isinstance(outcome, BaseException):
                     raise outcome
                 yield outcome
                 if outcome.is_final:
                     return
         finally:
-            self._tickets.remove(ticket)
-            ticket.end = ClientGoneError()
+            self._entries.remove(entry)
+            entry.end = ClientGoneError()
 
-    def _enter(self, ticket: _Ticket) -> None:
-        self._tickets.add(ticket)
-        if self._watch is None or self._watch.done():
-            self._watch = asyncio.create_task(self._watch_clients())
+    def _enqueue(self, entry: _QueueEntry) -> None:
+        self._entries.add(entry)
+        if self._polling is None or self._polling.done():
+            self._polling = asyncio.create_task(self._poll_cancellation())
         with self._lock:
-            self._arrived.append(ticket)
+            self._arrived.append(entry)
             starts, self._is_running = not self._is_running, True
         if starts:
-            # After this turn of the event loop, in which the other images of the same request come.
-            ticket.events.call_soon(self._threads.submit, self._run)
+            # In the next turn of the event loop: the other images of the same request arrive in this one.
+            entry.events.call_soon(self._threads.submit, self._run)
 
-    async def _watch_clients(self) -> None:
-        while self._tickets:
-            await asyncio.sleep(ASK_SECONDS)
-            ends = {cancelled: _end(cancelled) for cancelled in {ticket.cancelled for ticket in self._tickets}}
-            for ticket in self._tickets:
-                ticket.end = ends[ticket.cancelled] or ticket.end
+    async def _poll_cancellation(self) -> None:
+        while self._entries:
+            await asyncio.sleep(POLL_SECONDS)
+            ends = {cancelled: _end(cancelled) for cancelled in {entry.cancelled for entry in self._entries}}
+            for entry in self._entries:
+                entry.end = ends[entry.cancelled] or entry.end
 
     def _run(self) -> None:
         try:
             while self._has_work():
-                self._round()
+                self._iterate()
         except BaseException as error:
-            # Nobody looks at this thread: what ends it must reach those that wait for their images.
+            # Nothing awaits this thread: its error must reach every pending `sample`.
             with self._lock:
                 _fail([*self._active, *self._waiting, *self._arrived], error)
                 self._active.clear()
@@ -230,27 +232,27 @@ class StepLoop:
                 self._is_running = False
 
     def _has_work(self) -> bool:
-        """Take in who has come. Where it is nobody, the thread ends with this, and the next one starts it again."""
+        """Move new images to the queue. Without any work the thread ends, and the next image starts it again."""
         with self._lock:
             self._waiting.extend(self._arrived)
             self._arrived.clear()
             self._is_running = bool(self._waiting or self._active)
             return self._is_running
 
-    def _round(self) -> None:
+    def _iterate(self) -> None:
         self._admit()
-        saved_steps = self._drop_those_nobody_waits_for()
+        saved_steps = self._drop_cancelled()
         batches = self._batches()
         elsewhere = [self._threads.submit(self._step, batch) for batch in batches[1:]]
         calls = [self._step(batch) for batch in batches[:1]] + [call.result() for call in elsewhere]
-        self._active = [ticket for ticket in self._active if not ticket.over]
+        self._active = [entry for entry in self._active if not entry.over]
         self._report(
-            Round(
+            IterationStats(
                 active=len(self._active),
                 waiting=len(self._waiting),
-                unet_calls=sum(call.rows > 0 for call in calls),
-                unet_rows=sum(call.rows for call in calls),
-                unet_seconds=sum(call.seconds for call in calls),
+                denoiser_calls=sum(call.rows > 0 for call in calls),
+                denoiser_rows=sum(call.rows for call in calls),
+                denoiser_seconds=sum(call.seconds for call in calls),
                 steps=sum(call.steps for call in calls),
                 saved_steps=saved_steps,
             )
@@ -258,64 +260,64 @@ class StepLoop:
 
     def _admit(self) -> None:
         while self._waiting and len(self._active) < self._max_active:
-            ticket = self._waiting.popleft()
-            ticket.admitted = time.perf_counter()
-            self._active.append(ticket)
+            entry = self._waiting.popleft()
+            entry.admitted = time.perf_counter()
+            self._active.append(entry)
 
-    def _drop_those_nobody_waits_for(self) -> int:
-        """Returns the number of steps that this saves."""
-        gone = [(ticket, ticket.end) for ticket in (*self._active, *self._waiting) if ticket.end is not None]
-        for ticket, end in gone:
-            ticket.fail(end)
-        self._active = [ticket for ticket in self._active if not ticket.over]
-        self._waiting = deque(ticket for ticket in self._waiting if not ticket.over)
-        return sum(ticket.image.steps - ticket.image.steps_done for ticket, _ in gone)
+    def _drop_cancelled(self) -> int:
+        """Return the number of steps that this saves."""
+        gone = [(entry, entry.end) for entry in (*self._active, *self._waiting) if entry.end is not None]
+        for entry, end in gone:
+            entry.fail(end)
+        self._active = [entry for entry in self._active if not entry.over]
+        self._waiting = deque(entry for entry in self._waiting if not entry.over)
+        return sum(entry.trajectory.steps - entry.trajectory.steps_done for entry, _ in gone)
 
-    def _batches(self) -> list[list[_Ticket]]:
+    def _batches(self) -> list[list[_QueueEntry]]:
         """Split the active images into batches of one model and input shapes, and at most `max_rows` rows."""
-        alike: dict[Hashable, list[_Ticket]] = defaultdict(list)
-        for ticket in self._active:
-            alike[ticket.image.batch_key].append(ticket)
-        return [batch for tickets in alike.values() for batch in self._fill(tickets)]
+        alike: dict[Hashable, list[_QueueEntry]] = defaultdict(list)
+        for entry in self._active:
+            alike[entry.trajectory.batch_key].append(entry)
+        return [batch for entries in alike.values() for batch in self._fill(entries)]
 
-    def _fill(self, tickets: list[_Ticket]) -> Iterable[list[_Ticket]]:
-        batch: list[_Ticket] = []
+    def _fill(self, entries: list[_QueueEntry]) -> Iterable[list[_QueueEntry]]:
+        batch: list[_QueueEntry] = []
         rows = 0
-        for ticket in tickets:
-            if rows + ticket.image.rows > self._max_rows:
+        for entry in entries:
+            if rows + entry.trajectory.rows > self._max_rows:
                 yield batch
                 batch, rows = [], 0
-            batch.append(ticket)
-            rows += ticket.image.rows
+            batch.append(entry)
+            rows += entry.trajectory.rows
         yield batch
 
-    def _step(self, batch: list[_Ticket]) -> _Call:
+    def _step(self, batch: list[_QueueEntry]) -> _BatchStats:
         """One denoiser call and one scheduler step for each image of the batch.
 
         A failed call fails the images of its batch, a failed scheduler only its own image.
         """
-        inputs = {ticket: made for ticket in batch if (made := ticket.next_inputs()) is not None}
+        inputs = {entry: made for entry in batch if (made := entry.next_inputs()) is not None}
         if not inputs:
-            return _Call(0, 0, 0.0)
+            return _BatchStats(0, 0, 0.0)
         rows = sum(len(made.sample) for made in inputs.values())
         began = time.perf_counter()
         try:
-            answer = self._unet(_stack(list(inputs.values())))
+            outputs = self._denoiser(_stack(list(inputs.values())))
         except Exception as error:
             _fail(inputs, error)
-            return _Call(rows, 0, time.perf_counter() - began)
+            return _BatchStats(rows, 0, time.perf_counter() - began)
         seconds = time.perf_counter() - began
         first = 0
-        for ticket, made in inputs.items():
+        for entry, made in inputs.items():
             following = first + len(made.sample)
-            ticket.advance({name: array[first:following] for name, array in answer.items()})
+            entry.advance({name: array[first:following] for name, array in outputs.items()})
             first = following
-        return _Call(rows, len(inputs), seconds)
+        return _BatchStats(rows, len(inputs), seconds)
 
 
-def _fail(tickets: Iterable[_Ticket], error: BaseException) -> None:
-    for ticket in tickets:
-        ticket.fail(error)
+def _fail(entries: Iterable[_QueueEntry], error: BaseException) -> None:
+    for entry in entries:
+        entry.fail(error)
 
 
 def _end(cancelled: Callable[[], bool]) -> BaseException | None:

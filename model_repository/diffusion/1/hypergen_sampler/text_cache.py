@@ -1,4 +1,4 @@
-"""What the text encoders made of earlier texts: the empty negative prompt, a prompt asked for again with another seed.
+"""A cache of encoded texts: the empty negative prompt, or a prompt that is repeated with another seed.
 
 Kept here rather than in Triton's response cache, whose hit is still a round trip to Triton, and which knows only whole
 requests: a new prompt with the usual negative one would be a miss for both.

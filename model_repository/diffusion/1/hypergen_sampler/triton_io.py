@@ -1,7 +1,4 @@
-"""What Triton hands over and takes back: input tensors as values, pictures and errors as responses.
-
-Knows the names of the tensors and Triton's types. What a value may be is in `contract`.
-"""
+"""Triton's requests and responses: input tensors to values, images and errors to responses."""
 
 from __future__ import annotations
 
@@ -21,12 +18,11 @@ ARRAYS = ("image", "mask")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
-    """One response: a picture, or what it is on its way to become.
+class ImageOutput:
+    """One response: an image or a preview of it.
 
-    `prompt_tokens` counts what the text encoders read of prompt and negative prompt, without the start, end and padding
-    that every text gets; `truncated_tokens` what they cut off. `timings` in seconds: waiting for a place, encoding,
-    denoising, decoding.
+    `prompt_tokens` counts the tokens of prompt and negative prompt that the text encoders read, without start, end and
+    padding; `truncated_tokens` those that they cut off. `timings` in seconds: queue, encoding, denoising, decoding.
     """
 
     pixels: Pixels
@@ -39,8 +35,8 @@ class Picture:
     timings: tuple[float, float, float, float]
 
 
-def read_inputs(request: Any) -> dict[str, Any]:
-    """The inputs that the client sent, by name. Pictures still lie in Triton's memory: copy what is to be kept.
+def read_inputs(request: pb_utils.InferenceRequest) -> dict[str, Any]:
+    """The inputs that the client sent, by name. Images are views of Triton's memory: copy them to keep them.
 
     Raises:
         InvalidInputError: a text is not UTF-8, or a tensor is empty.
@@ -67,28 +63,28 @@ def _text(name: str, value: bytes) -> str:
         raise InvalidInputError(name, "must be UTF-8 text") from None
 
 
-def response_of(picture: Picture) -> Any:
-    """The response that carries the picture."""
-    tensors = {
-        "image": picture.pixels,
-        "image_index": np.array([picture.index], dtype=np.int32),
-        "step": np.array([picture.step], dtype=np.int32),
-        "is_final": np.array([picture.is_final]),
-        "seed": np.array([picture.seed], dtype=np.int64),
-        "prompt_tokens": np.array([picture.prompt_tokens], dtype=np.int32),
-        "truncated_tokens": np.array([picture.truncated_tokens], dtype=np.int32),
-        "timings_ms": np.array(picture.timings, dtype=np.float32) * np.float32(1000),
+def response_of(output: ImageOutput) -> pb_utils.InferenceResponse:
+    """The response that carries the image."""
+    tensors: dict[str, npt.NDArray[Any]] = {
+        "image": output.pixels,
+        "image_index": np.array([output.index], dtype=np.int32),
+        "step": np.array([output.step], dtype=np.int32),
+        "is_final": np.array([output.is_final]),
+        "seed": np.array([output.seed], dtype=np.int64),
+        "prompt_tokens": np.array([output.prompt_tokens], dtype=np.int32),
+        "truncated_tokens": np.array([output.truncated_tokens], dtype=np.int32),
+        "timings_ms": np.array(output.timings, dtype=np.float32) * np.float32(1000),
     }
     return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor(name, array) for name, array in tensors.items()])
 
 
-def error_response(error: BaseException) -> Any:
-    """The response that ends a stream with an error; what is nobody's fault but ours is logged too."""
+def error_response(error: BaseException) -> pb_utils.InferenceResponse:
+    """The response that ends a stream with an error; internal errors are logged, too."""
     return pb_utils.InferenceResponse(error=_triton_error(error))
 
 
-def _triton_error(error: BaseException) -> Any:
-    # Looked up here, because Triton completes its module only after this one is loaded.
+def _triton_error(error: BaseException) -> pb_utils.TritonError:
+    # Looked up at call time: Triton completes its module only after this one is imported.
     codes = {
         InvalidInputError: pb_utils.TritonError.INVALID_ARG,
         QueueFullError: pb_utils.TritonError.UNAVAILABLE,
@@ -98,6 +94,6 @@ def _triton_error(error: BaseException) -> Any:
     }
     code = codes.get(type(error))
     if code is not None:
-        return pb_utils.TritonError(str(error) or "the client has gone", code)
+        return pb_utils.TritonError(str(error) or "the client has disconnected", code)
     pb_utils.Logger.log_error(f"diffusion: {type(error).__name__}: {error}")
     return pb_utils.TritonError(f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)
