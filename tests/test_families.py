@@ -33,14 +33,14 @@ from support.loras import Weights, lora_weights, save_by_diffusers, save_by_kohy
 from support.miniature import FAMILIES, save_miniature
 from support.parity import (
     PROMPT,
-    TOLERANCE_FROM_PICTURE,
+    TOLERANCE_FROM_IMAGE,
     Pair,
     Sampler,
     by_diffusers,
     held,
-    held_from_picture,
+    held_from_image,
+    input_image,
     mask,
-    picture,
     request_of,
     sampler_of,
 )
@@ -76,7 +76,7 @@ async def drawn_together(sampler: Sampler, requests: Sequence[Request]) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-async def test_a_familys_picture_equals_the_one_of_diffusers_pipeline(family: str, pair_of: Any) -> None:
+async def test_a_familys_image_equals_the_one_of_diffusers_pipeline(family: str, pair_of: Any) -> None:
     pair = pair_of(family)
     request = request_of(width=72, height=56)
     pair.choose("")
@@ -216,13 +216,17 @@ async def test_size_prompt_and_negative_prompt_of_each_image_stay_its_own_in_a_b
 
 @pytest.mark.parametrize(("guidance_scale", "strength"), [(1.0, 0.3), (1.0, 1.0), (6.0, 0.8)])
 @pytest.mark.parametrize("scheduler", sorted(CLASSES))
-async def test_a_picture_to_start_from_is_met_as_by_diffusers(
+async def test_an_image_to_start_from_is_met_as_by_diffusers(
     scheduler: str, guidance_scale: float, strength: float, pair_of: Any
 ) -> None:
     request = request_of(
-        scheduler=scheduler, guidance_scale=guidance_scale, strength=strength, num_inference_steps=6, image=picture()
+        scheduler=scheduler,
+        guidance_scale=guidance_scale,
+        strength=strength,
+        num_inference_steps=6,
+        image=input_image(),
     )
-    await held_from_picture(pair_of("sd-1"), request)
+    await held_from_image(pair_of("sd-1"), request)
 
 
 @pytest.mark.parametrize(("guidance_scale", "strength"), [(1.0, 0.7), (6.0, 1.0)])
@@ -235,15 +239,15 @@ async def test_a_mask_is_met_as_by_diffusers(
         guidance_scale=guidance_scale,
         strength=strength,
         num_inference_steps=6,
-        image=picture(),
+        image=input_image(),
         mask=mask(),
     )
-    await held_from_picture(pair_of("sd-1"), request)
+    await held_from_image(pair_of("sd-1"), request)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["image to image", "inpainting"])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "sd-1"])
-async def test_every_family_starts_from_a_picture_as_its_pipeline_does(family: str, masked: bool, pair_of: Any) -> None:
+async def test_every_family_starts_from_an_image_as_its_pipeline_does(family: str, masked: bool, pair_of: Any) -> None:
     request = request_of(
         width=72,
         height=56,
@@ -251,20 +255,20 @@ async def test_every_family_starts_from_a_picture_as_its_pipeline_does(family: s
         num_inference_steps=5,
         guidance_scale=3.0,
         negative_prompt=None if family == "lcm" else "a green cat",
-        image=picture(72, 56),
+        image=input_image(72, 56),
         mask=mask(72, 56) if masked else None,
     )
-    await held_from_picture(pair_of(family), request)
+    await held_from_image(pair_of(family), request)
 
 
-async def test_pictures_of_one_request_are_those_of_its_seeds_in_a_row(pair_of: Any) -> None:
+async def test_images_of_one_request_are_those_of_its_seeds_in_a_row(pair_of: Any) -> None:
     pair = pair_of("sd-1")
     pipeline = StableDiffusionImg2ImgPipeline(**pair.pipeline.components)
     pipeline.set_progress_bar_config(disable=True)
     pair.choose("euler_a", pipeline)
     theirs = pipeline(
         PROMPT,
-        image=PILImage.fromarray(picture()),
+        image=PILImage.fromarray(input_image()),
         num_images_per_prompt=3,
         num_inference_steps=4,
         strength=0.8,
@@ -272,10 +276,10 @@ async def test_pictures_of_one_request_are_those_of_its_seeds_in_a_row(pair_of: 
         generator=[torch.Generator().manual_seed(seed) for seed in (20, 21, 22)],
         output_type="latent",
     ).images.numpy()
-    wish = {"scheduler": "euler_a", "strength": 0.8, "image": picture()}
+    wish = {"scheduler": "euler_a", "strength": 0.8, "image": input_image()}
     for index in range(3):
         ours, _ = await pair.sampler.draw(request_of(**wish, seed=20 + index))
-        assert np.abs(ours - theirs[index]).max() <= TOLERANCE_FROM_PICTURE * np.abs(theirs).max()
+        assert np.abs(ours - theirs[index]).max() <= TOLERANCE_FROM_IMAGE * np.abs(theirs).max()
 
 
 @pytest.mark.parametrize(
@@ -289,7 +293,7 @@ async def test_a_strength_that_leaves_too_few_steps_is_named(
     family: str, changes: dict[str, Any], words: str, pair_of: Any
 ) -> None:
     with pytest.raises(InvalidInputError, match=words):
-        await pair_of(family).sampler.draw(request_of(image=picture(), **changes))
+        await pair_of(family).sampler.draw(request_of(image=input_image(), **changes))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from support.miniature import save_miniature
-from support.parity import Pair, by_diffusers, held, held_from_picture, picture, request_of, sampler_of
+from support.parity import Pair, by_diffusers, held, held_from_image, input_image, request_of, sampler_of
 from support.pipelines import pipeline_of
 
 STATED = {
@@ -29,4 +29,4 @@ async def test_what_a_vae_states_of_its_latents_is_heeded_as_by_its_pipeline(
     pair = Pair(sampler_of(folder), pipeline_of(folder))
     request = request_of(guidance_scale=3.0)
     held(await pair.sampler.draw(request), by_diffusers(pair.pipeline, request))
-    await held_from_picture(pair, request_of(guidance_scale=3.0, image=picture(), strength=0.6))
+    await held_from_image(pair, request_of(guidance_scale=3.0, image=input_image(), strength=0.6))

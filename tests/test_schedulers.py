@@ -22,7 +22,7 @@ from hypergen_export.errors import UnsupportedModelError
 from hypergen_sampler.request import InvalidInputError
 from hypergen_sampler.schedulers import Schedulers
 from support.miniature import save_miniature
-from support.parity import Pair, Sampler, by_diffusers, held, held_from_picture, mask, picture, request_of, sampler_of
+from support.parity import Pair, Sampler, by_diffusers, held, held_from_image, input_image, mask, request_of, sampler_of
 from support.pipelines import pipeline_of
 from support.scheduler_tables import CLASSES, SERVED, schedulers_in
 
@@ -113,8 +113,10 @@ async def test_an_old_config_is_amended_by_the_pipelines_that_start_from_an_imag
     plain = plain_of["sd-1"]
     pair = pair_with(plain, checkpoint_with(plain, tmp_path / "changed", BETAS | config))
     for given in (None, mask()):
-        request = request_of(num_inference_steps=STEPS, strength=0.7, guidance_scale=3.0, image=picture(), mask=given)
-        await held_from_picture(pair, request)
+        request = request_of(
+            num_inference_steps=STEPS, strength=0.7, guidance_scale=3.0, image=input_image(), mask=given
+        )
+        await held_from_image(pair, request)
 
 
 @pytest.mark.parametrize("config", [AS_SAVED["DDIM without clip_sample"], AS_SAVED["PNDM without steps_offset"]])
@@ -172,12 +174,12 @@ async def test_every_class_starts_from_an_image_as_by_diffusers_or_is_rejected_f
     config = {"_class_name": class_name, **BETAS, "steps_offset": 1}
     pair = pair_with(plain, checkpoint_with(plain, tmp_path / "changed", config))
     for given in (None, mask()):
-        request = request_of(num_inference_steps=STEPS, strength=0.7, image=picture(), mask=given)
+        request = request_of(num_inference_steps=STEPS, strength=0.7, image=input_image(), mask=given)
         if class_name in WITHOUT_ADD_NOISE:
             with pytest.raises(InvalidInputError, match="image: must be absent"):
                 await pair.sampler.draw(request)
         else:
-            await held_from_picture(pair, request)
+            await held_from_image(pair, request)
 
 
 HABITS: Mapping[str, Mapping[str, Any]] = {

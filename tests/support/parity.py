@@ -43,8 +43,8 @@ from support.scheduler_tables import called_by_diffusers, schedulers_in
 PROMPT = "a red rocket on a blue background"
 # Relative to the largest latent. Both sides are torch in float32; ours runs the UNet on each image's own timestep.
 TOLERANCE = 1e-5
-# From a picture, the VAE's encoder adds its rounding, which the guidance scale multiplies. Seen: 1.3e-5.
-TOLERANCE_FROM_PICTURE = 5e-5
+# From an input image, the VAE's encoder adds its rounding, which the guidance scale multiplies. Seen: 1.3e-5.
+TOLERANCE_FROM_IMAGE = 5e-5
 Pixels = npt.NDArray[np.uint8]
 
 IMAGE_TO_IMAGE = {
@@ -73,7 +73,7 @@ class Sampler:
     _one_at_a_time: ClassVar[threading.Lock] = threading.Lock()
 
     async def draw(self, request: Request, loop: StepLoop | None = None) -> tuple[Array, Pixels]:
-        """The final latents [C, h, w] and the picture."""
+        """The final latents [C, h, w] and the image."""
         conditions = conditioning_of(request, self.encode(texts_of(request, self.architecture)), self.architecture)
         masked = request.mask is not None
         scheduler = self.schedulers.make(request.scheduler, steps=request.num_inference_steps, masked=masked)
@@ -181,7 +181,7 @@ def by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:
 
 
 def _given(request: Request) -> dict[str, Any]:
-    """The size, or the picture that has it."""
+    """The size, or the input image that has it."""
     size = {"width": request.width, "height": request.height}
     if request.image is None:
         return size
@@ -192,17 +192,17 @@ def _given(request: Request) -> dict[str, Any]:
 
 
 def held(ours: tuple[Array, Pixels], theirs: tuple[Array, Pixels], tolerance: float = TOLERANCE) -> None:
-    """Latents to rounding, pictures to a level of 255 where a value lies on the edge of two."""
+    """Latents to rounding, images to a level of 255 where a value lies on the edge of two."""
     difference = float(np.abs(ours[0] - theirs[0]).max() / np.abs(theirs[0]).max())
     levels = np.abs(ours[1].astype(int) - theirs[1].astype(int))
-    print(f"latents differ by {difference:.1e} of the largest, pictures by {levels.mean():.4f}/255, {levels.max()}/255")
-    assert theirs[1].std() > 10, "a flat picture would prove nothing"
+    print(f"latents differ by {difference:.1e} of the largest, images by {levels.mean():.4f}/255, {levels.max()}/255")
+    assert theirs[1].std() > 10, "a flat image would prove nothing"
     assert difference <= tolerance
     assert levels.max() <= 1
     assert levels.mean() <= 0.01
 
 
-def picture(width: int = 64, height: int = 64) -> Pixels:
+def input_image(width: int = 64, height: int = 64) -> Pixels:
     """Something to start from: colours that change smoothly, and an edge."""
     y, x = np.mgrid[0:height, 0:width]
     red, green, blue = x * 255 // width, y * 255 // height, np.where(x > y, 220, 40)
@@ -219,7 +219,7 @@ def mask(width: int = 64, height: int = 64) -> Pixels:
     return covered
 
 
-async def held_from_picture(pair: Pair, request: Request) -> None:
+async def held_from_image(pair: Pair, request: Request) -> None:
     """Our image-to-image or inpainting against the pipeline of diffusers that its own text-to-image one stands for."""
     pipelines = IMAGE_TO_IMAGE if request.mask is None else INPAINTING
     with warnings.catch_warnings():
@@ -227,4 +227,4 @@ async def held_from_picture(pair: Pair, request: Request) -> None:
         pipeline = pipelines[type(pair.pipeline).__name__].from_pipe(pair.pipeline)
     pipeline.set_progress_bar_config(disable=True)
     pair.choose(request.scheduler, pipeline)
-    held(await pair.sampler.draw(request), by_diffusers(pipeline, request), TOLERANCE_FROM_PICTURE)
+    held(await pair.sampler.draw(request), by_diffusers(pipeline, request), TOLERANCE_FROM_IMAGE)
