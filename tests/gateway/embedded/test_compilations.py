@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,13 @@ import pytest
 from openvino import opset13 as ops
 
 from hypergen_gateway.embedded.backends.openvino import compilations
-from hypergen_gateway.embedded.backends.openvino.compilations import EXACT_ROWS, Array, Compilations, ExactShapes
+from hypergen_gateway.embedded.backends.openvino.compilations import (
+    EXACT_ROWS,
+    Array,
+    Compilation,
+    Compilations,
+    ExactShapes,
+)
 from hypergen_gateway.embedded.backends.openvino.flattening import flatten_channel_scales
 
 CHANNELS, GROUPS = 6, 2
@@ -69,12 +77,64 @@ def test_the_usual_size_is_the_first_whatever_its_rows() -> None:
     assert choice.includes({"sample": (2, 16, 8, 8)})
 
 
+def find_exact(model: Compilations, batch: Array) -> Compilation:
+    """What serves this batch once its own compilation is made, in the background."""
+    general = model.find({"x": picture(3, 4, 6)})
+    ends = time.monotonic() + 60
+    while (found := model.find({"x": batch})) is general:
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    return found
+
+
 def test_a_small_model_is_compiled_for_each_exact_shape_and_once_for_all_others(file: Path) -> None:
     model = Compilations(file, PROPERTIES)
+    model.find({"x": picture(2)})
+    for rows in EXACT_ROWS:
+        find_exact(model, picture(rows))
     batches = [picture(rows, *size) for size in ((4, 4), (4, 6), (6, 4)) for rows in range(1, 18)]
     found = {batch.shape: model.find({"x": batch}) for batch in batches}
     assert len({id(each) for each in found.values()}) == len(EXACT_ROWS) + 1
     assert all(model.find({"x": batch}) is found[batch.shape] for batch in batches), "compiled again"
+
+
+def test_no_call_after_the_warm_up_waits_for_a_compilation(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Compilations(file, PROPERTIES)
+    warm = model.find({"x": picture(2)})
+    may_compile, compile_exact = threading.Event(), Compilations._compile_exact
+
+    def compile_when_allowed(self: Compilations, shapes: compilations.Shapes) -> Compilation:
+        may_compile.wait()
+        return compile_exact(self, shapes)
+
+    monkeypatch.setattr(Compilations, "_compile_exact", compile_when_allowed)
+    general = model.find({"x": picture(3)})
+    assert model.find({"x": picture(16)}) is general is not warm
+    seen = general.infer({"x": picture(16)}, ["y"])["y"]
+    np.testing.assert_allclose(seen, run(group_norm(), picture(16)), atol=1e-5)
+    may_compile.set()
+    seen = find_exact(model, picture(16)).infer({"x": picture(16)}, ["y"])["y"]
+    np.testing.assert_allclose(seen, run(group_norm(), picture(16)), atol=1e-5)
+
+
+def test_a_shape_that_cannot_be_compiled_is_served_by_the_general_compilation(
+    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Compilations(file, PROPERTIES)
+    model.find({"x": picture(2)})
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(Compilations, "_compile", fail)
+    general = model.find({"x": picture(3)})
+    assert model.find({"x": picture(16)}) is general
+    ends = time.monotonic() + 60
+    while "no memory" not in caplog.text:
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    assert all(model.find({"x": picture(16)}) is general for _ in range(3))
+    assert caplog.text.count("Not compiled") == 1
 
 
 def test_a_large_model_is_compiled_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,9 +145,11 @@ def test_a_large_model_is_compiled_once(file: Path, monkeypatch: pytest.MonkeyPa
 
 def test_what_comes_out_depends_on_no_compilation(file: Path) -> None:
     model = Compilations(file, PROPERTIES)
+    model.find({"x": picture(2)})
+    general = model.find({"x": picture(3)})
     for batch in (picture(2), picture(3), picture(2, 4, 6), picture(16)):
-        for _ in range(2):
-            seen = model.find({"x": batch}).infer({"x": batch}, ["y"])["y"]
+        for compilation in (model.find({"x": batch}), general):
+            seen = compilation.infer({"x": batch}, ["y"])["y"]
             np.testing.assert_allclose(seen, run(group_norm(), batch), atol=1e-5)
 
 
@@ -132,6 +194,10 @@ def anonymous_mebibytes():
 
 channels, tokens, width, time_width = map(int, sys.argv[2:])
 unet = Compilations(Path(sys.argv[1]), {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": "2"})
+infer(2)
+for rows in (*range(1, 17), *range(1, 17)):
+    infer(rows)
+unet._compiler.submit(int).result()  # the queue of compilations is empty
 for rows in (*range(1, 17), *range(1, 17)):
     infer(rows)
 print(anonymous_mebibytes())

@@ -5,7 +5,9 @@ Knows shapes and memory, nothing of Triton. The backend's `model.py` imports it 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,39 +26,55 @@ EXACT_ROWS = frozenset({1, 2, 4, 8, 16})
 # Kernels that the compilation for any shape keeps. With OpenVINO's own 5000 their memory grows for as long as new sizes
 # come, past a gigabyte; with fewer, sizes that come by turns are slower.
 KEPT_KERNELS = 2000
+logger = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Compilations:
-    """What a model was compiled to, each when it is first needed; none is ever dropped or compiled again."""
+    """A model's compilations: one for any shape and, of a small model, one for each of its exact shapes.
+
+    Only the first call, which is the exporter's warm-up, waits for an exact compilation. Later ones are made in the
+    background when they are first of use, and the general one serves until then: it takes a fifth more time for a
+    step, while a compilation takes as long as thirty steps. None is ever dropped or made again.
+    """
 
     def __init__(self, file: Path, properties: Mapping[str, Any]) -> None:
         self._core = openvino.Core()
         self._properties = {**properties, "CPU_RUNTIME_CACHE_CAPACITY": str(KEPT_KERNELS)}
         # Read once: what is compiled of its copies shares its weights, as far as they are not packed for kernels.
         self._model = read_model(self._core, file)
+        self._any = Compilation(self._compile(self._model))
         self._choice = ExactShapes()
-        self._exact: dict[int, Compilation] = {}
+        self._exact: dict[int, Future[Compilation]] = {}
         self._is_small = is_small(file)
-        self._any = None if self._is_small else Compilation(self._compile(self._model))
+        self._compiler = ThreadPoolExecutor(1, "compiler")
 
     def find(self, batch: Mapping[str, Array]) -> Compilation:
-        """The one for arrays of these shapes, rows first."""
+        """The fastest one that exists for arrays of these shapes, rows first."""
         shapes = {name: array.shape for name, array in batch.items()}
-        if self._is_small and self._choice.includes(shapes):
-            return self._find_exact(shapes)
-        if self._any is None:
-            self._any = Compilation(self._compile(self._model))
-        return self._any
-
-    def _find_exact(self, shapes: Shapes) -> Compilation:
+        if not (self._is_small and self._choice.includes(shapes)):
+            return self._any
         rows = _rows(shapes)
         if rows not in self._exact:
+            self._exact[rows] = self._compiler.submit(self._compile_exact, shapes)
+            if len(self._exact) == 1:
+                return self._exact[rows].result()
+        return self._exact[rows].result() if self._exact[rows].done() else self._any
+
+    def close(self) -> None:
+        """Stop compiling in the background."""
+        self._compiler.shutdown(cancel_futures=True)
+
+    def _compile_exact(self, shapes: Shapes) -> Compilation:
+        """The one for these shapes; the general one if there can be none, as for want of memory."""
+        try:
             model = self._model.clone()
             model.reshape(dict(shapes))
-            self._exact[rows] = ExactCompilation(self._compile(model), shapes)
-        return self._exact[rows]
+            return ExactCompilation(self._compile(model), shapes)
+        except RuntimeError:
+            logger.exception("Not compiled for %s; the compilation for any shape serves them, too", shapes)
+            return self._any
 
     def _compile(self, model: Any) -> Any:
         return self._core.compile_model(model, "CPU", self._properties).create_infer_request()

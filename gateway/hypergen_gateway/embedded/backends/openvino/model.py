@@ -51,6 +51,10 @@ class TritonPythonModel:
             return [pb_utils.InferenceResponse(error=failure) for _ in requests]
         return _split(outputs, sizes)
 
+    def finalize(self) -> None:
+        """Triton unloads the model."""
+        self._compilations.close()
+
     def _infer(self, parts: dict[str, list[Array]]) -> dict[str, Array]:
         batch = {name: part[0] if len(part) == 1 else np.concatenate(part) for name, part in parts.items()}
         return self._compilations.find(batch).infer(batch, self._outputs)
