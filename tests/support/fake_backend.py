@@ -18,6 +18,7 @@ from starlette.applications import Starlette
 from hypergen_gateway.errors import HyperGenError
 from hypergen_gateway.generation.backend import GeneratedImage, GenerationRequest, ModelDescription, Timings
 from hypergen_gateway.http.protocol import Listener, make_uvicorn_config
+from support.running_server import samples_of
 
 MODEL = ModelDescription(
     model_id="acme/tiny-emoji",
@@ -134,6 +135,21 @@ async def until(condition: Callable[[], bool], limit: float = 5.0) -> None:
             await asyncio.sleep(0.005)
 
     await asyncio.wait_for(poll(), limit)
+
+
+async def until_sample(client: httpx.AsyncClient, name: str, value: float) -> None:
+    """Waits until the gateway's metrics give a sample this value."""
+
+    async def poll() -> None:
+        while (await gateway_samples(client)).get(name, 0.0) != value:
+            await asyncio.sleep(0.005)
+
+    await asyncio.wait_for(poll(), 5.0)
+
+
+async def gateway_samples(client: httpx.AsyncClient) -> dict[str, float]:
+    """What the gateway counts, by the name without its prefix, and the labels."""
+    return samples_of((await client.get("/metrics")).text, "hypergen_gateway_")
 
 
 def in_memory(app: Starlette, **options: Any) -> httpx.AsyncClient:

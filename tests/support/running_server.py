@@ -13,7 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,35 @@ def samples_of(exposition: str, prefix: str) -> dict[str, float]:
                 told = ",".join(f'{label}="{labels[label]}"' for label in sorted(labels))
                 samples[name.removeprefix(prefix) + (f"{{{told}}}" if told else "")] = value
     return samples
+
+
+def images_in_the_sampler(server: Server) -> float:
+    """Those that take steps or wait for a place among them, as its Triton's metrics say."""
+    samples = samples_of(httpx.get(server.metrics_url, timeout=10).text, "hypergen_sampler_")
+    return samples["active_images"] + samples["waiting_images"]
+
+
+@asynccontextmanager
+async def long_requests(
+    server: Server, number: int, **fields: Any
+) -> AsyncIterator[list[asyncio.Task[httpx.Response]]]:
+    """So many requests in the sampler, which take far longer than any test needs them; afterwards they are gone.
+
+    By httpx: the work of OpenAI's client, which counts its retries, goes on for some time without it.
+    """
+    body = {"prompt": "cat", "size": "512x512", "num_inference_steps": 150, **fields}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=300) as client:
+        requests = [asyncio.create_task(client.post("/v1/images/generations", json=body)) for _ in range(number)]
+        try:
+            images = number * body.get("n", 1)
+            await asyncio.to_thread(server.wait_until, lambda: images_in_the_sampler(server) == images, 60, "at work")
+            yield requests
+        finally:
+            for request in requests:
+                request.cancel()
+            await asyncio.gather(*requests, return_exceptions=True)
+    await asyncio.to_thread(server.wait_until, lambda: images_in_the_sampler(server) == 0, 60, "idle")
 
 
 def pixels_of(image: Any) -> Pixels:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from hypergen_gateway.generation.jobs import Jobs, RetentionPolicy
 from hypergen_gateway.generation.request import Client, ClientRequest, SubRequest
 from hypergen_gateway.generation.service import ImageService
 from support.cutting_proxy import CuttingProxy, cutting_proxy
-from support.fake_backend import MODEL, FakeBackend, in_memory, on_loopback, until
+from support.fake_backend import MODEL, FakeBackend, gateway_samples, in_memory, on_loopback, until, until_sample
 from support.node_client import run_node_client
 from support.pictures import file_of, hole, photo
 
@@ -31,6 +32,9 @@ KEY = "sk-correct-horse"
 GENERATIONS = "/v1/images/generations"
 EDITS = "/v1/images/edits"
 FOX = {"prompt": "a fox"}
+GRACE_SECONDS = 1.5
+DEPARTED = 'requests_total{method="POST",route="/v1/images/generations",status="499"}'
+JOINED_BY_RETRY, JOINED_BY_KEY = 'joined_total{reason="retry"}', 'joined_total{reason="idempotency_key"}'
 FIRST, SECOND = {"x-stainless-retry-count": "0"}, {"x-stainless-retry-count": "1"}
 
 
@@ -45,7 +49,7 @@ def seeds_of(response: httpx.Response) -> list[int]:
 
 @pytest.fixture
 async def gateway(backend: FakeBackend) -> AsyncIterator[str]:
-    async with on_loopback(create_app(Config(retry_grace=1.5), backend)) as url:
+    async with on_loopback(create_app(Config(retry_grace=GRACE_SECONDS), backend)) as url:
         yield url
 
 
@@ -56,10 +60,12 @@ async def remote(gateway: str) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-async def leave(request: asyncio.Task[httpx.Response]) -> None:
+async def leave(client: httpx.AsyncClient, request: asyncio.Task[httpx.Response]) -> None:
+    """Hangs up, and waits until the gateway has noticed."""
+    before = (await gateway_samples(client)).get(DEPARTED, 0.0)
     request.cancel()
     await asyncio.gather(request, return_exceptions=True)
-    await asyncio.sleep(0.05)  # until the gateway has noticed
+    await until_sample(client, DEPARTED, before + 1)
 
 
 class TestKeys:
@@ -192,9 +198,9 @@ class TestRetries:
         await until(lambda: backend.running == 2)
         others2 = asyncio.create_task(remote.post(GENERATIONS, json=FOX, headers=FIRST))
         await until(lambda: backend.running == 3)
-        await leave(lost)
+        await leave(remote, lost)
         again = asyncio.create_task(remote.post(GENERATIONS, json=FOX, headers=SECOND))
-        await asyncio.sleep(0.05)
+        await until_sample(remote, JOINED_BY_RETRY, 1)
         backend.open.set()
         assert seeds_of(await again) == [backend.generations[1].seed]
         assert [seeds_of(await others), seeds_of(await others2)] == [[backend.generations[i].seed] for i in (0, 2)]
@@ -206,7 +212,7 @@ class TestRetries:
         backend.open.clear()
         lost = asyncio.create_task(remote.post(GENERATIONS, json=FOX, headers=FIRST))
         await until(lambda: backend.running == 1)
-        await leave(lost)
+        await leave(remote, lost)
         backend.open.set()
         await until(lambda: backend.running == 0)
         assert seeds_of(await remote.post(GENERATIONS, json=FOX, headers=SECOND)) == [backend.generations[0].seed]
@@ -218,7 +224,7 @@ class TestRetries:
         requests = [asyncio.create_task(client.post(GENERATIONS, json=FOX, headers=FIRST))]
         await until(lambda: backend.running == 1)
         requests.append(asyncio.create_task(client.post(GENERATIONS, json=FOX, headers=SECOND)))
-        await asyncio.sleep(0.05)
+        await until_sample(client, JOINED_BY_RETRY, 1)
         backend.open.set()
         first, second = await asyncio.gather(*requests)
         assert seeds_of(first) == seeds_of(second)
@@ -235,7 +241,7 @@ class TestRetries:
     async def test_the_retry_of_a_request_that_never_came_is_not_answered_with_an_old_picture(
         self, backend: FakeBackend
     ) -> None:
-        retention = RetentionPolicy(grace=1.0, seconds=60.0, nbytes=1 << 20, lost_answer=0.1)
+        retention = RetentionPolicy(grace=1.0, seconds=60.0, nbytes=1 << 20, lost_answer=60.0)
         jobs = Jobs(ImageService(backend, Admission(10)), retention, on_joined=lambda _: None)
         generation = to_generation_request(ImageRequest(prompt="a fox"), MODEL)
         request = ClientRequest(
@@ -248,7 +254,8 @@ class TestRetries:
         assert await first.final_images()
         retry = replace(request, client=Client(may_return=True, is_retry=True))
         assert jobs.join(retry) is first
-        await asyncio.sleep(0.15)
+        assert first.delivered_at is not None
+        first.delivered_at -= 60.0
         second = jobs.join(retry)
         assert second is not first
         assert await second.final_images()
@@ -274,10 +281,10 @@ class TestDepartures:
         backend.open.clear()
         request = asyncio.create_task(remote.post(GENERATIONS, json=FOX, headers=FIRST))
         await until(lambda: backend.running == 1)
-        await leave(request)
-        await asyncio.sleep(0.5)
-        assert backend.running == 1
-        await until(lambda: backend.running == 0, 1.5)
+        left = time.monotonic()
+        await leave(remote, request)
+        await until(lambda: backend.running == 0)
+        assert time.monotonic() - left > 0.99 * GRACE_SECONDS
         # What was given up is not there to be joined.
         backend.open.set()
         assert seeds_of(await remote.post(GENERATIONS, json=FOX, headers=SECOND)) != [backend.generations[0].seed]
@@ -289,17 +296,18 @@ class TestDepartures:
         request = asyncio.create_task(remote.post(GENERATIONS, json=FOX))
         await until(lambda: backend.running == 1)
         request.cancel()
-        await until(lambda: backend.running == 0, 0.5)
+        left = time.monotonic()
+        await until(lambda: backend.running == 0)
+        assert time.monotonic() - left < GRACE_SECONDS
 
     async def test_work_goes_on_for_the_listener_that_stays(
         self, remote: httpx.AsyncClient, backend: FakeBackend
     ) -> None:
         backend.open.clear()
         gone, staying = (asyncio.create_task(remote.post(GENERATIONS, json=FOX, headers=keyed("a"))) for _ in range(2))
-        await until(lambda: backend.running == 1)
-        await asyncio.sleep(0.05)
-        await leave(gone)
-        await asyncio.sleep(1.7)
+        await until_sample(remote, JOINED_BY_KEY, 1)
+        await leave(remote, gone)
+        await asyncio.sleep(GRACE_SECONDS + 0.2)
         backend.open.set()
         assert seeds_of(await staying)
 
@@ -308,7 +316,7 @@ class TestDepartures:
         async with on_loopback(create_app(Config(), backend)) as url, httpx.AsyncClient(base_url=url) as remote:
             request = asyncio.create_task(remote.post(GENERATIONS, json=FOX, headers=FIRST))
             await until(lambda: backend.running == 1)
-            await leave(request)
+            await leave(remote, request)
         assert (backend.running, backend.closed) == (0, True)
 
 
@@ -319,18 +327,16 @@ class TestOpenAIsClients:
             yield proxy
 
     async def test_python_s_retry_after_a_cut_connection_is_drawn_once(
-        self, proxy: CuttingProxy, backend: FakeBackend
+        self, proxy: CuttingProxy, remote: httpx.AsyncClient, backend: FakeBackend
     ) -> None:
         backend.open.clear()
         async with openai.AsyncOpenAI(base_url=f"{proxy.url}/v1", api_key=KEY) as sdk:
             request = asyncio.create_task(sdk.images.generate(prompt="a fox"))
-            for attempt in (1, 2):
-                await until(lambda attempt=attempt: proxy.connections == attempt)  # type: ignore[misc]
-                await until(lambda: backend.running == 1)
-                await asyncio.sleep(0.1)
+            await until(lambda: backend.running == 1)
+            for retry in (1, 2):
                 proxy.cut()
-            await until(lambda: proxy.connections == 3)
-            await asyncio.sleep(0.1)
+                await until_sample(remote, JOINED_BY_RETRY, retry)
+            assert proxy.connections == 3
             backend.open.set()
             (image,) = (await request).data or []
         assert dict(image.model_extra or {})["seed"] == backend.generations[0].seed
@@ -348,38 +354,39 @@ class TestOpenAIsClients:
         assert dict(image.model_extra or {})["seed"] == backend.generations[0].seed
         assert (proxy.connections, len(backend.generations)) == (2, 1)
 
-    async def test_python_s_retry_after_its_own_timeout_is_drawn_once(self, gateway: str, backend: FakeBackend) -> None:
+    async def test_python_s_retry_after_its_own_timeout_is_drawn_once(
+        self, gateway: str, remote: httpx.AsyncClient, backend: FakeBackend
+    ) -> None:
         backend.open.clear()
         async with openai.AsyncOpenAI(base_url=f"{gateway}/v1", api_key=KEY, timeout=0.4) as sdk:
             request = asyncio.create_task(sdk.images.generate(prompt="a fox"))
-            await asyncio.sleep(0.7)
+            await until_sample(remote, DEPARTED, 1)
             backend.open.set()
             assert (await request).data
         assert len(backend.generations) == 1
 
     async def test_python_s_stream_is_joined_from_its_first_event(
-        self, proxy: CuttingProxy, backend: FakeBackend
+        self, proxy: CuttingProxy, remote: httpx.AsyncClient, backend: FakeBackend
     ) -> None:
         backend.open.clear()
         async with openai.AsyncOpenAI(base_url=f"{proxy.url}/v1", api_key=KEY) as sdk:
             request = asyncio.create_task(sdk.images.generate(prompt="a fox", stream=True, partial_images=2))
             await until(lambda: backend.running == 1)
             proxy.cut()
-            await until(lambda: proxy.connections == 2)
+            await until_sample(remote, JOINED_BY_RETRY, 1)
             backend.open.set()
             assert len([event async for event in await request]) == 3
         assert len(backend.generations) == 1
 
     async def test_node_s_retry_after_a_cut_connection_is_drawn_once(
-        self, node: Path, proxy: CuttingProxy, backend: FakeBackend
+        self, node: Path, proxy: CuttingProxy, remote: httpx.AsyncClient, backend: FakeBackend
     ) -> None:
         backend.open.clear()
         script = run_node_client(node, f"{proxy.url}/v1", KEY, script="retries.mjs")
         request = asyncio.create_task(script)
         await until(lambda: backend.running == 1, 30)
         proxy.cut()
-        await until(lambda: proxy.connections == 2)
-        await asyncio.sleep(0.1)
+        await until_sample(remote, JOINED_BY_RETRY, 1)
         backend.open.set()
         seed = backend.generations[0].seed
         assert (await request)["seeds"] == [seed, seed + 1]

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.errors import UnavailableError
-from support.fake_backend import FakeBackend, in_memory, on_loopback, until
+from support.fake_backend import FakeBackend, in_memory, on_loopback, until, until_sample
 from support.running_server import samples_of
 
 GENERATIONS = "/v1/images/generations"
@@ -61,8 +61,7 @@ async def test_images_steps_and_phases_are_counted(client: httpx.AsyncClient) ->
 async def test_the_queue_and_what_is_at_work_are_told(client: httpx.AsyncClient, backend: FakeBackend) -> None:
     backend.open.clear()
     requests = [asyncio.create_task(client.post(GENERATIONS, json=FOX | {"n": 2})) for _ in range(3)]
-    await until(lambda: backend.running == 2)
-    await asyncio.sleep(0.02)
+    await until_sample(client, "queued_requests", 1)
     seen = await metrics(client)
     assert (seen["queued_requests"], seen["active_requests"], seen["active_images"]) == (1, 2, 4)
     backend.open.set()
@@ -99,15 +98,14 @@ async def test_steps_that_nobody_wanted_any_more_are_counted_once(backend: FakeB
     async with on_loopback(create_app(Config(), backend)) as url, httpx.AsyncClient(base_url=url) as client:
         backend.open.clear()
         body = FOX | {"n": 4, "num_inference_steps": 10}
-        working, waiting = [asyncio.create_task(client.post(GENERATIONS, json=body)) for _ in range(2)]
+        working = asyncio.create_task(client.post(GENERATIONS, json=body))
         await until(lambda: backend.running == 1)
-        await asyncio.sleep(0.05)
+        waiting = asyncio.create_task(client.post(GENERATIONS, json=body))
+        await until_sample(client, "queued_requests", 1)
         waiting.cancel()
-        await asyncio.sleep(0.05)
-        assert (await metrics(client))["saved_steps_total"] == 40
+        await until_sample(client, "saved_steps_total", 40)
         working.cancel()
-        await until(lambda: backend.running == 0)
-        assert (await metrics(client))["saved_steps_total"] == 80
+        await until_sample(client, "saved_steps_total", 80)
 
 
 async def test_a_failure_of_the_backend_saves_nothing(client: httpx.AsyncClient, backend: FakeBackend) -> None:
