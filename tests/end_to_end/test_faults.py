@@ -42,6 +42,8 @@ from support.running_server import (
 GENERATIONS = "/v1/images/generations"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 LONG = {"size": "96x96", "num_inference_steps": 150}
+# Far longer than anything that is done meanwhile; nobody waits for its end.
+ENDLESS = {"size": "512x512", "num_inference_steps": 150}
 SHORT = {"prompt": "cat", "size": "64x64", "num_inference_steps": 1}
 BACK_SECONDS = 20.0
 REQUEST_TIMEOUT = 60.0
@@ -163,11 +165,13 @@ def told(outcomes: Counter[str]) -> str:
     return ", ".join(f"{count} {names[outcome]}" for outcome, count in sorted(outcomes.items(), reverse=True))
 
 
-async def begun(server: Server, requests: int, triton: Server | None = None) -> list[asyncio.Task[Any]]:
+async def begun(
+    server: Server, requests: int, triton: Server | None = None, work: dict[str, Any] = LONG
+) -> list[asyncio.Task[Any]]:
     """So many long requests, of which the UNet has taken steps; `triton` is the server that has it, if another."""
     before = (triton or server).unet_counts()[1]
     client = server.async_client()
-    tasks = [asyncio.create_task(draw(client, prompt="cat", seed=seed, **LONG)) for seed in range(requests)]
+    tasks = [asyncio.create_task(draw(client, prompt="cat", seed=seed, **work)) for seed in range(requests)]
     while (triton or server).unet_counts()[1] < before + 2:
         assert not any(task.done() for task in tasks), "\n".join(server.lines[-20:])
         await asyncio.sleep(0.02)
@@ -302,7 +306,7 @@ async def leave(server: Server) -> None:
     """Asks for something long and goes."""
     async with httpx.AsyncClient(base_url=server.url, headers=HEADERS) as client:
         with pytest.raises(httpx.ReadTimeout):
-            await client.post(GENERATIONS, json={"prompt": "cat", **LONG}, timeout=0.3)
+            await client.post(GENERATIONS, json={"prompt": "cat", **ENDLESS}, timeout=0.3)
 
 
 async def test_a_full_disk_is_said_and_the_server_lives_on(sturdy: Server, disk: Disk, seen: Seen) -> None:
@@ -344,7 +348,8 @@ async def test_a_killed_gateway_takes_no_request_of_another_with_it(sturdy: Serv
     async with nothing_is_left_of_it(sturdy, disk):
         victim, other = (start_server("--triton-url", sturdy.triton_url, model="") for _ in range(2))
         try:
-            killed, living = await begun(victim, 8, triton=sturdy), await begun(other, 8, triton=sturdy)
+            killed = await begun(victim, 4, triton=sturdy, work=ENDLESS)
+            living = await begun(other, 8, triton=sturdy)
             victim.process.kill()
             outcomes = Counter(await asyncio.gather(*(outcome_of(request) for request in living)))
             broken = await asyncio.gather(*killed, return_exceptions=True)
@@ -372,7 +377,7 @@ async def test_a_start_after_a_killed_gateway_clears_up_even_a_triton_that_hangs
     place = {"TMPDIR": str(tmp_path)}
     first = start_server("--cache-dir", str(tmp_path / "cache"), model=str(exported), environment=place)
     family = psutil.Process(first.process.pid).children(recursive=True)
-    requests = await begun(first, 8)
+    requests = await begun(first, 8, work=ENDLESS)
     processes(first, "tritonserver")[0].send_signal(signal.SIGSTOP)
     began = time.monotonic()
     first.process.kill()

@@ -14,7 +14,7 @@ import pytest
 
 from support.running_server import Server, draw, draw_all, start_server, stop_server
 
-WISHES = [{"prompt": "cat", "seed": seed, "num_inference_steps": 30, "size": "96x96"} for seed in range(16)]
+WISHES = [{"prompt": "cat", "seed": seed, "num_inference_steps": 100, "size": "96x96"} for seed in range(16)]
 
 
 @pytest.fixture

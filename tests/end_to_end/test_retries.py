@@ -9,7 +9,7 @@ import openai
 from support.cutting_proxy import cutting_proxy
 from support.running_server import KEY, Server, draw
 
-STEPS = 40
+STEPS = 150
 ROWS = 2 * STEPS  # under classifier-free guidance
 
 
