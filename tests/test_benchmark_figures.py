@@ -1,4 +1,4 @@
-"""The arithmetic under the benchmarks' claims, and the book that they are kept in."""
+"""The arithmetic under the benchmarks' claims, and the results that they are kept in."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def test_the_book_is_one_flat_object_that_later_runs_complete(tmp_path: Path) ->
 
 
 def test_a_failure_takes_the_place_of_an_earlier_figure_and_a_figure_that_of_a_failure(tmp_path: Path) -> None:
-    book = Results(tmp_path / "bench.json")
-    book.enter({"one_over_ours": 2.0, "one_over_ours_pairs": 3, "one": 1})
-    book.fail("one_over_ours", "it ended")
-    assert book.figures == {"one": 1, "one_over_ours_failed": "it ended"}
-    book.enter({"one_over_ours": 2.5})
-    assert book.figures == {"one": 1, "one_over_ours": 2.5}
+    results = Results(tmp_path / "bench.json")
+    results.enter({"one_over_ours": 2.0, "one_over_ours_pairs": 3, "one": 1})
+    results.fail("one_over_ours", "it ended")
+    assert results.figures == {"one": 1, "one_over_ours_failed": "it ended"}
+    results.enter({"one_over_ours": 2.5})
+    assert results.figures == {"one": 1, "one_over_ours": 2.5}
 
 
 def test_every_bar_is_met_missed_or_says_why_it_was_not_measured() -> None:

@@ -15,7 +15,7 @@ TOLD = ("hypergen", "diffusers", "transformers", "torch", "openvino", "openvino-
 
 
 def circumstances(environments: Path, dtype: str) -> Figures:
-    """Entries for the book, of those environments that are installed."""
+    """Figures for the results; of peers' environments, those that are installed."""
     load, _, _ = os.getloadavg()
     entries: Figures = {
         "circumstances_cpu": _cpu(),

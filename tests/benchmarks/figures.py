@@ -1,7 +1,7 @@
 """The arithmetic of comparisons, and the one flat object that all figures are kept in.
 
-A comparison is made of pairs: both sides had the same wish, one right after the other. What counts is the median of the
-pairs' ratios, since whatever else the machine does meets both sides of a pair alike.
+A comparison is made of pairs: both sides had the same request, one right after the other. What counts is the median
+of the pairs' ratios, since whatever else the machine does meets both sides of a pair alike.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Figures = dict[str, Figure]
 
 @dataclass(frozen=True)
 class Pairs:
-    """What each side took for the same wishes, in order; in seconds, or whatever unit both share."""
+    """What each side took for the same requests, in order; in seconds, or whatever unit both share."""
 
     ours: Sequence[float]
     theirs: Sequence[float]

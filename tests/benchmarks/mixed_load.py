@@ -73,8 +73,8 @@ async def touch_every_shape(server: Server) -> None:
     async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=LIMIT_SECONDS) as client:
 
         async def draw(size: str, images: int, guidance: int) -> None:
-            wish = {"prompt": PROMPTS[0], "size": size, "n": images, "guidance_scale": guidance}
-            await _generate(client, {**wish, "num_inference_steps": 4}, 200)
+            body = {"prompt": PROMPTS[0], "size": size, "n": images, "guidance_scale": guidance}
+            await _generate(client, {**body, "num_inference_steps": 4}, 200)
 
         for size in SIZES:
             for images in range(1, 9):
@@ -84,7 +84,7 @@ async def touch_every_shape(server: Server) -> None:
                 await asyncio.gather(draw(size, images, 2), draw(size, 1, 1))
 
 
-def _wish(chance: random.Random, **more: Any) -> dict[str, Any]:
+def _body(chance: random.Random, **more: Any) -> dict[str, Any]:
     return {
         "prompt": chance.choice(PROMPTS),
         "size": chance.choice(SIZES),
@@ -106,43 +106,43 @@ def _check(answer: httpx.Response, *statuses: int) -> httpx.Response:
     return answer
 
 
-async def _generate(client: httpx.AsyncClient, wish: dict[str, Any], *statuses: int, **headers: str) -> httpx.Response:
+async def _generate(client: httpx.AsyncClient, body: dict[str, Any], *statuses: int, **headers: str) -> httpx.Response:
     expected = statuses or (200, 429)
-    return _check(await client.post(GENERATIONS, json=wish, headers=headers), *expected)
+    return _check(await client.post(GENERATIONS, json=body, headers=headers), *expected)
 
 
 async def pictures(client: httpx.AsyncClient, chance: random.Random) -> None:
-    wish = _wish(chance)
-    answer = await _generate(client, wish)
-    if answer.status_code == 200 and len(answer.json()["data"]) != wish["n"]:
+    body = _body(chance)
+    answer = await _generate(client, body)
+    if answer.status_code == 200 and len(answer.json()["data"]) != body["n"]:
         raise UnexpectedError("a picture is missing")
 
 
 async def pictures_behind_links(client: httpx.AsyncClient, chance: random.Random) -> None:
-    answer = await _generate(client, _wish(chance, response_format="url"))
+    answer = await _generate(client, _body(chance, response_format="url"))
     for one in answer.json().get("data", []):
         _check(await client.get(one["url"]), 200)
 
 
 async def streams(client: httpx.AsyncClient, chance: random.Random) -> None:
-    wish = _wish(chance, stream=True, partial_images=chance.randint(0, 3))
-    async with client.stream("POST", GENERATIONS, json=wish) as answer:
+    body = _body(chance, stream=True, partial_images=chance.randint(0, 3))
+    async with client.stream("POST", GENERATIONS, json=body) as answer:
         text = (await answer.aread()).decode()
     _check(answer, 200, 429)
-    if answer.status_code == 200 and text.count("event: image_generation.completed") != wish["n"]:
+    if answer.status_code == 200 and text.count("event: image_generation.completed") != body["n"]:
         raise UnexpectedError(f"a stream without its end: {text[-200:]}")
 
 
 async def streams_left_early(client: httpx.AsyncClient, chance: random.Random) -> None:
-    wish = _wish(chance, stream=True, partial_images=3, num_inference_steps=40)
-    async with client.stream("POST", GENERATIONS, json=wish) as answer:
+    body = _body(chance, stream=True, partial_images=3, num_inference_steps=40)
+    async with client.stream("POST", GENERATIONS, json=body) as answer:
         async for _ in answer.aiter_bytes():
             return
 
 
 async def requests_left_early(client: httpx.AsyncClient, chance: random.Random) -> None:
     with contextlib.suppress(httpx.TimeoutException):
-        await client.post(GENERATIONS, json=_wish(chance, num_inference_steps=40), timeout=chance.uniform(0.01, 0.5))
+        await client.post(GENERATIONS, json=_body(chance, num_inference_steps=40), timeout=chance.uniform(0.01, 0.5))
 
 
 async def edits(client: httpx.AsyncClient, chance: random.Random) -> None:
@@ -155,8 +155,8 @@ async def edits(client: httpx.AsyncClient, chance: random.Random) -> None:
 
 async def edits_by_json(client: httpx.AsyncClient, chance: random.Random) -> None:
     url = f"data:image/png;base64,{base64.b64encode(_picture(chance, 'RGB')).decode()}"
-    wish = {"prompt": "a cat", "images": [{"image_url": url}], "num_inference_steps": 3}
-    _check(await client.post("/v1/images/edits", json=wish), 200, 429)
+    body = {"prompt": "a cat", "images": [{"image_url": url}], "num_inference_steps": 3}
+    _check(await client.post("/v1/images/edits", json=body), 200, 429)
 
 
 async def variations(client: httpx.AsyncClient, chance: random.Random) -> None:
@@ -165,22 +165,22 @@ async def variations(client: httpx.AsyncClient, chance: random.Random) -> None:
 
 
 async def the_same_twice(client: httpx.AsyncClient, chance: random.Random) -> None:
-    wish, key = _wish(chance), uuid.UUID(int=chance.getrandbits(128)).hex
+    body, key = _body(chance), uuid.UUID(int=chance.getrandbits(128)).hex
     headers = {"Idempotency-Key": key}
-    both = await asyncio.gather(*(_generate(client, wish, **headers) for _ in range(2)))
+    both = await asyncio.gather(*(_generate(client, body, **headers) for _ in range(2)))
     if len({answer.status_code for answer in both}) != 1:
         raise UnexpectedError("one key, two answers")
 
 
 async def bursts(client: httpx.AsyncClient, chance: random.Random) -> None:
-    await asyncio.gather(*(_generate(client, _wish(chance)) for _ in range(BURST)))
+    await asyncio.gather(*(_generate(client, _body(chance)) for _ in range(BURST)))
 
 
 async def bad_fields(client: httpx.AsyncClient, chance: random.Random) -> None:
     bad: dict[str, Any] = chance.choice(
         [{"n": 99}, {"size": "0x7"}, {"scheduler": "none"}, {"prompt": ""}, {"num_inference_steps": 0}]
     )
-    await _generate(client, _wish(chance, **bad), 400)
+    await _generate(client, _body(chance, **bad), 400)
 
 
 async def bad_bodies(client: httpx.AsyncClient, chance: random.Random) -> None:
@@ -195,11 +195,11 @@ async def bad_files(client: httpx.AsyncClient, chance: random.Random) -> None:
 
 
 async def wrong_keys(client: httpx.AsyncClient, chance: random.Random) -> None:
-    await _generate(client, _wish(chance), 401, Authorization="Bearer wrong")
+    await _generate(client, _body(chance), 401, Authorization="Bearer wrong")
 
 
 async def deadlines_too_short(client: httpx.AsyncClient, chance: random.Random) -> None:
-    answer = await client.post(GENERATIONS, json=_wish(chance, deadline_ms=1))
+    answer = await client.post(GENERATIONS, json=_body(chance, deadline_ms=1))
     if answer.status_code not in (429, 504):  # whether any time would do is in the headers
         raise UnexpectedError(f"{answer.status_code}: {answer.text[:200]}")
 

@@ -21,12 +21,12 @@ PREVIEWS = (0, 3)
 
 def main() -> None:
     options = _options()
-    wish = {"prompt": "a red rocket", "num_inference_steps": options.steps, "num_images": options.images}
+    body = {"prompt": "a red rocket", "num_inference_steps": options.steps, "num_images": options.images}
     seconds: dict[int, list[float]] = {previews: [] for previews in PREVIEWS}
     for run in range(options.runs + 1):
         for previews in PREVIEWS:
             began = time.perf_counter()
-            responses = ask(options.url, **wish, partial_images=previews, seed=run)
+            responses = ask(options.url, **body, partial_images=previews, seed=run)
             seconds[previews].append(time.perf_counter() - began)
             assert len(responses) == options.images * (1 + previews)
     without, with_previews = (statistics.median(seconds[previews][1:]) for previews in PREVIEWS)  # the first warms up

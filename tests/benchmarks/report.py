@@ -1,6 +1,6 @@
-"""The figures as people read them: a table of bars met and missed, tables of what they came from, plots.
+"""The report: a table of bars met and missed, tables of the underlying figures, and plots.
 
-Knows the book's entries by name and nothing of how they were measured, so that a report can be made of any book.
+Depends on the names of the figures only, so that a report can be made of any results.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from benchmarks.peers import PEERS
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-SUBJECTS = {"shipped": "the shipped model", "sd15": "Stable Diffusion 1.5's size, random weights"}
+WORKLOADS = {"shipped": "the shipped model", "sd15": "Stable Diffusion 1.5's size, random weights"}
 LEVELS = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
 class Bar:
-    """What a figure has to reach: at least, or at most where less is better."""
+    """The lowest value that a figure must reach, or the highest if less is better."""
 
     name: str
     words: str
@@ -33,7 +33,7 @@ class Bar:
     at_most: bool = False
 
     def verdict(self, figures: Figures) -> str:
-        """`met`, `missed`, or what kept it from being measured."""
+        """`met`, `missed`, or why it was not measured."""
         value = figures.get(self.name)
         if not isinstance(value, (int, float)):
             return _cell(figures.get(f"{self.name}_failed", "not measured"))
@@ -69,8 +69,8 @@ def write_report(folder: Path, figures: Figures) -> Path:
         bars_table(figures),
         *(
             section
-            for subject in SUBJECTS
-            for section in (f"## One picture, {SUBJECTS[subject]}", _pictures(figures, subject))
+            for workload in WORKLOADS
+            for section in (f"## One picture, {WORKLOADS[workload]}", _pictures(figures, workload))
         ),
         "## How close to the processor",
         _hardware(figures),
@@ -89,7 +89,7 @@ def write_report(folder: Path, figures: Figures) -> Path:
 
 
 def bars_table(figures: Figures) -> str:
-    """One row per bar: what it wants, what was measured, between which extremes, and whether that is enough."""
+    """One row per bar: the required value, the measured one, its extremes and the verdict."""
     rows = []
     for bar in BARS:
         wanted = f"≤ {bar.bar:g}" if bar.at_most else f"{bar.bar:g}"
@@ -109,18 +109,18 @@ def _circumstances(figures: Figures) -> str:
     return "\n".join(f"- {line}" for line in [*lines, *legend])
 
 
-def _pictures(figures: Figures, subject: str) -> str:
+def _pictures(figures: Figures, workload: str) -> str:
     rows = []
     for peer in PEERS:
-        name = f"{peer}_over_ours_one_picture_{subject}"
+        name = f"{peer}_over_ours_one_picture_{workload}"
         values = [
             _number(figures.get(f"{name}_{side}_{what}_ms")) for side in ("ours", peer) for what in ("median", "p95")
         ]
-        memory = _number(figures.get(f"memory_{subject}_{peer}_proportional_mb"))
+        memory = _number(figures.get(f"memory_{workload}_{peer}_proportional_mb"))
         why_not = _cell(figures.get(f"{name}_failed", ""))
         rows.append((f"`{peer}`", _number(figures.get(name)), _spread(figures, name), *values, memory, why_not))
     heads = ("", "theirs ÷ ours", "lowest to highest, pairs", "ours, ms", "p95", "theirs, ms", "p95", "memory, MB", "")
-    ours = _number(figures.get(f"memory_{subject}_ours_proportional_mb"))
+    ours = _number(figures.get(f"memory_{workload}_ours_proportional_mb"))
     return f"{_table(heads, rows)}\n\nMemory counts shared pages once; ours is {ours} MB, all processes together."
 
 
@@ -133,8 +133,8 @@ def _hardware(figures: Figures) -> str:
         "unet_share_of_matrix_product",
     )
     rows = [
-        (words, *(_number(figures.get(f"hardware_{subject}_{column}")) for column in columns))
-        for subject, words in SUBJECTS.items()
+        (words, *(_number(figures.get(f"hardware_{workload}_{column}")) for column in columns))
+        for workload, words in WORKLOADS.items()
     ]
     heads = ("UNet, a guided step", "GFLOP", "GFLOP/s", "a matrix product, bfloat16", "float32", "UNet ÷ product")
     return _table(heads, rows)

@@ -1,11 +1,11 @@
-"""Ours beside every peer, on the same machine in the same run: a table of ratios, plots, and build/bench.json.
+"""This server against every peer, on one machine in one run: a table of ratios, plots, and build/bench.json.
 
     make bench                              everything; 45 minutes on two cores, and as much again to set up at first
     make bench ARGS=--quick                 the shipped model alone, few pairs: under five minutes
     make bench ARGS="--only throughput one_picture --peers floor,hypergen"
 
-Peers install themselves into folders of their own under --work-dir and stay there, as do the checkpoints and their
-exports. Figures are entered as they come; a later run of some parts completes an earlier one's.
+Peers, checkpoints and exports are kept under --work-dir. Figures are recorded as they are measured; a later run of some
+parts completes an earlier one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.measures import hardware, load, pictures, serving
 from benchmarks.measures.turns import Bench, Budget
 from benchmarks.peers import PEERS, Environment
 from benchmarks.report import bars_table, write_report
-from benchmarks.subjects import Workload, has_bf16, sd15, shipped
+from benchmarks.workloads import Workload, has_bf16, sd15, shipped
 
 QUICK = Budget(pairs=5, large_pairs=1, rounds=1, levels=(1, 8))
 FULL = Budget(pairs=30, large_pairs=3, rounds=3)
@@ -44,30 +44,30 @@ PARTS: Mapping[str, Callable[[Bench, Workload], Coroutine[Any, Any, None]]] = {
     "start": serving.start,
     "first_start": serving.first_start,
 }
-# The others take long to start or tell little more.
+# The other peers start slowly or add little.
 QUICK_PEERS = ("floor", "hypergen", "hypergen_bfloat16", "openvino_genai", "diffusers")
 LARGE_PARTS = ("one_picture", "hardware", "one_core_busy")
 QUICK_PARTS = ("one_picture", "gateway", "models", "short_behind_long", "throughput")
 
 
 def main() -> None:
-    """Measure part after part; a book and a report are there after each."""
+    """Measure part after part, and write the results and the report after each."""
     options = _options()
-    # What was started is stopped, too, when this is told to stop.
+    # SIGTERM stops the targets, too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     options.work_dir.mkdir(parents=True, exist_ok=True)
     bench = Bench(
-        ground=Environment(work=options.work_dir, hypergen=options.hypergen, dtype=options.dtype),
-        book=Results(options.output),
-        effort=QUICK if options.quick else FULL,
+        environment=Environment(work=options.work_dir, hypergen=options.hypergen, dtype=options.dtype),
+        results=Results(options.output),
+        budget=QUICK if options.quick else FULL,
         peers=options.peers or (QUICK_PEERS if options.quick else tuple(PEERS)),
     )
-    for subject, part in _plan(options):
-        bench.say(f"{subject.name}: {part}")
-        asyncio.run(PARTS[part](bench, subject))
-        bench.book.enter(circumstances(bench.ground.work / "environments", options.dtype))
-        report = write_report(options.output.parent / "side-by-side", bench.book.figures)
-    print(f"{report}\n\n{bars_table(bench.book.figures)}")
+    for workload, part in _plan(options):
+        bench.say(f"{workload.name}: {part}")
+        asyncio.run(PARTS[part](bench, workload))
+        bench.results.enter(circumstances(bench.environment.work / "environments", options.dtype))
+        report = write_report(options.output.parent / "side-by-side", bench.results.figures)
+    print(f"{report}\n\n{bars_table(bench.results.figures)}")
 
 
 def _plan(options: argparse.Namespace) -> Iterator[tuple[Workload, str]]:
@@ -81,7 +81,7 @@ def _plan(options: argparse.Namespace) -> Iterator[tuple[Workload, str]]:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Ours beside every peer.")
+    parser = argparse.ArgumentParser(description="This server against every peer.")
     parser.add_argument("--quick", action="store_true", help="the shipped model alone, few pairs, under five minutes")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--checkpoints", nargs="+", choices=["shipped", "sd15"], help="[default: both]")

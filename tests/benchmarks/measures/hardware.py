@@ -1,4 +1,4 @@
-"""How close the UNet comes to what the processor can do: its rate beside that of one large matrix product.
+"""How close the UNet comes to the processor's peak: its rate against that of one large matrix product.
 
 In float32, too, which is what a peer in float32 can reach at best, and so bounds what bfloat16 can win over it.
 """
@@ -24,30 +24,30 @@ from benchmarks.environments import ToolError
 from benchmarks.figures import Figures
 from benchmarks.measures.turns import Bench
 from benchmarks.peers import OURS
-from benchmarks.subjects import Workload, repository
+from benchmarks.workloads import Workload, repository
 from hypergen_gateway.embedded.backends.openvino.compilations import read_model
 
 PRECISIONS = {"bfloat16": "bf16", "float32": "f32"}
-# Of a square matrix: 16 MB in bfloat16, in which the product is as efficient as it gets.
+# Side of a square matrix: 16 MB in bfloat16, large enough for the product's highest rate.
 WIDTH = 2880
 ROUNDS = 9
 Arrays = dict[str, npt.NDArray[np.float32]]
 
 
-async def hardware(bench: Bench, subject: Workload) -> None:
-    """The rates of a matrix product in both precisions and of the UNet in ours, in turns; in GFLOP per second."""
-    name = f"hardware_{subject.name}"
+async def hardware(bench: Bench, workload: Workload) -> None:
+    """GFLOP/s of a matrix product in both precisions and of the UNet in the server's, in alternation."""
+    name = f"hardware_{workload.name}"
     try:
-        async with bench.running(OURS, subject):  # which exports what is not exported yet
+        async with bench.running(OURS, workload):  # exports the checkpoint on first use
             pass
-        bench.enter(await asyncio.to_thread(_rates, name, bench.ground.dtype, subject, bench))
+        bench.enter(await asyncio.to_thread(_rates, name, bench.environment.dtype, workload, bench))
     except ToolError as error:
         bench.fail(name, error)
 
 
-def _rates(name: str, dtype: str, subject: Workload, bench: Bench) -> Figures:
-    inputs, gflop = _guided_step(subject)
-    file = repository(subject, dtype, bench.ground.work) / "unet" / "1" / "model.onnx"
+def _rates(name: str, dtype: str, workload: Workload, bench: Bench) -> Figures:
+    inputs, gflop = _guided_step(workload)
+    file = repository(workload, dtype, bench.environment.work) / "unet" / "1" / "model.onnx"
     unet = _compile(read_model(openvino.Core(), file), inputs, PRECISIONS[dtype])
     products = [_compile(*_product(), hint) for hint in PRECISIONS.values()]
     seconds = _in_turns([unet, *products])
@@ -62,11 +62,11 @@ def _rates(name: str, dtype: str, subject: Workload, bench: Bench) -> Figures:
     }
 
 
-def _guided_step(subject: Workload) -> tuple[Arrays, float]:
-    """The UNet's inputs for a picture under guidance, and what it computes from them, in GFLOP."""
-    config = json.loads((subject.checkpoint / "unet" / "config.json").read_text())
-    tokens = json.loads((subject.checkpoint / "text_encoder" / "config.json").read_text())["max_position_embeddings"]
-    sample = (2, config["in_channels"], subject.wish.height // 8, subject.wish.width // 8)
+def _guided_step(workload: Workload) -> tuple[Arrays, float]:
+    """The UNet's inputs for an image with guidance, and the cost of a call in GFLOP."""
+    config = json.loads((workload.checkpoint / "unet" / "config.json").read_text())
+    tokens = json.loads((workload.checkpoint / "text_encoder" / "config.json").read_text())["max_position_embeddings"]
+    sample = (2, config["in_channels"], workload.request.height // 8, workload.request.width // 8)
     states = (2, tokens, config["cross_attention_dim"])
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         diffusers.UNet2DConditionModel.from_config(config)(torch.ones(sample), torch.ones(2), torch.ones(states))

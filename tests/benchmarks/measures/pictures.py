@@ -1,4 +1,4 @@
-"""One picture at a time: ours against every peer, with idle cores and a busy one, and how the time grows."""
+"""One image at a time: against every peer, with idle cores or a busy one, and by steps and size."""
 
 from __future__ import annotations
 
@@ -11,87 +11,87 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
-from benchmarks.contenders import GenerationRequest, Target, memory
 from benchmarks.environments import ToolError
 from benchmarks.figures import Figures, latency_figures
 from benchmarks.measures.turns import Bench, take_turns
 from benchmarks.peers import FLOOR, HYPERGEN, OURS, PEERS
-from benchmarks.subjects import Workload
+from benchmarks.targets import GenerationRequest, Target, memory
+from benchmarks.workloads import Workload
 
 STEPS = (1, 5, 10, 20, 50)
-# The program that keeps a core busy ends by itself after this long.
+# The busy loop ends by itself after this long.
 BUSY_SECONDS = 1200
 STALLED_SECONDS = 200.0
 
 
-async def one_picture(bench: Bench, subject: Workload) -> None:
-    """Ours and each peer in turns, and what memory each holds afterwards."""
-    async with bench.running(OURS, subject) as ours:
+async def one_picture(bench: Bench, workload: Workload) -> None:
+    """Latency against each peer in alternation, and the memory of each afterwards."""
+    async with bench.running(OURS, workload) as ours:
         for name in bench.peers:
             peer = PEERS[name]
-            entry = f"{name}_over_ours_one_picture_{subject.name}"
-            if subject.name not in peer.subjects:
+            entry = f"{name}_over_ours_one_picture_{workload.name}"
+            if workload.name not in peer.checkpoints:
                 bench.fail(entry, peer.why_not)
                 continue
             try:
-                async with bench.running(peer, subject) as theirs:
-                    pairs = await take_turns(bench, ours, theirs, subject.wishes(), _pairs(bench, subject))
-                    bench.enter(latency_figures(entry, name, pairs) | _memory(subject, name, theirs))
+                async with bench.running(peer, workload) as theirs:
+                    pairs = await take_turns(bench, ours, theirs, workload.requests(), _pairs(bench, workload))
+                    bench.enter(latency_figures(entry, name, pairs) | _memory(workload, name, theirs))
             except ToolError as error:
                 bench.fail(entry, error)
-        bench.enter(_memory(subject, "ours", ours))
+        bench.enter(_memory(workload, "ours", ours))
     _enter_lower(bench, "openvino_genai_over_ours_one_picture")
 
 
 def _enter_lower(bench: Bench, name: str) -> None:
-    """Of a peer that has both checkpoints, the ratio that is the worse for us."""
-    both = [bench.book.figures.get(f"{name}_{subject}") for subject in ("shipped", "sd15")]
+    """The worse ratio of a peer that was measured with both checkpoints."""
+    both = [bench.results.figures.get(f"{name}_{workload}") for workload in ("shipped", "sd15")]
     if measured := [ratio for ratio in both if isinstance(ratio, float)]:
         bench.enter({name: min(measured)})
 
 
-def _pairs(bench: Bench, subject: Workload) -> int:
-    return bench.effort.large_pairs if subject.name == "sd15" else bench.effort.pairs
+def _pairs(bench: Bench, workload: Workload) -> int:
+    return bench.budget.large_pairs if workload.name == "sd15" else bench.budget.pairs
 
 
-def _memory(subject: Workload, name: str, contender: Target) -> Figures:
-    resident, proportional = memory(contender.process)
+def _memory(workload: Workload, name: str, target: Target) -> Figures:
+    resident, proportional = memory(target.process)
     return {
-        f"memory_{subject.name}_{name}_proportional_mb": round(proportional / 1e6),
-        f"memory_{subject.name}_{name}_resident_mb": round(resident / 1e6),
+        f"memory_{workload.name}_{name}_proportional_mb": round(proportional / 1e6),
+        f"memory_{workload.name}_{name}_resident_mb": round(resident / 1e6),
     }
 
 
-async def one_core_busy(bench: Bench, subject: Workload) -> None:
-    """Ours and HyperGen in turns while another program computes on one core without a pause.
+async def one_core_busy(bench: Bench, workload: Workload) -> None:
+    """Latency against HyperGen 0.1 while another program keeps one core busy.
 
     Threads that wait for each other may then stall for minutes. HyperGen is not waited for longer than a limit, which
     then counts as its time, so that the ratio is the least that it can be. The large model takes one step.
     """
-    entry = f"hypergen_over_ours_one_picture_{subject.name}_one_core_busy"
-    is_large = subject.name == "sd15"
-    wishes, count = subject.wishes(steps=1 if is_large else None), 1 if is_large else 2 * bench.effort.rounds
+    entry = f"hypergen_over_ours_one_picture_{workload.name}_one_core_busy"
+    is_large = workload.name == "sd15"
+    requests, count = workload.requests(steps=1 if is_large else None), 1 if is_large else 2 * bench.budget.rounds
     try:
-        async with bench.running(OURS, subject) as ours, bench.running(HYPERGEN, subject) as theirs:
+        async with bench.running(OURS, workload) as ours, bench.running(HYPERGEN, workload) as theirs:
             with _busy_core():
-                pairs = await take_turns(bench, ours, _Bounded(theirs), wishes, count)
+                pairs = await take_turns(bench, ours, _Bounded(theirs), requests, count)
         bench.enter(latency_figures(entry, "hypergen", pairs))
     except ToolError as error:
         bench.fail(entry, error)
 
 
 class _Bounded:
-    """A contender that is waited for so long and no longer, which then counts as what it took."""
+    """A target with a time limit; an image that exceeds it counts as having taken that long."""
 
-    def __init__(self, contender: Target) -> None:
-        self.name = contender.name
-        self.process = contender.process
-        self.stop = contender.stop
-        self._draw = contender.draw
+    def __init__(self, target: Target) -> None:
+        self.name = target.name
+        self.process = target.process
+        self.stop = target.stop
+        self._draw = target.draw
 
-    async def draw(self, wish: GenerationRequest) -> float:
+    async def draw(self, request: GenerationRequest) -> float:
         try:
-            return await asyncio.wait_for(self._draw(wish), STALLED_SECONDS)
+            return await asyncio.wait_for(self._draw(request), STALLED_SECONDS)
         except asyncio.TimeoutError:
             return STALLED_SECONDS
 
@@ -111,37 +111,37 @@ def _busy_core() -> Iterator[None]:
         process.wait()
 
 
-async def growth(bench: Bench, subject: Workload) -> None:
-    """How one picture's time grows with its steps and its size: ours, the floor and HyperGen in turns."""
+async def growth(bench: Bench, workload: Workload) -> None:
+    """Latency by number of steps and by size, of this server, the floor and HyperGen 0.1 in alternation."""
     try:
         async with contextlib.AsyncExitStack() as stack:
-            contenders = {
-                peer.name: await stack.enter_async_context(bench.running(peer, subject))
+            targets = {
+                peer.name: await stack.enter_async_context(bench.running(peer, workload))
                 for peer in (OURS, FLOOR, HYPERGEN)
             }
             for steps in STEPS:
-                await _grow(bench, subject, contenders, f"{steps}_steps", replace(subject.wish, steps=steps))
-            for size in subject.sizes:
+                await _grow(bench, workload, targets, f"{steps}_steps", replace(workload.request, steps=steps))
+            for size in workload.sizes:
                 await _grow(
-                    bench, subject, contenders, f"{size}_pixels", replace(subject.wish, width=size, height=size)
+                    bench, workload, targets, f"{size}_pixels", replace(workload.request, width=size, height=size)
                 )
     except ToolError as error:
-        bench.fail(f"growth_{subject.name}", error)
+        bench.fail(f"growth_{workload.name}", error)
 
 
 async def _grow(
-    bench: Bench, subject: Workload, contenders: dict[str, Target], what: str, wish: GenerationRequest
+    bench: Bench, workload: Workload, targets: dict[str, Target], what: str, request: GenerationRequest
 ) -> None:
     """The first round warms up."""
-    wishes = subject.wishes(wish.steps, wish.width)
-    taken: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(bench.effort.rounds + 1):
-        each = next(wishes)
-        for name, contender in contenders.items():
-            taken[name].append(await contender.draw(each))
+    requests = workload.requests(request.steps, request.width)
+    taken: dict[str, list[float]] = {name: [] for name in targets}
+    for _ in range(bench.budget.rounds + 1):
+        each = next(requests)
+        for name, target in targets.items():
+            taken[name].append(await target.draw(each))
     bench.enter(
         {
-            f"growth_{subject.name}_{what}_{name}_ms": round(statistics.median(seconds[1:]) * 1e3, 2)
+            f"growth_{workload.name}_{what}_{name}_ms": round(statistics.median(seconds[1:]) * 1e3, 2)
             for name, seconds in taken.items()
         }
     )

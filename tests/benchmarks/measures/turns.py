@@ -1,4 +1,4 @@
-"""What all measures share: the bench they run on, and turns, in which ours and another get the same wishes."""
+"""Shared by all measures: the bench, and alternating runs in which two targets get the same requests."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from benchmarks.contenders import GenerationRequest, Target
 from benchmarks.figures import Figures, Pairs, Results
 from benchmarks.peers import Environment, Peer
-from benchmarks.subjects import Workload
+from benchmarks.targets import GenerationRequest, Target
+from benchmarks.workloads import Workload
 
-# A pair that takes longer is worth a line of progress.
+# Pairs that take longer print a line of progress.
 TOLD_SECONDS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How much is measured: pairs of single pictures of each checkpoint, rounds of whatever takes longer.
+    """How much is measured: pairs of single images per checkpoint, and rounds of longer measures.
 
     After `seconds` no further pair is begun.
     """
@@ -35,11 +35,11 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Where figures go and how many are wanted; `peers` are the names of those that take part."""
+    """One benchmark run: its environment, results and budget; `peers` are the names of the peers to measure."""
 
-    ground: Environment
-    book: Results
-    effort: Budget
+    environment: Environment
+    results: Results
+    budget: Budget
     peers: Sequence[str]
     began: float = field(default_factory=time.monotonic)
 
@@ -48,42 +48,42 @@ class Bench:
         print(f"[{time.monotonic() - self.began:5,.0f} s] {what}", file=sys.stderr, flush=True)
 
     def enter(self, figures: Figures) -> None:
-        """Keep the figures and show the first of them."""
-        self.book.enter(figures)
+        """Record the figures and print the first of them."""
+        self.results.enter(figures)
         name, value = next(iter(figures.items()))
         self.say(f"{name}: {value}")
 
     def fail(self, name: str, error: Exception | str) -> None:
-        """Keep why there is no figure of that name, and show it."""
-        self.book.fail(name, str(error))
+        """Record and print why there is no figure of that name."""
+        self.results.fail(name, str(error))
         self.say(f"{name}: {error}")
 
     @asynccontextmanager
-    async def running(self, peer: Peer, subject: Workload) -> AsyncIterator[Any]:
-        """The contender for as long as it is needed. Raises ToolError."""
-        self.say(f"{subject.name}: starting {peer.name}")
-        contender = await peer.start(self.ground, subject)
+    async def running(self, peer: Peer, workload: Workload) -> AsyncIterator[Any]:
+        """The peer's target, started for the context and stopped afterwards. Raises ToolError."""
+        self.say(f"{workload.name}: starting {peer.name}")
+        target = await peer.start(self.environment, workload)
         try:
-            yield contender
+            yield target
         finally:
-            await contender.stop()
+            await target.stop()
 
 
 async def take_turns(
-    bench: Bench, ours: Target, theirs: Target, wishes: Iterator[GenerationRequest], count: int
+    bench: Bench, ours: Target, theirs: Target, requests: Iterator[GenerationRequest], count: int
 ) -> Pairs:
-    """Each wish to both, one right after the other; who comes first changes.
+    """Send each request to both targets, one right after the other, in alternating order.
 
-    First a picture of one step, to warm up. Fewer pairs than `count` where they take long.
+    An image of one step warms each up. There are fewer than `count` pairs if they exceed the budget's seconds.
     """
-    for contender in (ours, theirs):
-        await contender.draw(replace(next(wishes), steps=1))
+    for target in (ours, theirs):
+        await target.draw(replace(next(requests), steps=1))
     taken: dict[str, list[float]] = {ours.name: [], theirs.name: []}
-    until = time.monotonic() + bench.effort.seconds
+    until = time.monotonic() + bench.budget.seconds
     for number in range(1, count + 1):
-        wish = next(wishes)
-        for contender in (ours, theirs) if number % 2 else (theirs, ours):
-            taken[contender.name].append(await contender.draw(wish))
+        request = next(requests)
+        for target in (ours, theirs) if number % 2 else (theirs, ours):
+            taken[target.name].append(await target.draw(request))
         if taken[ours.name][-1] + taken[theirs.name][-1] > TOLD_SECONDS:
             told = ", ".join(f"{name} {seconds[-1]:.1f} s" for name, seconds in taken.items())
             bench.say(f"  pair {number} of {count}: {told}")
@@ -92,13 +92,13 @@ async def take_turns(
     return Pairs(taken[ours.name], taken[theirs.name])
 
 
-async def in_flight(contender: Target, wishes: Iterator[GenerationRequest], number: int, count: int) -> float:
-    """Pictures per second while `number` requests are in flight, until `count` are done."""
-    left = [next(wishes) for _ in range(count)]
+async def in_flight(target: Target, requests: Iterator[GenerationRequest], number: int, count: int) -> float:
+    """Images per second while `number` requests are in flight, until `count` are done."""
+    left = [next(requests) for _ in range(count)]
 
     async def draw_on() -> None:
         while left:
-            await contender.draw(left.pop(0))
+            await target.draw(left.pop(0))
 
     began = time.perf_counter()
     tasks = [asyncio.create_task(draw_on()) for _ in range(number)]

@@ -1,7 +1,7 @@
-"""What is measured, as things that draw: servers behind OpenAI's client, and libraries in a process of their own.
+"""The systems under measurement: servers behind OpenAI's client, and libraries in a process of their own.
 
-A picture is there when its pixels are in memory, decoded: a server's answer is timed up to that, with the client's work
-in it, a library's call from inside its own process, which spares it the pipe.
+An image is complete when its decoded pixels are in memory. A server's time includes the client's work up to that; a
+library is timed inside its own process, without the pipe.
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ from PIL import Image
 
 from benchmarks.environments import ToolError
 
-# A worker's answer is one line of JSON; that it loads may take as long as torch.compile takes.
 STOP_SECONDS = 20
-# What any of them would otherwise look for on the hub.
+# No peer may look anything up on the hub.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DO_NOT_TRACK": "1"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """One picture, the same for whoever draws it."""
+    """One image, requested alike from every target."""
 
     prompt: str
     width: int
@@ -49,20 +48,20 @@ class GenerationRequest:
 
 
 class Target(Protocol):
-    """Draws pictures. `process` is the one that was started; its children belong to it."""
+    """Generates images. `process` is the one that was started; its children belong to it."""
 
     name: str
     process: psutil.Process
 
-    async def draw(self, wish: GenerationRequest) -> float:
-        """Seconds until the picture was there. Raises ToolError, also when it took longer than the limit."""
+    async def draw(self, request: GenerationRequest) -> float:
+        """Seconds until the image is complete. Raises ToolError if it fails or takes longer than the limit."""
 
     async def stop(self) -> None:
         """End it and all its children."""
 
 
 class Server:
-    """An HTTP server with OpenAI's API, asked by OpenAI's own client."""
+    """An HTTP server with OpenAI's API, called with OpenAI's own client."""
 
     def __init__(self, name: str, process: psutil.Popen, url: str, log: Path, limit: float) -> None:
         self.name = name
@@ -72,28 +71,28 @@ class Server:
         self._limit = limit
         self._client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=limit)
 
-    async def draw(self, wish: GenerationRequest) -> float:
+    async def draw(self, request: GenerationRequest) -> float:
         began = time.perf_counter()
         try:
-            response = await asyncio.wait_for(self._ask(wish), self._limit)
+            response = await asyncio.wait_for(self._ask(request), self._limit)
         except (asyncio.TimeoutError, openai.OpenAIError) as error:
             raise _failure(self, error, self._limit) from error
         assert response.data is not None
         with Image.open(io.BytesIO(base64.b64decode(response.data[0].b64_json or ""))) as picture:
             pixels = np.asarray(picture.convert("RGB"))
         seconds = time.perf_counter() - began
-        _check(self, pixels.shape, float(pixels.std()), wish)
+        _check(self, pixels.shape, float(pixels.std()), request)
         return seconds
 
-    async def _ask(self, wish: GenerationRequest) -> openai.types.ImagesResponse:
-        own = {"num_inference_steps": wish.steps, "guidance_scale": wish.guidance, "seed": wish.seed}
-        size: Any = f"{wish.width}x{wish.height}"
+    async def _ask(self, request: GenerationRequest) -> openai.types.ImagesResponse:
+        own = {"num_inference_steps": request.steps, "guidance_scale": request.guidance, "seed": request.seed}
+        size: Any = f"{request.width}x{request.height}"
         return await self._client.images.generate(
-            prompt=wish.prompt, size=size, response_format="b64_json", extra_body=own
+            prompt=request.prompt, size=size, response_format="b64_json", extra_body=own
         )
 
     def said(self, pattern: str) -> str:
-        """The group of the pattern in what the server has said. Raises ToolError."""
+        """The pattern's group in the server's log. Raises ToolError if there is none."""
         found = re.search(pattern, self._log.read_text(errors="replace"))
         if found is None:
             raise ToolError(f"{self.name} has not said {pattern!r}")
@@ -117,7 +116,7 @@ class Worker:
         self._reader: asyncio.Task[None] | None = None
 
     async def load(self, options: dict[str, Any], limit: float) -> None:
-        """Have it load the checkpoint. Raises ToolError."""
+        """Load the checkpoint. Raises ToolError."""
         self._send(options)
         assert self._pipes.stdout is not None
         try:
@@ -128,18 +127,18 @@ class Worker:
             raise ToolError(f"{self.name} ended while it loaded")
         self._reader = asyncio.create_task(self._read())
 
-    async def draw(self, wish: GenerationRequest, **more: Any) -> float:
+    async def draw(self, request: GenerationRequest, **more: Any) -> float:
         number = next(self._numbers)
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
-        self._send({"id": number, **asdict(wish), **more})
+        self._send({"id": number, **asdict(request), **more})
         try:
             answer = await asyncio.wait_for(future, self._limit)
         except asyncio.TimeoutError as error:
             raise _failure(self, error, self._limit) from error
         if "error" in answer:
             raise ToolError(f"{self.name}: {answer['error']}")
-        _check(self, answer["shape"], answer["spread"], wish)
+        _check(self, answer["shape"], answer["spread"], request)
         seconds: float = answer["seconds"]
         return seconds
 
@@ -262,16 +261,16 @@ async def _until_ready(name: str, process: psutil.Popen, url: str, limit: float)
             await asyncio.sleep(0.05)
 
 
-def _check(contender: Target, shape: Sequence[int], spread: float, wish: GenerationRequest) -> None:
+def _check(target: Target, shape: Sequence[int], spread: float, request: GenerationRequest) -> None:
     """A quick answer that is no picture of the size asked for is no result."""
-    if tuple(shape[-3:]) != (wish.height, wish.width, 3) or spread == 0:
-        raise ToolError(f"{contender.name} drew {tuple(shape)} with a spread of {spread:.1f}")
+    if tuple(shape[-3:]) != (request.height, request.width, 3) or spread == 0:
+        raise ToolError(f"{target.name} drew {tuple(shape)} with a spread of {spread:.1f}")
 
 
-def _failure(contender: Target, error: Exception, limit: float) -> ToolError:
+def _failure(target: Target, error: Exception, limit: float) -> ToolError:
     if isinstance(error, (asyncio.TimeoutError, openai.APITimeoutError)):
-        return ToolError(f"{contender.name} took longer than {limit:,.0f} s for a picture")
-    return ToolError(f"{contender.name}: {type(error).__name__}: {error}"[:500])
+        return ToolError(f"{target.name} took longer than {limit:,.0f} s for a picture")
+    return ToolError(f"{target.name}: {type(error).__name__}: {error}"[:500])
 
 
 def _log(path: Path) -> IO[bytes]:
