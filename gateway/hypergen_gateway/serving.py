@@ -169,7 +169,7 @@ async def _connected(options: TritonOptions, request_timeout: float) -> AsyncIte
             backend = TritonBackend(options.url, request_timeout=request_timeout)
         else:
             triton = await stack.enter_async_context(_embedded(options))
-            backend = TritonBackend(triton.url, request_timeout=request_timeout, returns_within=RESTART_SECONDS)
+            backend = TritonBackend(triton.url, request_timeout=request_timeout, retry_seconds=RESTART_SECONDS)
             triton.at_work = lambda: backend.at_work
         stack.push_async_callback(backend.close)
         yield backend

@@ -1,7 +1,6 @@
-"""The backend that is a Triton server.
+"""Image generation backend on a Triton server, over gRPC.
 
-Knows tensor names, gRPC and what Triton's errors mean; every foreign error becomes one of ours at one gate.
-Knows nothing of HTTP but the names by which OpenAI's clients know a parameter.
+Maps requests to tensors, and gRPC errors to API errors in one place.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ logger = logging.getLogger(__name__)
 SAMPLER = "diffusion"
 
 CHANNEL_ARGS: list[tuple[str, int | str]] = [
-    # Where the address stands for several Tritons, streams go to each in turn, and to none that is gone.
+    # If the address resolves to several Tritons, streams go to each available one in turn.
     ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),
     # gRPC stops at 4 MB; a picture of 2048 × 2048 pixels has 12.
     ("grpc.max_send_message_length", -1),
@@ -55,10 +54,10 @@ CHANNEL_ARGS: list[tuple[str, int | str]] = [
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 0),
     ("grpc.http2.max_pings_without_data", 0),
-    # gRPC's own retry would repeat what a model refused, and a resolver could switch retries on.
+    # gRPC's own retries would repeat requests that a model rejected, and a resolver could enable them.
     ("grpc.enable_retries", 0),
     ("grpc.service_config_disable_resolution", 1),
-    # An http_proxy in the environment is not meant for Triton.
+    # http_proxy in the environment does not apply to Triton.
     ("grpc.enable_http_proxy", 0),
 ]
 
@@ -68,21 +67,21 @@ INPUT_TYPES: dict[str, str] = {
     field.name: _DATATYPES[str(field.type).removesuffix(" | None")] for field in dataclasses.fields(GenerationRequest)
 }
 
-# A tensor of BYTES holds before each text its length.
+# A BYTES tensor has the length of each text before it.
 _LENGTH = struct.Struct("<I")
 
 OUTPUTS = ("image", "image_index", "step", "is_final", "seed", "prompt_tokens", "truncated_tokens", "timings_ms")
-# Not sent by the samplers of earlier releases, which a gateway meets while a cluster is renewed.
-_LATER_OUTPUTS = {"truncated_tokens"}
+# Missing from samplers of earlier releases, which a gateway may use during a rolling update.
+_OPTIONAL_OUTPUTS = {"truncated_tokens"}
 
-# What a client calls an input; where nothing stands, the same.
+# Request fields of inputs with a different name.
 _PARAMS: Mapping[str, str] = {"num_images": "n", "width": "size", "height": "size", "lora": "lora_path"}
 
-# A Triton that went away has been noticed by then, and left out.
+# Long enough for gRPC to notice a lost Triton and stop using it.
 RETRY_SECONDS = 0.2
 
-# How a parameter in config.pbtxt, always a string there, becomes a field of `ModelDescription`, by the field's type.
-_READERS: dict[str, Callable[[str], object]] = {
+# Parsers of parameters in config.pbtxt, which are strings, by type of the field of `ModelDescription`.
+_PARSERS: dict[str, Callable[[str], object]] = {
     "str": str,
     "int": int,
     "float": float,
@@ -93,12 +92,12 @@ _READERS: dict[str, Callable[[str], object]] = {
 
 
 class TritonBackend:
-    """Pictures from a Triton server at `url` (HOST:PORT of its gRPC service). Belongs to one event loop.
+    """Generates images on the Triton server at `url` (HOST:PORT of its gRPC service). Belongs to one event loop.
 
-    `url` may stand for several that serve the same model: `dns:///HOST:PORT`, or `ipv4:ADDRESS:PORT,ADDRESS:PORT`.
+    `url` may name several servers of the same model: `dns:///HOST:PORT`, or `ipv4:ADDRESS:PORT,ADDRESS:PORT`.
 
-    `request_timeout` bounds a whole generation, `call_timeout` every other call, in seconds. A Triton that went away is
-    expected back, or another in its place, after `returns_within` seconds.
+    `request_timeout` limits a whole generation, `call_timeout` every other call, in seconds. After a lost connection,
+    requests are retried for `retry_seconds`, until Triton or another replica is available.
     """
 
     def __init__(
@@ -107,25 +106,25 @@ class TritonBackend:
         *,
         request_timeout: float = 600.0,
         call_timeout: float = 2.0,
-        returns_within: float = RETRY_SECONDS,
+        retry_seconds: float = RETRY_SECONDS,
     ) -> None:
         self._url = url
         self._request_timeout = request_timeout
         self._call_timeout = call_timeout
-        self._returns_within = returns_within
+        self._retry_seconds = retry_seconds
         self._open_service: _Service | None = None
         self._description: ModelDescription | None = None
         self._description_is_fresh = False
         self._streams = 0
-        self._ending = set[asyncio.Future[None]]()
+        self._draining = set[asyncio.Future[None]]()
 
     @property
     def at_work(self) -> bool:
-        """Whether Triton owes somebody an answer."""
+        """Whether requests are running."""
         return self._streams > 0
 
     async def describe(self) -> ModelDescription:
-        """The parameters of the sampler. Read again after a lost connection: another model may have come back."""
+        """The parameters of the sampler, read again after a lost connection, as the model may have changed."""
         if self._description is None or not self._description_is_fresh:
             try:
                 self._description = await self._read_description()
@@ -136,7 +135,7 @@ class TritonBackend:
         return self._description
 
     async def ready(self) -> bool:
-        """Whether the server and every model that a picture needs are ready."""
+        """Whether the server and all models that an image needs are ready."""
         triton, limit = self._service.triton, self._call_timeout
         try:
             models = (SAMPLER, *(await self.describe()).components)
@@ -148,63 +147,63 @@ class TritonBackend:
         return all(answer.ready for answer in answers)
 
     async def generate(self, generation: GenerationRequest) -> AsyncGenerator[GeneratedImage, None]:
-        """The pictures in the order in which they are finished, each after its previews.
+        """Yield images in the order in which they are finished, each after its previews.
 
-        What a Triton that went away still owed is asked for again when it, or another, is there: the same seeds give
-        the same pictures. But not for ever, as it may be what it went away for.
+        If Triton is lost, the request is sent again, as the same seeds give the same images, and images that were
+        already yielded are skipped. The number of retries is limited, as the request may have caused the loss.
         """
-        came: set[tuple[int, int]] = set()
-        again = _RetryPolicy(self._returns_within)
+        received: set[tuple[int, int]] = set()
+        retry = _RetryPolicy(self._retry_seconds)
         while True:
             try:
-                again.begin()
-                async with aclosing(self._stream(generation)) as pictures:
-                    async for picture in pictures:
-                        if (picture.index, picture.step) not in came:
-                            came.add((picture.index, picture.step))
-                            yield picture
+                retry.begin()
+                async with aclosing(self._stream(generation)) as images:
+                    async for image in images:
+                        if (image.index, image.step) not in received:
+                            received.add((image.index, image.step))
+                            yield image
                 return
             except UnavailableError as error:
-                if self._open_service is None or not again.is_worth_it():  # None: closed, so we are the ones who go
+                if self._open_service is None or not retry.should_retry():  # None: this backend was closed
                     raise
-                if again.is_first:
-                    logger.warning("request %s: asking for its pictures again (%s)", current_request_id.get(), error)
+                if retry.is_first:
+                    logger.warning("request %s: sending it to Triton again (%s)", current_request_id.get(), error)
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _stream(self, generation: GenerationRequest) -> AsyncGenerator[GeneratedImage, None]:
         """One stream per request, as Triton closes a stream to report an error with its code."""
-        # Without the first an error comes as text in the stream, without its code. The others are for Triton's traces.
+        # Without the first, errors are text in the stream, without their code. The others are for Triton's traces.
         headers = (("triton_grpc_error", "true"), *current_trace.get().items())
         call = self._service.infer(_to_request(generation), timeout=self._request_timeout, metadata=headers)
         self._streams += 1
-        owed = generation.num_images
+        missing = generation.num_images
         try:
             with self._translate_errors():
                 async for response in call:
-                    picture = _to_picture(response)
-                    owed -= picture.is_final
-                    yield picture
-                    if not owed:
+                    image = _to_image(response)
+                    missing -= image.is_final
+                    yield image
+                    if not missing:
                         return
         finally:
             self._streams -= 1
-            if owed:
+            if missing:
                 call.cancel()
-            else:  # all is there: that Triton says so is a round trip for which nobody has to wait
-                self._ending.add(ending := asyncio.ensure_future(_read_to_end(call)))
-                ending.add_done_callback(self._ending.discard)
+            else:  # all images are received: do not wait a round trip for the end of the stream
+                self._draining.add(draining := asyncio.ensure_future(_drain(call)))
+                draining.add_done_callback(self._draining.discard)
 
     async def close(self) -> None:
-        """Closes the connection."""
-        for ending in self._ending:
-            ending.cancel()
+        """Close the connection."""
+        for draining in self._draining:
+            draining.cancel()
         if self._open_service is not None:
             await self._open_service.channel.close(None)
             self._open_service = None
 
     @property
     def _service(self) -> _Service:
-        # One for good, as each one leaks a little, and made here, as it binds itself to the running loop.
+        # Created once, as each channel leaks some memory, and lazily, as it binds to the running event loop.
         if self._open_service is None:
             self._open_service = _Service(self._url)
         return self._open_service
@@ -214,21 +213,21 @@ class TritonBackend:
             with self._translate_errors():
                 request = pb.ModelConfigRequest(name=SAMPLER)
                 response = await self._service.triton.ModelConfig(request, timeout=self._call_timeout)
-        except DeadlineExceededError as error:  # no picture was late: a Triton that hangs is not there
-            message = "The image model does not answer at the moment. Try again later."
+        except DeadlineExceededError as error:  # a hanging Triton is unavailable; no image was late
+            message = "The image model is not responding. Try again later."
             raise UnavailableError(message, detail=f"no answer within {self._call_timeout:g} s") from error
         return _to_description({name: value.string_value for name, value in response.config.parameters.items()})
 
     @contextmanager
     def _translate_errors(self) -> Iterator[None]:
-        """Where foreign errors become ours."""
+        """Translate gRPC errors into API errors."""
         try:
             yield
         except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
-            ours = _translate(error)
-            if isinstance(ours, UnavailableError | DeadlineExceededError):
+            api_error = _translate(error)
+            if isinstance(api_error, UnavailableError | DeadlineExceededError):
                 self._description_is_fresh = False
-            raise ours from error
+            raise api_error from error
 
 
 class _Service:
@@ -237,8 +236,8 @@ class _Service:
     def __init__(self, url: str) -> None:
         self.channel = grpc.aio.insecure_channel(url, options=CHANNEL_ARGS)
         self.triton = GRPCInferenceServiceStub(self.channel)
-        # Triton takes any number of requests in a stream. With one it is the same as a call that has one, and gRPC
-        # sends that, its headers and its end together.
+        # Triton accepts any number of requests per stream. A unary request is equivalent to a stream of one, and gRPC
+        # sends it together with its headers and end.
         self.infer = self.channel.unary_stream(
             "/inference.GRPCInferenceService/ModelStreamInfer",
             request_serializer=pb.ModelInferRequest.SerializeToString,
@@ -247,7 +246,7 @@ class _Service:
 
 
 class _RetryPolicy:
-    """Whether what failed is tried again: until Triton should be back, and at most three times where it was at work."""
+    """Decides whether to retry: until Triton should be available again, and after at most two interrupted attempts."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -256,25 +255,25 @@ class _RetryPolicy:
 
     @property
     def is_first(self) -> bool:
-        """Whether it has failed but once."""
+        """Whether there has been exactly one failure."""
         return self._failures == 1
 
     def begin(self) -> None:
-        """Another try."""
+        """Start an attempt."""
         self._began = time.monotonic()
 
-    def is_worth_it(self) -> bool:
-        """Asked once after each failure."""
+    def should_retry(self) -> bool:
+        """Record a failure, and decide whether to retry."""
         now = time.monotonic()
         if not self._failures:
             self._ends = now + self._seconds
         self._failures += 1
-        # Nobody was there, where it failed at once; else it was at work.
+        # An immediate failure means that Triton was unavailable; a later one interrupted the generation.
         self._interruptions += now - self._began > RETRY_SECONDS
         return self._interruptions < 3 and now < self._ends
 
 
-async def _read_to_end(call: Any) -> None:
+async def _drain(call: Any) -> None:
     with suppress(grpc.aio.AioRpcError, grpc.aio.UsageError):
         async for _ in call:
             pass
@@ -292,7 +291,7 @@ def _to_request(generation: GenerationRequest) -> Any:
 
 
 def _to_tensor(datatype: str, value: Any) -> tuple[tuple[int, ...], bytes]:
-    """A tensor's shape and content: of an image, or of one value."""
+    """Shape and content of a tensor for an image or a single value."""
     if isinstance(value, str):
         text = value.encode()
         return (1,), _LENGTH.pack(len(text)) + text
@@ -300,12 +299,12 @@ def _to_tensor(datatype: str, value: Any) -> tuple[tuple[int, ...], bytes]:
     return array.shape, array.tobytes()
 
 
-def _to_picture(response: Any) -> GeneratedImage:
+def _to_image(response: Any) -> GeneratedImage:
     if response.error_message:
-        raise InternalError(f"Triton answered inside the stream: {response.error_message}")
+        raise InternalError(f"Triton reported an error in the stream: {response.error_message}")
     result = InferResult(response.infer_response)
     tensors = {name: result.as_numpy(name) for name in OUTPUTS}
-    missing = [name for name, tensor in tensors.items() if tensor is None and name not in _LATER_OUTPUTS]
+    missing = [name for name, tensor in tensors.items() if tensor is None and name not in _OPTIONAL_OUTPUTS]
     if missing:
         raise InternalError(f"the model {SAMPLER!r} sent a response without {', '.join(missing)}")
     truncated = tensors["truncated_tokens"]
@@ -326,7 +325,7 @@ def _to_description(parameters: Mapping[str, str]) -> ModelDescription:
     values: dict[str, Any] = {}
     for field in dataclasses.fields(ModelDescription):
         try:
-            values[field.name] = _READERS[str(field.type)](parameters[field.name])
+            values[field.name] = _PARSERS[str(field.type)](parameters[field.name])
         except (KeyError, TypeError, ValueError) as error:
             given = parameters.get(field.name)
             detail = f"parameter {field.name!r} of the model {SAMPLER!r} is {given!r}; export the model again"
@@ -344,25 +343,24 @@ def _translate(error: Exception) -> HyperGenError:
         return NonFiniteImageError()
     if code == "DEADLINE_EXCEEDED":
         return DeadlineExceededError("Triton did not answer in time.")
-    # NOT_FOUND: the server runs and has not loaded the model, or no longer. CANCELLED: it gave the work up, as we
-    # did not, which is what a Triton that shuts down does. The words: the sampler's process died or hangs, and nobody
-    # else has noticed yet.
+    # NOT_FOUND: the model is not loaded, or was unloaded. CANCELLED: Triton is shutting down, as this backend did not
+    # cancel. "is not healthy": the sampler's process died or hangs.
     if code in {"UNAVAILABLE", "NOT_FOUND", "CANCELLED"} or "is not healthy" in message:
-        told = "The image model is not available at the moment. Try again later."
-        return UnavailableError(told, retry_after=2.0, detail=message)
-    return InternalError(f"Triton answered {code}: {message}")
+        public = "The image model is not available at the moment. Try again later."
+        return UnavailableError(public, retry_after=2.0, detail=message)
+    return InternalError(f"Triton responded with {code}: {message}")
 
 
 def _code_and_message(error: Exception) -> tuple[str, str]:
     if isinstance(error, grpc.aio.AioRpcError):
         return error.code().name, error.details() or ""
-    return "UNAVAILABLE", str(error)  # the channel was closed: we are shutting down
+    return "UNAVAILABLE", str(error)  # the channel was closed at shutdown
 
 
 def _invalid_argument(message: str) -> HyperGenError:
-    """The sampler names the input first; anything else is Triton's, about a request that the gateway got wrong."""
+    """The sampler's messages start with the input; others are Triton's, about a malformed request by the gateway."""
     match = re.match(r"(\w+): (.*)", message, re.DOTALL)
     if match is None or match[1] not in INPUT_TYPES:
-        return InternalError(f"Triton refused the gateway's request: {message}")
+        return InternalError(f"Triton rejected the gateway's request: {message}")
     param = _PARAMS.get(match[1], match[1])
     return InvalidRequestError(f"Invalid value for '{param}': {match[2]}", param)

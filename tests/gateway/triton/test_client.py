@@ -347,7 +347,7 @@ class TestGenerate:
     async def test_a_triton_that_is_expected_back_is_waited_for(self, triton: FakeTriton) -> None:
         triton.hangs, triton.pictures_before_trouble = True, 1
         async with serving(triton) as url:
-            backend = TritonBackend(url, request_timeout=10, returns_within=5)
+            backend = TritonBackend(url, request_timeout=10, retry_seconds=5)
             stream = backend.generate(replace(FOX, num_images=2))
             came = [await anext(stream)]
         coming = asyncio.ensure_future(anext(stream))
@@ -362,7 +362,7 @@ class TestGenerate:
 
     async def test_a_triton_that_stays_away_is_waited_for_no_longer_than_expected(self, triton: FakeTriton) -> None:
         async with serving(triton) as url:
-            backend = TritonBackend(url, request_timeout=10, returns_within=0.6)
+            backend = TritonBackend(url, request_timeout=10, retry_seconds=0.6)
             await pictures(backend)
         began = time.monotonic()
         with pytest.raises(UnavailableError):
