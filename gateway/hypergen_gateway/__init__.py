@@ -1,1 +1,1 @@
-"""The HTTP side of HyperGen: OpenAI's API in front of Triton. Never imports torch or the exporter."""
+"""HyperGen's gateway: OpenAI's Images API in front of Triton. Does not depend on torch or the exporter."""

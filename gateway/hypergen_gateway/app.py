@@ -1,4 +1,4 @@
-"""The application as a value: routes, middleware and lifetime around a configuration and a backend."""
+"""The ASGI application: routes, middleware and lifespan, for a configuration and a backend."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ from hypergen_gateway.observability.metrics import Metrics
 from hypergen_gateway.playground import FILES_PREFIX, PAGE_PATH
 from hypergen_gateway.storage.local import FILES_PATH, Links, LocalLinks
 
-if TYPE_CHECKING:  # OpenTelemetry is there only where traces are wanted
+if TYPE_CHECKING:  # OpenTelemetry is an optional dependency
     from hypergen_gateway.observability.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
-# Probes come without a key, and so do the page, which asks for one, and the description of how to use one.
+# Probes have no key, users enter theirs on the playground's page, and the API's description says how to send one.
 _OPEN_PATHS = PROBE_PATHS | {"/openapi.json", "/docs", PAGE_PATH}
-# A link is a key of its own; the page's files are public.
+# A link is signed, so it needs no key; the playground's files are public.
 _OPEN_PREFIXES = (f"{FILES_PATH}/", FILES_PREFIX)
 
 
 def create_app(config: Config, backend: Backend, tracing: Tracing | None = None) -> Starlette:
-    """The gateway's ASGI application. It closes the backend, and the tracing, when it shuts down.
+    """The gateway's ASGI application. It closes the backend and tracing at shutdown.
 
     Raises:
-        BadKeysError: the file of API keys cannot be read as such.
+        BadKeysError: the file of API keys is unreadable or malformed.
     """
     keys = config.keys
     if "*" in config.cors_origins and not keys:
@@ -91,13 +91,13 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
         exception_handlers={HTTPException: _reraise},
         lifespan=lifespan,
     )
-    # A redirect of "/v1/models/" would be the one answer that is not OpenAI's.
+    # A redirect of "/v1/models/" would be the only response that is not in OpenAI's format.
     app.router.redirect_slashes = False
     return app
 
 
 async def _reraise(_: Request, error: Exception) -> Response:
-    """Leaves the router's 404 and 405 to `Errors`; Starlette would respond in plain text."""
+    """Leaves the router's 404 and 405 to `ExceptionMiddleware`; Starlette would respond in plain text."""
     raise error
 
 
@@ -107,7 +107,7 @@ def _paths(routes: Sequence[BaseRoute]) -> dict[Any, str]:
 
 def _links(config: Config) -> Links:
     if config.link_bucket is not None:
-        # Imported here: a gateway that keeps its pictures itself is installed without boto3.
+        # Imported here, as boto3 is an optional dependency, needed only for a bucket.
         from hypergen_gateway.storage.s3 import S3Links
 
         return S3Links(config.link_bucket, lifetime=config.link_lifetime)
@@ -115,7 +115,7 @@ def _links(config: Config) -> Links:
 
 
 async def _read_description(backend: Backend) -> None:
-    """Read early, so that the model is known should Triton be away later. Not being there yet is no reason to stop."""
+    """Reads the description at startup, in case Triton is unavailable later. That it is not ready yet is no error."""
     try:
         await backend.describe()
     except HyperGenError as error:

@@ -1,4 +1,4 @@
-"""Blocking work in threads, and a limit on how much of it runs at a time; both measured in bytes of data."""
+"""Blocking work in threads, and a limit on how much of it runs at once. Both are measured in bytes of data."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ T = TypeVar("T")
 async def run_in_thread_if_large(work: Callable[[], T], nbytes: int, *, quick: int) -> T:
     """Runs `work` over `nbytes` of data: in a thread if that is more than `quick`, else on the event loop.
 
-    A round trip to a thread takes a fifth of a millisecond; `quick` is what takes no longer than that.
+    `quick` is how many bytes take no longer than a round trip to a thread, a fifth of a millisecond.
     """
     return work() if nbytes <= quick else await asyncio.to_thread(work)
 
 
 class ByteBudget:
-    """Bounds the bytes being processed, first come, first served. Work larger than the limit runs alone.
+    """A limit on the bytes being processed, first come, first served. Work larger than the limit runs alone.
 
-    Belongs to one event loop.
+    Bound to one event loop.
     """
 
     def __init__(self, limit: int) -> None:
@@ -30,7 +30,7 @@ class ByteBudget:
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     async def acquire(self, nbytes: int) -> None:
-        """Waits for room; each call is followed by `release`."""
+        """Waits for room, which the caller gives back with `release`."""
         if not self._waiting and self._has_room(nbytes):
             self._taken += nbytes
             return
@@ -39,12 +39,12 @@ class ByteBudget:
         try:
             await called
         except asyncio.CancelledError:
-            # Perhaps called in the very moment in which it was cancelled.
+            # It may have been given room just before it was cancelled.
             self.release(0 if called.cancelled() else nbytes)
             raise
 
     def release(self, nbytes: int) -> None:
-        """Makes room."""
+        """Gives room back and admits waiting work."""
         self._taken -= nbytes
         while self._waiting:
             wanted, called = self._waiting[0]

@@ -1,6 +1,6 @@
-"""Every error a client can see, as one tree.
+"""Every error that a client can see, as one class hierarchy.
 
-A class has its HTTP status, the type and code that OpenAI's clients expect, and its headers. One middleware turns
+A class defines its HTTP status, the type and code that OpenAI's clients expect, and its headers. One middleware turns
 raised errors into responses.
 """
 
@@ -12,7 +12,7 @@ from typing import ClassVar
 
 
 class HyperGenError(Exception):
-    """The root. `message` is for the client, so it never holds a path, a key or a traceback."""
+    """The base class. `message` is sent to the client, so it never contains a path, a key or a traceback."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
@@ -25,12 +25,12 @@ class HyperGenError(Exception):
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """What the response carries besides its body."""
+        """The additional headers of the response."""
         return {}
 
     @property
     def body(self) -> dict[str, dict[str, str | None]]:
-        """The error in OpenAI's shape."""
+        """The body of the response, in OpenAI's format."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 
@@ -42,7 +42,7 @@ class InvalidRequestError(HyperGenError):
 
 
 class IdempotencyKeyReusedError(InvalidRequestError):
-    """The key belongs to another request. Not a 409, which OpenAI's clients would retry."""
+    """The key was used for another request. Not a 409, which OpenAI's clients would retry."""
 
     code = "idempotency_key_reused"
 
@@ -62,7 +62,7 @@ class AuthenticationError(InvalidRequestError):
 
 
 class CrossSiteError(InvalidRequestError):
-    """A website that may not use this server asks through a visitor's browser."""
+    """A website that may not use this server sent a request through a visitor's browser."""
 
     status = 403
     code = "cross_site_request"
@@ -75,7 +75,7 @@ class CrossSiteError(InvalidRequestError):
 
 
 class PreflightError(InvalidRequestError):
-    """A website's script may not send what its browser asks about."""
+    """A CORS preflight is rejected: the website's script may not send this request."""
 
     code = "cross_site_request"
 
@@ -84,14 +84,14 @@ class PreflightError(InvalidRequestError):
 
 
 class NotFoundError(InvalidRequestError):
-    """No such route."""
+    """The route or resource does not exist."""
 
     status = 404
     code = "not_found"
 
 
 class ModelNotFoundError(NotFoundError):
-    """The model asked for is not the one that is served."""
+    """The requested model is not the one that is served."""
 
     code = "model_not_found"
 
@@ -119,7 +119,7 @@ class MethodNotAllowedError(InvalidRequestError):
 
 
 class RequestTimeoutError(InvalidRequestError):
-    """The request did not arrive in time. The connection ends with it: what still comes is half a request."""
+    """The request did not arrive in time. The connection is closed, as the rest of the request may still arrive."""
 
     status = 408
     code = "request_timeout"
@@ -130,21 +130,21 @@ class RequestTimeoutError(InvalidRequestError):
 
 
 class BodyTooLargeError(InvalidRequestError):
-    """The body is larger than the server reads."""
+    """The body is larger than the server accepts."""
 
     status = 413
     code = "request_too_large"
 
 
 class AddressTooLongError(InvalidRequestError):
-    """The path and query are longer than those of any route."""
+    """The path and query are longer than any route needs."""
 
     status = 414
     code = "uri_too_long"
 
 
 class HeadTooLargeError(InvalidRequestError):
-    """The headers are more than any client needs."""
+    """The headers are more, or longer, than any client needs."""
 
     status = 431
     code = "headers_too_large"
@@ -154,9 +154,9 @@ class HeadTooLargeError(InvalidRequestError):
 
 
 class MalformedRequestError(InvalidRequestError):
-    """Bytes that another server may read otherwise, as smuggled requests are, or a body that is only a part of one.
+    """The request is truncated, or another server may parse it differently, as in request smuggling.
 
-    The connection ends with the answer: what still comes may be anything.
+    The connection is closed after the response, as any further bytes cannot be trusted.
     """
 
     @property
@@ -165,7 +165,7 @@ class MalformedRequestError(InvalidRequestError):
 
 
 class UnsupportedMediaTypeError(InvalidRequestError):
-    """The body is not of a type that the route reads."""
+    """The body's media type is not accepted by the route."""
 
     status = 415
     code = "unsupported_media_type"
@@ -180,7 +180,7 @@ class UnsupportedEncodingError(UnsupportedMediaTypeError):
 
 
 class RetryableError(HyperGenError):
-    """The same request can succeed later; `retry_after` is the wait in seconds."""
+    """The same request may succeed later; `retry_after` is the wait in seconds."""
 
     def __init__(self, message: str, retry_after: float = 1.0) -> None:
         super().__init__(message)
@@ -203,7 +203,7 @@ class QueueFullError(RetryableError):
 
 
 class DeadlineTooShortError(QueueFullError):
-    """The pictures would come too late. `retry_after` is None where not even an idle server would make them in time."""
+    """The images would be too late. `retry_after` is None if even an idle server could not generate them in time."""
 
     code = "deadline_too_short"
 
@@ -219,14 +219,14 @@ class DeadlineTooShortError(QueueFullError):
 
 
 class ClientClosedRequestError(HyperGenError):
-    """The client left before its answer was ready. Nobody reads the response; the status is for the log."""
+    """The client disconnected before the response was ready. The response is never read; the status is for the log."""
 
     status = 499
     code = "client_closed_request"
 
 
 class InternalError(HyperGenError):
-    """A fault of the server. The client learns no more than that: `detail` goes to the log."""
+    """An error of the server. `detail` goes to the log and is never sent to the client."""
 
     code = "internal_error"
 
@@ -239,7 +239,7 @@ class InternalError(HyperGenError):
 
 
 class NonFiniteImageError(HyperGenError):
-    """The model computed infinities or NaN for this image. The same request would do so again."""
+    """The model computed infinities or NaN for this image. A retry of the same request would fail again."""
 
     code = "image_not_finite"
 
@@ -255,7 +255,7 @@ class NonFiniteImageError(HyperGenError):
 
 
 class UnavailableError(RetryableError):
-    """Triton, or a model that it should serve, is not ready. `detail` says why, to the operator alone."""
+    """Triton, or a model that it should serve, is not ready. `detail` is the reason, for the operator only."""
 
     status = 503
     code = "service_unavailable"
@@ -266,14 +266,14 @@ class UnavailableError(RetryableError):
 
 
 class StorageFullError(HyperGenError):
-    """The disk is full, on which a picture or an upload would have been kept."""
+    """The disk for images or uploads is full."""
 
     status = 507
     code = "insufficient_storage"
 
 
 class DeadlineExceededError(HyperGenError):
-    """The pictures were not ready in time."""
+    """The images were not ready in time."""
 
     status = 504
     code = "timeout"

@@ -1,1 +1,1 @@
-"""The OpenAI-compatible routes: request bodies in, response bodies out."""
+"""The OpenAI-compatible API: routes, request bodies and response bodies."""

@@ -1,4 +1,7 @@
-"""Bodies to plain values. Knows JSON, forms and media types, and nothing of what a field means."""
+"""Parsing of request bodies, JSON and multipart forms, to plain Python values.
+
+Does not depend on the meaning of any field.
+"""
 
 from __future__ import annotations
 
@@ -24,28 +27,31 @@ from hypergen_gateway.errors import (
     UnsupportedMediaTypeError,
 )
 
-# A tenth of a millisecond of parsing; an image as base64 takes a good part of a second.
+# Parsing this much takes a tenth of a millisecond; a base64 image takes a good part of a second.
 _QUICK_BYTES = 128 << 10
-# Seventeen files and some twenty fields are legal.
+# A legal form has at most 17 files and about 20 fields.
 _MAX_FILES = 32
 _MAX_FIELDS = 100
-# Starlette would take any of Python's codecs, some of which take their time, and some of which are no charset at all.
+# Starlette would accept any Python codec; some are slow, and some are not character encodings at all.
 _CHARSETS = frozenset({b"utf-8", b"utf8", b"us-ascii", b"ascii"})
 
-# Clients number the files of a field, or do not: image[0], image[].
+# Clients may or may not number the files of a field: image[0], image[].
 _INDEX = re.compile(r"\[[0-9]*\]$")
 
 
 @dataclass(frozen=True, eq=False)
 class UploadedFile:
-    """A file that came with a form; open as long as the request is read. Its name and type are the client's guess."""
+    """A file uploaded in a form, open while the request is read.
+
+    The name and media type are not kept: they are the client's guess.
+    """
 
     file: BinaryIO
     size: int
 
 
 class _FormParser(MultiPartParser):
-    """Starlette's parser, which by itself takes a cut form for a whole one and any bytes for a text."""
+    """Starlette's parser, made strict: by itself it accepts truncated forms, and texts that are not valid UTF-8."""
 
     def __init__(self, request: Request, fields: Container[str]) -> None:
         super().__init__(request.headers, request.stream(), max_files=_MAX_FILES, max_fields=_MAX_FIELDS)
@@ -53,14 +59,14 @@ class _FormParser(MultiPartParser):
         self._is_whole = False
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
-        """Part of a text or file."""
+        """Called with a chunk of a text or file."""
         text = self._current_part
         if text.file is None and len(text.data) + end - start > self.max_part_size:
             raise self._not_a_text(f"a text of more than {self.max_part_size:,} bytes")
         super().on_part_data(data, start, end)
 
     def on_part_end(self) -> None:
-        """A text or file is complete."""
+        """Called at the end of a text or file."""
         if self._current_part.file is None:
             try:
                 self._current_part.data.decode("utf-8")
@@ -69,21 +75,21 @@ class _FormParser(MultiPartParser):
         super().on_part_end()
 
     def on_end(self) -> None:
-        """The last boundary is there."""
+        """Called at the closing boundary."""
         self._is_whole = True
 
     async def parse(self) -> FormData:
-        """The form.
+        """Parses the form.
 
         Raises:
-            InvalidRequestError: it is none, or a cut one.
+            InvalidRequestError: the body is not a form, or it is truncated.
         """
         try:
             form = await super().parse()
         except MultiPartException as error:
             raise InvalidRequestError(f"The form cannot be read: {error.message}") from error
         if not self._is_whole:
-            # Not those of the form alone: the file that was cut is in none yet.
+            # Closing the files of `form` is not enough: the truncated file has not been added to it yet.
             for file in self._files_to_close_on_error:
                 file.close()
             raise MalformedRequestError(
@@ -102,10 +108,10 @@ class _FormParser(MultiPartParser):
 
 @asynccontextmanager
 async def read_form(request: Request, fields: Container[str]) -> AsyncIterator[dict[str, Any]]:
-    """The fields of a form: a text or a file, or a list of files where `name`, `name[]` or `name[0]` comes again.
+    """The fields of a form: a text or a file each, or a list of files if `name`, `name[]` or `name[0]` is repeated.
 
-    What a browser sends for a field that nobody filled in, an empty text or a file without name and content, is absent.
-    `fields` are those that an error may name.
+    Fields left empty are absent: browsers send them as an empty text, or as a file without name and content. `fields`
+    are the names that an error may report.
     """
     if media_type(request) != "multipart/form-data":
         raise UnsupportedMediaTypeError("The body must be a form, sent with 'Content-Type: multipart/form-data'.")
@@ -140,9 +146,9 @@ def _is_absent(value: str | UploadFile) -> bool:
 
 
 async def read_json(request: Request, fields: Container[str]) -> dict[str, Any]:
-    """The JSON object that a request carries; `fields` are those that an error may name."""
+    """The JSON object in a request's body; `fields` are the names that an error may report."""
     body = await request.body()
-    # An empty body says more about what is wrong than its type, which clients then leave out.
+    # Clients omit the Content-Type of an empty body, and the empty body is the more helpful error.
     if body and media_type(request) != "application/json":
         raise UnsupportedMediaTypeError("The body must be JSON, sent with 'Content-Type: application/json'.")
     _refuse_encoded(request)
@@ -161,15 +167,15 @@ def _refuse_encoded(request: Request) -> None:
 
 
 def media_type(request: Request) -> str:
-    """The type of a request's body, without its parameters; empty if there is none."""
+    """The media type of a request's body, without parameters; empty if there is none."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def parse_json(body: bytes, fields: Container[str] = ()) -> dict[str, Any]:
     """The JSON object in a body, which may begin with a byte order mark.
 
-    Stricter than `json.loads`: no NaN, no key twice, nothing but UTF-8, and no half of a surrogate pair in any text, so
-    that whatever is read can be encoded again.
+    Stricter than `json.loads`: NaN, duplicate keys, encodings other than UTF-8 and lone surrogates are errors, so every
+    value that is read can be encoded again.
     """
     body = body.removeprefix(codecs.BOM_UTF8)
     if not body:
@@ -188,11 +194,11 @@ def parse_json(body: bytes, fields: Container[str] = ()) -> dict[str, Any]:
         if error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated string"):
             raise _cut(f"{error.msg} at {where}") from error
         raise InvalidRequestError(f"The body is not valid JSON: {error.msg} at {where}.") from error
-    except ValueError as error:  # an integer of more digits than Python converts
+    except ValueError as error:  # an integer with more digits than Python converts
         raise InvalidRequestError("The body holds a number with too many digits.") from error
     if not isinstance(value, dict):
         raise InvalidRequestError(f"The body must be a JSON object, not {shown(value)}.")
-    if b"\\ud" in body.lower():  # nothing else makes one
+    if b"\\ud" in body.lower():  # only such an escape produces a lone surrogate
         _refuse_half_characters(value, fields)
     return value
 
@@ -216,7 +222,7 @@ def _refuse_half_characters(value: dict[str, Any], fields: Container[str]) -> No
 
 
 def shown(value: object) -> str:
-    """A value as a client wrote it, short enough for a message."""
+    """A value as the client wrote it, shortened for an error message."""
     if isinstance(value, UploadedFile):
         return "a file"
     if isinstance(value, dict | list):
@@ -226,7 +232,7 @@ def shown(value: object) -> str:
 
 
 def _named(name: str, fields: Container[str]) -> str:
-    """A name in a message, which is a client's own where it is no field's."""
+    """A field's name for an error message; an unknown name is shown like any other value of the client's."""
     return f"'{name}'" if name in fields else shown(name)
 
 

@@ -1,4 +1,4 @@
-"""What the served model draws and how, in the words of the API: an extension for whoever offers choices."""
+"""The served model's capabilities, in the API's terms: an extension for clients that offer choices to a user."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Capabilities(BaseModel):
 
 
 def of_model(model: ModelDescription, id_: str, sizes: SizePolicy) -> Capabilities:
-    """What a model can do, in the words of the API."""
+    """A model's capabilities, in the API's terms."""
     return Capabilities(
         model=id_,
         default_size=f"{model.default_width}x{model.default_height}",

@@ -1,4 +1,4 @@
-"""Files that stand in a JSON body: data URLs and base64, as browsers read them (WHATWG's Fetch and Infra standards)."""
+"""Files in a JSON body: data URLs and base64, decoded as browsers do (WHATWG's Fetch and Infra standards)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def file_in(text: str) -> bytes:
     """The content of a data URL, or of bare base64.
 
     Raises:
-        ValueError: it holds none; `str()` completes "It …".
+        ValueError: the text is neither; `str()` completes "It …".
     """
     text = text.strip(_WHITE_SPACE)
     if text[: len(_SCHEME)].lower() == _SCHEME:
@@ -33,13 +33,13 @@ def _content(url: str) -> bytes:
     if not comma:
         raise ValueError("has no comma between the head of its data URL and the data")
     content = unquote_to_bytes(body) if "%" in body else body.encode()
-    # What follows the last semicolon is looked at alone: a head may be as long as the body.
+    # Only the part after the last semicolon is matched: a head may be as long as the body.
     is_base64 = _BASE64.fullmatch(head, max(head.rfind(";"), 0)) is not None
     return _from_base64(content.decode("ascii", "replace")) if is_base64 else content
 
 
 def _from_base64(text: str) -> bytes:
-    """Forgiving: white space does not count, and the padding may be missing."""
+    """Infra's "forgiving-base64 decode": white space is ignored and padding is optional."""
     for each in _WHITE_SPACE:
         text = text.replace(each, "")
     if len(text) % 4 == 0:

@@ -1,6 +1,6 @@
-"""The API's description as a page to read: plain HTML, no script, nothing from anywhere else.
+"""The API reference as a page: plain HTML, without scripts or external resources.
 
-Knows HTML and the parts of OpenAPI that `openapi` writes.
+Renders only those parts of OpenAPI that the module `openapi` produces.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ HEADERS = {
 
 
 def render(api: JsonObject, base_url: str) -> str:
-    """The page. `base_url` is where the reader reaches the server, for the examples."""
+    """The page as HTML. `base_url` is the server's address as the reader sees it, for the examples."""
     info = api["info"]
     body = "".join(
         [
@@ -153,7 +153,7 @@ def _fields_of_answer(api: JsonObject, schema: JsonObject) -> str:
 
 
 def _type(api: JsonObject, schema: JsonObject) -> str:
-    """What a schema allows, in a few words."""
+    """A short description of the values that a schema allows."""
     schema = _resolve(api, schema)
     if "anyOf" in schema:
         return " or ".join(_type(api, each) for each in schema["anyOf"] if each != {"type": "null"})
@@ -198,5 +198,5 @@ def _table(head: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def _text(text: str) -> str:
-    """Prose, in which backticks mean code."""
+    """Prose as HTML, with the parts in backticks as code."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text, quote=False))

@@ -1,7 +1,7 @@
-"""The fields of OpenAI's Images API, and HyperGen's own beside them.
+"""The request fields of OpenAI's Images API, and HyperGen's extensions.
 
-Knows names, types, the API's own ranges and what each is for: the one description that requests are validated with and
-that /openapi.json publishes. Unknown fields are tolerated, as OpenAI adds some every year.
+Names, types, descriptions and the API's own ranges are defined once, for validation and for /openapi.json. Unknown
+fields are ignored, as OpenAI adds some every year.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from hypergen_gateway.generation.backend import MAX_SEED
 
 MAX_IMAGES = 16
 MAX_DEADLINE_MS = 2**31 - 1
-# Above, a number with a fraction part is no longer the digits that were written.
+# Above this, a float no longer has all the digits that the client wrote.
 _EXACT = 2**53
 
 
 def _whole(value: object) -> object:
-    """1.0 as the integer that JSON Schema takes it for."""
+    """Converts floats such as 1.0, which JSON Schema counts as integers."""
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT else value
 
 
 def _listed(value: object) -> object:
-    """One image as a list of one. A form says `image` once for one file and `image[]` again and again for several."""
+    """Wraps a single image in a list: a form has `image` once for one file, and repeats `image[]` for several."""
     return value if isinstance(value, list) else [value]
 
 
 def _reference(value: object) -> object:
-    """What an object that refers to an image holds; a text stands for itself."""
+    """The URL or base64 text in an object that refers to an image; a text is returned as it is."""
     if isinstance(value, dict):
         value = next((value[key] for key in ("image_url", "url", "b64_json") if value.get(key) is not None), value)
     return value["url"] if isinstance(value, dict) and "url" in value else value
@@ -43,9 +43,9 @@ def _reference(value: object) -> object:
 
 @dataclass(frozen=True)
 class Legal:
-    """The legal values of a field, to complete "It must be …", unless type and range say it all.
+    """The legal values of a field, to complete "It must be …", if its type and range do not say it all.
 
-    Braces are filled in from the model's description and policies.
+    Placeholders in braces are filled in from the model's description and the policies.
     """
 
     text: str
@@ -53,7 +53,7 @@ class Legal:
 
 @dataclass(frozen=True)
 class ModelLimit:
-    """The upper bound of a field, by its name in the `ModelDescription`."""
+    """The upper bound of a field, as the name of a field of `ModelDescription`."""
 
     name: str
 
@@ -104,7 +104,7 @@ class _Body(BaseModel):
 
 
 class ImageFields(_Body):
-    """What every request for pictures may say."""
+    """Fields of every request for images."""
 
     model: str | None = Field(default=None, description="Accepted and ignored: the server has one model.")
     n: Annotated[int, Field(ge=1, le=10), _WHOLE, ModelLimit("max_num_images")] = Field(
@@ -134,7 +134,7 @@ class ImageFields(_Body):
     )
     user: str | None = Field(default=None, description="Accepted and ignored.")
     safety_identifier: str | None = Field(default=None, description="Accepted and ignored.")
-    # HyperGen's own
+    # HyperGen's extensions
     negative_prompt: Text | None = Field(default=None, description="What to keep out of the picture.")
     num_inference_steps: Annotated[int, Field(ge=1), _WHOLE, ModelLimit("max_num_inference_steps")] | None = Field(
         default=None, description="Steps of denoising."
@@ -246,12 +246,12 @@ class VariationForm(ImageFields):
 
     @property
     def prompt(self) -> str:
-        """A variation is drawn from the image alone."""
+        """Empty: a variation is generated from the image alone."""
         return ""
 
     @property
     def partial_images(self) -> int:
-        """Previews are for streams."""
+        """Zero: only streams have previews."""
         return 0
 
 
@@ -263,9 +263,9 @@ _TRUTH = {"true": True, "True": True, "false": False, "False": False}
 
 
 def from_texts(form: dict[str, Any], kind: type[BaseModel]) -> dict[str, Any]:
-    """A form's texts as the values they stand for, where a field of `kind` is a number or a truth value.
+    """Converts a form's texts to numbers and booleans for the fields that `kind` declares as such.
 
-    What is neither stays a text, to be refused as one.
+    A text that cannot be converted is kept, for validation to reject.
     """
     return {name: _from_text(value, kind, name) if isinstance(value, str) else value for name, value in form.items()}
 
@@ -282,7 +282,7 @@ def _from_text(text: str, kind: type[BaseModel], name: str) -> str | int | float
 
 
 def _types(annotation: Any) -> Iterator[Any]:
-    """An annotation and everything in it, metadata included."""
+    """Yields an annotation and everything nested in it, including metadata."""
     yield annotation
     if isinstance(annotation, FieldInfo):
         yield from annotation.metadata
@@ -291,7 +291,7 @@ def _types(annotation: Any) -> Iterator[Any]:
 
 
 def legal_values(kind: type[BaseModel], name: str) -> str:
-    """The legal values of a field, with the placeholders of `Legal`."""
+    """The legal values of a field, with placeholders as in `Legal`."""
     parts = _parts(kind, name)
     for legal in (part for part in parts if isinstance(part, Legal)):
         return legal.text

@@ -1,7 +1,7 @@
-"""The API's description in OpenAPI 3.1: what /openapi.json publishes and /docs shows.
+"""The API's OpenAPI 3.1 document, published at /openapi.json and rendered at /docs.
 
-Fields, types and ranges come from the pydantic models that validate requests and write answers; what the served model
-adds to them comes from its `ModelDescription`. Here stand the routes, and which error comes with which status.
+Fields, types and ranges come from the pydantic models of requests and responses, and the served model's defaults and
+limits from its `ModelDescription`. This module adds the routes and the description of each error status.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Live(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """A route and method, with the models of its bodies and the statuses of its errors."""
+    """A method of a route, with the models of its bodies and the statuses of its errors."""
 
     method: str
     path: str
@@ -66,7 +66,7 @@ class Operation:
     streams: bool = False
     parameters: Sequence[JsonObject] = ()
     errors: Sequence[int] = ()
-    is_open: bool = False  # needs no key
+    is_open: bool = False  # requires no API key
 
 
 _BODY_ERRORS = (400, 413, 415)
@@ -227,7 +227,7 @@ OPERATIONS = (
 
 @functools.lru_cache(maxsize=4)
 def describe_api(model: ModelDescription | None, *, secured: bool) -> JsonObject:
-    """The description, as JSON. `model` is the one that is served, if it is known; `secured`: a key is needed."""
+    """The OpenAPI document. `model` is the served model, if known; `secured` says that an API key is required."""
     return {
         "openapi": "3.1.0",
         "info": {
@@ -330,7 +330,7 @@ def _by_name(models: Iterable[type[BaseModel]]) -> list[type[BaseModel]]:
 
 
 def _limit(request: type[BaseModel], properties: JsonObject, model: ModelDescription) -> None:
-    """Adds the defaults and limits of the served model."""
+    """Adds the served model's defaults and limits."""
     for name, described in properties.items():
         if limit := model_limit(request, name):
             described.get("anyOf", [described])[0]["maximum"] = getattr(model, limit)
@@ -341,7 +341,7 @@ def _limit(request: type[BaseModel], properties: JsonObject, model: ModelDescrip
 
 
 def _tidy(schema: JsonObject) -> None:
-    """Required fields first, as in the documentation of most APIs, and no titles that repeat names."""
+    """Moves required fields to the top, as most API references do, and drops titles that repeat names."""
     schema.pop("title", None)
     properties, required = schema["properties"], schema.get("required", [])
     schema["properties"] = {
@@ -354,18 +354,18 @@ def _tidy(schema: JsonObject) -> None:
 
 
 def _without_null(schema: JsonObject) -> None:
-    """A form cannot say null, and an answer leaves out what it does not know."""
+    """Removes null from the types of all fields: a form cannot express it, and a response omits unknown values."""
     for name, described in schema["properties"].items():
         if _NULL not in described.get("anyOf", []):
             continue
         others = [each for each in described.pop("anyOf") if each != _NULL]
         described.update(others[0] if len(others) == 1 else {"anyOf": others})
-        if name in schema.get("required", []):  # of an answer, pydantic counts what is null as there
+        if name in schema.get("required", []):  # pydantic lists a nullable field without a default as required
             schema["required"].remove(name)
 
 
 def _with_null(schema: JsonObject) -> None:
-    """In JSON, null is the same as absent, as it is to OpenAI."""
+    """Allows null in all optional fields: in JSON, it is the same as an absent field, as it is for OpenAI."""
     for name, described in schema["properties"].items():
         if name not in schema["required"]:
             about = {key: described.pop(key) for key in ("description", "default", "examples") if key in described}

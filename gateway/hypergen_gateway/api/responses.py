@@ -15,7 +15,7 @@ from hypergen_gateway.generation.request import ClientRequest, Quality
 from hypergen_gateway.generation.service import EncodedImage
 from hypergen_gateway.generation.sizes import Size
 
-# What one position of a Stable Diffusion's latents stands for: 8 × 8 pixels.
+# One position of Stable Diffusion's latents covers 8 × 8 pixels.
 _PIXELS_PER_TOKEN = 64
 
 
@@ -45,7 +45,7 @@ class Health(BaseModel):
 
 
 class ImageObject(BaseModel):
-    """One picture of a response. `seed` is an extension: with it, and n = 1, the picture can be made again."""
+    """One image of a response. `seed` is an extension: with it, and n = 1, the image can be generated again."""
 
     b64_json: str | None = None
     url: str | None = None
@@ -61,7 +61,7 @@ class InputTokensDetails(BaseModel):
 
 
 class Usage(BaseModel):
-    """What the pictures cost. A token of an image is a square of 8 × 8 pixels, in the size that the model draws."""
+    """What the images cost. A token of an image is a square of 8 × 8 pixels, in the size that the model generates."""
 
     input_tokens: int
     output_tokens: int = Field(description="Squares of 8 × 8 pixels in the pictures that were drawn.")
@@ -76,7 +76,7 @@ _TRUNCATED = Field(
 
 
 class ImagesResponse(BaseModel):
-    """The response to a request for pictures."""
+    """The response to a request for images."""
 
     created: int = Field(default_factory=lambda: int(time.time()))
     background: Literal["opaque"] = "opaque"
@@ -111,7 +111,7 @@ def images_response(
 
 
 class _ImageEvent(BaseModel):
-    """A picture in a stream. `image_index` is an extension: which of the n pictures it is."""
+    """An image in a stream. `image_index` is an extension: which of the n images it is."""
 
     b64_json: str
     created_at: int = Field(default_factory=lambda: int(time.time()))
@@ -123,14 +123,14 @@ class _ImageEvent(BaseModel):
 
 
 class PartialImageEvent(_ImageEvent):
-    """A preview: what the model expects the picture to become."""
+    """A preview: what the model expects the image to become."""
 
     type: Literal["image_generation.partial_image", "image_edit.partial_image"]
     partial_image_index: int
 
 
 class CompletedEvent(_ImageEvent):
-    """A finished picture. `seed` is an extension; `usage` is that of this picture, as if asked for alone."""
+    """A finished image. `seed` is an extension; `usage` is that of this image, as if requested alone."""
 
     type: Literal["image_generation.completed", "image_edit.completed"]
     usage: Usage
@@ -174,7 +174,7 @@ def usage(images: Sequence[EncodedImage]) -> Usage:
 
 
 def truncated(encoded: EncodedImage) -> int | None:
-    """The number of tokens that were cut from the prompts; None if there are none."""
+    """The number of tokens that were cut off the prompts; None if there are none."""
     return encoded.image.truncated_tokens or None
 
 

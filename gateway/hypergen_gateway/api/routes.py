@@ -1,4 +1,4 @@
-"""The routes of the API. Endpoints raise; the error middleware responds."""
+"""The routes of the API. Endpoints raise errors, which `ExceptionMiddleware` turns into responses."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from hypergen_gateway.storage.local import FILE_HEADERS, FILES_PATH, Links, Loca
 
 T = TypeVar("T")
 Form = TypeVar("Form", EditForm, VariationForm)
-# Base64 of this many bytes takes a tenth of a millisecond.
+# Encoding this many bytes as base64 takes a tenth of a millisecond.
 _QUICK_BYTES = 128 << 10
 
 
@@ -91,11 +91,11 @@ class Endpoints:
         ]
 
     async def openapi(self, _: Request) -> Response:
-        """The OpenAPI description."""
+        """The OpenAPI document."""
         return JSONResponse(await self._description())
 
     async def docs(self, request: Request) -> Response:
-        """The OpenAPI description as a page."""
+        """The OpenAPI document as an HTML page."""
         page = docs.render(await self._description(), self.config.public_url or str(request.base_url))
         return HTMLResponse(page, headers=docs.HEADERS)
 
@@ -117,7 +117,7 @@ class Endpoints:
         return Response(self.metrics.exposition(), media_type=MEDIA_TYPE)
 
     async def list_models(self, _: Request) -> Response:
-        """The one model."""
+        """A list of the one model."""
         return _json(responses.ModelList(data=[responses.ModelObject(id=await self._model_id())]))
 
     async def retrieve_model(self, request: Request) -> Response:
@@ -264,7 +264,7 @@ def _frame(request: ClientRequest, encoded: EncodedImage, number: int) -> bytes:
 
 
 def _job_headers(job: Job) -> dict[str, str]:
-    """The sizes that are generated if they are not those sent, and the queue position and estimate on arrival."""
+    """Headers: the generated sizes if the images sent differ from them; queue position and estimate on arrival."""
     headers = {}
     if sizes := job.request.generated_sizes:
         headers["x-hypergen-drawn-size"] = ", ".join(f"{width}x{height}" for width, height in sizes)
@@ -277,6 +277,6 @@ def _job_headers(job: Job) -> dict[str, str]:
 
 
 def _json(model: BaseModel, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    # OpenAI omits unknown optional fields; health has them as null.
+    # OpenAI omits unknown optional fields; the health response has them as null.
     content = model.model_dump_json(exclude_none=not isinstance(model, Health))
     return Response(content, status_code=status, headers=headers, media_type="application/json")

@@ -1,7 +1,7 @@
 """Server-sent events as OpenAI's clients read them.
 
-Knows the framing and when to send what. The Python client fails on an event without data and on any `id:`, and takes
-an event of an unknown type for a picture: so nothing but pictures, one error at most, and comments is ever sent.
+OpenAI's Python client fails on an event without data and on any `id:`, and takes an event of an unknown type for an
+image. Therefore only images, at most one error, and comments are sent.
 """
 
 from __future__ import annotations
@@ -20,29 +20,30 @@ from hypergen_gateway.errors import ClientClosedRequestError, HyperGenError, Una
 from hypergen_gateway.http.disconnect import cancel, deadline_exceeded, wait_for_disconnect
 from hypergen_gateway.http.exceptions import log_exception, to_api_error
 
-# A comment: it keeps proxies from closing a quiet connection, and clients skip it.
+# A comment: clients skip it, and it keeps proxies from closing an idle connection.
 HEARTBEAT = b": ping\n\n"
 _HEADERS = {
     "cache-control": "no-cache, no-transform",
-    "x-accel-buffering": "no",  # nginx would hold events back
+    "x-accel-buffering": "no",  # nginx would buffer the events
 }
 
 
 def to_frame(type_: str, event: BaseModel) -> bytes:
-    """An event on the wire."""
+    """An event as it is sent."""
     return f"event: {type_}\ndata: {event.model_dump_json(exclude_none=True)}\n\n".encode()
 
 
 def to_error_frame(error: HyperGenError) -> bytes:
-    """An error on the wire: both OpenAI clients raise it."""
+    """An error as it is sent: both of OpenAI's clients raise it."""
     return f"data: {json.dumps(error.body)}\n\n".encode()
 
 
 class EventStream(Response):
-    """Sends frames as they are made, a heartbeat after each `heartbeat` quiet seconds, for `limit` seconds at most.
+    """A response that sends frames as they are produced, for at most `limit` seconds.
 
-    The frames are made at their own pace, however slowly the client reads: a request has few. The client's departure
-    ends the making. Whatever fails ends the stream with an error.
+    A heartbeat is sent after every `heartbeat` seconds without a frame. A client that reads slowly does not hold up
+    the producer, since a request has few frames. A disconnect cancels the producer, and an exception ends the stream
+    with an error.
     """
 
     media_type = "text/event-stream"
@@ -58,7 +59,7 @@ class EventStream(Response):
         self._making = asyncio.create_task(self._make(frames))
 
     async def begun(self, receive: Receive) -> None:
-        """Returns when there is something to send, a heartbeat if nothing else. What fails before that is raised."""
+        """Waits until there is something to send, if only a heartbeat. Errors until then are raised."""
         left = asyncio.ensure_future(wait_for_disconnect(receive))
         first = asyncio.ensure_future(self._next())
         try:
@@ -73,14 +74,14 @@ class EventStream(Response):
             await cancel(left, first)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
-        """Answers; called once, after `begun`."""
+        """Sends the response. Called once, after `begun`."""
         left = asyncio.ensure_future(wait_for_disconnect(receive))
         sending = asyncio.ensure_future(self._send_all(send))
         try:
             await asyncio.wait({left, sending}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 sending.result()
-        except asyncio.CancelledError:  # uvicorn's patience with a running request has ended
+        except asyncio.CancelledError:  # uvicorn's graceful shutdown has timed out
             await cancel(sending)
             await _send_last(send, to_error_frame(UnavailableError("The server is shutting down.")))
             raise
@@ -96,7 +97,7 @@ class EventStream(Response):
             self._queue.put_nowait(None)
 
     async def _next(self) -> bytes | None:
-        """The next thing to send, None at the end; raises what the making raised, when all before it was given out."""
+        """The next frame or a heartbeat; None at the end. The producer's error is raised after its last frame."""
         patience = min(self._heartbeat, self._ends - time.monotonic())
         try:
             frame = await asyncio.wait_for(self._queue.get(), max(patience, 0))
@@ -110,7 +111,7 @@ class EventStream(Response):
 
     async def _result(self) -> None:
         await asyncio.wait({self._making})
-        if self._making.cancelled():  # by nobody here: gRPC says so when its channel is closed
+        if self._making.cancelled():  # not by this class, but by gRPC when its channel is closed
             raise UnavailableError("The server is shutting down.")
         self._making.result()
 

@@ -33,7 +33,7 @@ from hypergen_gateway.generation.sizes import Size, SizePolicy
 Body = TypeVar("Body", ImageRequest, EditRequest, EditForm, VariationForm)
 _ANY_SIZE = SizePolicy()
 
-# Values that the API has and this server does not: for these fields, only what stands here is served.
+# Fields of which this server supports only the values listed here, though the API has more.
 _SUPPORTED: dict[str, tuple[object, ...]] = {
     "background": ("auto", "opaque"),
 }
@@ -42,8 +42,8 @@ _EDITS = "images to start from are for POST /v1/images/edits"
 _ANIMATED = "'output_format' can be neither gif nor svg here"
 _ANY_ROUTE = dict.fromkeys(("frame_count", "frame_duration_ms", "svg"), _ANIMATED)
 _MARKUP = {"markup": "this server takes no markup; a 'mask' says what is drawn anew"}
-# Fields that a route does not have and whose sender would expect another picture: refused rather than ignored, with
-# the reason.
+# Fields that a route does not have, but that a client would send to get a different image: rejected with the reason
+# rather than ignored.
 _ELSEWHERE: dict[type[ImageFields], dict[str, str]] = {
     ImageRequest: _ANY_ROUTE | dict.fromkeys(("image", "images", "mask", "strength", "markup"), _EDITS),
     EditRequest: _ANY_ROUTE | _MARKUP,
@@ -57,7 +57,7 @@ def validate(payload: dict[str, Any], kind: type[Body], model: ModelDescription,
     """The validated fields of a request body.
 
     Raises:
-        InvalidRequestError: `param` is the first field that is wrong.
+        InvalidRequestError: a field is invalid; `param` is the first such field.
     """
     given = {name: value for name, value in payload.items() if value is not None}
     _reject_fields_of_other_routes(given, kind)
@@ -112,7 +112,7 @@ def check_limits(generation: GenerationRequest, body: RequestBody, model: ModelD
     """Checks a request against the limits of the model.
 
     Raises:
-        InvalidRequestError: `param` is the field.
+        InvalidRequestError: a value is not legal for this model; `param` is the field.
     """
     limits = {name: limit for name in type(body).model_fields if (limit := model_limit(type(body), name))}
     is_legal = {
@@ -178,7 +178,7 @@ def invalid(
         "legal_cache_intervals": _legal_cache_intervals(model),
         "max_images": MAX_IMAGES,
     }
-    # 'image' and 'images' are two names of one field.
+    # 'image' and 'images' are two names for one field.
     field = name if name in kind.model_fields else {"image": "images", "images": "image"}[name]
     legal = legal_values(kind, field).format(**vars(model), **more)
     problem = f"Invalid value for '{name}': {shown(given[name])}." if name in given else f"'{name}' is missing."

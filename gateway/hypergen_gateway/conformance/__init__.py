@@ -1,5 +1,5 @@
-"""OpenAI's Images API as rules that any server can be held against, over HTTP alone.
+"""Conformance tests of OpenAI's Images API, for any server, over HTTP alone.
 
-Shares no code with the gateway: whatever server is meant, it is seen as a client sees it. Rules about what HyperGen
-adds to the API are marked as extensions.
+Shares no code with the gateway: every server is tested as a client sees it. Rules for what HyperGen adds to the API
+are marked as extensions.
 """

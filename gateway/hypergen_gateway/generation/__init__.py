@@ -1,1 +1,1 @@
-"""From a validated request to encoded images: the backend's interface, the queue, jobs."""
+"""Image generation, from a validated request to encoded images: the backend's interface, admission, jobs."""

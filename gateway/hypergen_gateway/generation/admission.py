@@ -1,8 +1,8 @@
 """Admission control: a FIFO queue bounded by images in flight.
 
-Triton does not push back on a decoupled model: it takes every request at once. So at most as many images as the
-sampler works on are let through, the other requests wait here in order of arrival, and who would wait in vain is
-refused at once: beyond a limit of waiting requests, or when the pictures would come after the client's deadline.
+Triton applies no backpressure to a decoupled model: it accepts every request at once. So no more images are admitted
+than the sampler works on at a time, and the other requests wait here in order of arrival. A request that would wait in
+vain is rejected at once: if too many requests are waiting, or if its images would be later than the client's deadline.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from hypergen_gateway.generation.latency import Forecast, RemainingWork, StepTim
 _LONGEST_RETRY_AFTER = 120.0
 _SHORTEST_RETRY_AFTER = 0.1
 _UNKNOWN_RETRY_AFTER = 1.0
-# An idle server that nobody has measured for this long lets a request try what the old figures would forbid.
+# After this long without a measurement, an idle server admits a request that the old figures would reject.
 _TRUSTED_SECONDS = 60.0
-# A small file may be an image of 4096 × 4096, or be asked for in that size: some 64 MiB with its mask.
+# Even a small file may decode, or be resized, to an image of 4096 × 4096: some 64 MiB with its mask.
 _WAITING_BYTES = 1 << 30
 
 
 @dataclass(eq=False)
 class Slot:
-    """A request in the queue or at work.
+    """A request that is waiting or running.
 
-    `position` is its number in the queue when it came, 0 if it went straight to work; `estimate` how many seconds it
-    would take until it is done, as far as was known then: who comes later and finds a place shares the sampler with it.
-    `denoising` is how many seconds the sampler says that its rounds took: a connection that is made again, a text that
-    is encoded, are no rounds, and a picture of one step would make them look like one.
+    `position` is its position in the queue on arrival, 0 if it started at once. `estimate` is the time in seconds until
+    it is done, as expected on arrival: later requests may share the sampler with it.
+    `denoising` is the time in seconds that the sampler reports for the request's rounds. It excludes reconnecting and
+    encoding text, which are not rounds but would look like one in a request with a single step.
     """
 
     work: Work
@@ -47,23 +47,23 @@ class Slot:
 
     @property
     def rounds(self) -> float:
-        """The rounds that it takes part in; of more images than there are places some start after others."""
+        """The number of rounds it takes part in; if it has more images than places, some start after others."""
         return self.work.steps * self.work.images / self.places
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """When a request went to work: the time, and the load on the sampler summed over time until then."""
+    """When a request started: the time, and the load on the sampler integrated over time until then."""
 
     seconds: float
     load_seconds: float
 
 
 class Admission:
-    """A first-come, first-served gate for images. Belongs to one event loop; `clock` gives seconds.
+    """Admits requests in order of arrival. Bound to one event loop; `clock` returns seconds.
 
-    At most `max_waiting` requests wait, and start from images of `max_waiting_bytes` together; more than that waits
-    alone.
+    At most `max_waiting` requests wait, with at most `max_waiting_bytes` of init images between them. A request with
+    more bytes than that waits only if no other waiting request has any.
     """
 
     def __init__(
@@ -84,28 +84,30 @@ class Admission:
 
     @property
     def waiting(self) -> int:
-        """Requests that wait."""
+        """The number of requests that are waiting."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Requests at work."""
+        """The number of requests that are running."""
         return len(self._running)
 
     @property
     def running_images(self) -> int:
-        """Places that are taken."""
+        """The number of places that are taken."""
         return sum(place.places for place in self._running)
 
     def enter(self, work: Work, capacity: int, deadline: float | None = None) -> Slot:
-        """A place out of `capacity`, at work or in the queue; whoever gets one `acquire`s it at once.
+        """Starts or queues a request. The caller has to `acquire` the slot at once.
+
+        `capacity` is the number of places: the images that the sampler works on at a time.
 
         Raises:
-            QueueFullError: as many wait as may wait, or their images take as much memory as they may.
-            DeadlineTooShortError: as far as is known, the work would not be done within `deadline` seconds.
+            QueueFullError: too many requests are waiting, or their init images take too much memory.
+            DeadlineTooShortError: the work is not expected to be done within `deadline` seconds.
         """
         self._tick()
-        # A request of more images than there are places takes them all, or it would wait for ever.
+        # A request with more images than there are places takes them all; otherwise it would wait forever.
         place = Slot(work, min(work.images, capacity), capacity)
         goes_at_once = not self._waiting and self._fits(place)
         if not goes_at_once and not self._may_wait(work):
@@ -123,7 +125,7 @@ class Admission:
 
     @asynccontextmanager
     async def acquire(self, place: Slot) -> AsyncIterator[None]:
-        """Waits until it is the place's turn, and holds it while the block runs."""
+        """Waits for the slot's turn, and holds it while the block runs."""
         await self._called(place)
         try:
             yield
@@ -132,7 +134,7 @@ class Admission:
             self._leave(place)
 
     def rounds_left(self, place: Slot) -> float:
-        """How many of its rounds a request would still take, as far as the pace tells; all of them while it waits."""
+        """The estimated number of rounds left; all rounds while the request waits or the step time is unknown."""
         self._tick()
         if place not in self._running or not self._pace.is_known:
             return place.rounds
@@ -160,7 +162,7 @@ class Admission:
         try:
             await place.called
         except asyncio.CancelledError:
-            # Perhaps in the very moment in which it was called.
+            # It may have been called just before it was cancelled.
             if place in self._waiting:
                 self._waiting.remove(place)
             self._leave(place)
@@ -181,13 +183,13 @@ class Admission:
         return self.running_images + place.places <= place.capacity
 
     def _tick(self) -> None:
-        """Moves time and load on to now; called before the load changes."""
+        """Brings time and load up to date; called before the load changes."""
         now = self._clock()
         self._load_seconds += (now - self._now) * sum(place.places * place.work.load for place in self._running)
         self._now = now
 
     def _stay(self, place: Slot) -> tuple[float, float]:
-        """How many seconds a request has been at work, and the mean load of the sampler meanwhile."""
+        """How many seconds a request has been running, and the sampler's mean load in that time."""
         entry = self._running[place]
         seconds = self._now - entry.seconds
         own = place.places * place.work.load
@@ -197,7 +199,7 @@ class Admission:
         self._tick()
         seconds, load = self._stay(place)
         if seconds:
-            # Of more images than there are places some start after others, and none has seen all rounds.
+            # If a request has more images than places, some start after others, and none takes part in all rounds.
             is_told = place.denoising is not None and place.places == place.work.images
             in_rounds = min(place.denoising or seconds, seconds) if is_told else seconds
             self._pace.learn(load, in_rounds / place.rounds, seconds - in_rounds)
@@ -214,7 +216,7 @@ class Admission:
         )
 
     def _seconds_to_next_place(self, place: Slot) -> float:
-        """Until the first that waits is called, and another may wait."""
+        """Seconds until the first waiting request starts, which makes room in the queue."""
         expected = self._forecast([self._waiting[0] if self._waiting else place])
         return _UNKNOWN_RETRY_AFTER if expected is None else _retry_after(expected.placed)
 

@@ -20,7 +20,7 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """Images to generate, complete and legal for the model. Image i has the seed `seed + i`."""
+    """A complete request for images, validated against the model. Image i has the seed `seed + i`."""
 
     prompt: str
     negative_prompt: str | None = None
@@ -29,22 +29,22 @@ class GenerationRequest:
     height: int
     num_inference_steps: int
     guidance_scale: float
-    guidance_start: float | None = None  # from 0 to 1: the share of the steps where guidance begins; None: 0
-    guidance_end: float | None = None  # and where it ends; None: 1
-    cache_interval: int | None = None  # of so many steps the first one's deep features serve all; None: 1
+    guidance_start: float | None = None  # from 0 to 1: the share of the steps after which guidance begins; None: 0
+    guidance_end: float | None = None  # and after which it ends; None: 1
+    cache_interval: int | None = None  # run the full UNet every so many steps (DeepCache); None: 1
     scheduler: str | None = None  # None: the checkpoint's own
     seed: Int64
-    partial_images: int = 0  # previews of each picture on its way, at evenly spaced steps
-    image: Pixels | None = None  # RGB [height, width, 3] to start from
+    partial_images: int = 0  # previews of each image, at evenly spaced steps
+    image: Pixels | None = None  # the init image, RGB [height, width, 3]
     mask: Pixels | None = None  # [height, width]; 255 is repainted, 0 stays as in `image`
-    strength: float | None = None  # from 0 to 1, how much of `image` is noised away; None: the model's default
-    lora: str | None = None  # the name of one that the model was exported with
-    lora_scale: float | None = None  # one of its scales; None: the usual one
+    strength: float | None = None  # from 0 to 1, how much of `image` is replaced by noise; None: the model's default
+    lora: str | None = None  # the name of a LoRA that the model was exported with
+    lora_scale: float | None = None  # one of its scales; None: its default
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timings:
-    """Where the sampler spent a picture's time, in milliseconds."""
+    """The time that an image spent in each phase of the sampler, in milliseconds."""
 
     queue: float
     encode_text: float
@@ -54,10 +54,10 @@ class Timings:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GeneratedImage:
-    """A picture: RGB pixels [height, width, 3], its place in the request and the seed it came from.
+    """An image or a preview of one: RGB pixels [height, width, 3], the index in the request and the seed.
 
-    A preview is what the model expects the picture to become after `step` steps; `is_final` tells the two apart. After
-    no step it is the image that it started from.
+    A preview, for which `is_final` is false, is what the model expects the image to become, judging after `step` steps.
+    After 0 steps, it is the init image.
     """
 
     pixels: Pixels
@@ -65,8 +65,8 @@ class GeneratedImage:
     seed: int
     step: int
     is_final: bool
-    prompt_tokens: int  # of the prompt and the negative prompt, as the text encoder read them
-    truncated_tokens: int = 0  # of both, what it did not read
+    prompt_tokens: int  # of the prompt and the negative prompt, as read by the text encoder
+    truncated_tokens: int = 0  # of both, cut off by the text encoder
     timings: Timings
 
 
@@ -80,7 +80,7 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelDescription:
-    """What a served model says about itself. The fields are named as the parameters in its `config.pbtxt`."""
+    """A served model's description of itself. Fields are named like the parameters in its `config.pbtxt`."""
 
     model_id: str
     device: str
@@ -91,35 +91,39 @@ class ModelDescription:
     size_factor: int
     min_size: int
     max_size: int
-    sizes: tuple[str, ...]  # WIDTHxHEIGHT of those built in; none where the engines take any
-    loras: tuple[Lora, ...]  # each at each of its scales, the usual one first
+    sizes: tuple[str, ...]  # WIDTHxHEIGHT that the engines were built for; empty if they accept any
+    loras: tuple[Lora, ...]  # one entry for each scale of each LoRA, its default first
     default_num_inference_steps: int
     default_guidance_scale: float
-    max_prompt_tokens: int  # that the text encoders read, without start and end
+    max_prompt_tokens: int  # that the text encoders read, without start and end tokens
     max_num_images: int
     max_num_inference_steps: int
     max_guidance_scale: float
-    guidance_width: int  # 0: guidance takes a second row of the UNet, in the steps that are guided; else it is inside
+    guidance_width: int  # of the UNet's guidance embedding; 0: guided steps take a second UNet row instead
     max_cache_interval: int  # 1: the model has no shallow UNet
     max_active_images: int
-    suggestions: Lines  # prompts that the model draws well; none for most
+    suggestions: Lines  # prompts that suit the model; empty for most
 
 
 class Backend(Protocol):
-    """Generates images. Methods raise only `HyperGenError`, and none waits forever."""
+    """Generates images. Methods raise only `HyperGenError` and never wait forever."""
 
     async def describe(self) -> ModelDescription:
-        """The model's description: the last one read when it cannot be read now, `UnavailableError` without one."""
+        """The model's description, or the last one read if it cannot be read now.
+
+        Raises:
+            UnavailableError: no description has been read yet.
+        """
         ...
 
     async def ready(self) -> bool:
-        """Whether a picture could be made now. Never raises."""
+        """Whether an image could be generated now. Never raises."""
         ...
 
     def generate(self, generation: GenerationRequest) -> AsyncGenerator[GeneratedImage, None]:
-        """The pictures, each as soon as it is finished, in any order. Closing the generator stops the work."""
+        """The images, each as soon as it is finished, in any order. Closing the generator stops the work."""
         ...
 
     async def close(self) -> None:
-        """Gives back connections. The backend cannot be used afterwards."""
+        """Closes all connections. The backend cannot be used afterwards."""
         ...

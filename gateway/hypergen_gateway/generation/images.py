@@ -1,4 +1,4 @@
-"""Pixels to files, and files to pixels. Knows Pillow; blocks, so it is called in a thread."""
+"""Encoding and decoding of image files with Pillow. These functions block, so call them in a thread."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from hypergen_gateway.generation.sizes import LONGEST_SIDE
 
 FormatName = Literal["png", "jpeg", "webp"]
 
-# zlib's own 6 takes a third longer for 2 % fewer bytes, and of a small picture three times as long.
+# zlib's default of 6 takes a third longer for 2 % fewer bytes, and three times as long for a small image.
 _PNG_EFFORT = 4
-# Chroma is kept at full resolution from here on: below, nobody who asks for a small file misses it.
+# From this quality on, chroma has full resolution; below it, a small file matters more.
 _FULL_CHROMA = 90
 
 
 @dataclass(frozen=True)
 class FileFormat:
-    """A kind of image file.
+    """An image file format, with its compression.
 
-    `compression` is OpenAI's `output_compression`, 0 to 100: for JPEG and WebP the encoder's quality, where 100 loses
-    least and is largest and 0 is smallest. PNG loses nothing and has no such dial.
+    `compression` is OpenAI's `output_compression`, from 0 to 100. For JPEG and WebP it is the encoder's quality: 100
+    loses least and gives the largest file, 0 the smallest. PNG is lossless and ignores it.
     """
 
     name: FormatName = "png"
@@ -37,19 +37,19 @@ class FileFormat:
 
     @property
     def media_type(self) -> str:
-        """What a `Content-Type` calls it."""
+        """The media type, for `Content-Type`."""
         return f"image/{self.name}"
 
 
 PNG = FileFormat()
 
-# Files are read that are smaller than this, as OpenAI does, and images that have no more pixels than this.
+# Files must be smaller than this, as for OpenAI, and images must not have more pixels than this.
 MAX_FILE_BYTES = 50 * 1000 * 1000
 MAX_PIXELS = 4096 * 4096
 _READ_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF")
-# By Pillow's names, where people write them otherwise.
+# The usual spelling of a format, by Pillow's name, where the two differ.
 _NAMES = {"WEBP": "WebP"}
-# How files begin that people take for images; whoever sends one learns what it is, and nothing more of it is read.
+# Signatures of files that are sent as images. An error names the format of an unsupported file, which is not decoded.
 _KINDS = (
     (re.compile(rb"\x89PNG\r\n\x1a\n"), "PNG"),
     (re.compile(rb"\xff\xd8\xff"), "JPEG"),
@@ -72,7 +72,7 @@ _HEAD_BYTES = 512
 
 
 def encode(pixels: Pixels, file_format: FileFormat = PNG) -> bytes:
-    """A file of RGB pixels [height, width, 3]."""
+    """Encodes RGB pixels [height, width, 3] as a file."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format=file_format.name.upper(), **_options(file_format))
     return buffer.getvalue()
@@ -90,12 +90,12 @@ def _options(file_format: FileFormat) -> dict[str, Any]:
 
 
 def decode(file: BinaryIO, param: str, formats: tuple[str, ...] = _READ_FORMATS) -> Image.Image:
-    """The image in a file that anybody may have sent: RGBA if it has transparency, else RGB; upright, 8 bits.
+    """Decodes an untrusted file to an upright 8-bit image: RGBA if it has transparency, else RGB.
 
-    What a file is, its content says. The first frame of a moving picture is taken.
+    The format is detected from the content. Only the first frame of an animation is decoded.
 
     Raises:
-        InvalidRequestError: the file is too large, of another kind or broken, or has too many pixels.
+        InvalidRequestError: the file is too large, of another format or broken, or has too many pixels.
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
@@ -105,7 +105,7 @@ def decode(file: BinaryIO, param: str, formats: tuple[str, ...] = _READ_FORMATS)
     file.seek(0)
     with _refusing_rubbish(param, formats, kind):
         image = Image.open(file, formats=formats)
-        # Known before any pixel is decoded. What is answered has the image's own sides, and must be a file again.
+        # The size is known before any pixel is decoded. The response may have the same size, and must fit into a file.
         if image.width * image.height > MAX_PIXELS or max(image.size) > LONGEST_SIDE:
             raise Image.DecompressionBombError
         image.load()
@@ -118,10 +118,10 @@ def _kind_of(head: bytes) -> str | None:
 
 @contextmanager
 def _refusing_rubbish(param: str, formats: tuple[str, ...], kind: str | None) -> Iterator[None]:
-    """Where Pillow's errors become ours: on files made to confuse it, it raises far more than it promises.
+    """Turns Pillow's errors into ours: on malicious files, it raises far more than it documents.
 
-    A file that is cut off is refused even if all of its pixels could be there, as of a JPEG that lacks its last two
-    bytes: nobody can tell what else is missing.
+    A truncated file is rejected even if all of its pixels may be there, as in a JPEG without its last two bytes: there
+    is no way to tell what else is missing.
     """
     names = [_NAMES.get(name, name) for name in formats]
     legal = f"It must be {' or '.join(', '.join(names).rsplit(', ', 1))}."
@@ -147,11 +147,11 @@ def _broken(param: str, kind: str | None) -> str:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # cameras and editors write EXIF that nobody can read; the picture is there all the same
+    except Exception:  # cameras and editors write malformed EXIF; the image is intact all the same
         return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip rather than scale
+    if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip rather than scale
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     return image.convert("RGBA" if image.has_transparency_data else "RGB")

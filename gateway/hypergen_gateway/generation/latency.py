@@ -1,8 +1,8 @@
-"""How fast the sampler is, and when work will be done.
+"""A model of the sampler's step time, and forecasts of when work will be done.
 
-Knows the sampler's way of working: images that take steps together share its rounds, one step each per round. A round
-takes longer the more it carries, and what a finished request took tells how long. Knows no clock, so that every
-figure here follows from its arguments.
+Images that are generated at the same time share the sampler's rounds, with one step each per round. A round takes
+longer the higher its load; how much longer is learned from finished requests. Does not depend on a clock, so every
+result follows from its arguments.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from hypergen_gateway.generation.backend import GenerationRequest, ModelDescription
 from hypergen_gateway.generation.request import ClientRequest
 
-# How much older requests count beside the latest one: ten of them are what is remembered.
+# The decay of a measurement's weight with each newer one: the model remembers about ten requests.
 _MEMORY = 0.9
-# The weight of the one thing known beforehand: that a round without images takes no time. Without it, requests that all
-# came one at a time would say nothing about how long two together take.
+# The weight of the only prior: a round without images takes no time. Without it, requests that all ran alone would say
+# nothing about how long two take together.
 _PRIOR = 0.1
 # The cost of a UNet row in a step that reuses deep features, relative to a full step.
 _SHALLOW = 0.25
@@ -24,10 +24,10 @@ _SHALLOW = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a request asks of the sampler.
+    """The work of a request in the sampler.
 
-    `load` is what one of its images adds to a round: rows of the UNet times pixels, relative to the model's own size.
-    `nbytes` is the memory taken by its init images.
+    `load` is what one of its images adds to a round: rows of the UNet times pixels, relative to the model's default
+    size. `nbytes` is the memory taken by its init images.
     """
 
     images: int
@@ -50,21 +50,21 @@ def work_of(request: ClientRequest) -> Work:
 
 
 def _load(generation: GenerationRequest, model: ModelDescription) -> float:
-    """Rows times pixels that an image adds to a round, on average over its steps.
+    """The rows times pixels that an image adds to a round, on average over its steps.
 
     The average is exact, since the time of a round is modelled as linear in its load.
     """
     interval = generation.cache_interval or 1
     depth = (1.0 + (interval - 1) * _SHALLOW) / interval
     rows = 1.0
-    if generation.guidance_scale > 1 and not model.guidance_width:  # two rows in the steps under guidance
+    if generation.guidance_scale > 1 and not model.guidance_width:  # two rows in the guided steps
         end = 1.0 if generation.guidance_end is None else generation.guidance_end
         rows += end - (generation.guidance_start or 0.0)
     return rows * depth * generation.width * generation.height
 
 
 class StepTimeModel:
-    """Seconds of a round as a line over its load, fitted by least squares to what requests took."""
+    """The seconds of a round as a linear function of its load, fitted to finished requests by least squares."""
 
     def __init__(self) -> None:
         self._weight = self._loads = self._seconds = self._squares = self._products = self._besides = 0.0
@@ -76,11 +76,14 @@ class StepTimeModel:
 
     @property
     def besides(self) -> float:
-        """The seconds that a request takes besides its rounds; only where the pace is known."""
+        """The seconds that a request takes besides its rounds. Requires `is_known`."""
         return self._besides / self._weight
 
     def learn(self, load: float, seconds: float, besides: float = 0.0) -> None:
-        """A request's rounds carried `load` on average and took `seconds` each; all else took `besides`."""
+        """Adds the measurements of a request.
+
+        Its rounds had a mean load of `load` and took `seconds` each; the rest of its time was `besides` seconds.
+        """
         self._weight = self._weight * _MEMORY + 1.0
         self._loads = self._loads * _MEMORY + load
         self._seconds = self._seconds * _MEMORY + seconds
@@ -89,7 +92,7 @@ class StepTimeModel:
         self._besides = self._besides * _MEMORY + besides
 
     def round_seconds(self, load: float) -> float:
-        """What a round of `load` takes; only where the pace is known."""
+        """The seconds that a round of this load takes. Requires `is_known`."""
         weight = self._weight + _PRIOR
         slope = (weight * self._products - self._loads * self._seconds) / (
             weight * self._squares - self._loads * self._loads
@@ -104,7 +107,7 @@ class StepTimeModel:
 
 @dataclass(eq=False)
 class RemainingWork:
-    """A request's way through the sampler: the places it takes, the load of each and the rounds that are left."""
+    """The remaining work of a request: the places it takes, the load of each and the rounds that are left."""
 
     places: int
     load: float
@@ -113,7 +116,7 @@ class RemainingWork:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Seconds from now until a request has a place, and until its last picture is done."""
+    """The seconds from now until a request starts, and until its last image is done."""
 
     placed: float
     done: float
@@ -121,7 +124,7 @@ class Forecast:
 
 @dataclass
 class _QueueSimulation:
-    """Requests on their way; the sampler takes all that have a place one step further per round."""
+    """A simulation of the queue and the sampler, whose rounds take each running request one step further."""
 
     pace: StepTimeModel
     capacity: int
@@ -146,7 +149,7 @@ class _QueueSimulation:
 def forecast(
     pace: StepTimeModel, capacity: int, running: Sequence[RemainingWork], waiting: Sequence[RemainingWork]
 ) -> Forecast:
-    """When the last of `waiting` will be placed and done, by playing what the sampler is going to do."""
+    """When the last request of `waiting` will start and be done, from a simulation of the sampler."""
     race = _QueueSimulation(
         pace, capacity, [RemainingWork(each.places, each.load, max(each.left, 1.0)) for each in running]
     )

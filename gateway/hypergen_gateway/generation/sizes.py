@@ -1,6 +1,6 @@
-"""Sizes: which may be asked for, which one the model draws for them, and where in a drawn image an asked one lies.
+"""Image sizes: which ones a request may have, which ones the model generates for them, and how those are cropped.
 
-Knows pixels a side and what the model says of them; knows neither images nor requests.
+Depends only on the model's description, not on requests or pixels.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ Size = tuple[int, int]  # width, height
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 PolicyName = Literal["fit", "strict"]
-# The longest side that a WebP file can have; PNG and JPEG have more.
+# The longest side that a WebP file can have; PNG and JPEG allow more.
 LONGEST_SIDE = 16_383
 
 
 @dataclass(frozen=True, kw_only=True)
 class SizePolicy:
-    """Which sizes a request may ask for.
+    """Which sizes a request may have.
 
-    `fit` takes all within `max_side` (and what the model draws beyond it): the nearest size that the model draws is
-    scaled to the one asked for.
-    `strict` takes those alone that the model draws.
+    `fit` accepts any size with sides up to `max_side`, or up to the model's own limit if that is larger: the nearest
+    size that the model generates is scaled to the requested one.
+    `strict` accepts only the sizes that the model generates.
     """
 
     name: PolicyName = "fit"
     max_side: int = 4096
 
     def check(self, asked: Size, model: ModelDescription) -> None:
-        """Raises `InvalidRequestError` for a size that may not be asked for."""
+        """Raises `InvalidRequestError` for a size that is not allowed."""
         is_legal = min(asked) >= 1 and max(asked) <= self.limit(model) if self.name == "fit" else is_drawn(asked, model)
         if is_legal:
             return
@@ -43,11 +43,11 @@ class SizePolicy:
         )
 
     def limit(self, model: ModelDescription) -> int:
-        """The longest side that may be asked for; never less than the model draws."""
+        """The longest side that is allowed; never less than the model's own limit."""
         return max(self.max_side, model.max_size) if self.name == "fit" else model.max_size
 
     def legal(self, model: ModelDescription) -> str:
-        """The sizes that may be asked for, to complete "It must be …"."""
+        """The sizes that are allowed, to complete "It must be …"."""
         example = f"WIDTHxHEIGHT in pixels, such as '{model.default_width}x{model.default_height}'"
         if self.name == "fit":
             return f"{example}, each side from 1 to {self.limit(model)}"
@@ -57,14 +57,14 @@ class SizePolicy:
 
 
 def is_drawn(size: Size, model: ModelDescription) -> bool:
-    """Whether the model draws this very size."""
+    """Whether the model generates exactly this size."""
     if model.sizes:
         return f"{size[0]}x{size[1]}" in model.sizes
     return all(model.min_size <= side <= model.max_size and side % model.size_factor == 0 for side in size)
 
 
 def nearest_size(asked: Size, model: ModelDescription) -> Size:
-    """The size that the model draws for another: nearest in proportions, then in area. A legal one is its own."""
+    """The nearest size that the model generates: in aspect ratio, then in area. One that it generates is unchanged."""
     if model.sizes:
         built = [(int(width), int(height)) for width, height in (size.split("x") for size in model.sizes)]
         return min(built, key=lambda size: (_distortion(size, asked), _growth(size, asked)))
@@ -75,8 +75,9 @@ def nearest_size(asked: Size, model: ModelDescription) -> Size:
 
 
 def window(drawn: Size, asked: Size) -> Box:
-    """The part of a drawn image that shows `asked`, without distortion: all of it, but for what is cut off evenly from
-    two sides where the proportions differ.
+    """The part of a generated image to scale to `asked` without distortion.
+
+    All of the image, but for what is cut off evenly from two sides if the aspect ratios differ.
     """
     scale = max(asked[0] / drawn[0], asked[1] / drawn[1])
     width, height = (min(max(round(side / scale), 1), most) for side, most in zip(asked, drawn, strict=True))
@@ -90,7 +91,7 @@ def _nearest_side(side: float, model: ModelDescription) -> int:
 
 
 def _distortion(size: Size, asked: Size) -> float:
-    """How far proportions are apart; small differences count as none, so that the number of pixels decides."""
+    """How far apart two aspect ratios are, rounded so that the area decides between similar ones."""
     return round(abs(math.log(size[0] * asked[1] / (size[1] * asked[0]))), 1)
 
 

@@ -1,1 +1,1 @@
-"""HTTP concerns of all requests: connections, errors, API keys, browsers."""
+"""HTTP handling common to all requests: connections, errors, API keys, protection from other websites."""

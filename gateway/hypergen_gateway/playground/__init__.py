@@ -1,4 +1,4 @@
-"""The page at `/`: plain files of the package, and the headers that keep it to itself."""
+"""The playground, a page at `/`: static files of the package, and headers that restrict it to its own origin."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Where images that are answered as links are kept."""
+"""Storage for images that are returned as links."""

@@ -1,7 +1,7 @@
-"""Links to pictures: signed, good for a while, and worthless afterwards.
+"""Signed, expiring links to images, and a local folder from which they are served.
 
-Knows how a link is signed and a local folder from which its file is served. A link is a capability: who has it may
-read that one picture without a key, until it expires. Another place for the files is in `s3`.
+A link is a capability: it gives access to one image without an API key, until it expires. The module `s3` stores the
+images in a bucket instead.
 """
 
 from __future__ import annotations
@@ -30,43 +30,43 @@ logger = logging.getLogger(__name__)
 
 FILES_PATH = "/files"
 FILE_HEADERS = {
-    # The styles are a browser's own, with which it shows a picture by itself.
+    # The inline styles are the browser's own, for showing an image on a page by itself.
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; sandbox",
-    # Who has the link may show the picture.
+    # Any website with the link may embed the image.
     "Cross-Origin-Resource-Policy": "cross-origin",
 }
 
-# What we name files: nothing else reaches the file system, and the dot is no way up.
+# Only names of this form reach the file system, and none of them leads out of the folder.
 _NAME = re.compile(r"[A-Za-z0-9_-]{32}\.(png|jpeg|webp)")
 _CLEANING_SECONDS = 60.0
-# A file that is being written bears the time of now until it bears that of its end.
+# While a file is being written, its modification time is the current time and not yet the time at which it expires.
 _WRITING_SECONDS = 60.0
 
 
 def name_of(file: bytes, file_format: FileFormat, secret: bytes) -> str:
-    """The name of a picture's file: the same whenever it is published, and not to be guessed without the secret."""
+    """The file name of an image: the same each time it is published, and unguessable without the secret."""
     digest = hmac.digest(secret, file, "sha256")[:24]
     return f"{base64.urlsafe_b64encode(digest).decode()}.{file_format.name}"
 
 
 class Links(Protocol):
-    """Where pictures are kept for clients that asked for a link."""
+    """Storage for images that clients request as links."""
 
     async def publish(self, file: bytes, file_format: FileFormat, base_url: str) -> str:
-        """Keeps a file, once however often it is published, and gives a link to it.
+        """Stores a file and returns a link to it. A file that is published again is stored once.
 
-        `base_url` is where the client reaches this server.
+        `base_url` is this server's address as the client sees it.
         """
         ...
 
     async def run(self) -> None:
-        """Tidies up until it is cancelled."""
+        """Background work, such as removing expired files. Cancelled at shutdown."""
         ...
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A picture's file as it is served; `seconds_left` is how long its link is still good."""
+    """An image file as it is served; its link is valid for another `seconds_left` seconds."""
 
     content: bytes
     media_type: str
@@ -74,13 +74,13 @@ class StoredFile:
 
 
 class LocalLinks:
-    """Keeps files in a folder, with the end of its life as each one's time of modification.
+    """Stores files in a folder. The modification time of a file is the time at which it expires.
 
-    Servers may share a folder: each removes whatever has expired. They open each other's links if they share `secret`.
+    Servers may share a folder: each removes any expired file. They accept each other's links if they share `secret`.
     """
 
     def __init__(self, folder: Path | None, *, lifetime: float, secret: str | None = None) -> None:
-        """Without a folder, a temporary one is made when it is needed; it goes with this object."""
+        """Without a folder, a temporary one is created on first use and removed with this object."""
         self._given_folder = folder
         self._lifetime = lifetime
         self._secret = secrets.token_bytes(32) if secret is None else secret.encode()
@@ -94,7 +94,7 @@ class LocalLinks:
         return Path(folder)
 
     async def publish(self, file: bytes, file_format: FileFormat, base_url: str) -> str:
-        """Writes the file, readable by this user alone."""
+        """Writes the file, readable only by this user."""
         expires = int(time.time() + self._lifetime)
         name = await asyncio.to_thread(self._write, self._folder, file, file_format, self._secret, expires)
         query = urlencode({"expires": expires, "signature": self._sign(name, str(expires))})
@@ -104,10 +104,10 @@ class LocalLinks:
         """The file behind a link.
 
         Raises:
-            NotFoundError: no such link was ever given.
-            LinkExpiredError: it was, and its time is over.
+            NotFoundError: no such link was issued.
+            LinkExpiredError: the link has expired.
         """
-        # The signature comes first: who cannot sign learns nothing, not even which files there are.
+        # The signature is checked first: without a valid one, a client learns nothing, not even which files exist.
         if not hmac.compare_digest(self._sign(name, expires).encode(), signature.encode()) or not _NAME.fullmatch(name):
             raise NotFoundError("There is no such file. Links are used as they came, with their whole query.")
         seconds_left = int(expires) - int(time.time())
@@ -120,7 +120,7 @@ class LocalLinks:
         return StoredFile(content, FileFormat(name.partition(".")[2]).media_type, seconds_left)  # type: ignore[arg-type]
 
     async def run(self) -> None:
-        """Removes expired files, those of earlier lives of the server included."""
+        """Removes expired files, including those of earlier runs of the server."""
         while True:
             try:
                 await asyncio.to_thread(self._remove_expired)
@@ -134,10 +134,11 @@ class LocalLinks:
 
     @staticmethod
     def _write(folder: Path, file: bytes, file_format: FileFormat, secret: bytes, expires: int) -> str:
-        """The name that it has then."""
+        """Writes the file and returns its name."""
         name = name_of(file, file_format, secret)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Its links may be open already: nobody reads half a picture. It is tidied up, too, if it stays behind.
+        # A link to the final name may be in use already, and must not serve a partial image. The temporary name matches
+        # `_NAME`, so a file that is left behind is removed, too.
         part = folder / f"{secrets.token_urlsafe(24)}.{file_format.name}"
         part.touch(mode=0o600, exist_ok=False)
         try:
@@ -145,7 +146,7 @@ class LocalLinks:
             os.utime(part, (expires, expires))
             part.replace(folder / name)
         except OSError:
-            part.unlink()  # half a picture is in the way of the next
+            part.unlink()  # the disk may be full, and a partial image would take up space
             raise
         return name
 

@@ -1,7 +1,7 @@
-"""Links to pictures in a bucket of S3 or of anything that speaks its protocol.
+"""Links to images in a bucket, on S3 or any service with a compatible API.
 
-Knows boto3, which finds credentials, region and endpoint in its usual places: AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL_S3,
-a profile, a role. Pictures stay in the bucket until a rule of the bucket's own removes them; only the links expire.
+boto3 finds credentials, region and endpoint in its usual places: AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL_S3, a profile, a
+role. Only the links expire; images stay in the bucket until a lifecycle rule of the bucket removes them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BOTO_CONFIG = BotoConfig(
 
 
 class S3Links:
-    """Keeps files under `s3://BUCKET/PREFIX` and signs links to them, good for `lifetime` seconds."""
+    """Stores files under `s3://BUCKET/PREFIX` and signs links to them, valid for `lifetime` seconds."""
 
     def __init__(self, url: str, *, lifetime: float) -> None:
         parts = urlsplit(url)
@@ -38,14 +38,14 @@ class S3Links:
         self._client: Any = boto3.session.Session().client("s3", config=_BOTO_CONFIG)
 
     async def publish(self, file: bytes, file_format: FileFormat, base_url: str) -> str:  # noqa: ARG002
-        """Uploads the file. The link leads to the bucket, whatever address the client knows this server by."""
+        """Uploads the file. The link leads to the bucket, so `base_url` is ignored."""
         try:
             return await asyncio.to_thread(self._upload, file, file_format)
         except (BotoCoreError, ClientError) as error:
             raise InternalError(f"a picture cannot be kept in the bucket {self._bucket!r}: {error}") from error
 
     async def run(self) -> None:
-        """Says early what would otherwise come out after the first picture was drawn."""
+        """Checks the bucket at startup: otherwise an error would appear only after the first image is generated."""
         try:
             await asyncio.to_thread(self._client.head_bucket, Bucket=self._bucket)
         except (BotoCoreError, ClientError) as error:

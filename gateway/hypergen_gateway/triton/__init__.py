@@ -1,1 +1,1 @@
-"""The backend that is a Triton server, over gRPC."""
+"""The Triton backend: a client of a Triton server, over gRPC."""
