@@ -1,5 +1,5 @@
-"""OpenAI's Images API as rules that any server can be held against, over HTTP alone.
+"""OpenAI's Images API as rules, checked against any server over HTTP.
 
-Shares no code with the gateway: whatever server is meant, it is seen as a client sees it. Rules about what HyperGen
-adds to the API are marked as extensions.
+Shares no code with the gateway, so every server is tested as a client sees it. Rules about HyperGen's additions to the
+API are marked as extensions.
 """
