@@ -1,6 +1,6 @@
-"""What several folders of tests share: miniature checkpoints and their one export each, which takes a while.
+"""Fixtures shared by several test folders: miniature checkpoints, and one slow export of each.
 
-The tests run in several processes at once. What one of them has made is there for all, under `shared`.
+Tests run in several processes, which share what one of them has created under `shared`.
 """
 
 from __future__ import annotations

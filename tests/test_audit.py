@@ -1,4 +1,4 @@
-"""`make audit` is green only where every package was looked up."""
+"""`make audit` passes only if every package was looked up."""
 
 from __future__ import annotations
 

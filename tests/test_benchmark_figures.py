@@ -1,4 +1,4 @@
-"""The arithmetic under the benchmarks' claims, and the results that they are kept in."""
+"""The arithmetic of the benchmarks' figures, and the files of their results."""
 
 from __future__ import annotations
 

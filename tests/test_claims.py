@@ -1,4 +1,4 @@
-"""The table of claims: what a test that failed, was skipped or is not there makes of it."""
+"""The table of claims with failed, skipped and missing tests."""
 
 from __future__ import annotations
 

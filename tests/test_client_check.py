@@ -1,4 +1,4 @@
-"""What `make clients` leans on: the relay that listens, the judge of what came back, the page that says so."""
+"""The parts of `make clients`: the recording relay, the check of responses, and the report page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""README, docs/ and the other pages say what is there: options, fields, headers, tensors, metrics, files."""
+"""README, docs/ and other pages match the code: options, fields, headers, tensors, metrics, files."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Exporter's tables and sampler's mathematics together, in torch, against diffusers' own pipeline of each family.
+"""The exporter's tables and the sampler's mathematics in torch, compared with diffusers' pipeline of each family.
 
-The same weights, prompt, seed and scheduler on both sides, in float32. What the engines add to this is held against
-torch in tests/export, and the whole of it in tests/end_to_end.
+Both sides use the same weights, prompt, seed and scheduler, in float32. Engines are compared with torch in
+tests/export, and the whole server with diffusers in tests/end_to_end.
 """
 
 from __future__ import annotations

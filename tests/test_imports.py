@@ -1,4 +1,4 @@
-"""Imports run one way. The rules are import-linter's contracts in pyproject.toml; what they cannot say stands here."""
+"""Import rules: import-linter's contracts in pyproject.toml, and rules that they cannot express."""
 
 from __future__ import annotations
 

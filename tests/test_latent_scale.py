@@ -1,4 +1,4 @@
-"""VAEs whose configs state more than a scaling factor: which of diffusers' pipelines heed that, and ours with them."""
+"""VAEs whose configs state more than a scaling factor, compared with the diffusers pipelines that apply it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gateway, exporter and sampler share no Python: here is where their data must agree."""
+"""Agreement of gateway, exporter and sampler on the data that they exchange, as they share no code."""
 
 from __future__ import annotations
 

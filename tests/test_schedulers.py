@@ -1,7 +1,7 @@
-"""Checkpoints with every scheduler of diffusers and every habit of its configs, against diffusers' own pipelines.
+"""Checkpoints with every diffusers scheduler and variant of its config, compared with diffusers' pipelines.
 
-The checkpoint is read by diffusers itself, whose pipelines change what they read; another scheduler that a request asks
-for is what `X.from_config(pipeline.scheduler.config)` makes of it.
+diffusers itself reads the checkpoint, as its pipelines change the configs that they read. The reference for a scheduler
+that a request selects is `X.from_config(pipeline.scheduler.config)`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""SECURITY.md points at tests that are there."""
+"""SECURITY.md names tests for its claims, and these tests exist."""
 
 from __future__ import annotations
 

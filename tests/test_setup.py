@@ -1,4 +1,4 @@
-"""What `make` and CI do before any test: which Pythons they take, and what they say where something is missing."""
+"""Setup by `make` and CI: supported Python versions, and messages about missing dependencies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that diffusers saved with concepts of textual inversion in them, against its own pipelines."""
+"""Checkpoints that diffusers saved with textual inversion concepts, compared with its pipelines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A client spoken in ASGI, whose every move is a test's: when its body ends, and when it hangs up."""
+"""An ASGI client that lets a test control when the body ends and when the client disconnects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real Chromium for tests of the page, Debian's; where there is none, they are skipped (CI installs it)."""
+"""Debian's Chromium for tests of the page, which are skipped if it is not installed (CI installs it)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What is claimed of production, and the table that says which of it the tests have just proved.
+"""Claims about production, and a table of the claims that the tests have proved.
 
-A test says with `@pytest.mark.claim("hadolint")` what it is evidence for. `pytest --claims` prints the table at the
-end: a claim holds if all of its tests have passed. One that was skipped is not proved, and one without a test is no
-claim; both end the run with a failure, as a failed test does. `make production-check` runs these tests alone.
+A test names its claim with `@pytest.mark.claim("hadolint")`, and `pytest --claims` prints the table at the end. A claim
+holds if all its tests pass. A claim with a skipped test or without tests fails the run, as a failed test does.
+`make production-check` runs only these tests.
 """
 
 from __future__ import annotations

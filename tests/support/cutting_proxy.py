@@ -1,4 +1,4 @@
-"""A TCP proxy that loses connections, as networks do."""
+"""A TCP proxy that drops connections, as networks do."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""DeepCache (Ma et al., 2023) in diffusers' own UNet, another way than ours: what ours is held against.
+"""An independent implementation of DeepCache (Ma et al., 2023) in diffusers' UNet, as a reference for ours.
 
-Nothing is cut out. Every module on the way through the depth is left in its place and made to repeat, in most steps,
-what it answered before, as the authors' package for diffusers does.
+The UNet keeps all its modules. In most steps the deep ones return their earlier outputs, as in the authors' package
+for diffusers.
 """
 
 from __future__ import annotations

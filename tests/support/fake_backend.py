@@ -1,4 +1,4 @@
-"""The other side of the gateway's seam, and the ways to reach the gateway: in memory and over loopback."""
+"""A fake generation backend, and clients of the gateway in memory and over loopback."""
 
 from __future__ import annotations
 

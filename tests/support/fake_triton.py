@@ -1,4 +1,4 @@
-"""A Triton server in this process: as much of its gRPC service as the gateway uses, and ways to go wrong."""
+"""A fake Triton server in this process: the part of its gRPC service that the gateway uses, with injectable faults."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What breaks, what happens then and after how long service is back: what the tests of faults saw, as a table.
+"""A table of faults, their effects and the time until recovery, as observed by the fault tests.
 
-A test says so with the fixture `seen`; `pytest --faults` prints the table at the end, in Markdown.
+Tests record observations with the fixture `seen`; `pytest --faults` prints the table at the end, in Markdown.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""diffusers' own pipelines, guided in an interval of their steps alone: what ours is held against.
+"""diffusers' pipelines with guidance in an interval of the steps, as a reference for ours.
 
-The pipelines have no argument for it, but let a callback change scale and embeddings after every step. Which steps are
-guided is the answer of diffusers' own guider.
+The pipelines have no argument for it, but a callback can change scale and embeddings after every step. diffusers' own
+guider determines the guided steps.
 """
 
 from __future__ import annotations

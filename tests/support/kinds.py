@@ -1,6 +1,7 @@
-"""What makes a test slow, above all what it starts, as markers: `make quick` runs the tests that have none of them.
+"""Markers for slow tests, mostly by the programs that they start; `make quick` runs the tests without such a marker.
 
-Most follow from a fixture or from where the test is; a test that itself starts Chromium or Java is marked there.
+Most markers follow from a fixture or from the test's path; a test that starts Chromium or Java itself is marked
+explicitly.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Random LoRAs for the miniatures, made by peft and written as each trainer writes them.
+"""Random LoRAs for the miniature checkpoints, created by peft and written in the format of each trainer.
 
-They mean nothing, but they change pictures by far more than rounding does.
+They are untrained, but change images by far more than rounding does.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Checkpoints of the true architectures, small enough to be exported within a test run.
+"""Miniature checkpoints with the real architectures, small enough to be exported within a test run.
 
-It knows how to write one of each family: random weights from a fixed seed, so that the same call writes the same
-checkpoint anywhere. It says nothing and means nothing, but it answers as a real one does: prompts and seeds change
-its pictures, and its pictures have contrast, so that a mistake in any tensor shows in the pixels.
+Weights are random with a fixed seed, so a call writes the same checkpoint on every machine. The models are untrained,
+but behave like real ones: prompts and seeds change the images, which have enough contrast for an error in any tensor to
+show in the pixels.
 
     python tests/support/miniature.py FOLDER [FAMILY]
 """

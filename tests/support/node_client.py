@@ -1,4 +1,4 @@
-"""OpenAI's Node client and Vercel's AI SDK, for tests: installed once under build/, driven from tests/gateway."""
+"""OpenAI's Node client and Vercel's AI SDK, for tests: installed once under build/ and used by tests/gateway."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sampler and the exporter's modules in torch, beside diffusers' own pipeline of the same checkpoint."""
+"""Runs the sampler with the exporter's modules in torch, for comparison with diffusers' pipeline."""
 
 from __future__ import annotations
 

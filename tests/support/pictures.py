@@ -1,4 +1,4 @@
-"""Image files for tests of whatever reads them."""
+"""Image files for tests of code that reads images."""
 
 from __future__ import annotations
 

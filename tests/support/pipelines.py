@@ -1,4 +1,4 @@
-"""diffusers' own pipelines: what ours is held against."""
+"""diffusers' pipelines, as a reference for ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model `diffusion` as any client of Triton sees it, without the gateway."""
+"""A client of the Triton model `diffusion` that does not use the gateway."""
 
 from __future__ import annotations
 

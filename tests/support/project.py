@@ -1,4 +1,4 @@
-"""pyproject.toml, which Python itself reads from 3.11 on."""
+"""The parsed pyproject.toml; the standard library can read it from Python 3.11."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The real thing: `hypergen serve` as a process, with the real Triton behind it, and real OpenAI clients in front."""
+"""`hypergen serve` as a process with a real Triton, and OpenAI's clients for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Schedulers by the names that requests give them: ours from the exporter's table, and diffusers' own, by its idiom."""
+"""Schedulers by their names in requests: from the exporter's table, and created as diffusers' documentation does."""
 
 from __future__ import annotations
 

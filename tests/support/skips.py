@@ -1,4 +1,4 @@
-"""Why tests were skipped, one line for each reason; in CI, which has every program but no GPU, a skip is a failure."""
+"""A summary of skipped tests by reason. In CI, which has every program but no GPU, a skip is a failure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A collector for OTLP over HTTP, as far as tests need one: it takes spans in, by OpenTelemetry's own messages.
+"""A minimal OTLP collector over HTTP that receives spans, parsed with OpenTelemetry's protobuf messages.
 
 Python's SDK sends protobuf; Triton sends JSON, in which ids are in hexadecimal rather than in protobuf's base64.
 """

@@ -1,4 +1,4 @@
-"""What tests of the HTTP side write and read by hand: forms that no well-behaved client sends, and errors."""
+"""Hand-written HTTP content for tests: forms that no well-behaved client sends, and parsing of errors."""
 
 from __future__ import annotations
 

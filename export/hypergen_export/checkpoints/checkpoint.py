@@ -1,4 +1,4 @@
-"""Find and check a checkpoint: a hub id, a folder or the bundled model becomes a `Checkpoint`.
+"""Finding and validating checkpoints: a hub id, a folder or the bundled model becomes a `Checkpoint`.
 
 Reads diffusers' layout (model_index.json, one subfolder per module) and JSON files only. Weights are loaded
 elsewhere, so torch is not imported.
@@ -42,7 +42,7 @@ _CLIP_TEXT_DEFAULTS = {
     "projection_dim": 512,
 }
 _PACKAGE = Path(__file__).parents[1]
-# In a wheel the checkpoint is inside the package, in a source checkout beside it.
+# The checkpoint is inside the package in a wheel, and beside it in a source checkout.
 _SHIPPED_FOLDERS = (_PACKAGE / "bundled" / "emoji", _PACKAGE.parent / "emoji" / "checkpoint")
 
 
@@ -59,7 +59,7 @@ class Checkpoint:
         config = read_json(self.folder / module / "config.json")
         if not module.startswith("text_encoder"):
             return config
-        # The config of a whole CLIP model contains its text encoder's.
+        # The config of a complete CLIP model contains that of its text encoder.
         text = config.get("text_config")
         return {**_CLIP_TEXT_DEFAULTS, **(text if isinstance(text, dict) else config)}
 

@@ -1,7 +1,7 @@
 """Model families as data: the components of each, their tensors, schedulers' overrides and defaults.
 
-A new family is a new row of FAMILIES, a new input a new `Tensor`. No torch here, and nothing about how a component is
-loaded or converted.
+A new family is a new row of FAMILIES, a new input a new `Tensor`. Does not import torch; loading and conversion are in
+other modules.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Component:
     `module` is the checkpoint's subfolder, `loader` its class ("library.Class"). `tolerance` bounds the largest
     difference from torch, relative to the largest magnitude if that exceeds one; for UINT8 it is absolute. `wrapper`
     is a key of `wrappers.WRAPPERS`, empty if it equals the component's name. `overflows_float16`: intermediate values
-    exceed float16's range, so this component is computed in float32 whenever the others are computed in float16.
+    exceed float16's range, so this component is computed in float32 when the others are computed in float16.
     `lora` is merged into the module's weights.
     """
 
@@ -134,7 +134,7 @@ def _unet(*conditions: Tensor) -> Component:
 def with_deep_cache(components: tuple[Component, ...]) -> tuple[Component, ...]:
     """The components for DeepCache (Ma et al., 2023), which only UNets have.
 
-    The UNet also outputs its deep features, and a shallow UNet takes those of an earlier step as an input. Cut at the
+    The UNet also outputs its deep features, and a shallow UNet takes earlier ones as an input. Cut at the
     first branch: everything but the last layer of the last block is deep.
     """
     (unet,) = (component for component in components if component.name == "unet")
@@ -170,7 +170,7 @@ _VAE = (
         loader="diffusers.AutoencoderKL",
         inputs=(Tensor(name="latents", dtype=FLOAT, axes=_LATENTS),),
         outputs=(_IMAGE,),
-        tolerance=1.0,  # one level of 255: rounding may fall either way
+        tolerance=1.0,  # one level of 255, as rounding may differ
     ),
     Component(
         name="vae_encoder",
@@ -198,7 +198,7 @@ LATENT_CONSISTENCY_XL = (*_TEXT_ENCODERS_XL, _unet(_HIDDEN_STATES, _POOLED, _SIZ
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigOverrides:
-    """What the constructor of a pipeline changes in the configs that it loads; entries that are absent stay absent.
+    """Changes that a pipeline's constructor makes in the configs that it loads; absent entries stay absent.
 
     `scheduler` applies to the scheduler's config, `inpainting` also, in the inpainting pipeline. A UNet saved by
     diffusers before 0.9 has a `sample_size` of at least `min_legacy_sample_size`: older versions stated it wrongly.
@@ -213,8 +213,8 @@ class ConfigOverrides:
 class Family:
     """Checkpoints that are served by the same components.
 
-    `pipelines` maps diffusers' class names to the config overrides of each; families that share a pipeline are told
-    apart by the denoiser's config. `sizes` maps a size to the module and the key of its config.json. `tokenizers` are
+    `pipelines` maps diffusers' class names to the config overrides of each; families that share a pipeline differ in
+    the denoiser's config. `sizes` maps a size to the module and the key of its config.json. `tokenizers` are
     subfolders, one for each text encoder. `num_inference_steps` and `guidance_scale` are the defaults of diffusers'
     pipeline, for checkpoints that are not distilled.
     """

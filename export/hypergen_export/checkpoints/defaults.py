@@ -14,7 +14,7 @@ from hypergen_export.checkpoints.checkpoint import Checkpoint
 from hypergen_export.errors import BrokenCheckpointError
 
 # Steps and guidance scale of distilled models. Guidance is distilled into their weights, so a second row per image
-# would be wasted: scale 1 turns classifier-free guidance off.
+# would be wasted; scale 1 disables classifier-free guidance.
 _FEW_STEPS = (4, 1.0)
 _FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
 # Few-step models such as Turbo and Lightning are published with an Euler scheduler and trailing timesteps. Many models
@@ -45,9 +45,9 @@ def checkpoint_parameters(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _architecture(checkpoint: Checkpoint) -> dict[str, str]:
-    """How the sampler puts the components together."""
+    """Parameters that state how the sampler combines the components."""
     family = checkpoint.family
-    # StableDiffusionXLPipeline's default where the index does not say; only its families have the option.
+    # The default is StableDiffusionXLPipeline's; only its families have the option.
     zeros = "text_embeds" in family.denoiser_inputs and checkpoint.index.get("force_zeros_for_empty_prompt", True)
     return {
         "components": ",".join(component.name for component in family.components),
@@ -62,7 +62,7 @@ def _architecture(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _embeddings(checkpoint: Checkpoint) -> dict[str, str]:
-    """How the sampler embeds timesteps and image sizes, with the defaults of UNet2DConditionModel."""
+    """Parameters of the timestep and size embeddings, with the defaults of UNet2DConditionModel."""
     unet, sizes = checkpoint.denoiser_config, checkpoint.sizes
     return {
         "time_width": str(sizes["time_width"]),
@@ -90,7 +90,7 @@ def _family_steps_and_guidance(checkpoint: Checkpoint) -> tuple[int, float]:
 
 
 def notices(checkpoint: Checkpoint) -> list[str]:
-    """What an operator should know about the checkpoint and cannot see from its images, one line each."""
+    """Notices for the operator about properties of the checkpoint that its images do not show, one line each."""
     found = []
     reason = _few_steps_reason(checkpoint)
     stated = {"num_inference_steps", "guidance_scale"} <= checkpoint.defaults.keys()
@@ -104,7 +104,7 @@ def notices(checkpoint: Checkpoint) -> list[str]:
 
 
 def _few_steps_reason(checkpoint: Checkpoint) -> str:
-    """Why the checkpoint is taken to be distilled to a few steps; empty if it is not."""
+    """Why the checkpoint is considered distilled to a few steps; empty if it is not."""
     scheduler = checkpoint.scheduler
     name = str(scheduler.get("_class_name"))
     if name in _FEW_STEP_SCHEDULERS:

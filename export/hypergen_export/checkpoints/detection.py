@@ -1,6 +1,6 @@
-"""Detect a checkpoint's family from its index and configs, or say in one line why it is not supported.
+"""Detection of a checkpoint's family from its index and configs, with a one-line reason if it is not supported.
 
-Works on the parsed files alone; does not touch the disk.
+Works on parsed files; does not access the disk.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from hypergen_export.errors import UnsupportedModelError
 
 Config = Mapping[str, Any]
 
-# Part in the index -> why the pipeline is not supported.
+# Entry of the index -> why the pipeline is not supported.
 _UNSUPPORTED_PARTS = {
     "transformer": "its denoiser is a transformer, not a UNet",
     "controlnet": "it needs a control image beside the prompt (ControlNet)",
@@ -24,7 +24,7 @@ _UNSUPPORTED_PARTS = {
     "low_res_scheduler": "it is an upscaler",
     "depth_estimator": "it needs a depth map",
 }
-# Word in the name of the pipeline's class -> the same.
+# Word in the pipeline's class name -> why the pipeline is not supported.
 _UNSUPPORTED_PIPELINES = {
     "ControlNet": _UNSUPPORTED_PARTS["controlnet"],
     "Inpaint": "its UNet takes a mask and a masked image beside the latents (inpainting)",
@@ -32,7 +32,7 @@ _UNSUPPORTED_PIPELINES = {
     "Upscale": _UNSUPPORTED_PARTS["low_res_scheduler"],
     "Kandinsky": _UNSUPPORTED_PARTS["prior"],
 }
-# Input channels of a UNet whose latents have four -> what the further ones carry.
+# Input channels of a UNet with four latent channels -> what the additional channels contain.
 _CHANNELS = {
     5: "a depth map",
     7: "an image to upscale",
@@ -45,7 +45,7 @@ _DEFAULT_CONTEXT_WIDTH = 1280  # the default of UNet2DConditionModel
 
 
 def find_family(model: str, index: Config, read_config: Callable[[str], Config]) -> Family:
-    """The family of the pipeline of `index`, told apart by the denoiser's inputs.
+    """The family of the pipeline of `index`; families that share a pipeline differ in the denoiser's inputs.
 
     `read_config` reads the config.json of a module. Raises UnsupportedModelError.
     """
@@ -150,7 +150,7 @@ def _context_widths(unet: Config) -> set[Any]:
 
 
 def _size_numbers(unet: Config, sizes: Sizes) -> float | None:
-    """How many time ids the UNet embeds; None where it takes none."""
+    """The number of time ids that the UNet embeds; None if it has no such input."""
     if "pooled_width" not in sizes:
         return None
     width = int(unet.get("projection_class_embeddings_input_dim") or 0)

@@ -1,4 +1,4 @@
-"""Checkpoints from the Hugging Face hub: a complete cached snapshot is used as it is, anything else is downloaded.
+"""Checkpoints from the Hugging Face hub: a complete cached snapshot is used unchanged, anything else is downloaded.
 
 Only the files that an export reads are downloaded: no other variants, no safety checker, no single-file copies.
 """
@@ -31,7 +31,7 @@ def find_snapshot(model: str) -> Path:
         if not missing:
             return folder
     except (OSError, ValueError):
-        pass  # not cached, or not a hub id: the hub's own error says it better
+        pass  # not cached, or not a hub id; the hub's own error is more specific
     try:
         names = [file.rfilename for file in huggingface_hub.HfApi().model_info(model).siblings or []]
         return Path(huggingface_hub.snapshot_download(model, allow_patterns=required_files(names)))
@@ -41,7 +41,7 @@ def find_snapshot(model: str) -> Path:
 
 
 def required_files(names: Iterable[str]) -> list[str]:
-    """The files of a hub repository that an export reads, or that tell why it cannot be exported."""
+    """The files of a hub repository that an export needs, or that show why it cannot be exported."""
     names = list(names)
     paths = [name for name in names if "/" not in name and name.endswith(".json")]
     for module in _modules():
@@ -56,8 +56,8 @@ def required_files(names: Iterable[str]) -> list[str]:
 def first_missing_file(folder: Path) -> str:
     """The first file that an export needs and the snapshot lacks; empty if it is complete.
 
-    Checks the modules, tokenizers and scheduler that the index lists and any family has. Of an unsupported pipeline
-    only the index is needed.
+    Checks the modules, tokenizers and scheduler that the index lists and any family has. An unsupported pipeline needs
+    only the index.
     """
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))

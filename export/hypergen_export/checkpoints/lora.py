@@ -1,6 +1,6 @@
 """LoRA files: the option `--lora`, and the weights named in a file's header. Reads no tensors and imports no torch.
 
-Trainers name weights differently: diffusers and peft by the module's subfolder, peft alone (which does not know the
+Trainers name weights differently: diffusers and peft by the module's subfolder, peft alone (without knowledge of the
 pipeline) by its own prefix, kohya by a prefix per module. Merging is done in `conversion.merging`.
 """
 
@@ -98,7 +98,7 @@ class Lora:
 
     @property
     def modules(self) -> frozenset[str]:
-        """The modules (subfolders of the checkpoint) that it changes. Raises BadLoraError."""
+        """The modules (subfolders of the checkpoint) that the LoRA changes. Raises BadLoraError."""
         return frozenset(self._layers)
 
     def layers(self, module: str) -> Mapping[str, Mapping[str, str]]:

@@ -41,7 +41,7 @@ _TRAINING = (
 )
 # Entries also kept for a class that rejects the rest of the checkpoint's configuration.
 _TIMESTEPS = ("timestep_spacing", "steps_offset")
-# What diffusers' pipelines use of a scheduler.
+# Attributes of a scheduler that diffusers' pipelines use.
 _NEEDED = ("order", "init_noise_sigma", "set_timesteps", "scale_model_input", "step")
 _TRIAL_SIDE = 8
 
@@ -72,7 +72,7 @@ SELECTABLE: Mapping[str, SchedulerSpec] = {
 
 @dataclass(frozen=True)
 class SchedulerTable:
-    """Name -> configuration with its `_class_name`. `inpainting` holds those that differ when inpainting."""
+    """Name -> configuration with its `_class_name`. `inpainting` holds configurations that differ for inpainting."""
 
     schedulers: Mapping[str, Config]
     inpainting: Mapping[str, Config]
@@ -106,9 +106,9 @@ def scheduler_table(config: Config, overrides: ConfigOverrides, *, steps: int, c
 
     Args:
         config: the checkpoint's scheduler config, with its class name.
-        overrides: what its pipeline changes in that.
+        overrides: what the pipeline changes in the config.
         steps: the default number of steps.
-        channels: of the latents.
+        channels: the number of latent channels.
 
     Raises:
         ValueError: the checkpoint's own scheduler cannot.

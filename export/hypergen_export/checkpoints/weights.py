@@ -1,6 +1,6 @@
-"""Weight files without torch: which of a module's files to load, and what their headers say.
+"""Weight files: selection of the files to load, and their headers. Does not import torch.
 
-Files are selected by name alone, so that it can be done before anything is downloaded.
+Files are selected by name alone, so that they can be selected before they are downloaded.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Convert components one after the other: load, trace, write ONNX, compare with torch.
 
-Imports torch, diffusers and transformers, so import it only when something is converted.
+Importing this module imports torch, diffusers and transformers, so it is imported only to convert something.
 """
 
 from __future__ import annotations

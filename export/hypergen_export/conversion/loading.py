@@ -24,7 +24,7 @@ def load_module(checkpoint: Checkpoint, component: Component) -> torch.nn.Module
             variant=weights.variant or None,
             use_safetensors=weights.format == "safetensors",
             local_files_only=True,
-            # Not the config's dtype, which would round weights that are more precise.
+            # Instead of the config's dtype, which would round more precise weights.
             torch_dtype=torch.float32,
             output_loading_info=True,
         )

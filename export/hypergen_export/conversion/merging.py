@@ -1,6 +1,6 @@
 """Merge a LoRA into a module's weights: W + scale · alpha / rank · up · down, layer by layer.
 
-Not done with diffusers' loader, which scales all layers of a file by the alpha and rank of the first.
+diffusers' loader is not used, as it scales all layers of a file by the alpha and rank of the first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hypergen_export.errors import BadLoraError
 
 Tensors = Mapping[str, torch.Tensor]
 
-# Alternative names of a layer's last part: those of diffusers' former attention processors.
+# Alternative names of a layer's last part, from diffusers' former attention processors.
 _PROJECTIONS = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out", "to_out_0": "to_out"}
 # Names in the UNet's original implementation, which kohya uses for XL.
 _ORIGINAL_PARTS = {
@@ -50,11 +50,11 @@ class _Change:
         """Add the change to the layer's weights.
 
         Raises:
-            RuntimeError, AttributeError: it is made for a layer of another shape, or for one with a bias.
+            RuntimeError, AttributeError: the LoRA was made for a layer of another shape, or for one with a bias.
         """
         weight = layer.get_parameter("weight")
         merged = weight + self.factor * self._product(weight.shape)
-        if "magnitude" in self.parts:  # DoRA: the norm of each output's weights is learnt separately
+        if "magnitude" in self.parts:  # DoRA: the norm of each output's weights is trained separately
             norm = torch.linalg.vector_norm(merged.flatten(1), dim=1)
             ratio = self.parts["magnitude"].reshape(norm.shape) / norm
             merged = merged * ratio.reshape(-1, *[1] * (weight.dim() - 1))
@@ -188,7 +188,7 @@ def _original_blocks(unet: Any) -> Iterator[tuple[str, str]]:
             yield f"up_blocks_{number}_resnets_{layer}", f"output_blocks_{place}_0"
             yield f"up_blocks_{number}_attentions_{layer}", f"output_blocks_{place}_1"
             place += 1
-        if block.upsamplers:  # at the place of the last layer, after it
+        if block.upsamplers:  # has the index of the last layer, which it follows
             behind = 2 if getattr(block, "attentions", None) else 1
             yield f"up_blocks_{number}_upsamplers_0", f"output_blocks_{place - 1}_{behind}"
 

@@ -27,7 +27,7 @@ Engine = Callable[[list[Array]], list[Array]]
 _ROUNDING = {"float16": 0.01, "bfloat16": 0.05}
 _LEVELS = 255  # of an image
 
-# Other batches and sizes than those of the trace, even and odd, wide and tall.
+# Batches and sizes that differ from the trace's: even and odd, wide and tall.
 _SHAPES = ({"batch": 1, "height": 8, "width": 12}, {"batch": 4, "height": 11, "width": 9})
 
 
@@ -85,7 +85,7 @@ def _openvino_float32(component: Component, path: Path) -> Engine:
 def _outputs(
     component: Component, wrapped: torch.nn.Module, engine: Engine, inputs: tuple[torch.Tensor, ...]
 ) -> Iterator[tuple[Array, Array]]:
-    """Each output by torch and by the engine."""
+    """Each output as computed by torch and by the engine."""
     with torch.no_grad():
         expected = wrapped(**as_kwargs(component, inputs))
     expected = expected if isinstance(expected, tuple) else (expected,)

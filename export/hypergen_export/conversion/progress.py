@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
-# So that a stage of several minutes shows progress in a log.
+# Seconds between log lines of a stage, so that a stage of several minutes shows progress.
 _SECONDS_BETWEEN_LINES = 30.0
 
 

@@ -66,5 +66,5 @@ def _load(folder: Path) -> Any:
 
     try:
         return CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exception
+    except Exception as error:  # tokenizers raises a plain Exception
         raise BrokenCheckpointError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)})") from error

@@ -73,7 +73,7 @@ class _Embeddings:
 
 
 class _TimeProjection(nn.Module):
-    """Returns a given embedding; replaces diffusers' `Timesteps`."""
+    """Replaces diffusers' `Timesteps`; returns the given embedding."""
 
     def __init__(self, embeddings: _Embeddings, name: str) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class ShallowUNet(UNet):
 
 
 class _CachedMidBlock(nn.Module):
-    """Returns the given deep features; replaces a UNet's mid block."""
+    """Replaces a UNet's mid block; returns the given deep features."""
 
     has_cross_attention = False
 

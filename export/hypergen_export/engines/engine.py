@@ -1,4 +1,4 @@
-"""The engines as data, and the checks of the options that depend on them. Imports nothing heavy."""
+"""The engines as data, and the checks of the options that depend on them. Has no heavy imports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypergen_export.errors import BadOptionError
 # Width and height in pixels.
 Size = tuple[int, int]
 
-# Each size is a profile, which adds to the build time and to the GPU memory.
+# Each size is a profile, which adds build time and GPU memory.
 MAX_SIZES = 16
 
 

@@ -5,7 +5,7 @@ One profile per image size, with a fixed height and width and a free batch. Not 
 - Triton's backend selects the profile nearest to a request, but compares axes shifted by one; here exactly one profile
   admits a request, so its choice does not matter;
 - a CUDA graph has one shape, so the sizes must be known anyway.
-Other sizes cannot be generated: the sampler's parameter `sizes` lists those that are built.
+Other sizes cannot be generated: the sampler's parameter `sizes` lists the sizes that are built.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Shapes:
 
 
 def largest_batch(component: Component, rows: int) -> int:
-    """Most samples in one call: `rows`, but 1 if a sample is an image.
+    """The maximum number of samples in one call: `rows`, but 1 if a sample is an image.
 
     One image fills the GPU, and the VAE would reserve gigabytes for each further one at load time.
     """

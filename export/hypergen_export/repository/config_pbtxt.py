@@ -53,7 +53,7 @@ def read_config(text: str) -> Any:
 def _configure_openvino(config: Any, component: Component, options: EngineOptions) -> None:
     """Parameters are named as in Triton's native OpenVINO backend.
 
-    One stream, for latency: the sampler makes one call at a time, and that call gets all cores. Calls of the denoiser
+    One stream, for latency: the sampler makes one call at a time, which gets all cores. Calls of the denoiser
     are batched by the sampler already, so a dynamic batcher would only add a thread in between.
     """
     if not component.is_denoiser:
@@ -68,7 +68,8 @@ def _configure_openvino(config: Any, component: Component, options: EngineOption
 def _add_warm_up(config: Any, component: Component, options: EngineOptions) -> None:
     """Run a call for one image of the default size before the model is ready, so that no request waits for it.
 
-    Not for components that take an image: not every request calls them, and their memory would stay allocated.
+    Components that take an image have no warm-up: not every request calls them, and their memory would stay
+    allocated.
     """
     batch = typical_batch(component, options.shapes.rows)
     warm_up = config.model_warmup.add(name="default_size", batch_size=batch)
@@ -80,7 +81,7 @@ def _add_warm_up(config: Any, component: Component, options: EngineOptions) -> N
 
 
 def _configure_tensorrt(config: Any, component: Component, options: EngineOptions) -> None:
-    """All profiles in one instance per GPU; unless they are named, Triton uses the first only."""
+    """Use all profiles in one instance per GPU; unless they are named, Triton uses only the first."""
     config.dynamic_batching.SetInParent()
     config.max_batch_size = largest_batch(component, options.shapes.rows)
     names = [str(index) for index, _ in enumerate(profiles(component, options.shapes))]
@@ -93,7 +94,7 @@ def _configure_tensorrt(config: Any, component: Component, options: EngineOption
 
 
 def _add_graph(cuda: Any, graph: Graph) -> None:
-    """Triton tries to record each graph in every profile and logs an error at start for those that do not fit."""
+    """Add a graph. Triton tries to record it in every profile and logs an error at start for each misfit."""
     cuda.graphs = True
     spec = cuda.graph_spec.add(batch_size=graph.batch)
     for name, shape in graph.inputs.items():

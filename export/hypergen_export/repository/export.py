@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from hypergen_export.conversion.convert import Job
 
 _PACKAGE = Path(__file__).parents[1]
-# In a wheel the sampler is inside the package, in a source checkout in model_repository.
+# The sampler is inside the package in a wheel, and in model_repository in a source checkout.
 _SAMPLER_FOLDERS = (_PACKAGE / "bundled" / "diffusion", _PACKAGE.parents[1] / "model_repository" / "diffusion")
 _SAMPLER = "diffusion"
 _SCHEDULERS = "schedulers.json"
@@ -92,7 +92,7 @@ class ExportRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportResult:
-    """The components that were converted and those that were reused; both are empty if all was up to date."""
+    """The converted and the reused components; both are empty if everything was up to date."""
 
     converted: tuple[str, ...] = ()
     reused: tuple[str, ...] = ()
@@ -157,7 +157,7 @@ def _check_loras(request: ExportRequest, checkpoint: Checkpoint) -> None:
 
 @dataclass(frozen=True)
 class ExportTask:
-    """What an export has to do: its components, their cache keys, and which of them previous exports have.
+    """The work of an export: its components, their cache keys, and which of them previous exports contain.
 
     `previous` is the export at the output folder; its record is empty if there is none. `sizes` are the image sizes to
     build, empty for an engine that takes any; `target` is what TensorRT builds for, None for OpenVINO.
@@ -171,7 +171,7 @@ class ExportTask:
 
     @cached_property
     def components(self) -> tuple[Component, ...]:
-        """The checkpoint's components, then for each LoRA the variants of those that it changes."""
+        """The checkpoint's components, then for each LoRA the variants of the components that it changes."""
         variants = (variant for lora in self.request.loras for variant in self.variants(lora).values())
         return (*self.own, *variants)
 
@@ -183,12 +183,12 @@ class ExportTask:
 
     @cached_property
     def hashes(self) -> ContentHashes:
-        """Content hashes, starting with those that exports beside this one have stored."""
+        """Content hashes, starting with the ones stored by exports beside this one."""
         exports = (*sibling_exports(self.previous.folder), self.previous)
         return ContentHashes({stamp: known for each in exports for stamp, known in each.hashes.items()})
 
     def variants(self, lora: Lora) -> dict[str, Component]:
-        """Component -> its variant with the LoRA merged, for those that the LoRA changes."""
+        """Component -> its variant with the LoRA merged, for each component that the LoRA changes."""
         return {each.name: each.with_lora(lora) for each in self.own if each.module in lora.modules}
 
     @property
@@ -225,8 +225,8 @@ class ExportTask:
     def sources(self) -> dict[str, PreviousExport]:
         """Component -> an export with the same model file, if there is one.
 
-        Exports of the same checkpoint with other LoRAs or options are siblings of the output folder. Components that
-        they share are converted once. Files are linked or copied, since another export may be in use.
+        Exports of the same checkpoint with other LoRAs or options are siblings of the output folder. Shared components
+        are converted only once. Files are linked or copied, since another export may be in use.
         """
         sources: dict[str, PreviousExport] = {}
         for export in (*sibling_exports(self.previous.folder), self.previous):
@@ -235,17 +235,17 @@ class ExportTask:
 
     @property
     def reused(self) -> list[Component]:
-        """Components that a previous export has."""
+        """Components that a previous export contains."""
         return [component for component in self.components if component.name in self.sources]
 
     @property
     def outdated(self) -> list[Component]:
-        """Components to convert; those with a LoRA first, since a LoRA that does not fit shows only when merged."""
+        """Components to convert. LoRA variants are first, since a LoRA that does not fit fails only when merged."""
         missing = (component for component in self.components if component.name not in self.sources)
         return sorted(missing, key=lambda component: component.lora is None)
 
     def recorded(self, component: Component) -> Mapping[str, Any]:
-        """What the export that a reused component comes from says of it."""
+        """A reused component's entry in the record of the export that it comes from."""
         return self.sources[component.name].component(component.name)
 
     def has_tokenizer(self, name: str) -> bool:

@@ -22,7 +22,7 @@ from hypergen_export.errors import NoSpaceError, OutputRefusedError
 
 RECORD = "hypergen.json"
 FORMAT = "hypergen triton repository"
-# For configurations, tokenizers and the sampler, and for the file system's metadata.
+# Reserve for configurations, tokenizers and the sampler, and for the file system's metadata.
 _SPARE_BYTES = 32 * 2**20
 
 

@@ -1,5 +1,5 @@
-"""Conformance tests of OpenAI's Images API, for any server, over HTTP alone.
+"""OpenAI's Images API as rules, checked against any server over HTTP.
 
-Shares no code with the gateway: every server is tested as a client sees it. Rules for what HyperGen adds to the API
-are marked as extensions.
+Shares no code with the gateway, so every server is tested as a client sees it. Rules about HyperGen's additions to the
+API are marked as extensions.
 """

@@ -1,4 +1,4 @@
-"""Rules about the API key. They need one."""
+"""Rules about API key authentication. They can be tested only with a key."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def _show(finding: Finding, *, is_first: bool) -> None:
 def _read_fields(text: str) -> dict[str, Any]:
     try:
         fields = json.loads(text)
-        json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()  # must also be encodable, as it will be sent
+        json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()  # it must be possible to send it
     except ValueError as error:
         raise click.UsageError(f"--extra-body is not JSON: {error}.") from error
     if not isinstance(fields, dict):

@@ -1,4 +1,4 @@
-"""Rules about POST /v1/images/edits and /v1/images/variations: forms as OpenAI's clients send them."""
+"""Rules about POST /v1/images/edits and /v1/images/variations, with forms as OpenAI's clients send them."""
 
 from __future__ import annotations
 
@@ -166,14 +166,14 @@ def _(server: Server) -> str:
 
 
 def _need_route(server: Server, path: str = EDITS) -> None:
-    """Whether there is such a route shows in its answer to nothing at all."""
+    """Raise NotOffered if there is no such route, judging by the response to an empty request."""
     response = server.send("POST", path)
     if response.status_code in (404, 405, 501):
         offered(response)
 
 
 def _image(server: Server) -> Image.Image:
-    """What the server itself drew: a picture of a size that suits it."""
+    """An image that the server generated, so its size is one that the server supports."""
     return pictures_of(server.picture)[0]
 
 
@@ -182,7 +182,7 @@ def _picture(server: Server) -> File:
 
 
 def _masked(server: Server) -> httpx.Response:
-    """An edit of the right half."""
+    """The response to an edit of the right half of an image."""
     image = _image(server)
     mask = Image.new("RGBA", image.size, (0, 0, 0, 255))
     mask.paste((0, 0, 0, 0), (image.width // 2, 0, image.width, image.height))

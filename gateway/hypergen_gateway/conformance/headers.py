@@ -1,4 +1,4 @@
-"""Rules about headers, and about what a full server says."""
+"""Rules about response headers, and about the response when the queue is full."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules about wrong requests: each is refused at once, in OpenAI's shape, with what is wrong and where."""
+"""Rules about invalid requests: each is rejected at once with an error in OpenAI's shape that names the problem."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hypergen_gateway.conformance.shapes import described, error_of, pictures_of
 
 AREA = Area("errors")
 FIELDS = Area("wrong fields")
-# Last of all: not every server is well afterwards.
+# Runs last, as some servers do not recover from it.
 ABUSE = Area("abuse")
 
 _MEGABYTE = 1 << 20
 _JSON = {"Content-Type": "application/json"}
-# What gives a server away: where its code lies, what it is written in.
+# Parts of tracebacks and paths, which an error message must not reveal.
 _INSIDES = ("Traceback (most recent call last)", 'File "/', "site-packages", "/usr/lib/")
 
 _WRONG: dict[str, list[Any]] = {
@@ -91,7 +91,7 @@ def _(server: Server) -> str:
     bodies = [b"", b"[]", b'{"prompt": 7}', b'{"prompt": "a", "size": "' + b"9" * 5000 + b'"}', b"\x00"]
     answers = [server.send("POST", GENERATIONS, content=body, headers=_JSON) for body in bodies]
     for response in answers:
-        text = response.text.replace('\\"', '"')  # as it is before JSON escapes it
+        text = response.text.replace('\\"', '"')  # undo JSON's escaping
         shown = [word for word in _INSIDES if word in text]
         need(not shown and response.status_code < 500, told(response))
     return f"{len(answers)} looked at"

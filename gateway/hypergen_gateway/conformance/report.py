@@ -15,7 +15,7 @@ _WIDTH = max(len(result) for result in RESULTS)
 
 
 def line(finding: Finding) -> str:
-    """One finding for a terminal, with the observation below the rule."""
+    """A finding as text for a terminal, with the observation below the rule."""
     result = click.style(finding.result.ljust(_WIDTH), fg=_COLOURS[finding.result])
     return f"  {result}  {_text(finding)}\n{' ' * (_WIDTH + 4)}{click.style(finding.seen, dim=True)}"
 

@@ -58,7 +58,7 @@ class Area:
         self.rules: list[Rule] = []
 
     def rule(self, text: str, *, extension: bool = False) -> Callable[[Check], Check]:
-        """Makes a function the check of a rule."""
+        """Decorator that registers a function as the check of a rule."""
 
         def add(check: Check) -> Check:
             self.rules.append(Rule(self.name, text, check, extension))
@@ -68,13 +68,13 @@ class Area:
 
 
 def need(condition: object, seen: str) -> None:
-    """Fails a rule with what was seen, unless the condition holds."""
+    """Raise `Failed` with the observation `seen` unless `condition` is true."""
     if not condition:
         raise Failed(seen)
 
 
 def findings(rules: Sequence[Rule], server: Server) -> Iterator[Finding]:
-    """Tries the rules one after the other. A check that breaks on what it was sent has found a fault too."""
+    """Test the rules in order. A check that cannot parse a response, or gets none, fails its rule."""
     for rule in rules:
         result, seen = _try(rule.check, server)
         yield Finding(rule, result, _short(seen))
@@ -93,7 +93,7 @@ def _try(check: Check, server: Server) -> tuple[Result, str]:
         return "fail", f"no answer within {server.options.timeout:g} s"
     except httpx.TransportError as error:
         return "fail", f"the connection broke: {type(error).__name__} {error}".strip()
-    except (ValueError, LookupError, TypeError, AttributeError) as error:  # of a shape that nobody expects
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # an unexpected structure
         return "fail", f"the answer cannot be read: {type(error).__name__}: {error}"
 
 

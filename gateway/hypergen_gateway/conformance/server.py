@@ -1,4 +1,4 @@
-"""The server under test, as a client sees it. Knows paths, headers and how to ask; judges nothing."""
+"""HTTP client for the server under test: paths, headers and request bodies. Does not check responses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VARIATIONS = "/images/variations"
 MODELS = "/models"
 
 PROMPT = "a rocket on a yellow background"
-# What a body field may hold, or a file as httpx wants it: name, content, type.
+# The fields of a body, and a file as httpx takes it: name, content, type.
 Fields = Mapping[str, Any]
 File = tuple[str, bytes, str]
 Files = Sequence[tuple[str, File]]
@@ -23,12 +23,12 @@ Files = Sequence[tuple[str, File]]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to ask."""
+    """Options of the client."""
 
     api_key: str | None = None
-    timeout: float = 600.0  # seconds for one answer
-    extra_body: Fields = field(default_factory=dict)  # goes into every request for pictures
-    burst: int = 0  # requests at once to fill the queue with; 0: the queue is left alone
+    timeout: float = 600.0  # seconds for one response
+    extra_body: Fields = field(default_factory=dict)  # added to every request for images
+    burst: int = 0  # concurrent requests to fill the queue with; 0 leaves the queue alone
 
 
 class Server:
@@ -39,37 +39,37 @@ class Server:
         self.url = base if base.endswith("/v1") else f"{base}/v1"
         self.root = self.url.removesuffix("/v1")
         self.options = options
-        # A connection for each request: what is done to one must not be the next one's fault.
+        # One connection per request, so that an invalid request cannot affect the next one.
         limits = httpx.Limits(max_keepalive_connections=0)
         self._http = httpx.Client(timeout=options.timeout, transport=transport, limits=limits)
 
     def close(self) -> None:
-        """Gives back connections."""
+        """Close the connections."""
         self._http.close()
 
     def send(self, method: str, path: str, *, authorised: bool = True, **content: Any) -> httpx.Response:
-        """The answer to a request; a path that is a URL is asked as it is."""
+        """Send a request. `path` is relative to the API unless it is a URL."""
         headers = {**(self._key() if authorised else {}), **content.pop("headers", {})}
         url = path if "://" in path else f"{self.url}{path}"
         return self._http.request(method, url, headers=headers, **content)
 
     def generate(self, **fields: Any) -> httpx.Response:
-        """The answer to a request for pictures of `PROMPT`, unless another is given; None leaves a field out."""
+        """Request images, of `PROMPT` by default; None leaves a field out."""
         return self.send("POST", GENERATIONS, json=self.body(fields))
 
     def edit(self, files: Files, path: str = EDITS, **fields: Any) -> httpx.Response:
-        """The answer to a form with files, as OpenAI's clients send one."""
+        """Send a form with files, as OpenAI's clients do."""
         body = self.body({"prompt": None} | fields if path == VARIATIONS else fields)
         return self.send("POST", path, data={name: as_text(value) for name, value in body.items()}, files=files)
 
     def body(self, fields: Fields) -> dict[str, Any]:
-        """A request's fields: the model that is listed, what every request is to hold, and these."""
+        """Model, prompt, `extra_body` and `fields` of a request; later ones take precedence, None removes a field."""
         everything = {"model": self.model_id, "prompt": PROMPT, **self.options.extra_body, **fields}
         return {name: value for name, value in everything.items() if value is not None}
 
     @functools.cached_property
     def model_id(self) -> str | None:
-        """The first model of the list; None where there is none."""
+        """The id of the first listed model; None if there is none."""
         try:
             models = self.send("GET", MODELS).json()["data"]
             return str(models[0]["id"])
@@ -78,12 +78,12 @@ class Server:
 
     @functools.cached_property
     def picture(self) -> httpx.Response:
-        """The answer to a prompt alone: several rules look at it."""
+        """The response to a prompt without other fields; shared by several rules."""
         return self.generate()
 
     @functools.cached_property
     def stream(self) -> httpx.Response:
-        """A stream with two previews, whole."""
+        """The complete response to a streaming request with two previews."""
         return self.generate(stream=True, partial_images=2)
 
     def _key(self) -> dict[str, str]:
@@ -91,5 +91,5 @@ class Server:
 
 
 def as_text(value: object) -> str:
-    """A value as OpenAI's clients write it into a form."""
+    """A value as OpenAI's clients encode it in a form."""
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,4 +1,4 @@
-"""What answers look like: errors, pictures and events in OpenAI's shape. Fails a rule where they do not."""
+"""Parsing of responses: errors, images and events in OpenAI's shape. Raises `Failed` if they have another."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from PIL import Image, UnidentifiedImageError
 
 from hypergen_gateway.conformance.rules import Failed, NotOffered, need
 
-# What a server without a route or a feature answers.
+# Status codes of a server that lacks a route or a feature.
 _ABSENT = (404, 405, 501)
 
 
 @dataclass(frozen=True)
 class Event:
-    """A server-sent event, its lines as they came and its data."""
+    """A server-sent event: its raw lines and its parsed data."""
 
     lines: tuple[str, ...]
     data: Any
 
     @property
     def type(self) -> str:
-        """As the data says it."""
+        """The event type stated in the data."""
         return str(self.data.get("type"))
 
 
 def told(response: httpx.Response) -> str:
-    """An answer in a few words."""
+    """Status code and beginning of a response, for an observation."""
     return f"{response.status_code} {response.text[:120]}".strip()
 
 
 def json_of(response: httpx.Response) -> Any:
-    """The body of a JSON answer."""
+    """The body of a JSON response."""
     kind = response.headers.get("content-type", "no content type")
     need(kind.startswith("application/json"), f"{response.status_code} as {kind}")
     return response.json()
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:
-    """The error in an answer: an object with message, type, param and code."""
+    """The error in a response: an object with message, type, param and code."""
     body = json_of(response)
     error = body.get("error") if isinstance(body, dict) else None
     if not isinstance(error, dict):
@@ -57,7 +57,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
 
 
 def refusal(response: httpx.Response, *statuses: int, param: str | None = None) -> str:
-    """What was said with an error of one of these statuses; where `param` is given, the error must name it."""
+    """Status and message of an error response. Its status must be one of `statuses`; `param`, if given, must match."""
     need(response.status_code in statuses, f"{told(response)}")
     error = error_of(response)
     if param is not None:
@@ -66,7 +66,7 @@ def refusal(response: httpx.Response, *statuses: int, param: str | None = None) 
 
 
 def offered(response: httpx.Response, field: str | None = None) -> httpx.Response:
-    """The answer, unless it says that there is no such route, or that this value of a field is not served."""
+    """The response if it is a 200. Raises NotOffered if the route or this value of `field` is not supported."""
     if response.status_code == 200:
         return response
     is_refusal = response.status_code == 400 and field is not None and error_of(response)["param"] == field
@@ -76,7 +76,7 @@ def offered(response: httpx.Response, field: str | None = None) -> httpx.Respons
 
 
 def pictures_of(response: httpx.Response) -> list[Image.Image]:
-    """The pictures of an answer, decoded."""
+    """The decoded images of a response."""
     need(response.status_code == 200, told(response))
     items = json_of(response)["data"]
     need(all(isinstance(item.get("b64_json"), str) for item in items), f"no b64_json: {told(response)}")
@@ -84,12 +84,12 @@ def pictures_of(response: httpx.Response) -> list[Image.Image]:
 
 
 def picture_in(text: str) -> Image.Image:
-    """The picture in base64."""
+    """Decode an image from base64."""
     return open_picture(base64.b64decode(text, validate=True))
 
 
 def open_picture(content: bytes) -> Image.Image:
-    """The picture in a file, all of it read."""
+    """Decode an image file completely."""
     try:
         picture = Image.open(io.BytesIO(content))
         picture.load()
@@ -99,12 +99,12 @@ def open_picture(content: bytes) -> Image.Image:
 
 
 def described(pictures: Sequence[Image.Image]) -> str:
-    """Pictures in a few words."""
+    """Formats and sizes of images, for an observation."""
     return ", ".join(f"{picture.format} {picture.width}x{picture.height}" for picture in pictures)
 
 
 def events_of(response: httpx.Response) -> list[Event]:
-    """The events of a stream, each with JSON as its data; comments are no events."""
+    """The events of a stream, whose data must be JSON; comments are skipped."""
     need(response.status_code == 200, told(response))
     kind = response.headers.get("content-type", "no content type")
     need(kind.startswith("text/event-stream"), f"{kind}: {response.text[:80]}")

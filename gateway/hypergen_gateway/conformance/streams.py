@@ -1,4 +1,4 @@
-"""Rules about streams of events, among them what makes OpenAI's Python client fail."""
+"""Rules about event streams, including faults that make OpenAI's Python client fail."""
 
 from __future__ import annotations
 

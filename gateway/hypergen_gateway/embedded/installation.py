@@ -1,4 +1,4 @@
-"""Finds the Triton that is installed from the wheel `nvidia-pytriton`, and Python's shared library."""
+"""Locates the Triton from the wheel `nvidia-pytriton`, and Python's shared library."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ def _make_locked(place: Path) -> tuple[Path, int]:
     """Create a folder that only its owner can access, and lock it."""
     unlocked = Path(tempfile.mkdtemp(prefix=".hypergen-", dir=place))
     lock = os.open(unlocked, os.O_RDONLY)
-    # On a file system without locks, nobody can lock the folder and treat it as abandoned.
+    # On a file system without locks, no other process can lock the folder and treat it as abandoned.
     with contextlib.suppress(OSError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     # Renamed after locking, so that `remove_abandoned` sees only locked folders. Cleaners by age respect the lock, too.

@@ -1,8 +1,8 @@
-"""Detects a hanging Triton: one whose processes are alive but neither run nor are runnable.
+"""Detects a hanging Triton, whose processes are alive but neither running nor runnable.
 
 A slow Triton must not be mistaken for a hanging one: a step of a large model on a loaded machine takes many seconds. So
-there is no time limit for work. A process that computes uses the CPU or waits for it or for the disk, and even idle
-Triton processes wake up several times a second. Linux counts their CPU time in nanoseconds.
+there is no time limit for work. A working process uses the CPU, or waits for it or for the disk, and even idle Triton
+processes wake up several times a second. Linux counts their CPU time in nanoseconds.
 
 Checks are counted instead of seconds, so a suspended machine or a paused container causes no false alarm.
 """
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Protocol
 
 LOOK_SECONDS = 0.25
-# A process that does not run at all: stopped, frozen or deadlocked.
+# Checks until a process that uses no CPU time counts as hanging: it is stopped, frozen or deadlocked.
 STILL_LOOKS = 12
-# Requests are running but the processes use only the CPU time of idle ones.
+# The same if requests are running but the processes use no more CPU time than idle ones.
 STUCK_LOOKS = 40
 IDLE_SHARE = 0.02
 # Failed liveness probes; each has a timeout of PROBE_SECONDS.

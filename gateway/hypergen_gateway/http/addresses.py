@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from hypergen_gateway.http.body_timeout import set_tcp_user_timeout
 
 _WILDCARDS = frozenset({"0.0.0.0", "::"})
-# Address families that this machine lacks: a name such as localhost may have addresses of others.
+# Errors of address families that this machine lacks, in which a name such as localhost may have addresses.
 _UNSUPPORTED = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 _HOST_AND_PORT = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^\s/:,@\[\]]+):([0-9]{1,5})")
 # Name syntax of gRPC: https://github.com/grpc/grpc/blob/master/doc/naming.md

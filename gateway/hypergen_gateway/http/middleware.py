@@ -207,7 +207,7 @@ class RequestValidation:
 
 
 def check_head(scope: Scope) -> None:
-    """Reject oversized heads, and those with an ambiguous body length (request smuggling).
+    """Reject oversized heads, and heads with an ambiguous body length (request smuggling).
 
     A proxy that trusts Content-Length while this server trusts Transfer-Encoding would see another request in the body.
     """

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 # Key of the lifespan state for a callback that receives the status of each request rejected before the application.
 ON_REJECTED = "on_rejected"
 
-# Far more than generate images at once, as idle ones count.
+# Far more than the requests that generate images at once, as idle connections count, too.
 MAX_CONNECTIONS = 1000
 # Connections above the limit that get a 503; further ones are closed.
 MAX_REJECTIONS = 200
@@ -48,9 +48,9 @@ KEEP_ALIVE_SECONDS = 75.0
 HEAD_SECONDS = 10.0
 # Seconds to receive the rest of a body after its request was rejected.
 REST_SECONDS = 5.0
-# One per connection, and some for forms, gRPC and the models.
+# File descriptors: one per connection, and some for forms, gRPC and the models.
 OPEN_FILES = 8192
-# Connections accepted in one iteration of the event loop; each takes a file even if it is rejected.
+# Connections accepted in one iteration of the event loop; each takes a file descriptor even if it is rejected.
 _ACCEPTS_PER_ITERATION = 64
 _LISTEN_BACKLOG = 2048
 _NO_FILE = (errno.EMFILE, errno.ENFILE)
@@ -130,7 +130,7 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
         self._unparsed += len(data)
         try:
             self._feed(data)
-        except httptools.HttpParserError:  # not logged, as anybody can send any amount of malformed data
+        except httptools.HttpParserError:  # not logged, as clients could fill the log with malformed data
             self._reject(InvalidRequestError("Invalid HTTP request received."))
         if self._unparsed > MAX_HEAD_BYTES and not self._ignores_input:
             self._reject(HeadTooLargeError())

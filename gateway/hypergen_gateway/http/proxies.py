@@ -1,6 +1,6 @@
 """`X-Forwarded-…` headers of trusted proxies.
 
-Trusted are the addresses in `FORWARDED_ALLOW_IPS`, as in uvicorn; by default those of this machine.
+Proxies are trusted by address, as set in `FORWARDED_ALLOW_IPS` (as in uvicorn); the default is this machine.
 """
 
 from __future__ import annotations

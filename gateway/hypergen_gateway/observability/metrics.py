@@ -69,11 +69,11 @@ class Metrics:
         self._joined.labels(reason).inc()
 
     def rejected(self, error: HyperGenError) -> None:
-        """A request was not let in."""
+        """A request was rejected by admission control."""
         self._refused.labels("deadline" if isinstance(error, DeadlineTooShortError) else "queue_full").inc()
 
     def image_ready(self, encoded: EncodedImage, seconds: float, *, is_first: bool) -> None:
-        """A preview or a picture is there, `seconds` after its request."""
+        """A preview or an image is ready, `seconds` after its request was received."""
         image = encoded.image
         kind = "image" if image.is_final else "preview"
         self._images.labels(kind).inc()
@@ -86,12 +86,12 @@ class Metrics:
                 self._phases.labels(phase).observe(milliseconds / 1000)
 
     def completed(self, slot: Slot, seconds: float) -> None:
-        """All pictures of a request are drawn, `seconds` after it came."""
+        """All images of a request are generated, `seconds` after it was received."""
         if slot.estimate:
             self._ratio.observe(seconds / slot.estimate)
 
     def cancelled(self, steps: float) -> None:
-        """A request was given up before `steps` of its images' steps."""
+        """A request was cancelled, with `steps` denoising steps of its images remaining."""
         self._saved.inc(steps)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:

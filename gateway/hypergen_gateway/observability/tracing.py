@@ -86,7 +86,7 @@ class Tracing:
             span.set_status(StatusCode.ERROR)
 
     def image_ready(self, encoded: EncodedImage, seconds: float, *, is_first: bool) -> None:  # noqa: ARG002
-        """A picture is there: its way is told from behind, as its times are known only now."""
+        """An image is ready. Its spans are created retroactively, as the durations are known only now."""
         image = encoded.image
         if not image.is_final:
             return
@@ -107,14 +107,14 @@ class Tracing:
         span.end(ended)
 
     def rejected(self, error: HyperGenError) -> None:
-        """A request was not let in."""
+        """A request was rejected by admission control."""
         trace.get_current_span().add_event("refused", {"reason": error.code or ""})
 
     def completed(self, slot: Slot, seconds: float) -> None:
-        """All pictures of a request are drawn."""
+        """All images of a request are generated."""
 
     def cancelled(self, steps: float) -> None:
-        """A request was given up."""
+        """A request was cancelled."""
         trace.get_current_span().add_event("abandoned", {"hypergen.saved_steps": steps})
 
 

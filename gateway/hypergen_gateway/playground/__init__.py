@@ -1,4 +1,4 @@
-"""The playground, a page at `/`: static files of the package, and headers that restrict it to its own origin."""
+"""The page at `/`: static files of the package, served with headers that isolate it from other sites."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.staticfiles import StaticFiles
 
-# The page comes without a key: it asks for one.
+# Served without an API key; the page asks the user for it.
 PAGE_PATH = "/"
 FILES_PREFIX = "/web/"
 
 FOLDER = Path(__file__).parent / "web"
 HEADERS = {
-    # Nothing from elsewhere, nothing inline, no markup made from text; pictures are blobs that the page made itself.
+    # No content from other origins, no inline scripts or styles, no HTML from strings; images are blobs of the page.
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
@@ -23,13 +23,13 @@ HEADERS = {
     "Cross-Origin-Embedder-Policy": "require-corp",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
-    # Asked again each time, and answered with 304 until an update: all files of a page are of one version.
+    # Revalidated on each load (304 until an update), so that all files of a page are of one version.
     "Cache-Control": "no-cache",
 }
 
 
 def routes() -> list[BaseRoute]:
-    """The page and its files."""
+    """Routes of the page and its files."""
     files = StaticFiles(directory=FOLDER)
 
     async def page(request: Request) -> Response:

@@ -1,8 +1,8 @@
-"""The Triton model `diffusion`: prompt in, images out, through BLS calls to the component models.
+"""The Triton model `diffusion`: generates images from a prompt through BLS calls to the component models.
 
-Contains the order of a request's steps; validation is in `request`, tensors in `triton_io`, the mathematics in
-`sampling`, the batching in `stepping`. Every request ends its stream exactly once, whatever happens: a decoupled client
-would wait forever otherwise.
+This module defines the order of a request's phases; validation is in `request`, tensors in `triton_io`, the mathematics
+in `sampling`, the batching in `stepping`. Every request ends its stream exactly once, even after an error, as clients
+of a decoupled model would otherwise wait forever.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from hypergen_sampler.text_cache import TextCache
 from hypergen_sampler.triton_io import ImageOutput, error_response, read_inputs, response_of
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-# Every BLS call in flight, except the denoiser's, holds a thread of asyncio's default executor, whose own size is but
-# cores + 4.
+# Every BLS call in flight, except the denoiser's, occupies a thread of asyncio's default executor, which by default has
+# only cores + 4.
 BLS_THREADS = 64
 # About three hundred prompts of Stable Diffusion 1.5, or a hundred of SDXL.
 TEXT_CACHE_BYTES = 64 * 2**20
@@ -43,7 +43,7 @@ TEXT_CACHE_BYTES = 64 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class _PreparedRequest:
-    """What the images of one request share."""
+    """The state shared by the images of one request."""
 
     request: Request
     conditions: Conditioning
@@ -57,11 +57,11 @@ class _PreparedRequest:
 
 
 class TritonPythonModel:
-    """Loaded once by Triton's Python backend; `execute` runs as coroutines on one event loop."""
+    """The model, loaded once by Triton's Python backend; calls of `execute` are coroutines on one event loop."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Read the configuration and the files beside it. An error here keeps the model from becoming ready."""
-        # The denoiser needs the cores; more threads for a scheduler's step would only spin beside it.
+        # Leave the cores to the denoiser: more threads for a scheduler's step would only spin.
         torch.set_num_threads(1)
         folder = Path(args["model_repository"])
         self._limits = Limits.from_model_config(args["model_config"])
@@ -126,7 +126,7 @@ class TritonPythonModel:
         )
 
     async def _encode_texts(self, request: Request, ids: list[npt.NDArray[np.int32]]) -> dict[str, Array]:
-        """The encoded texts: hidden states [T, L, D] and, of some families, a pooled [T, P]."""
+        """The encoded texts: hidden states [T, L, D] and, for some families, pooled embeddings [T, P]."""
         made_of = self._architecture
         models = [request.variant.model(encoder) for encoder in made_of.text_encoders]
         calls = zip(models, ids, outputs_of(made_of), strict=True)
@@ -149,7 +149,7 @@ class TritonPythonModel:
                 task.cancel()
 
     async def _generate_image(self, job: _PreparedRequest, index: int, loop: StepLoop) -> ImageOutput:
-        """Generate one image, sending its previews meanwhile."""
+        """Generate one image, and send its previews as they become ready."""
         own = replace(job.request, seed=job.request.seed + index)
         masked = own.mask is not None
         scheduler = self._schedulers.make(own.scheduler, steps=own.num_inference_steps, masked=masked)
@@ -200,7 +200,7 @@ def _unchanged_image(job: _PreparedRequest, index: int) -> ImageOutput:
 
 
 def _with_copied_pixels(request: Request) -> Request:
-    """The request, its images copied from Triton's memory."""
+    """The request with its images copied from Triton's memory."""
     return replace(
         request,
         image=None if request.image is None else request.image.copy(),

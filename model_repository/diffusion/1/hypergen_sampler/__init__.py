@@ -1,1 +1,1 @@
-"""The sampling loop with step-level continuous batching; `model.py` beside it is its Triton face."""
+"""The sampling loop with step-level continuous batching; `model.py` beside it is the Triton model."""

@@ -1,4 +1,4 @@
-"""Calls to the component models through Triton's business logic scripting (BLS): arrays in, arrays out."""
+"""Calls to the component models through Triton's business logic scripting (BLS), with numpy arrays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypergen_sampler.conditioning import Array
 from hypergen_sampler.sampling import DenoiserInputs
 from hypergen_sampler.sinusoids import Sinusoid
 
-# Parts of Triton's messages; the error code reaches BLS only since 25.05.
+# Parts of Triton's error messages, as BLS has no error codes before 25.05.
 UNAVAILABLE = ("Server not ready", "is not healthy", "is not ready")
 
 
@@ -22,7 +22,7 @@ class ComponentError(RuntimeError):
 
 
 class ComponentUnavailableError(ComponentError):
-    """Triton is shutting down or has lost the component's process: the same request can succeed later."""
+    """Triton is shutting down or has lost the component's process; the request may succeed later."""
 
 
 class Components:
@@ -38,21 +38,21 @@ class Components:
     async def encode_text(
         self, encoder: str, input_ids: npt.NDArray[np.int32], outputs: Sequence[str]
     ) -> dict[str, Array]:
-        """[B, L] token ids to the named outputs of the model of a text encoder, such as hidden states [B, L, D]."""
+        """Encode [B, L] token ids; returns the text encoder's named outputs, such as hidden states [B, L, D]."""
         return await _call(encoder, {"input_ids": input_ids}, outputs)
 
     def denoise(self, rows: DenoiserInputs) -> dict[str, Array]:
-        """The outputs, each [R, C, h, w], that the rows of one batch request. Blocks the calling thread."""
+        """Run the denoiser on a batch; returns the requested outputs, each [R, C, h, w]. Blocks the calling thread."""
         inputs = {"sample": rows.sample, "time": self._time_embedding(rows.timestep), **rows.conditions}
         return _outputs(rows.model, _request(rows.model, inputs, rows.outputs).exec(), rows.outputs)
 
     async def encode(self, image: npt.NDArray[np.uint8]) -> tuple[Array, Array]:
-        """An image [H, W, 3] to mean and standard deviation [C, h, w] of its latents."""
+        """Encode an image [H, W, 3]; returns the mean and standard deviation [C, h, w] of its latents."""
         answer = await _call("vae_encoder", {"image": image[None]}, ["mean", "std"])
         return answer["mean"][0], answer["std"][0]
 
     async def decode(self, latents: Array) -> npt.NDArray[np.uint8]:
-        """Latents [C, h, w] to an image [H, W, 3]."""
+        """Decode latents [C, h, w] to an image [H, W, 3]."""
         answer = await _call("vae_decoder", {"latents": latents[None]}, ["image"])
         image: npt.NDArray[np.uint8] = answer["image"][0]
         return image

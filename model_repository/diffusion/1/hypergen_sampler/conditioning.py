@@ -1,7 +1,7 @@
 """The denoiser's inputs beside latents and timestep: the prompt's embeddings, the image's size, the guidance scale.
 
-Follows diffusers' pipelines. Inputs are made by name, those that the checkpoint's denoiser has. Every array has two
-rows under classifier-free guidance, the negative one first, else one.
+Follows diffusers' pipelines. Only the inputs that the checkpoint's denoiser has are computed. Every array has two rows
+with classifier-free guidance, the negative one first, else one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hypergen_sampler.request import Architecture, Request
 Array = npt.NDArray[np.float32]
 Conditioning = Mapping[str, Array]
 
-# The denoiser's outputs; the second is an input of the shallow one.
+# The denoiser's outputs; the second is an input of the shallow denoiser.
 MODEL_OUTPUT = "model_output"
 DEEP_FEATURES = "deep_features"
 HIDDEN_STATES = "encoder_hidden_states"
@@ -38,12 +38,12 @@ def outputs_of(architecture: Architecture) -> list[list[str]]:
 
 
 def merge(answers: list[dict[str, Array]]) -> dict[str, Array]:
-    """The text encoders' outputs as one: hidden states [T, L, D] concatenated, the rest from the last encoder."""
+    """Merge the text encoders' outputs: hidden states [T, L, D] are concatenated, others come from the last encoder."""
     return {**answers[-1], HIDDEN_STATES: np.concatenate([answer[HIDDEN_STATES] for answer in answers], axis=-1)}
 
 
 def conditioning_of(request: Request, texts: Mapping[str, Array], architecture: Architecture) -> Conditioning:
-    """The denoiser's inputs for this request, by name, from the encoded `texts_of` it."""
+    """The denoiser's inputs for this request, by name; `texts` are the encoded `texts_of(request)`."""
     if architecture.guides(request) and _uses_zeros(request, architecture):
         texts = {name: np.concatenate([np.zeros_like(array), array]) for name, array in texts.items()}
     rows = len(texts[HIDDEN_STATES])
@@ -58,13 +58,13 @@ def _uses_zeros(request: Request, architecture: Architecture) -> bool:
 
 
 def _size_embeds(request: Request, architecture: Architecture) -> Array:
-    """Original size, crop from the top left and target size, as StableDiffusionXLPipeline has them unasked."""
+    """Original size, crop offsets and target size, with the defaults of StableDiffusionXLPipeline."""
     size = (request.height, request.width)
     return architecture.size_embedding([*size, 0, 0, *size]).reshape(-1)
 
 
 def _guidance(request: Request, architecture: Architecture) -> Array:
-    """Sines and cosines of the scale: `get_guidance_scale_embedding` of diffusers, in its own float32 arithmetic."""
+    """The embedding of the guidance scale: diffusers' `get_guidance_scale_embedding`, in its own float32 arithmetic."""
     half = architecture.guidance_width // 2
     step = torch.log(torch.tensor(10000.0)) / (half - 1)
     frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -step)

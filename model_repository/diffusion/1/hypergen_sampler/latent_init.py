@@ -1,7 +1,7 @@
-"""The first latents: noise, or an encoded input image with noise added; and the part of it that a mask keeps.
+"""Initial latents, from noise or from an encoded input image with added noise, and the blending of masked edits.
 
-Follows diffusers' text-to-image, image-to-image and inpainting pipelines, down to the order in which they draw from an
-image's generator.
+Follows diffusers' text-to-image, image-to-image and inpainting pipelines, including the order in which they draw random
+numbers from an image's generator.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ class LatentInit:
     shape: tuple[int, int, int]
     original: ImagePosterior | None = None
     mask: Pixels | None = None
-    """[H, W] over the input image: repainted from 128 on."""
+    """[H, W], aligned with the input image; values from 128 are repainted."""
     respaces_timesteps: bool = False
-    """How a strength below 1 is met: True takes the request's number of steps through what the strength leaves of the
-    schedule, as the pipelines of latent consistency models do; False takes the last steps of that many."""
+    """How a strength below 1 is applied. True: take the request's number of steps over the remaining part of the
+    schedule, as the pipelines of latent consistency models do. False: take only the last steps of the full schedule."""
 
 
 @dataclass(frozen=True)
 class MaskBlend:
-    """The input image outside a mask: restored after every step, with the noise that the next one expects."""
+    """Restores the input image outside a mask after every step, with the noise that the next step expects."""
 
     latents: torch.Tensor
     noise: torch.Tensor
     mask: torch.Tensor
-    """[1, 1, h, w]: 1 is repainted."""
+    """[1, 1, h, w]; 1 is repainted."""
 
     def apply(self, latents: torch.Tensor, scheduler: Any, next_timestep: torch.Tensor | None) -> torch.Tensor:
         """`latents` with the kept part restored, free of noise if no timestep follows."""
@@ -59,7 +59,7 @@ class MaskBlend:
 class Start:
     """The first latents [1, C, h, w], the timesteps that follow, and the blend of a mask.
 
-    No timesteps: the strength leaves no step, and the input image is returned as it is.
+    Without timesteps the strength leaves no step, and the input image is returned unchanged.
     """
 
     latents: torch.Tensor
@@ -70,7 +70,7 @@ class Start:
 def initial_latents(request: Request, latent_init: LatentInit, scheduler: Any, generator: torch.Generator) -> Start:
     """Set the scheduler's timesteps, and draw the first latents.
 
-    The noise of diffusers: drawn on the CPU in float32, one generator per image.
+    As in diffusers, noise is drawn on the CPU in float32, with one generator per image.
 
     Raises:
         InvalidInputError: the scheduler rejects the steps or an input image, or the strength leaves too few steps.
@@ -106,7 +106,8 @@ def _inpainting(
     if not timesteps:
         return Start(latents, [])
     noise = torch.randn(latents.shape, generator=generator)
-    # For the masked image, an input of inpainting UNets alone (nine channels); diffusers draws it for any.
+    # Keeps the generator in step with diffusers, which also samples the latents of the masked image. Only inpainting
+    # UNets (nine channels) use those.
     torch.randn(latents.shape, generator=generator)
     kept = MaskBlend(latents, noise, _latent_mask(mask, latents.shape[2:]))
     if request.strength == 1.0:
@@ -121,7 +122,7 @@ def _sample_posterior(original: ImagePosterior, generator: torch.Generator) -> t
 
 
 def _latent_mask(mask: Pixels, size: torch.Size) -> torch.Tensor:
-    """[1, 1, h, w]: each latent pixel is repainted where the mask covers its top left corner."""
+    """[1, 1, h, w]; a latent pixel is repainted if the mask covers its top left corner."""
     covered = torch.from_numpy((mask >= 128).astype(np.float32))[None, None]
     return torch.nn.functional.interpolate(covered, size=size)
 
@@ -138,7 +139,7 @@ def _timesteps(scheduler: Any, num_inference_steps: int, **more: Any) -> list[to
 
 
 def _last_timesteps(scheduler: Any, request: Request) -> list[torch.Tensor]:
-    """As `get_timesteps` of diffusers' pipelines: of the request's steps, the share that the strength states."""
+    """As in `get_timesteps` of diffusers' pipelines: the last steps, a fraction of `strength` of them."""
     steps = request.num_inference_steps
     timesteps = _timesteps(scheduler, steps)
     taken = min(int(steps * request.strength), steps)
@@ -151,8 +152,8 @@ def _last_timesteps(scheduler: Any, request: Request) -> list[torch.Tensor]:
 
 
 def _respaced_timesteps(scheduler: Any, request: Request) -> list[torch.Tensor]:
-    """As LatentConsistencyModelImg2ImgPipeline: all of the request's steps, in what the strength leaves of them."""
-    _timesteps(scheduler, request.num_inference_steps)  # too many steps are reported as such, not as the strength
+    """As in LatentConsistencyModelImg2ImgPipeline: all of the request's steps, over a part of the schedule."""
+    _timesteps(scheduler, request.num_inference_steps)  # blame too many steps on the steps, not on the strength
     if int(scheduler.config.original_inference_steps * request.strength) == 0:
         return []
     try:

@@ -1,4 +1,4 @@
-"""Variants of the checkpoint with a LoRA merged into its weights: the models that replace the checkpoint's own."""
+"""Variants of the checkpoint with a LoRA merged into its weights, and the models that replace its own."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class LoraVariant:
-    """A LoRA at one scale; without a name the checkpoint as it is."""
+    """A LoRA at one scale; without a name, the unmodified checkpoint."""
 
     name: str = ""
     scale: float = 0.0
     models: Mapping[str, str] = field(default_factory=dict)
-    """Component -> the model in its place, for those that the LoRA changes."""
+    """Component -> the model that replaces it; contains only components that the LoRA changes."""
 
     def model(self, component: str) -> str:
         """The model that serves the component."""
@@ -25,7 +25,7 @@ BASE = LoraVariant()
 
 
 def read_variants(text: str) -> tuple[LoraVariant, ...]:
-    """The parameter's value, a JSON list. Raises ValueError."""
+    """Parse the value of the parameter, a JSON list. Raises ValueError."""
     try:
         return tuple(LoraVariant(**entry) for entry in json.loads(text))
     except TypeError as error:

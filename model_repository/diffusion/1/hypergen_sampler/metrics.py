@@ -1,7 +1,6 @@
 """The sampler's custom metrics in Triton.
 
-An update takes a few round trips to Triton's process and blocks the step loop meanwhile, so iterations are accumulated
-between updates.
+An update blocks the step loop for a few round trips to Triton's process, so iterations are accumulated between updates.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ import triton_python_backend_utils as pb_utils
 
 from hypergen_sampler.stepping import IterationStats
 
-# Seconds between updates while there is work; the last one follows at once.
+# Seconds between updates while images are active; the update after the last image is immediate.
 INTERVAL = 0.25
 
 GAUGES = {
     "active": ("active_images", "Images that take steps"),
     "waiting": ("waiting_images", "Images that wait in the queue"),
 }
-# Mean rows of a call, of at most `unet_max_rows`: rows by calls. Mean seconds: seconds by calls.
+# Rows divided by calls is the mean batch size, at most `unet_max_rows`; seconds by calls is the mean duration.
 COUNTERS = {
     "denoiser_calls": ("unet_calls_total", "Calls of the denoiser"),
     "denoiser_rows": (
@@ -37,7 +36,7 @@ class SamplerMetrics:
     """`hypergen_sampler_...` at Triton's /metrics."""
 
     def __init__(self, max_rows: int) -> None:
-        self._families: list[pb_utils.MetricFamily] = []  # which take their metrics along when they go
+        self._families: list[pb_utils.MetricFamily] = []  # kept alive, as their metrics end with them
         kinds = pb_utils.MetricFamily
         self._gauges = {name: self._metric(*texts, kinds.GAUGE) for name, texts in GAUGES.items()}
         self._counters = {name: self._metric(*texts, kinds.COUNTER) for name, texts in COUNTERS.items()}

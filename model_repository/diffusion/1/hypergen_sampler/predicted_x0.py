@@ -1,4 +1,4 @@
-"""Predicted x0: the estimate of the final latents that every step of a scheduler contains, and which previews show."""
+"""Predicted x0: a scheduler step's estimate of the final latents, which is shown in previews."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def predicted_x0(
     Args:
         scheduler: one of diffusers', right after the step.
         step: what that step returned. If it contains the scheduler's own estimate, that is the result.
-        timestep: the step's.
-        model_output: the denoiser's, guided.
+        timestep: the timestep of that step.
+        model_output: the denoiser's output after guidance.
         sample: the latents before the step.
     """
     for name in ("pred_original_sample", "denoised"):
@@ -36,8 +36,8 @@ def predicted_x0(
         x0: torch.Tensor = scheduler.precondition_outputs(sample, model_output, _last_sigma(scheduler))
     else:
         x0 = _of_prediction_type(scheduler, timestep, model_output, sample)
-    # As `convert_model_output` of the multistep solvers; the others that have this option return their estimate, or
-    # ignore it (TCD).
+    # As in `convert_model_output` of the multistep solvers. Other schedulers with this option return their estimate,
+    # or ignore the option (TCD).
     if hasattr(scheduler, "convert_model_output") and scheduler.config.thresholding:
         x0 = scheduler._threshold_sample(x0)
     return x0
@@ -54,7 +54,7 @@ def _of_prediction_type(
 ) -> torch.Tensor:
     """Solve sample = alpha * x0 + sigma * noise for x0."""
     alpha, sigma = _alpha_and_sigma(scheduler, timestep)
-    # IPNDM has no such option: its equations are those of velocities.
+    # IPNDM has no such option; its equations assume v-prediction.
     match scheduler.config.get("prediction_type", "v_prediction"):
         case "sample":
             return model_output
@@ -67,7 +67,7 @@ def _of_prediction_type(
 
 
 def _alpha_and_sigma(scheduler: Any, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scales of x0 and of unit noise in the latents that the scheduler's last step was given."""
+    """The scales of x0 and of unit noise in the input latents of the scheduler's last step."""
     if isinstance(scheduler, diffusers.IPNDMScheduler):
         return scheduler.alphas[scheduler.step_index - 1], scheduler.betas[scheduler.step_index - 1]
     if hasattr(scheduler, "sigmas"):

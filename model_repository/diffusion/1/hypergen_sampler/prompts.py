@@ -1,4 +1,4 @@
-"""Prompts to token ids. The exported tokenizers already pad and truncate to their text encoders' positions."""
+"""Tokenization of prompts. The exported tokenizers pad and truncate to the positions of their text encoders."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tokenizers import Encoding, Tokenizer
 
 @dataclass(frozen=True)
 class Tokens:
-    """Texts as the text encoders read them."""
+    """Tokenized texts, the input of the text encoders."""
 
     ids: list[npt.NDArray[np.int32]]
-    """[B, L] for each text encoder; what is longer than it reads is cut off, as diffusers does."""
+    """[B, L] for each text encoder, truncated to its length as in diffusers."""
     count: int
-    """Of all texts together, without the start, end and padding that every text gets."""
+    """Number of tokens of all texts, without start, end and padding."""
     cut: int
-    """Of all texts together, those that were cut off: the most that any of the text encoders does not read."""
+    """Number of truncated tokens of all texts, for the text encoder that truncates most."""
 
 
 class PromptTokenizers:
@@ -33,7 +33,7 @@ class PromptTokenizers:
         self._concepts = [_Concepts(file) for file in files]
 
     def __call__(self, prompts: list[str]) -> Tokens:
-        """The texts' tokens. All text encoders read the same texts, so the first one's are counted."""
+        """Tokenize the texts. All text encoders read the same texts, so only the first one's tokens are counted."""
         encodings = [
             tokenizer.encode_batch([concepts.spell_out(prompt) for prompt in prompts])
             for tokenizer, concepts in zip(self._tokenizers, self._concepts, strict=True)
@@ -46,9 +46,9 @@ class PromptTokenizers:
 
 
 class _Concepts:
-    """Concepts learnt by textual inversion that have several vectors: the tokens T, T_1, T_2, … of one tokenizer.
+    """Concepts of textual inversion with several vectors: the tokens T, T_1, T_2, … of one tokenizer.
 
-    A prompt names T alone, and diffusers' pipelines read "T T_1 T_2 …" (`maybe_convert_prompt`).
+    A prompt contains only T, which diffusers' pipelines replace by "T T_1 T_2 …" (`maybe_convert_prompt`).
     """
 
     def __init__(self, file: str) -> None:
@@ -59,7 +59,7 @@ class _Concepts:
         self._in_full = {token: _in_full(token, added) for token in added if f"{token}_1" in added}
 
     def spell_out(self, prompt: str) -> str:
-        """The prompt with all tokens of each concept that it names."""
+        """The prompt with each concept replaced by all of its tokens."""
         if not self._in_full:
             return prompt
         named = self._in_full.keys() & set(self._tokenizer.encode(prompt, add_special_tokens=False).tokens)

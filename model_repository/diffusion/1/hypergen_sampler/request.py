@@ -28,7 +28,7 @@ class InvalidInputError(ValueError):
 
 
 class NonFiniteLatentsError(ArithmeticError):
-    """An image's latents are no longer numbers: its image would be black. The message is for the client."""
+    """An image's latents are infinite or NaN, so the image would be black. The message is for the client."""
 
 
 class QueueFullError(RuntimeError):
@@ -37,7 +37,7 @@ class QueueFullError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The limits and defaults of this checkpoint and its engines. Sizes in pixels a side."""
+    """The limits and defaults of this checkpoint and its engines. Sizes are sides in pixels."""
 
     default_width: int
     default_height: int
@@ -45,7 +45,7 @@ class Limits:
     min_size: int
     max_size: int
     sizes: tuple[str, ...]
-    """WIDTHxHEIGHT of those that the engines are built for; none if they take any."""
+    """WIDTHxHEIGHT of each size that the engines are built for; empty if they accept any size."""
     default_num_inference_steps: int
     max_num_inference_steps: int
     default_guidance_scale: float
@@ -61,7 +61,7 @@ class Limits:
     vae_scale_factor: int
     schedulers: tuple[str, ...]
     loras: tuple[LoraVariant, ...]
-    """Those that a request may ask for; of the scales of one, the first is the usual one."""
+    """The variants that a request may select; the first scale of a LoRA is its default."""
 
     @classmethod
     def from_model_config(cls, model_config: str) -> Limits:
@@ -75,14 +75,14 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """How this checkpoint's components fit together: the differences between families."""
+    """How this checkpoint's components are combined, which differs between families."""
 
     text_encoders: tuple[str, ...]
-    """Their hidden states stand side by side along the last axis; a pooled prompt comes from the last one."""
+    """Hidden states are concatenated along the last axis; pooled embeddings come from the last text encoder."""
     tokenizers: tuple[str, ...]
-    """One for each text encoder: `NAME.json` beside the model's versions."""
+    """One for each text encoder, stored as `NAME.json` beside the model's version folders."""
     denoiser: str
-    """The component that takes the steps; `NAME_shallow` takes those in which deep features are reused."""
+    """The component that takes the steps; `NAME_shallow` takes the steps that reuse deep features."""
     denoiser_inputs: tuple[str, ...]
     """The denoiser's inputs beside `sample` and `time`."""
     time_width: int
@@ -95,7 +95,7 @@ class Architecture:
     guidance_width: int
     """Length of the guidance scale's embedding, 0 if the denoiser has no such input."""
     zeros_for_no_negative_prompt: int
-    """1: an absent negative prompt is zeros. 0: it is the empty text. A given one, even empty, is always encoded."""
+    """An absent negative prompt is encoded as zeros (1) or as the empty text (0). A given one is always encoded."""
 
     @classmethod
     def from_model_config(cls, model_config: str) -> Architecture:
@@ -109,12 +109,12 @@ class Architecture:
     def guides(self, request: Request) -> bool:
         """Whether an image takes two rows of the denoiser, for classifier-free guidance (Ho & Salimans, 2022).
 
-        At scale 1 that is the identity, and a denoiser that takes the scale as an input needs no second row.
+        At scale 1 guidance is the identity, and a denoiser that takes the scale as an input needs no second row.
         """
         return request.guidance_scale > 1.0 and not self.guidance_width
 
     def check(self, request: Request) -> None:
-        """Raise InvalidInputError for what this checkpoint in particular cannot do."""
+        """Raise InvalidInputError for options that this checkpoint does not support."""
         if self.guidance_width and (request.guidance_start, request.guidance_end) != (0.0, 1.0):
             name = "guidance_start" if request.guidance_start else "guidance_end"
             raise InvalidInputError(
@@ -123,12 +123,12 @@ class Architecture:
 
     @property
     def time_embedding(self) -> Sinusoid:
-        """Embeds timesteps as the denoiser's `time`."""
+        """The embedding of timesteps, the denoiser's input `time`."""
         return self._sinusoid(self.time_width)
 
     @property
     def size_embedding(self) -> Sinusoid:
-        """Embeds sides in pixels as the denoiser's `size_embeds`."""
+        """The embedding of sizes in pixels, the denoiser's input `size_embeds`."""
         return self._sinusoid(self.size_width)
 
     def _sinusoid(self, width: int) -> Sinusoid:
@@ -136,12 +136,12 @@ class Architecture:
 
     @property
     def is_latent_consistency(self) -> bool:
-        """Whether diffusers serves it by the pipelines of latent consistency models, XL having none of its own."""
+        """Whether diffusers uses its latent consistency pipelines for this checkpoint; it has none for XL."""
         return self.guidance_width > 0 and "text_embeds" not in self.denoiser_inputs
 
 
 def _parameters(cls: type, model_config: str) -> dict[str, Any]:
-    """The parameters that are fields of `cls`, each of its field's type."""
+    """The parameters that are fields of `cls`, converted to the types of the fields."""
     given = {key: entry["string_value"] for key, entry in json.loads(model_config)["parameters"].items()}
     readers: dict[str, Any] = {
         "int": int,
@@ -162,11 +162,11 @@ def _names(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """A checked request: `num_images` images of one prompt, image i from the noise of `seed + i`."""
+    """A validated request for `num_images` images of one prompt; image i has the seed `seed + i`."""
 
     prompt: str
     negative_prompt: str | None
-    """None: none was given, which a family may tell from an empty one."""
+    """None if absent, which some families treat differently from an empty one."""
     num_images: int
     width: int
     height: int
@@ -177,26 +177,26 @@ class Request:
     seed: int
     guidance_start: float = 0.0
     guidance_end: float = 1.0
-    """The part of the steps that are guided (Kynkäänniemi et al., 2024); outside it the scale is 1."""
+    """Guidance applies from `guidance_start` to `guidance_end`, fractions of all steps (Kynkäänniemi et al., 2024)."""
     cache_interval: int = 1
-    """Of so many steps the first one's deep features serve all (DeepCache: Ma et al., 2023)."""
+    """Run the full UNet every `cache_interval` steps (DeepCache: Ma et al., 2023)."""
     partial_images: int = 0
-    """Previews of each image."""
+    """Number of previews per image."""
     image: Pixels | None = None
-    """[height, width, 3], the input image."""
+    """The input image, [height, width, 3]."""
     mask: Pixels | None = None
-    """[height, width] over `image`: 255 is repainted, 0 stays."""
+    """[height, width], aligned with `image`; 255 is repainted, 0 is kept."""
     strength: float = 1.0
-    """How much of `image` is noised away: 1 is all of it; what leaves no step leaves `image` as it is."""
+    """How much of `image` is replaced by noise; 1 is all of it. If no step remains, `image` is returned unchanged."""
     variant: LoraVariant = BASE
-    """The checkpoint as it is, or with one of `Limits.loras`."""
+    """The unmodified checkpoint, or one of `Limits.loras`."""
 
 
 def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
-    """Complete the given inputs (by tensor name, absent ones left out) with the defaults, and hold them to the limits.
+    """Validate the given inputs against the limits, and add defaults for absent ones. Keys are tensor names.
 
     Raises:
-        InvalidInputError: names the first input that cannot be served, its problem and what would be right.
+        InvalidInputError: names the first invalid input, the problem and the valid values.
     """
     num_images = _within("num_images", given.get("num_images", 1), 1, limits.max_num_images)
     width, height = _size(given, limits)
@@ -231,19 +231,19 @@ def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
 
 
 def random_seed() -> int:
-    """A seed of 32 bits: enough to never meet twice, short enough to be copied by hand."""
+    """A random seed of 32 bits: unlikely to occur twice, and short enough to copy by hand."""
     return secrets.randbits(32)
 
 
 def _within(name: str, value: Any, low: Any, high: Any) -> Any:
-    # Written so that NaN, which compares false with everything, is refused too.
+    # Written so that NaN is rejected, too, as its comparisons are all false.
     if not low <= value <= high:
         raise InvalidInputError(name, f"must be from {low} to {high}, not {value}")
     return value
 
 
 def _size(given: Mapping[str, Any], limits: Limits) -> tuple[int, int]:
-    """The size asked for; else that of the input image, else the checkpoint's own."""
+    """Width and height: the requested ones, else those of the input image, else the checkpoint's default."""
     image = given.get("image")
     default_height, default_width = (limits.default_height, limits.default_width) if image is None else image.shape[:2]
     width = _side("width", given.get("width", default_width), limits)
@@ -270,7 +270,7 @@ def _check_pixels(given: Mapping[str, Any], width: int, height: int) -> None:
 
 
 def _strength(given: Mapping[str, Any], steps: int) -> float:
-    """Unasked 0.8, and 1 under a mask, as diffusers' image-to-image and inpainting pipelines have it; or one step."""
+    """The strength; by default 0.8 but at least one step, or 1 with a mask, as in diffusers' pipelines."""
     if "strength" in given and "image" not in given:
         raise InvalidInputError("strength", "needs an image to start from")
     unasked = max(0.8, 1 / steps) if "image" in given and "mask" not in given else 1.0
@@ -279,7 +279,7 @@ def _strength(given: Mapping[str, Any], steps: int) -> float:
 
 
 def _variant(given: Mapping[str, Any], limits: Limits) -> LoraVariant:
-    """The LoRA at its usual scale where none is given; a scale of 0 is the checkpoint as it is."""
+    """The requested LoRA, at its default scale if none is given; a scale of 0 is the unmodified checkpoint."""
     if "lora" not in given:
         if "lora_scale" in given:
             raise InvalidInputError("lora_scale", "needs a lora")

@@ -40,7 +40,7 @@ class Trajectory:
     Args:
         request: its `seed` must already be this image's own.
         conditions: the denoiser's inputs beside latents and timestep, each with the rows of a guided step.
-        latent_init: what the first latents are made from.
+        latent_init: the source of the initial latents.
         scheduler: one of diffusers', not shared with other images.
         denoiser: the name of the component that takes the steps.
 
@@ -122,7 +122,7 @@ class Trajectory:
             model=self.model,
             sample=np.concatenate([scaled] * rows),
             timestep=np.full(rows, float(timestep), dtype=np.float32),
-            # Of two rows the last is the prompt's own.
+            # In a step without guidance, only the last row is used: that of the prompt.
             conditions={name: array[-rows:] for name, array in conditions.items()},
             outputs=(MODEL_OUTPUT, DEEP_FEATURES) if are_kept else (MODEL_OUTPUT,),
         )
@@ -131,10 +131,10 @@ class Trajectory:
         """Take one step of the scheduler with the denoiser's outputs for `denoiser_inputs`, each [R, C, h, w].
 
         Raises:
-            NonFiniteLatentsError: it leads to infinities or NaN, from which no later step recovers.
+            NonFiniteLatentsError: the latents became infinite or NaN, from which no later step recovers.
         """
         if self._cache_interval > 1 and DEEP_FEATURES in outputs:
-            # No longer in Triton's memory, and without the rows of others.
+            # Copied out of Triton's memory, without the rows of other images.
             self._deep_features = outputs[DEEP_FEATURES].copy()
         guided = torch.from_numpy(self._guide(outputs[MODEL_OUTPUT]))
         timestep, sample = self._timesteps[self.steps_done], self._latents
@@ -158,9 +158,9 @@ class Trajectory:
 
 
 def steps_between(start: float, end: float, steps: int) -> range:
-    """The steps from one share of them to another, as diffusers' guiders count them.
+    """The steps between two fractions of all steps, counted as in diffusers' guiders.
 
-    Rounded first: 0.7 of 10 steps are 7, though in float32 they come to a little less.
+    Rounds first, so that 0.7 of 10 steps is 7, although the product in float32 is slightly less.
     """
     return range(int(round(start * steps, 3)), int(round(end * steps, 3)))
 

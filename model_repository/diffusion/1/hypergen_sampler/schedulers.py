@@ -1,5 +1,7 @@
-"""The schedulers a request may name. All of them are diffusers' own classes, in the configurations that the exporter
-derives from the checkpoint's, so that an image equals that of diffusers' pipeline by construction.
+"""The schedulers that a request may select.
+
+All are diffusers' own classes with configurations that the exporter derives from the checkpoint's, so images equal
+those of diffusers' pipelines by construction.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from hypergen_sampler.request import InvalidInputError
 
 
 def _import_diffusers() -> Any:
-    """diffusers without torch's compiler, which it loads to mark what is not to be compiled, and does without.
+    """Import diffusers without torch's compiler, which it imports only to exclude functions from compilation.
 
-    That is a second less of each start, on one core. Nothing here is compiled.
+    Nothing is compiled here. This makes each start a second faster on one core.
     """
     compiler = "torch._dynamo"
     if compiler in sys.modules:
@@ -41,13 +43,13 @@ REHEARSAL_SHAPE = (1, 4, 8, 8)
 
 
 class Schedulers:
-    """The checkpoint's scheduler and the others that a request may ask for, from the table beside the model's versions.
+    """The checkpoint's own scheduler and the selectable ones, from the table beside the model's version folders.
 
-    That holds for each a class of diffusers and its complete configuration: name -> configuration, the checkpoint's own
-    under the empty name, and once more those that differ under a mask.
+    The table maps names to complete configurations with the name of the diffusers class. The checkpoint's own scheduler
+    has the empty name. Configurations that differ when inpainting are in a second mapping.
 
     Raises:
-        Exception: whatever diffusers raises where one of them cannot be made.
+        Exception: whatever diffusers raises if a scheduler cannot be created.
     """
 
     def __init__(self, table: Mapping[str, Mapping[str, Any]]) -> None:
@@ -57,19 +59,19 @@ class Schedulers:
 
     @classmethod
     def read(cls, folder: Path) -> Schedulers:
-        """The table in `folder`."""
+        """Read the table in `folder`."""
         return cls(json.loads((folder / "schedulers.json").read_text()))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Those that `make` takes."""
+        """The names that `make` accepts."""
         return tuple(self._always)
 
     def make(self, name: str, *, steps: int, masked: bool = False) -> Any:
-        """A fresh scheduler, for it holds the state of one image's sampling: the one named, or the checkpoint's own.
+        """Create a scheduler for one image, as it holds the state of sampling; the empty name is the checkpoint's own.
 
         Raises:
-            InvalidInputError: it does not take this number of steps.
+            InvalidInputError: the scheduler does not support this number of steps.
         """
         pristine = (self._under_a_mask if masked else self._always)[name]
         key = (name, masked, steps)
@@ -81,7 +83,7 @@ class Schedulers:
 
 
 def step_arguments(scheduler: Any, generator: torch.Generator) -> dict[str, Any]:
-    """As diffusers' `prepare_extra_step_kwargs`, with its default eta of 0: only what this `step` accepts."""
+    """The optional arguments that `step` accepts, as in diffusers' `prepare_extra_step_kwargs` with eta 0."""
     offered = {"eta": 0.0, "generator": generator}
     kind: Any = type(scheduler)
     return {name: value for name, value in offered.items() if name in _accepted(kind)}
@@ -97,16 +99,16 @@ def _made(config: Mapping[str, Any]) -> Any:
 
 
 def _copy(pristine: Any) -> Any:
-    """A fifth of the time that diffusers needs to make one.
+    """Copy a scheduler, which takes a fifth of the time that diffusers needs to create one.
 
-    diffusers replaces a scheduler's tensors and never writes into one: copies share them, and the configuration.
+    Copies share tensors and configuration, as diffusers replaces a scheduler's tensors and never modifies them.
     """
     shared = [value for value in vars(pristine).values() if isinstance(value, (torch.Tensor, FrozenDict))]
     return copy.deepcopy(pristine, {id(value): value for value in shared})
 
 
 def _refusal(scheduler: Any, steps: int) -> str:
-    """Why the scheduler cannot take so many steps, which it may find out at the last of them; empty if it can."""
+    """Why the scheduler cannot take `steps` steps; empty if it can. Takes all of them, as the last may fail."""
     generator = torch.Generator().manual_seed(0)
     latents = torch.ones(REHEARSAL_SHAPE)
     try:
@@ -115,6 +117,6 @@ def _refusal(scheduler: Any, steps: int) -> str:
             scheduler.scale_model_input(latents, timestep)
             answer = torch.randn(REHEARSAL_SHAPE, generator=generator)
             latents = scheduler.step(answer, timestep, latents, **step_arguments(scheduler, generator)).prev_sample
-    except Exception as error:  # diffusers' schedulers raise what they like
+    except Exception as error:  # diffusers' schedulers raise errors of many kinds
         return str(error).strip().partition("\n")[0] or type(error).__name__
     return "" if latents.isfinite().all() else "they lead to numbers that are not finite"

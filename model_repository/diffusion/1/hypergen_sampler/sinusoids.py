@@ -1,7 +1,7 @@
-"""Sinusoidal embeddings of numbers, such as a denoiser is told its timestep by.
+"""Sinusoidal embeddings of numbers, such as the timestep input of a denoiser.
 
-They are computed here and not in the denoiser's graph, since an engine that computes in bfloat16 rounds the angle
-before its sine is taken: of an angle near 999 that leaves steps of 4, more than half a turn.
+Computed here instead of in the denoiser's graph, since an engine in bfloat16 rounds the angle before taking its sine:
+near 999, bfloat16 has a resolution of 4, more than half a turn.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Sinusoid:
     freq_shift: float
 
     def __call__(self, values: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """[N] numbers to [N, width] sines and cosines."""
+        """Embed [N] numbers as [N, width] sines and cosines."""
         half = self.width // 2
         exponents = -math.log(_LONGEST_PERIOD) * torch.arange(half, dtype=torch.float32) / (half - self.freq_shift)
         angles = torch.as_tensor(values, dtype=torch.float32)[:, None] * torch.exp(exponents)[None]

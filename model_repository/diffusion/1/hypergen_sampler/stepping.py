@@ -26,9 +26,9 @@ from hypergen_sampler.sampling import DenoiserInputs, Trajectory
 
 Denoiser = Callable[[DenoiserInputs], Mapping[str, Array]]
 
-# Batches of one iteration, which differ in input shapes or model, that are in flight at a time.
+# Concurrent denoiser calls in one iteration, for batches that differ in input shapes or model.
 MAX_CONCURRENT_CALLS = 8
-# Seconds between checks for cancelled requests, each a round trip to Triton.
+# Seconds between checks for cancelled requests; each takes a round trip to Triton.
 POLL_SECONDS = 0.05
 
 
@@ -61,7 +61,7 @@ class IterationStats:
     denoiser_rows: int
     denoiser_seconds: float
     steps: int
-    """Of all images together."""
+    """Steps of all images."""
     saved_steps: int
     """Remaining steps of cancelled images."""
 
@@ -208,7 +208,7 @@ class StepLoop:
             self._arrived.append(entry)
             starts, self._is_running = not self._is_running, True
         if starts:
-            # In the next turn of the event loop: the other images of the same request arrive in this one.
+            # Delayed to the next iteration of the event loop, as the request's other images arrive in this one.
             entry.events.call_soon(self._threads.submit, self._run)
 
     async def _poll_cancellation(self) -> None:
@@ -223,7 +223,7 @@ class StepLoop:
             while self._has_work():
                 self._iterate()
         except BaseException as error:
-            # Nothing awaits this thread: its error must reach every pending `sample`.
+            # Nothing awaits this thread, so its error must be passed to every pending `sample`.
             with self._lock:
                 _fail([*self._active, *self._waiting, *self._arrived], error)
                 self._active.clear()
@@ -265,7 +265,7 @@ class StepLoop:
             self._active.append(entry)
 
     def _drop_cancelled(self) -> int:
-        """Return the number of steps that this saves."""
+        """Remove cancelled images; returns the number of their remaining steps."""
         gone = [(entry, entry.end) for entry in (*self._active, *self._waiting) if entry.end is not None]
         for entry, end in gone:
             entry.fail(end)
@@ -274,7 +274,7 @@ class StepLoop:
         return sum(entry.trajectory.steps - entry.trajectory.steps_done for entry, _ in gone)
 
     def _batches(self) -> list[list[_QueueEntry]]:
-        """Split the active images into batches of one model and input shapes, and at most `max_rows` rows."""
+        """Split the active images into batches with the same model and input shapes, of at most `max_rows` rows."""
         alike: dict[Hashable, list[_QueueEntry]] = defaultdict(list)
         for entry in self._active:
             alike[entry.trajectory.batch_key].append(entry)

@@ -1,7 +1,7 @@
-"""A cache of encoded texts: the empty negative prompt, or a prompt that is repeated with another seed.
+"""A cache of encoded texts, such as the empty negative prompt or a prompt that is repeated with another seed.
 
-Kept here rather than in Triton's response cache, whose hit is still a round trip to Triton, and which knows only whole
-requests: a new prompt with the usual negative one would be a miss for both.
+Used instead of Triton's response cache, in which even a hit takes a round trip to Triton, and which caches only whole
+requests: a new prompt with the usual negative prompt would be a miss for both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Rows = dict[str, Array]
 
 
 class TextCache:
-    """Asks `encode` for the texts that it does not hold; of those it does, the latest `max_bytes` stay."""
+    """An LRU cache of at most `max_bytes`; calls `encode` for texts that are not cached."""
 
     def __init__(self, encode: Encode, max_bytes: int) -> None:
         self._encode = encode
@@ -27,12 +27,12 @@ class TextCache:
         self._held: OrderedDict[tuple[str, bytes], Rows] = OrderedDict()
 
     async def __call__(self, encoder: str, input_ids: npt.NDArray[np.int32], outputs: Sequence[str]) -> Rows:
-        """[B, L] token ids to the named outputs of the model of a text encoder, such as hidden states [B, L, D].
+        """Encode [B, L] token ids; returns the text encoder's named outputs, such as hidden states [B, L, D].
 
-        An encoder must always be asked for the same outputs.
+        Every call for the same encoder must name the same outputs.
         """
         keys = [(encoder, ids.tobytes()) for ids in input_ids]
-        # Held here as well: while new ones are encoded, others may push them out.
+        # Referenced here, too, as concurrent calls may evict them while new texts are encoded.
         texts = {key: self._held[key] for key in keys if key in self._held}
         new = list(dict.fromkeys(key for key in keys if key not in texts))
         if new:

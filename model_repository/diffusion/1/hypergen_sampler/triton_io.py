@@ -1,4 +1,4 @@
-"""Triton's requests and responses: input tensors to values, images and errors to responses."""
+"""Conversion between Triton's requests and responses and Python values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ImageOutput:
     """One response: an image or a preview of it.
 
     `prompt_tokens` counts the tokens of prompt and negative prompt that the text encoders read, without start, end and
-    padding; `truncated_tokens` those that they cut off. `timings` in seconds: queue, encoding, denoising, decoding.
+    padding; `truncated_tokens` counts the tokens cut off. `timings` in seconds: queue, encoding, denoising, decoding.
     """
 
     pixels: Pixels
@@ -52,7 +52,7 @@ def _value(name: str, array: npt.NDArray[Any]) -> Any:
     value = array.reshape(-1)[0]
     if name in TEXTS:
         return _text(name, value)
-    # 0.7 travels as the float32 0.699999988; what was meant is the shortest decimal that becomes this float32.
+    # 0.7 is sent as the float32 0.699999988. The client meant the shortest decimal that rounds to this float32.
     return float(str(value)) if isinstance(value, np.float32) else value.item()
 
 
@@ -84,7 +84,7 @@ def error_response(error: BaseException) -> pb_utils.InferenceResponse:
 
 
 def _triton_error(error: BaseException) -> pb_utils.TritonError:
-    # Looked up at call time: Triton completes its module only after this one is imported.
+    # Looked up at call time, as Triton completes its module only after this one is imported.
     codes = {
         InvalidInputError: pb_utils.TritonError.INVALID_ARG,
         QueueFullError: pb_utils.TritonError.UNAVAILABLE,

@@ -1,6 +1,6 @@
-"""A model's compilations in OpenVINO: one for any shape and, of a small model, one for each of a few shapes.
+"""A model's compilations in OpenVINO: one for any shape and, if the model is small, one for each of a few shapes.
 
-Knows shapes and memory, nothing of Triton. The backend's `model.py` imports it as a part of the installed package.
+Does not depend on Triton. The backend's `model.py` imports it from the installed package.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import openvino
 
 from hypergen_gateway.embedded.backends.openvino.flattening import flatten_channel_scales
 
-# Compiled for its very shapes, a model takes up to a fifth less time. That costs half a second and three times the
-# weights in memory per shape, so larger models than this are compiled once for all.
+# A model compiled for exact shapes takes up to a fifth less time. Each compilation costs half a second and three times
+# the weights in memory, so models larger than this have only the one for any shape.
 SMALL_BYTES = 64 * 2**20
-# One picture without guidance and with it, and full batches: between them little is to be gained, and a compilation for
-# each count of rows would take a gigabyte.
+# One image without and with guidance, and full batches. There is little to gain in between, and a compilation for each
+# number of rows would take a gigabyte.
 EXACT_ROWS = frozenset({1, 2, 4, 8, 16})
-# Kernels that the compilation for any shape keeps. With OpenVINO's own 5000 their memory grows for as long as new sizes
-# come, past a gigabyte; with fewer, sizes that come by turns are slower.
+# Kernels that the compilation for any shape caches. With OpenVINO's default of 5000, memory grows with every new size,
+# to more than a gigabyte; with fewer kernels, alternating sizes are slower.
 KEPT_KERNELS = 2000
 logger = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
@@ -32,17 +32,17 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Compilations:
-    """A model's compilations: one for any shape and, of a small model, one for each of its exact shapes.
+    """A model's compilations: one for any shape and, if the model is small, one for each of its exact shapes.
 
-    Only the first call, which is the exporter's warm-up, waits for an exact compilation. Later ones are made in the
-    background when they are first of use, and the general one serves until then: it takes a fifth more time for a
-    step, while a compilation takes as long as thirty steps. None is ever dropped or made again.
+    Only the first call, which is the exporter's warm-up, waits for an exact compilation. Later ones are compiled in the
+    background when first needed, and the general one is used until then: it makes a step a fifth slower, while a
+    compilation takes as long as thirty steps. Compilations are never dropped or repeated.
     """
 
     def __init__(self, file: Path, properties: Mapping[str, Any]) -> None:
         self._core = openvino.Core()
         self._properties = {**properties, "CPU_RUNTIME_CACHE_CAPACITY": str(KEPT_KERNELS)}
-        # Read once: what is compiled of its copies shares its weights, as far as they are not packed for kernels.
+        # Read once, as compilations of its clones share its weights, except those repacked for kernels.
         self._model = read_model(self._core, file)
         self._any = Compilation(self._compile(self._model))
         self._choice = ExactShapes()
@@ -51,7 +51,7 @@ class Compilations:
         self._compiler = ThreadPoolExecutor(1, "compiler")
 
     def find(self, batch: Mapping[str, Array]) -> Compilation:
-        """The fastest one that exists for arrays of these shapes, rows first."""
+        """The fastest available compilation for arrays of these shapes, whose first axis is the rows."""
         shapes = {name: array.shape for name, array in batch.items()}
         if not (self._is_small and self._choice.includes(shapes)):
             return self._any
@@ -67,7 +67,7 @@ class Compilations:
         self._compiler.shutdown(cancel_futures=True)
 
     def _compile_exact(self, shapes: Shapes) -> Compilation:
-        """The one for these shapes; the general one if there can be none, as for want of memory."""
+        """Compile for these shapes; returns the general compilation if that fails, for example for lack of memory."""
         try:
             model = self._model.clone()
             model.reshape(dict(shapes))
@@ -81,19 +81,19 @@ class Compilations:
 
 
 class Compilation:
-    """What runs arrays of any shape; the outputs' memory is used again by the next inference."""
+    """A compilation for any shape. The next inference reuses the memory of the outputs."""
 
     def __init__(self, request: Any) -> None:
         self._request = request
 
     def infer(self, batch: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
-        """The outputs of these names."""
+        """Run an inference and return the named outputs."""
         results = self._request.infer(batch, share_inputs=True)
         return {name: results[name] for name in outputs}
 
 
 class ExactCompilation(Compilation):
-    """One for a single shape. Arrays are copied into its own tensors: to hand them over takes twice as long."""
+    """A compilation for one shape. Arrays are copied into its own tensors, as passing them takes twice as long."""
 
     def __init__(self, request: Any, inputs: Iterable[str]) -> None:
         super().__init__(request)
@@ -107,23 +107,23 @@ class ExactCompilation(Compilation):
 
 
 class ExactShapes:
-    """Which shapes are worth a compilation of their own: `EXACT_ROWS` of the usual size.
+    """Decides which shapes get a compilation of their own: `EXACT_ROWS` of the usual size.
 
-    The usual size is the first that the model meets; the exporter's warm-up makes it the checkpoint's default.
+    The usual size is that of the first call; due to the exporter's warm-up it is the checkpoint's default.
     """
 
     def __init__(self) -> None:
         self._usual: Shapes | None = None
 
     def includes(self, shapes: Shapes) -> bool:
-        """Whether these are; the first ones make their size the usual one."""
+        """Whether `shapes` get one. The first call sets the usual size."""
         size = {name: shape[1:] for name, shape in shapes.items()}
         self._usual = self._usual or size
         return size == self._usual and _rows(shapes) in EXACT_ROWS
 
 
 def read_model(core: openvino.Core, file: Path) -> Any:
-    """The model, of a small one as OpenVINO runs it faster; others draw larger pictures, whose rows are long enough."""
+    """Read the model. Only small ones are flattened, as the images of larger models have long enough rows."""
     model = core.read_model(file)
     if is_small(file):
         flatten_channel_scales(model)
@@ -131,7 +131,7 @@ def read_model(core: openvino.Core, file: Path) -> Any:
 
 
 def is_small(file: Path) -> bool:
-    """Whether the model, with its weights beside it, is worth compilations for single shapes."""
+    """Whether the model, with its external weights, is small enough for compilations for single shapes."""
     return sum(each.stat().st_size for each in file.parent.iterdir()) <= SMALL_BYTES
 
 

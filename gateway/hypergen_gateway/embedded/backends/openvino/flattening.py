@@ -1,7 +1,7 @@
-"""Scales and shifts of channels over flattened height and width, which OpenVINO runs several times faster.
+"""Applies per-channel scales and shifts over flattened height and width, which is several times faster in OpenVINO.
 
-Of shapes that it does not know beforehand, its elementwise kernels run over the last axis at a time: eight values of a
-small picture's row, where a channel has 64. What a group normalisation ends with took a third of such a UNet's time.
+If shapes are dynamic, its elementwise kernels process the last axis at a time: eight values of a small image's row,
+where a channel has 64. The scale and shift of group normalisations took a third of such a UNet's time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from openvino import opset13 as ops
 
 
 def flatten_channel_scales(model: Any) -> int:
-    """Let each `reshape → × scale → + shift [→ SiLU]` reshape last; returns how many there were.
+    """Move the reshape in each `reshape → × scale → + shift [→ SiLU]` to the end; returns the number of matches.
 
     The reshape gives [batch, channels, height, width]; scale and shift are constants of [channels, 1, 1].
     """
@@ -26,7 +26,7 @@ def flatten_channel_scales(model: Any) -> int:
 
 
 def _channel_scales(model: Any) -> Iterator[tuple[Any, Any]]:
-    """Each multiplication of something reshaped, and the addition behind it."""
+    """Each multiplication of a reshape's output, and the addition that follows it."""
     for shift in model.get_ordered_ops():
         if shift.get_type_name() == "Add" and _is_per_channel(shift, "Multiply"):
             scale = shift.input_value(0).get_node()
@@ -35,7 +35,7 @@ def _channel_scales(model: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _is_per_channel(node: Any, of: str) -> bool:
-    """Whether it combines the output of such an operation with a constant of [channels, 1, 1]."""
+    """Whether `node` combines the output of an `of` operation with a constant of [channels, 1, 1]."""
     values, constant = (node.input_value(index).get_node() for index in range(2))
     return (
         values.get_type_name() == of
@@ -61,7 +61,7 @@ def _flatten(scale: Any, shift: Any) -> None:
 
 
 def _silu_of(node: Any) -> Any | None:
-    """The node of x · sigmoid(x), where that is all that is made of a node's output x."""
+    """The node of x · sigmoid(x), if that is the only use of the output x of `node`; else None."""
     readers = {reader.get_node().get_type_name(): reader.get_node() for reader in _readers(node)}
     if set(readers) != {"Sigmoid", "Multiply"} or len(_readers(node)) != 2:
         return None

@@ -1,8 +1,8 @@
-"""A Python-based Triton backend `openvino`: runs `model.onnx` of a model's version folder on the CPU.
+"""The Python-based Triton backend `openvino`, which runs the `model.onnx` of a model's version folder on the CPU.
 
-Stands in for the native OpenVINO backend of NVIDIA's container, which the PyPI wheel lacks, and reads the same layout
-and parameters, so that one repository runs on both: PERFORMANCE_HINT, NUM_STREAMS, INFERENCE_NUM_THREADS, HINT_BF16.
-Knows nothing of diffusion. Runs inside Triton's Python stub, in the environment that the gateway is installed in.
+Replaces the native OpenVINO backend of NVIDIA's container, which the PyPI wheel lacks. Both read the same layout and
+parameters, so one repository runs on either: PERFORMANCE_HINT, NUM_STREAMS, INFERENCE_NUM_THREADS, HINT_BF16. Not
+specific to diffusion. Runs inside Triton's Python stub, in the environment that the gateway is installed in.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class TritonPythonModel:
 
     @staticmethod
     def auto_complete_config(auto_complete_model_config: Any) -> Any:
-        """The exporter writes complete configurations: nothing to add."""
+        """Return the configuration unchanged, as the exporter writes complete ones."""
         return auto_complete_model_config
 
     def initialize(self, args: dict[str, str]) -> None:
@@ -41,7 +41,7 @@ class TritonPythonModel:
         self._outputs = [entry["name"] for entry in config["output"]]
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Run all requests as one batch; Triton has made sure that all shapes but the batch's agree."""
+        """Run all requests as one batch. Triton guarantees that their shapes differ only in the batch axis."""
         parts = [[_input(request, name) for request in requests] for name in self._inputs]
         sizes = [len(part) for part in parts[0]]
         try:
@@ -52,7 +52,7 @@ class TritonPythonModel:
         return _split(outputs, sizes)
 
     def finalize(self) -> None:
-        """Triton unloads the model."""
+        """Release the model's resources when Triton unloads it."""
         self._compilations.close()
 
     def _infer(self, parts: dict[str, list[Array]]) -> dict[str, Array]:
@@ -61,14 +61,14 @@ class TritonPythonModel:
 
 
 def _last_line(message: str) -> str:
-    """What OpenVINO says after the places in its source."""
+    """The last line of an OpenVINO error; the lines before it are locations in OpenVINO's source."""
     return message.strip().rpartition("\n")[2]
 
 
 def _properties(parameters: dict[str, dict[str, str]]) -> dict[str, Any]:
     given = {key: entry["string_value"] for key, entry in parameters.items()}
     properties: dict[str, Any] = {key: given[key] for key in PASSED_ON if key in given}
-    # Said in either case: where a CPU has bf16, OpenVINO would take it unasked.
+    # Always set: on a CPU with bf16, OpenVINO uses it by default.
     properties["INFERENCE_PRECISION_HINT"] = "bf16" if given.get("HINT_BF16") == "YES" else "f32"
     return properties
 
