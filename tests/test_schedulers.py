@@ -312,9 +312,9 @@ def test_where_no_betas_are_known_only_the_checkpoints_own_scheduler_is_offered(
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"_class_name": "LMSDiscreteScheduler"}, "LMSDiscreteScheduler cannot be served: it needs scipy"),
-        ({"_class_name": "DPMSolverSDEScheduler"}, "it needs torchsde, which is not installed"),
-        ({"_class_name": "CosineDPMSolverMultistepScheduler"}, "it needs torchsde, which is not installed"),
+        ({"_class_name": "LMSDiscreteScheduler"}, "not installed: pip install scipy"),
+        ({"_class_name": "DPMSolverSDEScheduler"}, "not installed: pip install torchsde"),
+        ({"_class_name": "CosineDPMSolverMultistepScheduler"}, "not installed: pip install torchsde"),
         ({"_class_name": "SchedulerOfMine"}, "has no such scheduler"),
         ({"_class_name": "UNet2DConditionModel"}, "has no such scheduler"),
         ({"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True}, "install scipy"),

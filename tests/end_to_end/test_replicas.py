@@ -58,7 +58,7 @@ async def test_a_triton_killed_under_load_takes_no_request_with_it(
         took = time.monotonic() - began
     # The client asks once: a request that failed would have raised.
     whole = sum(np.array_equal(picture, wanted) for picture, wanted in zip(pictures, expected, strict=True))
-    again = sum("asking for its pictures again" in line for line in gateway.lines)
+    again = sum("sending it to Triton again" in line for line in gateway.lines)
     print(
         f"{len(WISHES)} requests, {unfinished} under way when one of two Tritons was killed: {again} asked again of "
         f"the other, {len(WISHES) - whole} lost, all done in {took:.1f} s"

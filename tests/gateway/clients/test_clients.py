@@ -88,7 +88,7 @@ class TestPython:
         assert raised.value.code == "model_not_found"
 
     async def test_a_wrong_key_is_its_authentication_error(self, sdk: openai.AsyncOpenAI) -> None:
-        with pytest.raises(openai.AuthenticationError, match="wrong") as raised:
+        with pytest.raises(openai.AuthenticationError, match="Incorrect API key") as raised:
             await sdk.with_options(api_key="sk-wrong").models.list()
         assert raised.value.code == "invalid_api_key"
 

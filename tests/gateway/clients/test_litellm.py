@@ -83,7 +83,7 @@ async def test_it_edits_several_images(litellm: Any, options: dict[str, Any], ba
 @pytest.mark.parametrize("call", ["aimage_generation", "aimage_edit"])
 async def test_errors_are_its_own(litellm: Any, options: dict[str, Any], call: str) -> None:
     request: dict[str, Any] = {"prompt": "a fox"} | ({"image": file_of(photo())} if "edit" in call else {})
-    with pytest.raises(litellm.AuthenticationError, match="wrong"):
+    with pytest.raises(litellm.AuthenticationError, match="Incorrect API key"):
         await getattr(litellm, call)(**request, **options | {"api_key": "sk-wrong"})
     with pytest.raises(litellm.BadRequestError, match="each side from 1 to 4096"):
         await getattr(litellm, call)(**request, size="9000x7", **options)
