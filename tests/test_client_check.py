@@ -17,7 +17,7 @@ from clients import driving, judging
 from clients.check import Client, all_clients
 from clients.judging import References, WrongImageError
 from clients.relay import parse, relay_to
-from support.pictures import file_of
+from support.image_files import file_of
 from world import COLOURS
 
 PAGE = (Path(__file__).parents[1] / "docs/clients.md").read_text(encoding="utf-8")

@@ -1,10 +1,10 @@
-"""Measures the shipped model: does a prompt give the right picture?
+"""Measures the shipped model: does a prompt give the right image?
 
     python export/emoji/evaluate.py                                  the checkpoint through diffusers
     python export/emoji/evaluate.py --url http://127.0.0.1:8000/v1   a running server
 
-Knows prompts, the pictures they should give and how to compare the two. Where pictures come from is a `Source`. Seeds
-are fixed: the same model gives the same figures. A picture's emoji is the one whose true rendering, over all places on
+Knows prompts, the images they should give and how to compare the two. Where images come from is a `Source`. Seeds
+are fixed: the same model gives the same figures. An image's emoji is the one whose true rendering, over all places on
 the background that was asked for, is nearest; its colour is the one nearest to its border.
 """
 
@@ -47,7 +47,7 @@ SHEET_COLUMNS, SHEET_CELL, SHEET_LINE = 8, 96, 14
 
 @dataclass(frozen=True)
 class Request:
-    """One picture to be drawn; `None` leaves the default of the checkpoint or the server."""
+    """One image to be drawn; `None` leaves the default of the checkpoint or the server."""
 
     prompt: str
     seed: int
@@ -59,7 +59,7 @@ class Request:
 
     @property
     def settings(self) -> tuple[Any, ...]:
-        """What pictures of one batch must share."""
+        """What images of one batch must share."""
         return (self.steps or 0, self.guidance or 0.0, self.scheduler or "", self.size)
 
 
@@ -74,12 +74,12 @@ class Task:
 
 class Source(Protocol):
     def draw(self, requests: Sequence[Request]) -> list[Image.Image]:
-        """The pictures in the order of the requests."""
+        """The images in the order of the requests."""
         ...
 
 
 class Checkpoint:
-    """Pictures of a checkpoint through the diffusers pipeline."""
+    """Images of a checkpoint through the diffusers pipeline."""
 
     def __init__(self, folder: Path) -> None:
         from diffusers import StableDiffusionPipeline
@@ -90,12 +90,12 @@ class Checkpoint:
         self._defaults = json.loads((folder / "hypergen_defaults.json").read_text(encoding="utf-8"))
 
     def draw(self, requests: Sequence[Request]) -> list[Image.Image]:
-        pictures: list[Image.Image] = []
+        images: list[Image.Image] = []
         for _, group in groupby(requests, key=lambda one: one.settings):
             same = list(group)
-            for first in tqdm(range(0, len(same), BATCH), desc="pictures", leave=False, mininterval=2):
-                pictures += self._draw_batch(same[first : first + BATCH])
-        return pictures
+            for first in tqdm(range(0, len(same), BATCH), desc="images", leave=False, mininterval=2):
+                images += self._draw_batch(same[first : first + BATCH])
+        return images
 
     def _draw_batch(self, requests: Sequence[Request]) -> list[Image.Image]:
         first = requests[0]
@@ -128,7 +128,7 @@ SCHEDULERS = {
 
 
 class Server:
-    """Pictures of a running server with OpenAI's images API and HyperGen's options."""
+    """Images of a running server with OpenAI's images API and HyperGen's options."""
 
     def __init__(self, url: str, key: str | None, at_once: int = 8) -> None:
         self._url = url.rstrip("/") + "/images/generations"
@@ -137,7 +137,7 @@ class Server:
 
     def draw(self, requests: Sequence[Request]) -> list[Image.Image]:
         with ThreadPoolExecutor(self._at_once) as pool:
-            return list(tqdm(pool.map(self._draw_one, requests), total=len(requests), desc="pictures", leave=False))
+            return list(tqdm(pool.map(self._draw_one, requests), total=len(requests), desc="images", leave=False))
 
     def _draw_one(self, request: Request) -> Image.Image:
         body = {
@@ -156,12 +156,12 @@ class Server:
         return Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
 
 
-# What a picture shows
+# What an image shows
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was seen in a picture.
+    """What was seen in an image.
 
     `rmse` is its root mean square distance to the nearest rendering of what was asked for, `margin` how much farther
     the nearest rendering of anything else is.
@@ -173,12 +173,12 @@ class Verdict:
     margin: float
 
 
-def pixels(picture: Image.Image) -> Tensor:
+def pixels(image: Image.Image) -> Tensor:
     """float32 [3, H, W] in 0..1."""
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
-@lru_cache(maxsize=2)  # a quarter of a gigabyte each: judge pictures in the order of their colours
+@lru_cache(maxsize=2)  # a quarter of a gigabyte each: judge images in the order of their colours
 def renderings(colour: int, size: tuple[int, int]) -> Tensor:
     """float32 [emoji * places, 3 * H * W]: every emoji everywhere on one colour."""
     cuts = _cuts(size).flatten(0, 1)
@@ -196,16 +196,16 @@ def _cuts(size: tuple[int, int]) -> Tensor:
     return cutouts(EMOJI, PLACES, size)
 
 
-def seen_colour(picture: Tensor) -> int:
+def seen_colour(image: Tensor) -> int:
     """The named colour nearest to the median of a border two pixels wide."""
-    border = torch.cat([picture[:, :2].flatten(1), picture[:, -2:].flatten(1)], dim=1).median(dim=1).values
+    border = torch.cat([image[:, :2].flatten(1), image[:, -2:].flatten(1)], dim=1).median(dim=1).values
     return int((colour_table() - border).square().sum(1).argmin())
 
 
-def judge(picture: Tensor, colour: int, task: Task) -> Verdict:
+def judge(image: Tensor, colour: int, task: Task) -> Verdict:
     """`colour` is the seen one; without a colour in the prompt the emoji is looked for on it."""
     where = (colour if task.colour < 0 else task.colour, task.request.size)
-    seen = picture.flatten()
+    seen = image.flatten()
     errors = (_lengths(*where) - 2 * (renderings(*where) @ seen) + seen @ seen).clamp(min=0) / seen.numel()
     nearest = errors.unflatten(0, (len(EMOJI), len(PLACES))).min(1).values.sqrt()
     others = torch.cat([nearest[: task.emoji], nearest[task.emoji + 1 :]])
@@ -215,7 +215,7 @@ def judge(picture: Tensor, colour: int, task: Task) -> Verdict:
 
 @dataclass(frozen=True)
 class Score:
-    """Shares of a set of pictures that are right, their mean RMSE and their mean margin."""
+    """Shares of a set of images that are right, their mean RMSE and their mean margin."""
 
     count: int
     emoji: float
@@ -226,11 +226,11 @@ class Score:
 
 
 def score(source: Source, tasks: Sequence[Task]) -> Score:
-    return score_pictures(source.draw([task.request for task in tasks]), tasks)
+    return score_images(source.draw([task.request for task in tasks]), tasks)
 
 
-def score_pictures(pictures: Sequence[Image.Image], tasks: Sequence[Task]) -> Score:
-    seen_ones = [(values, seen_colour(values), task) for values, task in zip(map(pixels, pictures), tasks, strict=True)]
+def score_images(images: Sequence[Image.Image], tasks: Sequence[Task]) -> Score:
+    seen_ones = [(values, seen_colour(values), task) for values, task in zip(map(pixels, images), tasks, strict=True)]
     seen_ones.sort(key=lambda one: one[1] if one[2].colour < 0 else one[2].colour)
     verdicts = [(judge(*one), one[2]) for one in seen_ones]
     emoji = [seen.emoji == task.emoji for seen, task in verdicts]
@@ -301,7 +301,7 @@ class Row:
         return f"| {self.what} | {s.count} | {shares} | {s.rmse:.3f} | {s.margin:.3f} |"
 
 
-HEADER = "| measured | pictures | emoji right | colour right | both | RMSE | margin |\n|---|---|---|---|---|---|---|"
+HEADER = "| measured | images | emoji right | colour right | both | RMSE | margin |\n|---|---|---|---|---|---|---|"
 
 
 def quality_rows(source: Source, count: int) -> list[Row]:
@@ -338,17 +338,17 @@ def variation_rows(source: Source, count: int) -> list[Row]:
 
 def negative_prompt_line(source: Source, count: int) -> str:
     kept = colours_kept(source, colourless_tasks(count, 6))
-    return f"Named in the negative prompt, a background keeps the colour it had in {kept:.0%} of {count} pictures."
+    return f"Named in the negative prompt, a background keeps the colour it had in {kept:.0%} of {count} images."
 
 
 def colours_kept(source: Source, tasks: Sequence[Task]) -> float:
     """How often a background keeps its colour, same prompt and seed, when that colour becomes the negative prompt."""
-    colours = [seen_colour(pixels(picture)) for picture in source.draw([task.request for task in tasks])]
+    colours = [seen_colour(pixels(image)) for image in source.draw([task.request for task in tasks])]
     negatives = [
         replace(task.request, negative_prompt=f"{COLOUR_NAMES[colour]} background")
         for task, colour in zip(tasks, colours, strict=True)
     ]
-    after = [seen_colour(pixels(picture)) for picture in source.draw(negatives)]
+    after = [seen_colour(pixels(image)) for image in source.draw(negatives)]
     return float(np.mean([a == b for a, b in zip(colours, after, strict=True)]))
 
 
@@ -358,14 +358,14 @@ def seed_line(source: Source) -> str:
     first, again, other = source.draw([one]) + source.draw([one]) + source.draw([replace(one, seed=8)])
     same = "yes" if first.tobytes() == again.tobytes() else "NO"
     different = "yes" if first.tobytes() != other.tobytes() else "NO"
-    return f"Same seed, same bytes: {same}. Another seed, another picture: {different}."
+    return f"Same seed, same bytes: {same}. Another seed, another image: {different}."
 
 
 def speed_line(source: Source, count: int = 10) -> str:
     start = time.perf_counter()
     for seed in range(count):
         source.draw([Request("a rocket on a yellow background", seed)])
-    return f"One picture at the default settings, alone: {(time.perf_counter() - start) / count:.2f} s."
+    return f"One image at the default settings, alone: {(time.perf_counter() - start) / count:.2f} s."
 
 
 # The contact sheet
@@ -381,14 +381,14 @@ def sheet_requests() -> list[Request]:
     ]
 
 
-def contact_sheet(pictures: Sequence[Image.Image], lines: Sequence[str]) -> Image.Image:
-    rows = -(-len(pictures) // SHEET_COLUMNS)
+def contact_sheet(images: Sequence[Image.Image], lines: Sequence[str]) -> Image.Image:
+    rows = -(-len(images) // SHEET_COLUMNS)
     sheet = Image.new("RGB", (SHEET_COLUMNS * SHEET_CELL, rows * (SHEET_CELL + SHEET_LINE)), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(10)
-    for index, (picture, line) in enumerate(zip(pictures, lines, strict=True)):
+    for index, (image, line) in enumerate(zip(images, lines, strict=True)):
         left, top = index % SHEET_COLUMNS * SHEET_CELL, index // SHEET_COLUMNS * (SHEET_CELL + SHEET_LINE)
-        sheet.paste(picture.resize((SHEET_CELL - 4, SHEET_CELL - 4), Image.Resampling.BICUBIC), (left + 2, top + 2))
+        sheet.paste(image.resize((SHEET_CELL - 4, SHEET_CELL - 4), Image.Resampling.BICUBIC), (left + 2, top + 2))
         draw.text((left + SHEET_CELL // 2, top + SHEET_CELL), line[:22], "black", font, anchor="mt")
     return sheet
 

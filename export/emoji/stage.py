@@ -1,8 +1,8 @@
 """One stage of training: a plan, modules that descend by it, their running averages, and its file on the disk.
 
-Knows optimisers, processes and how to resume; knows nothing of pictures, captions or what a loss means. Hidden matrices
+Knows optimisers, processes and how to resume; knows nothing of images, captions or what a loss means. Hidden matrices
 are stepped by Muon (Jordan and others, 2024), each process orthogonalising its share of them; the rest by AdamW, which
-alone needed several times as many pictures for the same loss.
+alone needed several times as many images for the same loss.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def random_of(plan: Plan, seed: int, step: int) -> Random:
 
 
 def share(plan: Plan) -> int:
-    """Of a batch, the pictures that fall to one process."""
+    """Of a batch, the images that fall to one process."""
     return plan.batch // dist.get_world_size()
 
 

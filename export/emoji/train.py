@@ -3,7 +3,7 @@
     nice -n 19 python export/emoji/train.py                                                    from nothing
     nice -n 19 python export/emoji/train.py --start export/emoji/checkpoint --folder build/on  on from a checkpoint
 
-The VAE; the latents of every picture of the world; the text encoder taught by itself to tell emoji and colour from a
+The VAE; the latents of every image of the world; the text encoder taught by itself to tell emoji and colour from a
 caption (learnt through the UNet alone it is slow); UNet and text encoder together (latent diffusion with
 v-prediction); the VAE's decoder alone, on what that UNet draws. With a checkpoint to start from, its parts take the
 place of the first and the third stage, and the others go on at half the pace. Every stage keeps its state in the
@@ -60,7 +60,7 @@ OTHER_SIZES = ((56, 56), (72, 72), (80, 80), (64, 96), (96, 64), (96, 96))
 OTHER_SIZE_EVERY = 6
 CAPTION_DROPPED, COLOUR_UNSAID, EMOJI_UNSAID = 0.10, 0.15, 0.03
 KL_WEIGHT = 1e-3
-# How often the UNet draws every picture for the decoder, in how many steps (the first, from noise alone, is left out).
+# How often the UNet draws every image for the decoder, in how many steps (the first, from noise alone, is left out).
 DRAWS, REDRAW_STEPS = 2, 5
 DRAWN_SHARE = 0.75  # of the latents in the decoder's last stage; the others come from the encoder
 NOISY_TIMESTEPS = 0.6  # the exponent of uniform numbers; 1 would take all timesteps alike
@@ -81,13 +81,13 @@ class Options:
     bfloat16: bool
 
     def precision(self) -> torch.autocast:
-        """What a stage computes its pictures in; weights and their steps stay in single precision."""
+        """What a stage computes its images in; weights and their steps stay in single precision."""
         return torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Of each picture of a batch: the emoji, the placement and the colour (indices)."""
+    """Of each image of a batch: the emoji, the placement and the colour (indices)."""
 
     emoji: Tensor
     placement: Tensor
@@ -118,7 +118,7 @@ def _caption(random: Random, emoji: int, colour: int) -> str:
 
 
 def size_of(step: int) -> tuple[int, int]:
-    """Width and height of a step's pictures: the native size, and every so often one of the others in turn."""
+    """Width and height of a step's images: the native size, and every so often one of the others in turn."""
     if step % OTHER_SIZE_EVERY != OTHER_SIZE_EVERY - 1:
         return NATIVE
     return OTHER_SIZES[step // OTHER_SIZE_EVERY % len(OTHER_SIZES)]
@@ -141,19 +141,19 @@ def train_vae(folder: Path, plan: Plan, options: Options) -> nn.Module:
     def loss_of(step: int) -> Tensor:
         of_size = cuts[size_of(step)]
         picks = choose(random_of(plan, options.seed, step), share(plan), of_size.shape[1])
-        pictures = compose(of_size[picks.emoji, picks.placement], colour_table()[picks.colour]) * 2 - 1
+        images = compose(of_size[picks.emoji, picks.placement], colour_table()[picks.colour]) * 2 - 1
         with options.precision():
-            return vae_loss(vae, pictures.contiguous(memory_format=torch.channels_last))
+            return vae_loss(vae, images.contiguous(memory_format=torch.channels_last))
 
     return stage.run(loss_of)["vae"]
 
 
-def vae_loss(vae: Any, pictures: Tensor) -> Tensor:
+def vae_loss(vae: Any, images: Tensor) -> Tensor:
     """Squared error, some absolute error for the edges, and a real KL, without which latents diffuse badly."""
-    posterior = vae.encode(pictures).latent_dist
+    posterior = vae.encode(images).latent_dist
     restored = vae.decode(posterior.sample()).sample
     divergence = posterior.kl().mean() / posterior.mean[0].numel()
-    loss: Tensor = restoration_loss(restored - pictures) + KL_WEIGHT * divergence
+    loss: Tensor = restoration_loss(restored - images) + KL_WEIGHT * divergence
     return loss
 
 
@@ -197,8 +197,8 @@ def _encode(vae: Any, cuts: Tensor) -> Tensor:
 
     def encode_emoji(emoji: int) -> Tensor:
         row = cuts[emoji]
-        pictures = compose(row.repeat_interleave(len(colours), 0), colours.repeat(len(row), 1)) * 2 - 1
-        posterior = vae.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist
+        images = compose(row.repeat_interleave(len(colours), 0), colours.repeat(len(row), 1)) * 2 - 1
+        posterior = vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
         both: Tensor = torch.stack([posterior.mean, posterior.std], dim=1).unflatten(0, (len(row), len(colours)))
         return both
 
@@ -308,7 +308,7 @@ def diffusion_loss(modules: nn.ModuleDict, parts: Parts, texts: list[str], laten
 
 @torch.no_grad()
 def draw_world(folder: Path, options: Options, parts: Parts) -> Tensor:
-    """bfloat16 [emoji, draws, placements, colours, C, H/8, W/8]: what the UNet makes of every picture's latents under
+    """bfloat16 [emoji, draws, placements, colours, C, H/8, W/8]: what the UNet makes of every image's latents under
     so much noise that of the two placements theirs can just be told."""
     file = folder / "drawn.pt"
     true = parts.latents.by_size[NATIVE][:, :, :, 0]
@@ -351,7 +351,7 @@ def redraw(parts: Parts, latents: Tensor, captions: list[str]) -> Tensor:
 
 
 def sharpen_decoder(folder: Path, plan: Plan, options: Options, parts: Parts) -> Any:
-    """The decoder learns to see the true picture in what the UNet draws, and still in what the encoder gives."""
+    """The decoder learns to see the true image in what the UNet draws, and still in what the encoder gives."""
     drawn = draw_world(folder, options, parts)
     vae = copy.deepcopy(parts.vae).to(memory_format=torch.channels_last)
     decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
@@ -361,13 +361,13 @@ def sharpen_decoder(folder: Path, plan: Plan, options: Options, parts: Parts) ->
     def loss_of(step: int) -> Tensor:
         size = size_of(step)
         picks = choose(random_of(plan, options.seed, step), share(plan), cuts[size].shape[1])
-        pictures = compose(cuts[size][picks.emoji, picks.placement], colour_table()[picks.colour]) * 2 - 1
+        images = compose(cuts[size][picks.emoji, picks.placement], colour_table()[picks.colour]) * 2 - 1
         latents = parts.latents.sample(size, picks)
         if size == NATIVE:
             latents = mixed(latents, drawn, picks)
         latents = (latents / parts.latents.scaling_factor).contiguous(memory_format=torch.channels_last)
         with options.precision():
-            return restoration_loss(vae.decode(latents).sample - pictures)
+            return restoration_loss(vae.decode(latents).sample - images)
 
     averages: Any = stage.run(loss_of)
     vae.decoder, vae.post_quant_conv = averages["decoder"], averages["post_quant_conv"]
@@ -375,7 +375,7 @@ def sharpen_decoder(folder: Path, plan: Plan, options: Options, parts: Parts) ->
 
 
 def mixed(encoded: Tensor, drawn: Tensor, picks: Choice) -> Tensor:
-    """Most of the latents replaced by one of the UNet's drawings of the same picture."""
+    """Most of the latents replaced by one of the UNet's drawings of the same image."""
     count = len(encoded)
     redrawn = drawn[picks.emoji, torch.randint(DRAWS, (count,)), picks.placement, picks.colour].float()
     return torch.where(torch.rand(count, 1, 1, 1) < DRAWN_SHARE, redrawn, encoded)

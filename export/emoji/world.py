@@ -1,6 +1,6 @@
-"""The pictures the model learns: an emoji on a plain background of a named colour.
+"""The images the model learns: an emoji on a plain background of a named colour.
 
-Knows the list of emoji, the colours, the sizes and places an emoji is drawn at, and how a picture is composed of
+Knows the list of emoji, the colours, the sizes and places an emoji is drawn at, and how an image is composed of
 them. Knows nothing of captions or of models. Everything is a pure function of its arguments, so the training and
 the evaluation see the same world.
 """
@@ -49,7 +49,7 @@ class Emoji:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the emoji lies in a picture at native size: the glyph's side and its shift from the middle, in pixels."""
+    """Where the emoji lies in an image at native size: the glyph's side and its shift from the middle, in pixels."""
 
     side: int
     right: int = 0
@@ -81,7 +81,7 @@ def glyph(character: str) -> Image.Image:
     ImageDraw.Draw(drawn).text((GLYPH_SIDE // 2, GLYPH_SIDE // 2), character, font=font, embedded_color=True)
     box = drawn.getbbox()
     if box is None:
-        raise ValueError(f"{FONT.name} has no picture of {character!r}")
+        raise ValueError(f"{FONT.name} has no image of {character!r}")
     cut = drawn.crop(box)
     square = Image.new("RGBA", (GLYPH_SIDE, GLYPH_SIDE))
     square.paste(cut, ((GLYPH_SIDE - cut.width) // 2, (GLYPH_SIDE - cut.height) // 2))
@@ -89,15 +89,15 @@ def glyph(character: str) -> Image.Image:
 
 
 def cutout(character: str, placement: Placement, size: tuple[int, int] = (NATIVE_SIDE, NATIVE_SIDE)) -> Tensor:
-    """uint8 [4, H, W]: the emoji in a transparent picture of size (width, height), scaled with its short side."""
+    """uint8 [4, H, W]: the emoji in a transparent image of size (width, height), scaled with its short side."""
     scale = min(size) / NATIVE_SIDE
     side = round(placement.side * scale)
     small = glyph(character).resize((side, side), Image.Resampling.LANCZOS)
-    picture = Image.new("RGBA", size)
+    image = Image.new("RGBA", size)
     left = (size[0] - side) // 2 + round(placement.right * scale)
     top = (size[1] - side) // 2 + round(placement.down * scale)
-    picture.paste(small, (left, top))
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+    image.paste(small, (left, top))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def cutouts(

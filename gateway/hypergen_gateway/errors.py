@@ -209,7 +209,7 @@ class DeadlineTooShortError(QueueFullError):
 
     def __init__(self, expected: float, deadline: float, retry_after: float | None) -> None:
         even = " even on an idle server" if retry_after is None else ""
-        message = f"The pictures would take about {expected:.3g} s{even}, and the request allows {deadline:.3g} s."
+        message = f"The images would take about {expected:.3g} s{even}, and the request allows {deadline:.3g} s."
         super().__init__(message, retry_after or 0.0)
         self.could_be_met = retry_after is not None
 

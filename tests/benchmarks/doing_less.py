@@ -1,7 +1,7 @@
-"""What a picture costs and how good it is when less is done for it, on the shipped model.
+"""What an image costs and how good it is when less is done for it, on the shipped model.
 
 A command, not a test, against `hypergen serve --deep-cache`. Every prompt is drawn under every setting before the next
-one, one picture at a time; times are ratios to the same prompt's picture with nothing left out, and their median:
+one, one image at a time; times are ratios to the same prompt's image with nothing left out, and their median:
 
     python tests/benchmarks/doing_less.py http://127.0.0.1:8000/v1 --count 200
 """
@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "export" / "emoji"))
-from evaluate import Task, random_tasks, score_pictures
+from evaluate import Task, random_tasks, score_images
 
 OFF = "nothing left out"
 # What a request says beside prompt and seed.
@@ -52,9 +52,9 @@ SEED = 11
 
 @dataclass
 class Drawn:
-    """The pictures of one setting in the order of the tasks, and the seconds that each took."""
+    """The images of one setting in the order of the tasks, and the seconds that each took."""
 
-    pictures: list[Image.Image] = field(default_factory=list)
+    images: list[Image.Image] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
 
@@ -87,10 +87,10 @@ def draw_by_turns(
     for number, task in enumerate(tqdm([tasks[0], *tasks], desc="prompts", leave=False)):
         for name, fields in settings.items():
             began = time.perf_counter()
-            picture = _draw(client, task, fields)
+            image = _draw(client, task, fields)
             if number > 0:
                 drawn[name].seconds.append(time.perf_counter() - began)
-                drawn[name].pictures.append(picture)
+                drawn[name].images.append(image)
     return drawn
 
 
@@ -103,7 +103,7 @@ def _draw(client: httpx.Client, task: Task, fields: Mapping[str, Any]) -> Image.
 
 def _row(name: str, own: Drawn, off: Drawn, tasks: list[Task]) -> str:
     ratio = statistics.median(mine / others for mine, others in zip(own.seconds, off.seconds, strict=True))
-    seen = score_pictures(own.pictures, tasks)
+    seen = score_images(own.images, tasks)
     return f"| {name} | {ratio:.2f} | {seen.emoji:.1%} | {seen.colour:.1%} | {seen.rmse:.3f} |"
 
 

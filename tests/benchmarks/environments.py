@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build"
-# On a slow machine: compiling a peer from source, or ten pictures of a large model under load, one after the other.
+# On a slow machine: compiling a peer from source, or ten images of a large model under load, one after the other.
 LIMIT_SECONDS = 3600
 
 

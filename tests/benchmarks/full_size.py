@@ -176,10 +176,10 @@ def _report(folder: Path, options: argparse.Namespace) -> None:
     for name, entry in record["components"].items():
         print(f"{name}: differs from torch by {entry['parity']['difference']:.1e}")
 
-    picture = (HYPERGEN, "generate", PROMPT, "--model", str(repository), "--output", str(folder / "picture.png"))
-    cost = measure([*picture, "--steps", "1", "--size", options.size])
+    image = (HYPERGEN, "generate", PROMPT, "--model", str(repository), "--output", str(folder / "image.png"))
+    cost = measure([*image, "--steps", "1", "--size", options.size])
     print(cost.output)
-    _print_cost(f"start and one picture of {options.size} in one step", cost)
+    _print_cost(f"start and one image of {options.size} in one step", cost)
 
 
 def _print_steps(checkpoint: Checkpoint, repository: Path, options: argparse.Namespace) -> None:
@@ -277,7 +277,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("architecture", choices=sorted(ARCHITECTURES))
     parser.add_argument("--folder", type=Path, help="where to work; sdxl needs 25 GB there  [default: the system's]")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the engines")
-    parser.add_argument("--size", default="512x512", help="of the picture  [default: 512x512]")
+    parser.add_argument("--size", default="512x512", help="of the image  [default: 512x512]")
     parser.add_argument("--checkpoint", type=Path, help="write the checkpoint there and do no more")
     parser.add_argument("--deep-cache", action="store_true", help="with a shallow UNet; time whole and shallow steps")
     parser.add_argument("--keep", action="store_true", help="leave the repository there")

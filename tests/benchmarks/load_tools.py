@@ -40,7 +40,7 @@ class Level:
 
     @property
     def per_second(self) -> float:
-        """Requests, each of which is one picture, from the first one's begin to the last one's end."""
+        """Requests, each of which is one image, from the first one's begin to the last one's end."""
         return len(self.spans) / (max(end for _, end in self.spans) - min(begin for begin, _ in self.spans))
 
     @property

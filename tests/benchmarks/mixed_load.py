@@ -72,16 +72,16 @@ async def touch_every_shape(server: Server) -> None:
     headers = {"Authorization": f"Bearer {KEY}"}
     async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=LIMIT_SECONDS) as client:
 
-        async def draw(size: str, images: int, guidance: int) -> None:
+        async def generate(size: str, images: int, guidance: int) -> None:
             body = {"prompt": PROMPTS[0], "size": size, "n": images, "guidance_scale": guidance}
             await _generate(client, {**body, "num_inference_steps": 4}, 200)
 
         for size in SIZES:
             for images in range(1, 9):
-                await draw(size, images, 1)
-                await draw(size, images, 2)
-            for images in range(4, 8):  # odd numbers of rows, where they are drawn together
-                await asyncio.gather(draw(size, images, 2), draw(size, 1, 1))
+                await generate(size, images, 1)
+                await generate(size, images, 2)
+            for images in range(4, 8):  # odd numbers of rows, where they are generated together
+                await asyncio.gather(generate(size, images, 2), generate(size, 1, 1))
 
 
 def _body(chance: random.Random, **more: Any) -> dict[str, Any]:
@@ -111,14 +111,14 @@ async def _generate(client: httpx.AsyncClient, body: dict[str, Any], *statuses: 
     return _check(await client.post(GENERATIONS, json=body, headers=headers), *expected)
 
 
-async def pictures(client: httpx.AsyncClient, chance: random.Random) -> None:
+async def generations(client: httpx.AsyncClient, chance: random.Random) -> None:
     body = _body(chance)
     answer = await _generate(client, body)
     if answer.status_code == 200 and len(answer.json()["data"]) != body["n"]:
-        raise UnexpectedError("a picture is missing")
+        raise UnexpectedError("an image is missing")
 
 
-async def pictures_behind_links(client: httpx.AsyncClient, chance: random.Random) -> None:
+async def links(client: httpx.AsyncClient, chance: random.Random) -> None:
     answer = await _generate(client, _body(chance, response_format="url"))
     for one in answer.json().get("data", []):
         _check(await client.get(one["url"]), 200)
@@ -146,22 +146,22 @@ async def requests_left_early(client: httpx.AsyncClient, chance: random.Random) 
 
 
 async def edits(client: httpx.AsyncClient, chance: random.Random) -> None:
-    files = {"image": _picture(chance, "RGB")}
+    files = {"image": _image(chance, "RGB")}
     if chance.random() < 0.5:
-        files["mask"] = _picture(chance, "RGBA")
+        files["mask"] = _image(chance, "RGBA")
     data = {"prompt": "a cat", "num_inference_steps": "4", "n": str(chance.randint(1, 2))}
     _check(await client.post("/v1/images/edits", files=files, data=data), 200, 429)
 
 
 async def edits_by_json(client: httpx.AsyncClient, chance: random.Random) -> None:
-    url = f"data:image/png;base64,{base64.b64encode(_picture(chance, 'RGB')).decode()}"
+    url = f"data:image/png;base64,{base64.b64encode(_image(chance, 'RGB')).decode()}"
     body = {"prompt": "a cat", "images": [{"image_url": url}], "num_inference_steps": 3}
     _check(await client.post("/v1/images/edits", json=body), 200, 429)
 
 
 async def variations(client: httpx.AsyncClient, chance: random.Random) -> None:
     data = {"num_inference_steps": "4"}
-    _check(await client.post("/v1/images/variations", files={"image": _picture(chance, "RGB")}, data=data), 200, 429)
+    _check(await client.post("/v1/images/variations", files={"image": _image(chance, "RGB")}, data=data), 200, 429)
 
 
 async def the_same_twice(client: httpx.AsyncClient, chance: random.Random) -> None:
@@ -211,13 +211,13 @@ async def questions(client: httpx.AsyncClient, chance: random.Random) -> None:
 
 
 DOINGS: tuple[Callable[[httpx.AsyncClient, random.Random], Awaitable[None]], ...] = (
-    *(pictures, pictures, pictures_behind_links, streams, streams, streams_left_early, requests_left_early),
+    *(generations, generations, links, streams, streams, streams_left_early, requests_left_early),
     *(edits, edits_by_json, variations, the_same_twice, bursts),
     *(bad_fields, bad_bodies, bad_files, wrong_keys, deadlines_too_short, questions),
 )
 
 
-def _picture(chance: random.Random, mode: str) -> bytes:
+def _image(chance: random.Random, mode: str) -> bytes:
     pixels = np.frombuffer(chance.randbytes(64 * 64 * len(mode)), np.uint8).reshape(64, 64, len(mode))
     file = io.BytesIO()
     Image.fromarray(pixels, mode).save(file, "PNG")

@@ -41,21 +41,21 @@ class Bar:
 
 
 BARS = (
-    Bar("floor_over_ours_one_picture_shipped", "floor ÷ ours, one picture, shipped", 0.85),
-    Bar("floor_over_ours_one_picture_sd15", "floor ÷ ours, one picture, SD 1.5-sized", 0.97),
-    Bar("hypergen_over_ours_one_picture_shipped", "HyperGen 0.1.0 ÷ ours, one picture, shipped", 4),
-    Bar("hypergen_over_ours_one_picture_sd15", "HyperGen 0.1.0 ÷ ours, one picture, SD 1.5-sized", 4),
-    Bar("hypergen_over_ours_one_picture_shipped_one_core_busy", "the same, one core busy, shipped", 4),
-    Bar("hypergen_over_ours_one_picture_sd15_one_core_busy", "the same, one core busy, SD 1.5-sized", 4),
+    Bar("floor_over_ours_one_image_shipped", "floor ÷ ours, one image, shipped", 0.85),
+    Bar("floor_over_ours_one_image_sd15", "floor ÷ ours, one image, SD 1.5-sized", 0.97),
+    Bar("hypergen_over_ours_one_image_shipped", "HyperGen 0.1.0 ÷ ours, one image, shipped", 4),
+    Bar("hypergen_over_ours_one_image_sd15", "HyperGen 0.1.0 ÷ ours, one image, SD 1.5-sized", 4),
+    Bar("hypergen_over_ours_one_image_shipped_one_core_busy", "the same, one core busy, shipped", 4),
+    Bar("hypergen_over_ours_one_image_sd15_one_core_busy", "the same, one core busy, SD 1.5-sized", 4),
     Bar("throughput_ours_over_hypergen_8_in_flight", "throughput ours ÷ HyperGen, 8 in flight", 3),
     Bar("p95_short_behind_long_hypergen_over_ours", "p95 of 4 steps behind eight of 50, HyperGen ÷ ours", 8),
-    Bar("openvino_genai_over_ours_one_picture_shipped", "OpenVINO GenAI ÷ ours, one picture, shipped", 0.95),
-    Bar("openvino_genai_over_ours_one_picture_sd15", "OpenVINO GenAI ÷ ours, one picture, SD 1.5-sized", 0.95),
+    Bar("openvino_genai_over_ours_one_image_shipped", "OpenVINO GenAI ÷ ours, one image, shipped", 0.95),
+    Bar("openvino_genai_over_ours_one_image_sd15", "OpenVINO GenAI ÷ ours, one image, SD 1.5-sized", 0.95),
     Bar("throughput_ours_over_openvino_genai_8_in_flight", "throughput ours ÷ OpenVINO GenAI, 8 in flight", 1.1),
-    Bar("stable_diffusion_cpp_over_ours_one_picture_sd15", "stable-diffusion.cpp ÷ ours, SD 1.5-sized", 1.5),
+    Bar("stable_diffusion_cpp_over_ours_one_image_sd15", "stable-diffusion.cpp ÷ ours, SD 1.5-sized", 1.5),
     Bar("throughput_32_in_flight_over_best", "throughput at 32 in flight ÷ our best", 0.9),
     Bar("models_per_second_ours_over_hypergen", "`/v1/models` per second, ours ÷ HyperGen", 2),
-    Bar("gateway_share_ms", "the gateway's own share of a picture, ms", 3, at_most=True),
+    Bar("gateway_share_ms", "the gateway's own share of an image, ms", 3, at_most=True),
 )
 
 
@@ -70,7 +70,7 @@ def write_report(folder: Path, figures: Figures) -> Path:
         *(
             section
             for workload in WORKLOADS
-            for section in (f"## One picture, {WORKLOADS[workload]}", _pictures(figures, workload))
+            for section in (f"## One image, {WORKLOADS[workload]}", _images(figures, workload))
         ),
         "## How close to the processor",
         _hardware(figures),
@@ -109,10 +109,10 @@ def _circumstances(figures: Figures) -> str:
     return "\n".join(f"- {line}" for line in [*lines, *legend])
 
 
-def _pictures(figures: Figures, workload: str) -> str:
+def _images(figures: Figures, workload: str) -> str:
     rows = []
     for peer in PEERS:
-        name = f"{peer}_over_ours_one_picture_{workload}"
+        name = f"{peer}_over_ours_one_image_{workload}"
         values = [
             _number(figures.get(f"{name}_{side}_{what}_ms")) for side in ("ours", peer) for what in ("median", "p95")
         ]
@@ -146,7 +146,7 @@ def _throughput(figures: Figures) -> str:
         name = f"throughput_ours_over_hypergen_{level}_in_flight"
         rates = [_number(figures.get(f"{name}_{side}_per_second")) for side in ("ours", "hypergen")]
         rows.append((str(level), *rates, _number(figures.get(name)), _spread(figures, name)))
-    heads = ("in flight", "ours, pictures/s", "HyperGen 0.1.0", "ours ÷ theirs", "lowest to highest, pairs")
+    heads = ("in flight", "ours, images/s", "HyperGen 0.1.0", "ours ÷ theirs", "lowest to highest, pairs")
     others = [
         (
             "OpenVINO GenAI, eight requests in turn or by two pipelines",
@@ -154,7 +154,7 @@ def _throughput(figures: Figures) -> str:
         ),
         (
             "OpenVINO GenAI, eight of one prompt in one call",
-            "throughput_ours_over_openvino_genai_8_pictures_of_one_prompt",
+            "throughput_ours_over_openvino_genai_8_images_of_one_prompt",
         ),
         ("HyperGen 0.1.0, sizes mixed", "throughput_ours_over_hypergen_8_in_flight_mixed_sizes_shipped"),
     ]
@@ -164,8 +164,8 @@ def _throughput(figures: Figures) -> str:
 
 def _server(figures: Figures) -> str:
     entries = [
-        ("start to first picture, files cached, ms", "start_warm_shipped_hypergen_over_ours", "median_ms"),
-        ("start to first picture, files not cached, ms", "start_cold_shipped_hypergen_over_ours", "median_ms"),
+        ("start to first image, files cached, ms", "start_warm_shipped_hypergen_over_ours", "median_ms"),
+        ("start to first image, files not cached, ms", "start_cold_shipped_hypergen_over_ours", "median_ms"),
         ("a 4-step job behind eight of 50, p95, ms", "p95_short_behind_long_hypergen_over_ours", "p95_ms"),
         ("`/v1/models` per second", "models_per_second_ours_over_hypergen", "per_second"),
     ]
@@ -179,8 +179,8 @@ def _server(figures: Figures) -> str:
     ]
     rows += [
         ("first start ever, with export and checks, s", _number(figures.get("start_first_shipped_ours_s")), "", ""),
-        ("HTTP less gRPC, one picture, ms", _number(figures.get("gateway_share_ms")), "", ""),
-        ("the same, a picture of one step, ms", _number(figures.get("gateway_share_one_step_ms")), "", ""),
+        ("HTTP less gRPC, one image, ms", _number(figures.get("gateway_share_ms")), "", ""),
+        ("the same, an image of one step, ms", _number(figures.get("gateway_share_one_step_ms")), "", ""),
         ("by the server's own clock, ms", _number(figures.get("gateway_share_ms_by_its_own_timings")), "", ""),
     ]
     return _table(("", "ours", "HyperGen 0.1.0", "ratio"), rows)
@@ -198,7 +198,7 @@ def _growth(figures: Figures) -> str:
         for unit in ("steps", "pixels")
         for number in _grown(figures, unit)
     ]
-    return _table(("one picture, ms", "ours", "floor", "HyperGen 0.1.0"), rows)
+    return _table(("one image, ms", "ours", "floor", "HyperGen 0.1.0"), rows)
 
 
 def _grown(figures: Figures, unit: str) -> list[int]:
@@ -216,7 +216,7 @@ def _plot_throughput(folder: Path, figures: Figures) -> str:
     for side, label in (("ours", "ours"), ("hypergen", "HyperGen 0.1.0")):
         rates = [float(figures[f"{name.format(level)}_{side}_per_second"]) for level in levels]
         axes.plot(levels, rates, marker="o", label=label)
-    axes.set(xlabel="requests in flight", ylabel="pictures per second", title="Throughput, shipped model")
+    axes.set(xlabel="requests in flight", ylabel="images per second", title="Throughput, shipped model")
     axes.set_xscale("log", base=2)
     axes.set_xticks(levels, labels=[str(level) for level in levels])
     return _save(figure, axes, folder / "throughput.png")
@@ -232,7 +232,7 @@ def _plot_growth(folder: Path, figures: Figures) -> str:
         for who, label in (("ours", "ours"), ("floor", "floor"), ("hypergen", "HyperGen 0.1.0")):
             taken = [float(figures[f"growth_shipped_{number}_{unit}_{who}_ms"]) for number in numbers]
             axes.plot(numbers, taken, marker="o", label=label)
-        axes.set(xlabel=unit if unit == "steps" else "pixels a side", ylabel="ms", title="One picture")
+        axes.set(xlabel=unit if unit == "steps" else "pixels a side", ylabel="ms", title="One image")
         axes.set_ylim(0, None)
         axes.grid(alpha=0.3)
     return _save(figure, both[-1], folder / "growth.png")

@@ -2,7 +2,7 @@
 
     make bench                              everything; 45 minutes on two cores, and as much again to set up at first
     make bench ARGS=--quick                 the shipped model alone, few pairs: under five minutes
-    make bench ARGS="--only throughput one_picture --peers floor,hypergen"
+    make bench ARGS="--only throughput one_image --peers floor,hypergen"
 
 Peers, checkpoints and exports are kept under --work-dir. Figures are recorded as they are measured; a later run of some
 parts completes an earlier one.
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.circumstances import circumstances
 from benchmarks.environments import BUILD
 from benchmarks.figures import Results
-from benchmarks.measures import hardware, load, pictures, serving
+from benchmarks.measures import hardware, images, load, serving
 from benchmarks.measures.turns import Bench, Budget
 from benchmarks.peers import PEERS, Environment
 from benchmarks.report import bars_table, write_report
@@ -32,22 +32,22 @@ QUICK = Budget(pairs=5, large_pairs=1, rounds=1, levels=(1, 8))
 FULL = Budget(pairs=30, large_pairs=3, rounds=3)
 
 PARTS: Mapping[str, Callable[[Bench, Workload], Coroutine[Any, Any, None]]] = {
-    "one_picture": pictures.one_picture,
+    "one_image": images.one_image,
     "hardware": hardware.hardware,
     "gateway": serving.gateway,
     "models": serving.models_per_second,
     "short_behind_long": load.short_behind_long,
     "throughput": load.throughput,
     "mixed_sizes": load.mixed_sizes,
-    "one_core_busy": pictures.one_core_busy,
-    "growth": pictures.growth,
+    "one_core_busy": images.one_core_busy,
+    "growth": images.growth,
     "start": serving.start,
     "first_start": serving.first_start,
 }
 # The other peers start slowly or add little.
 QUICK_PEERS = ("floor", "hypergen", "hypergen_bfloat16", "openvino_genai", "diffusers")
-LARGE_PARTS = ("one_picture", "hardware", "one_core_busy")
-QUICK_PARTS = ("one_picture", "gateway", "models", "short_behind_long", "throughput")
+LARGE_PARTS = ("one_image", "hardware", "one_core_busy")
+QUICK_PARTS = ("one_image", "gateway", "models", "short_behind_long", "throughput")
 
 
 def main() -> None:
@@ -86,7 +86,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--checkpoints", nargs="+", choices=["shipped", "sd15"], help="[default: both]")
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), metavar="PEER", help=f"of {', '.join(PEERS)}")
-    parser.add_argument("--large-steps", type=int, default=4, help="of a picture of the full-size model")
+    parser.add_argument("--large-steps", type=int, default=4, help="of an image of the full-size model")
     parser.add_argument("--work-dir", type=Path, default=BUILD / "side-by-side")
     parser.add_argument("--output", type=Path, default=BUILD / "bench.json")
     parser.add_argument("--hypergen", type=Path, default=Path(sys.executable).parent / "hypergen")

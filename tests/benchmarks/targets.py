@@ -78,8 +78,8 @@ class Server:
         except (asyncio.TimeoutError, openai.OpenAIError) as error:
             raise _failure(self, error, self._limit) from error
         assert response.data is not None
-        with Image.open(io.BytesIO(base64.b64decode(response.data[0].b64_json or ""))) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
+        with Image.open(io.BytesIO(base64.b64decode(response.data[0].b64_json or ""))) as image:
+            pixels = np.asarray(image.convert("RGB"))
         seconds = time.perf_counter() - began
         _check(self, pixels.shape, float(pixels.std()), request)
         return seconds
@@ -173,10 +173,10 @@ class Worker:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Seconds that loading and one picture may take."""
+    """Seconds that loading and one image may take."""
 
     load: float
-    picture: float
+    image: float
 
 
 async def start_server(name: str, command: Sequence[str], ready: str, log: Path, limits: Limits) -> Server:
@@ -198,7 +198,7 @@ async def start_server(name: str, command: Sequence[str], ready: str, log: Path,
         if isinstance(error, ToolError):
             raise ToolError(f"{error}; {_last_line(log)}") from error
         raise
-    return Server(name, process, url, log, limits.picture)
+    return Server(name, process, url, log, limits.image)
 
 
 async def start_worker(name: str, command: Sequence[str], options: dict[str, Any], log: Path, limits: Limits) -> Worker:
@@ -211,7 +211,7 @@ async def start_worker(name: str, command: Sequence[str], options: dict[str, Any
             stdout=asyncio.subprocess.PIPE,
             stderr=output,
         )
-    worker = Worker(name, process, limits.picture)
+    worker = Worker(name, process, limits.image)
     try:
         await worker.load(options, limits.load)
     except BaseException as error:
@@ -262,14 +262,14 @@ async def _until_ready(name: str, process: psutil.Popen, url: str, limit: float)
 
 
 def _check(target: Target, shape: Sequence[int], spread: float, request: GenerationRequest) -> None:
-    """A quick answer that is no picture of the size asked for is no result."""
+    """A quick answer that is no image of the size asked for is no result."""
     if tuple(shape[-3:]) != (request.height, request.width, 3) or spread == 0:
         raise ToolError(f"{target.name} drew {tuple(shape)} with a spread of {spread:.1f}")
 
 
 def _failure(target: Target, error: Exception, limit: float) -> ToolError:
     if isinstance(error, (asyncio.TimeoutError, openai.APITimeoutError)):
-        return ToolError(f"{target.name} took longer than {limit:,.0f} s for a picture")
+        return ToolError(f"{target.name} took longer than {limit:,.0f} s for an image")
     return ToolError(f"{target.name}: {type(error).__name__}: {error}"[:500])
 
 

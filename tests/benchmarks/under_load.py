@@ -1,4 +1,4 @@
-"""A server under load by NVIDIA's own tools, with a report in Markdown: pictures per second and latency, and plots.
+"""A server under load by NVIDIA's own tools, with a report in Markdown: images per second and latency, and plots.
 
     python tests/benchmarks/under_load.py diffusion     perf_analyzer on the model in Triton, over gRPC, and its UNet
     python tests/benchmarks/under_load.py gateway       perf_analyzer on POST /v1/images/generations
@@ -88,7 +88,7 @@ def table(levels: Sequence[Level]) -> str:
         f"| {level.median * 1e3:,.0f} ms | {level.p95 * 1e3:,.0f} ms |"
         for level in levels
     ]
-    return "\n".join(["| in flight | requests | pictures/s | median | p95 |", "|---|---|---|---|---|", *rows])
+    return "\n".join(["| in flight | requests | images/s | median | p95 |", "|---|---|---|---|---|", *rows])
 
 
 def write_report(folder: Path, address: Address, levels: Sequence[Level]) -> Path:
@@ -113,7 +113,7 @@ def _plot(path: Path, levels: Sequence[Level]) -> None:
     in_flight = [level.in_flight for level in levels]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     left.plot(in_flight, [level.per_second for level in levels], marker="o")
-    left.set(ylabel="pictures per second", title="Throughput")
+    left.set(ylabel="images per second", title="Throughput")
     for name, seconds in (("median", [x.median for x in levels]), ("p95", [x.p95 for x in levels])):
         right.plot(in_flight, seconds, marker="o", label=name)
     right.set(ylabel="seconds", title="Latency")

@@ -1,9 +1,9 @@
-"""Where the time of one picture goes, as a table: what the engines compute, and what lies around them.
+"""Where the time of one image goes, as a table: what the engines compute, and what lies around them.
 
-    python tests/benchmarks/where_time_goes.py [--model MODEL] [--pictures 40]
+    python tests/benchmarks/where_time_goes.py [--model MODEL] [--images 40]
 
-Starts `hypergen serve`, draws pictures one at a time and puts together what is told of each: the client's clock, the
-answer's `Server-Timing`, and Triton's statistics of the component models. Each line is a mean over all pictures.
+Starts `hypergen serve`, draws images one at a time and puts together what is told of each: the client's clock, the
+answer's `Server-Timing`, and Triton's statistics of the component models. Each line is a mean over all images.
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ COMPONENTS = ("text_encoder", "unet", "vae_decoder")
 
 def main() -> None:
     """Start the server, draw, print the table."""
-    parser = argparse.ArgumentParser(description="Where the time of one picture goes.")
+    parser = argparse.ArgumentParser(description="Where the time of one image goes.")
     parser.add_argument("--model", default="", help="[default: the shipped checkpoint]")
-    parser.add_argument("--pictures", type=int, default=40)
+    parser.add_argument("--images", type=int, default=40)
     options = parser.parse_args()
     server = start_server(model=options.model, key=None)
     try:
-        print(_table(_measure(server, options.pictures)))
+        print(_table(_measure(server, options.images)))
     finally:
         stop_server(server)
 
 
-def _measure(server: Server, pictures: int) -> dict[str, float]:
-    """Milliseconds per picture, by what took them."""
+def _measure(server: Server, images: int) -> dict[str, float]:
+    """Milliseconds per image, by what took them."""
     spent: Counter[str] = Counter()
     with httpx.Client(base_url=server.url, timeout=600) as client:
         for number in range(WARM_UP):
             _draw(client, number)
         before = _computed(server)
-        for number in range(pictures):
+        for number in range(images):
             spent.update(_draw(client, WARM_UP + number))
         spent.update(_computed(server))
         spent.subtract(before)
-    return {name: milliseconds / pictures for name, milliseconds in spent.items()}
+    return {name: milliseconds / images for name, milliseconds in spent.items()}
 
 
 def _draw(client: httpx.Client, number: int) -> dict[str, float]:
-    """One picture of a prompt that none had before."""
+    """One image of a prompt that none had before."""
     began = time.perf_counter()
     answer = client.post("/v1/images/generations", json={"prompt": f"a cat, number {number}"})
     total = (time.perf_counter() - began) * 1000
@@ -82,11 +82,11 @@ def _table(spent: dict[str, float]) -> str:
         "between the steps: scheduler, batches, the way to the UNet": spent["denoise"] - spent["unet"],
         "the way to the decoder": spent["decode"] - spent["vae_decoder"],
         "tokens, and the way to the text encoder": spent["encode-text"] - spent["text_encoder"],
-        "the picture's file": spent["encode-image"],
+        "the image's file": spent["encode-image"],
         "HTTP, gRPC and the queue": spent["client"] - sum(spent[phase] for phase in phases) + spent["queue"],
     }
     rows = [f"| {name} | {value:.1f} ms | {value / spent['client']:.0%} |" for name, value in lines.items()]
-    return "\n".join([f"| one picture | {spent['client']:.1f} ms | |", "|---|---|---|", *rows])
+    return "\n".join([f"| one image | {spent['client']:.1f} ms | |", "|---|---|---|", *rows])
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ SECONDS_TO_MAKE = 900
 class Workload:
     """A checkpoint in diffusers' layout, and the requests for it.
 
-    `request` is the usual picture; `sizes` are other squares that the model can draw; `limits` suit the slowest target.
+    `request` is the usual image; `sizes` are other squares that the model can draw; `limits` suit the slowest target.
     """
 
     name: str
@@ -58,7 +58,7 @@ def shipped() -> Workload:
         checkpoint=SHIPPED,
         request=GenerationRequest(prompt="", width=64, height=64, steps=10, guidance=2.0, seed=0),
         sizes=(56, 64, 72, 80, 96),
-        limits=Limits(load=600, picture=120),
+        limits=Limits(load=600, image=120),
     )
 
 
@@ -74,7 +74,7 @@ def sd15(work: Path, steps: int) -> Workload:
         checkpoint=checkpoint,
         request=GenerationRequest(prompt="", width=512, height=512, steps=steps, guidance=7.5, seed=0),
         sizes=(512,),
-        limits=Limits(load=1800, picture=600),
+        limits=Limits(load=1800, image=600),
     )
 
 

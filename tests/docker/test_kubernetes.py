@@ -40,7 +40,7 @@ VALUE_SETS: dict[str, dict[str, Any]] = {
     "browsers, links, LoRAs and a shallow UNet": {
         "gateway": {
             "corsOrigins": ["https://app.example.com", "http://localhost:3000"],
-            "links": {"publicUrl": "https://images.example.com", "bucket": "s3://pictures/made", "secret": "bucket"},
+            "links": {"publicUrl": "https://images.example.com", "bucket": "s3://images/made", "secret": "bucket"},
         },
         "model": {
             "deepCache": True,
@@ -77,7 +77,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a LoRA out of its volume": ({"model": {"loras": [INK | {"file": "../ink"}], "lorasClaim": "l"}}, "/loras/0/file"),
     "a LoRA that is not there": ({"model": {"loras": [INK | {"scale": 0}], "lorasClaim": "l"}}, "/loras/0/scale"),
     "a page in place of its website": ({"gateway": {"corsOrigins": ["https://a.example/x"]}}, "/corsOrigins/0"),
-    "a bucket of another kind": ({"gateway": {"links": {"bucket": "gs://pictures"}}}, "/gateway/links/bucket"),
+    "a bucket of another kind": ({"gateway": {"links": {"bucket": "gs://images"}}}, "/gateway/links/bucket"),
     "nobody who exports": ({"export": {"enabled": False}}, "/repository/folder"),
     "a way out of the volume": ({"repository": {"folder": "../other"}}, "/repository/folder"),
 }
@@ -92,7 +92,7 @@ def manifests(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[s
 def render(values: dict[str, Any], file: Path) -> str:
     """`helm template` with these values over the chart's own. Fails with what helm says."""
     file.write_text(yaml.safe_dump(values))
-    done = run_tool("helm", "template", "rel", CHART, "--namespace", "pictures", "--values", file)
+    done = run_tool("helm", "template", "rel", CHART, "--namespace", "images", "--values", file)
     if done.returncode != 0:
         raise ValueError(done.stderr)
     return done.stdout
@@ -171,7 +171,7 @@ def test_the_gateway_understands_its_arguments(manifests: dict[str, list[dict[st
     gateway = one(manifests["defaults"], "Deployment", "gateway")
     options = read_command(container(gateway)["args"])
     service = one(manifests["defaults"], "Service", "triton")
-    assert options["triton_url"] == f"dns:///{service['metadata']['name']}.pictures.svc:8001"
+    assert options["triton_url"] == f"dns:///{service['metadata']['name']}.images.svc:8001"
     assert service["spec"]["clusterIP"] == "None"
     assert {port["port"] for port in service["spec"]["ports"]} == {8001, 8002}
     mounts = {mount["name"]: mount["mountPath"] for mount in container(gateway)["volumeMounts"]}
@@ -185,7 +185,7 @@ def test_websites_links_and_loras_arrive_where_they_are_read(manifests: dict[str
     served = read_command(gateway["args"])
     given = {name: served[name] for name in ("cors_origins", "public_url", "link_bucket")}
     assert gateway["envFrom"] == [{"secretRef": {"name": "bucket"}}]
-    assert (given["public_url"], given["link_bucket"]) == ("https://images.example.com", "s3://pictures/made")
+    assert (given["public_url"], given["link_bucket"]) == ("https://images.example.com", "s3://images/made")
     assert served["cors_origins"] == ("https://app.example.com", "http://localhost:3000")
     assert Config(**given)
     export = one(documents, "Job", "export")
@@ -307,7 +307,7 @@ def test_triton_is_probed_for_its_models(manifests: dict[str, list[dict[str, Any
     assert startup["periodSeconds"] * startup["failureThreshold"] == 900
 
 
-def test_pictures_under_way_are_finished_before_a_stop(manifests: dict[str, list[dict[str, Any]]]) -> None:
+def test_images_under_way_are_finished_before_a_stop(manifests: dict[str, list[dict[str, Any]]]) -> None:
     gateway, triton = (one(manifests["defaults"], "Deployment", name) for name in ("gateway", "triton"))
     _, pause = container(gateway)["lifecycle"]["preStop"]["exec"]["command"]
     assert pod(gateway)["terminationGracePeriodSeconds"] > int(pause) + DRAIN_SECONDS
@@ -344,10 +344,10 @@ def test_tritons_are_scaled_by_the_images_that_their_samplers_have(
 
 def check_sums(query: str, file: Path) -> None:
     """Hold what the adapter's query makes of two pods against what they draw and what waits, by promtool."""
-    asked = query.replace("<<.GroupBy>>", "pod").replace("<<.LabelMatchers>>", 'namespace="pictures"')
+    asked = query.replace("<<.GroupBy>>", "pod").replace("<<.LabelMatchers>>", 'namespace="images"')
     gauges = {"triton-0": {"active": 4, "waiting": 3}, "triton-1": {"active": 2, "waiting": 0}}
     series = [
-        {"series": f'hypergen_sampler_{state}_images{{namespace="pictures",pod="{name}"}}', "values": f"{count}x4"}
+        {"series": f'hypergen_sampler_{state}_images{{namespace="images",pod="{name}"}}', "values": f"{count}x4"}
         for name, counts in gauges.items()
         for state, count in counts.items()
     ]

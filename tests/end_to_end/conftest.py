@@ -13,7 +13,7 @@ from support.running_server import Server, start_server, stop_server
 
 @pytest.fixture(scope="session")
 def server(checkpoint: Path, exported: Path, cache_dir: Path) -> Iterator[Server]:
-    """The miniature in float32, so that its pictures can be held against diffusers'."""
+    """The miniature in float32, so that its images can be held against diffusers'."""
     assert exported.parent == cache_dir
     running = start_server("--dtype", "float32", "--cache-dir", str(cache_dir), model=str(checkpoint))
     yield running

@@ -25,7 +25,7 @@ WISHES: list[dict[str, Any]] = [
 ]
 
 
-async def test_eight_requests_at_once_give_the_pictures_that_each_gives_alone(server: Server) -> None:
+async def test_eight_requests_at_once_give_the_images_that_each_gives_alone(server: Server) -> None:
     async with server.async_client() as client:
         alone = [await draw(client, **wish) for wish in WISHES]
     rows_before, executions_before = server.unet_counts()
@@ -65,8 +65,8 @@ async def test_a_client_that_leaves_stops_its_work(server: Server) -> None:
 
 async def test_a_burst_is_served_to_the_last_request(server: Server) -> None:
     wishes = [{"prompt": "cat", "seed": seed, "num_inference_steps": 3} for seed in range(64)]
-    pictures = await draw_all(server, wishes)
-    assert len({picture.tobytes() for picture in pictures}) == 64
+    images = await draw_all(server, wishes)
+    assert len({image.tobytes() for image in images}) == 64
     deadline = time.monotonic() + 5
     while server.health()["queue_size"] != 0:
         assert time.monotonic() < deadline

@@ -1,4 +1,4 @@
-"""OpenAI's clients, unchanged, against the running server: models, health, keys, pictures."""
+"""OpenAI's clients, unchanged, against the running server: models, health, keys, images."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import openai
 import pytest
 from PIL import Image
 
+from support.image_files import file_of, hole, photo, ramp
 from support.node_client import run_node_client
-from support.pictures import file_of, hole, photo, ramp
 from support.running_server import KEY, Server, pixels_of
 
 AUTHORIZED = {"Authorization": f"Bearer {KEY}"}
@@ -80,7 +80,7 @@ def test_health_needs_no_key_and_tells_the_truth(server: Server) -> None:
     assert httpx.get(f"{server.url}/health/ready").status_code == 200
 
 
-def test_a_picture_has_the_size_asked_for_and_openais_fields(client: openai.OpenAI) -> None:
+def test_an_image_has_the_size_asked_for_and_openais_fields(client: openai.OpenAI) -> None:
     response = client.images.generate(model="gpt-image-1", prompt="a red rocket", size="96x64", n=2)
     assert response.data is not None
     assert [pixels_of(image).shape for image in response.data] == [(64, 96, 3)] * 2
@@ -98,15 +98,15 @@ def test_the_same_seed_gives_the_same_bytes(client: openai.OpenAI) -> None:
     assert first[0].b64_json == second[0].b64_json != other[0].b64_json
 
 
-def test_a_stream_ends_with_the_picture_that_is_drawn_without_one(client: openai.OpenAI) -> None:
+def test_a_stream_ends_with_the_image_that_is_drawn_without_one(client: openai.OpenAI) -> None:
     wish: dict[str, Any] = {"prompt": "a red rocket", "size": "64x64", "extra_body": {"seed": 3}}
     (alone,) = client.images.generate(**wish).data or []
     events = list(client.images.generate(**wish, stream=True, partial_images=3))
     kinds = [event.type.rpartition(".")[2] for event in events]
     assert kinds == ["partial_image"] * 3 + ["completed"]
-    pictures = [pixels_of(event) for event in events]
-    assert np.array_equal(pictures[-1], pixels_of(alone))
-    distances = [np.abs(picture.astype(int) - pictures[-1]).mean() for picture in pictures]
+    images = [pixels_of(event) for event in events]
+    assert np.array_equal(images[-1], pixels_of(alone))
+    distances = [np.abs(image.astype(int) - images[-1]).mean() for image in images]
     assert distances[0] > distances[1] > distances[2] > distances[3] == 0
 
 
@@ -142,9 +142,9 @@ def test_an_edit_draws_in_the_mask_and_leaves_everything_else_in_its_own_size(cl
     )
     assert response.data is not None
     first, second = (pixels_of(image) for image in response.data)
-    for picture in (first, second):
-        assert picture.shape == (67, 101, 3)
-        changed = (picture != ramp(101, 67)).any(axis=2)
+    for image in (first, second):
+        assert image.shape == (67, 101, 3)
+        changed = (image != ramp(101, 67)).any(axis=2)
         assert changed[20:50, 30:70].mean() > 0.9
         changed[20:50, 30:70] = False
         assert not changed.any()
@@ -161,7 +161,7 @@ def test_the_less_strength_the_more_of_an_image_stays(client: openai.OpenAI) -> 
     assert distance(0.2) < distance(0.6) < distance(1.0)
 
 
-def test_several_images_are_each_the_start_of_their_pictures_in_a_stream_too(client: openai.OpenAI) -> None:
+def test_several_input_images_are_used_in_turn_in_a_stream_too(client: openai.OpenAI) -> None:
     stream = client.images.edit(
         image=[file_of(photo(64, 64)), file_of(photo(96, 64), "JPEG")],
         prompt="a red rocket",

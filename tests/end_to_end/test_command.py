@@ -34,7 +34,7 @@ def one_line_error(result: subprocess.CompletedProcess[str]) -> str:
     return line
 
 
-def test_generate_draws_the_same_picture_for_the_same_seed(server: Server, tmp_path: Path) -> None:
+def test_generate_draws_the_same_image_for_the_same_seed(server: Server, tmp_path: Path) -> None:
     files = [tmp_path / "one.png", tmp_path / "two.png"]
     for file in files:
         options = ["--seed", "5", "--size", "96x64", "--triton-url", server.triton_url]

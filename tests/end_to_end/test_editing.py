@@ -1,4 +1,4 @@
-"""Previews, pictures to start from and masks, as a plain Triton client asks for them, against diffusers' pipelines."""
+"""Previews, images to start from and masks, as a plain Triton client asks for them, against diffusers' pipelines."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ MASK: Pixels = np.where((ROWS > 11) & (ROWS < 50) & (COLUMNS > 21) & (COLUMNS < 
 
 @pytest.fixture
 def decoded(server: Server) -> Iterator[Any]:
-    """How many pictures the VAE's decoder has made."""
+    """How many images the VAE's decoder has made."""
     triton = InferenceServerClient(server.triton_url)
     yield lambda: triton.get_inference_statistics("vae_decoder", client_timeout=10).model_stats[0].inference_count
     triton.close()
 
 
-def picture_of(server: Server, **wish: Any) -> Pixels:
+def image_of(server: Server, **wish: Any) -> Pixels:
     (response,) = ask(server.triton_url, **{"prompt": PROMPT, "num_inference_steps": STEPS, "seed": 5} | wish)
     assert response["is_final"][0]
     return response["image"]
@@ -46,20 +46,20 @@ def by_diffusers(pipeline: Any, scheduler: str, **wish: Any) -> Pixels:
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = called_by_diffusers(scheduler, pipeline.scheduler)
     generator = torch.Generator().manual_seed(5)
-    picture = pipeline(PROMPT, num_inference_steps=STEPS, generator=generator, **wish).images[0]
-    return np.asarray(picture)
+    image = pipeline(PROMPT, num_inference_steps=STEPS, generator=generator, **wish).images[0]
+    return np.asarray(image)
 
 
 def difference(ours: Pixels, theirs: Pixels) -> float:
     """Mean absolute difference, in steps of 1/255; `pytest -rP` shows it."""
-    assert theirs.std() > 10, "a flat picture would prove nothing"
+    assert theirs.std() > 10, "a flat image would prove nothing"
     distances = np.abs(ours.astype(int) - theirs.astype(int))
     print(f"mean difference {distances.mean():.4f}/255, largest {distances.max()}/255")
     return float(distances.mean())
 
 
 def stages_of(responses: list[Response]) -> dict[int, list[tuple[int, bool]]]:
-    """Picture -> step and finality of what came of it, in order."""
+    """Image -> step and finality of what came of it, in order."""
     stages: dict[int, list[tuple[int, bool]]] = {}
     for response in responses:
         step = int(response["step"][0]), bool(response["is_final"][0])
@@ -67,7 +67,7 @@ def stages_of(responses: list[Response]) -> dict[int, list[tuple[int, bool]]]:
     return stages
 
 
-def test_previews_come_in_order_before_their_picture_and_cost_a_decode_each(server: Server, decoded: Any) -> None:
+def test_previews_come_in_order_before_their_image_and_cost_a_decode_each(server: Server, decoded: Any) -> None:
     wish: dict[str, Any] = {
         "prompt": PROMPT,
         "num_images": 3,
@@ -85,7 +85,7 @@ def test_previews_come_in_order_before_their_picture_and_cost_a_decode_each(serv
     for seed, final in finals.items():
         own = [response["image"] for response in responses if response["seed"][0] == seed]
         distances = [float(np.abs(image.astype(int) - final.astype(int)).mean()) for image in own]
-        print(f"seed {seed}: mean distance to the picture {[f'{distance:.1f}' for distance in distances]}")
+        print(f"seed {seed}: mean distance to the image {[f'{distance:.1f}' for distance in distances]}")
         assert np.abs(own[-1].astype(int) - final.astype(int)).max() <= 1
         assert distances[2] < distances[0]
 
@@ -106,7 +106,7 @@ def test_image_to_image_equals_that_of_diffusers(
     scheduler: str, guidance_scale: float, strength: float, pipeline: Any, server: Server
 ) -> None:
     wish: dict[str, Any] = {"guidance_scale": guidance_scale, "strength": strength}
-    ours = picture_of(server, image=ORIGINAL, scheduler=scheduler, **wish)
+    ours = image_of(server, image=ORIGINAL, scheduler=scheduler, **wish)
     image_to_image = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
     assert (
         difference(ours, by_diffusers(image_to_image, scheduler, image=Image.fromarray(ORIGINAL), **wish)) <= TOLERANCE
@@ -119,7 +119,7 @@ def test_inpainting_equals_that_of_diffusers_and_leaves_the_rest_to_the_bit(
     scheduler: str, guidance_scale: float, strength: float, pipeline: Any, server: Server
 ) -> None:
     wish: dict[str, Any] = {"guidance_scale": guidance_scale, "strength": strength}
-    ours = picture_of(server, image=ORIGINAL, mask=MASK, scheduler=scheduler, **wish)
+    ours = image_of(server, image=ORIGINAL, mask=MASK, scheduler=scheduler, **wish)
     inpainting = StableDiffusionInpaintPipeline(**pipeline.components, requires_safety_checker=False)
     given = {"image": Image.fromarray(ORIGINAL), "mask_image": Image.fromarray(MASK), "width": 104, "height": 72}
     theirs = by_diffusers(inpainting, scheduler, **given, **wish)
@@ -128,24 +128,24 @@ def test_inpainting_equals_that_of_diffusers_and_leaves_the_rest_to_the_bit(
     assert difference(ours[repainted], theirs[repainted]) <= TOLERANCE
 
 
-def test_pictures_from_one_picture_differ_by_their_seeds_as_alone(server: Server) -> None:
+def test_images_from_one_image_differ_by_their_seeds_as_alone(server: Server) -> None:
     wish: dict[str, Any] = {"prompt": PROMPT, "image": ORIGINAL, "num_inference_steps": STEPS}
     together = ask(server.triton_url, **wish, seed=20, num_images=3)
     assert sorted(int(response["seed"][0]) for response in together) == [20, 21, 22]
     for response in together:
-        alone = picture_of(server, image=ORIGINAL, seed=int(response["seed"][0]))
+        alone = image_of(server, image=ORIGINAL, seed=int(response["seed"][0]))
         assert np.abs(response["image"].astype(int) - alone.astype(int)).max() <= 1
 
 
 def test_the_default_strengths_are_those_of_diffusers(server: Server) -> None:
-    assert np.array_equal(picture_of(server, image=ORIGINAL), picture_of(server, image=ORIGINAL, strength=0.8))
+    assert np.array_equal(image_of(server, image=ORIGINAL), image_of(server, image=ORIGINAL, strength=0.8))
     masked = {"image": ORIGINAL, "mask": MASK}
-    assert np.array_equal(picture_of(server, **masked), picture_of(server, **masked, strength=1.0))
+    assert np.array_equal(image_of(server, **masked), image_of(server, **masked, strength=1.0))
 
 
 @pytest.mark.parametrize("more", [{}, {"mask": MASK}, {"scheduler": "heun"}], ids=["plain", "masked", "heun"])
 @pytest.mark.parametrize("strength", [0.0, 0.01, 0.16])
-def test_a_strength_that_leaves_no_step_returns_the_picture(
+def test_a_strength_that_leaves_no_step_returns_the_image(
     strength: float, more: dict[str, Any], server: Server
 ) -> None:
     wish: dict[str, Any] = {"image": ORIGINAL, "num_inference_steps": STEPS, "partial_images": 2}
@@ -155,7 +155,7 @@ def test_a_strength_that_leaves_no_step_returns_the_picture(
     assert all(np.array_equal(response["image"], ORIGINAL) for response in responses)
 
 
-def test_a_picture_in_one_step_is_drawn_where_no_strength_is_given(server: Server) -> None:
+def test_an_image_in_one_step_is_drawn_where_no_strength_is_given(server: Server) -> None:
     (response,) = ask(server.triton_url, prompt=PROMPT, image=ORIGINAL, num_inference_steps=1, scheduler="euler")
     assert response["step"].tolist() == [1]
     assert not np.array_equal(response["image"], ORIGINAL)

@@ -72,13 +72,13 @@ def by_diffusers(pipeline: Any, wish: dict[str, Any]) -> Pixels:
 
 def difference(ours: Pixels, theirs: Pixels) -> float:
     assert ours.shape == theirs.shape
-    assert theirs.std() > 10, "a flat picture would prove nothing"
+    assert theirs.std() > 10, "a flat image would prove nothing"
     distances = np.abs(ours.astype(int) - theirs.astype(int))
     print(f"mean difference {distances.mean():.4f}/255, largest {distances.max()}/255")
     return float(distances.mean())
 
 
-async def test_its_pictures_equal_those_of_diffusers(served: RequestRecord, request: pytest.FixtureRequest) -> None:
+async def test_its_images_equal_those_of_diffusers(served: RequestRecord, request: pytest.FixtureRequest) -> None:
     before = served.server.unet_counts("unet_shallow")[1]
     async with served.server.async_client() as client:
         for name, wish in WISHES[request.node.callspec.params["served"]].items():
@@ -102,7 +102,7 @@ async def test_an_interval_of_guidance_is_refused_where_the_unet_has_guidance_in
     assert refusal.value.param == "guidance_end"
 
 
-async def test_requests_that_share_a_batch_give_the_pictures_that_each_gives_alone(served: RequestRecord) -> None:
+async def test_requests_that_share_a_batch_give_the_images_that_each_gives_alone(served: RequestRecord) -> None:
     wishes: list[dict[str, Any]] = [
         {"prompt": "a red rocket", "seed": 1, "num_inference_steps": 12},
         {"prompt": "a blue cat", "seed": 2, "num_inference_steps": 9, "guidance_scale": 4.0},

@@ -1,7 +1,7 @@
 """What breaks around a server, and what its clients see of it.
 
 One server meets nearly all of it, one fault after the other, and must outlive every one. Each time, every request ends
-in a picture or in an error that says what to do, service is back by itself, and nothing is left behind.
+in an image or in an error that says what to do, service is back by itself, and nothing is left behind.
 """
 
 from __future__ import annotations
@@ -150,18 +150,18 @@ async def nothing_is_left_of_it(server: Server, disk: Disk) -> AsyncIterator[Non
 
 
 async def outcome_of(request: Any) -> str:
-    """`picture`, or the status of an error that is a clear one. Anything else is a lost request, and raised."""
+    """`image`, or the status of an error that is a clear one. Anything else is a lost request, and raised."""
     try:
         await asyncio.wait_for(request, REQUEST_TIMEOUT)
     except openai.APIStatusError as error:
         if error.status_code not in (429, 503) or "Retry-After" not in error.response.headers or not error.code:
             raise
         return str(error.status_code)
-    return "picture"
+    return "image"
 
 
 def told(outcomes: Counter[str]) -> str:
-    names = {"picture": "pictures", "429": "told when to come again (429)", "503": "told to come again (503)"}
+    names = {"image": "images", "429": "told when to come again (429)", "503": "told to come again (503)"}
     return ", ".join(f"{count} {names[outcome]}" for outcome, count in sorted(outcomes.items(), reverse=True))
 
 
@@ -231,17 +231,17 @@ async def test_triton_is_replaced_when_it_dies_and_when_it_hangs(
     seen(f"{blow} {name}", f"8 requests under way, 4 that come: {told(outcomes)}", f"{back:.1f} s")
 
 
-async def test_a_burst_of_500_ends_in_pictures_and_clear_refusals(sturdy: Server, disk: Disk, seen: Seen) -> None:
+async def test_a_burst_of_500_ends_in_images_and_clear_refusals(sturdy: Server, disk: Disk, seen: Seen) -> None:
     async with nothing_is_left_of_it(sturdy, disk):
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         async with httpx.AsyncClient(base_url=sturdy.url, headers=HEADERS, timeout=60, limits=limits) as client:
             answers = await asyncio.gather(*(client.post(GENERATIONS, json=SHORT) for _ in range(500)))
         began = time.monotonic()
         back = await seconds_until_it_draws(sturdy, began)
-    outcomes = Counter(str(answer.status_code).replace("200", "picture") for answer in answers)
-    assert set(outcomes) == {"picture", "429"}
+    outcomes = Counter(str(answer.status_code).replace("200", "image") for answer in answers)
+    assert set(outcomes) == {"image", "429"}
     assert all(answer.headers["Retry-After"] for answer in answers if answer.status_code == 429)
-    assert outcomes["picture"] >= 100  # as many as may wait
+    assert outcomes["image"] >= 100  # as many as may wait
     seen("500 requests at once", told(outcomes), f"{back:.1f} s")
 
 
@@ -257,11 +257,11 @@ async def test_clients_that_leave_stall_or_trickle_do_not_disturb_others(
         outcomes = Counter([await outcome_of(draw(client, **SHORT)) for _ in range(5)])
         refused = Counter(await asyncio.gather(*trickling))
         await asyncio.gather(*leaving)
-    assert outcomes == {"picture": 5}
+    assert outcomes == {"image": 5}
     assert refused == {"408 request_timeout": 10}
     seen(
         "20 clients leave, 10 read nothing, 10 send a byte now and then",
-        "their work stops, the last get a 408; 5 others meanwhile: 5 pictures",
+        "their work stops, the last get a 408; 5 others meanwhile: 5 images",
         "–",
     )
 
@@ -291,7 +291,7 @@ async def trickle(server: Server) -> str:
 
 @asynccontextmanager
 async def stalled(server: Server) -> AsyncIterator[None]:
-    """Asks for a stream of pictures, and reads no more than that it begins."""
+    """Asks for a stream of images, and reads no more than that it begins."""
     body = json.dumps({"prompt": "cat", "stream": True, "partial_images": 3, "size": "96x96", "n": 2})
     reader, writer = await connect(server, len(body))
     writer.write(body.encode())
@@ -321,16 +321,16 @@ async def test_a_full_disk_is_said_and_the_server_lives_on(sturdy: Server, disk:
                 await client.post(GENERATIONS, json=link),
                 await client.post("/v1/images/edits", files=files, data=data),
             ]
-            picture = await client.post(GENERATIONS, json=SHORT)
+            image = await client.post(GENERATIONS, json=SHORT)
         began = time.monotonic()
         again = await client.post(GENERATIONS, json=link)
         back = time.monotonic() - began
         assert (await client.get(again.json()["data"][0]["url"])).status_code == 200
     assert [answer.status_code for answer in refused] == [507, 507]
     assert {answer.json()["error"]["code"] for answer in refused} == {"insufficient_storage"}
-    assert picture.status_code == 200
-    assert len(list((disk.folder / "links").iterdir())) == 1, "half a picture is left"
-    seen("the disk is full", "links and uploads: 507; other requests: pictures", f"{back:.1f} s, once there is room")
+    assert image.status_code == 200
+    assert len(list((disk.folder / "links").iterdir())) == 1, "half an image is left"
+    seen("the disk is full", "links and uploads: 507; other requests: images", f"{back:.1f} s, once there is room")
 
 
 def test_an_export_to_a_full_disk_says_so_and_leaves_nothing(checkpoint: Path, disk: Disk, seen: Seen) -> None:
@@ -357,7 +357,7 @@ async def test_a_killed_gateway_takes_no_request_of_another_with_it(sturdy: Serv
             victim.process.kill()
             assert stop_server(other) == 0
         await asyncio.to_thread(sturdy.wait_until, lambda: active_images(sturdy) == 0, 10, "idle")
-    assert outcomes == {"picture": 8}
+    assert outcomes == {"image": 8}
     assert all(isinstance(error, openai.APIConnectionError) for error in broken)
     seen("kill -9 of one of two gateways of a Triton", f"8 requests of the other: {told(outcomes)}", "–")
 
@@ -424,7 +424,7 @@ class Clock:
         }
 
 
-async def test_the_clock_may_jump_while_pictures_are_drawn(
+async def test_the_clock_may_jump_while_images_are_drawn(
     exported: Path, tmp_path: Path, clock: Clock, seen: Seen
 ) -> None:
     clock.set("+0")
@@ -443,5 +443,5 @@ async def test_the_clock_may_jump_while_pictures_are_drawn(
         assert not any("restarting it" in line for line in server.lines)
     finally:
         assert stop_server(server) == 0
-    assert outcomes == {"picture": 8}
+    assert outcomes == {"image": 8}
     seen("the clock jumps an hour ahead, then three back", f"8 requests under way: {told(outcomes)}", "–")

@@ -32,7 +32,7 @@ def test_a_second_start_finds_the_export_and_is_quick(server: Server, own_server
     assert own_server.triton_url != server.triton_url
 
 
-async def test_sigterm_lets_pictures_finish_and_refuses_new_ones(own_server: Server) -> None:
+async def test_sigterm_lets_images_finish_and_refuses_new_ones(own_server: Server) -> None:
     async with own_server.async_client() as client:
         before = own_server.unet_counts()[1]
         request = asyncio.create_task(draw(client, prompt="cat", size="256x256", num_inference_steps=150))
@@ -98,8 +98,8 @@ def test_another_gateway_can_use_the_triton_that_runs(server: Server) -> None:
     try:
         models = httpx.get(f"{second.url}/v1/models").json()["data"]
         assert [model["id"] for model in models] == [server.model]
-        picture = httpx.post(f"{second.url}/v1/images/generations", json={"prompt": "cat"}, timeout=60)
-        assert picture.status_code == 200
+        image = httpx.post(f"{second.url}/v1/images/generations", json={"prompt": "cat"}, timeout=60)
+        assert image.status_code == 200
         assert not processes(second, "triton")
     finally:
         assert stop_server(second) == 0

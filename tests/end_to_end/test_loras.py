@@ -88,7 +88,7 @@ def test_only_what_the_loras_change_takes_room_again(repository: Path, exported:
     assert all((repository / name / "1" / "model.onnx").samefile(exported / name / "1" / "model.onnx") for name in base)
 
 
-async def test_pictures_equal_load_lora_weights_and_fuse_lora_of_diffusers(
+async def test_images_equal_load_lora_weights_and_fuse_lora_of_diffusers(
     server: Server, checkpoint: Path, files: Files
 ) -> None:
     async with server.async_client() as client:
@@ -108,7 +108,7 @@ async def test_a_scale_of_0_is_the_checkpoint_as_it_is(server: Server) -> None:
         assert np.array_equal(plain, await draw(client, **WISH, seed=6, lora_path="ink", lora_scale=0))
 
 
-async def test_requests_with_different_loras_at_once_give_the_pictures_that_each_gives_alone(server: Server) -> None:
+async def test_requests_with_different_loras_at_once_give_the_images_that_each_gives_alone(server: Server) -> None:
     loras: list[dict[str, Any]] = [
         {},
         {"lora_path": "ink"},

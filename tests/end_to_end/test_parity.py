@@ -1,4 +1,4 @@
-"""Pictures of the server against those of diffusers' own pipeline: same weights, noise and scheduler, in float32."""
+"""Images of the server against those of diffusers' own pipeline: same weights, noise and scheduler, in float32."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ SCHEDULERS = {
 
 def by_diffusers(pipeline: Any, **wish: Any) -> Pixels:
     generator = torch.Generator().manual_seed(wish.pop("seed"))
-    picture = pipeline(**wish, num_inference_steps=STEPS, generator=generator).images[0]
-    return np.asarray(picture)
+    image = pipeline(**wish, num_inference_steps=STEPS, generator=generator).images[0]
+    return np.asarray(image)
 
 
 def by_server(client: openai.OpenAI, prompt: str, **wish: Any) -> Pixels:
@@ -64,7 +64,7 @@ def difference(ours: Pixels, theirs: Pixels) -> float:
 @pytest.mark.parametrize("negative_prompt", [None, "a green cat"], ids=["no negative", "negative"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_a_picture_equals_the_one_of_diffusers(
+def test_an_image_equals_the_one_of_diffusers(
     scheduler: str,
     guidance_scale: float,
     negative_prompt: str | None,
@@ -78,7 +78,7 @@ def test_a_picture_equals_the_one_of_diffusers(
     ours = by_server(client, **wish, scheduler=scheduler)
     pipeline.scheduler = SCHEDULERS[scheduler].from_pretrained(checkpoint / "scheduler")
     theirs = by_diffusers(pipeline, **wish)
-    assert theirs.std() > 10, "a flat picture would prove nothing"
+    assert theirs.std() > 10, "a flat image would prove nothing"
     assert difference(ours, theirs) <= TOLERANCE
 
 
@@ -111,7 +111,7 @@ def test_the_checkpoints_own_scheduler_is_the_default(pipeline: Any, client: ope
     assert difference(by_server(client, **wish), by_diffusers(pipeline, **wish)) <= TOLERANCE
 
 
-def test_image_i_of_a_request_is_the_picture_of_seed_plus_i(client: openai.OpenAI) -> None:
+def test_image_i_of_a_request_is_the_image_of_seed_plus_i(client: openai.OpenAI) -> None:
     response = client.images.generate(prompt=PROMPT, n=3, extra_body={"seed": 20, "num_inference_steps": STEPS})
     assert response.data is not None
     assert [image.seed for image in response.data] == [20, 21, 22]  # type: ignore[attr-defined]

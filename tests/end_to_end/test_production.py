@@ -49,7 +49,7 @@ def scaled_by(server: Server) -> float:
 
 
 @pytest.mark.claim("drain")
-async def test_a_drain_lasts_until_the_picture_is_there(server: Server) -> None:
+async def test_a_drain_lasts_until_the_image_is_there(server: Server) -> None:
     executions = server.unet_counts()[1]
     async with server.async_client() as client:
         drawing = asyncio.create_task(draw(client, prompt="a cat", size="256x256", num_inference_steps=150))

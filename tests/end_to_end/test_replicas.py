@@ -54,10 +54,10 @@ async def test_a_triton_killed_under_load_takes_no_request_with_it(
         ]
         unfinished = sum(not request.done() for request in requests)
         victim.send_signal(signal.SIGKILL)
-        pictures = await asyncio.gather(*requests)
+        images = await asyncio.gather(*requests)
         took = time.monotonic() - began
     # The client asks once: a request that failed would have raised.
-    whole = sum(np.array_equal(picture, wanted) for picture, wanted in zip(pictures, expected, strict=True))
+    whole = sum(np.array_equal(image, wanted) for image, wanted in zip(images, expected, strict=True))
     again = sum("sending it to Triton again" in line for line in gateway.lines)
     print(
         f"{len(WISHES)} requests, {unfinished} under way when one of two Tritons was killed: {again} asked again of "

@@ -45,7 +45,7 @@ def shipped(cache_dir: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def pictures(shipped: Server) -> dict[str, Pixels]:
+def images(shipped: Server) -> dict[str, Pixels]:
     drawn = {}
     with shipped.client(api_key="none") as client:
         for colour, prompt in PROMPTS.items():
@@ -55,9 +55,9 @@ def pictures(shipped: Server) -> dict[str, Pixels]:
     return drawn
 
 
-def background(picture: Pixels) -> str:
-    """The named colour nearest to the picture's four corners."""
-    corners = [picture[:4, :4], picture[:4, -4:], picture[-4:, :4], picture[-4:, -4:]]
+def background(image: Pixels) -> str:
+    """The named colour nearest to the image's four corners."""
+    corners = [image[:4, :4], image[:4, -4:], image[-4:, :4], image[-4:, -4:]]
     colour = np.median(np.concatenate([corner.reshape(-1, 3) for corner in corners]), axis=0)
     return min(COLOURS, key=lambda name: float(np.abs(colour - np.array(COLOURS[name])).sum()))
 
@@ -67,18 +67,18 @@ def test_it_is_listed_under_its_own_name(shipped: Server) -> None:
         assert [model.id for model in client.models.list()] == ["hypergen/emoji"]
 
 
-def test_a_prompt_alone_gives_a_picture_of_the_models_own_size(pictures: dict[str, Pixels]) -> None:
-    assert {picture.shape for picture in pictures.values()} == {(64, 64, 3)}
+def test_a_prompt_alone_gives_an_image_of_the_models_own_size(images: dict[str, Pixels]) -> None:
+    assert {image.shape for image in images.values()} == {(64, 64, 3)}
 
 
 @pytest.mark.parametrize("colour", PROMPTS)
-def test_the_background_is_the_one_asked_for(colour: str, pictures: dict[str, Pixels]) -> None:
-    assert background(pictures[colour]) == colour
+def test_the_background_is_the_one_asked_for(colour: str, images: dict[str, Pixels]) -> None:
+    assert background(images[colour]) == colour
 
 
-def test_other_prompts_give_visibly_other_things(pictures: dict[str, Pixels]) -> None:
+def test_other_prompts_give_visibly_other_things(images: dict[str, Pixels]) -> None:
     """Not by their backgrounds alone: what stands in the middle differs too."""
-    middles = [picture[16:48, 16:48].astype(int) for picture in pictures.values()]
+    middles = [image[16:48, 16:48].astype(int) for image in images.values()]
     assert all(np.abs(one - other).mean() > 20 for one, other in combinations(middles, 2))
 
 
@@ -108,7 +108,7 @@ def test_prompts_give_what_they_ask_for(settings: dict[str, Any], least: float, 
 
 @needs_font
 def test_a_colour_in_the_negative_prompt_is_not_the_backgrounds(shipped: Server) -> None:
-    """Same prompts, same seeds: the colour a picture has without it is what the negative prompt then names."""
+    """Same prompts, same seeds: the colour an image has without it is what the negative prompt then names."""
     tasks = colourless_tasks(8, 6)
     source = evaluate.Server(f"http://127.0.0.1:{shipped.port}/v1", None)
     assert evaluate.colours_kept(source, tasks) <= 0.25
@@ -163,17 +163,17 @@ def readme_block(beginning: str, server: Server) -> str:
 
 
 @pytest.mark.parametrize(("beginning", "program"), [("curl ", "bash"), ("import base64", sys.executable)])
-def test_what_the_readme_shows_draws_a_picture(beginning: str, program: str, shipped: Server, tmp_path: Path) -> None:
+def test_what_the_readme_shows_draws_an_image(beginning: str, program: str, shipped: Server, tmp_path: Path) -> None:
     code = readme_block(beginning, shipped)
     subprocess.run([program, "-c", code], cwd=tmp_path, check=True, timeout=60)
-    with Image.open(tmp_path / "rocket.png") as picture:
-        assert (picture.format, picture.size) == ("PNG", (64, 64))
-        assert background(np.asarray(picture.convert("RGB"))) == "yellow"
+    with Image.open(tmp_path / "rocket.png") as image:
+        assert (image.format, image.size) == ("PNG", (64, 64))
+        assert background(np.asarray(image.convert("RGB"))) == "yellow"
 
 
 @needs_chromium
 async def test_the_playground_draws_what_the_api_draws_and_draws_half_of_it_anew(
-    shipped: Server, pictures: dict[str, Pixels]
+    shipped: Server, images: dict[str, Pixels]
 ) -> None:
     async with chromium() as browser, opened(browser, f"{shipped.url}/") as page:
         await page.evaluate(TAKE_DOWN)
@@ -181,7 +181,7 @@ async def test_the_playground_draws_what_the_api_draws_and_draws_half_of_it_anew
         await page.locator("#seed").fill("1")
         await page.keyboard.press("Control+Enter")
         before = await drawn_on(page)
-        np.testing.assert_array_equal(before, pictures["yellow"])
+        np.testing.assert_array_equal(before, images["yellow"])
 
         await page.get_by_role("button", name="Start from this").click()
         await expect(page.get_by_role("button", name="Paint a mask")).to_be_focused()
@@ -220,5 +220,5 @@ async def drawn_on(page: Page) -> Pixels:
     assert any(line.startswith("Preview") for line in said), said
     async with page.expect_download() as download:
         await page.get_by_role("link", name="Download").click()
-    with Image.open(await (await download.value).path()) as picture:
-        return np.asarray(picture.convert("RGB"))
+    with Image.open(await (await download.value).path()) as image:
+        return np.asarray(image.convert("RGB"))

@@ -27,7 +27,7 @@ from hypergen_gateway.config import Config
 from hypergen_gateway.embedded.export_cache import default_cache_dir
 from hypergen_gateway.generation.backend import GeneratedImage, GenerationRequest
 from hypergen_gateway.serving import ServeOptions, TritonOptions
-from support.fake_backend import FakeBackend, flat_picture
+from support.fake_backend import FakeBackend, flat_image
 from support.fake_triton import FakeTriton, serving
 from support.running_server import HYPERGEN, Server, free_port, start_server, stop_server
 
@@ -220,7 +220,7 @@ def test_a_file_that_is_not_text_is_refused(key_file: Path) -> None:
     [
         ("--public-url", "images.example.com", "https://images.example.com"),
         ("--link-secret", "short", "16 characters"),
-        ("--link-bucket", "pictures", "s3://BUCKET"),
+        ("--link-bucket", "images", "s3://BUCKET"),
         ("--link-lifetime", "0", "--link-lifetime"),
         ("--cors-origin", "app.example.com", "https://app.example.com"),
     ],
@@ -232,7 +232,7 @@ def test_addresses_that_could_not_work_are_refused(option: str, value: str, says
 
 def test_a_bucket_without_boto3_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    assert "pip install 'hypergen-triton[s3]'" in refusal(serve("--link-bucket", "s3://pictures"))
+    assert "pip install 'hypergen-triton[s3]'" in refusal(serve("--link-bucket", "s3://images"))
 
 
 def test_loras_belong_to_an_export(tmp_path: Path) -> None:
@@ -362,7 +362,7 @@ class TestOutput:
                 num_inference_steps=1,
                 guidance_scale=1.0,
             )
-            return flat_picture(made, 0)
+            return flat_image(made, 0)
 
         monkeypatch.setattr("hypergen_gateway.cli.generate_image", draw)
         return calls

@@ -19,9 +19,9 @@ async def test_work_leaves_the_loop_where_its_data_are_more_than_is_quick(nbytes
 @pytest.mark.parametrize("nbytes", [0, 2])
 async def test_what_the_work_raises_is_raised_from_either(nbytes: int) -> None:
     def fail() -> None:
-        raise ValueError("no picture")
+        raise ValueError("no image")
 
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="no image"):
         await run_in_thread_if_large(fail, nbytes, quick=1)
 
 

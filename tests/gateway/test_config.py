@@ -39,7 +39,7 @@ def test_neither_key_nor_secret_is_in_the_repr() -> None:
         ("public_url", "images.example.com", "public URL"),
         ("public_url", "ftp://images.example.com", "public URL"),
         ("public_url", "https://images.example.com/?a=b", "public URL"),
-        ("link_bucket", "pictures", "s3://BUCKET"),
+        ("link_bucket", "images", "s3://BUCKET"),
         ("link_bucket", "s3://", "s3://BUCKET"),
         ("link_secret", "short", "16 characters"),
         ("link_lifetime", 0, "link_lifetime"),
@@ -65,6 +65,6 @@ def test_settings_of_links_and_streams_that_cannot_work_are_refused(setting: str
 
 
 def test_links_into_a_bucket_last_as_long_as_a_signature_may() -> None:
-    assert Config(link_bucket="s3://pictures", link_lifetime=604_800).link_lifetime == 604_800
+    assert Config(link_bucket="s3://images", link_lifetime=604_800).link_lifetime == 604_800
     with pytest.raises(ValueError, match="seven days"):
-        Config(link_bucket="s3://pictures", link_lifetime=604_801)
+        Config(link_bucket="s3://images", link_lifetime=604_801)

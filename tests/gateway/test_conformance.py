@@ -31,15 +31,15 @@ Handler: TypeAlias = Callable[[httpx.Request], httpx.Response]
 
 
 class KnobsBackend(FakeBackend):
-    """Its pictures change with every knob, and it takes some time over each."""
+    """Its images change with every knob, and it takes some time over each."""
 
     async def generate(self, generation: GenerationRequest) -> AsyncGenerator[GeneratedImage, None]:
         knobs = (generation.negative_prompt, generation.num_inference_steps, generation.guidance_scale)
-        async for picture in super().generate(generation):
+        async for image in super().generate(generation):
             await asyncio.sleep(0.001)
-            seed = [picture.seed, *str(knobs).encode()]
-            pixels = np.random.default_rng(seed).integers(0, 255, picture.pixels.shape, dtype=np.uint8)
-            yield replace(picture, pixels=pixels)
+            seed = [image.seed, *str(knobs).encode()]
+            pixels = np.random.default_rng(seed).integers(0, 255, image.pixels.shape, dtype=np.uint8)
+            yield replace(image, pixels=pixels)
 
 
 class TestOurs:
@@ -120,26 +120,26 @@ def found(url: str, text: str, options: Options, transport: httpx.BaseTransport 
         server.close()
 
 
-def picture(name: str = "PNG") -> str:
+def image(name: str = "PNG") -> str:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, format=name)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 def images(**changes: Any) -> Handler:
-    """A server that answers everything with one picture."""
+    """A server that answers everything with one image."""
     usage = {
         "input_tokens": 3,
         "output_tokens": 1,
         "total_tokens": 4,
         "input_tokens_details": {"text_tokens": 3, "image_tokens": 0},
     }
-    body = {"created": 1, "data": [{"b64_json": picture()}], "usage": usage} | changes
+    body = {"created": 1, "data": [{"b64_json": image()}], "usage": usage} | changes
     return lambda _: httpx.Response(200, json=body)
 
 
 def event(lines: str = "", type_: str = "image_generation.completed", **data: Any) -> str:
-    body = {"type": type_, "b64_json": picture()} | data
+    body = {"type": type_, "b64_json": image()} | data
     return f"event: {type_}\n{lines}data: {json.dumps(body)}\n\n"
 
 
@@ -181,16 +181,16 @@ class TestFaults:
             ("with a wrong key", error(401), "code None"),
             ("a 401 says how", error(401), "no such header"),
             ("have different messages", error(401), "one message for several: no"),
-            ("a prompt alone", images(data=[{"b64_json": "AAAA"}]), "no picture"),
+            ("a prompt alone", images(data=[{"b64_json": "AAAA"}]), "no image"),
             ("a prompt alone", images(data=[{"url": "x"}]), "no b64_json"),
             ("a prompt alone", error(500), "500"),
             ("without `response_format`", images(data=[{"b64_json": None, "url": None}]), "neither"),
-            ("the image is a PNG", images(data=[{"b64_json": picture("JPEG")}]), "JPEG 8x8"),
+            ("the image is a PNG", images(data=[{"b64_json": image("JPEG")}]), "JPEG 8x8"),
             ("is the current time", images(created=1), "1"),
             ("counts text and image tokens", images(usage=None), "no usage"),
             ("background, output_format", images(quality="best"), "best"),
-            ("returns two different images, and", images(), "1 pictures"),
-            ("returns two different images, and", images(data=[{"b64_json": picture()}] * 2), "that are the same"),
+            ("returns two different images, and", images(), "1 images"),
+            ("returns two different images, and", images(data=[{"b64_json": image()}] * 2), "that are the same"),
             ("output_format: jpeg", images(), "PNG 8x8 for jpeg"),
             ("returns a link that works", images(), "no url but b64_json"),
             ("returns server-sent events", stream(event(), kind="text/plain"), "text/plain"),
@@ -241,7 +241,7 @@ class TestFaults:
 
     def judged(self, rule: str, handler: Handler) -> Finding:
         def listed(request: httpx.Request) -> httpx.Response:
-            # Rules about edits start from a picture of the server's own.
+            # Rules about edits start from an image of the server's own.
             if request.url.path.endswith("/generations") and rule.startswith(
                 ("`image", "an image", "without a prompt")
             ):

@@ -198,10 +198,10 @@ class TestDrawing:
                 partial_images=3,
             )
         ]
-        # No digit of a seed above 2^53 is lost, and the picture is the one that the server made.
+        # No digit of a seed above 2^53 is lost, and the image is the one that the server made.
         await expect(page.locator("figcaption").nth(2)).to_contain_text("72 × 56 · seed 9223372036854775802")
-        picture = await downloaded(page, 2)
-        assert (picture.size, picture.getpixel((0, 0))) == ((72, 56), (9223372036854775802 % 256,) * 3)
+        image = await downloaded(page, 2)
+        assert (image.size, image.getpixel((0, 0))) == ((72, 56), (9223372036854775802 % 256,) * 3)
 
     async def test_a_prompt_alone_gets_the_models_own_settings(self, open_page: OpenPage, backend: FakeBackend) -> None:
         page = await open_page()
@@ -274,7 +274,7 @@ class TestDrawing:
             await expect(page.locator("figure")).to_have_count(0)
         await until(lambda: backend.running == 0)
 
-    async def test_small_pictures_are_enlarged_by_whole_pixels(self, open_page: OpenPage) -> None:
+    async def test_small_images_are_enlarged_by_whole_pixels(self, open_page: OpenPage) -> None:
         page = await open_page()
         await page.keyboard.type("a fox")
         await page.keyboard.press("Enter")
@@ -454,7 +454,7 @@ class TestImages:
         assert generation.image.shape == (64, 64, 3)
         assert generation.image[32, 2].tolist() == [255, 0, 0]
 
-    async def test_a_picture_can_be_gone_on_from_and_its_request_comes_back_from_history(
+    async def test_an_image_can_be_gone_on_from_and_its_request_comes_back_from_history(
         self, open_page: OpenPage, backend: FakeBackend
     ) -> None:
         page = await open_page()
@@ -713,7 +713,7 @@ class TestKey:
 @needs_chromium
 @pytest.mark.asyncio(loop_scope="module")
 class TestHistory:
-    async def test_a_picture_of_it_brings_its_settings_back(self, open_page: OpenPage, backend: FakeBackend) -> None:
+    async def test_an_image_of_it_brings_its_settings_back(self, open_page: OpenPage, backend: FakeBackend) -> None:
         page = await open_page()
         await page.keyboard.type("a fox")
         await page.locator("#n").select_option("2")
@@ -764,8 +764,8 @@ class TestCode:
         await run_code(language, code, tmp_path)
         once, again = backend.generations
         assert once == again
-        pictures = [Image.open(tmp_path / f"image-{index}.png") for index in range(2)]
-        assert [picture.getpixel((0, 0)) for picture in pictures] == [((once.seed + i) % 256,) * 3 for i in range(2)]
+        images = [Image.open(tmp_path / f"image-{index}.png") for index in range(2)]
+        assert [image.getpixel((0, 0)) for image in images] == [((once.seed + i) % 256,) * 3 for i in range(2)]
 
     @pytest.mark.parametrize("language", ["curl", "Python"])
     async def test_it_sends_the_files_that_were_sent(

@@ -33,10 +33,10 @@ WISH: dict[str, Any] = {
     "guidance_scale": 7.5,
 }
 REPEATS = 5
-# Root mean square over float16's roundings, relative to the largest magnitude; of a picture in levels of 255.
+# Root mean square over float16's roundings, relative to the largest magnitude; of an image in levels of 255.
 ROUNDING, LEVELS = 0.01, 2.0
 # Both sides round in float16, in another order, over all steps.
-PICTURE = 5.0
+IMAGE = 5.0
 
 
 def test_plans_are_built(plans: Plans, figures: dict[str, str]) -> None:
@@ -72,9 +72,9 @@ def test_every_component_computes_what_torch_computes(
         ours = infer(triton, component, [tensor.numpy() for tensor in inputs])
         pairs = zip(component.outputs, (tensor.cpu().numpy() for tensor in expected), ours, strict=True)
         worst = max(distance(tensor, theirs, mine) for tensor, theirs, mine in pairs)
-        is_picture = any(tensor.dtype == BYTE for tensor in component.outputs)
-        figures[f"{component.name}, batch {rows}, against torch in float32"] = f"{worst:.2g} {'of 255' * is_picture}"
-        assert worst <= (LEVELS if is_picture else ROUNDING), component.name
+        is_image = any(tensor.dtype == BYTE for tensor in component.outputs)
+        figures[f"{component.name}, batch {rows}, against torch in float32"] = f"{worst:.2g} {'of 255' * is_image}"
+        assert worst <= (LEVELS if is_image else ROUNDING), component.name
 
 
 def infer(triton: Triton, component: Component, inputs: list[Any]) -> list[Any]:
@@ -91,7 +91,7 @@ def infer(triton: Triton, component: Component, inputs: list[Any]) -> list[Any]:
 
 
 def distance(tensor: Tensor, theirs: Any, ours: Any) -> float:
-    """Root mean square, relative to the largest magnitude but for pictures."""
+    """Root mean square, relative to the largest magnitude but for images."""
     assert theirs.shape == ours.shape
     error = float(np.sqrt(np.mean((theirs.astype(np.float64) - ours.astype(np.float64)) ** 2)))
     return error if tensor.dtype == BYTE else error / max(1.0, float(np.abs(theirs).max()))
@@ -104,15 +104,15 @@ def by_diffusers(pipeline: Any) -> Pixels:
     return np.asarray(pipeline(**given, width=width, height=height, generator=generator).images[0])
 
 
-async def test_a_picture_is_that_of_diffusers(gateway: Server, pipeline: Any, figures: dict[str, str]) -> None:
+async def test_an_image_is_that_of_diffusers(gateway: Server, pipeline: Any, figures: dict[str, str]) -> None:
     async with gateway.async_client() as client:
         ours = await draw(client, size=f"{SIZE[0]}x{SIZE[1]}", **WISH)
     differences = np.abs(ours.astype(int) - by_diffusers(pipeline).astype(int))
-    figures["picture against diffusers in float16"] = f"mean difference {differences.mean():.2f} of 255"
-    assert differences.mean() <= PICTURE
+    figures["image against diffusers in float16"] = f"mean difference {differences.mean():.2f} of 255"
+    assert differences.mean() <= IMAGE
 
 
-def test_a_picture_takes_no_longer_than_with_torch_compile(
+def test_an_image_takes_no_longer_than_with_torch_compile(
     gateway: Server, pipeline: Any, figures: dict[str, str]
 ) -> None:
     with_triton = median_seconds(lambda: asyncio.run(draw_all(gateway, [{**WISH, "size": f"{SIZE[0]}x{SIZE[1]}"}])))
@@ -120,7 +120,7 @@ def test_a_picture_takes_no_longer_than_with_torch_compile(
     pipeline.unet = torch.compile(pipeline.unet, mode="max-autotune", fullgraph=True)
     pipeline.vae.decode = torch.compile(pipeline.vae.decode, mode="max-autotune", fullgraph=True)
     with_torch = median_seconds(lambda: by_diffusers(pipeline))
-    figures[f"a picture in {STEPS} steps, {SIZE[0]}x{SIZE[1]}, guidance"] = f"{with_triton * 1e3:.0f} ms"
+    figures[f"an image in {STEPS} steps, {SIZE[0]}x{SIZE[1]}, guidance"] = f"{with_triton * 1e3:.0f} ms"
     figures["the same by torch.compile"] = f"{with_torch * 1e3:.0f} ms, {with_torch / with_triton:.2f} times ours"
     assert with_triton <= with_torch
 
@@ -135,7 +135,7 @@ def median_seconds(action: Callable[[], object]) -> float:
     return statistics.median(times[2:])
 
 
-def test_pictures_in_flight_share_the_gpu(gateway: Server, triton: Triton, figures: dict[str, str]) -> None:
+def test_images_in_flight_share_the_gpu(gateway: Server, triton: Triton, figures: dict[str, str]) -> None:
     rates = {}
     for in_flight in (1, 2, IMAGES, 2 * IMAGES):
         before, began = unet_counts(triton), time.perf_counter()
@@ -144,7 +144,7 @@ def test_pictures_in_flight_share_the_gpu(gateway: Server, triton: Triton, figur
             asyncio.run(draw_all(gateway, wishes))
         rates[in_flight] = 2 * in_flight / (time.perf_counter() - began)
         rows, calls = (now - then for now, then in zip(unet_counts(triton), before, strict=True))
-        figures[f"{in_flight} in flight"] = f"{rates[in_flight]:.2f} pictures/s, {rows / calls:.1f} rows in a UNet call"
+        figures[f"{in_flight} in flight"] = f"{rates[in_flight]:.2f} images/s, {rows / calls:.1f} rows in a UNet call"
     figures["GPU memory after that"] = f"{triton.metric('nv_gpu_memory_used_bytes') / 1e9:.1f} GB"
     assert rates[IMAGES] > rates[1]
 
@@ -157,7 +157,7 @@ def unet_counts(triton: Triton) -> tuple[int, int]:
     return statistics_of.inference_count, statistics_of.execution_count
 
 
-async def test_a_picture_with_guidance_runs_in_cuda_graphs(
+async def test_an_image_with_guidance_runs_in_cuda_graphs(
     gateway: Server, triton: Triton, figures: dict[str, str]
 ) -> None:
     before = triton.graphs_of("unet")
@@ -165,6 +165,6 @@ async def test_a_picture_with_guidance_runs_in_cuda_graphs(
         await draw(client, size=f"{SIZE[0]}x{SIZE[1]}", **WISH)
     by_graph, without = (now - then for now, then in zip(triton.graphs_of("unet"), before, strict=True))
     total = by_graph + without
-    figures["UNet calls of one picture by CUDA graph"] = f"{by_graph} of {total}"
+    figures["UNet calls of one image by CUDA graph"] = f"{by_graph} of {total}"
     assert total >= STEPS
     assert without == 0

@@ -1,4 +1,4 @@
-"""What a mask keeps of a picture, in pixels."""
+"""What a mask keeps of an image, in pixels."""
 
 from __future__ import annotations
 

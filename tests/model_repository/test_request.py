@@ -126,7 +126,7 @@ def pixels(*shape: int) -> Any:
     return np.zeros(shape, dtype=np.uint8)
 
 
-def test_a_picture_to_start_from_has_the_size_asked_for() -> None:
+def test_an_image_to_start_from_has_the_size_asked_for() -> None:
     request = check_request({"prompt": "x", "width": 32, "height": 16, "image": pixels(16, 32, 3)}, LIMITS)
     assert request.image is not None
     with pytest.raises(InvalidInputError, match=r"^image: must be \[16, 32, 3\] .*, not \[32, 16, 3\]"):
@@ -136,7 +136,7 @@ def test_a_picture_to_start_from_has_the_size_asked_for() -> None:
         check_request(given, LIMITS)
 
 
-def test_a_picture_says_its_size_itself_and_keeps_to_the_limits() -> None:
+def test_an_image_says_its_size_itself_and_keeps_to_the_limits() -> None:
     request = check_request({"prompt": "x", "image": pixels(48, 24, 3)}, LIMITS)
     assert (request.width, request.height) == (24, 48)
     for shape in [(48, 20, 3), (8, 64, 3), (64, 136, 3)]:
@@ -158,7 +158,7 @@ def test_a_strength_out_of_range_is_refused(value: float) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("mask", pixels(32, 64)), ("strength", 0.5)])
-def test_what_belongs_to_a_picture_is_refused_without_one(name: str, value: Any) -> None:
+def test_what_belongs_to_an_image_is_refused_without_one(name: str, value: Any) -> None:
     with pytest.raises(InvalidInputError, match=f"^{name}: needs an image"):
         check_request({"prompt": "x", name: value}, LIMITS)
 

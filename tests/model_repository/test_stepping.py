@@ -70,7 +70,7 @@ async def until_called(unet: Any, calls: int) -> None:
 
 
 async def until_idle(rounds: list[IterationStats]) -> None:
-    """The last round is reported after its pictures are on their way."""
+    """The last round is reported after its images are on their way."""
     while rounds[-1].active or rounds[-1].waiting:
         await asyncio.sleep(0)
 
@@ -218,7 +218,7 @@ async def test_previews_come_in_order_and_change_nothing(unet: Denoiser, image_o
     assert [(sample.step, sample.is_final) for sample in samples] == [(2, False), (4, False), (6, False), (8, True)]
     assert np.array_equal(samples[-1].latents, plain.latents)
     distances = [float(np.abs(sample.latents - plain.latents).mean()) for sample in samples]
-    assert distances == sorted(distances, reverse=True), "each preview is nearer to the picture"
+    assert distances == sorted(distances, reverse=True), "each preview is nearer to the image"
 
 
 async def test_the_steps_do_not_wait_for_whoever_looks_at_a_preview(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import pytest
 
 CLAIMS: Mapping[str, str] = {
-    "families": "every family's pictures are those of diffusers' own pipeline",
+    "families": "every family's images are those of diffusers' own pipeline",
     "engines": "TensorRT-RTX builds every component of every family from our ONNX",
     "precision": "float16 and bfloat16 are inside the engines alone; what overflows stays float32",
     "bindings": "config.pbtxt parses in Triton's protobuf and names exactly the engines' tensors, types and profiles",
@@ -27,7 +27,7 @@ CLAIMS: Mapping[str, str] = {
     "scaling": "replicas are scaled by the sampler's own gauges, which a running Triton has",
     "rules": "promtool accepts configuration and rules, and each alert rings when it should",
     "metrics": "a running Triton has every metric that dashboard and rules ask for",
-    "drain": "a stop waits for the pictures under way",
+    "drain": "a stop waits for the images under way",
     "replicas": "one of two Tritons is killed under load, and no request is lost",
     "prove": "docker/prove notices whatever is wrong with what it started",
 }

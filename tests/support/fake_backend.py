@@ -46,16 +46,16 @@ MODEL = ModelDescription(
 
 
 class FakeBackend:
-    """A backend whose pictures are one flat grey, by their seed; a test sets what goes wrong."""
+    """A backend whose images are one flat grey, by their seed; a test sets what goes wrong."""
 
     def __init__(self) -> None:
         self.description: ModelDescription | HyperGenError = MODEL
         self.is_ready = True
         self.failure: Exception | None = None
-        self.missing_pictures = 0
-        self.open = asyncio.Event()  # while clear, no picture is finished
+        self.missing_images = 0
+        self.open = asyncio.Event()  # while clear, no image is finished
         self.open.set()
-        self.finishing = asyncio.Event()  # while clear, previews come and pictures do not
+        self.finishing = asyncio.Event()  # while clear, previews come and images do not
         self.finishing.set()
         self.late_failure: Exception | None = None  # raised after the previews
         self.answering = asyncio.Event()  # while clear, describe() and ready() hang
@@ -93,12 +93,12 @@ class FakeBackend:
             await self.finishing.wait()
             if self.late_failure is not None:
                 raise self.late_failure
-            for index in reversed(range(generation.num_images - self.missing_pictures)):
-                picture = flat_picture(generation, index)
+            for index in reversed(range(generation.num_images - self.missing_images)):
+                image = flat_image(generation, index)
                 # As long as a test let it wait, which is what a sampler would say.
-                took = max(picture.timings.denoise, (time.perf_counter() - began) * 1000)
-                timings = replace(picture.timings, denoise=took)
-                yield replace(picture, timings=timings, truncated_tokens=self.truncated_tokens)
+                took = max(image.timings.denoise, (time.perf_counter() - began) * 1000)
+                timings = replace(image.timings, denoise=took)
+                yield replace(image, timings=timings, truncated_tokens=self.truncated_tokens)
         finally:
             self.running -= 1
             self._running_images -= generation.num_images
@@ -107,7 +107,7 @@ class FakeBackend:
         self.closed = True
 
 
-def flat_picture(generation: GenerationRequest, index: int) -> GeneratedImage:
+def flat_image(generation: GenerationRequest, index: int) -> GeneratedImage:
     seed = generation.seed + index
     shape = (generation.height, generation.width, 3)
     return GeneratedImage(
@@ -124,7 +124,7 @@ def flat_picture(generation: GenerationRequest, index: int) -> GeneratedImage:
 def flat_preview(generation: GenerationRequest, index: int, number: int) -> GeneratedImage:
     """At evenly spaced steps, as the sampler gives them."""
     step = generation.num_inference_steps * (number + 1) // (generation.partial_images + 1)
-    return replace(flat_picture(generation, index), step=step, is_final=False)
+    return replace(flat_image(generation, index), step=step, is_final=False)
 
 
 async def until(condition: Callable[[], bool], limit: float = 5.0) -> None:

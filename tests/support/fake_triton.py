@@ -51,7 +51,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         self.failure: tuple[grpc.StatusCode, str] | None = None
         self.in_band_error: str | None = None
         self.left_out_outputs: set[str] = set()
-        self.pictures_before_trouble: int | None = None  # None: no limit
+        self.images_before_trouble: int | None = None  # None: no limit
         self.trouble_follows_previews = False
         self.requests: list[Any] = []
         self.headers: list[dict[str, str]] = []
@@ -78,25 +78,25 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         try:
             async for request in requests:
                 self.requests.append(request)
-                async for response in self._pictures(tensors_of(request), context):
+                async for response in self._images(tensors_of(request), context):
                     yield response
         except asyncio.CancelledError:
             self.cancelled_streams += 1
             raise
 
-    async def _pictures(self, tensors: dict[str, Any], context: Any) -> AsyncIterator[Any]:
+    async def _images(self, tensors: dict[str, Any], context: Any) -> AsyncIterator[Any]:
         for index in range(tensors["num_images"]):
-            is_trouble_near = self.pictures_before_trouble in (None, index)
+            is_trouble_near = self.images_before_trouble in (None, index)
             if is_trouble_near and not self.trouble_follows_previews:
                 await self._trouble(context)
             if self.in_band_error is not None:
                 yield pb.ModelStreamInferResponse(error_message=self.in_band_error)
                 return
             for step in range(1, tensors["partial_images"] + 1):
-                yield self._picture(tensors, index, step, is_final=False)
+                yield self._image(tensors, index, step, is_final=False)
             if is_trouble_near and self.trouble_follows_previews:
                 await self._trouble(context)
-            yield self._picture(tensors, index, tensors["num_inference_steps"], is_final=True)
+            yield self._image(tensors, index, tensors["num_inference_steps"], is_final=True)
 
     async def _trouble(self, context: Any) -> None:
         if self.hangs:
@@ -104,7 +104,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         if self.failure is not None:
             await context.abort(*self.failure)
 
-    def _picture(self, tensors: dict[str, Any], index: int, step: int, is_final: bool) -> Any:
+    def _image(self, tensors: dict[str, Any], index: int, step: int, is_final: bool) -> Any:
         seed = tensors["seed"] + index
         outputs: dict[str, np.ndarray[Any, Any]] = {
             "image": np.full((tensors["height"], tensors["width"], 3), seed % 256, dtype=np.uint8),
@@ -130,7 +130,7 @@ _NUMBERS = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "UINT8": n
 
 
 def tensors_of(request: Any) -> dict[str, Any]:
-    """What each input of a request holds, decoded by the datatype that it declares: a picture, or its one value."""
+    """What each input of a request holds, decoded by the datatype that it declares: an image, or its one value."""
     values: dict[str, Any] = {}
     for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True):
         if tensor.datatype == "BYTES":  # four bytes of length before the text

@@ -205,13 +205,13 @@ async def long_requests(
 
 def pixels_of(image: Any) -> Pixels:
     """The pixels of one item of a response's `data`."""
-    with Image.open(io.BytesIO(base64.b64decode(image.b64_json))) as picture:
-        assert picture.format == "PNG"
-        return np.asarray(picture.convert("RGB"))
+    with Image.open(io.BytesIO(base64.b64decode(image.b64_json))) as opened:
+        assert opened.format == "PNG"
+        return np.asarray(opened.convert("RGB"))
 
 
 async def draw(client: openai.AsyncOpenAI, **wish: Any) -> Pixels:
-    """One picture; what OpenAI's client does not know goes into the body as it is."""
+    """One image; what OpenAI's client does not know goes into the body as it is."""
     known = {name: wish.pop(name) for name in ("prompt", "size", "n") if name in wish}
     response = await client.images.generate(**known, extra_body=wish)
     assert response.data is not None

@@ -39,7 +39,7 @@ class Capabilities(BaseModel):
     )
     max_num_images: int
     schedulers: tuple[str, ...]
-    edits: bool = Field(description="Whether pictures can start from images.")
+    edits: bool = Field(description="Whether images can start from images.")
     suggestions: tuple[str, ...] = Field(description="Prompts that the model draws well.")
 
 

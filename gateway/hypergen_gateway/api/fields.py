@@ -108,7 +108,7 @@ class ImageFields(_Body):
 
     model: str | None = Field(default=None, description="Accepted and ignored: the server has one model.")
     n: Annotated[int, Field(ge=1, le=10), _WHOLE, ModelLimit("max_num_images")] = Field(
-        default=1, description="How many pictures."
+        default=1, description="How many images."
     )
     size: Annotated[str, Legal("'auto' or {legal_sizes}")] = Field(
         default="auto",
@@ -121,7 +121,7 @@ class ImageFields(_Body):
     )
     response_format: Literal["b64_json", "url"] | None = Field(
         default=None,
-        description="The pictures themselves, or links to them that expire: `b64_json` unless given, or `url` where "
+        description="The images themselves, or links to them that expire: `b64_json` unless given, or `url` where "
         "`model` is `dall-e-2` or `dall-e-3`, or a variation names none, and `stream` is not said.",
     )
     output_format: Literal["png", "jpeg", "webp"] = Field(default="png", description="The kind of file.")
@@ -130,12 +130,12 @@ class ImageFields(_Body):
         description="For jpeg and webp the encoder's quality: 100 loses least, 0 is smallest.",
     )
     background: Annotated[Literal["auto", "opaque", "transparent"], Legal("'auto' or 'opaque'")] = Field(
-        default="auto", description="Pictures are opaque; `transparent` is refused."
+        default="auto", description="Images are opaque; `transparent` is refused."
     )
     user: str | None = Field(default=None, description="Accepted and ignored.")
     safety_identifier: str | None = Field(default=None, description="Accepted and ignored.")
     # HyperGen's extensions
-    negative_prompt: Text | None = Field(default=None, description="What to keep out of the picture.")
+    negative_prompt: Text | None = Field(default=None, description="What to keep out of the image.")
     num_inference_steps: Annotated[int, Field(ge=1), _WHOLE, ModelLimit("max_num_inference_steps")] | None = Field(
         default=None, description="Steps of denoising."
     )
@@ -164,7 +164,7 @@ class ImageFields(_Body):
         default=None, description="The sampler's name, such as `euler` or `dpmpp_2m`."
     )
     seed: Annotated[int, Field(ge=-1, le=MAX_SEED), _WHOLE, _SEEDS] | None = Field(
-        default=None, description="Picture i is drawn from seed + i. Random unless given, and where it is -1."
+        default=None, description="Image i is drawn from seed + i. Random unless given, and where it is -1."
     )
     deadline_ms: Annotated[int, Field(ge=1, le=MAX_DEADLINE_MS), _WHOLE] | None = Field(
         default=None,
@@ -182,7 +182,7 @@ class _PromptFields(ImageFields):
     prompt: Prompt
     stream: bool = Field(default=False, description="Answer with server-sent events.")
     partial_images: Annotated[int, Field(ge=0, le=3), _WHOLE] = Field(
-        default=0, description="Previews of each picture in a stream."
+        default=0, description="Previews of each image in a stream."
     )
     moderation: Literal["low", "auto"] = Field(default="auto", description="Accepted and ignored.")
 
@@ -227,7 +227,7 @@ class EditForm(_EditFields):
 
     image: Annotated[Uploads, _IMAGE] = Field(
         validation_alias=AliasChoices("image", "images"),
-        description="PNG, JPEG, WebP, AVIF or GIF, less than 50 MB each; also as `image[]`. Picture i starts from "
+        description="PNG, JPEG, WebP, AVIF or GIF, less than 50 MB each; also as `image[]`. Image i starts from "
         "image i mod k.",
     )
     mask: Annotated[Upload | None, _MASK] = Field(

@@ -81,15 +81,15 @@ ERRORS: dict[int, str] = {
     413: "The body is larger than the server reads.",
     415: "The body is of another type than the route reads, or compressed.",
     429: (
-        "As many requests wait as may wait, or the pictures would come after the deadline; `Retry-After` says when to "
+        "As many requests wait as may wait, or the images would come after the deadline; `Retry-After` says when to "
         "come again, `x-should-retry: false` that not even an idle server would be in time."
     ),
     500: (
         "A fault of the server; its log has the details under the request id. The code `image_not_finite` says that "
-        "the model computed no picture, and would not for the same request again."
+        "the model computed no image, and would not for the same request again."
     ),
     503: "The model is not available at the moment; `Retry-After` says when to come again.",
-    504: "The pictures were not ready in time.",
+    504: "The images were not ready in time.",
 }
 _RETRYABLE = (429, 503)
 
@@ -107,7 +107,7 @@ _SAY_NULL = {"Health", "ErrorObject"}
 _TAKE_NULL = {"ImageRequest", "EditRequest"}
 
 _STREAM = (
-    "With `stream: true`, server-sent events: at most `partial_images` previews of each picture, then the picture. "
+    "With `stream: true`, server-sent events: at most `partial_images` previews of each image, then the image. "
     'A comment keeps a quiet stream open; what fails after the first event ends it with `data: {"error": …}`.'
 )
 _REPEAT = (
@@ -116,7 +116,7 @@ _REPEAT = (
 )
 _EDIT = (
     "The first image's transparent pixels in `mask` are drawn anew and the others stay; without a mask the whole image "
-    "is redrawn, and transparency of its own is its mask. With several images, picture i starts from image i mod k. "
+    "is redrawn, and transparency of its own is its mask. With several images, image i starts from image i mod k. "
     "`size: auto` answers in the image's own size."
 )
 
@@ -131,7 +131,7 @@ OPERATIONS = (
         method="post",
         path="/v1/images/generations",
         id="createImage",
-        summary="Draw pictures from a prompt",
+        summary="Draw images from a prompt",
         description=f"{_STREAM} {_REPEAT}",
         bodies={_JSON: ImageRequest},
         answer=ImagesResponse,
@@ -142,7 +142,7 @@ OPERATIONS = (
         method="post",
         path="/v1/images/edits",
         id="createImageEdit",
-        summary="Draw pictures from a prompt and images",
+        summary="Draw images from a prompt and images",
         description=f"{_EDIT} {_STREAM} {_REPEAT}",
         bodies={_FORM: EditForm, _JSON: EditRequest},
         answer=ImagesResponse,
@@ -153,7 +153,7 @@ OPERATIONS = (
         method="post",
         path="/v1/images/variations",
         id="createImageVariation",
-        summary="Draw pictures like an image",
+        summary="Draw images like an image",
         description=_REPEAT,
         bodies={_FORM: VariationForm},
         answer=ImagesResponse,
@@ -188,7 +188,7 @@ OPERATIONS = (
         method="get",
         path=f"{FILES_PATH}/{{name}}",
         id="readFile",
-        summary="The picture behind a link",
+        summary="The image behind a link",
         description="Links come in answers to `response_format: url` and are used as they came.",
         parameters=(
             _parameter("name", "path", "The file's name."),
@@ -218,7 +218,7 @@ OPERATIONS = (
         method="get",
         path="/health/ready",
         id="ready",
-        summary="Whether a picture could be made; 503 if not",
+        summary="Whether an image could be made; 503 if not",
         answer=Health,
         is_open=True,
     ),
@@ -267,7 +267,7 @@ def _operation(operation: Operation) -> JsonObject:
     if operation.is_open:
         described["security"] = []
     if operation.path == "/health/ready":
-        described["responses"]["503"] = described["responses"]["200"] | {"description": "No picture could be made."}
+        described["responses"]["503"] = described["responses"]["200"] | {"description": "No image could be made."}
     return described
 
 
@@ -280,7 +280,7 @@ def _success(operation: Operation) -> JsonObject:
     if operation.answer is None:
         file = {"schema": {"type": "string", "format": "binary"}}
         files = {f"image/{name}": file for name in ("png", "jpeg", "webp")}
-        return {"description": "The picture.", "headers": headers, "content": files}
+        return {"description": "The image.", "headers": headers, "content": files}
     content: JsonObject = {_JSON: {"schema": _reference(operation.answer)}}
     if operation.streams:
         events = [_reference(PartialImageEvent), _reference(CompletedEvent)]

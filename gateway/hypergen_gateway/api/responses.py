@@ -57,14 +57,14 @@ class InputTokensDetails(BaseModel):
     """What the input tokens stand for."""
 
     text_tokens: int = Field(description="Tokens of the prompt and the negative prompt, as the text encoder read them.")
-    image_tokens: int = Field(description="Squares of 8 × 8 pixels in the images that pictures started from.")
+    image_tokens: int = Field(description="Squares of 8 × 8 pixels in the images that images started from.")
 
 
 class Usage(BaseModel):
     """What the images cost. A token of an image is a square of 8 × 8 pixels, in the size that the model generates."""
 
     input_tokens: int
-    output_tokens: int = Field(description="Squares of 8 × 8 pixels in the pictures that were drawn.")
+    output_tokens: int = Field(description="Squares of 8 × 8 pixels in the images that were drawn.")
     total_tokens: int
     input_tokens_details: InputTokensDetails
 
@@ -82,7 +82,7 @@ class ImagesResponse(BaseModel):
     background: Literal["opaque"] = "opaque"
     output_format: FormatName
     quality: Quality
-    size: str | None = Field(default=None, description="WIDTHxHEIGHT, unless the pictures differ in it.")
+    size: str | None = Field(default=None, description="WIDTHxHEIGHT, unless the images differ in it.")
     data: list[ImageObject]
     usage: Usage
     prompt_truncated: int | None = _TRUNCATED
@@ -115,7 +115,7 @@ class _ImageEvent(BaseModel):
 
     b64_json: str
     created_at: int = Field(default_factory=lambda: int(time.time()))
-    size: str = Field(description="WIDTHxHEIGHT of the picture.")
+    size: str = Field(description="WIDTHxHEIGHT of the image.")
     quality: Quality
     background: Literal["opaque"] = "opaque"
     output_format: FormatName

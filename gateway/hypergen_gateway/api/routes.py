@@ -188,7 +188,7 @@ class Endpoints:
     async def read_file(self, request: Request) -> Response:
         """The image behind a link."""
         if not isinstance(self.links, LocalLinks):
-            raise NotFoundError("Links to pictures do not lead to this server.")
+            raise NotFoundError("Links to images do not lead to this server.")
         query = request.query_params
         stored = await self.links.read(
             request.path_params["name"], query.get("expires", ""), query.get("signature", "")

@@ -95,7 +95,7 @@ def _check_combinations(body: RequestBody) -> None:
         )
     if body.stream and body.response_format == "url":
         raise InvalidRequestError(
-            "Invalid value for 'response_format': a stream carries its pictures. It must be 'b64_json'.",
+            "Invalid value for 'response_format': a stream carries its images. It must be 'b64_json'.",
             "response_format",
         )
 

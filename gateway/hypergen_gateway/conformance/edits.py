@@ -15,10 +15,10 @@ from hypergen_gateway.conformance.server import EDITS, VARIATIONS, File, Server
 from hypergen_gateway.conformance.shapes import (
     described,
     events_of,
+    image_in,
+    images_of,
     json_of,
     offered,
-    picture_in,
-    pictures_of,
     refusal,
 )
 
@@ -29,55 +29,55 @@ _BOUNDARY = "----conformance"
 
 @AREA.rule("`image` and a prompt return an image")
 def _(server: Server) -> str:
-    return described(pictures_of(offered(server.edit([("image", _picture(server))]))))
+    return described(images_of(offered(server.edit([("image", _image_file(server))]))))
 
 
 @AREA.rule("`image[]` works like `image` and can be repeated")
 def _(server: Server) -> str:
-    once = pictures_of(offered(server.edit([("image[]", _picture(server))])))
-    twice = pictures_of(offered(server.edit([("image[]", _picture(server))] * 2)))
+    once = images_of(offered(server.edit([("image[]", _image_file(server))])))
+    twice = images_of(offered(server.edit([("image[]", _image_file(server))] * 2)))
     return described([*once, *twice])
 
 
 @AREA.rule("raw bytes are accepted as `upload` of type application/octet-stream")
 def _(server: Server) -> str:
-    _, content, _ = _picture(server)
-    return described(pictures_of(offered(server.edit([("image", ("upload", content, "application/octet-stream"))]))))
+    _, content, _ = _image_file(server)
+    return described(images_of(offered(server.edit([("image", ("upload", content, "application/octet-stream"))]))))
 
 
 @AREA.rule("a file before the prompt, a path as file name and a chunked body are accepted")
 def _(server: Server) -> str:
-    _, content, _ = _picture(server)
+    _, content, _ = _image_file(server)
     body = server.body({"n": 1})
     headers = {"Content-Type": f"multipart/form-data; boundary={_BOUNDARY}"}
-    return described(pictures_of(offered(server.send("POST", EDITS, content=_chunks(content, body), headers=headers))))
+    return described(images_of(offered(server.send("POST", EDITS, content=_chunks(content, body), headers=headers))))
 
 
 @AREA.rule("numbers and booleans are accepted as text: `n` 2, `stream` false")
 def _(server: Server) -> str:
-    pictures = pictures_of(offered(server.edit([("image", _picture(server))], n=2, stream=False, partial_images=0)))
-    need(len(pictures) == 2, f"{len(pictures)} pictures")
-    return described(pictures)
+    images = images_of(offered(server.edit([("image", _image_file(server))], n=2, stream=False, partial_images=0)))
+    need(len(images) == 2, f"{len(images)} images")
+    return described(images)
 
 
 @AREA.rule("JPEG and WebP input images are accepted")
 def _(server: Server) -> str:
-    pictures = []
+    images = []
     for name in ("jpeg", "webp"):
         file = (f"image.{name}", _bytes_of(_image(server).convert("RGB"), name), f"image/{name}")
-        pictures += pictures_of(offered(server.edit([("image", file)])))
-    return described(pictures)
+        images += images_of(offered(server.edit([("image", file)])))
+    return described(images)
 
 
 @AREA.rule("a mask is accepted")
 def _(server: Server) -> str:
-    return described(pictures_of(_masked(server)))
+    return described(images_of(_masked(server)))
 
 
 @AREA.rule("the image is unchanged outside the mask", extension=True)
 def _(server: Server) -> str:
     before = _image(server).convert("RGB")
-    (after,) = pictures_of(_masked(server))
+    (after,) = images_of(_masked(server))
     need(after.size == before.size, described([after]))
     left = (0, 0, before.width // 2, before.height)
     difference = ImageChops.difference(before.crop(left), after.convert("RGB").crop(left))
@@ -88,7 +88,7 @@ def _(server: Server) -> str:
 
 @AREA.rule("`usage` counts the tokens of the input image")
 def _(server: Server) -> str:
-    usage = json_of(offered(server.edit([("image", _picture(server))]))).get("usage")
+    usage = json_of(offered(server.edit([("image", _image_file(server))]))).get("usage")
     need(usage, "no usage")
     tokens = usage["input_tokens_details"]["image_tokens"]
     need(tokens > 0, str(usage))
@@ -97,19 +97,19 @@ def _(server: Server) -> str:
 
 @AREA.rule("JSON with the image as a data URL is accepted")
 def _(server: Server) -> str:
-    _, content, _ = _picture(server)
+    _, content, _ = _image_file(server)
     url = f"data:image/png;base64,{base64.b64encode(content).decode()}"
     response = server.send("POST", EDITS, json=server.body({"images": [{"image_url": url}]}))
-    return described(pictures_of(offered(response)))
+    return described(images_of(offered(response)))
 
 
 @AREA.rule("`stream` sends previews, then image_edit.completed")
 def _(server: Server) -> str:
-    response = offered(server.edit([("image", _picture(server))], stream=True, partial_images=1), "stream")
+    response = offered(server.edit([("image", _image_file(server))], stream=True, partial_images=1), "stream")
     types = [event.type for event in events_of(response)]
     need(types[-1] == "image_edit.completed", ", ".join(types))
     need(types[:-1] == ["image_edit.partial_image"], ", ".join(types))
-    picture_in(events_of(response)[-1].data["b64_json"])
+    image_in(events_of(response)[-1].data["b64_json"])
     return ", ".join(types)
 
 
@@ -122,7 +122,7 @@ def _(server: Server) -> str:
 @AREA.rule("without a prompt: 400, param `prompt`")
 def _(server: Server) -> str:
     _need_route(server)
-    return refusal(server.edit([("image", _picture(server))], prompt=None), 400, param="prompt")
+    return refusal(server.edit([("image", _image_file(server))], prompt=None), 400, param="prompt")
 
 
 @AREA.rule("a file that is not an image: 400, param `image`")
@@ -137,25 +137,25 @@ def _(server: Server) -> str:
 def _(server: Server) -> str:
     _need_route(server)
     mask = ("mask.png", _bytes_of(Image.new("RGBA", (16, 24))), "image/png")
-    return refusal(server.edit([("image", _picture(server)), ("mask", mask)]), 400, param="mask")
+    return refusal(server.edit([("image", _image_file(server)), ("mask", mask)]), 400, param="mask")
 
 
 @AREA.rule("text instead of a number: 400, param `n`")
 def _(server: Server) -> str:
     _need_route(server)
-    return refusal(server.edit([("image", _picture(server))], n="two"), 400, param="n")
+    return refusal(server.edit([("image", _image_file(server))], n="two"), 400, param="n")
 
 
 @VARIATION.rule("an image alone returns an image")
 def _(server: Server) -> str:
-    return described(pictures_of(offered(server.edit([("image", _picture(server))], path=VARIATIONS))))
+    return described(images_of(offered(server.edit([("image", _image_file(server))], path=VARIATIONS))))
 
 
 @VARIATION.rule("`n: 2` returns two different images")
 def _(server: Server) -> str:
-    pictures = pictures_of(offered(server.edit([("image", _picture(server))], path=VARIATIONS, n=2)))
-    need(len(pictures) == 2 and pictures[0].tobytes() != pictures[1].tobytes(), described(pictures))
-    return described(pictures)
+    images = images_of(offered(server.edit([("image", _image_file(server))], path=VARIATIONS, n=2)))
+    need(len(images) == 2 and images[0].tobytes() != images[1].tobytes(), described(images))
+    return described(images)
 
 
 @VARIATION.rule("without an image: 400, param `image`")
@@ -174,10 +174,10 @@ def _need_route(server: Server, path: str = EDITS) -> None:
 
 def _image(server: Server) -> Image.Image:
     """An image that the server generated, so its size is one that the server supports."""
-    return pictures_of(server.picture)[0]
+    return images_of(server.image)[0]
 
 
-def _picture(server: Server) -> File:
+def _image_file(server: Server) -> File:
     return ("image.png", _bytes_of(_image(server)), "image/png")
 
 
@@ -186,7 +186,7 @@ def _masked(server: Server) -> httpx.Response:
     image = _image(server)
     mask = Image.new("RGBA", image.size, (0, 0, 0, 255))
     mask.paste((0, 0, 0, 0), (image.width // 2, 0, image.width, image.height))
-    files = [("image", _picture(server)), ("mask", ("mask.png", _bytes_of(mask), "image/png"))]
+    files = [("image", _image_file(server)), ("mask", ("mask.png", _bytes_of(mask), "image/png"))]
     return offered(server.edit(files), "mask")
 
 
@@ -197,7 +197,7 @@ def _bytes_of(image: Image.Image, name: str = "png") -> bytes:
 
 
 def _chunks(content: bytes, body: dict[str, Any]) -> Iterator[bytes]:
-    disposition = 'Content-Disposition: form-data; name="image"; filename="/home/somebody/a picture.png"'
+    disposition = 'Content-Disposition: form-data; name="image"; filename="/home/somebody/an image.png"'
     yield f"--{_BOUNDARY}\r\n{disposition}\r\nContent-Type: image/png\r\n\r\n".encode()
     yield content[: len(content) // 2]
     yield content[len(content) // 2 :]

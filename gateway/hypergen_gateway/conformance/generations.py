@@ -10,11 +10,11 @@ from hypergen_gateway.conformance.rules import Area, NotTested, need
 from hypergen_gateway.conformance.server import PROMPT, Server
 from hypergen_gateway.conformance.shapes import (
     described,
+    image_in,
+    images_of,
     json_of,
     offered,
-    open_picture,
-    picture_in,
-    pictures_of,
+    open_image,
     told,
 )
 
@@ -24,9 +24,9 @@ _LONG_PROMPT = ", ".join([PROMPT] * 4)
 
 @AREA.rule("a prompt alone returns one image")
 def _(server: Server) -> str:
-    pictures = pictures_of(server.picture)
-    need(len(pictures) == 1, f"{len(pictures)} pictures")
-    return described(pictures)
+    images = images_of(server.image)
+    need(len(images) == 1, f"{len(images)} images")
+    return described(images)
 
 
 @AREA.rule("without `response_format` the image is base64 or a link")
@@ -40,21 +40,21 @@ def _(server: Server) -> str:
 
 @AREA.rule("the image is a PNG in base64")
 def _(server: Server) -> str:
-    (picture,) = pictures_of(server.picture)
-    need(picture.format == "PNG", described([picture]))
-    return described([picture])
+    (image,) = images_of(server.image)
+    need(image.format == "PNG", described([image]))
+    return described([image])
 
 
 @AREA.rule("`created` is the current time")
 def _(server: Server) -> str:
-    created = json_of(server.picture)["created"]
+    created = json_of(server.image)["created"]
     need(isinstance(created, int) and abs(time.time() - created) < 3600, str(created))
     return str(created)
 
 
 @AREA.rule("`usage` counts text and image tokens and their sum")
 def _(server: Server) -> str:
-    usage = json_of(server.picture).get("usage")
+    usage = json_of(server.image).get("usage")
     need(usage, "no usage")
     details = usage["input_tokens_details"]
     need(usage["input_tokens"] == details["text_tokens"] + details["image_tokens"], str(usage))
@@ -65,7 +65,7 @@ def _(server: Server) -> str:
 
 @AREA.rule("background, output_format and quality have OpenAI's values")
 def _(server: Server) -> str:
-    body = json_of(server.picture)
+    body = json_of(server.image)
     legal = {
         "background": ("opaque", "transparent"),
         "output_format": ("png", "jpeg", "webp"),
@@ -79,20 +79,20 @@ def _(server: Server) -> str:
 @AREA.rule("`n: 2` returns two different images, and a longer prompt has more tokens")
 def _(server: Server) -> str:
     response = offered(server.generate(n=2, prompt=_LONG_PROMPT), "n")
-    pictures = pictures_of(response)
-    need(len(pictures) == 2, f"{len(pictures)} pictures")
-    need(pictures[0].tobytes() != pictures[1].tobytes(), "two pictures that are the same")
-    tokens = [json_of(answer).get("usage", {}).get("input_tokens", 0) for answer in (server.picture, response)]
+    images = images_of(response)
+    need(len(images) == 2, f"{len(images)} images")
+    need(images[0].tobytes() != images[1].tobytes(), "two images that are the same")
+    tokens = [json_of(answer).get("usage", {}).get("input_tokens", 0) for answer in (server.image, response)]
     need(tokens[1] > tokens[0], f"{tokens[0]} tokens for a prompt and {tokens[1]} for four times as much")
-    return f"{described(pictures)}; {tokens[0]} and {tokens[1]} tokens"
+    return f"{described(images)}; {tokens[0]} and {tokens[1]} tokens"
 
 
 @AREA.rule("images have the requested size, and `auto` is accepted")
 def _(server: Server) -> str:
-    (own,) = pictures_of(server.picture)
-    (asked,) = pictures_of(offered(server.generate(size=f"{own.width}x{own.height}", quality="auto"), "size"))
+    (own,) = images_of(server.image)
+    (asked,) = images_of(offered(server.generate(size=f"{own.width}x{own.height}", quality="auto"), "size"))
     need(asked.size == own.size, described([asked]))
-    (auto,) = pictures_of(server.generate(size="auto"))
+    (auto,) = images_of(server.generate(size="auto"))
     return described([asked, auto])
 
 
@@ -101,7 +101,7 @@ def _(server: Server) -> str:
     response = offered(server.generate(quality="low"), "quality")
     said = json_of(response).get("quality")
     need(said in (None, "low"), f"quality {said!r}")
-    return f"{described(pictures_of(response))}, quality {said}"
+    return f"{described(images_of(response))}, quality {said}"
 
 
 @AREA.rule("all other fields of OpenAI's clients are accepted")
@@ -116,19 +116,19 @@ def _(server: Server) -> str:
         "stream": False,
         "partial_images": 0,
     }
-    return described(pictures_of(server.generate(**fields)))
+    return described(images_of(server.generate(**fields)))
 
 
 @AREA.rule("null is the same as omitting a field, and unknown fields are ignored")
 def _(server: Server) -> str:
     absent = dict.fromkeys(("n", "size", "quality", "background", "output_format", "stream", "user"))
     body = absent | server.body({"a_field_of_next_year": {"x": [1]}})
-    return described(pictures_of(server.send("POST", "/images/generations", json=body)))
+    return described(images_of(server.send("POST", "/images/generations", json=body)))
 
 
 @AREA.rule("prompts in any script are accepted")
 def _(server: Server) -> str:
-    return described(pictures_of(server.generate(prompt="кот 猫 🐈 \u202e é")))
+    return described(images_of(server.generate(prompt="кот 猫 🐈 \u202e é")))
 
 
 @AREA.rule("`output_format: jpeg`, with compression")
@@ -147,15 +147,15 @@ def _(server: Server) -> str:
     need(item.get("url"), f"no url but {', '.join(item)}")
     url = str(item["url"])
     if url.startswith("data:"):
-        return f"data URL, {described([picture_in(url.partition(',')[2])])}"
+        return f"data URL, {described([image_in(url.partition(',')[2])])}"
     response = server.send("GET", url, authorised=False)
     need(response.status_code == 200, f"{url.partition('?')[0]}: {response.status_code}")
-    return described([open_picture(response.content)])
+    return described([open_image(response.content)])
 
 
 @AREA.rule("any `model` is accepted", extension=True)
 def _(server: Server) -> str:
-    return described(pictures_of(server.generate(model="gpt-image-1")))
+    return described(images_of(server.generate(model="gpt-image-1")))
 
 
 @AREA.rule("the same `seed` returns the same bytes, another one does not", extension=True)
@@ -190,15 +190,15 @@ def _(server: Server) -> str:
 
 def _file_in(server: Server, name: str) -> str:
     response = offered(server.generate(output_format=name, output_compression=60), "output_format")
-    pictures = pictures_of(response)
-    need([picture.format for picture in pictures] == [name.upper()], f"{described(pictures)} for {name}")
+    images = images_of(response)
+    need([image.format for image in images] == [name.upper()], f"{described(images)} for {name}")
     said = json_of(response).get("output_format")
-    need(said == name, f"{described(pictures)}, called {said!r}")
-    return described(pictures)
+    need(said == name, f"{described(images)}, called {said!r}")
+    return described(images)
 
 
 def _digests(server: Server, **fields: Any) -> list[str]:
     response = server.generate(**fields)
     if response.status_code == 400:
         raise NotTested(told(response))
-    return [hashlib.sha256(picture.tobytes()).hexdigest()[:8] for picture in pictures_of(response)]
+    return [hashlib.sha256(image.tobytes()).hexdigest()[:8] for image in images_of(response)]

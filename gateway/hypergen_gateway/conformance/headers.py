@@ -14,7 +14,7 @@ LOAD = Area("load")
 
 @AREA.rule("every response has a unique `x-request-id`")
 def _(server: Server) -> str:
-    answers = [server.send("GET", MODELS), server.send("GET", MODELS), server.picture]
+    answers = [server.send("GET", MODELS), server.send("GET", MODELS), server.image]
     ids = [answer.headers.get("x-request-id") for answer in answers]
     need(None not in ids, "no such header")
     need(len(set(ids)) == len(ids), str(ids))
@@ -37,14 +37,14 @@ def _(server: Server) -> str:
 
 @AREA.rule("`openai-processing-ms` is the processing time")
 def _(server: Server) -> str:
-    header = server.picture.headers.get("openai-processing-ms")
+    header = server.image.headers.get("openai-processing-ms")
     need(header is not None, "no such header")
     return f"{int(str(header))} ms"
 
 
 @AREA.rule("`Server-Timing` has the time of each phase", extension=True)
 def _(server: Server) -> str:
-    header = server.picture.headers.get("server-timing", "")
+    header = server.image.headers.get("server-timing", "")
     need("dur=" in header, header or "no such header")
     return str(header)
 

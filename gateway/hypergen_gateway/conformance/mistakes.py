@@ -9,7 +9,7 @@ from typing import Any
 
 from hypergen_gateway.conformance.rules import Area, need
 from hypergen_gateway.conformance.server import GENERATIONS, MODELS, Server
-from hypergen_gateway.conformance.shapes import described, error_of, pictures_of, refusal, told
+from hypergen_gateway.conformance.shapes import described, error_of, images_of, refusal, told
 
 AREA = Area("errors")
 FIELDS = Area("wrong fields")
@@ -119,7 +119,7 @@ def _(server: Server) -> str:
 
 @ABUSE.rule("after these requests the server still generates images")
 def _(server: Server) -> str:
-    return described(pictures_of(server.generate()))
+    return described(images_of(server.generate()))
 
 
 def _posted(server: Server, body: bytes, *statuses: int, kind: str = "application/json") -> str:

@@ -77,7 +77,7 @@ class Server:
             return None
 
     @functools.cached_property
-    def picture(self) -> httpx.Response:
+    def image(self) -> httpx.Response:
         """The response to a prompt without other fields; shared by several rules."""
         return self.generate()
 

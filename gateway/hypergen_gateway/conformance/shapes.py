@@ -75,32 +75,32 @@ def offered(response: httpx.Response, field: str | None = None) -> httpx.Respons
     raise Failed(told(response))
 
 
-def pictures_of(response: httpx.Response) -> list[Image.Image]:
+def images_of(response: httpx.Response) -> list[Image.Image]:
     """The decoded images of a response."""
     need(response.status_code == 200, told(response))
     items = json_of(response)["data"]
     need(all(isinstance(item.get("b64_json"), str) for item in items), f"no b64_json: {told(response)}")
-    return [picture_in(item["b64_json"]) for item in items]
+    return [image_in(item["b64_json"]) for item in items]
 
 
-def picture_in(text: str) -> Image.Image:
+def image_in(text: str) -> Image.Image:
     """Decode an image from base64."""
-    return open_picture(base64.b64decode(text, validate=True))
+    return open_image(base64.b64decode(text, validate=True))
 
 
-def open_picture(content: bytes) -> Image.Image:
+def open_image(content: bytes) -> Image.Image:
     """Decode an image file completely."""
     try:
-        picture = Image.open(io.BytesIO(content))
-        picture.load()
+        image = Image.open(io.BytesIO(content))
+        image.load()
     except (UnidentifiedImageError, OSError) as error:
-        raise Failed(f"no picture: {content[:20]!r}") from error
-    return picture
+        raise Failed(f"no image: {content[:20]!r}") from error
+    return image
 
 
-def described(pictures: Sequence[Image.Image]) -> str:
+def described(images: Sequence[Image.Image]) -> str:
     """Formats and sizes of images, for an observation."""
-    return ", ".join(f"{picture.format} {picture.width}x{picture.height}" for picture in pictures)
+    return ", ".join(f"{image.format} {image.width}x{image.height}" for image in images)
 
 
 def events_of(response: httpx.Response) -> list[Event]:

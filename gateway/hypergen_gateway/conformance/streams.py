@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from hypergen_gateway.conformance.rules import Area, need
 from hypergen_gateway.conformance.server import Server
-from hypergen_gateway.conformance.shapes import Event, described, events_of, offered, picture_in, refusal
+from hypergen_gateway.conformance.shapes import Event, described, events_of, image_in, offered, refusal
 
 AREA = Area("streams")
 PARTIAL = "image_generation.partial_image"
@@ -49,7 +49,7 @@ def _(server: Server) -> str:
     need(last.type == COMPLETED, f"the last event is {last.type}")
     missing = (_COMMON | {"usage"}) - last.data.keys()
     need(not missing, f"without {', '.join(sorted(missing))}")
-    return described([picture_in(last.data["b64_json"])])
+    return described([image_in(last.data["b64_json"])])
 
 
 @AREA.rule("`partial_images: 2` sends one or two previews first, numbered from 0")
@@ -63,14 +63,14 @@ def _(server: Server) -> str:
 @AREA.rule("a preview is an image of the same size, with the same fields")
 def _(server: Server) -> str:
     events = _events(server)
-    final = picture_in(events[-1].data["b64_json"])
+    final = image_in(events[-1].data["b64_json"])
     previews = _previews(events)
     need(previews, "no previews")
     for event in previews:
         missing = _COMMON - event.data.keys()
         need(not missing, f"without {', '.join(sorted(missing))}")
-        need(picture_in(event.data["b64_json"]).size == final.size, "another size")
-    return described([picture_in(event.data["b64_json"]) for event in previews])
+        need(image_in(event.data["b64_json"]).size == final.size, "another size")
+    return described([image_in(event.data["b64_json"]) for event in previews])
 
 
 @AREA.rule("without `partial_images` there are no previews")
@@ -85,7 +85,7 @@ def _(server: Server) -> str:
     events = events_of(offered(server.generate(stream=True, n=2), "stream"))
     finished = [event for event in events if event.type == COMPLETED]
     need(len(finished) == 2, f"{len(finished)} finished")
-    return described([picture_in(event.data["b64_json"]) for event in finished])
+    return described([image_in(event.data["b64_json"]) for event in finished])
 
 
 @AREA.rule("an invalid request is rejected before the stream starts")

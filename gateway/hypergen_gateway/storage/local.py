@@ -112,7 +112,7 @@ class LocalLinks:
             raise NotFoundError("There is no such file. Links are used as they came, with their whole query.")
         seconds_left = int(expires) - int(time.time())
         if seconds_left <= 0:
-            raise LinkExpiredError("This link has expired. Make the picture again; its seed gives the same one.")
+            raise LinkExpiredError("This link has expired. Make the image again; its seed gives the same one.")
         try:
             content = await asyncio.to_thread((self._folder / name).read_bytes)
         except FileNotFoundError as error:
@@ -125,7 +125,7 @@ class LocalLinks:
             try:
                 await asyncio.to_thread(self._remove_expired)
             except OSError as error:
-                logger.warning("expired pictures cannot be removed: %s", error)
+                logger.warning("expired images cannot be removed: %s", error)
             await asyncio.sleep(_CLEANING_SECONDS)
 
     def _sign(self, name: str, expires: str) -> str:

@@ -42,14 +42,14 @@ class S3Links:
         try:
             return await asyncio.to_thread(self._upload, file, file_format)
         except (BotoCoreError, ClientError) as error:
-            raise InternalError(f"a picture cannot be kept in the bucket {self._bucket!r}: {error}") from error
+            raise InternalError(f"an image cannot be kept in the bucket {self._bucket!r}: {error}") from error
 
     async def run(self) -> None:
         """Checks the bucket at startup: otherwise an error would appear only after the first image is generated."""
         try:
             await asyncio.to_thread(self._client.head_bucket, Bucket=self._bucket)
         except (BotoCoreError, ClientError) as error:
-            logger.warning("the bucket %r for pictures cannot be used: %s", self._bucket, error)
+            logger.warning("the bucket %r for images cannot be used: %s", self._bucket, error)
 
     def _upload(self, file: bytes, file_format: FileFormat) -> str:
         name = name_of(file, file_format, self._secret)

@@ -42,7 +42,7 @@ SAMPLER = "diffusion"
 CHANNEL_ARGS: list[tuple[str, int | str]] = [
     # If the address resolves to several Tritons, streams go to each available one in turn.
     ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),
-    # gRPC stops at 4 MB; a picture of 2048 × 2048 pixels has 12.
+    # gRPC stops at 4 MB; an image of 2048 × 2048 pixels has 12.
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
     # A Triton that restarts is found again within a second rather than two minutes.

@@ -68,7 +68,7 @@ async def _beside_genai(bench: Bench, workload: Workload, ours: Target) -> None:
             rates["batch"].append(await _batch(one, next(requests)))
     theirs = [max(pair) for pair in zip(rates["one"], rates["two"], strict=True)]
     bench.enter(rate_figures(name, "openvino_genai", Pairs(rates["ours"], theirs)))
-    batch = "throughput_ours_over_openvino_genai_8_pictures_of_one_prompt"
+    batch = "throughput_ours_over_openvino_genai_8_images_of_one_prompt"
     bench.enter(rate_figures(batch, "openvino_genai", Pairs(rates["ours"], rates["batch"])))
 
 

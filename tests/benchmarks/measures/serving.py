@@ -41,13 +41,13 @@ async def start(bench: Bench, workload: Workload) -> None:
                 for side, peer in enumerate((OURS, HYPERGEN)):
                     if kind == "cold":
                         _drop_caches()
-                    taken[side].append(await _first_picture(bench, peer, workload))
+                    taken[side].append(await _first_image(bench, peer, workload))
             bench.enter(latency_figures(name, "hypergen", Pairs(*taken)))
         except ToolError as error:
             bench.fail(name, error)
 
 
-async def _first_picture(bench: Bench, peer: Peer, workload: Workload) -> float:
+async def _first_image(bench: Bench, peer: Peer, workload: Workload) -> float:
     began = time.perf_counter()
     async with bench.running(peer, workload) as target:
         await target.draw(next(workload.requests()))
@@ -69,7 +69,7 @@ async def first_start(bench: Bench, workload: Workload) -> None:
     with tempfile.TemporaryDirectory(dir=bench.environment.work) as work:
         try:
             first = replace(bench, environment=replace(bench.environment, work=Path(work)))
-            bench.enter({name: round(await _first_picture(first, OURS, workload), 1)})
+            bench.enter({name: round(await _first_image(first, OURS, workload), 1)})
         except ToolError as error:
             bench.fail(name, error)
 

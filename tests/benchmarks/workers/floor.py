@@ -1,7 +1,7 @@
 """The floor: the components of our own repository, back to back in one process, and nothing around them.
 
 Runs in our environment: OpenVINO compiled for the very shapes, diffusers' scheduler, the guidance pair in one batch.
-No server, no queue, no picture file, no copy between processes.
+No server, no queue, no image file, no copy between processes.
 """
 
 from __future__ import annotations

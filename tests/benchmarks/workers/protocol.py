@@ -1,4 +1,4 @@
-"""How a peer that is a library is driven from outside: a line of JSON for each picture, on standard input and output.
+"""How a peer that is a library is driven from outside: a line of JSON for each image, on standard input and output.
 
 Imports nothing but the standard library and numpy, which every peer's environment has. A worker says how it loads its
 pipeline and how it draws; this says when, and for how long it took.
@@ -46,7 +46,7 @@ def serve(load: Load) -> None:
 
 
 def in_diffusers_words(job: Job) -> dict[str, Any]:
-    """A picture's settings, but for its seed, in the words of diffusers' pipelines and of those that copied them."""
+    """An image's settings, but for its seed, in the words of diffusers' pipelines and of those that copied them."""
     return {
         "width": job["width"],
         "height": job["height"],

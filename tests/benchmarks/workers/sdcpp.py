@@ -29,7 +29,7 @@ def load(options: Job) -> list[Draw]:
     )
 
     def draw(job: Job) -> Any:
-        (picture,) = model.generate_image(
+        (image,) = model.generate_image(
             prompt=job["prompt"],
             width=job["width"],
             height=job["height"],
@@ -38,7 +38,7 @@ def load(options: Job) -> list[Draw]:
             sample_method="euler",
             seed=job["seed"],
         )
-        return np.asarray(picture.convert("RGB"))  # it comes with an alpha channel
+        return np.asarray(image.convert("RGB"))  # it comes with an alpha channel
 
     return [draw]
 

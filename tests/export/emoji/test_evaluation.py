@@ -24,10 +24,10 @@ def few_places(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate._cuts.cache_clear()
 
 
-def true_picture(emoji: int, colour: int) -> Image.Image:
+def true_image(emoji: int, colour: int) -> Image.Image:
     cut = cutout(emoji_list()[emoji].character, PLACEMENTS[0])
-    picture = compose(cut[None], colour_table()[colour][None])[0]
-    return Image.fromarray((picture.permute(1, 2, 0) * 255).round().byte().numpy())
+    image = compose(cut[None], colour_table()[colour][None])[0]
+    return Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy())
 
 
 class Perfect:
@@ -42,7 +42,7 @@ class Perfect:
 
     def _draw(self, task: Task) -> Image.Image:
         emoji = (task.emoji + self._emoji_off) % len(emoji_list())
-        return true_picture(emoji, (task.colour + self._colour_off) % len(COLOUR_NAMES))
+        return true_image(emoji, (task.colour + self._colour_off) % len(COLOUR_NAMES))
 
 
 def test_true_renderings_score_full_marks() -> None:
@@ -67,18 +67,18 @@ def test_other_backgrounds_are_noticed() -> None:
 
 def test_without_a_colour_in_the_prompt_any_will_do() -> None:
     tasks = [replace(random_tasks(1, 0)[0], colour=-1)]
-    picture = evaluate.pixels(true_picture(tasks[0].emoji, 4))
-    assert evaluate.seen_colour(picture) == 4
-    assert evaluate.judge(picture, 4, tasks[0]).emoji == tasks[0].emoji
+    image = evaluate.pixels(true_image(tasks[0].emoji, 4))
+    assert evaluate.seen_colour(image) == 4
+    assert evaluate.judge(image, 4, tasks[0]).emoji == tasks[0].emoji
 
 
 def test_the_tasks_of_a_seed_are_always_the_same() -> None:
     assert random_tasks(5, 9) == random_tasks(5, 9)
 
 
-def test_the_contact_sheet_has_a_cell_for_every_picture() -> None:
-    picture = Image.new("RGB", (64, 64), COLOURS["blue"])
-    sheet = contact_sheet([picture] * 9, ["a line"] * 9)
+def test_the_contact_sheet_has_a_cell_for_every_image() -> None:
+    image = Image.new("RGB", (64, 64), COLOURS["blue"])
+    sheet = contact_sheet([image] * 9, ["a line"] * 9)
     cell = evaluate.SHEET_CELL
     assert sheet.width == 8 * cell
     assert sheet.getpixel((cell // 2, cell + evaluate.SHEET_LINE + cell // 2)) == COLOURS["blue"]

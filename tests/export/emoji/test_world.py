@@ -1,4 +1,4 @@
-"""The pictures the shipped model learns."""
+"""The images the shipped model learns."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_composing_is_the_alpha_blend() -> None:
 
 
 @needs_font
-def test_the_font_has_a_picture_of_every_emoji() -> None:
+def test_the_font_has_an_image_of_every_emoji() -> None:
     for one in emoji_list():
         assert cutout(one.character, Placement(52, 0, 0))[3].float().mean() > 20, one.name
 

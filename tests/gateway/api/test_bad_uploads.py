@@ -16,7 +16,7 @@ from PIL import Image
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from support.fake_backend import FakeBackend, in_memory, on_loopback
-from support.pictures import bomb, file_of, hole, photo
+from support.image_files import bomb, file_of, hole, photo
 from support.wire import BOUNDARY, data_url, error_of, form, part
 
 EDITS = "/v1/images/edits"

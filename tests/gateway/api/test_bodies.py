@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from support.fake_backend import FakeBackend
-from support.pictures import file_of, hole, photo
+from support.image_files import file_of, hole, photo
 from support.wire import BOUNDARY, error_of, form, part
 
 GENERATIONS = "/v1/images/generations"

@@ -19,7 +19,7 @@ from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.generation.backend import GeneratedImage, GenerationRequest
 from support.fake_backend import FakeBackend, in_memory
-from support.pictures import file_of, hole, photo, ramp
+from support.image_files import file_of, hole, photo, ramp
 from support.wire import data_url, error_of, form, part
 
 GENERATIONS, EDITS, VARIATIONS = (f"/v1/images/{what}" for what in ("generations", "edits", "variations"))
@@ -174,7 +174,7 @@ class TestResponseFormats:
                 (item,) = (await client.post(GENERATIONS, json=body)).json()["data"]
                 assert said in item
 
-    async def test_a_stream_carries_its_pictures_whatever_the_model(self, client: httpx.AsyncClient) -> None:
+    async def test_a_stream_carries_its_images_whatever_the_model(self, client: httpx.AsyncClient) -> None:
         response = await client.post(GENERATIONS, json={"prompt": "a", "model": "dall-e-3", "stream": True})
         assert response.status_code == 200
         assert "b64_json" in json.loads(response.text.partition("data: ")[2])
@@ -373,7 +373,7 @@ class TestLongPrompts:
             assert answer.headers["x-hypergen-prompt-truncated"] == "15"
             assert answer.json()["prompt_truncated"] == 15
 
-    async def test_a_stream_says_it_with_the_picture(self, client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    async def test_a_stream_says_it_with_the_image(self, client: httpx.AsyncClient, backend: FakeBackend) -> None:
         backend.truncated_tokens = 15
         response = await client.post(GENERATIONS, json={"prompt": "a", "stream": True, "partial_images": 1})
         preview, completed = (json.loads(frame.partition("data: ")[2]) for frame in response.text.split("\n\n")[:-1])
@@ -393,11 +393,11 @@ class ShyBackend(FakeBackend):
     """Returns the image where the strength leaves no step, as the sampler does."""
 
     async def generate(self, generation: GenerationRequest) -> AsyncGenerator[GeneratedImage, None]:
-        async for picture in super().generate(generation):
+        async for image in super().generate(generation):
             assert generation.image is not None
             assert generation.strength is not None
             stays = int(generation.num_inference_steps * generation.strength) == 0
-            yield replace(picture, pixels=generation.image, step=0) if stays else picture
+            yield replace(image, pixels=generation.image, step=0) if stays else image
 
 
 class TestStrength:

@@ -15,14 +15,14 @@ from PIL import Image
 
 from hypergen_gateway.generation.backend import Pixels
 from support.fake_backend import FakeBackend, until
-from support.pictures import file_of, hole, photo, ramp
+from support.image_files import file_of, hole, photo, ramp
 from support.wire import data_url, form, part
 
 EDITS = "/v1/images/edits"
 VARIATIONS = "/v1/images/variations"
 
 
-def pictures_in(response: httpx.Response) -> list[Any]:
+def images_in(response: httpx.Response) -> list[Any]:
     assert response.status_code == 200, response.text
     files = [base64.b64decode(image["b64_json"]) for image in response.json()["data"]]
     return [np.asarray(Image.open(io.BytesIO(file))) for file in files]
@@ -36,9 +36,9 @@ class TestForms:
     async def test_an_image_and_a_prompt_are_enough(self, client: httpx.AsyncClient, backend: FakeBackend) -> None:
         files = {"image": file_of(photo())}
         response = await client.post(EDITS, data={"prompt": "make it blue"}, files=files)
-        (picture,) = pictures_in(response)
+        (image,) = images_in(response)
         (generation,) = backend.generations
-        assert picture.shape == (48, 64, 3)
+        assert image.shape == (48, 64, 3)
         assert same(generation.image, ramp(64, 48))
         assert (generation.prompt, generation.mask, generation.strength) == ("make it blue", None, None)
         assert (generation.width, generation.height) == (64, 48)
@@ -61,7 +61,7 @@ class TestForms:
             "unknown": "x",
         }
         response = await client.post(EDITS, data=data, files={"image": file_of(photo())})
-        assert [image.shape for image in pictures_in(response)] == [(96, 96, 3)] * 2
+        assert [image.shape for image in images_in(response)] == [(96, 96, 3)] * 2
         (generation,) = backend.generations
         assert (generation.prompt, generation.num_images, generation.seed) == ("123", 2, 7)
         assert (generation.strength, generation.guidance_scale, generation.num_inference_steps) == (0.5, 3.0, 9)
@@ -111,8 +111,8 @@ class TestForms:
         response = await client.post(EDITS, data={"prompt": "a", "seed": "200", "n": "2"}, files=files)
         inside = np.zeros((48, 64, 1), dtype=bool)
         inside[8:40, 16:48] = True
-        for offset, picture in enumerate(pictures_in(response)):
-            assert np.array_equal(picture, np.where(inside, np.uint8(200 + offset), ramp(64, 48)))
+        for offset, image in enumerate(images_in(response)):
+            assert np.array_equal(image, np.where(inside, np.uint8(200 + offset), ramp(64, 48)))
         (generation,) = backend.generations
         assert same(generation.mask, np.where(inside[..., 0], np.uint8(255), np.uint8(0)))
 
@@ -121,13 +121,13 @@ class TestForms:
     ) -> None:
         files = {"image": file_of(photo(333, 501), "JPEG")}
         response = await client.post(EDITS, data={"prompt": "a"}, files=files)
-        assert pictures_in(response)[0].shape == (501, 333, 3)
+        assert images_in(response)[0].shape == (501, 333, 3)
         assert (backend.generations[0].width, backend.generations[0].height) == (336, 504)
 
-    async def test_picture_i_starts_from_image_i_mod_k(self, client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    async def test_image_i_starts_from_image_i_mod_k(self, client: httpx.AsyncClient, backend: FakeBackend) -> None:
         files = [("image[]", file_of(photo(64, 48))), ("image[]", file_of(photo(40, 80)))]
         response = await client.post(EDITS, data={"prompt": "a", "n": "3", "seed": "10"}, files=files)
-        assert [picture.shape for picture in pictures_in(response)] == [(48, 64, 3), (80, 40, 3), (48, 64, 3)]
+        assert [image.shape for image in images_in(response)] == [(48, 64, 3), (80, 40, 3), (48, 64, 3)]
         assert [image["seed"] for image in response.json()["data"]] == [10, 11, 12]
         assert sorted((made.seed, made.num_images, made.width) for made in backend.generations) == [
             (10, 1, 64),
@@ -135,13 +135,13 @@ class TestForms:
             (12, 1, 64),
         ]
 
-    async def test_usage_counts_each_image_that_pictures_started_from_once(self, client: httpx.AsyncClient) -> None:
+    async def test_usage_counts_each_input_image_once(self, client: httpx.AsyncClient) -> None:
         files = [("image[]", file_of(photo(64, 48))), ("image[]", file_of(photo(32, 32)))]
         usage = (await client.post(EDITS, data={"prompt": "two words", "n": "3"}, files=files)).json()["usage"]
         assert usage["input_tokens_details"] == {"text_tokens": 2, "image_tokens": 8 * 6 + 4 * 4}
         assert usage["output_tokens"] == 2 * 8 * 6 + 4 * 4
 
-    async def test_a_failure_of_one_picture_is_that_of_the_request(
+    async def test_a_failure_of_one_image_is_that_of_the_request(
         self, client: httpx.AsyncClient, backend: FakeBackend
     ) -> None:
         backend.failure = RuntimeError("boom")
@@ -164,9 +164,9 @@ class TestForms:
         events = [json.loads(frame.partition("\ndata: ")[2]) for frame in frames]
         assert [event["type"] for event in events] == ["image_edit.partial_image"] * 2 + ["image_edit.completed"]
         for event in events:
-            picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(event["b64_json"]))))
-            assert picture.shape == (100, 100, 3)
-            assert (picture[20, 20].tolist(), picture[99, 99].tolist()) == ([100, 100, 100], [255, 255, 0])
+            image = np.asarray(Image.open(io.BytesIO(base64.b64decode(event["b64_json"]))))
+            assert image.shape == (100, 100, 3)
+            assert (image[20, 20].tolist(), image[99, 99].tolist()) == ([100, 100, 100], [255, 255, 0])
         assert events[-1]["usage"]["input_tokens_details"]["image_tokens"] == 13 * 13
 
 
@@ -190,14 +190,14 @@ class TestJson:
         file = file_of(Image.fromarray(noise))
         assert len(file) > 1 << 20
         response = await client.post(EDITS, json={"prompt": "a", "images": [{"image_url": data_url(file)}]})
-        assert pictures_in(response)[0].shape == (700, 900, 3)
+        assert images_in(response)[0].shape == (700, 900, 3)
 
 
 class TestVariations:
     async def test_a_variation_needs_an_image_alone(self, client: httpx.AsyncClient, backend: FakeBackend) -> None:
         files = {"image": ("upload", file_of(photo()), "application/octet-stream")}
         response = await client.post(VARIATIONS, data={"n": "2", "response_format": "b64_json"}, files=files)
-        assert len(pictures_in(response)) == 2
+        assert len(images_in(response)) == 2
         assert all("revised_prompt" not in image for image in response.json()["data"])
         (generation,) = backend.generations
         assert (generation.prompt, generation.strength, generation.num_images) == ("", 0.6, 2)

@@ -18,12 +18,12 @@ import pytest
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from support.fake_backend import FakeBackend, on_loopback
-from support.pictures import file_of, photo
+from support.image_files import file_of, photo
 from support.wire import data_url, form, part
 
 SECONDS = 6.0
 SEED = int(os.environ.get("FUZZ_SEED", "2026"))
-PICTURE = file_of(photo(16, 16))
+IMAGE = file_of(photo(16, 16))
 TOKENS = [
     *(b"\r\n", b"\n", b"\x00", b"\xff", b"%00", b"%2e%2e/", b"../", b"\\", b'"', b"'", b"{", b"[", b"]" * 50, b":"),
     *(b"Transfer-Encoding: chunked\r\n", b"Content-Length: 7\r\n", b"Expect: 100-continue\r\n", b"Upgrade: x\r\n"),
@@ -38,8 +38,8 @@ def request(method: str, path: str, body: bytes = b"", content_type: str = "appl
 
 
 def sound_requests() -> list[bytes]:
-    sent = form(part("prompt", b"a fox"), part("n", b"2"), part("image[]", PICTURE, filename="x.png"))
-    image = {"image_url": data_url(PICTURE)}
+    sent = form(part("prompt", b"a fox"), part("n", b"2"), part("image[]", IMAGE, filename="x.png"))
+    image = {"image_url": data_url(IMAGE)}
     edit = (sent["content"], sent["headers"]["Content-Type"])
     return [
         *(request("GET", path) for path in ("/", "/docs", "/web/app.js", "/health", "/metrics", "/v1/models")),

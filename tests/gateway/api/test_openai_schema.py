@@ -20,7 +20,7 @@ from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.errors import QueueFullError
 from support.fake_backend import FakeBackend, in_memory
-from support.pictures import file_of, hole, photo
+from support.image_files import file_of, hole, photo
 
 GENERATIONS, EDITS, VARIATIONS = (f"/v1/images/{what}" for what in ("generations", "edits", "variations"))
 SIZES = ["64x48", "1024x1024", "1024x1536", "1792x1024", "auto"]

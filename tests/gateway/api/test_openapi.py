@@ -19,7 +19,7 @@ from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.errors import UnavailableError
 from support.fake_backend import MODEL, FakeBackend, in_memory
-from support.pictures import file_of, photo
+from support.image_files import file_of, photo
 
 API = describe_api(MODEL, secured=False)
 

@@ -1,4 +1,4 @@
-"""The routes, in memory: models, health, pictures, the queue, clients that leave."""
+"""The routes, in memory: models, health, images, the queue, clients that leave."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ AWAY = UnavailableError("Triton is away", retry_after=2)
 
 
 def grey_levels(response: httpx.Response) -> list[tuple[tuple[int, int], Any]]:
-    pictures = [
+    images = [
         Image.open(io.BytesIO(base64.b64decode(image["b64_json"], validate=True))) for image in response.json()["data"]
     ]
-    return [(picture.size, picture.getpixel((0, 0))) for picture in pictures]
+    return [(image.size, image.getpixel((0, 0))) for image in images]
 
 
 class TestModels:
@@ -116,7 +116,7 @@ class TestHealth:
 
 
 class TestGenerations:
-    async def test_a_prompt_alone_gives_a_picture_of_the_model_s_own_size(
+    async def test_a_prompt_alone_gives_an_image_of_the_model_s_own_size(
         self, client: httpx.AsyncClient, backend: FakeBackend
     ) -> None:
         response = await client.post(GENERATIONS, json={"prompt": "a fox"})
@@ -128,7 +128,7 @@ class TestGenerations:
         assert set(body) == {"created", "background", "output_format", "quality", "size", "data", "usage"}
         assert (body["background"], body["output_format"], body["quality"]) == ("opaque", "png", "medium")
 
-    async def test_n_pictures_come_in_order_with_consecutive_seeds(self, client: httpx.AsyncClient) -> None:
+    async def test_n_images_come_in_order_with_consecutive_seeds(self, client: httpx.AsyncClient) -> None:
         response = await client.post(GENERATIONS, json={"prompt": "a", "n": 3, "seed": 100, "size": "32x40"})
         assert grey_levels(response) == [((32, 40), (level,) * 3) for level in (100, 101, 102)]
         assert [image["seed"] for image in response.json()["data"]] == [100, 101, 102]
@@ -141,9 +141,9 @@ class TestGenerations:
     async def test_the_file_is_of_the_format_asked_for(self, client: httpx.AsyncClient, name: str) -> None:
         response = await client.post(GENERATIONS, json={"prompt": "a", "output_format": name, "seed": 100})
         (image,) = response.json()["data"]
-        picture = Image.open(io.BytesIO(base64.b64decode(image["b64_json"])))
-        assert (picture.format, response.json()["output_format"]) == (name.upper(), name)
-        assert picture.getpixel((0, 0)) == (100, 100, 100)
+        decoded = Image.open(io.BytesIO(base64.b64decode(image["b64_json"])))
+        assert (decoded.format, response.json()["output_format"]) == (name.upper(), name)
+        assert decoded.getpixel((0, 0)) == (100, 100, 100)
 
     async def test_compression_makes_the_file_smaller(self, client: httpx.AsyncClient) -> None:
         body = {"prompt": "a", "output_format": "jpeg", "size": "512x512"}
@@ -199,10 +199,10 @@ class TestGenerations:
         backend.description = AWAY
         assert (await client.post(GENERATIONS, json={"prompt": "a"})).status_code == 503
 
-    async def test_fewer_pictures_than_asked_for_are_a_500_rather_than_a_short_answer(
+    async def test_fewer_images_than_asked_for_are_a_500_rather_than_a_short_answer(
         self, client: httpx.AsyncClient, backend: FakeBackend
     ) -> None:
-        backend.missing_pictures = 1
+        backend.missing_images = 1
         assert (await client.post(GENERATIONS, json={"prompt": "a", "n": 2})).status_code == 500
 
     async def test_work_that_takes_too_long_is_stopped_and_a_504(self, backend: FakeBackend) -> None:

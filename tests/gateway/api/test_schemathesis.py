@@ -28,7 +28,7 @@ from hypergen_gateway.api.openapi import describe_api
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from support.fake_backend import MODEL, FakeBackend
-from support.pictures import bomb, file_of, hole, photo
+from support.image_files import bomb, file_of, hole, photo
 
 # What is legal here depends on the model or on another field, which the description tells in words alone.
 BEYOND_WORDS: dict[str, Any] = {

@@ -49,7 +49,7 @@ async def stream(client: httpx.AsyncClient, **fields: Any) -> httpx.Response:
 
 
 class TestFrames:
-    async def test_a_stream_is_previews_then_the_picture_and_nothing_else(self, client: httpx.AsyncClient) -> None:
+    async def test_a_stream_is_previews_then_the_image_and_nothing_else(self, client: httpx.AsyncClient) -> None:
         response = await stream(client, partial_images=3, seed=9)
         assert response.status_code == 200
         assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
@@ -73,15 +73,15 @@ class TestFrames:
         ] * 2
 
     @pytest.mark.parametrize("name", ["png", "jpeg", "webp"])
-    async def test_every_event_s_picture_is_of_the_format_asked_for(self, client: httpx.AsyncClient, name: str) -> None:
+    async def test_every_event_s_image_is_of_the_format_asked_for(self, client: httpx.AsyncClient, name: str) -> None:
         for event in events_in((await stream(client, partial_images=1, output_format=name)).content):
-            picture = Image.open(io.BytesIO(base64.b64decode(event["b64_json"], validate=True)))
-            assert (picture.format, picture.size, event["output_format"]) == (name.upper(), (64, 48), name)
+            image = Image.open(io.BytesIO(base64.b64decode(event["b64_json"], validate=True)))
+            assert (image.format, image.size, event["output_format"]) == (name.upper(), (64, 48), name)
 
     async def test_without_previews_there_is_one_event(self, client: httpx.AsyncClient) -> None:
         assert len(events_in((await stream(client)).content)) == 1
 
-    async def test_each_of_several_pictures_has_its_events_and_its_seed(self, client: httpx.AsyncClient) -> None:
+    async def test_each_of_several_images_has_its_events_and_its_seed(self, client: httpx.AsyncClient) -> None:
         events = events_in((await stream(client, n=3, partial_images=2, seed=5)).content)
         partials = [event for event in events if event["type"].endswith("partial_image")]
         completed = [event for event in events if event["type"].endswith("completed")]
@@ -90,7 +90,7 @@ class TestFrames:
         ]
         assert sorted((event["image_index"], event["seed"]) for event in completed) == [(0, 5), (1, 6), (2, 7)]
 
-    async def test_a_preview_arrives_while_the_picture_is_still_drawn(self, backend: FakeBackend) -> None:
+    async def test_a_preview_arrives_while_the_image_is_still_drawn(self, backend: FakeBackend) -> None:
         backend.finishing.clear()
         async with (
             on_loopback(create_app(Config(), backend)) as url,
@@ -159,10 +159,10 @@ class TestFailures:
         assert (data, error["code"], set(error)) == (b"data: ", code, {"message", "type", "param", "code"})
         assert b"secret" not in tail
 
-    async def test_a_picture_that_is_missing_at_the_end_is_an_error_too(
+    async def test_an_image_that_is_missing_at_the_end_is_an_error_too(
         self, client: httpx.AsyncClient, backend: FakeBackend
     ) -> None:
-        backend.missing_pictures = 1
+        backend.missing_images = 1
         response = await stream(client, n=2)
         assert json.loads(response.content.rpartition(b"data: ")[2])["error"]["code"] == "internal_error"
 

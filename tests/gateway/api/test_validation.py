@@ -117,7 +117,7 @@ def test_random_seeds_differ_and_survive_javascript() -> None:
     assert max(seeds) + 9 < 2**53
 
 
-def test_the_largest_seed_is_legal_as_long_as_the_last_picture_s_seed_is() -> None:
+def test_the_largest_seed_is_legal_as_long_as_the_last_image_s_seed_is() -> None:
     assert generation(seed=MAX_SEED).seed == MAX_SEED
     assert generation(seed=MAX_SEED - 9, n=10).seed == MAX_SEED - 9
 

@@ -30,8 +30,8 @@ from hypergen_gateway.config import Config
 from hypergen_gateway.errors import UnavailableError
 from hypergen_gateway.generation.backend import GenerationRequest
 from support.fake_backend import FakeBackend, on_loopback, until
+from support.image_files import file_of, hole, photo
 from support.node_client import run_node_client
-from support.pictures import file_of, hole, photo
 
 KEY = "sk-correct-horse"
 GENERATIONS = "/v1/images/generations"
@@ -56,12 +56,12 @@ class TestPython:
         assert abs(listed.created - time.time()) < 5
         assert (await sdk.models.retrieve(listed.id)).id == listed.id
 
-    async def test_it_gets_pictures_and_their_seeds(self, sdk: openai.AsyncOpenAI) -> None:
+    async def test_it_gets_images_and_their_seeds(self, sdk: openai.AsyncOpenAI) -> None:
         response = await sdk.images.generate(prompt="a fox", model="gpt-image-1", n=2, extra_body={"seed": 7})
         assert response.data is not None
         for offset, image in enumerate(response.data):
-            picture = Image.open(io.BytesIO(base64.b64decode(image.b64_json or "")))
-            assert (picture.size, picture.getpixel((0, 0))) == ((64, 48), (7 + offset,) * 3)
+            decoded = Image.open(io.BytesIO(base64.b64decode(image.b64_json or "")))
+            assert (decoded.size, decoded.getpixel((0, 0))) == ((64, 48), (7 + offset,) * 3)
             assert image.model_extra == {"seed": 7 + offset}
         assert (response.background, response.output_format, response.quality) == ("opaque", "png", "medium")
         assert (response.size, response.usage and response.usage.total_tokens) == ("64x48", 2 + 2 * 48)
@@ -114,7 +114,7 @@ class TestPython:
 
 
 class TestPythonStreams:
-    async def test_it_sees_previews_then_the_picture_of_each(self, sdk: openai.AsyncOpenAI) -> None:
+    async def test_it_sees_previews_then_the_image_of_each(self, sdk: openai.AsyncOpenAI) -> None:
         stream = await sdk.images.generate(
             prompt="a fox", stream=True, partial_images=2, n=2, extra_body={"seed": 7, "output_format": "webp"}
         )
@@ -152,7 +152,7 @@ class TestPythonStreams:
             await anext(stream)
         assert raised.value.code == "service_unavailable"
 
-    async def test_closing_the_stream_stops_the_pictures(self, sdk: openai.AsyncOpenAI, backend: FakeBackend) -> None:
+    async def test_closing_the_stream_stops_the_images(self, sdk: openai.AsyncOpenAI, backend: FakeBackend) -> None:
         backend.finishing.clear()
         stream = await sdk.images.generate(prompt="a", stream=True, partial_images=1)
         await anext(stream)
@@ -213,9 +213,7 @@ class TestPythonEdits:
 
 
 class TestDepartures:
-    async def test_a_client_that_hangs_up_stops_its_pictures(
-        self, sdk: openai.AsyncOpenAI, backend: FakeBackend
-    ) -> None:
+    async def test_a_client_that_hangs_up_stops_its_images(self, sdk: openai.AsyncOpenAI, backend: FakeBackend) -> None:
         backend.open.clear()
         request = asyncio.create_task(sdk.images.generate(prompt="a"))
         await until(lambda: backend.running == 1)
@@ -246,7 +244,7 @@ class TestDepartures:
 
 
 class TestHttp:
-    async def test_the_event_loop_answers_while_large_pictures_are_encoded(
+    async def test_the_event_loop_answers_while_large_images_are_encoded(
         self, sdk: openai.AsyncOpenAI, gateway: str
     ) -> None:
         request = asyncio.create_task(sdk.images.generate(prompt="a", n=4, size="1536x1536"))
@@ -292,8 +290,8 @@ class TestNode:
         assert [model["id"] for model in seen["models"]] == ["acme/tiny-emoji"]
         assert seen["retrieved"]["owned_by"] == "hypergen"
         assert [image["seed"] for image in seen["images"]["data"]] == [7, 8]
-        picture = Image.open(io.BytesIO(base64.b64decode(seen["images"]["data"][0]["b64_json"])))
-        assert picture.size == (64, 48)
+        image = Image.open(io.BytesIO(base64.b64decode(seen["images"]["data"][0]["b64_json"])))
+        assert image.size == (64, 48)
         assert (seen["unknownModel"]["name"], seen["unknownModel"]["code"]) == ("NotFoundError", "model_not_found")
         assert (seen["wrongSize"]["name"], seen["wrongSize"]["param"]) == ("BadRequestError", "size")
         assert (seen["wrongKey"]["name"], seen["wrongKey"]["code"]) == ("AuthenticationError", "invalid_api_key")
@@ -316,7 +314,7 @@ class TestNode:
 
 
 class TestAiSdk:
-    """It has no streams of pictures, and reads nothing of an answer but the pictures."""
+    """It has no streams of images, and reads nothing of an answer but the images."""
 
     @pytest.fixture
     async def seen(self, node: Path, gateway: str) -> dict[str, Any]:
@@ -347,7 +345,7 @@ class TestAiSdk:
 
 
 def start_of(edit: GenerationRequest) -> int:
-    """The grey of the picture that it starts from."""
+    """The grey of the image that it starts from."""
     assert edit.image is not None
     return int(edit.image.max())
 
@@ -358,9 +356,7 @@ def files_in(answer: dict[str, Any]) -> list[Image.Image]:
 
 class TestJdk:
     @pytest.mark.java
-    async def test_its_client_that_asks_for_http_2_first_gets_pictures(
-        self, gateway: str, backend: FakeBackend
-    ) -> None:
+    async def test_its_client_that_asks_for_http_2_first_gets_images(self, gateway: str, backend: FakeBackend) -> None:
         source = Path(__file__).parent / "java" / "Generate.java"
         java = await asyncio.create_subprocess_exec(
             "java", "-Dfile.encoding=UTF-8", str(source), f"{gateway}/v1", KEY, stdout=asyncio.subprocess.PIPE
@@ -368,8 +364,8 @@ class TestJdk:
         out, _ = await asyncio.wait_for(java.communicate(), 60)
         answers = [line.split(" ", 2) for line in out.decode().splitlines()]
         assert [answer[:2] for answer in answers] == [["200", "HTTP_1_1"]] * 2
-        pictures = [
+        images = [
             Image.open(io.BytesIO(base64.b64decode(json.loads(body)["data"][0]["b64_json"]))) for _, _, body in answers
         ]
-        assert [(picture.size, picture.getpixel((0, 0))) for picture in pictures] == [((64, 48), (7, 7, 7))] * 2
+        assert [(image.size, image.getpixel((0, 0))) for image in images] == [((64, 48), (7, 7, 7))] * 2
         assert [generation.prompt for generation in backend.generations] == ["a fox", "a café in the rain"]

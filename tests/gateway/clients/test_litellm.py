@@ -1,4 +1,4 @@
-"""litellm, unchanged, over a real connection. It has no streams of pictures."""
+"""litellm, unchanged, over a real connection. It has no streams of images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from support.fake_backend import FakeBackend, on_loopback
-from support.pictures import file_of, hole, photo
+from support.image_files import file_of, hole, photo
 
 KEY = "sk-correct-horse"
 pytestmark = pytest.mark.filterwarnings("ignore:Item .* on TypedDict class")  # litellm's own types

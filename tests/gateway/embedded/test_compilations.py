@@ -46,7 +46,7 @@ def run(model: openvino.Model, x: Array) -> Array:
     return np.asarray(outputs[0])
 
 
-def picture(rows: int, height: int = 4, width: int = 4) -> Array:
+def image(rows: int, height: int = 4, width: int = 4) -> Array:
     return np.random.default_rng(rows).standard_normal((rows, CHANNELS, height, width)).astype(np.float32)
 
 
@@ -79,7 +79,7 @@ def test_the_usual_size_is_the_first_whatever_its_rows() -> None:
 
 def find_exact(model: Compilations, batch: Array) -> Compilation:
     """What serves this batch once its own compilation is made, in the background."""
-    general = model.find({"x": picture(3, 4, 6)})
+    general = model.find({"x": image(3, 4, 6)})
     ends = time.monotonic() + 60
     while (found := model.find({"x": batch})) is general:
         assert time.monotonic() < ends
@@ -89,10 +89,10 @@ def find_exact(model: Compilations, batch: Array) -> Compilation:
 
 def test_a_small_model_is_compiled_for_each_exact_shape_and_once_for_all_others(file: Path) -> None:
     model = Compilations(file, PROPERTIES)
-    model.find({"x": picture(2)})
+    model.find({"x": image(2)})
     for rows in EXACT_ROWS:
-        find_exact(model, picture(rows))
-    batches = [picture(rows, *size) for size in ((4, 4), (4, 6), (6, 4)) for rows in range(1, 18)]
+        find_exact(model, image(rows))
+    batches = [image(rows, *size) for size in ((4, 4), (4, 6), (6, 4)) for rows in range(1, 18)]
     found = {batch.shape: model.find({"x": batch}) for batch in batches}
     assert len({id(each) for each in found.values()}) == len(EXACT_ROWS) + 1
     assert all(model.find({"x": batch}) is found[batch.shape] for batch in batches), "compiled again"
@@ -100,7 +100,7 @@ def test_a_small_model_is_compiled_for_each_exact_shape_and_once_for_all_others(
 
 def test_no_call_after_the_warm_up_waits_for_a_compilation(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Compilations(file, PROPERTIES)
-    warm = model.find({"x": picture(2)})
+    warm = model.find({"x": image(2)})
     may_compile, compile_exact = threading.Event(), Compilations._compile_exact
 
     def compile_when_allowed(self: Compilations, shapes: compilations.Shapes) -> Compilation:
@@ -108,46 +108,46 @@ def test_no_call_after_the_warm_up_waits_for_a_compilation(file: Path, monkeypat
         return compile_exact(self, shapes)
 
     monkeypatch.setattr(Compilations, "_compile_exact", compile_when_allowed)
-    general = model.find({"x": picture(3)})
-    assert model.find({"x": picture(16)}) is general is not warm
-    seen = general.infer({"x": picture(16)}, ["y"])["y"]
-    np.testing.assert_allclose(seen, run(group_norm(), picture(16)), atol=1e-5)
+    general = model.find({"x": image(3)})
+    assert model.find({"x": image(16)}) is general is not warm
+    seen = general.infer({"x": image(16)}, ["y"])["y"]
+    np.testing.assert_allclose(seen, run(group_norm(), image(16)), atol=1e-5)
     may_compile.set()
-    seen = find_exact(model, picture(16)).infer({"x": picture(16)}, ["y"])["y"]
-    np.testing.assert_allclose(seen, run(group_norm(), picture(16)), atol=1e-5)
+    seen = find_exact(model, image(16)).infer({"x": image(16)}, ["y"])["y"]
+    np.testing.assert_allclose(seen, run(group_norm(), image(16)), atol=1e-5)
 
 
 def test_a_shape_that_cannot_be_compiled_is_served_by_the_general_compilation(
     file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = Compilations(file, PROPERTIES)
-    model.find({"x": picture(2)})
+    model.find({"x": image(2)})
 
     def fail(*_: object) -> None:
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(Compilations, "_compile", fail)
-    general = model.find({"x": picture(3)})
-    assert model.find({"x": picture(16)}) is general
+    general = model.find({"x": image(3)})
+    assert model.find({"x": image(16)}) is general
     ends = time.monotonic() + 60
     while "no memory" not in caplog.text:
         assert time.monotonic() < ends
         time.sleep(0.01)
-    assert all(model.find({"x": picture(16)}) is general for _ in range(3))
+    assert all(model.find({"x": image(16)}) is general for _ in range(3))
     assert caplog.text.count("Not compiled") == 1
 
 
 def test_a_large_model_is_compiled_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compilations, "SMALL_BYTES", 0)
     model = Compilations(file, PROPERTIES)
-    assert model.find({"x": picture(1)}) is model.find({"x": picture(2, 6, 4)})
+    assert model.find({"x": image(1)}) is model.find({"x": image(2, 6, 4)})
 
 
 def test_what_comes_out_depends_on_no_compilation(file: Path) -> None:
     model = Compilations(file, PROPERTIES)
-    model.find({"x": picture(2)})
-    general = model.find({"x": picture(3)})
-    for batch in (picture(2), picture(3), picture(2, 4, 6), picture(16)):
+    model.find({"x": image(2)})
+    general = model.find({"x": image(3)})
+    for batch in (image(2), image(3), image(2, 4, 6), image(16)):
         for compilation in (model.find({"x": batch}), general):
             seen = compilation.infer({"x": batch}, ["y"])["y"]
             np.testing.assert_allclose(seen, run(group_norm(), batch), atol=1e-5)
@@ -155,7 +155,7 @@ def test_what_comes_out_depends_on_no_compilation(file: Path) -> None:
 
 @pytest.mark.parametrize("silu", [True, False])
 def test_channels_are_scaled_over_flattened_height_and_width(silu: bool) -> None:
-    model, batch = group_norm(silu), picture(2, 4, 6)
+    model, batch = group_norm(silu), image(2, 4, 6)
     assert flatten_channel_scales(model) == 1
     (scaled,) = [node for node in model.get_ops() if _scales(node)]
     assert scaled.get_output_partial_shape(0).rank.get_length() == 3
@@ -165,7 +165,7 @@ def test_channels_are_scaled_over_flattened_height_and_width(silu: bool) -> None
 def test_a_scaled_tensor_that_something_else_reads_stays_as_it_is() -> None:
     model = group_norm(read_twice=True)
     assert flatten_channel_scales(model) == 0
-    np.testing.assert_array_equal(run(model, picture(2)), run(group_norm(read_twice=True), picture(2)))
+    np.testing.assert_array_equal(run(model, image(2)), run(group_norm(read_twice=True), image(2)))
 
 
 def _scales(node: openvino.Node) -> bool:

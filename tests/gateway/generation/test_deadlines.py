@@ -24,7 +24,7 @@ async def client(backend: FakeBackend) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def draw_slowly(client: httpx.AsyncClient, backend: FakeBackend, seconds: float = 0.3) -> httpx.Response:
-    """Four pictures of 20 steps each, that take about `seconds`."""
+    """Four images of 20 steps each, that take about `seconds`."""
     backend.open.clear()
     request = asyncio.create_task(client.post(GENERATIONS, json=FOX))
     await until(lambda: backend.running == 1)

@@ -15,7 +15,7 @@ from hypergen_gateway.generation.backend import ModelDescription
 from hypergen_gateway.generation.image_inputs import InitImage, InitImageOptions, Uploads, read_init_images
 from hypergen_gateway.generation.sizes import SizePolicy
 from support.fake_backend import MODEL
-from support.pictures import file_of, hole, photo, ramp
+from support.image_files import file_of, hole, photo, ramp
 
 BUILT = replace(MODEL, sizes=("512x512", "768x512", "512x768"))
 
@@ -139,7 +139,7 @@ def test_a_mask_of_another_kind_is_refused() -> None:
     assert raised.value.param == "mask"
 
 
-def test_images_that_no_picture_starts_from_are_looked_at_all_the_same() -> None:
+def test_input_images_that_are_not_used_are_checked_all_the_same() -> None:
     assert len(starts(file_of(photo()), file_of(photo()), needed=1)) == 1
     with pytest.raises(InvalidRequestError):
         starts(file_of(photo()), b"rubbish", needed=1)

@@ -16,7 +16,7 @@ from PIL import Image
 from hypergen_gateway.errors import InvalidRequestError
 from hypergen_gateway.generation.backend import Pixels
 from hypergen_gateway.generation.images import FileFormat, FormatName, decode, encode
-from support.pictures import bomb, file_of, photo, ramp
+from support.image_files import bomb, file_of, photo, ramp
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ class TestDecoding:
     def test_exif_that_nobody_can_read_is_no_obstacle(self) -> None:
         assert opened(file_of(photo(), "JPEG", exif=b"Exif\0\0rubbish")).size == (64, 48)
 
-    def test_the_first_frame_of_a_moving_picture_is_taken(self) -> None:
+    def test_the_first_frame_of_a_moving_image_is_taken(self) -> None:
         frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
         decoded = opened(file_of(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True))
         assert decoded.getpixel((0, 0)) == (255, 0, 0)
@@ -207,7 +207,7 @@ class TestDecoding:
         assert raised.value.param == "image"
 
     @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "AVIF"])
-    def test_whatever_is_broken_in_a_file_it_is_a_picture_or_our_error(self, kind: str) -> None:
+    def test_whatever_is_broken_in_a_file_it_is_an_image_or_our_error(self, kind: str) -> None:
         random = np.random.default_rng(0)
         whole = np.frombuffer(file_of(photo(), kind), dtype=np.uint8)
         for _ in range(60):

@@ -103,7 +103,7 @@ def test_what_a_request_takes_besides_its_rounds_is_not_taken_for_rounds() -> No
         ({"size": "128x96"}, 8.0),
     ],
 )
-def test_the_load_of_a_picture_is_the_mean_over_its_steps(fields: dict[str, Any], load: float) -> None:
+def test_the_load_of_an_image_is_the_mean_over_its_steps(fields: dict[str, Any], load: float) -> None:
     """With time a line over load, requests of unequal steps then tell the truth, and are told it."""
     model = replace(MODEL, max_cache_interval=10)
     body = validate({"prompt": "a fox"} | fields, ImageRequest, model)

@@ -25,8 +25,8 @@ from hypergen_gateway.generation.request import Client, ClientRequest, SubReques
 from hypergen_gateway.generation.service import ImageService
 from support.cutting_proxy import CuttingProxy, cutting_proxy
 from support.fake_backend import MODEL, FakeBackend, gateway_samples, in_memory, on_loopback, until, until_sample
+from support.image_files import file_of, hole, photo
 from support.node_client import run_node_client
-from support.pictures import file_of, hole, photo
 
 KEY = "sk-correct-horse"
 GENERATIONS = "/v1/images/generations"
@@ -69,7 +69,7 @@ async def leave(client: httpx.AsyncClient, request: asyncio.Task[httpx.Response]
 
 
 class TestKeys:
-    async def test_the_same_key_and_request_give_the_same_pictures_without_drawing_twice(
+    async def test_the_same_key_and_request_give_the_same_images_without_drawing_twice(
         self, client: httpx.AsyncClient, backend: FakeBackend
     ) -> None:
         first, second, other = [await client.post(GENERATIONS, json=FOX, headers=keyed(key)) for key in ("a", "a", "b")]
@@ -168,8 +168,8 @@ class TestKeeping:
             assert seeds_of(await client.post(GENERATIONS, json=FOX, headers=keyed("a"))) != first
 
     async def test_the_oldest_goes_first(self, backend: FakeBackend) -> None:
-        picture = 64 * 48 * 3
-        async with in_memory(create_app(Config(retry_bytes=3 * picture), backend)) as client:
+        image = 64 * 48 * 3
+        async with in_memory(create_app(Config(retry_bytes=3 * image), backend)) as client:
             first = [seeds_of(await client.post(GENERATIONS, json=FOX, headers=keyed(key))) for key in "abc"]
             second = [seeds_of(await client.post(GENERATIONS, json=FOX, headers=keyed(key))) for key in "cb"]
             assert second == [first[2], first[1]]
@@ -177,7 +177,7 @@ class TestKeeping:
 
 
 class TestFirstRequests:
-    async def test_the_same_request_twice_means_two_pictures(
+    async def test_the_same_request_twice_means_two_images(
         self, client: httpx.AsyncClient, backend: FakeBackend
     ) -> None:
         backend.open.clear()
@@ -229,7 +229,7 @@ class TestRetries:
         first, second = await asyncio.gather(*requests)
         assert seeds_of(first) == seeds_of(second)
 
-    async def test_the_retry_of_a_failure_is_not_answered_with_another_request_s_picture(
+    async def test_the_retry_of_a_failure_is_not_answered_with_another_request_s_image(
         self, client: httpx.AsyncClient, backend: FakeBackend
     ) -> None:
         received = seeds_of(await client.post(GENERATIONS, json=FOX, headers=FIRST))
@@ -238,7 +238,7 @@ class TestRetries:
         backend.failure = None
         assert seeds_of(await client.post(GENERATIONS, json=FOX, headers=SECOND)) != received
 
-    async def test_the_retry_of_a_request_that_never_came_is_not_answered_with_an_old_picture(
+    async def test_the_retry_of_a_request_that_never_came_is_not_answered_with_an_old_image(
         self, backend: FakeBackend
     ) -> None:
         retention = RetentionPolicy(grace=1.0, seconds=60.0, nbytes=1 << 20, lost_answer=60.0)

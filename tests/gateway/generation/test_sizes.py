@@ -20,7 +20,7 @@ from hypergen_gateway.errors import InvalidRequestError
 from hypergen_gateway.generation.backend import GeneratedImage, GenerationRequest, ModelDescription, Pixels
 from hypergen_gateway.generation.sizes import Size, SizePolicy, is_drawn, nearest_size, window
 from support.fake_backend import MODEL, FakeBackend, in_memory
-from support.pictures import file_of, hole, photo, ramp
+from support.image_files import file_of, hole, photo, ramp
 from support.wire import data_url, error_of
 
 GENERATIONS, EDITS, VARIATIONS = (f"/v1/images/{what}" for what in ("generations", "edits", "variations"))
@@ -37,8 +37,8 @@ class PatternBackend(FakeBackend):
     """Draws noise that differs everywhere, by size and seed."""
 
     async def generate(self, generation: GenerationRequest) -> AsyncGenerator[GeneratedImage, None]:
-        async for picture in super().generate(generation):
-            yield replace(picture, pixels=pattern(generation.width, generation.height, picture.seed))
+        async for image in super().generate(generation):
+            yield replace(image, pixels=pattern(generation.width, generation.height, image.seed))
 
 
 def pattern(width: int, height: int, seed: int) -> Pixels:
@@ -62,7 +62,7 @@ def pixels_in(text: str) -> Pixels:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
 
 
-def pictures_in(response: httpx.Response) -> list[Pixels]:
+def images_in(response: httpx.Response) -> list[Pixels]:
     assert response.status_code == 200, response.text
     return [pixels_in(image["b64_json"]) for image in response.json()["data"]]
 
@@ -160,41 +160,41 @@ def test_the_limit_is_configured_and_never_below_what_the_model_draws() -> None:
 
 class TestGenerations:
     @pytest.mark.parametrize("size", ["1024x1024", "512x512", "256x256", "1536x1024", "1024x1536"])
-    async def test_what_clients_ask_for_by_default_is_the_drawn_picture_scaled(
+    async def test_what_clients_ask_for_by_default_is_the_drawn_image_scaled(
         self, client: httpx.AsyncClient, strict: httpx.AsyncClient, size: str
     ) -> None:
         response = await client.post(GENERATIONS, json={"prompt": "a fox", "size": size, "seed": 3, "n": 2})
         width, height = map(int, size.split("x"))
         drawn = response.headers["x-hypergen-drawn-size"]
-        own = pictures_in(await strict.post(GENERATIONS, json={"prompt": "a", "size": drawn, "seed": 3, "n": 2}))
-        for picture, pixels in zip(pictures_in(response), own, strict=True):
-            assert picture.shape == (height, width, 3)
-            assert np.array_equal(picture, scaled(pixels, (width, height)))
+        own = images_in(await strict.post(GENERATIONS, json={"prompt": "a", "size": drawn, "seed": 3, "n": 2}))
+        for image, pixels in zip(images_in(response), own, strict=True):
+            assert image.shape == (height, width, 3)
+            assert np.array_equal(image, scaled(pixels, (width, height)))
         assert response.json()["size"] == size
 
     async def test_a_size_that_the_model_draws_is_drawn_as_it_is(
         self, client: httpx.AsyncClient, backend: FakeBackend
     ) -> None:
         response = await client.post(GENERATIONS, json={"prompt": "a", "size": "88x56", "seed": 3})
-        assert np.array_equal(pictures_in(response)[0], pattern(88, 56, 3))
+        assert np.array_equal(images_in(response)[0], pattern(88, 56, 3))
         assert "x-hypergen-drawn-size" not in response.headers
         assert response.json()["size"] == "88x56"
         auto = await client.post(GENERATIONS, json={"prompt": "a", "seed": 3})
-        assert np.array_equal(pictures_in(auto)[0], pattern(64, 64, 3))
+        assert np.array_equal(images_in(auto)[0], pattern(64, 64, 3))
         assert auto.json()["size"] == "64x64"
         assert "x-hypergen-drawn-size" not in auto.headers
         assert [(made.width, made.height) for made in backend.generations] == [(88, 56), (64, 64)]
 
-    async def test_where_proportions_differ_the_picture_is_cut_rather_than_distorted(
+    async def test_where_proportions_differ_the_image_is_cut_rather_than_distorted(
         self, client: httpx.AsyncClient, backend: FakeBackend
     ) -> None:
         backend.description = SQUARE
         response = await client.post(GENERATIONS, json={"prompt": "a", "size": "400x200", "seed": 3})
-        (picture,) = pictures_in(response)
+        (image,) = images_in(response)
         assert response.headers["x-hypergen-drawn-size"] == "96x96"
-        assert np.array_equal(picture, scaled(pattern(96, 96, 3), (400, 200), (0, 24, 96, 72)))
+        assert np.array_equal(image, scaled(pattern(96, 96, 3), (400, 200), (0, 24, 96, 72)))
 
-    async def test_previews_are_scaled_as_the_picture_is(self, client: httpx.AsyncClient) -> None:
+    async def test_previews_are_scaled_as_the_image_is(self, client: httpx.AsyncClient) -> None:
         body = {"prompt": "a", "size": "300x300", "seed": 3, "stream": True, "partial_images": 2}
         response = await client.post(GENERATIONS, json=body)
         events = events_in(response)
@@ -218,8 +218,8 @@ class TestGenerations:
 
     async def test_the_largest_size_is_served(self, client: httpx.AsyncClient) -> None:
         body = {"prompt": "a", "size": "4096x4096", "output_format": "jpeg", "output_compression": 10}
-        (picture,) = pictures_in(await client.post(GENERATIONS, json=body))
-        assert picture.shape == (4096, 4096, 3)
+        (image,) = images_in(await client.post(GENERATIONS, json=body))
+        assert image.shape == (4096, 4096, 3)
 
     @pytest.mark.parametrize("size", ["1024x1024", "97x96", "60x60"])
     async def test_strictly_only_what_is_drawn_is_taken(self, strict: httpx.AsyncClient, size: str) -> None:
@@ -230,7 +230,7 @@ class TestGenerations:
 
 
 class TestEdits:
-    async def test_a_picture_of_the_server_s_own_is_edited_in_the_size_it_came_in(
+    async def test_an_image_of_the_server_s_own_is_edited_in_the_size_it_came_in(
         self, client: httpx.AsyncClient, strict: httpx.AsyncClient
     ) -> None:
         large = await client.post(GENERATIONS, json={"prompt": "a", "size": "1024x1024", "seed": 3})
@@ -238,7 +238,7 @@ class TestEdits:
         for server in (client, strict):
             for fields in ({}, {"size": "1024x1024"}, {"size": "auto"}):
                 response = await server.post(EDITS, data={"prompt": "a", "seed": "4"} | fields, files={"image": file})
-                assert np.array_equal(pictures_in(response)[0], scaled(pattern(96, 96, 4), (1024, 1024)))
+                assert np.array_equal(images_in(response)[0], scaled(pattern(96, 96, 4), (1024, 1024)))
                 assert response.headers["x-hypergen-drawn-size"] == "96x96"
                 assert response.json()["size"] == "1024x1024"
 
@@ -250,13 +250,13 @@ class TestEdits:
         image, box = photo(640, 400), (100, 51, 401, 230)
         files = {"image": file_of(image), "mask": file_of(hole(640, 400, box))}
         response = await client.post(EDITS, data={"prompt": "a", "seed": "4", "size": "640x400"}, files=files)
-        (picture,) = pictures_in(response)
+        (edited,) = images_in(response)
         (generation,) = backend.generations
         size = generation.width, generation.height
         drawn = scaled(pattern(*size, 4), (640, 400), window(size, (640, 400)))
         inside = np.zeros((400, 640, 1), dtype=bool)
         inside[51:230, 100:401] = True
-        assert np.array_equal(picture, np.where(inside, drawn, ramp(640, 400)))
+        assert np.array_equal(edited, np.where(inside, drawn, ramp(640, 400)))
 
     async def test_image_and_mask_are_placed_where_the_answer_is_cut_from(
         self, client: httpx.AsyncClient, backend: FakeBackend
@@ -281,23 +281,23 @@ class TestEdits:
         image = {"images": [{"image_url": data_url(file)}]}
         streamed = await client.post(EDITS, json=fields | image | {"stream": True, "partial_images": 1})
         assert all(np.array_equal(pixels_in(event["b64_json"]), expected) for event in events_in(streamed))
-        assert np.array_equal(pictures_in(await client.post(EDITS, json=fields | image))[0], expected)
+        assert np.array_equal(images_in(await client.post(EDITS, json=fields | image))[0], expected)
         data = {"seed": "4", "size": "200x200", "response_format": "b64_json"}
         varied = await client.post(VARIATIONS, data=data, files={"image": file})
-        assert np.array_equal(pictures_in(varied)[0], expected)
+        assert np.array_equal(images_in(varied)[0], expected)
         assert varied.headers["x-hypergen-drawn-size"] == "96x96"
 
     async def test_images_of_several_sizes_are_drawn_in_several(self, client: httpx.AsyncClient) -> None:
         files = [("image[]", file_of(photo(960, 640))), ("image[]", file_of(photo(500, 500)))]
         response = await client.post(EDITS, data={"prompt": "a", "n": "3"}, files=files)
-        assert [picture.shape for picture in pictures_in(response)] == [(640, 960, 3), (500, 500, 3), (640, 960, 3)]
+        assert [image.shape for image in images_in(response)] == [(640, 960, 3), (500, 500, 3), (640, 960, 3)]
         assert response.headers["x-hypergen-drawn-size"] == "96x64, 96x96"
         assert "size" not in response.json()
 
     async def test_another_size_than_the_image_s_is_held_to_the_limit(self, client: httpx.AsyncClient) -> None:
         files = {"image": file_of(photo(5000, 100))}
         own = await client.post(EDITS, data={"prompt": "a", "size": "5000x100"}, files=files)
-        assert pictures_in(own)[0].shape == (100, 5000, 3)
+        assert images_in(own)[0].shape == (100, 5000, 3)
         other = await client.post(EDITS, data={"prompt": "a", "size": "5000x101"}, files=files)
         assert (other.status_code, error_of(other)["param"]) == (400, "size")
 
@@ -306,7 +306,7 @@ class TestEdits:
         response = await client.post(EDITS, data=data, files={"image": file_of(photo(16_384, 4))})
         assert (response.status_code, error_of(response)["param"]) == (400, "image")
         response = await client.post(EDITS, data=data, files={"image": file_of(photo(16_383, 4))})
-        assert pictures_in(response)[0].shape == (4, 16_383, 3)
+        assert images_in(response)[0].shape == (4, 16_383, 3)
 
 
 async def test_capabilities_tell_what_may_be_asked_for(client: httpx.AsyncClient, strict: httpx.AsyncClient) -> None:

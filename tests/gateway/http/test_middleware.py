@@ -15,7 +15,7 @@ from hypergen_gateway.config import Config
 from support.fake_backend import FakeBackend, in_memory
 
 KEY = "sk-correct-horse"
-PICTURE = {"prompt": "a fox"}
+IMAGE = {"prompt": "a fox"}
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ async def test_an_unforeseen_exception_is_a_500_whose_details_are_only_in_the_lo
 ) -> None:
     backend.failure = RuntimeError("/srv/secret/model.onnx is broken")
     headers = {"x-request-id": "mine-1"}
-    response = await client.post("/v1/images/generations", json=PICTURE, headers=headers)
+    response = await client.post("/v1/images/generations", json=IMAGE, headers=headers)
     assert response.status_code == 500
     assert response.json()["error"]["type"] == "server_error"
     assert "secret" not in response.text
@@ -132,7 +132,7 @@ async def test_a_server_without_free_files_or_room_says_so(
     client: httpx.AsyncClient, backend: FakeBackend, caplog: pytest.LogCaptureFixture, number: int, status: int
 ) -> None:
     backend.failure = OSError(number, os.strerror(number), "/srv/secret")
-    response = await client.post("/v1/images/generations", json=PICTURE)
+    response = await client.post("/v1/images/generations", json=IMAGE)
     assert response.status_code == status
     assert ("retry-after" in response.headers) == (status == 503)
     assert "secret" not in response.text
@@ -144,7 +144,7 @@ async def test_no_log_holds_the_key_or_the_prompt(
 ) -> None:
     caplog.set_level(logging.DEBUG, "hypergen_gateway")
     backend.failure = RuntimeError("boom")
-    await locked.post("/v1/images/generations", json=PICTURE, headers={"Authorization": f"Bearer {KEY}"})
+    await locked.post("/v1/images/generations", json=IMAGE, headers={"Authorization": f"Bearer {KEY}"})
     await locked.get("/v1/models", headers={"Authorization": "Bearer sk-wrong"})
     assert caplog.records
     for secret in (KEY, "sk-wrong", "a fox"):

@@ -17,7 +17,7 @@ from hypergen_gateway.api.fields import EditForm, EditRequest, ImageFields, Imag
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from support.fake_backend import FakeBackend, in_memory
-from support.pictures import file_of, photo
+from support.image_files import file_of, photo
 from support.wire import data_url, form, part
 
 # What the interpreter reports of files, connections, names, programs and libraries (docs: "Audit events table").
@@ -29,8 +29,8 @@ OPENING = frozenset(
     }
 )
 OWN_FOLDER = f"{tempfile.gettempdir()}/hypergen-links-"
-PICTURE = file_of(photo(16, 16))
-PICTURE_URL = data_url(PICTURE)
+IMAGE = file_of(photo(16, 16))
+IMAGE_URL = data_url(IMAGE)
 heard: list[tuple[str, Any]] | None = None
 
 
@@ -60,8 +60,8 @@ def places(listener: socket.socket, secret: Path) -> list[str]:
         str(secret),
         f"file://{secret}",
         f"../../../../../../..{secret}",
-        f"{address}/picture.png",
-        f"{address}/picture.png?{PICTURE_URL}",
+        f"{address}/image.png",
+        f"{address}/image.png?{IMAGE_URL}",
         "//169.254.169.254/latest/meta-data",
         "s3://bucket/key",
         "\\\\127.0.0.1\\share\\x.safetensors",
@@ -78,7 +78,7 @@ def texts_of(kind: type[ImageFields]) -> list[str]:
 def requests_with(text: str) -> Iterator[dict[str, Any]]:
     """Every request that carries the text somewhere, as arguments of httpx."""
     generations, edits, variations = (f"/v1/images/{name}" for name in ("generations", "edits", "variations"))
-    image = {"image_url": PICTURE_URL}
+    image = {"image_url": IMAGE_URL}
     good = {"prompt": "a fox"}
     for field in [*texts_of(ImageRequest), "image_url", "image", "style", "unknown"]:
         yield {"url": generations, "json": good | {field: text}}
@@ -92,8 +92,8 @@ def requests_with(text: str) -> Iterator[dict[str, Any]]:
             # Variations are links by default, for which the server writes a file of its own.
             texts = {**(good if url == edits else {"response_format": "b64_json"}), field: text}
             parts = [part(name, value.encode()) for name, value in texts.items()]
-            yield {"url": url} | form(part("image", PICTURE, filename=text), *parts)
-            yield {"url": url} | form(part(text, PICTURE, filename="x.png"), *parts)
+            yield {"url": url} | form(part("image", IMAGE, filename=text), *parts)
+            yield {"url": url} | form(part(text, IMAGE, filename="x.png"), *parts)
             yield {"url": url} | form(part("image", text.encode(), filename="x.png", media_type=text), *parts)
     for header in ("Host", "Origin", "Referer", "X-Forwarded-Host", "X-Request-Id", "Idempotency-Key", "Authorization"):
         yield {"url": generations, "json": good, "headers": {header: text}}
@@ -128,7 +128,7 @@ def test_whatever_is_opened_would_be_heard(tmp_path: Path, listener: socket.sock
 async def test_no_text_of_any_field_is_taken_for_a_place(tmp_path: Path, listener: socket.socket) -> None:
     global heard
     secret = tmp_path / "secret.png"
-    secret.write_bytes(PICTURE)
+    secret.write_bytes(IMAGE)
     backend, seen = FakeBackend(), 0
     async with in_memory(create_app(Config(link_folder=tmp_path / "links"), backend)) as client:
         for text in places(listener, secret):
@@ -149,6 +149,6 @@ async def test_no_text_of_any_field_is_taken_for_a_place(tmp_path: Path, listene
                 assert opened == [], address
                 assert answer.status_code in (200, 404)
                 assert answer.content != secret.read_bytes()
-    assert seen > 100  # most went all the way to a picture
+    assert seen > 100  # most went all the way to an image
     with pytest.raises(BlockingIOError):
         listener.accept()

@@ -51,7 +51,7 @@ class TestHeaders:
         assert "access-control-allow-origin" not in headers
         assert "server" not in headers
 
-    async def test_pictures_are_not_cached_and_errors_neither(
+    async def test_images_are_not_cached_and_errors_neither(
         self, client: httpx.AsyncClient, backend: FakeBackend
     ) -> None:
         answers = [await client.post(URL, json=FOX), await client.post(URL, json={})]
@@ -66,12 +66,12 @@ class TestHeaders:
         self, client: httpx.AsyncClient
     ) -> None:
         answer = await client.post(URL, json=FOX | {"response_format": "url"})
-        picture = await client.get(answer.json()["data"][0]["url"])
-        assert picture.headers["content-type"] == "image/png"
-        assert picture.headers["cross-origin-resource-policy"] == "cross-origin"
-        assert picture.headers["cache-control"].startswith("private, max-age=")
-        assert picture.headers["x-content-type-options"] == "nosniff"
-        assert picture.headers["content-security-policy"].endswith("sandbox")
+        image = await client.get(answer.json()["data"][0]["url"])
+        assert image.headers["content-type"] == "image/png"
+        assert image.headers["cross-origin-resource-policy"] == "cross-origin"
+        assert image.headers["cache-control"].startswith("private, max-age=")
+        assert image.headers["x-content-type-options"] == "nosniff"
+        assert image.headers["content-security-policy"].endswith("sandbox")
 
     async def test_a_stream_says_itself_how_it_is_cached(self, client: httpx.AsyncClient) -> None:
         answer = await client.post(URL, json=FOX | {"stream": True})
@@ -170,7 +170,7 @@ class TestOtherWebsites:
             ("[::1", "http://[::1"),
         ],
     )
-    async def test_it_gets_no_picture(
+    async def test_it_gets_no_image(
         self, client: httpx.AsyncClient, backend: FakeBackend, host: str, origin: str
     ) -> None:
         answer = await self.post(client, host, origin)
@@ -227,7 +227,7 @@ SEND_FORM = """async (url) => {
 
 
 @needs_chromium
-async def test_pages_and_pictures_work_in_a_browser_under_their_own_policies(backend: FakeBackend) -> None:
+async def test_pages_and_images_work_in_a_browser_under_their_own_policies(backend: FakeBackend) -> None:
     async with chromium() as browser, on_loopback(create_app(Config(), backend)) as url:
         async with httpx.AsyncClient() as client:
             answer = await client.post(url + URL, json=FOX | {"response_format": "url"})
@@ -257,5 +257,5 @@ async def test_in_a_browser_a_website_gets_what_cors_allows_and_no_more(
 @asynccontextmanager
 async def a_website() -> AsyncIterator[str]:
     """Another origin, whose page has no policy that would hold its scripts back."""
-    async with on_loopback(Starlette(routes=[Route("/", lambda _: HTMLResponse("<h1>free pictures</h1>"))])) as url:
+    async with on_loopback(Starlette(routes=[Route("/", lambda _: HTMLResponse("<h1>free images</h1>"))])) as url:
         yield url

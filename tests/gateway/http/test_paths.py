@@ -14,8 +14,8 @@ from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.http.paths import canonical_path
 from support.fake_backend import FakeBackend, in_memory, on_loopback
+from support.image_files import file_of, photo
 from support.node_client import run_node_client
-from support.pictures import file_of, photo
 from support.wire import error_of
 
 KEY = "sk-correct-horse"

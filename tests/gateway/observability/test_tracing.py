@@ -51,7 +51,7 @@ def attributes_of(span: Span) -> dict[str, Any]:
     return {each.key: getattr(each.value, each.value.WhichOneof("value") or "") for each in span.attributes}
 
 
-async def test_a_request_is_a_span_its_pictures_are_below_and_their_phases_below_these(
+async def test_a_request_is_a_span_its_images_are_below_and_their_phases_below_these(
     receiver: SpanReceiver, backend: FakeBackend
 ) -> None:
     spans = await spans_of(receiver, backend, FOX)
@@ -66,10 +66,10 @@ async def test_a_request_is_a_span_its_pictures_are_below_and_their_phases_below
         "hypergen.images": 2,
         "hypergen.steps": 40,
     }
-    pictures = [span for span in spans if span.name == "image"]
-    assert {span.parent_span_id for span in pictures} == {request.span_id}
-    assert sorted(attributes_of(span)["hypergen.seed"] for span in pictures) == [5, 6]
-    phases = [span for span in spans if span.parent_span_id == pictures[0].span_id]
+    images = [span for span in spans if span.name == "image"]
+    assert {span.parent_span_id for span in images} == {request.span_id}
+    assert sorted(attributes_of(span)["hypergen.seed"] for span in images) == [5, 6]
+    phases = [span for span in spans if span.parent_span_id == images[0].span_id]
     assert [span.name for span in phases] == ["queue", "text encoder", "denoising", "decoder", "file"]
     lasted = {span.name: (span.end_time_unix_nano - span.start_time_unix_nano) / 1e6 for span in phases}
     assert (lasted["text encoder"], lasted["denoising"], lasted["decoder"]) == pytest.approx((2, 30, 4), abs=0.01)

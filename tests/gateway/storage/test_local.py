@@ -1,4 +1,4 @@
-"""Links to pictures: what opens them, what does not, and that nothing stays behind."""
+"""Links to images: what opens them, what does not, and that nothing stays behind."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ class TestOverHttp:
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A server that speaks S3, with an empty bucket `pictures`; boto3 finds it as it finds any."""
+    """A server that speaks S3, with an empty bucket `images`; boto3 finds it as it finds any."""
     boto3 = pytest.importorskip("boto3")
     from moto.server import ThreadedMotoServer
 
@@ -223,19 +223,19 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         patch.setenv("AWS_CONFIG_FILE", str(tmp_path_factory.mktemp("aws") / "none"))
         client = boto3.client("s3")
-        client.create_bucket(Bucket="pictures", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
+        client.create_bucket(Bucket="images", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
         yield client
     server.stop()
 
 
 class TestBucket:
     async def test_a_link_leads_to_the_file_in_the_bucket(self, s3: Any, backend: FakeBackend) -> None:
-        config = Config(link_bucket="s3://pictures/made/here", link_lifetime=600)
+        config = Config(link_bucket="s3://images/made/here", link_lifetime=600)
         async with in_memory(create_app(config, backend)) as client:
             body = {"prompt": "a", "response_format": "url", "output_format": "jpeg"}
             (image,) = (await client.post(GENERATIONS, json=body)).json()["data"]
             assert (await client.get("/files/x.png")).status_code == 404
-        (stored,) = s3.list_objects_v2(Bucket="pictures")["Contents"]
+        (stored,) = s3.list_objects_v2(Bucket="images")["Contents"]
         assert stored["Key"].startswith("made/here/")
         assert stored["Key"] in image["url"]
         assert "X-Amz-Expires=600" in image["url"]
@@ -251,7 +251,7 @@ class TestBucket:
         app = create_app(Config(link_bucket="s3://nowhere"), backend)
         async with app.router.lifespan_context(app):
             await until(lambda: "cannot be used" in caplog.text, 20)
-        assert "the bucket 'nowhere' for pictures cannot be used" in caplog.text
+        assert "the bucket 'nowhere' for images cannot be used" in caplog.text
         async with in_memory(app) as client:
             response = await client.post(GENERATIONS, json={"prompt": "a", "response_format": "url"})
         assert response.status_code == 500

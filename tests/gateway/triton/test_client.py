@@ -81,14 +81,14 @@ async def backend_of(*urls: str) -> AsyncIterator[TritonBackend]:
 async def all_reached(backend: TritonBackend, tritons: list[FakeTriton]) -> None:
     """Draw until each has been asked once, since connections are made one after the other; then forget it."""
     while not all(triton.requests for triton in tritons):
-        await pictures(backend)
+        await generate(backend)
     for triton in tritons:
         triton.requests.clear()
 
 
-async def pictures(backend: TritonBackend, generation: GenerationRequest = FOX) -> list[GeneratedImage]:
+async def generate(backend: TritonBackend, generation: GenerationRequest = FOX) -> list[GeneratedImage]:
     async with aclosing(backend.generate(generation)) as stream:
-        return [picture async for picture in stream]
+        return [image async for image in stream]
 
 
 class TestDescribe:
@@ -204,66 +204,66 @@ class TestGenerate:
     async def test_every_field_travels_as_the_tensor_of_its_name(
         self, triton: FakeTriton, backend: TritonBackend
     ) -> None:
-        await pictures(backend, FULL)
+        await generate(backend, FULL)
         (request,) = triton.requests
         assert request.model_name == "diffusion"
         assert tensors_of(request) == sent_of(FULL)
 
-    async def test_pictures_travel_in_their_shapes(self, triton: FakeTriton, backend: TritonBackend) -> None:
+    async def test_images_travel_in_their_shapes(self, triton: FakeTriton, backend: TritonBackend) -> None:
         image = np.arange(48 * 64 * 3, dtype=np.uint32).astype(np.uint8).reshape(48, 64, 3)
-        # Not contiguous, as what is cut out of a larger picture.
-        await pictures(backend, replace(FULL, image=image[:, ::-1], mask=image[:, :, 1], strength=0.25))
+        # Not contiguous, as what is cut out of a larger image.
+        await generate(backend, replace(FULL, image=image[:, ::-1], mask=image[:, :, 1], strength=0.25))
         sent = tensors_of(triton.requests[0])
         assert np.array_equal(sent["image"], image[:, ::-1])
         assert np.array_equal(sent["mask"], image[:, :, 1])
         assert sent["strength"] == 0.25
 
     async def test_an_absent_field_is_not_sent(self, triton: FakeTriton, backend: TritonBackend) -> None:
-        await pictures(backend)
+        await generate(backend)
         sent = tensors_of(triton.requests[0])
         assert sent == sent_of(FOX)
 
-    async def test_pictures_come_back_with_pixels_index_and_seed(self, backend: TritonBackend) -> None:
-        for index, picture in enumerate(await pictures(backend)):
-            assert (picture.index, picture.seed) == (index, FOX.seed + index)
-            assert picture.pixels.shape == (48, 64, 3)
-            assert np.all(picture.pixels == picture.seed % 256)
+    async def test_images_come_back_with_pixels_index_and_seed(self, backend: TritonBackend) -> None:
+        for index, image in enumerate(await generate(backend)):
+            assert (image.index, image.seed) == (index, FOX.seed + index)
+            assert image.pixels.shape == (48, 64, 3)
+            assert np.all(image.pixels == image.seed % 256)
 
-    async def test_a_picture_tells_of_its_steps_tokens_and_times(self, backend: TritonBackend) -> None:
-        (picture,) = await pictures(backend, FULL)
-        assert (picture.step, picture.is_final) == (20, True)
-        assert (picture.prompt_tokens, picture.truncated_tokens) == (2, 3)
-        assert picture.timings == Timings(queue=1, encode_text=2, denoise=30, decode=4)
+    async def test_an_image_tells_of_its_steps_tokens_and_times(self, backend: TritonBackend) -> None:
+        (image,) = await generate(backend, FULL)
+        assert (image.step, image.is_final) == (20, True)
+        assert (image.prompt_tokens, image.truncated_tokens) == (2, 3)
+        assert image.timings == Timings(queue=1, encode_text=2, denoise=30, decode=4)
 
     async def test_a_sampler_that_does_not_say_what_it_cut_off_is_one_that_cut_off_nothing(
         self, triton: FakeTriton, backend: TritonBackend
     ) -> None:
         triton.left_out_outputs = {"truncated_tokens"}
-        (picture,) = await pictures(backend, FULL)
-        assert picture.truncated_tokens == 0
+        (image,) = await generate(backend, FULL)
+        assert image.truncated_tokens == 0
 
-    async def test_previews_come_before_their_picture(self, backend: TritonBackend) -> None:
-        came = await pictures(backend, replace(FOX, num_images=2, partial_images=2))
-        assert [(picture.index, picture.step, picture.is_final) for picture in came] == [
+    async def test_previews_come_before_their_image(self, backend: TritonBackend) -> None:
+        came = await generate(backend, replace(FOX, num_images=2, partial_images=2))
+        assert [(image.index, image.step, image.is_final) for image in came] == [
             *((0, 1, False), (0, 2, False), (0, 20, True)),
             *((1, 1, False), (1, 2, False), (1, 20, True)),
         ]
 
-    async def test_a_large_picture_passes(self, backend: TritonBackend) -> None:
+    async def test_a_large_image_passes(self, backend: TritonBackend) -> None:
         large = replace(FULL, width=2048, height=2048)
-        assert (await pictures(backend, large))[0].pixels.nbytes == 2048 * 2048 * 3
+        assert (await generate(backend, large))[0].pixels.nbytes == 2048 * 2048 * 3
 
     async def test_triton_learns_the_request_s_id_and_is_asked_for_real_error_codes(
         self, triton: FakeTriton, backend: TritonBackend
     ) -> None:
         token = current_request_id.set("req_1")
-        await pictures(backend)
+        await generate(backend)
         current_request_id.reset(token)
         assert triton.requests[0].id == "req_1"
         assert triton.headers[0]["triton_grpc_error"] == "true"
 
     async def test_a_consumer_that_stops_stops_the_stream(self, triton: FakeTriton, backend: TritonBackend) -> None:
-        triton.hangs, triton.pictures_before_trouble = True, 1
+        triton.hangs, triton.images_before_trouble = True, 1
         async with aclosing(backend.generate(FOX)) as stream:
             async for _ in stream:
                 break
@@ -271,7 +271,7 @@ class TestGenerate:
 
     async def test_a_cancelled_task_stops_the_stream(self, triton: FakeTriton, backend: TritonBackend) -> None:
         triton.hangs = True
-        task = asyncio.create_task(pictures(backend))
+        task = asyncio.create_task(generate(backend))
         await until(lambda: len(triton.requests) == 1)
         task.cancel()
         await until(lambda: triton.cancelled_streams == 1)
@@ -281,23 +281,23 @@ class TestGenerate:
         triton.hangs = True
         backend = TritonBackend(url, request_timeout=0.2)
         with pytest.raises(DeadlineExceededError):
-            await pictures(backend)
+            await generate(backend)
         await until(lambda: triton.cancelled_streams == 1)
         await backend.close()
 
     async def test_a_triton_that_dies_in_the_middle_is_unavailable(self, triton: FakeTriton) -> None:
-        triton.hangs, triton.pictures_before_trouble = True, 1
+        triton.hangs, triton.images_before_trouble = True, 1
         async with serving(triton) as url:
             backend = TritonBackend(url)
-            task = asyncio.create_task(pictures(backend))
+            task = asyncio.create_task(generate(backend))
             await until(lambda: len(triton.requests) == 1)
         with pytest.raises(UnavailableError):
             await asyncio.wait_for(task, 5)
         await backend.close()
 
     async def test_many_streams_share_the_connection(self, backend: TritonBackend) -> None:
-        results = await asyncio.gather(*(pictures(backend, replace(FOX, seed=seed)) for seed in range(20)))
-        assert [[picture.seed for picture in result] for result in results] == [
+        results = await asyncio.gather(*(generate(backend, replace(FOX, seed=seed)) for seed in range(20)))
+        assert [[image.seed for image in result] for result in results] == [
             [seed, seed + 1, seed + 2] for seed in range(20)
         ]
 
@@ -306,7 +306,7 @@ class TestGenerate:
         async with serving(tritons[0]) as first, serving(tritons[1]) as second, backend_of(first, second) as backend:
             await all_reached(backend, tritons)
             for _ in range(10):
-                assert len(await pictures(backend)) == 3
+                assert len(await generate(backend)) == 3
         shares = [len(triton.requests) for triton in tritons]
         assert abs(shares[0] - shares[1]) <= 1
 
@@ -317,35 +317,35 @@ class TestGenerate:
             async with backend_of(first, second) as backend:
                 await all_reached(backend, tritons)
                 for triton in tritons:
-                    triton.pictures_before_trouble = 1
+                    triton.images_before_trouble = 1
                 tritons[1].hangs = True
-                tasks = [asyncio.create_task(pictures(backend, replace(FOX, seed=seed))) for seed in range(8)]
+                tasks = [asyncio.create_task(generate(backend, replace(FOX, seed=seed))) for seed in range(8)]
                 await until(lambda: len(tritons[1].requests) > 0 and len(tritons[0].requests) > 0)
                 await going.aclose()
                 results = await asyncio.wait_for(asyncio.gather(*tasks), 10)
-                assert len(await pictures(backend)) == 3
-        assert [[picture.seed for picture in result] for result in results] == [
+                assert len(await generate(backend)) == 3
+        assert [[image.seed for image in result] for result in results] == [
             [seed, seed + 1, seed + 2] for seed in range(8)
         ]
 
     async def test_what_has_come_is_not_repeated_when_the_rest_is_asked_for_again(self, triton: FakeTriton) -> None:
         wish = replace(FOX, num_images=2, partial_images=3)
-        triton.hangs, triton.pictures_before_trouble, triton.trouble_follows_previews = True, 1, True
+        triton.hangs, triton.images_before_trouble, triton.trouble_follows_previews = True, 1, True
         async with serving(triton) as url:
             backend = TritonBackend(url, request_timeout=5)
             stream = backend.generate(wish)
             came = [await anext(stream) for _ in range(7)]
         triton.hangs = False
         async with serving(triton, port=int(url.rpartition(":")[2])), aclosing(stream):
-            came += [picture async for picture in stream]
+            came += [image async for image in stream]
         await backend.close()
-        assert [(picture.index, picture.step) for picture in came] == [
+        assert [(image.index, image.step) for image in came] == [
             *((0, 1), (0, 2), (0, 3), (0, 20)),
             *((1, 1), (1, 2), (1, 3), (1, 20)),
         ]
 
     async def test_a_triton_that_is_expected_back_is_waited_for(self, triton: FakeTriton) -> None:
-        triton.hangs, triton.pictures_before_trouble = True, 1
+        triton.hangs, triton.images_before_trouble = True, 1
         async with serving(triton) as url:
             backend = TritonBackend(url, request_timeout=10, retry_seconds=5)
             stream = backend.generate(replace(FOX, num_images=2))
@@ -355,30 +355,30 @@ class TestGenerate:
         assert not coming.done()
         triton.hangs = False
         async with serving(triton, port=int(url.rpartition(":")[2])), aclosing(stream):
-            came += [await coming, *[picture async for picture in stream]]
+            came += [await coming, *[image async for image in stream]]
         await backend.close()
-        assert [picture.index for picture in came] == [0, 1]
+        assert [image.index for image in came] == [0, 1]
         assert len(triton.requests) == 2
 
     async def test_a_triton_that_stays_away_is_waited_for_no_longer_than_expected(self, triton: FakeTriton) -> None:
         async with serving(triton) as url:
             backend = TritonBackend(url, request_timeout=10, retry_seconds=0.6)
-            await pictures(backend)
+            await generate(backend)
         began = time.monotonic()
         with pytest.raises(UnavailableError):
-            await pictures(backend)
+            await generate(backend)
         assert 0.6 <= time.monotonic() - began < 3
         await backend.close()
 
     async def test_a_closed_backend_opens_again(self, backend: TritonBackend) -> None:
-        await pictures(backend)
+        await generate(backend)
         await backend.close()
         await backend.close()
-        assert len(await pictures(backend)) == 3
+        assert len(await generate(backend)) == 3
 
     async def test_closing_under_a_running_stream_ends_it(self, triton: FakeTriton, backend: TritonBackend) -> None:
         triton.hangs = True
-        task = asyncio.create_task(pictures(backend))
+        task = asyncio.create_task(generate(backend))
         await until(lambda: len(triton.requests) == 1)
         await backend.close()
         with pytest.raises((UnavailableError, asyncio.CancelledError)):
@@ -436,16 +436,16 @@ class TestGate:
     ) -> None:
         triton.failure = (code, message)
         with pytest.raises(HyperGenError) as raised:
-            await pictures(backend)
+            await generate(backend)
         assert type(raised.value) is ours
         assert raised.value.param == param
         assert isinstance(raised.value.__cause__, grpc.aio.AioRpcError)
         assert "secret" not in raised.value.message
 
-    async def test_an_error_after_the_first_picture_is_translated_too(
+    async def test_an_error_after_the_first_image_is_translated_too(
         self, triton: FakeTriton, backend: TritonBackend
     ) -> None:
-        triton.failure, triton.pictures_before_trouble = (CODE.UNAVAILABLE, "Server not ready"), 1
+        triton.failure, triton.images_before_trouble = (CODE.UNAVAILABLE, "Server not ready"), 1
         stream = backend.generate(FOX)
         assert (await anext(stream)).index == 0
         with pytest.raises(UnavailableError):
@@ -454,12 +454,12 @@ class TestGate:
     async def test_an_error_inside_the_stream_is_internal(self, triton: FakeTriton, backend: TritonBackend) -> None:
         triton.in_band_error = "something broke"
         with pytest.raises(InternalError, match="something broke"):
-            await pictures(backend)
+            await generate(backend)
 
     async def test_a_response_without_an_output_is_internal(self, triton: FakeTriton, backend: TritonBackend) -> None:
         triton.left_out_outputs = {"image_index"}
         with pytest.raises(InternalError, match="image_index"):
-            await pictures(backend)
+            await generate(backend)
 
 
 class TestBehindTheGateway:
@@ -470,7 +470,7 @@ class TestBehindTheGateway:
         async with in_memory(create_app(Config(), backend)) as client:
             yield client
 
-    async def test_a_prompt_becomes_a_picture(self, client: httpx.AsyncClient) -> None:
+    async def test_a_prompt_becomes_an_image(self, client: httpx.AsyncClient) -> None:
         response = await client.post("/v1/images/generations", json={"prompt": "a fox", "n": 2, "seed": 5})
         assert response.status_code == 200
         assert [image["seed"] for image in response.json()["data"]] == [5, 6]

@@ -1,4 +1,4 @@
-// The server, seen from the page: the key, errors in OpenAI's shape, and streams of pictures.
+// The server, seen from the page: the key, errors in OpenAI's shape, and streams of images.
 
 import { bodyOf } from "./request.js";
 
@@ -37,7 +37,7 @@ export async function capabilities() {
   return (await call("v1/capabilities")).json();
 }
 
-/** The events of a request for pictures, as they come. Aborting `signal` ends the work on the server too. */
+/** The events of a request for images, as they come. Aborting `signal` ends the work on the server too. */
 export async function* draw(request, signal) {
   const response = await call(request.path, { method: "POST", ...bodyOf(request), signal });
   let missing = Number(request.fields.find(([name]) => name === "n")?.[1] ?? 1);
@@ -77,7 +77,7 @@ async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   try {
     for (let part = await reader.read(); !part.done; part = await reader.read()) {
-      // A picture comes in many parts: only what is new can hold the end of an event.
+      // An image comes in many parts: only what is new can hold the end of an event.
       const searched = Math.max(buffered.length - 1, 0);
       buffered += part.value;
       for (let end = buffered.indexOf("\n\n", searched); end >= 0; end = buffered.indexOf("\n\n")) {

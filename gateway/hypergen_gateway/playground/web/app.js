@@ -1,11 +1,11 @@
-// The page: from the settings to a request, from its events to pictures.
+// The page: from the settings to a request, from its events to images.
 
 import { ApiError, capabilities, draw, storedKey } from "./api.js";
 import { askForKey, setUpCodeDialog, setUpKeyDialog, showCode } from "./dialogs.js";
 import { byId } from "./dom.js";
 import { Form } from "./form.js";
 import { History } from "./history.js";
-import { toBlob } from "./pictures.js";
+import { toBlob } from "./images.js";
 import { PARTIAL_IMAGES, seedOf, toRequest } from "./request.js";
 import { Stage } from "./stage.js";
 import { Start } from "./start.js";
@@ -21,8 +21,8 @@ class Playground {
   constructor(model) {
     this.form = new Form(model);
     this.start = new Start(this.form, say);
-    this.stage = new Stage(model.edits ? (picture) => this.#goOnFrom(picture) : null);
-    this.history = new History((drawing, picture) => this.#reuse(drawing, picture));
+    this.stage = new Stage(model.edits ? (image) => this.#goOnFrom(image) : null);
+    this.history = new History((drawing, image) => this.#reuse(drawing, image));
     byId("form").addEventListener("submit", (event) => {
       event.preventDefault();
       this.#running ? this.stop() : this.draw();
@@ -34,12 +34,12 @@ class Playground {
     document.addEventListener("paste", (event) => this.#receive(event, event.clipboardData, model.edits));
   }
 
-  /** Draws what the settings say; pictures that were finished when it is stopped, or fails, are kept. */
+  /** Draws what the settings say; images that were finished when it is stopped, or fails, are kept. */
   async draw() {
     if (this.#running) return;
     const running = (this.#running = new AbortController());
     const settings = this.form.read();
-    const drawing = { settings, pictures: [], began: performance.now() };
+    const drawing = { settings, images: [], began: performance.now() };
     showProblem(null);
     this.form.clearErrors();
     this.#showRunning(drawing);
@@ -77,7 +77,7 @@ class Playground {
   }
 
   #take(drawing, event, count) {
-    const index = event.image_index ?? drawing.pictures.length;
+    const index = event.image_index ?? drawing.images.length;
     const blob = toBlob(event.b64_json, event.output_format);
     const url = URL.createObjectURL(blob);
     if (event.type.endsWith(".partial_image")) {
@@ -85,20 +85,20 @@ class Playground {
       if (index === 0) say(`Preview ${event.partial_image_index + 1} of ${PARTIAL_IMAGES}.`);
       return;
     }
-    const picture = pictureOf(drawing, index, blob, url);
-    drawing.pictures[index] = picture;
-    this.stage.finish(index, picture);
-    if (count > 1) say(`Image ${Object.keys(drawing.pictures).length} of ${count} is finished.`);
+    const image = imageOf(drawing, index, blob, url);
+    drawing.images[index] = image;
+    this.stage.finish(index, image);
+    if (count > 1) say(`Image ${Object.keys(drawing.images).length} of ${count} is finished.`);
   }
 
   #keep(drawing) {
-    drawing.pictures = drawing.pictures.filter(Boolean);
-    if (drawing.pictures.length) {
+    drawing.images = drawing.images.filter(Boolean);
+    if (drawing.images.length) {
       this.#shown = drawing;
       this.history.add(drawing);
     }
-    if (!this.stage.dropUnfinished() && this.#shown) this.stage.show(this.#shown.pictures);
-    this.history.mark(this.#shown, this.#shown?.pictures[0]);
+    if (!this.stage.dropUnfinished() && this.#shown) this.stage.show(this.#shown.images);
+    this.history.mark(this.#shown, this.#shown?.images[0]);
     byId("show-code").hidden = !this.#shown;
   }
 
@@ -111,23 +111,23 @@ class Playground {
     return undefined;
   }
 
-  async #reuse(drawing, picture) {
+  async #reuse(drawing, image) {
     if (this.#running) return;
     this.#shown = drawing;
     showProblem(null);
     this.form.clearErrors();
-    this.stage.show([picture]);
-    this.history.mark(drawing, picture);
-    this.form.write({ ...drawing.settings, n: "1", seed: picture.seed });
+    this.stage.show([image]);
+    this.history.mark(drawing, image);
+    this.form.write({ ...drawing.settings, n: "1", seed: image.seed });
     await this.start.restore(drawing.request, drawing.painting, drawing.settings.size);
     this.form.write({ strength: drawing.settings.strength });
     say("Its settings are in the form, its seed too.");
   }
 
-  async #goOnFrom(picture) {
+  async #goOnFrom(image) {
     byId("settings").open = true;
-    await this.start.choose(picture.blob, picture.size);
-    this.form.write({ prompt: picture.prompt, seed: "" });
+    await this.start.choose(image.blob, image.size);
+    this.form.write({ prompt: image.prompt, seed: "" });
     say("The next image starts from this one.");
     byId("paint").focus();
   }
@@ -177,7 +177,7 @@ async function begin(request, signal) {
   return { first: await stream.next(), stream };
 }
 
-function pictureOf(drawing, index, blob, url) {
+function imageOf(drawing, index, blob, url) {
   const { prompt, size } = drawing.settings;
   const seed = seedOf(drawing.request, index);
   const words = prompt.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40).replace(/^-|-$/g, "");
@@ -186,7 +186,7 @@ function pictureOf(drawing, index, blob, url) {
 
 function summaryOf(drawing) {
   const seconds = ((performance.now() - drawing.began) / 1000).toFixed(1);
-  const count = drawing.pictures.length;
+  const count = drawing.images.length;
   return `${count === 1 ? "Drawn" : `${count} images drawn`} in ${seconds} s.`;
 }
 

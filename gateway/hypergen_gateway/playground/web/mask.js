@@ -2,7 +2,7 @@
 
 import { byId } from "./dom.js";
 import { Painting } from "./painting.js";
-import { fit, toMask } from "./pictures.js";
+import { fit, toMask } from "./images.js";
 
 const MOST_UNDOS = 20;
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };

@@ -1,4 +1,4 @@
-// A request for pictures as it goes over the wire. Knows OpenAI's fields and how they are written; sends nothing.
+// A request for images as it goes over the wire. Knows OpenAI's fields and how they are written; sends nothing.
 
 export const PARTIAL_IMAGES = 3;
 
@@ -12,7 +12,7 @@ const JSON_NUMBER = /^-?(0|[1-9]\d*)(\.\d+)?$/;
 /**
  * The request for `settings` (texts by field name; those that change nothing are left out), starting from `image` if there is one.
  *
- * The seed is always sent, so that the request can be sent again for the same pictures. `fields` holds pairs of a name
+ * The seed is always sent, so that the request can be sent again for the same images. `fields` holds pairs of a name
  * and its value as JSON, where a number keeps every digit that was typed, and what is no number is left to the server
  * to refuse in its own words.
  */
@@ -45,7 +45,7 @@ export function texts(request) {
   return request.fields.map(([name, value]) => [name, value.startsWith('"') ? JSON.parse(value) : value]);
 }
 
-/** The seed of picture `index`, exact above 2^53 too. */
+/** The seed of image `index`, exact above 2^53 too. */
 export function seedOf(request, index) {
   const seed = request.fields.find(([name]) => name === "seed")[1];
   return (BigInt(seed) + BigInt(index)).toString();

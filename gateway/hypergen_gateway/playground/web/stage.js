@@ -1,8 +1,8 @@
-// The pictures that are looked at: being drawn, or drawn. Keeps each to its size, crisp and in its place.
+// The images that are looked at: being drawn, or drawn. Keeps each to its size, crisp and in its place.
 
 import { byId, element } from "./dom.js";
 import { sides } from "./form.js";
-import { fit } from "./pictures.js";
+import { fit } from "./images.js";
 
 const COLUMNS = { 1: 1, 2: 2, 3: 3, 4: 2 };
 const GAP = 16;
@@ -11,7 +11,7 @@ const CAPTION = 40;
 export class Stage {
   #tiles = [];
 
-  /** `onStart(picture)` is called when somebody wants to go on from a picture. */
+  /** `onStart(image)` is called when somebody wants to go on from an image. */
   constructor(onStart) {
     this.onStart = onStart;
     new ResizeObserver(() => this.#arrange()).observe(byId("tiles"));
@@ -26,7 +26,7 @@ export class Stage {
     byId("tiles").replaceChildren(element("p", { textContent: "Images appear here." }));
   }
 
-  /** Room for `count` pictures of a size. */
+  /** Room for `count` images of a size. */
   prepare(count, size) {
     const [width, height] = sides(size);
     this.#show(Array.from({ length: count }, () => newTile(width, height)));
@@ -39,19 +39,19 @@ export class Stage {
     tile.progress.value = (number + 1) / (of + 1);
   }
 
-  /** Shows a finished picture. */
-  finish(index, picture) {
+  /** Shows a finished image. */
+  finish(index, image) {
     const tile = this.#tiles[index];
-    this.#setImage(tile, picture.url, picture.prompt);
+    this.#setImage(tile, image.url, image.prompt);
     tile.figure.classList.add("finished");
     tile.progress.remove();
-    tile.caption.replaceChildren(...this.#captionOf(picture));
+    tile.caption.replaceChildren(...this.#captionOf(image));
   }
 
-  /** Shows finished pictures. */
-  show(pictures) {
-    this.#show(pictures.map((picture) => newTile(...sides(picture.size))));
-    pictures.forEach((picture, index) => this.finish(index, picture));
+  /** Shows finished images. */
+  show(images) {
+    this.#show(images.map((image) => newTile(...sides(image.size))));
+    images.forEach((image, index) => this.finish(index, image));
   }
 
   /** Gives up what is not finished; true if something is left. */
@@ -75,11 +75,11 @@ export class Stage {
     tile.figure.classList.add("begun");
   }
 
-  #captionOf(picture) {
+  #captionOf(image) {
     const start = element("button", { type: "button", className: "quiet", textContent: "Start from this" });
-    start.addEventListener("click", () => this.onStart(picture));
-    const save = element("a", { className: "quiet", href: picture.url, download: picture.filename, textContent: "Download" });
-    const said = element("span", { textContent: `${picture.size.replace("x", " × ")} · seed ${picture.seed}` });
+    start.addEventListener("click", () => this.onStart(image));
+    const save = element("a", { className: "quiet", href: image.url, download: image.filename, textContent: "Download" });
+    const said = element("span", { textContent: `${image.size.replace("x", " × ")} · seed ${image.seed}` });
     return this.onStart ? [said, save, start] : [said, save];
   }
 

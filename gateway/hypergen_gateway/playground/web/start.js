@@ -3,7 +3,7 @@
 import { byId } from "./dom.js";
 import { sides } from "./form.js";
 import { MaskBrush } from "./mask.js";
-import { cover, decode } from "./pictures.js";
+import { cover, decode } from "./images.js";
 
 export class Start {
   #brush = new MaskBrush();

@@ -39,7 +39,7 @@ const webp = await draw({
   providerOptions: { hypergen: { ...hypergen, output_format: "webp" } },
 });
 
-// The pictures are the images that others start from: as bytes, as base64, and as a data URL.
+// The edits start from these images: as bytes, as base64, and as a data URL.
 const [first, second] = generated.images.map((image) => image.base64);
 const bytes = Buffer.from(first, "base64");
 const edited = await draw({ prompt: { text: "a fox", images: [bytes] }, providerOptions: { hypergen: { seed: 3 } } });

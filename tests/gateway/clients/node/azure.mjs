@@ -9,8 +9,8 @@ const seen = [];
 for (const deployment of [undefined, "my-painter"]) {
   const client = new AzureOpenAI({ endpoint, apiKey, deployment, apiVersion: "2025-04-01-preview", maxRetries: 0 });
   const generated = await client.images.generate({ model: "acme/tiny-emoji", prompt: "a fox", seed: 7 });
-  const picture = Buffer.from(generated.data[0].b64_json, "base64");
-  const image = await toFile(picture, "picture.png", { type: "image/png" });
+  const png = Buffer.from(generated.data[0].b64_json, "base64");
+  const image = await toFile(png, "image.png", { type: "image/png" });
   const edited = await client.images.edit({ model: "acme/tiny-emoji", image, prompt: "a cat", seed: 8 });
   const models = [];
   for await (const model of client.models.list()) models.push(model.id);

@@ -34,13 +34,13 @@ for await (const event of await client.images.generate({
   streamed.push({ ...rest, bytes: Buffer.from(b64_json, "base64").length });
 }
 
-// The first picture is the image that the others start from: as a file, as a stream whose length nobody knows.
-const picture = Buffer.from(images.data[0].b64_json, "base64");
-const image = () => toFile(picture, "picture.png");
+// The edits start from the first image: as a file, as a stream whose length nobody knows.
+const png = Buffer.from(images.data[0].b64_json, "base64");
+const image = () => toFile(png, "image.png");
 const edited = await client.images.edit({ image: [await image()], prompt: "a fox", seed: 3 });
 const editStreamed = [];
 for await (const event of await client.images.edit({
-  image: await toFile(Readable.from([picture.subarray(0, 50), picture.subarray(50)]), "picture.png"),
+  image: await toFile(Readable.from([png.subarray(0, 50), png.subarray(50)]), "image.png"),
   prompt: "a fox",
   stream: true,
   partial_images: 1,

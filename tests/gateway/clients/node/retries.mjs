@@ -1,4 +1,4 @@
-// Asks a gateway for pictures with OpenAI's Node client, which tries again by itself when a connection is lost.
+// Asks a gateway for images with OpenAI's Node client, which tries again by itself when a connection is lost.
 // HYPERGEN_BASE_URL: the gateway's /v1, through whatever loses connections. Prints what came as one line of JSON.
 import OpenAI from "openai";
 

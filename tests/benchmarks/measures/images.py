@@ -24,12 +24,12 @@ BUSY_SECONDS = 1200
 STALLED_SECONDS = 200.0
 
 
-async def one_picture(bench: Bench, workload: Workload) -> None:
+async def one_image(bench: Bench, workload: Workload) -> None:
     """Latency against each peer in alternation, and the memory of each afterwards."""
     async with bench.running(OURS, workload) as ours:
         for name in bench.peers:
             peer = PEERS[name]
-            entry = f"{name}_over_ours_one_picture_{workload.name}"
+            entry = f"{name}_over_ours_one_image_{workload.name}"
             if workload.name not in peer.checkpoints:
                 bench.fail(entry, peer.why_not)
                 continue
@@ -40,7 +40,7 @@ async def one_picture(bench: Bench, workload: Workload) -> None:
             except ToolError as error:
                 bench.fail(entry, error)
         bench.enter(_memory(workload, "ours", ours))
-    _enter_lower(bench, "openvino_genai_over_ours_one_picture")
+    _enter_lower(bench, "openvino_genai_over_ours_one_image")
 
 
 def _enter_lower(bench: Bench, name: str) -> None:
@@ -68,7 +68,7 @@ async def one_core_busy(bench: Bench, workload: Workload) -> None:
     Threads that wait for each other may then stall for minutes. HyperGen is not waited for longer than a limit, which
     then counts as its time, so that the ratio is the least that it can be. The large model takes one step.
     """
-    entry = f"hypergen_over_ours_one_picture_{workload.name}_one_core_busy"
+    entry = f"hypergen_over_ours_one_image_{workload.name}_one_core_busy"
     is_large = workload.name == "sd15"
     requests, count = workload.requests(steps=1 if is_large else None), 1 if is_large else 2 * bench.budget.rounds
     try:

@@ -1,19 +1,19 @@
-// Pictures as files and as pixels. Knows the canvas and nothing of the page.
+// Images as files and as pixels. Knows the canvas and nothing of the page.
 
-// Below this, a picture is enlarged as squares: its pixels are meant to be seen.
+// Below this, an image is enlarged as squares: its pixels are meant to be seen.
 const PIXEL_ART = 128;
 
-/** The bytes of a picture that came as base64. */
+/** The bytes of an image that came as base64. */
 export function toBlob(base64, format) {
   return new Blob([Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0))], { type: `image/${format}` });
 }
 
-/** The picture in a file, upright. Throws where the browser cannot read it. */
+/** The image in a file, upright. Throws where the browser cannot read it. */
 export function decode(blob) {
   return createImageBitmap(blob);
 }
 
-/** A PNG of exactly this size: the middle of a picture, scaled to fill it; what is transparent shows white paper. */
+/** A PNG of exactly this size: the middle of an image, scaled to fill it; what is transparent shows white paper. */
 export function cover(bitmap, width, height) {
   const scale = Math.max(width / bitmap.width, height / bitmap.height);
   const [w, h] = [bitmap.width * scale, bitmap.height * scale];
@@ -32,7 +32,7 @@ export function toMask(painting) {
   return toPng(canvas);
 }
 
-/** Fits an element for a picture of `width` × `height` into `room` CSS pixels; small pictures grow by whole factors. */
+/** Fits an element for an image of `width` × `height` into `room` CSS pixels; small images grow by whole factors. */
 export function fit(element, width, height, [roomWidth, roomHeight]) {
   const room = Math.min(roomWidth / width, roomHeight / height);
   const ratio = window.devicePixelRatio || 1;
