@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from hypergen_gateway.api.routes import Endpoints
+from hypergen_gateway.concurrency import cancel
 from hypergen_gateway.config import Config
 from hypergen_gateway.errors import HyperGenError
 from hypergen_gateway.generation.admission import Admission
@@ -23,7 +24,6 @@ from hypergen_gateway.generation.backend import Backend
 from hypergen_gateway.generation.jobs import Jobs, RetentionPolicy
 from hypergen_gateway.generation.service import ImageService
 from hypergen_gateway.http.auth import METRICS_PATH, PROBE_PATHS, ApiKey
-from hypergen_gateway.http.disconnect import cancel
 from hypergen_gateway.http.middleware import ExceptionMiddleware, RequestLog, RequestValidation, Trace, check_head
 from hypergen_gateway.http.origins import OriginCheck, cors
 from hypergen_gateway.http.paths import CanonicalPath

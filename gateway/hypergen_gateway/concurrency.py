@@ -1,13 +1,20 @@
-"""Blocking work in threads, and a limit on how much of it runs at once. Both are measured in bytes of data."""
+"""Cancelling tasks; blocking work in threads, and a limit on how much of it runs at once, in bytes of data."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+async def cancel(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel tasks and wait for them to end."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def run_in_thread_if_large(work: Callable[[], T], nbytes: int, *, quick: int) -> T:

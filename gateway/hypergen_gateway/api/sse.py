@@ -16,8 +16,9 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from hypergen_gateway.concurrency import cancel
 from hypergen_gateway.errors import ClientClosedRequestError, HyperGenError, UnavailableError
-from hypergen_gateway.http.disconnect import cancel, deadline_exceeded, wait_for_disconnect
+from hypergen_gateway.http.disconnect import deadline_exceeded, wait_for_disconnect
 from hypergen_gateway.http.exceptions import log_exception, to_api_error
 
 # A comment: clients skip it, and it keeps proxies from closing an idle connection.

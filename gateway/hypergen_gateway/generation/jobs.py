@@ -14,11 +14,11 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 
+from hypergen_gateway.concurrency import cancel
 from hypergen_gateway.errors import IdempotencyKeyReusedError, UnavailableError
 from hypergen_gateway.generation.admission import Slot
 from hypergen_gateway.generation.request import ClientRequest
 from hypergen_gateway.generation.service import EncodedImage, GenerationTask, ImageService
-from hypergen_gateway.http.disconnect import cancel
 
 
 @dataclass(frozen=True, kw_only=True)

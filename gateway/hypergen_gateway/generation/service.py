@@ -11,7 +11,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from hypergen_gateway.concurrency import ByteBudget, run_in_thread_if_large
+from hypergen_gateway.concurrency import ByteBudget, cancel, run_in_thread_if_large
 from hypergen_gateway.errors import HyperGenError, InternalError
 from hypergen_gateway.generation.admission import Admission, Slot
 from hypergen_gateway.generation.backend import Backend, GeneratedImage
@@ -19,7 +19,6 @@ from hypergen_gateway.generation.images import FileFormat, encode
 from hypergen_gateway.generation.latency import work_of
 from hypergen_gateway.generation.request import ClientRequest, SubRequest
 from hypergen_gateway.generation.sizes import Size
-from hypergen_gateway.http.disconnect import cancel
 
 # Encoded as PNG within a fifth of a millisecond.
 _QUICK_BYTES = 16 << 10

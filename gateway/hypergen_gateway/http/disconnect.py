@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from starlette.types import Receive
 
+from hypergen_gateway.concurrency import cancel
 from hypergen_gateway.errors import ClientClosedRequestError, DeadlineExceededError, UnavailableError
 
 T = TypeVar("T")
@@ -34,13 +35,6 @@ async def wait_for_disconnect(receive: Receive) -> None:
     """Wait until the client disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def cancel(*tasks: asyncio.Future[Any]) -> None:
-    """Cancel tasks and wait for them to end."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def deadline_exceeded(limit: float) -> DeadlineExceededError:
