@@ -1,20 +1,44 @@
-"""Cancelling tasks; blocking work in threads, and a limit on how much of it runs at once, in bytes of data."""
+"""Time limits and cancellation; when blocking work runs in a thread, and how many bytes of it at a time."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
+CANCEL_SECONDS = 10.0
 
 
-async def cancel(*tasks: asyncio.Future[Any]) -> None:
-    """Cancel tasks and wait for them to end."""
+async def run_with_timeout(work: Awaitable[T], seconds: float) -> T:
+    """The result of `work`, which is cancelled after `seconds`.
+
+    For `asyncio.wait_for`, which until Python 3.12 swallows a cancellation that arrives just as the work ends.
+
+    Raises:
+        TimeoutError: `work` has not ended within `seconds`.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+        if not task.done():
+            raise TimeoutError
+        return task.result()
+    finally:
+        await cancel(task)
+
+
+async def cancel(*tasks: asyncio.Future[Any], seconds: float = CANCEL_SECONDS) -> None:
+    """Cancel tasks and wait for them to end, for at most `seconds`. Their results and errors are dropped."""
     for task in tasks:
         task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.wait({asyncio.gather(*tasks, return_exceptions=True)}, timeout=seconds)
+    for task in tasks:
+        if not task.done():
+            logger.error("A task has not ended within %g s of its cancellation: %r", seconds, task)
 
 
 async def run_in_thread_if_large(work: Callable[[], T], nbytes: int, *, quick: int) -> T:

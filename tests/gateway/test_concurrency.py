@@ -1,13 +1,92 @@
-"""What stays on the event loop and what leaves it."""
+"""Time limits and cancellation, and what stays on the event loop and what leaves it."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import threading
 
 import pytest
 
-from hypergen_gateway.concurrency import ByteBudget, run_in_thread_if_large
+from hypergen_gateway.concurrency import ByteBudget, cancel, run_in_thread_if_large, run_with_timeout
+
+
+class TestRunWithTimeout:
+    async def test_the_result_and_the_error_of_the_work_are_its_own(self) -> None:
+        async def fail() -> None:
+            raise ValueError("no picture")
+
+        assert await run_with_timeout(asyncio.sleep(0, "a picture"), 60) == "a picture"
+        with pytest.raises(ValueError, match="no picture"):
+            await run_with_timeout(fail(), 60)
+
+    @pytest.mark.parametrize("seconds", [-1, 0, 0.01])
+    async def test_work_that_takes_longer_is_cancelled(self, seconds: float) -> None:
+        work = asyncio.get_running_loop().create_future()
+        with pytest.raises(TimeoutError):
+            await run_with_timeout(work, seconds)
+        assert work.cancelled()
+
+    @pytest.mark.parametrize("turns", range(4))
+    @pytest.mark.parametrize("ending", ["result", "error", "timeout"])
+    async def test_whoever_is_cancelled_as_the_work_ends_is_cancelled(self, ending: str, turns: int) -> None:
+        """`turns` of the event loop after the end: whatever of it has been noticed by then."""
+        work = asyncio.get_running_loop().create_future()
+
+        async def wait_for_ever() -> None:
+            while True:
+                with contextlib.suppress(TimeoutError, ValueError):
+                    await run_with_timeout(asyncio.shield(work), 0 if ending == "timeout" else 60)
+                await asyncio.sleep(3600)
+
+        waiting = asyncio.create_task(wait_for_ever())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        if ending == "result":
+            work.set_result(None)
+        elif ending == "error":
+            work.set_exception(ValueError("no picture"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting], timeout=5)
+        assert waiting.cancelled()
+
+
+class TestCancel:
+    async def test_a_task_that_does_not_end_is_waited_for_no_longer_than_that(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        may_end = asyncio.Event()
+
+        async def stubborn() -> None:
+            while not may_end.is_set():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await may_end.wait()
+
+        task = asyncio.create_task(stubborn())
+        await asyncio.sleep(0)
+        await cancel(task, seconds=0.01)
+        assert not task.done()
+        assert "has not ended within 0.01 s of its cancellation" in caplog.text
+        assert "stubborn" in caplog.text
+        may_end.set()
+        await asyncio.wait([task], timeout=5)
+
+    async def test_a_task_s_error_is_dropped_without_a_word(self, caplog: pytest.LogCaptureFixture) -> None:
+        async def fail() -> None:
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                raise ValueError("no picture")
+
+        task = asyncio.create_task(fail())
+        await asyncio.sleep(0)
+        await cancel(task)
+        del task
+        gc.collect()
+        assert caplog.text == ""
 
 
 @pytest.mark.parametrize(("nbytes", "stays"), [(0, True), (1024, True), (1025, False)])

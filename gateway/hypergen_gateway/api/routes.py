@@ -26,7 +26,7 @@ from hypergen_gateway.api.openapi import describe_api
 from hypergen_gateway.api.responses import Health
 from hypergen_gateway.api.sse import EventStream, to_frame
 from hypergen_gateway.api.validation import images_param, uploads_of_form, uploads_of_json, validate
-from hypergen_gateway.concurrency import run_in_thread_if_large
+from hypergen_gateway.concurrency import run_in_thread_if_large, run_with_timeout
 from hypergen_gateway.config import Config
 from hypergen_gateway.errors import HyperGenError, ModelNotFoundError, NotFoundError
 from hypergen_gateway.generation.admission import Admission
@@ -242,8 +242,8 @@ class Endpoints:
 
 
 async def _or_none(answer: Coroutine[Any, Any, T], limit: float) -> T | None:
-    with suppress(asyncio.TimeoutError, HyperGenError):
-        return await asyncio.wait_for(answer, limit)
+    with suppress(TimeoutError, HyperGenError):
+        return await run_with_timeout(answer, limit)
     return None
 
 

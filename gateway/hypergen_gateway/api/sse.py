@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from hypergen_gateway.concurrency import cancel
+from hypergen_gateway.concurrency import cancel, run_with_timeout
 from hypergen_gateway.errors import ClientClosedRequestError, HyperGenError, UnavailableError
 from hypergen_gateway.http.disconnect import deadline_exceeded, wait_for_disconnect
 from hypergen_gateway.http.exceptions import log_exception, to_api_error
@@ -101,8 +101,8 @@ class EventStream(Response):
         """The next frame or a heartbeat; None at the end. The producer's error is raised after its last frame."""
         patience = min(self._heartbeat, self._ends - time.monotonic())
         try:
-            frame = await asyncio.wait_for(self._queue.get(), max(patience, 0))
-        except asyncio.TimeoutError:
+            frame = await run_with_timeout(self._queue.get(), max(patience, 0))
+        except TimeoutError:
             if time.monotonic() >= self._ends:
                 raise deadline_exceeded(self._limit) from None
             return HEARTBEAT

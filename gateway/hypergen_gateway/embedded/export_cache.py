@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from hypergen_gateway.concurrency import run_with_timeout
 from hypergen_gateway.embedded.environment import child_environment
 from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.embedded.processes import die_with_parent
@@ -224,7 +225,8 @@ async def _terminate(process: asyncio.subprocess.Process) -> None:
         return
     process.terminate()
     try:
-        await asyncio.wait_for(process.wait(), _STOP_SECONDS)
-    except asyncio.TimeoutError:
+        await run_with_timeout(process.wait(), _STOP_SECONDS)
+    except TimeoutError:
         process.kill()
-        await process.wait()
+        with contextlib.suppress(TimeoutError):
+            await run_with_timeout(process.wait(), _STOP_SECONDS)

@@ -23,6 +23,7 @@ import psutil
 from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
+from hypergen_gateway.concurrency import run_with_timeout
 from hypergen_gateway.embedded.environment import absolute_folders, child_environment
 from hypergen_gateway.embedded.errors import EmbeddedError, ModelsNotLoadedError
 from hypergen_gateway.embedded.installation import Installation
@@ -225,8 +226,8 @@ class TritonServer:
         try:
             with contextlib.suppress(ProcessLookupError):
                 self._process.terminate()
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._process.wait(), timeout if self._models else LOADING_STOP_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                await run_with_timeout(self._process.wait(), timeout if self._models else LOADING_STOP_SECONDS)
             await _wait_until_ended(models, MODELS_STOP_SECONDS)
         finally:
             await self.kill()
@@ -290,15 +291,15 @@ async def triton_client(url: str) -> AsyncIterator[InferenceServerClient]:
         yield client
     finally:
         # Closing hangs if the library could not start its threads.
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(client.close(), CLOSE_SECONDS)
+        with contextlib.suppress(TimeoutError):
+            await run_with_timeout(client.close(), CLOSE_SECONDS)
 
 
 async def answers(call: Callable[..., Awaitable[bool]], seconds: float) -> bool:
     """Whether a call returns true within `seconds`."""
     try:
-        return bool(await asyncio.wait_for(call(client_timeout=seconds), seconds + CLOSE_SECONDS))
-    except (InferenceServerException, asyncio.TimeoutError):
+        return bool(await run_with_timeout(call(client_timeout=seconds), seconds + CLOSE_SECONDS))
+    except (InferenceServerException, TimeoutError):
         return False
 
 

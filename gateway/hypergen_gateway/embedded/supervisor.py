@@ -7,12 +7,12 @@ are watched, and the whole server is restarted on the same ports.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from hypergen_gateway.concurrency import cancel
 from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.embedded.installation import find_installation
 from hypergen_gateway.embedded.run_folder import remove_abandoned
@@ -72,12 +72,12 @@ class EmbeddedTriton:
 
     async def stop(self) -> None:
         """Stop watching and stop the server; also after a failed start."""
-        if self._watcher is not None:
-            self._watcher.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watcher
-        if self._server is not None:
-            await self._server.stop(STOP_SECONDS)
+        try:
+            if self._watcher is not None:
+                await cancel(self._watcher)
+        finally:
+            if self._server is not None:
+                await self._server.stop(STOP_SECONDS)
 
     async def _start_server(self) -> TritonServer:
         self._server = await TritonServer.start(self._launch)
@@ -102,8 +102,7 @@ class EmbeddedTriton:
                 if hanging := watchdog.look():
                     return f"hangs: {hanging}"
         finally:
-            probing.cancel()
-            await asyncio.wait([probing])
+            await cancel(probing)
 
     async def _replace(self) -> TritonServer:
         """Restart, retrying with growing pauses: a full disk or a lack of memory may be temporary."""

@@ -11,6 +11,7 @@ import socket
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hypergen_gateway.concurrency import run_with_timeout
 from hypergen_gateway.errors import RequestTimeoutError
 
 # Minimum rate of a body, a quarter of a megabit per second.
@@ -36,8 +37,8 @@ class BodyTimeout:
             if is_complete:  # from now on this waits for a disconnect
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), deadline - now())
-            except asyncio.TimeoutError:
+                message = await run_with_timeout(receive(), deadline - now())
+            except TimeoutError:
                 raise RequestTimeoutError(f"The body was not received within {self._seconds:g} seconds.") from None
             deadline += len(message.get("body", b"")) / BYTES_PER_SECOND
             is_complete = not message.get("more_body", False)

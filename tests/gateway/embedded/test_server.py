@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from hypergen_gateway.embedded.errors import EmbeddedError
-from hypergen_gateway.embedded.server import log_level_of, trace_options
+from hypergen_gateway.embedded.server import answers, log_level_of, trace_options
 from hypergen_gateway.embedded.supervisor import embedded_triton
 
 BROKEN_MODEL = """
@@ -77,3 +77,29 @@ def test_triton_traces_where_the_gateway_does_and_nowhere_else() -> None:
     ):
         options = [option.removeprefix("--trace-config=") for option in trace_options(environment)]
         assert options == [*expected, "opentelemetry,resource=service.name=hypergen-triton"]
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_probing_ends_though_an_answer_arrives_while_it_is_cancelled(turns: int) -> None:
+    """`turns` of the event loop after an answer: whatever of it has been noticed by then."""
+    pending: list[asyncio.Future[bool]] = []
+
+    async def call(*, client_timeout: float) -> bool:  # noqa: ARG001
+        pending.append(asyncio.get_running_loop().create_future())
+        return await pending[-1]
+
+    async def probe() -> None:
+        while True:
+            await answers(call, 60)
+
+    probing = asyncio.create_task(probe())
+    while not pending:
+        await asyncio.sleep(0)
+    pending[0].set_result(True)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    probing.cancel()
+    await asyncio.wait([probing], timeout=5)
+    was_cancelled = probing.cancelled()
+    probing.cancel()
+    assert was_cancelled
