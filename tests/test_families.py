@@ -64,13 +64,13 @@ def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
-async def drawn_together(sampler: Sampler, requests: Sequence[Request]) -> None:
-    """Draws in one loop what equals what is drawn alone; only the calls made together are left noted."""
-    alone = [await sampler.draw(request) for request in requests]
+async def assert_equal_together_and_alone(sampler: Sampler, requests: Sequence[Request]) -> None:
+    """Generated in one loop, images equal those generated alone; only the calls made together are left noted."""
+    alone = [await sampler.generate(request) for request in requests]
     sampler.rows_of_calls.clear()
     sampler.models_of_calls.clear()
     loop = sampler.loop()
-    together = await asyncio.gather(*(sampler.draw(request, loop) for request in requests))
+    together = await asyncio.gather(*(sampler.generate(request, loop) for request in requests))
     for (one, _), (other, _) in zip(alone, together, strict=True):
         assert np.abs(one - other).max() <= 1e-4 * np.abs(one).max()
 
@@ -80,7 +80,7 @@ async def test_a_familys_image_equals_the_one_of_diffusers_pipeline(family: str,
     pair = pair_of(family)
     request = request_of(width=72, height=56)
     pair.choose("")
-    held(await pair.sampler.draw(request), by_diffusers(pair.pipeline, request))
+    held(await pair.sampler.generate(request), by_diffusers(pair.pipeline, request))
     assert set(pair.sampler.rows_of_calls) == {1}
 
 
@@ -92,7 +92,7 @@ async def test_guidance_equals_that_of_diffusers_pipeline(
     pair = pair_of(family)
     request = request_of(guidance_scale=5.0, negative_prompt=negative_prompt)
     pair.choose("")
-    held(await pair.sampler.draw(request), by_diffusers(pair.pipeline, request))
+    held(await pair.sampler.generate(request), by_diffusers(pair.pipeline, request))
 
 
 @pytest.mark.parametrize("interval", [(0.0, 0.5), (0.2, 0.8), (0.5, 1.0), (0.4, 0.4)], ids=str)
@@ -104,7 +104,7 @@ async def test_guidance_in_an_interval_equals_diffusers_and_takes_two_rows_there
     wish: dict[str, Any] = {"guidance_scale": 5.0, "negative_prompt": "a green cat", "num_inference_steps": 6}
     request = request_of(**wish, scheduler="euler", guidance_start=interval[0], guidance_end=interval[1])
     pair.sampler.rows_of_calls.clear()
-    ours = await pair.sampler.draw(request)
+    ours = await pair.sampler.generate(request)
     pair.choose("euler")
     held(ours, by_diffusers(pair.pipeline, request))
     guided = guided_steps(6, *interval)
@@ -119,7 +119,7 @@ async def test_every_scheduler_goes_on_where_guidance_begins_and_ends(scheduler:
         scheduler=scheduler, guidance_scale=5.0, guidance_start=0.3, guidance_end=0.7, num_inference_steps=7
     )
     pair.choose(scheduler)
-    held(await pair.sampler.draw(request), by_diffusers(pair.pipeline, request))
+    held(await pair.sampler.generate(request), by_diffusers(pair.pipeline, request))
 
 
 async def test_images_guided_in_other_steps_share_batches_and_stay_their_own(pair_of: Any) -> None:
@@ -129,7 +129,7 @@ async def test_images_guided_in_other_steps_share_batches_and_stay_their_own(pai
         request_of(seed=seed, scheduler="ddim", guidance_scale=5.0, guidance_start=start, guidance_end=end)
         for seed, (start, end) in enumerate(intervals)
     ]
-    await drawn_together(sampler, requests)
+    await assert_equal_together_and_alone(sampler, requests)
     assert sampler.rows_of_calls == [6, 7, 7, 6]
 
 
@@ -143,10 +143,10 @@ async def test_deep_features_are_reused_as_in_deep_cache(family: str, interval: 
     )
     pair.choose(scheduler)
     pair.sampler.models_of_calls.clear()
-    ours = await pair.sampler.draw(request)
+    ours = await pair.sampler.generate(request)
     held(ours, by_diffusers(pair.pipeline, request))
     assert pair.sampler.models_of_calls == ["unet_shallow" if step % interval else "unet" for step in range(7)]
-    whole, _ = await pair.sampler.draw(dataclasses.replace(request, cache_interval=1))
+    whole, _ = await pair.sampler.generate(dataclasses.replace(request, cache_interval=1))
     assert np.abs(whole - ours[0]).max() > 1e-3 * np.abs(whole).max(), "nothing is left out"
 
 
@@ -157,7 +157,7 @@ async def test_features_are_reused_over_calls_of_the_unet_where_a_step_makes_sev
     pair = pair_of("sd-1")
     request = request_of(scheduler=scheduler, guidance_scale=3.0, cache_interval=3, num_inference_steps=7)
     pair.choose(scheduler)
-    held(await pair.sampler.draw(request), by_diffusers(pair.pipeline, request))
+    held(await pair.sampler.generate(request), by_diffusers(pair.pipeline, request))
 
 
 async def test_a_row_without_features_of_its_own_goes_through_the_whole_unet(pair_of: Any) -> None:
@@ -166,7 +166,7 @@ async def test_a_row_without_features_of_its_own_goes_through_the_whole_unet(pai
     wish: dict[str, Any] = {"scheduler": "ddim", "guidance_scale": 5.0, "num_inference_steps": 8, "cache_interval": 4}
     sampler.rows_of_calls.clear()
     sampler.models_of_calls.clear()
-    await sampler.draw(request_of(**wish, guidance_start=0.25, guidance_end=0.75))
+    await sampler.generate(request_of(**wish, guidance_start=0.25, guidance_end=0.75))
     deep, shallow = "unet", "unet_shallow"
     assert sampler.rows_of_calls == [1, 1, 2, 2, 2, 2, 1, 1]
     assert sampler.models_of_calls == [deep, shallow, deep, shallow, deep, shallow, shallow, shallow]
@@ -178,7 +178,7 @@ async def test_images_that_reuse_features_share_batches_with_those_that_do_not(p
         request_of(seed=seed, scheduler="ddim", guidance_scale=5.0, cache_interval=interval)
         for seed, interval in enumerate([1, 2, 2, 3])
     ]
-    await drawn_together(sampler, requests)
+    await assert_equal_together_and_alone(sampler, requests)
     calls = Counter(zip(sampler.models_of_calls, sampler.rows_of_calls, strict=True))
     deep, shallow = "unet", "unet_shallow"
     rounds = [(deep, 8), (deep, 2), (shallow, 6), (deep, 6), (shallow, 2), (deep, 4), (shallow, 4)]
@@ -194,10 +194,10 @@ async def test_a_guidance_embedding_equals_diffusers_and_takes_one_row(
     pair.sampler.rows_of_calls.clear()
     request = request_of(guidance_scale=guidance_scale)
     pair.choose("")
-    ours = await pair.sampler.draw(request)
+    ours = await pair.sampler.generate(request)
     held(ours, by_diffusers(pair.pipeline, request))
     assert pair.sampler.rows_of_calls == [1] * 4
-    other, _ = await pair.sampler.draw(dataclasses.replace(request, guidance_scale=guidance_scale + 2))
+    other, _ = await pair.sampler.generate(dataclasses.replace(request, guidance_scale=guidance_scale + 2))
     assert np.abs(other - ours[0]).max() > 1e-3, "the UNet does not see the scale"
 
 
@@ -209,7 +209,7 @@ async def test_size_prompt_and_negative_prompt_of_each_image_stay_its_own_in_a_b
         request_of(seed=3, guidance_scale=3.0, negative_prompt="green", num_inference_steps=6),
         request_of(seed=4, width=72, height=40, guidance_scale=2.0),
     ]
-    await drawn_together(sampler, requests)
+    await assert_equal_together_and_alone(sampler, requests)
     # Four rounds of the square ones beside the odd-sized one, then two of the one with six steps.
     assert Counter(sampler.rows_of_calls) == Counter([5, 2] * 4 + [2] * 2)
 
@@ -278,7 +278,7 @@ async def test_images_of_one_request_are_those_of_its_seeds_in_a_row(pair_of: An
     ).images.numpy()
     wish = {"scheduler": "euler_a", "strength": 0.8, "image": input_image()}
     for index in range(3):
-        ours, _ = await pair.sampler.draw(request_of(**wish, seed=20 + index))
+        ours, _ = await pair.sampler.generate(request_of(**wish, seed=20 + index))
         assert np.abs(ours - theirs[index]).max() <= TOLERANCE_FROM_IMAGE * np.abs(theirs).max()
 
 
@@ -293,7 +293,7 @@ async def test_a_strength_that_leaves_too_few_steps_is_named(
     family: str, changes: dict[str, Any], words: str, pair_of: Any
 ) -> None:
     with pytest.raises(InvalidInputError, match=words):
-        await pair_of(family).sampler.draw(request_of(image=input_image(), **changes))
+        await pair_of(family).sampler.generate(request_of(image=input_image(), **changes))
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def by_kohya(folder: Path, weights: dict[str, Weights]) -> Path:
 @pytest.mark.parametrize(
     ("family", "save"), [("sd-1", save_by_diffusers), ("sdxl", save_by_diffusers), ("sdxl", by_kohya)]
 )
-async def test_a_merged_lora_draws_as_diffusers_pipeline_does_with_it(
+async def test_a_merged_lora_generates_as_diffusers_pipeline_does_with_it(
     family: str, save: Callable[[Path, dict[str, Weights]], Path], pair_of: Any, tmp_path: Path
 ) -> None:
     plain: Sampler = pair_of(family).sampler
@@ -357,9 +357,9 @@ async def test_a_merged_lora_draws_as_diffusers_pipeline_does_with_it(
     pipeline.load_lora_weights(str(file))
     pipeline.fuse_lora(lora_scale=0.5)
     request = request_of(guidance_scale=5.0, negative_prompt="a green cat", cache_interval=2)
-    ours = await dataclasses.replace(plain, modules=plain.modules | merged).draw(request)
+    ours = await dataclasses.replace(plain, modules=plain.modules | merged).generate(request)
     held(ours, by_diffusers(pipeline, request))
-    base, _ = await plain.draw(request)
+    base, _ = await plain.generate(request)
     assert np.abs(base - ours[0]).mean() > 0.01 * np.abs(base).max(), "the LoRA changes nothing"
 
 

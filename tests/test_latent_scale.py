@@ -28,5 +28,5 @@ async def test_what_a_vae_states_of_its_latents_is_heeded_as_by_its_pipeline(
     path.write_text(json.dumps(json.loads(path.read_text()) | stated))
     pair = Pair(sampler_of(folder), pipeline_of(folder))
     request = request_of(guidance_scale=3.0)
-    held(await pair.sampler.draw(request), by_diffusers(pair.pipeline, request))
+    held(await pair.sampler.generate(request), by_diffusers(pair.pipeline, request))
     await held_from_image(pair, request_of(guidance_scale=3.0, image=input_image(), strength=0.6))

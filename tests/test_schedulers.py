@@ -58,10 +58,10 @@ def pair_with(plain: Sampler, folder: Path, steps: int = STEPS) -> Pair:
     return Pair(dataclasses.replace(plain, checkpoint=checkpoint, schedulers=schedulers), pipeline_of(folder))
 
 
-async def drawn_as_by_diffusers(pair: Pair, **wish: Any) -> None:
+async def assert_equals_diffusers(pair: Pair, **wish: Any) -> None:
     request = request_of(num_inference_steps=STEPS, guidance_scale=3.0, **wish)
     pair.choose(request.scheduler)
-    held(await pair.sampler.draw(request), by_diffusers(pair.pipeline, request))
+    held(await pair.sampler.generate(request), by_diffusers(pair.pipeline, request))
 
 
 # What diffusers itself saves of a scheduler that it made: no more than the class knows, and its defaults.
@@ -93,7 +93,7 @@ async def test_an_old_config_is_amended_as_its_pipeline_amends_it(
     for scheduler in ("", "ddim", "euler", "pndm"):
         # The checkpoint's own class under its name is the checkpoint's own scheduler: see below.
         if not scheduler or CLASSES[scheduler][0] != config["_class_name"]:
-            await drawn_as_by_diffusers(pair, scheduler=scheduler)
+            await assert_equals_diffusers(pair, scheduler=scheduler)
 
 
 @pytest.mark.parametrize("name", ["DDIM without steps_offset", "PNDM without steps_offset"])
@@ -103,7 +103,7 @@ async def test_an_old_config_of_sdxl_is_amended_as_its_pipeline_amends_it(
     plain = plain_of["sdxl"]
     pair = pair_with(plain, checkpoint_with(plain, tmp_path / "changed", BETAS | AS_SAVED[name]))
     for scheduler in ("", "euler"):
-        await drawn_as_by_diffusers(pair, scheduler=scheduler)
+        await assert_equals_diffusers(pair, scheduler=scheduler)
 
 
 @pytest.mark.parametrize("config", AS_SAVED.values(), ids=AS_SAVED.keys())
@@ -128,7 +128,7 @@ async def test_its_own_scheduler_under_its_name_is_the_checkpoints_own(
     name = "ddim" if config["_class_name"] == "DDIMScheduler" else "pndm"
     pair.choose("")
     request = request_of(num_inference_steps=STEPS, scheduler=name)
-    held(await pair.sampler.draw(request), by_diffusers(pair.pipeline, request))
+    held(await pair.sampler.generate(request), by_diffusers(pair.pipeline, request))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ async def test_the_class_that_the_index_names_is_loaded(
     pair = pair_with(plain, checkpoint_with(plain, tmp_path / "changed", config, index))
     assert type(pair.pipeline.scheduler).__name__ == index
     for scheduler in ("", "heun"):
-        await drawn_as_by_diffusers(pair, scheduler=scheduler)
+        await assert_equals_diffusers(pair, scheduler=scheduler)
 
 
 WITHOUT_ADD_NOISE = ("DDIMInverseScheduler", "IPNDMScheduler")
@@ -163,7 +163,7 @@ async def test_every_class_that_diffusers_pipeline_takes_is_served(
     plain = plain_of["sd-1"]
     config = {"_class_name": class_name, **BETAS, "steps_offset": 1, "prediction_type": prediction_type}
     pair = pair_with(plain, checkpoint_with(plain, tmp_path / "changed", config))
-    await drawn_as_by_diffusers(pair)
+    await assert_equals_diffusers(pair)
 
 
 @pytest.mark.parametrize("class_name", SERVED)
@@ -177,7 +177,7 @@ async def test_every_class_starts_from_an_image_as_by_diffusers_or_is_rejected_f
         request = request_of(num_inference_steps=STEPS, strength=0.7, image=input_image(), mask=given)
         if class_name in WITHOUT_ADD_NOISE:
             with pytest.raises(InvalidInputError, match="image: must be absent"):
-                await pair.sampler.draw(request)
+                await pair.sampler.generate(request)
         else:
             await held_from_image(pair, request)
 
@@ -246,11 +246,11 @@ async def test_every_habit_of_a_config_is_diffusers(
     plain = plain_of["sd-1"]
     config = {"_class_name": class_name, **BETAS, "steps_offset": 1, **HABITS[habit]}
     pair = pair_with(plain, checkpoint_with(plain, tmp_path / "changed", config))
-    await drawn_as_by_diffusers(pair)
+    await assert_equals_diffusers(pair)
     # What another scheduler takes over of the habit is the same whichever of the classes had it.
     for name in ("dpmpp_2m", "euler_a") if class_name == HAVE[habit][0] else ():
         if name in pair.sampler.schedulers.names and CLASSES[name][0] != class_name:
-            await drawn_as_by_diffusers(pair, scheduler=name)
+            await assert_equals_diffusers(pair, scheduler=name)
 
 
 @pytest.mark.parametrize("name", ["deis", "dpmpp_2m", "dpmpp_2m_karras"])
@@ -268,7 +268,7 @@ async def test_an_override_whose_class_refuses_the_checkpoints_solver_takes_its_
 ) -> None:
     plain = plain_of["sd-1"]
     pair = pair_with(plain, checkpoint_with(plain, tmp_path / "changed", BETAS | config))
-    ours = await pair.sampler.draw(request_of(num_inference_steps=STEPS, scheduler=name))
+    ours = await pair.sampler.generate(request_of(num_inference_steps=STEPS, scheduler=name))
     class_name, overrides = CLASSES[name]
     if class_name == config["_class_name"] and not overrides:
         return
@@ -297,7 +297,7 @@ async def test_betas_that_the_config_leaves_to_its_class_are_every_schedulers(
     kind = getattr(diffusers, class_name)
     pair.pipeline.scheduler = kind.from_config(pair.pipeline.scheduler.config, **linear, **overrides)
     request = request_of(num_inference_steps=STEPS, scheduler=name)
-    held(await pair.sampler.draw(request), by_diffusers(pair.pipeline, request))
+    held(await pair.sampler.generate(request), by_diffusers(pair.pipeline, request))
 
 
 @pytest.mark.parametrize("class_name", ["EDMEulerScheduler", "CMStochasticIterativeScheduler", "IPNDMScheduler"])

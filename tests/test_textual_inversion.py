@@ -46,10 +46,10 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
 async def test_a_concept_of_several_vectors_is_read_in_full_in_a_prompt(prompt: str, pair: Pair) -> None:
     request = request_of(prompt=prompt)
-    held(await pair.sampler.draw(request), by_diffusers(pair.pipeline, request))
+    held(await pair.sampler.generate(request), by_diffusers(pair.pipeline, request))
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
 async def test_a_concept_of_several_vectors_is_read_in_full_in_a_negative_prompt(prompt: str, pair: Pair) -> None:
     request = request_of(negative_prompt=prompt, guidance_scale=5.0)
-    held(await pair.sampler.draw(request), by_diffusers(pair.pipeline, request))
+    held(await pair.sampler.generate(request), by_diffusers(pair.pipeline, request))

@@ -1,6 +1,6 @@
-"""How a picture is asked for: the grammar of captions.
+"""The grammar of captions, from which prompts are made.
 
-Knows words, not pictures. The wordings of `UNSEEN` are used by the evaluation alone, never in training.
+Knows words, not images. The wordings of `UNSEEN` are used by the evaluation alone, never in training.
 """
 
 from __future__ import annotations

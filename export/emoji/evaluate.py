@@ -47,7 +47,7 @@ SHEET_COLUMNS, SHEET_CELL, SHEET_LINE = 8, 96, 14
 
 @dataclass(frozen=True)
 class Request:
-    """One image to be drawn; `None` leaves the default of the checkpoint or the server."""
+    """One image to be generated; `None` leaves the default of the checkpoint or the server."""
 
     prompt: str
     seed: int
@@ -73,7 +73,7 @@ class Task:
 
 
 class Source(Protocol):
-    def draw(self, requests: Sequence[Request]) -> list[Image.Image]:
+    def generate(self, requests: Sequence[Request]) -> list[Image.Image]:
         """The images in the order of the requests."""
         ...
 
@@ -89,18 +89,18 @@ class Checkpoint:
         self._own_scheduler = self._pipeline.scheduler
         self._defaults = json.loads((folder / "hypergen_defaults.json").read_text(encoding="utf-8"))
 
-    def draw(self, requests: Sequence[Request]) -> list[Image.Image]:
+    def generate(self, requests: Sequence[Request]) -> list[Image.Image]:
         images: list[Image.Image] = []
         for _, group in groupby(requests, key=lambda one: one.settings):
             same = list(group)
             for first in tqdm(range(0, len(same), BATCH), desc="images", leave=False, mininterval=2):
-                images += self._draw_batch(same[first : first + BATCH])
+                images += self._generate_batch(same[first : first + BATCH])
         return images
 
-    def _draw_batch(self, requests: Sequence[Request]) -> list[Image.Image]:
+    def _generate_batch(self, requests: Sequence[Request]) -> list[Image.Image]:
         first = requests[0]
         self._pipeline.scheduler = self._scheduler(first.scheduler)
-        drawn = self._pipeline(
+        generated = self._pipeline(
             [one.prompt for one in requests],
             negative_prompt=[one.negative_prompt for one in requests],
             generator=[torch.Generator().manual_seed(one.seed) for one in requests],
@@ -109,7 +109,7 @@ class Checkpoint:
             width=first.size[0],
             height=first.size[1],
         )
-        return list(drawn.images)
+        return list(generated.images)
 
     def _scheduler(self, name: str | None) -> Any:
         if name is None:
@@ -135,11 +135,11 @@ class Server:
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self._at_once = at_once
 
-    def draw(self, requests: Sequence[Request]) -> list[Image.Image]:
+    def generate(self, requests: Sequence[Request]) -> list[Image.Image]:
         with ThreadPoolExecutor(self._at_once) as pool:
-            return list(tqdm(pool.map(self._draw_one, requests), total=len(requests), desc="images", leave=False))
+            return list(tqdm(pool.map(self._generate_one, requests), total=len(requests), desc="images", leave=False))
 
-    def _draw_one(self, request: Request) -> Image.Image:
+    def _generate_one(self, request: Request) -> Image.Image:
         body = {
             "prompt": request.prompt,
             "seed": request.seed,
@@ -226,7 +226,7 @@ class Score:
 
 
 def score(source: Source, tasks: Sequence[Task]) -> Score:
-    return score_images(source.draw([task.request for task in tasks]), tasks)
+    return score_images(source.generate([task.request for task in tasks]), tasks)
 
 
 def score_images(images: Sequence[Image.Image], tasks: Sequence[Task]) -> Score:
@@ -343,19 +343,19 @@ def negative_prompt_line(source: Source, count: int) -> str:
 
 def colours_kept(source: Source, tasks: Sequence[Task]) -> float:
     """How often a background keeps its colour, same prompt and seed, when that colour becomes the negative prompt."""
-    colours = [seen_colour(pixels(image)) for image in source.draw([task.request for task in tasks])]
+    colours = [seen_colour(pixels(image)) for image in source.generate([task.request for task in tasks])]
     negatives = [
         replace(task.request, negative_prompt=f"{COLOUR_NAMES[colour]} background")
         for task, colour in zip(tasks, colours, strict=True)
     ]
-    after = [seen_colour(pixels(image)) for image in source.draw(negatives)]
+    after = [seen_colour(pixels(image)) for image in source.generate(negatives)]
     return float(np.mean([a == b for a, b in zip(colours, after, strict=True)]))
 
 
 def seed_line(source: Source) -> str:
     """The same seed twice, and another one."""
     one = Request("a rocket on a yellow background", 7)
-    first, again, other = source.draw([one]) + source.draw([one]) + source.draw([replace(one, seed=8)])
+    first, again, other = source.generate([one]) + source.generate([one]) + source.generate([replace(one, seed=8)])
     same = "yes" if first.tobytes() == again.tobytes() else "NO"
     different = "yes" if first.tobytes() != other.tobytes() else "NO"
     return f"Same seed, same bytes: {same}. Another seed, another image: {different}."
@@ -364,7 +364,7 @@ def seed_line(source: Source) -> str:
 def speed_line(source: Source, count: int = 10) -> str:
     start = time.perf_counter()
     for seed in range(count):
-        source.draw([Request("a rocket on a yellow background", seed)])
+        source.generate([Request("a rocket on a yellow background", seed)])
     return f"One image at the default settings, alone: {(time.perf_counter() - start) / count:.2f} s."
 
 
@@ -393,11 +393,11 @@ def contact_sheet(images: Sequence[Image.Image], lines: Sequence[str]) -> Image.
     return sheet
 
 
-def draw_sheet(source: Source, file: Path) -> None:
+def save_sheet(source: Source, file: Path) -> None:
     requests = sheet_requests()
     lines = [re.sub(" on an? ", ", ", request.prompt).removesuffix(" background") for request in requests]
     coarse = [level & 0xF8 | 4 for level in range(256)] * 3  # five bits a channel: half the bytes, nothing to be seen
-    contact_sheet(source.draw(requests), lines).point(coarse).save(file, optimize=True)
+    contact_sheet(source.generate(requests), lines).point(coarse).save(file, optimize=True)
 
 
 @click.command(help=__doc__)
@@ -410,7 +410,7 @@ def draw_sheet(source: Source, file: Path) -> None:
 def main(**options: Any) -> None:
     source: Source = Server(options["url"], options["key"]) if options["url"] else Checkpoint(options["checkpoint"])
     if options["sheet"]:
-        draw_sheet(source, options["sheet"])
+        save_sheet(source, options["sheet"])
     if not options["only_sheet"]:
         report(source, options["count"])
 

@@ -5,7 +5,7 @@
 
 The VAE; the latents of every image of the world; the text encoder taught by itself to tell emoji and colour from a
 caption (learnt through the UNet alone it is slow); UNet and text encoder together (latent diffusion with
-v-prediction); the VAE's decoder alone, on what that UNet draws. With a checkpoint to start from, its parts take the
+v-prediction); the VAE's decoder alone, on what that UNet generates. With a checkpoint to start from, its parts take the
 place of the first and the third stage, and the others go on at half the pace. Every stage keeps its state in the
 working folder and goes on from it when started again. What a step sees depends on the seed and the step's number alone,
 so a run that was interrupted equals one that was not.
@@ -60,9 +60,9 @@ OTHER_SIZES = ((56, 56), (72, 72), (80, 80), (64, 96), (96, 64), (96, 96))
 OTHER_SIZE_EVERY = 6
 CAPTION_DROPPED, COLOUR_UNSAID, EMOJI_UNSAID = 0.10, 0.15, 0.03
 KL_WEIGHT = 1e-3
-# How often the UNet draws every image for the decoder, in how many steps (the first, from noise alone, is left out).
-DRAWS, REDRAW_STEPS = 2, 5
-DRAWN_SHARE = 0.75  # of the latents in the decoder's last stage; the others come from the encoder
+# Samples of every image that the UNet makes for the decoder, and their steps (the first, from pure noise, is left out).
+SAMPLES, RESAMPLING_STEPS = 2, 5
+SAMPLED_SHARE = 0.75  # of the latents in the decoder's last stage; the others come from the encoder
 NOISY_TIMESTEPS = 0.6  # the exponent of uniform numbers; 1 would take all timesteps alike
 
 
@@ -291,7 +291,7 @@ def train_jointly(folder: Path, plan: Plan, options: Options, parts: Parts) -> P
 
 
 def diffusion_loss(modules: nn.ModuleDict, parts: Parts, texts: list[str], latents: Tensor) -> Tensor:
-    """Mean squared error of v at stratified timesteps, more of them noisy ones: there it is decided what is drawn."""
+    """Mean squared error of v at stratified timesteps, more of them noisy ones: they decide what is generated."""
     count = len(latents)
     scheduler = build_scheduler()
     timesteps = (((torch.arange(count) + torch.rand(count)) / count) ** NOISY_TIMESTEPS * 1000).long()
@@ -303,43 +303,43 @@ def diffusion_loss(modules: nn.ModuleDict, parts: Parts, texts: list[str], laten
     return functional.mse_loss(output, target)
 
 
-# Stage 5: what the UNet draws, and the decoder alone
+# Stage 5: what the UNet generates, and the decoder alone
 
 
 @torch.no_grad()
-def draw_world(folder: Path, options: Options, parts: Parts) -> Tensor:
-    """bfloat16 [emoji, draws, placements, colours, C, H/8, W/8]: what the UNet makes of every image's latents under
+def sample_world(folder: Path, options: Options, parts: Parts) -> Tensor:
+    """bfloat16 [emoji, samples, placements, colours, C, H/8, W/8]: what the UNet makes of every image's latents under
     so much noise that of the two placements theirs can just be told."""
-    file = folder / "drawn.pt"
+    file = folder / "sampled.pt"
     true = parts.latents.by_size[NATIVE][:, :, :, 0]
 
-    def draw_emoji(emoji: int) -> Tensor:
+    def sample_emoji(emoji: int) -> Tensor:
         torch.manual_seed(options.seed + emoji)
         captions = [plain_caption(EMOJI[emoji].name, colour) for colour in COLOUR_NAMES]
-        latents = true[emoji].float().expand(DRAWS, -1, -1, -1, -1, -1)
+        latents = true[emoji].float().expand(SAMPLES, -1, -1, -1, -1, -1)
         with options.precision():
-            return redraw(parts, latents.flatten(0, 2), captions * (DRAWS * len(PLACEMENTS))).view_as(latents)
+            return resample(parts, latents.flatten(0, 2), captions * (SAMPLES * len(PLACEMENTS))).view_as(latents)
 
     if not file.exists():
-        drawn = of_all_emoji(draw_emoji, "drawn latents")
+        sampled = of_all_emoji(sample_emoji, "sampled latents")
         if dist.get_rank() == 0:
-            torch.save(drawn, file)
+            torch.save(sampled, file)
     dist.barrier()
     return without_slips(torch.load(file, weights_only=True), true)
 
 
-def without_slips(drawn: Tensor, true: Tensor) -> Tensor:
-    """Drawings [emoji, draws, placements, …] that came out in another placement give way to the true latents."""
+def without_slips(sampled: Tensor, true: Tensor) -> Tensor:
+    """Samples [emoji, samples, placements, …] that came out in another placement give way to the true latents."""
     own = torch.arange(len(PLACEMENTS))[:, None]
-    distances = torch.stack([(drawn - true[:, None, [other]]).square().mean((-3, -2, -1)) for other in own], dim=-1)
+    distances = torch.stack([(sampled - true[:, None, [other]]).square().mean((-3, -2, -1)) for other in own], dim=-1)
     slipped = distances.argmin(-1) != own
-    return torch.where(slipped[..., None, None, None], true[:, None], drawn)
+    return torch.where(slipped[..., None, None, None], true[:, None], sampled)
 
 
-def redraw(parts: Parts, latents: Tensor, captions: list[str]) -> Tensor:
+def resample(parts: Parts, latents: Tensor, captions: list[str]) -> Tensor:
     """The latents after noise and the few steps that take it away again, with the stored guidance."""
     scheduler = build_scheduler()
-    scheduler.set_timesteps(REDRAW_STEPS)
+    scheduler.set_timesteps(RESAMPLING_STEPS)
     timesteps = scheduler.timesteps[1:]
     states = parts.text_encoder(tokenize(parts.tokenizer, [""] * len(captions) + captions))[0]
     latents = scheduler.add_noise(latents, torch.randn_like(latents), timesteps[:1])
@@ -351,8 +351,8 @@ def redraw(parts: Parts, latents: Tensor, captions: list[str]) -> Tensor:
 
 
 def sharpen_decoder(folder: Path, plan: Plan, options: Options, parts: Parts) -> Any:
-    """The decoder learns to see the true image in what the UNet draws, and still in what the encoder gives."""
-    drawn = draw_world(folder, options, parts)
+    """The decoder learns to see the true image in what the UNet generates, and still in what the encoder gives."""
+    sampled = sample_world(folder, options, parts)
     vae = copy.deepcopy(parts.vae).to(memory_format=torch.channels_last)
     decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
     stage = Stage(folder, plan, decoder.requires_grad_(True))
@@ -364,7 +364,7 @@ def sharpen_decoder(folder: Path, plan: Plan, options: Options, parts: Parts) ->
         images = compose(cuts[size][picks.emoji, picks.placement], colour_table()[picks.colour]) * 2 - 1
         latents = parts.latents.sample(size, picks)
         if size == NATIVE:
-            latents = mixed(latents, drawn, picks)
+            latents = mixed(latents, sampled, picks)
         latents = (latents / parts.latents.scaling_factor).contiguous(memory_format=torch.channels_last)
         with options.precision():
             return restoration_loss(vae.decode(latents).sample - images)
@@ -374,11 +374,11 @@ def sharpen_decoder(folder: Path, plan: Plan, options: Options, parts: Parts) ->
     return vae
 
 
-def mixed(encoded: Tensor, drawn: Tensor, picks: Choice) -> Tensor:
-    """Most of the latents replaced by one of the UNet's drawings of the same image."""
+def mixed(encoded: Tensor, sampled: Tensor, picks: Choice) -> Tensor:
+    """Most of the latents replaced by one of the UNet's samples of the same image."""
     count = len(encoded)
-    redrawn = drawn[picks.emoji, torch.randint(DRAWS, (count,)), picks.placement, picks.colour].float()
-    return torch.where(torch.rand(count, 1, 1, 1) < DRAWN_SHARE, redrawn, encoded)
+    resampled = sampled[picks.emoji, torch.randint(SAMPLES, (count,)), picks.placement, picks.colour].float()
+    return torch.where(torch.rand(count, 1, 1, 1) < SAMPLED_SHARE, resampled, encoded)
 
 
 def write(folder: Path, parts: Parts) -> None:

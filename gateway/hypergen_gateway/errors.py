@@ -47,7 +47,7 @@ class IdempotencyKeyReusedError(InvalidRequestError):
     code = "idempotency_key_reused"
 
     def __init__(self) -> None:
-        super().__init__("This Idempotency-Key was used for another request. Use a new one for each.")
+        super().__init__("This Idempotency-Key was used for a different request. Use a new key for each request.")
 
 
 class AuthenticationError(InvalidRequestError):
@@ -69,8 +69,8 @@ class CrossSiteError(InvalidRequestError):
 
     def __init__(self) -> None:
         super().__init__(
-            "This server does not answer other websites. Its operator may allow one with --cors-origin, and names the "
-            "server's own address with --public-url if it is this one."
+            "This server rejects requests from other websites. Its operator can allow a website with --cors-origin; if "
+            "the website is the server itself, --public-url must be its address."
         )
 
 
@@ -80,7 +80,7 @@ class PreflightError(InvalidRequestError):
     code = "cross_site_request"
 
     def __init__(self, reason: str) -> None:
-        super().__init__(f"{reason}. This server's operator may allow a website with --cors-origin.")
+        super().__init__(f"{reason}. This server's operator can allow a website with --cors-origin.")
 
 
 class NotFoundError(InvalidRequestError):
@@ -150,7 +150,7 @@ class HeadTooLargeError(InvalidRequestError):
     code = "headers_too_large"
 
     def __init__(self) -> None:
-        super().__init__("The headers are too many or too long: at most 100 of them and 32 KiB together are read.")
+        super().__init__("The headers are too large: at most 100 headers and 32 KiB in total are accepted.")
 
 
 class MalformedRequestError(InvalidRequestError):
@@ -231,7 +231,9 @@ class InternalError(HyperGenError):
     code = "internal_error"
 
     def __init__(self, detail: str) -> None:
-        super().__init__("The server had an error while processing the request. The log has it under the request id.")
+        super().__init__(
+            "The server had an error while processing the request. Its log has the details under the request id."
+        )
         self.detail = detail
 
     def __str__(self) -> str:
@@ -245,7 +247,7 @@ class NonFiniteImageError(HyperGenError):
 
     def __init__(self) -> None:
         super().__init__(
-            "The model computed values that are not finite, so there is no image to show. "
+            "The model computed values that are not finite, so there is no image. "
             "Another scheduler, guidance_scale or LoRA scale may help."
         )
 

@@ -1,7 +1,7 @@
 """What an image costs and how good it is when less is done for it, on the shipped model.
 
-A command, not a test, against `hypergen serve --deep-cache`. Every prompt is drawn under every setting before the next
-one, one image at a time; times are ratios to the same prompt's image with nothing left out, and their median:
+A command, not a test, against `hypergen serve --deep-cache`. Every prompt is generated under every setting before the
+next one, one image at a time; times are ratios to the same prompt's image with nothing left out, and their median:
 
     python tests/benchmarks/doing_less.py http://127.0.0.1:8000/v1 --count 200
 """
@@ -51,7 +51,7 @@ SEED = 11
 
 
 @dataclass
-class Drawn:
+class Results:
     """The images of one setting in the order of the tasks, and the seconds that each took."""
 
     images: list[Image.Image] = field(default_factory=list)
@@ -72,36 +72,36 @@ def main(url: str, key: str | None, count: int, only: tuple[str, ...]) -> None:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     tasks = random_tasks(count, SEED)
     with httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=60) as client:
-        drawn = draw_by_turns(client, tasks, chosen)
+        results = generate_by_turns(client, tasks, chosen)
     click.echo(f"{count} prompts, {os.cpu_count()} CPUs\n")
     click.echo("| | time | emoji right | colour right | RMSE |\n|---|---|---|---|---|")
-    for name, own in drawn.items():
-        click.echo(_row(name, own, drawn[OFF], tasks))
+    for name, own in results.items():
+        click.echo(_row(name, own, results[OFF], tasks))
 
 
-def draw_by_turns(
+def generate_by_turns(
     client: httpx.Client, tasks: list[Task], settings: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Drawn]:
+) -> dict[str, Results]:
     """Every task under every setting; a first round, which warms up, is not counted."""
-    drawn = {name: Drawn() for name in settings}
+    results = {name: Results() for name in settings}
     for number, task in enumerate(tqdm([tasks[0], *tasks], desc="prompts", leave=False)):
         for name, fields in settings.items():
             began = time.perf_counter()
-            image = _draw(client, task, fields)
+            image = _generate(client, task, fields)
             if number > 0:
-                drawn[name].seconds.append(time.perf_counter() - began)
-                drawn[name].images.append(image)
-    return drawn
+                results[name].seconds.append(time.perf_counter() - began)
+                results[name].images.append(image)
+    return results
 
 
-def _draw(client: httpx.Client, task: Task, fields: Mapping[str, Any]) -> Image.Image:
+def _generate(client: httpx.Client, task: Task, fields: Mapping[str, Any]) -> Image.Image:
     body = {"prompt": task.request.prompt, "seed": task.request.seed, "response_format": "b64_json", **fields}
     response = client.post("images/generations", json=body)
     response.raise_for_status()
     return Image.open(io.BytesIO(base64.b64decode(response.json()["data"][0]["b64_json"]))).convert("RGB")
 
 
-def _row(name: str, own: Drawn, off: Drawn, tasks: list[Task]) -> str:
+def _row(name: str, own: Results, off: Results, tasks: list[Task]) -> str:
     ratio = statistics.median(mine / others for mine, others in zip(own.seconds, off.seconds, strict=True))
     seen = score_images(own.images, tasks)
     return f"| {name} | {ratio:.2f} | {seen.emoji:.1%} | {seen.colour:.1%} | {seen.rmse:.3f} |"

@@ -18,7 +18,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import support.running_server as running_server
 from benchmarks.figures import percentile
-from support.running_server import Server, draw, processes, start_server, stop_server
+from support.running_server import Server, generate, processes, start_server, stop_server
 
 AT_ONCE, BURSTS = 8, 3
 
@@ -47,7 +47,7 @@ async def _burst(server: Server) -> list[float]:
 
         async def one(seed: int) -> float:
             began = time.monotonic()
-            await draw(client, prompt="a rocket", seed=seed)
+            await generate(client, prompt="a rocket", seed=seed)
             return time.monotonic() - began
 
         return list(await asyncio.gather(*(one(seed) for seed in range(AT_ONCE))))

@@ -1,7 +1,7 @@
 """The full-size architectures, with random weights, through the real exporter and the real Triton: time, memory, files.
 
 It knows the architectures' public configs and nothing of their weights. What it shows is that the path carries them
-on a machine without a GPU, and what that costs; what it draws is noise. A command, not a test:
+on a machine without a GPU, and what that costs; what it generates is noise. A command, not a test:
 
     python tests/benchmarks/full_size.py sd-1.5
     python tests/benchmarks/full_size.py sdxl --folder /mnt/large --dtype bfloat16

@@ -68,7 +68,7 @@ async def drive(server: Server, seconds: float, in_flight: int, chance: random.R
 
 
 async def touch_every_shape(server: Server) -> None:
-    """Draw every size with every number of rows, as an engine keeps something for each shape that it has seen."""
+    """Generate every size with every number of rows, as an engine keeps something for each shape that it has seen."""
     headers = {"Authorization": f"Bearer {KEY}"}
     async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=LIMIT_SECONDS) as client:
 

@@ -53,7 +53,7 @@ class Target(Protocol):
     name: str
     process: psutil.Process
 
-    async def draw(self, request: GenerationRequest) -> float:
+    async def generate(self, request: GenerationRequest) -> float:
         """Seconds until the image is complete. Raises ToolError if it fails or takes longer than the limit."""
 
     async def stop(self) -> None:
@@ -71,7 +71,7 @@ class Server:
         self._limit = limit
         self._client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=limit)
 
-    async def draw(self, request: GenerationRequest) -> float:
+    async def generate(self, request: GenerationRequest) -> float:
         began = time.perf_counter()
         try:
             response = await asyncio.wait_for(self._ask(request), self._limit)
@@ -127,7 +127,7 @@ class Worker:
             raise ToolError(f"{self.name} ended while it loaded")
         self._reader = asyncio.create_task(self._read())
 
-    async def draw(self, request: GenerationRequest, **more: Any) -> float:
+    async def generate(self, request: GenerationRequest, **more: Any) -> float:
         number = next(self._numbers)
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future

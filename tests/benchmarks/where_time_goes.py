@@ -2,7 +2,7 @@
 
     python tests/benchmarks/where_time_goes.py [--model MODEL] [--images 40]
 
-Starts `hypergen serve`, draws images one at a time and puts together what is told of each: the client's clock, the
+Starts `hypergen serve`, generates images one at a time and puts together what is told of each: the client's clock, the
 answer's `Server-Timing`, and Triton's statistics of the component models. Each line is a mean over all images.
 """
 
@@ -26,7 +26,7 @@ COMPONENTS = ("text_encoder", "unet", "vae_decoder")
 
 
 def main() -> None:
-    """Start the server, draw, print the table."""
+    """Start the server, generate, print the table."""
     parser = argparse.ArgumentParser(description="Where the time of one image goes.")
     parser.add_argument("--model", default="", help="[default: the shipped checkpoint]")
     parser.add_argument("--images", type=int, default=40)
@@ -43,16 +43,16 @@ def _measure(server: Server, images: int) -> dict[str, float]:
     spent: Counter[str] = Counter()
     with httpx.Client(base_url=server.url, timeout=600) as client:
         for number in range(WARM_UP):
-            _draw(client, number)
+            _generate(client, number)
         before = _computed(server)
         for number in range(images):
-            spent.update(_draw(client, WARM_UP + number))
+            spent.update(_generate(client, WARM_UP + number))
         spent.update(_computed(server))
         spent.subtract(before)
     return {name: milliseconds / images for name, milliseconds in spent.items()}
 
 
-def _draw(client: httpx.Client, number: int) -> dict[str, float]:
+def _generate(client: httpx.Client, number: int) -> dict[str, float]:
     """One image of a prompt that none had before."""
     began = time.perf_counter()
     answer = client.post("/v1/images/generations", json={"prompt": f"a cat, number {number}"})

@@ -21,7 +21,8 @@ SECONDS_TO_MAKE = 900
 class Workload:
     """A checkpoint in diffusers' layout, and the requests for it.
 
-    `request` is the usual image; `sizes` are other squares that the model can draw; `limits` suit the slowest target.
+    `request` is the usual image; `sizes` are other squares that the model can generate; `limits` suit the
+    slowest target.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """Client libraries against the shipped model, as their users run them: `make clients`, or some: ARGS="jdk litellm".
 
 Each folder beside this file is a client: a driver that a user of it would write, and the release it is held to. Each is
-installed into an environment of its own under build/clients/. One server draws for all of them, with a key. Every
+installed into an environment of its own under build/clients/. One server generates for all of them, with a key. Every
 driver talks to it through a relay that keeps the requests, so that it is known what the client asked for by itself;
 what came back is decoded and looked at. Prints a table in Markdown; fails if anything in it does.
 """
@@ -242,7 +242,7 @@ def main() -> int:
     ENVIRONMENTS.mkdir(parents=True, exist_ok=True)
     server = start_server(model="")
     try:
-        references = judging.draw_references(server.client())
+        references = judging.generate_references(server.client())
         bench = Bench(server, references, *judging.write_uploads(ENVIRONMENTS, references))
         rows = []
         for client in all_clients():

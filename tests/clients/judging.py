@@ -1,7 +1,7 @@
 """Is what a client brought back the image that it asked for? Its size, its background, what stands on it.
 
-The shipped model draws an emoji on a coloured background. What it draws is told by the nearest of images that the API
-itself gave: of the same emoji and of others, on the same background.
+The shipped model generates an emoji on a coloured background. An image is recognised by the nearest of reference images
+from the API itself: of the same emoji and of others, on the same background.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OTHERS = ("dog", "pizza", "red heart", "airplane")
 SEEDS = 4
 NATIVE = (64, 64)
 UPLOAD = (512, 512)
-# What the mask opens: all but a quarter, with less of which the model does not draw what the prompt says.
+# What the mask opens: all but a quarter, with less of which the model does not generate what the prompt says.
 MASKED = (128, 0, 512, 512)
 
 
@@ -42,17 +42,17 @@ class References:
     others: Sequence[Pixels]
 
 
-def draw_references(client: openai.OpenAI) -> References:
-    def draw(thing: str) -> list[Pixels]:
+def generate_references(client: openai.OpenAI) -> References:
+    def generate(thing: str) -> list[Pixels]:
         prompt = PROMPT.replace("rocket", thing)
         response = client.images.generate(prompt=prompt, n=SEEDS, extra_body={"seed": 1})
         return [pixels(decode(base64.b64decode(image.b64_json or ""))) for image in response.data or []]
 
-    return References(draw("rocket"), [image for thing in OTHERS for image in draw(thing)])
+    return References(generate("rocket"), [image for thing in OTHERS for image in generate(thing)])
 
 
 def write_uploads(folder: Path, references: References) -> tuple[Path, Path]:
-    """An image as people send it, larger than what the model draws, and a mask that opens most of it."""
+    """An image as people send it, larger than what the model generates, and a mask that opens most of it."""
     image, mask = folder / "image.png", folder / "mask.png"
     upload = Image.fromarray(references.rockets[0]).resize(UPLOAD, Image.Resampling.LANCZOS)
     upload.save(image)

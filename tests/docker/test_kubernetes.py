@@ -343,7 +343,7 @@ def test_tritons_are_scaled_by_the_images_that_their_samplers_have(
 
 
 def check_sums(query: str, file: Path) -> None:
-    """Hold what the adapter's query makes of two pods against what they draw and what waits, by promtool."""
+    """Hold what the adapter's query makes of two pods against what they generate and what waits, by promtool."""
     asked = query.replace("<<.GroupBy>>", "pod").replace("<<.LabelMatchers>>", 'namespace="images"')
     gauges = {"triton-0": {"active": 4, "waiting": 3}, "triton-1": {"active": 2, "waiting": 0}}
     series = [

@@ -110,7 +110,7 @@ async def test_a_gateway_that_takes_any_key_is_found_out(tmp_path: Path) -> None
     assert proof.done("down")
 
 
-async def test_a_server_that_cannot_draw_is_found_out(tmp_path: Path) -> None:
+async def test_a_server_that_cannot_generate_is_found_out(tmp_path: Path) -> None:
     backend = FakeBackend()
     backend.failure = UnavailableError("The image model is not available.")
     proof = await prove(tmp_path, backend)

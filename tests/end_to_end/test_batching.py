@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from support.running_server import Server, draw, draw_all, long_requests
+from support.running_server import Server, generate, generate_all, long_requests
 
 # Of 255. Alone and in a batch the engine sums in another order, and a value near x.5 may become another byte.
 LARGEST_DIFFERENCE = 1
@@ -27,9 +27,9 @@ WISHES: list[dict[str, Any]] = [
 
 async def test_eight_requests_at_once_give_the_images_that_each_gives_alone(server: Server) -> None:
     async with server.async_client() as client:
-        alone = [await draw(client, **wish) for wish in WISHES]
+        alone = [await generate(client, **wish) for wish in WISHES]
     rows_before, executions_before = server.unet_counts()
-    together = await draw_all(server, WISHES)
+    together = await generate_all(server, WISHES)
     rows, executions = server.unet_counts()
     largest = max(np.abs(a.astype(int) - b.astype(int)).max() for a, b in zip(alone, together, strict=True))
     steps = [wish["num_inference_steps"] for wish in WISHES]
@@ -45,7 +45,7 @@ async def test_eight_requests_at_once_give_the_images_that_each_gives_alone(serv
 
 async def test_a_short_job_overtakes_long_ones(server: Server) -> None:
     async with long_requests(server, 4) as long, server.async_client() as client:
-        await draw(client, prompt="rocket", num_inference_steps=4)
+        await generate(client, prompt="rocket", num_inference_steps=4)
         assert not any(request.done() for request in long)
 
 
@@ -56,16 +56,16 @@ async def test_a_client_that_leaves_stops_its_work(server: Server) -> None:
             await asyncio.sleep(0.02)
     async with server.async_client() as client:
         # The step under way is counted when it ends, which the next image waits for.
-        await draw(client, prompt="cat", num_inference_steps=2, scheduler="ddim")
+        await generate(client, prompt="cat", num_inference_steps=2, scheduler="ddim")
         stopped_at = server.unet_counts()[1]
         assert stopped_at < before + 150
-        await draw(client, prompt="cat", num_inference_steps=8, scheduler="ddim")
+        await generate(client, prompt="cat", num_inference_steps=8, scheduler="ddim")
     assert server.unet_counts()[1] == stopped_at + 8, "steps of the work that was given up"
 
 
 async def test_a_burst_is_served_to_the_last_request(server: Server) -> None:
     wishes = [{"prompt": "cat", "seed": seed, "num_inference_steps": 3} for seed in range(64)]
-    images = await draw_all(server, wishes)
+    images = await generate_all(server, wishes)
     assert len({image.tobytes() for image in images}) == 64
     deadline = time.monotonic() + 5
     while server.health()["queue_size"] != 0:

@@ -98,7 +98,7 @@ def test_the_same_seed_gives_the_same_bytes(client: openai.OpenAI) -> None:
     assert first[0].b64_json == second[0].b64_json != other[0].b64_json
 
 
-def test_a_stream_ends_with_the_image_that_is_drawn_without_one(client: openai.OpenAI) -> None:
+def test_a_stream_ends_with_the_image_that_is_native_without_one(client: openai.OpenAI) -> None:
     wish: dict[str, Any] = {"prompt": "a red rocket", "size": "64x64", "extra_body": {"seed": 3}}
     (alone,) = client.images.generate(**wish).data or []
     events = list(client.images.generate(**wish, stream=True, partial_images=3))
@@ -132,7 +132,7 @@ def test_a_link_gives_the_file_without_a_key(client: openai.OpenAI) -> None:
     assert Image.open(io.BytesIO(file.content)).format == "WEBP"
 
 
-def test_an_edit_draws_in_the_mask_and_leaves_everything_else_in_its_own_size(client: openai.OpenAI) -> None:
+def test_an_edit_generates_in_the_mask_and_leaves_everything_else_in_its_own_size(client: openai.OpenAI) -> None:
     response = client.images.edit(
         image=file_of(photo(101, 67)),
         mask=file_of(hole(101, 67, (30, 20, 70, 50))),

@@ -1,4 +1,4 @@
-"""The command line: what it draws without a server, and what it says when it cannot."""
+"""The command line: what it generates without a server, and what it says when it cannot."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def one_line_error(result: subprocess.CompletedProcess[str]) -> str:
     return line
 
 
-def test_generate_draws_the_same_image_for_the_same_seed(server: Server, tmp_path: Path) -> None:
+def test_generate_generates_the_same_image_for_the_same_seed(server: Server, tmp_path: Path) -> None:
     files = [tmp_path / "one.png", tmp_path / "two.png"]
     for file in files:
         options = ["--seed", "5", "--size", "96x64", "--triton-url", server.triton_url]
@@ -54,7 +54,7 @@ def test_generate_starts_a_triton_of_its_own(checkpoint: Path, cache_dir: Path, 
     assert Image.open(file).size == (64, 64)
 
 
-def test_a_size_that_the_model_cannot_draw_is_said_in_one_line(server: Server, tmp_path: Path) -> None:
+def test_a_size_that_the_model_cannot_generate_is_said_in_one_line(server: Server, tmp_path: Path) -> None:
     file = tmp_path / "cat.png"
     result = hypergen("generate", "cat", "-o", str(file), "--size", "65x64", "--triton-url", server.triton_url)
     assert "size" in one_line_error(result)

@@ -155,7 +155,7 @@ def test_a_strength_that_leaves_no_step_returns_the_image(
     assert all(np.array_equal(response["image"], ORIGINAL) for response in responses)
 
 
-def test_an_image_in_one_step_is_drawn_where_no_strength_is_given(server: Server) -> None:
+def test_an_image_in_one_step_is_native_where_no_strength_is_given(server: Server) -> None:
     (response,) = ask(server.triton_url, prompt=PROMPT, image=ORIGINAL, num_inference_steps=1, scheduler="euler")
     assert response["step"].tolist() == [1]
     assert not np.array_equal(response["image"], ORIGINAL)

@@ -17,7 +17,7 @@ import torch
 
 from support.deep_cache import deep_features_reused
 from support.pipelines import pipeline_of
-from support.running_server import Pixels, Server, draw, draw_all, start_server, stop_server
+from support.running_server import Pixels, Server, generate, generate_all, start_server, stop_server
 
 pytestmark = pytest.mark.claim("families")
 
@@ -62,7 +62,7 @@ def served(
 
 
 def by_diffusers(pipeline: Any, wish: dict[str, Any]) -> Pixels:
-    """What the pipeline draws; where the wish says nothing, by its own defaults."""
+    """What the pipeline generates; where the wish says nothing, by its own defaults."""
     width, height = (int(side) for side in wish.get("size", "64x64").split("x"))
     given = {name: value for name, value in wish.items() if name not in ("size", "seed", "cache_interval")}
     generator = torch.Generator().manual_seed(wish["seed"])
@@ -84,7 +84,7 @@ async def test_its_images_equal_those_of_diffusers(served: RequestRecord, reques
         for name, wish in WISHES[request.node.callspec.params["served"]].items():
             full = {"prompt": PROMPT, "seed": 5, **wish}
             print(name, end=": ")
-            assert difference(await draw(client, **full), by_diffusers(served.pipeline, full)) <= TOLERANCE, name
+            assert difference(await generate(client, **full), by_diffusers(served.pipeline, full)) <= TOLERANCE, name
     # Of seven steps three, or four, went through the whole UNet.
     assert served.server.unet_counts("unet_shallow")[1] - before in (3, 4)
 
@@ -95,10 +95,10 @@ async def test_an_interval_of_guidance_is_refused_where_the_unet_has_guidance_in
     wish = {"prompt": PROMPT, "num_inference_steps": 4, "guidance_scale": 3.0, "guidance_end": 0.5}
     async with served.server.async_client() as client:
         if request.node.callspec.params["served"] == "sdxl":
-            assert (await draw(client, **wish)).shape == (64, 64, 3)
+            assert (await generate(client, **wish)).shape == (64, 64, 3)
             return
         with pytest.raises(openai.BadRequestError, match="inside its UNet") as refusal:
-            await draw(client, **wish)
+            await generate(client, **wish)
     assert refusal.value.param == "guidance_end"
 
 
@@ -111,9 +111,9 @@ async def test_requests_that_share_a_batch_give_the_images_that_each_gives_alone
         {"prompt": "red", "seed": 4, "num_inference_steps": 8, "size": "104x72", "negative_prompt": "cat"},
     ]
     async with served.server.async_client() as client:
-        alone = [await draw(client, **wish) for wish in wishes]
+        alone = [await generate(client, **wish) for wish in wishes]
     before = served.server.unet_counts()[1]
-    together = await draw_all(served.server, wishes)
+    together = await generate_all(served.server, wishes)
     executions = served.server.unet_counts()[1] - before
     print(f"{executions} executions for {sum(wish['num_inference_steps'] for wish in wishes)} steps")
     assert max(np.abs(a.astype(int) - b.astype(int)).max() for a, b in zip(alone, together, strict=True)) <= 1

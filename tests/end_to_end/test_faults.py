@@ -30,7 +30,7 @@ from support.running_server import (
     HYPERGEN,
     KEY,
     Server,
-    draw,
+    generate,
     model_process,
     processes,
     samples_of,
@@ -171,7 +171,7 @@ async def begun(
     """So many long requests, of which the UNet has taken steps; `triton` is the server that has it, if another."""
     before = (triton or server).unet_counts()[1]
     client = server.async_client()
-    tasks = [asyncio.create_task(draw(client, prompt="cat", seed=seed, **work)) for seed in range(requests)]
+    tasks = [asyncio.create_task(generate(client, prompt="cat", seed=seed, **work)) for seed in range(requests)]
     while (triton or server).unet_counts()[1] < before + 2:
         assert not any(task.done() for task in tasks), "\n".join(server.lines[-20:])
         await asyncio.sleep(0.02)
@@ -179,11 +179,11 @@ async def begun(
     return tasks
 
 
-async def seconds_until_it_draws(server: Server, began: float) -> float:
+async def seconds_until_it_generates(server: Server, began: float) -> float:
     async with server.async_client() as client:
         while True:
             with contextlib.suppress(openai.APIStatusError):
-                await draw(client, **SHORT)
+                await generate(client, **SHORT)
                 return time.monotonic() - began
             assert time.monotonic() - began < 60, "\n".join(server.lines[-20:])
             await asyncio.sleep(0.1)
@@ -196,11 +196,11 @@ def limit_of(server: Server) -> float:
 
 
 async def seconds_until_it_is_back(server: Server, said: int, began: float) -> float:
-    """Until it has said so after its first `said` lines, and draws."""
+    """Until it has said so after its first `said` lines, and generates."""
     while not any("Triton has restarted" in line for line in server.lines[said:]):
         assert time.monotonic() - began < 60, "\n".join(server.lines[-20:])
         await asyncio.sleep(0.05)
-    return await seconds_until_it_draws(server, began)
+    return await seconds_until_it_generates(server, began)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ async def test_triton_is_replaced_when_it_dies_and_when_it_hangs(
         replacing = asyncio.create_task(seconds_until_it_is_back(sturdy, said, began))
         async with sturdy.async_client() as client:
             # These meet it before anybody has noticed.
-            requests += [asyncio.create_task(draw(client, **SHORT)) for _ in range(4)]
+            requests += [asyncio.create_task(generate(client, **SHORT)) for _ in range(4)]
             outcomes = Counter(await asyncio.gather(*(outcome_of(request) for request in requests)))
         back = await replacing
     assert not process.is_running()
@@ -237,7 +237,7 @@ async def test_a_burst_of_500_ends_in_images_and_clear_refusals(sturdy: Server, 
         async with httpx.AsyncClient(base_url=sturdy.url, headers=HEADERS, timeout=60, limits=limits) as client:
             answers = await asyncio.gather(*(client.post(GENERATIONS, json=SHORT) for _ in range(500)))
         began = time.monotonic()
-        back = await seconds_until_it_draws(sturdy, began)
+        back = await seconds_until_it_generates(sturdy, began)
     outcomes = Counter(str(answer.status_code).replace("200", "image") for answer in answers)
     assert set(outcomes) == {"image", "429"}
     assert all(answer.headers["Retry-After"] for answer in answers if answer.status_code == 429)
@@ -254,7 +254,7 @@ async def test_clients_that_leave_stall_or_trickle_do_not_disturb_others(
         trickling = [asyncio.create_task(trickle(sturdy)) for _ in range(10)]
         leaving = [asyncio.create_task(leave(sturdy)) for _ in range(20)]
         client = await stack.enter_async_context(sturdy.async_client())
-        outcomes = Counter([await outcome_of(draw(client, **SHORT)) for _ in range(5)])
+        outcomes = Counter([await outcome_of(generate(client, **SHORT)) for _ in range(5)])
         refused = Counter(await asyncio.gather(*trickling))
         await asyncio.gather(*leaving)
     assert outcomes == {"image": 5}
@@ -385,7 +385,7 @@ async def test_a_start_after_a_killed_gateway_clears_up_even_a_triton_that_hangs
     ended = await asyncio.gather(*requests, return_exceptions=True)
     second = start_server("--cache-dir", str(tmp_path / "cache"), model=str(exported), environment=place)
     try:
-        back = await seconds_until_it_draws(second, began)
+        back = await seconds_until_it_generates(second, began)
         assert not psutil.wait_procs(family, timeout=10)[1]
         assert not shared_memory(first)
         assert run_folders(tmp_path) == {str(second.process.pid)}
@@ -424,7 +424,7 @@ class Clock:
         }
 
 
-async def test_the_clock_may_jump_while_images_are_drawn(
+async def test_the_clock_may_jump_while_images_are_generated(
     exported: Path, tmp_path: Path, clock: Clock, seen: Seen
 ) -> None:
     clock.set("+0")

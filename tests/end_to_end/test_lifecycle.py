@@ -15,7 +15,7 @@ import pytest
 from tritonclient.grpc import InferenceServerClient
 
 from hypergen_gateway.serving import SAME_SIGNAL_SECONDS
-from support.running_server import KEY, Server, draw, processes, shared_memory, start_server, stop_server
+from support.running_server import KEY, Server, generate, processes, shared_memory, start_server, stop_server
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_a_second_start_finds_the_export_and_is_quick(server: Server, own_server
 async def test_sigterm_lets_images_finish_and_refuses_new_ones(own_server: Server) -> None:
     async with own_server.async_client() as client:
         before = own_server.unet_counts()[1]
-        request = asyncio.create_task(draw(client, prompt="cat", size="256x256", num_inference_steps=150))
+        request = asyncio.create_task(generate(client, prompt="cat", size="256x256", num_inference_steps=150))
         while own_server.unet_counts()[1] < before + 2:
             await asyncio.sleep(0.02)
         own_server.process.send_signal(signal.SIGTERM)

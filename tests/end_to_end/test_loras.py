@@ -17,7 +17,7 @@ import torch
 from hypergen_gateway.embedded.export_cache import ExportOptions, find_repository
 from support.loras import lora_weights, save_by_diffusers, save_by_kohya
 from support.pipelines import pipeline_of
-from support.running_server import KEY, Pixels, Server, draw, draw_all, start_server, stop_server
+from support.running_server import KEY, Pixels, Server, generate, generate_all, start_server, stop_server
 
 # Of 255, as in test_parity and test_batching.
 TOLERANCE = 0.1
@@ -92,9 +92,9 @@ async def test_images_equal_load_lora_weights_and_fuse_lora_of_diffusers(
     server: Server, checkpoint: Path, files: Files
 ) -> None:
     async with server.async_client() as client:
-        plain = await draw(client, **WISH, seed=5)
+        plain = await generate(client, **WISH, seed=5)
         for name, file, scale in (("ink", files.ink, 0.5), ("words", files.words, 1.0)):
-            ours = await draw(client, **WISH, seed=5, lora_path=name)
+            ours = await generate(client, **WISH, seed=5, lora_path=name)
             found = differences(ours, by_diffusers(checkpoint, file, scale, WISH | {"seed": 5}))
             print(f"{name}: mean difference {found.mean():.4f}/255, largest {found.max()}/255; ", end="")
             print(f"to the checkpoint as it is {differences(ours, plain).mean():.1f}/255")
@@ -104,8 +104,8 @@ async def test_images_equal_load_lora_weights_and_fuse_lora_of_diffusers(
 
 async def test_a_scale_of_0_is_the_checkpoint_as_it_is(server: Server) -> None:
     async with server.async_client() as client:
-        plain = await draw(client, **WISH, seed=6)
-        assert np.array_equal(plain, await draw(client, **WISH, seed=6, lora_path="ink", lora_scale=0))
+        plain = await generate(client, **WISH, seed=6)
+        assert np.array_equal(plain, await generate(client, **WISH, seed=6, lora_path="ink", lora_scale=0))
 
 
 async def test_requests_with_different_loras_at_once_give_the_images_that_each_gives_alone(server: Server) -> None:
@@ -121,9 +121,9 @@ async def test_requests_with_different_loras_at_once_give_the_images_that_each_g
     same = {**WISH, "num_inference_steps": steps, "scheduler": "ddim"}
     wishes = [{**same, "seed": seed, **lora} for seed, lora in enumerate(loras)]
     async with server.async_client() as client:
-        alone = [await draw(client, **wish) for wish in wishes]
+        alone = [await generate(client, **wish) for wish in wishes]
     before = [server.unet_counts(model) for model in ("unet", "unet.ink@0.5")]
-    together = await draw_all(server, wishes)
+    together = await generate_all(server, wishes)
     after = [server.unet_counts(model) for model in ("unet", "unet.ink@0.5")]
     assert max(differences(*pair).max() for pair in zip(alone, together, strict=True)) <= LARGEST_DIFFERENCE
     rows, executions = zip(*[(b[0] - a[0], b[1] - a[1]) for a, b in zip(before, after, strict=True)], strict=True)
@@ -138,7 +138,7 @@ def test_what_is_not_there_is_refused_with_what_is(server: Server) -> None:
     with server.client() as client:
         for fields, param, message in (
             ({"lora_path": "oil"}, "lora_path", "It must be one of 'ink', 'words'."),
-            ({"lora_path": "ink", "lora_scale": 1.0}, "lora_scale", "'ink' is served at 0.5; 0 leaves it out."),
+            ({"lora_path": "ink", "lora_scale": 1.0}, "lora_scale", "'ink' is served at 0.5; 0 disables it."),
         ):
             with pytest.raises(openai.BadRequestError, match=message) as refused:
                 client.images.generate(prompt="cat", extra_body=fields)

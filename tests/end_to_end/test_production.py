@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from support.running_server import Server, draw, long_requests
+from support.running_server import Server, generate, long_requests
 
 DOCKER = Path(__file__).parents[2] / "docker"
 # Triton has these where it finds a GPU: docs/user_guide/metrics.md of its sources.
@@ -52,12 +52,12 @@ def scaled_by(server: Server) -> float:
 async def test_a_drain_lasts_until_the_image_is_there(server: Server) -> None:
     executions = server.unet_counts()[1]
     async with server.async_client() as client:
-        drawing = asyncio.create_task(draw(client, prompt="a cat", size="256x256", num_inference_steps=150))
+        request = asyncio.create_task(generate(client, prompt="a cat", size="256x256", num_inference_steps=150))
         while server.unet_counts()[1] == executions:
             await asyncio.sleep(0.02)
         options = ["--metrics-url", server.metrics_url, "--limit", "100"]
         drain = await asyncio.create_subprocess_exec(sys.executable, str(DOCKER / "triton" / "drain.py"), *options)
-        assert not drawing.done()
+        assert not request.done()
         assert await drain.wait() == 0
-        assert drawing.done()
-        assert (await drawing).shape == (256, 256, 3)
+        assert request.done()
+        assert (await request).shape == (256, 256, 3)

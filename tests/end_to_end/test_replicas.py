@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from support.running_server import Server, draw, draw_all, start_server, stop_server
+from support.running_server import Server, generate, generate_all, start_server, stop_server
 
 WISHES = [{"prompt": "cat", "seed": seed, "num_inference_steps": 100, "size": "96x96"} for seed in range(16)]
 
@@ -40,11 +40,11 @@ def executions(*servers: Server) -> list[int]:
 async def test_a_triton_killed_under_load_takes_no_request_with_it(
     server: Server, second: Server, gateway: Server
 ) -> None:
-    expected = await draw_all(server, WISHES)
+    expected = await generate_all(server, WISHES)
     before = executions(server, second)
     async with gateway.async_client() as client:
         began = time.monotonic()
-        requests = [asyncio.create_task(draw(client, **wish)) for wish in WISHES]
+        requests = [asyncio.create_task(generate(client, **wish)) for wish in WISHES]
         while any(now <= then for now, then in zip(executions(server, second), before, strict=True)):
             await asyncio.sleep(0.02)
         (victim,) = [
@@ -72,4 +72,4 @@ async def test_a_triton_killed_under_load_takes_no_request_with_it(
     deadline = time.monotonic() + 10
     while executions(second)[0] == returned:
         assert time.monotonic() < deadline, "the Triton that came back is given nothing"
-        await draw_all(gateway, WISHES[:2])
+        await generate_all(gateway, WISHES[:2])

@@ -7,7 +7,7 @@ import asyncio
 import openai
 
 from support.cutting_proxy import cutting_proxy
-from support.running_server import KEY, Server, draw
+from support.running_server import KEY, Server, generate
 
 STEPS = 150
 ROWS = 2 * STEPS  # under classifier-free guidance
@@ -18,7 +18,7 @@ async def test_a_retry_after_a_cut_connection_joins_its_own_work(server: Server)
     async with cutting_proxy(server.url) as proxy:
         async with openai.AsyncOpenAI(base_url=f"{proxy.url}/v1", api_key=KEY) as client:
             wish = {"prompt": "cat", "size": "256x256", "num_inference_steps": STEPS, "scheduler": "ddim"}
-            request = asyncio.create_task(draw(client, **wish))
+            request = asyncio.create_task(generate(client, **wish))
             while server.unet_counts()[0] < before + 4:
                 await asyncio.sleep(0.02)
             proxy.cut()

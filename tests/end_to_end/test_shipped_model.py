@@ -46,13 +46,13 @@ def shipped(cache_dir: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def images(shipped: Server) -> dict[str, Pixels]:
-    drawn = {}
+    generated = {}
     with shipped.client(api_key="none") as client:
         for colour, prompt in PROMPTS.items():
             response = client.images.generate(prompt=prompt, extra_body={"seed": 1})
             assert response.data is not None
-            drawn[colour] = pixels_of(response.data[0])
-    return drawn
+            generated[colour] = pixels_of(response.data[0])
+    return generated
 
 
 def background(image: Pixels) -> str:
@@ -130,7 +130,7 @@ def test_the_same_seed_gives_the_same_bytes(shipped: Server) -> None:
     assert one[0].b64_json == again[0].b64_json != other[0].b64_json
 
 
-def test_it_draws_at_the_edges_of_its_range(shipped: Server) -> None:
+def test_it_generates_at_the_edges_of_its_range(shipped: Server) -> None:
     with shipped.client(api_key="none") as client:
         limits = httpx.get(f"{shipped.url}/v1/capabilities").json()
         low, high = limits["min_size"], limits["max_size"]
@@ -143,9 +143,10 @@ def test_it_draws_at_the_edges_of_its_range(shipped: Server) -> None:
 
 def test_the_sizes_that_clients_ask_for_by_default_are_its_own_scaled(shipped: Server) -> None:
     with shipped.client(api_key="none") as client:
-        for size, drawn in (("1024x1024", "96x96"), ("512x512", "96x96"), ("1536x1024", "96x64")):
+        for size, generated in (("1024x1024", "96x96"), ("512x512", "96x96"), ("1536x1024", "96x64")):
             asked, own = (
-                client.images.generate(prompt="a rocket", size=each, extra_body={"seed": 7}) for each in (size, drawn)
+                client.images.generate(prompt="a rocket", size=each, extra_body={"seed": 7})
+                for each in (size, generated)
             )
             assert asked.data is not None
             assert own.data is not None
@@ -163,7 +164,9 @@ def readme_block(beginning: str, server: Server) -> str:
 
 
 @pytest.mark.parametrize(("beginning", "program"), [("curl ", "bash"), ("import base64", sys.executable)])
-def test_what_the_readme_shows_draws_an_image(beginning: str, program: str, shipped: Server, tmp_path: Path) -> None:
+def test_what_the_readme_shows_generates_an_image(
+    beginning: str, program: str, shipped: Server, tmp_path: Path
+) -> None:
     code = readme_block(beginning, shipped)
     subprocess.run([program, "-c", code], cwd=tmp_path, check=True, timeout=60)
     with Image.open(tmp_path / "rocket.png") as image:
@@ -172,7 +175,7 @@ def test_what_the_readme_shows_draws_an_image(beginning: str, program: str, ship
 
 
 @needs_chromium
-async def test_the_playground_draws_what_the_api_draws_and_draws_half_of_it_anew(
+async def test_the_playground_generates_what_the_api_does_and_regenerates_half_of_it(
     shipped: Server, images: dict[str, Pixels]
 ) -> None:
     async with chromium() as browser, opened(browser, f"{shipped.url}/") as page:
@@ -180,7 +183,7 @@ async def test_the_playground_draws_what_the_api_draws_and_draws_half_of_it_anew
         await page.locator("#form:not([inert]) #prompt").fill(PROMPTS["yellow"])
         await page.locator("#seed").fill("1")
         await page.keyboard.press("Control+Enter")
-        before = await drawn_on(page)
+        before = await generated_on(page)
         np.testing.assert_array_equal(before, images["yellow"])
 
         await page.get_by_role("button", name="Start from this").click()
@@ -194,7 +197,7 @@ async def test_the_playground_draws_what_the_api_draws_and_draws_half_of_it_anew
         await expect(page.get_by_role("button", name="Change the mask")).to_be_focused()
         await page.locator("#prompt").fill(PROMPTS["blue"])
         await page.locator("#prompt").press("Enter")
-        after = await drawn_on(page)
+        after = await generated_on(page)
     changed = np.abs(after.astype(int) - before.astype(int)).max(axis=2) > 0
     assert not changed[:, :31].any()
     assert changed[8:56, 40:56].mean() > 0.9
@@ -209,11 +212,11 @@ TAKE_DOWN = """() => {
 }"""
 
 
-async def drawn_on(page: Page) -> Pixels:
-    """What the page has drawn, when it has; it shows previews on the way."""
+async def generated_on(page: Page) -> Pixels:
+    """What the page has generated, when it has; it shows previews on the way."""
     said: list[str] = []
     deadline = time.monotonic() + 60
-    while not any(line.startswith("Drawn in") for line in said):
+    while not any(line.startswith("Generated in") for line in said):
         assert time.monotonic() < deadline, said
         await asyncio.sleep(0.05)
         said += await page.evaluate("() => window.said.splice(0)")

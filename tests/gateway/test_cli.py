@@ -345,14 +345,14 @@ def test_what_is_exported_has_its_own_id(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 class TestOutput:
-    """The file of `generate`, which is looked at before anything is drawn."""
+    """The file of `generate`, which is looked at before anything is generated."""
 
     @pytest.fixture
-    def drawn(self, monkeypatch: pytest.MonkeyPatch) -> list[TritonOptions]:
-        """What was drawn with; each draws the same image."""
+    def calls(self, monkeypatch: pytest.MonkeyPatch) -> list[TritonOptions]:
+        """The options of each call; each generates the same image."""
         calls: list[TritonOptions] = []
 
-        async def draw(options: TritonOptions, wanted: dict[str, Any]) -> GeneratedImage:
+        async def generate(options: TritonOptions, wanted: dict[str, Any]) -> GeneratedImage:
             calls.append(options)
             made = GenerationRequest(
                 prompt="cat",
@@ -364,13 +364,13 @@ class TestOutput:
             )
             return flat_image(made, 0)
 
-        monkeypatch.setattr("hypergen_gateway.cli.generate_image", draw)
+        monkeypatch.setattr("hypergen_gateway.cli.generate_image", generate)
         return calls
 
     @pytest.mark.parametrize(
         ("name", "kind"), [("x.png", "PNG"), ("x", "PNG"), ("x.JPG", "JPEG"), ("x.jpeg", "JPEG"), ("a.b.webp", "WEBP")]
     )
-    def test_its_name_says_the_kind(self, drawn: list[TritonOptions], name: str, kind: str, tmp_path: Path) -> None:
+    def test_its_name_says_the_kind(self, calls: list[TritonOptions], name: str, kind: str, tmp_path: Path) -> None:
         file = tmp_path / name
         file.write_bytes(b"x" * 100_000)  # longer than what replaces it
         result = generate("-o", str(file), "--seed", "7")
@@ -378,32 +378,32 @@ class TestOutput:
         with Image.open(file) as image:
             assert (image.format, image.size) == (kind, (16, 8))
         assert file.stat().st_size < 10_000
-        assert len(drawn) == 1
+        assert len(calls) == 1
 
-    def test_a_dash_is_standard_output(self, drawn: list[TritonOptions]) -> None:
+    def test_a_dash_is_standard_output(self, calls: list[TritonOptions]) -> None:
         result = generate("-o", "-", "--seed", "7")
         with Image.open(io.BytesIO(result.stdout_bytes)) as image:
             assert (image.format, image.size) == ("PNG", (16, 8))
         assert result.stderr == "-: 16x8, seed 7\n"
         assert not Path("-").exists()
-        assert drawn
+        assert calls
 
     @pytest.mark.parametrize("name", ["x.gif", "x.txt", ".", "file/x.png", "nowhere/x.png", "/proc/none.png"])
-    def test_one_that_cannot_be_written_is_refused_before_anything_is_drawn(
-        self, drawn: list[TritonOptions], name: str, tmp_path: Path
+    def test_one_that_cannot_be_written_is_refused_before_anything_is_native(
+        self, calls: list[TritonOptions], name: str, tmp_path: Path
     ) -> None:
         (tmp_path / "file").write_text("in the way")
         result = generate("-o", str(tmp_path / name))
         assert result.exit_code in (1, 2)
         assert "--output" in result.output
         assert isinstance(result.exception, SystemExit)
-        assert not drawn
+        assert not calls
 
-    def test_a_full_disk_is_one_line(self, drawn: list[TritonOptions]) -> None:
+    def test_a_full_disk_is_one_line(self, calls: list[TritonOptions]) -> None:
         result = generate("-o", "/dev/full")
         assert result.exit_code == 1
         assert result.output == "Error: --output: /dev/full: No space left on device\n"
-        assert drawn
+        assert calls
 
     def test_a_failure_leaves_what_was_there(self, tmp_path: Path) -> None:
         file = tmp_path / "x.png"

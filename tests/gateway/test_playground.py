@@ -148,9 +148,9 @@ async def open_page(browser: Browser, backend: FakeBackend) -> AsyncIterator[Ope
         yield open_one
 
 
-async def drawn(page: Page, count: int = 1) -> None:
+async def generated(page: Page, count: int = 1) -> None:
     await expect(page.locator("figure.finished")).to_have_count(count)
-    await expect(page.locator("#draw-label")).to_have_text("Draw")
+    await expect(page.locator("#generate-label")).to_have_text("Generate")
 
 
 async def choose_range(page: Page, name: str, value: str) -> None:
@@ -165,8 +165,8 @@ async def downloaded(page: Page, index: int = 0) -> Image.Image:
 
 @needs_chromium
 @pytest.mark.asyncio(loop_scope="module")
-class TestDrawing:
-    async def test_what_the_form_says_is_what_is_drawn(self, open_page: OpenPage, backend: FakeBackend) -> None:
+class TestGeneration:
+    async def test_what_the_form_says_is_what_is_native(self, open_page: OpenPage, backend: FakeBackend) -> None:
         page = await open_page()
         await page.get_by_label("Prompt", exact=True).fill(AWKWARD)
         await page.get_by_label("Negative prompt").fill("rain\nsnow")
@@ -180,7 +180,7 @@ class TestDrawing:
         await page.get_by_label("Scheduler").select_option("euler")
         await page.get_by_label("Seed", exact=True).fill("9223372036854775800")
         await page.get_by_label("Prompt", exact=True).press("Enter")
-        await drawn(page, 3)
+        await generated(page, 3)
         assert backend.generations == [
             GenerationRequest(
                 prompt=AWKWARD,
@@ -207,7 +207,7 @@ class TestDrawing:
         page = await open_page()
         await page.keyboard.type("a fox")
         await page.keyboard.press("Control+Enter")
-        await drawn(page)
+        await generated(page)
         (generation,) = backend.generations
         own = (generation.width, generation.height, generation.num_inference_steps, generation.guidance_scale)
         assert own == (64, 64, 20, 5.0)
@@ -233,17 +233,17 @@ class TestDrawing:
         for name in ("Guidance from", "Guidance to", "Deep features"):
             await expect(page.get_by_label(name)).to_be_hidden()
 
-    async def test_previews_are_shown_while_it_draws(self, open_page: OpenPage, backend: FakeBackend) -> None:
+    async def test_previews_are_shown_while_it_generates(self, open_page: OpenPage, backend: FakeBackend) -> None:
         backend.finishing.clear()
         page = await open_page()
         await page.keyboard.type("a fox")
-        await page.get_by_role("button", name="Draw").click()
+        await page.get_by_role("button", name="Generate").click()
         await expect(page.locator("figure.begun img")).to_be_visible()
         await expect(page.locator("#status")).to_have_text("Preview 3 of 3.")
         assert await page.locator("progress").evaluate("bar => bar.value") == 0.75
         backend.finishing.set()
-        await drawn(page)
-        await expect(page.locator("#status")).to_contain_text("Drawn in ")
+        await generated(page)
+        await expect(page.locator("#status")).to_contain_text("Generated in ")
 
     async def test_early_previews_and_images_stay(self, open_page: OpenPage, backend: FakeBackend) -> None:
         backend.finishing.clear()
@@ -278,7 +278,7 @@ class TestDrawing:
         page = await open_page()
         await page.keyboard.type("a fox")
         await page.keyboard.press("Enter")
-        await drawn(page)
+        await generated(page)
         image = page.locator("figure.finished img")
         width = await image.evaluate("image => image.getBoundingClientRect().width")
         assert width >= 256
@@ -292,7 +292,7 @@ class TestDrawing:
         prompt = await chips.first.inner_text()
         await chips.first.click()
         await page.keyboard.press("Enter")
-        await drawn(page)
+        await generated(page)
         assert backend.generations[0].prompt == prompt
         assert prompt in EMOJI.suggestions
 
@@ -300,7 +300,7 @@ class TestDrawing:
 @needs_chromium
 @pytest.mark.asyncio(loop_scope="module")
 class TestImages:
-    async def test_a_file_is_sent_in_a_size_that_the_model_draws(
+    async def test_a_file_is_sent_in_a_size_that_the_model_generates(
         self, open_page: OpenPage, backend: FakeBackend, halves: Path
     ) -> None:
         page = await open_page()
@@ -310,14 +310,14 @@ class TestImages:
         await expect(page.locator("#size")).to_have_value("88x56")
         await page.locator("#strength").fill("0.5")
         await page.locator("#prompt").press("Enter")
-        await drawn(page)
+        await generated(page)
         (generation,) = backend.generations
         assert (generation.width, generation.height, generation.strength, generation.mask) == (88, 56, 0.5, None)
         assert generation.image is not None
         assert generation.image[28, 4].tolist() == [255, 0, 0]
         assert generation.image[28, 84].tolist() == [0, 0, 255]
 
-    async def test_what_is_painted_over_is_drawn_anew_and_nothing_else(
+    async def test_what_is_painted_over_is_native_anew_and_nothing_else(
         self, open_page: OpenPage, backend: FakeBackend, halves: Path
     ) -> None:
         page = await open_page()
@@ -326,7 +326,7 @@ class TestImages:
         await paint(page, (0.75, 0.5), (0.75, 0.6))
         await use_mask(page)
         await page.locator("#prompt").press("Enter")
-        await drawn(page)
+        await generated(page)
         mask = backend.generations[0].mask
         assert mask is not None
         assert mask.shape == (56, 88)
@@ -348,7 +348,7 @@ class TestImages:
         await page.get_by_label("Mask", exact=True).press("Space")
         await use_mask(page)
         await page.locator("#prompt").press("Enter")
-        await drawn(page)
+        await generated(page)
         mask = backend.generations[0].mask
         assert mask is not None
         assert mask[28, 44] == 0  # taken back
@@ -421,7 +421,7 @@ class TestImages:
         await page.get_by_role("button", name="Use the mask").press("Enter")
         await expect(page.get_by_role("button", name="Paint a mask")).to_be_focused()
         await page.locator("#prompt").press("Enter")
-        await drawn(page)
+        await generated(page)
         assert backend.generations[0].mask is None
 
     async def test_esc_leaves_the_mask_as_it_was(self, open_page: OpenPage, backend: FakeBackend, halves: Path) -> None:
@@ -432,7 +432,7 @@ class TestImages:
         await page.keyboard.press("Escape")
         await expect(page.get_by_role("button", name="Paint a mask")).to_be_focused()
         await page.locator("#prompt").press("Enter")
-        await drawn(page)
+        await generated(page)
         assert backend.generations[0].mask is None
 
     async def test_a_mask_ends_with_the_size_that_it_was_painted_for(
@@ -446,7 +446,7 @@ class TestImages:
         await page.locator("#size").select_option("64x64")
         await expect(page.locator("#status")).to_contain_text("The mask was removed")
         await page.locator("#prompt").press("Enter")
-        await drawn(page)
+        await generated(page)
         (generation,) = backend.generations
         assert generation.mask is None
         assert generation.image is not None
@@ -461,11 +461,11 @@ class TestImages:
         await page.keyboard.type("a fox")
         await page.locator("#seed").fill("77")
         await page.keyboard.press("Control+Enter")
-        await drawn(page)
+        await generated(page)
         await page.get_by_role("button", name="Start from this").click()
         await expect(page.get_by_role("button", name="Paint a mask")).to_be_focused()
         await page.keyboard.press("Control+Enter")
-        await drawn(page)
+        await generated(page)
         await page.locator("#strip button").last.click()
         await expect(page.locator("#start")).to_be_hidden()
         await page.locator("#strip button").first.click()
@@ -520,7 +520,7 @@ async def places_on_easel(page: Page, *points: tuple[float, float]) -> list[tupl
 
 
 async def paint(page: Page, *points: tuple[float, float]) -> None:
-    """Draws the brush through points, in shares of the image's width and height."""
+    """Moves the brush through points, in shares of the image's width and height."""
     places = await places_on_easel(page, *points)
     await page.mouse.move(*places[0])
     await page.mouse.down()
@@ -540,7 +540,7 @@ async def touch(page: Page, *steps: Any) -> None:
 async def sent_mask(page: Page, backend: FakeBackend) -> npt.NDArray[np.uint8]:
     """The mask of a request that is sent now."""
     await page.locator("#prompt").press("Enter")
-    await drawn(page)
+    await generated(page)
     mask = backend.generations[-1].mask
     assert mask is not None
     return mask
@@ -585,11 +585,11 @@ class TestErrors:
         await expect(page.get_by_label("Width")).to_be_focused()
         await page.get_by_label("Width").fill("80")
         await page.keyboard.press("Control+Enter")
-        await drawn(page)
+        await generated(page)
         await expect(page.locator(".error:visible")).to_have_count(0)
         assert [generation.width for generation in backend.generations] == [80]
 
-    async def test_a_size_that_the_model_does_not_draw_is_offered_where_any_may_be_asked_for(
+    async def test_a_size_that_the_model_does_not_generate_is_offered_where_any_may_be_asked_for(
         self, open_page: OpenPage, backend: FakeBackend
     ) -> None:
         backend.description = replace(EMOJI, sizes=("64x64", "96x64"))
@@ -599,7 +599,7 @@ class TestErrors:
         await page.get_by_label("Width").fill("301")
         await page.get_by_label("Height").fill("200")
         await page.keyboard.press("Control+Enter")
-        await drawn(page)
+        await generated(page)
         assert (await downloaded(page)).size == (301, 200)
         assert [(made.width, made.height) for made in backend.generations] == [(96, 64)]
         strict = await open_page(Config(sizes="strict"))
@@ -611,7 +611,7 @@ class TestErrors:
         backend.failure = InvalidRequestError("The scheduler does not take so few steps.", "num_inference_steps")
         page = await open_page(**PHONE)
         await page.locator("#prompt").fill("a fox")
-        await page.locator("#draw").click()
+        await page.locator("#generate").click()
         await expect(page.locator("#num_inference_steps-error")).to_be_visible()
         await expect(page.locator("#num_inference_steps")).to_be_focused()
 
@@ -643,12 +643,12 @@ class TestErrors:
         page = await open_page()
         await page.keyboard.type("a fox")
         await page.keyboard.press("Enter")
-        await drawn(page)
+        await generated(page)
         caption = await page.locator("figcaption").inner_text()
         backend.late_failure = UnavailableError("Triton went away.")
         await page.keyboard.press("Enter")
         await expect(page.get_by_role("alert")).to_have_text("Triton went away.")
-        await drawn(page)
+        await generated(page)
         assert await page.locator("figcaption").inner_text() == caption
 
     async def test_a_model_that_is_not_there_yet_is_waited_for(self, open_page: OpenPage, backend: FakeBackend) -> None:
@@ -677,7 +677,7 @@ class TestKey:
         await page.reload()
         await page.locator("#form:not([inert]) #prompt").fill("a fox")
         await page.keyboard.press("Enter")
-        await drawn(page)
+        await generated(page)
         assert await page.evaluate("[Object.values(sessionStorage), Object.keys(localStorage), document.cookie]") == [
             [KEY],
             [],
@@ -691,11 +691,11 @@ class TestKey:
         await page.keyboard.press("Enter")
         await page.locator("#form:not([inert]) #prompt").fill("a fox")
         await page.keyboard.press("Enter")
-        await drawn(page)
+        await generated(page)
         await page.reload()
         await expect(page.get_by_label("API key", exact=True)).to_be_focused()
 
-    async def test_a_key_that_is_no_longer_good_is_asked_for_anew_and_drawing_goes_on(
+    async def test_a_key_that_is_no_longer_good_is_asked_for_anew_and_generation_goes_on(
         self, open_page: OpenPage
     ) -> None:
         page = await open_page(Config(api_key=KEY))
@@ -707,7 +707,7 @@ class TestKey:
         await expect(page.get_by_role("dialog").get_by_role("alert")).to_have_text("Incorrect API key.")
         await page.keyboard.type(KEY)
         await page.keyboard.press("Enter")
-        await drawn(page)
+        await generated(page)
 
 
 @needs_chromium
@@ -719,11 +719,11 @@ class TestHistory:
         await page.locator("#n").select_option("2")
         await choose_range(page, "num_inference_steps", "9")
         await page.keyboard.press("Control+Enter")
-        await drawn(page, 2)
-        await page.get_by_role("button", name="Back to the model’s settings").click()
+        await generated(page, 2)
+        await page.get_by_role("button", name="Reset to the model’s defaults").click()
         await page.locator("#prompt").fill("an owl")
         await page.keyboard.press("Enter")
-        await drawn(page)
+        await generated(page)
         history = page.get_by_role("region", name="History").get_by_role("button", name=", seed")
         await expect(history).to_have_count(3)
         await history.nth(2).click()
@@ -740,7 +740,7 @@ class TestHistory:
         for count in range(1, 6):
             await page.keyboard.press("Control+Enter")
             await expect(page.locator("#strip li")).to_have_count(min(count * 10, 40))
-            await drawn(page, 10)
+            await generated(page, 10)
         assert len(backend.generations) == 5
 
 
@@ -758,7 +758,7 @@ class TestCode:
         await page.locator("#negative_prompt").fill("rain")
         await page.locator("#n").select_option("2")
         await page.keyboard.press("Control+Enter")
-        await drawn(page, 2)
+        await generated(page, 2)
         code = await shown_code(page, language)
         assert KEY not in code
         await run_code(language, code, tmp_path)
@@ -777,7 +777,7 @@ class TestCode:
         await page.keyboard.press("Space")
         await use_mask(page)
         await page.locator("#prompt").press("Enter")
-        await drawn(page)
+        await generated(page)
         code = await shown_code(page, language)
         for name in ("image.png", "mask.png"):
             async with page.expect_download() as download:
@@ -795,7 +795,7 @@ class TestCode:
         page = await open_page(permissions=["clipboard-read", "clipboard-write"])
         await page.keyboard.type("a fox")
         await page.keyboard.press("Enter")
-        await drawn(page)
+        await generated(page)
         code = await shown_code(page, "curl")
         await page.get_by_role("button", name="Copy", exact=True).click()
         await expect(page.locator("#code-status")).to_have_text("Copied.")
@@ -824,14 +824,14 @@ class TestEverybody:
         page = await open_page()
         await page.keyboard.type("a fox")
         await page.keyboard.press("Enter")
-        await drawn(page)
+        await generated(page)
         await page.locator("#prompt").focus()
         reached = []
         for _ in range(40):
             reached.append(await page.evaluate("(e => e.id || e.innerText || e.tagName)(document.activeElement)"))
             await page.keyboard.press("Tab")
         wanted = [
-            *("prompt", "others", "draw", "negative_prompt", "image", "size", "n", "num_inference_steps"),
+            *("prompt", "others", "generate", "negative_prompt", "image", "size", "n", "num_inference_steps"),
             *("guidance_scale", "guidance_start", "guidance_end", "cache_interval"),
             *("scheduler", "seed", "reset", "Download", "Start from this", "show-code"),
         ]
@@ -841,7 +841,7 @@ class TestEverybody:
         page = await open_page()
         await page.keyboard.type("a fox")
         await page.keyboard.press("Enter")
-        await drawn(page)
+        await generated(page)
         nameless = await page.evaluate(
             """[...document.querySelectorAll('button, a, input, select, textarea')].filter((control) =>
                  !control.innerText.trim() && !control.labels?.length && !control.ariaLabel
@@ -852,12 +852,12 @@ class TestEverybody:
     async def test_it_fits_on_a_phone(self, open_page: OpenPage) -> None:
         page = await open_page(**PHONE)
         await page.locator("#prompt").fill("a fox")
-        await page.locator("#draw").tap()
-        await drawn(page)
+        await page.locator("#generate").tap()
+        await generated(page)
         await page.get_by_text("Settings", exact=True).tap()
         assert await page.evaluate("document.documentElement.scrollWidth") == 375
         small = await page.evaluate(
-            """[...document.querySelectorAll('#draw, select, textarea, input:not([type=range])')]
+            """[...document.querySelectorAll('#generate, select, textarea, input:not([type=range])')]
                  .filter((control) => control.offsetParent && control.offsetHeight < 40).map((control) => control.id)"""
         )
         assert small == []

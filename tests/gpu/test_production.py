@@ -19,7 +19,7 @@ from hypergen_export.checkpoints.components import BYTE, Component, Tensor
 from hypergen_export.conversion.examples import as_kwargs, example_inputs
 from hypergen_export.conversion.loading import load_module
 from hypergen_export.conversion.wrappers import wrap
-from support.running_server import Pixels, Server, draw, draw_all
+from support.running_server import Pixels, Server, generate, generate_all
 
 from .conftest import IMAGES, SIZE, Plans, Triton
 
@@ -106,7 +106,7 @@ def by_diffusers(pipeline: Any) -> Pixels:
 
 async def test_an_image_is_that_of_diffusers(gateway: Server, pipeline: Any, figures: dict[str, str]) -> None:
     async with gateway.async_client() as client:
-        ours = await draw(client, size=f"{SIZE[0]}x{SIZE[1]}", **WISH)
+        ours = await generate(client, size=f"{SIZE[0]}x{SIZE[1]}", **WISH)
     differences = np.abs(ours.astype(int) - by_diffusers(pipeline).astype(int))
     figures["image against diffusers in float16"] = f"mean difference {differences.mean():.2f} of 255"
     assert differences.mean() <= IMAGE
@@ -115,7 +115,7 @@ async def test_an_image_is_that_of_diffusers(gateway: Server, pipeline: Any, fig
 def test_an_image_takes_no_longer_than_with_torch_compile(
     gateway: Server, pipeline: Any, figures: dict[str, str]
 ) -> None:
-    with_triton = median_seconds(lambda: asyncio.run(draw_all(gateway, [{**WISH, "size": f"{SIZE[0]}x{SIZE[1]}"}])))
+    with_triton = median_seconds(lambda: asyncio.run(generate_all(gateway, [{**WISH, "size": f"{SIZE[0]}x{SIZE[1]}"}])))
     pipeline.unet.to(memory_format=torch.channels_last)
     pipeline.unet = torch.compile(pipeline.unet, mode="max-autotune", fullgraph=True)
     pipeline.vae.decode = torch.compile(pipeline.vae.decode, mode="max-autotune", fullgraph=True)
@@ -141,7 +141,7 @@ def test_images_in_flight_share_the_gpu(gateway: Server, triton: Triton, figures
         before, began = unet_counts(triton), time.perf_counter()
         wishes = [{**WISH, "seed": seed, "size": f"{SIZE[0]}x{SIZE[1]}"} for seed in range(in_flight)]
         for _ in range(2):
-            asyncio.run(draw_all(gateway, wishes))
+            asyncio.run(generate_all(gateway, wishes))
         rates[in_flight] = 2 * in_flight / (time.perf_counter() - began)
         rows, calls = (now - then for now, then in zip(unet_counts(triton), before, strict=True))
         figures[f"{in_flight} in flight"] = f"{rates[in_flight]:.2f} images/s, {rows / calls:.1f} rows in a UNet call"
@@ -162,7 +162,7 @@ async def test_an_image_with_guidance_runs_in_cuda_graphs(
 ) -> None:
     before = triton.graphs_of("unet")
     async with gateway.async_client() as client:
-        await draw(client, size=f"{SIZE[0]}x{SIZE[1]}", **WISH)
+        await generate(client, size=f"{SIZE[0]}x{SIZE[1]}", **WISH)
     by_graph, without = (now - then for now, then in zip(triton.graphs_of("unet"), before, strict=True))
     total = by_graph + without
     figures["UNet calls of one image by CUDA graph"] = f"{by_graph} of {total}"

@@ -72,7 +72,7 @@ class Sampler:
     models_of_calls: list[str] = field(default_factory=list)
     _one_at_a_time: ClassVar[threading.Lock] = threading.Lock()
 
-    async def draw(self, request: Request, loop: StepLoop | None = None) -> tuple[Array, Pixels]:
+    async def generate(self, request: Request, loop: StepLoop | None = None) -> tuple[Array, Pixels]:
         """The final latents [C, h, w] and the image."""
         conditions = conditioning_of(request, self.encode(texts_of(request, self.architecture)), self.architecture)
         masked = request.mask is not None
@@ -173,11 +173,11 @@ def by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:
     if interval != (0.0, 1.0):
         wish = interval_arguments(pipeline, wish, *interval)
 
-    def draw(kind: str) -> Any:
+    def generate(kind: str) -> Any:
         with deep_features_reused(pipeline.unet, request.cache_interval):
             return pipeline(**wish, generator=torch.Generator().manual_seed(request.seed), output_type=kind).images[0]
 
-    return draw("latent").numpy(), np.asarray(draw("pil"))
+    return generate("latent").numpy(), np.asarray(generate("pil"))
 
 
 def _given(request: Request) -> dict[str, Any]:
@@ -227,4 +227,4 @@ async def held_from_image(pair: Pair, request: Request) -> None:
         pipeline = pipelines[type(pair.pipeline).__name__].from_pipe(pair.pipeline)
     pipeline.set_progress_bar_config(disable=True)
     pair.choose(request.scheduler, pipeline)
-    held(await pair.sampler.draw(request), by_diffusers(pipeline, request), TOLERANCE_FROM_IMAGE)
+    held(await pair.sampler.generate(request), by_diffusers(pipeline, request), TOLERANCE_FROM_IMAGE)

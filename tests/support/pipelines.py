@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 
 
 def pipeline_of(folder: Path) -> Any:
-    """The pipeline that a checkpoint names, silent: about its missing safety checker, and while it draws."""
+    """The pipeline that a checkpoint names, silent: about its missing safety checker, and while it generates."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipeline = DiffusionPipeline.from_pretrained(folder)

@@ -99,7 +99,7 @@ def free_port() -> int:
 def start_server(
     *arguments: str, model: str, key: str | None = KEY, ready: bool = True, environment: Mapping[str, str] | None = None
 ) -> Server:
-    """Start `hypergen serve` and wait until it answers, and until it is ready to draw unless told otherwise."""
+    """Start `hypergen serve` and wait until it answers, and until it is ready to generate unless told otherwise."""
     port = free_port()
     process = subprocess.Popen(
         [HYPERGEN, "serve", *([model] if model else []), "--host", "127.0.0.1", "--port", str(port), *arguments],
@@ -210,7 +210,7 @@ def pixels_of(image: Any) -> Pixels:
         return np.asarray(opened.convert("RGB"))
 
 
-async def draw(client: openai.AsyncOpenAI, **wish: Any) -> Pixels:
+async def generate(client: openai.AsyncOpenAI, **wish: Any) -> Pixels:
     """One image; what OpenAI's client does not know goes into the body as it is."""
     known = {name: wish.pop(name) for name in ("prompt", "size", "n") if name in wish}
     response = await client.images.generate(**known, extra_body=wish)
@@ -218,7 +218,7 @@ async def draw(client: openai.AsyncOpenAI, **wish: Any) -> Pixels:
     return pixels_of(response.data[0])
 
 
-async def draw_all(server: Server, wishes: list[dict[str, Any]]) -> list[Pixels]:
+async def generate_all(server: Server, wishes: list[dict[str, Any]]) -> list[Pixels]:
     """All of them at once, each on a request of its own."""
     async with server.async_client() as client:
-        return await asyncio.gather(*(draw(client, **wish) for wish in wishes))
+        return await asyncio.gather(*(generate(client, **wish) for wish in wishes))

@@ -116,7 +116,7 @@ async def read_form(request: Request, fields: Container[str]) -> AsyncIterator[d
     if media_type(request) != "multipart/form-data":
         raise UnsupportedMediaTypeError("The body must be a form, sent with 'Content-Type: multipart/form-data'.")
     if _charset(request) not in _CHARSETS:
-        raise UnsupportedMediaTypeError("A form is read as UTF-8; leave the charset out of its Content-Type.")
+        raise UnsupportedMediaTypeError("Forms must be UTF-8; omit the charset from the Content-Type.")
     _refuse_encoded(request)
     form = await _FormParser(request, fields).parse()
     try:
@@ -163,7 +163,9 @@ def _charset(request: Request) -> bytes:
 def _refuse_encoded(request: Request) -> None:
     coding = request.headers.get("content-encoding", "")
     if coding.lower() not in ("", "identity"):
-        raise UnsupportedEncodingError(f"Content-Encoding {shown(coding)} is not read; send the body as it is.")
+        raise UnsupportedEncodingError(
+            f"Content-Encoding {shown(coding)} is not supported; send the body uncompressed."
+        )
 
 
 def media_type(request: Request) -> str:
@@ -195,7 +197,7 @@ def parse_json(body: bytes, fields: Container[str] = ()) -> dict[str, Any]:
             raise _cut(f"{error.msg} at {where}") from error
         raise InvalidRequestError(f"The body is not valid JSON: {error.msg} at {where}.") from error
     except ValueError as error:  # an integer with more digits than Python converts
-        raise InvalidRequestError("The body holds a number with too many digits.") from error
+        raise InvalidRequestError("The body contains a number with too many digits.") from error
     if not isinstance(value, dict):
         raise InvalidRequestError(f"The body must be a JSON object, not {shown(value)}.")
     if b"\\ud" in body.lower():  # only such an escape produces a lone surrogate
@@ -215,7 +217,7 @@ def _refuse_half_characters(value: dict[str, Any], fields: Container[str]) -> No
             json.dumps([name, item], ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise InvalidRequestError(
-                f"{_named(name, fields)} holds half a character: a surrogate without its other half, "
+                f"{_named(name, fields)} contains half a character: an unpaired surrogate, "
                 "which is left when a text is cut inside an emoji.",
                 name if name in fields else None,
             ) from error

@@ -11,36 +11,38 @@ from hypergen_gateway.generation.sizes import PolicyName, SizePolicy
 
 
 class Capabilities(BaseModel):
-    """What the served model draws and how: the values that a request may hold, and those it gets without saying any.
+    """What the served model supports: the values that a request may have, and the defaults.
 
-    An extension of the API, for whoever offers choices, as the playground does.
+    An extension of the API, for clients that offer choices, such as the playground.
     """
 
     object: Literal["capabilities"] = "capabilities"
     model: str
     default_size: str
-    sizes: tuple[str, ...] = Field(description="All that can be drawn; empty where every size within the limits can.")
-    size_factor: int = Field(description="Width and height are multiples of it.")
+    sizes: tuple[str, ...] = Field(
+        description="All sizes that the model generates; empty if it generates every size within the limits."
+    )
+    size_factor: int = Field(description="Width and height are multiples of this.")
     min_size: int
     max_size: int
     size_policy: PolicyName = Field(
-        description="`fit`: any size may be asked for, and is scaled from the nearest of these; `strict`: only these."
+        description="`fit`: any size may be requested, and is scaled from the nearest of these; `strict`: only these."
     )
-    max_side: int = Field(description="Pixels a side that may be asked for.")
+    max_side: int = Field(description="The longest side that may be requested, in pixels.")
     default_num_inference_steps: int
     max_num_inference_steps: int
     default_guidance_scale: float
     max_guidance_scale: float
-    guidance_interval: bool = Field(description="Whether `guidance_start` and `guidance_end` can be said.")
-    max_cache_interval: int = Field(description="1 where the model is served without `--deep-cache`.")
+    guidance_interval: bool = Field(description="Whether `guidance_start` and `guidance_end` are supported.")
+    max_cache_interval: int = Field(description="1 if the model is served without `--deep-cache`.")
     max_prompt_tokens: int = Field(
-        description="Of a prompt, and of a negative prompt, what the text encoder reads; the rest is cut off, which "
-        "`x-hypergen-prompt-truncated` and `prompt_truncated` tell."
+        description="The tokens of a prompt, and of a negative prompt, that the text encoder reads. The rest is cut "
+        "off; `x-hypergen-prompt-truncated` and `prompt_truncated` say how many."
     )
     max_num_images: int
     schedulers: tuple[str, ...]
-    edits: bool = Field(description="Whether images can start from images.")
-    suggestions: tuple[str, ...] = Field(description="Prompts that the model draws well.")
+    edits: bool = Field(description="Whether edits and variations are supported.")
+    suggestions: tuple[str, ...] = Field(description="Prompts that work well with the model.")
 
 
 def of_model(model: ModelDescription, id_: str, sizes: SizePolicy) -> Capabilities:

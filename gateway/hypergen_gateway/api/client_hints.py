@@ -29,7 +29,7 @@ def read_client(headers: Headers) -> Client:
     """
     key = headers.get("idempotency-key")
     if key is not None and not _LEGAL_KEY.fullmatch(key):
-        raise InvalidRequestError("An Idempotency-Key must be of 1 to 255 visible ASCII characters.")
+        raise InvalidRequestError("An Idempotency-Key must be 1 to 255 visible ASCII characters.")
     retries = headers.get("x-stainless-retry-count")
     return Client(
         owner=hashlib.sha256(presented_key(headers.raw) or b"").hexdigest(),

@@ -128,7 +128,7 @@ def _lora(body: RequestBody, model: ModelDescription) -> dict[str, Any]:
     if scale not in (0, *scales):
         known = ", ".join(f"{one:g}" for one in scales)
         raise InvalidRequestError(
-            f"Invalid value for 'lora_scale': {scale:g}. '{body.lora_path}' is served at {known}; 0 leaves it out.",
+            f"Invalid value for 'lora_scale': {scale:g}. '{body.lora_path}' is served at {known}; 0 disables it.",
             "lora_scale",
         )
     return {"lora": body.lora_path, "lora_scale": scale} if scale else {}

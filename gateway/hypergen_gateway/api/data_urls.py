@@ -22,7 +22,7 @@ def file_in(text: str) -> bytes:
     if text[: len(_SCHEME)].lower() == _SCHEME:
         return _content(text[len(_SCHEME) :])
     if _URL.match(text):
-        raise ValueError("must be a data URL, 'data:image/png;base64,…'. No URL is ever fetched")
+        raise ValueError("must be a data URL, 'data:image/png;base64,…'. URLs are never fetched")
     if not text:
         raise ValueError("is empty")
     return _from_base64(text)
@@ -47,4 +47,4 @@ def _from_base64(text: str) -> bytes:
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except ValueError as error:
-        raise ValueError("holds no base64") from error
+        raise ValueError("is not valid base64") from error

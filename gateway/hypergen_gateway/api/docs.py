@@ -77,7 +77,7 @@ def _contents(api: JsonObject) -> str:
 def _example(api: JsonObject, base_url: str) -> str:
     secured = {} not in api["security"]
     key = " -H 'Authorization: Bearer KEY'" if secured else ""
-    said = "Every request but those to links and health carries the key." if secured else "No key is needed."
+    said = "Every request except to links and health checks needs the key." if secured else "No key is needed."
     command = (
         f"curl {base_url.rstrip('/')}/v1/images/generations{key} \\\n"
         "  -H 'Content-Type: application/json' \\\n"
@@ -149,7 +149,7 @@ def _fields_of_answer(api: JsonObject, schema: JsonObject) -> str:
         [f"<code>{escape(name)}</code>", f"<code>{escape(_type(api, described))}</code>"]
         for name, described in schema["properties"].items()
     )
-    return _table(["field of the answer", "values"], rows)
+    return _table(["response field", "values"], rows)
 
 
 def _type(api: JsonObject, schema: JsonObject) -> str:

@@ -60,11 +60,11 @@ class ModelLimit:
 
 _WHOLE = BeforeValidator(_whole)
 _IMAGE = Legal("a PNG, JPEG, WebP, AVIF or GIF file; an edit takes up to {max_images}")
-_MASK = Legal('a PNG, transparent where the image is drawn anew; in JSON {{"image_url": "data:image/png;base64,…"}}')
+_MASK = Legal('a PNG, transparent where the image is regenerated; in JSON {{"image_url": "data:image/png;base64,…"}}')
 Text = Annotated[str, Field(max_length=32_000), Legal("a string of at most 32,000 characters")]
 Prompt = Annotated[
     str,
-    Field(min_length=1, max_length=32_000, description="What to draw."),
+    Field(min_length=1, max_length=32_000, description="A description of the image."),
     Legal("a string of 1 to 32,000 characters"),
 ]
 Upload = Annotated[InstanceOf[UploadedFile], WithJsonSchema({"type": "string", "format": "binary"})]
@@ -108,81 +108,89 @@ class ImageFields(_Body):
 
     model: str | None = Field(default=None, description="Accepted and ignored: the server has one model.")
     n: Annotated[int, Field(ge=1, le=10), _WHOLE, ModelLimit("max_num_images")] = Field(
-        default=1, description="How many images."
+        default=1, description="The number of images."
     )
     size: Annotated[str, Legal("'auto' or {legal_sizes}")] = Field(
         default="auto",
         pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$",
-        description="`auto`, or WIDTHxHEIGHT. A size that the model does not draw is scaled from the nearest it does, "
-        "told in `x-hypergen-drawn-size`; where proportions differ, two sides are cut evenly.",
+        description="`auto`, or WIDTHxHEIGHT. A size that the model does not generate is scaled from the nearest one "
+        "that it does, given in `x-hypergen-generated-size`; if the aspect ratios differ, two sides are cropped "
+        "evenly.",
     )
     quality: Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"] = Field(
-        default="auto", description="Half (low), all or one and a half times (high and better) the model's own steps."
+        default="auto",
+        description="Scales the model's default number of steps: by 0.5 (`low`), 1, or 1.5 (`high` and above).",
     )
     response_format: Literal["b64_json", "url"] | None = Field(
         default=None,
-        description="The images themselves, or links to them that expire: `b64_json` unless given, or `url` where "
-        "`model` is `dall-e-2` or `dall-e-3`, or a variation names none, and `stream` is not said.",
+        description="The images themselves, or expiring links to them. The default is `b64_json`; it is `url` if "
+        "`stream` is not set and `model` is `dall-e-2` or `dall-e-3`, or a variation has no `model`.",
     )
-    output_format: Literal["png", "jpeg", "webp"] = Field(default="png", description="The kind of file.")
+    output_format: Literal["png", "jpeg", "webp"] = Field(default="png", description="The file format.")
     output_compression: Annotated[int, Field(ge=0, le=100), _WHOLE] = Field(
         default=100,
-        description="For jpeg and webp the encoder's quality: 100 loses least, 0 is smallest.",
+        description="The encoder's quality for `jpeg` and `webp`: 100 is the best, 0 the smallest file.",
     )
     background: Annotated[Literal["auto", "opaque", "transparent"], Legal("'auto' or 'opaque'")] = Field(
-        default="auto", description="Images are opaque; `transparent` is refused."
+        default="auto", description="Images are opaque; `transparent` is rejected."
     )
     user: str | None = Field(default=None, description="Accepted and ignored.")
     safety_identifier: str | None = Field(default=None, description="Accepted and ignored.")
     # HyperGen's extensions
-    negative_prompt: Text | None = Field(default=None, description="What to keep out of the image.")
+    negative_prompt: Text | None = Field(default=None, description="A description of what the image should not show.")
     num_inference_steps: Annotated[int, Field(ge=1), _WHOLE, ModelLimit("max_num_inference_steps")] | None = Field(
-        default=None, description="Steps of denoising."
+        default=None, description="The number of denoising steps."
     )
     guidance_scale: Annotated[float | None, ModelLimit("max_guidance_scale")] = Field(
-        default=None, ge=1.0, description="How closely to follow the prompt; 1 is without guidance and half the work."
+        default=None,
+        ge=1.0,
+        description="How closely to follow the prompt. 1 disables guidance, which halves the work.",
     )
     guidance_start: float | None = Field(
         default=None,
         ge=0.0,
         le=1.0,
-        description="The share of the steps after which guidance begins, 0 unless given; a step without takes half "
-        "the work.",
+        description="The fraction of the steps after which guidance begins; 0 by default. A step without guidance is "
+        "half the work.",
     )
     guidance_end: Annotated[float | None, Legal("a number from 'guidance_start' to 1")] = Field(
         default=None,
         ge=0.0,
         le=1.0,
-        description="The share of the steps after which guidance ends, 1 unless given; not before `guidance_start`.",
+        description="The fraction of the steps after which guidance ends; 1 by default, at least `guidance_start`.",
     )
     cache_interval: Annotated[int, Field(ge=1), _WHOLE, ModelLimit("max_cache_interval"), _INTERVALS] | None = Field(
         default=None,
-        description="Of so many steps only the first computes the UNet's deep features (DeepCache); 1, unless given, "
-        "is every step. For models that are served with `--deep-cache`.",
+        description="Run the full UNet every N steps and reuse its deep features in between (DeepCache); 1, the "
+        "default, runs it in every step. For models that are served with `--deep-cache`.",
     )
     scheduler: Annotated[str | None, Legal("one of {known_schedulers}")] = Field(
-        default=None, description="The sampler's name, such as `euler` or `dpmpp_2m`."
+        default=None, description="The scheduler, such as `euler` or `dpmpp_2m`; by default the model's own."
     )
     seed: Annotated[int, Field(ge=-1, le=MAX_SEED), _WHOLE, _SEEDS] | None = Field(
-        default=None, description="Image i is drawn from seed + i. Random unless given, and where it is -1."
+        default=None, description="Image i is generated from seed + i. Random by default, or if it is -1."
     )
     deadline_ms: Annotated[int, Field(ge=1, le=MAX_DEADLINE_MS), _WHOLE] | None = Field(
         default=None,
-        description="Refuse at once what would take longer than this many milliseconds, and give up what does.",
+        description="Reject the request at once if it is expected to take longer than this many milliseconds, and "
+        "cancel it if it does.",
     )
     lora_path: Annotated[str | None, Legal("{known_loras}")] = Field(
-        default=None, description="The name of a LoRA that the model is served with. Without one: the model as it is."
+        default=None, description="The name of a LoRA that the server offers; by default none."
     )
     lora_scale: float | None = Field(
-        default=None, ge=0.0, le=2.0, description="A scale at which that LoRA is served, its first unless given; or 0."
+        default=None,
+        ge=0.0,
+        le=2.0,
+        description="One of the scales at which that LoRA is served, by default the first; or 0.",
     )
 
 
 class _PromptFields(ImageFields):
     prompt: Prompt
-    stream: bool = Field(default=False, description="Answer with server-sent events.")
+    stream: bool = Field(default=False, description="Respond with server-sent events.")
     partial_images: Annotated[int, Field(ge=0, le=3), _WHOLE] = Field(
-        default=0, description="Previews of each image in a stream."
+        default=0, description="The number of previews of each image in a stream."
     )
     moderation: Literal["low", "auto"] = Field(default="auto", description="Accepted and ignored.")
 
@@ -197,7 +205,8 @@ _STRENGTH = Field(
     default=None,
     ge=0.0,
     le=1.0,
-    description="How much of the image is given up: 1 keeps nothing; 0, or less than one step, returns the image.",
+    description="How much of the input image is replaced: 1 keeps nothing; 0, or less than one step, returns it "
+    "unchanged.",
 )
 
 
@@ -217,7 +226,7 @@ class EditRequest(_EditFields):
 
     images: Annotated[References, _IMAGE_REFERENCES] = Field(
         validation_alias=AliasChoices("images", "image"),
-        description="Data URLs, `data:image/png;base64,…`, or base64; also as `image`. No URL is ever fetched.",
+        description="Data URLs, `data:image/png;base64,…`, or base64; also as `image`. URLs are never fetched.",
     )
     mask: Annotated[ImageReference | None, _MASK] = None
 
@@ -228,10 +237,10 @@ class EditForm(_EditFields):
     image: Annotated[Uploads, _IMAGE] = Field(
         validation_alias=AliasChoices("image", "images"),
         description="PNG, JPEG, WebP, AVIF or GIF, less than 50 MB each; also as `image[]`. Image i starts from "
-        "image i mod k.",
+        "input image i mod k.",
     )
     mask: Annotated[Upload | None, _MASK] = Field(
-        default=None, description="A PNG of the first image's size: its transparent pixels are drawn anew."
+        default=None, description="A PNG of the first image's size: its transparent pixels are regenerated."
     )
 
 
@@ -242,7 +251,7 @@ class VariationForm(ImageFields):
         validation_alias=AliasChoices("image", "images"), description="PNG, JPEG, WebP, AVIF or GIF, less than 50 MB."
     )
     strength: float | None = _STRENGTH
-    stream: bool = Field(default=False, description="Variations come all at once; `true` is refused.")
+    stream: bool = Field(default=False, description="Variations cannot be streamed; `true` is rejected.")
 
     @property
     def prompt(self) -> str:

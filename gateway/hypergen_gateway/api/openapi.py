@@ -74,50 +74,50 @@ _WORK_ERRORS = (429, 500, 503, 504)
 _JSON, _FORM, _SSE = "application/json", "multipart/form-data", "text/event-stream"
 
 ERRORS: dict[int, str] = {
-    400: "A field or the body cannot be served as it stands; `param` names the field and the message what is legal.",
+    400: "A field or the body is invalid; `param` names the field, and the message says which values are allowed.",
     401: "The API key is missing, malformed or wrong.",
-    404: "There is no such thing.",
+    404: "Not found.",
     410: "The link has expired.",
-    413: "The body is larger than the server reads.",
-    415: "The body is of another type than the route reads, or compressed.",
+    413: "The body is too large.",
+    415: "The body's content type is not supported by this route, or the body is compressed.",
     429: (
-        "As many requests wait as may wait, or the images would come after the deadline; `Retry-After` says when to "
-        "come again, `x-should-retry: false` that not even an idle server would be in time."
+        "The queue is full, or the images would not be ready before the deadline. `Retry-After` says when to retry; "
+        "`x-should-retry: false` means that even an idle server would be too late."
     ),
     500: (
-        "A fault of the server; its log has the details under the request id. The code `image_not_finite` says that "
-        "the model computed no image, and would not for the same request again."
+        "An internal error; the server's log has the details under the request id. The code `image_not_finite` means "
+        "that the model computed invalid values, and would do so again for the same request."
     ),
-    503: "The model is not available at the moment; `Retry-After` says when to come again.",
+    503: "The model is temporarily unavailable; `Retry-After` says when to retry.",
     504: "The images were not ready in time.",
 }
 _RETRYABLE = (429, 503)
 
-_DRAWN_SIZE = "x-hypergen-drawn-size"
-_DRAWING_HEADERS = (
+_GENERATED_SIZE = "x-hypergen-generated-size"
+_IMAGE_HEADERS = (
     "x-hypergen-queue-position",
     "x-hypergen-estimated-ms",
     "x-hypergen-prompt-truncated",
-    _DRAWN_SIZE,
+    _GENERATED_SIZE,
 )
-_TEXT_HEADERS = {"x-request-id", _DRAWN_SIZE}
+_TEXT_HEADERS = {"x-request-id", _GENERATED_SIZE}
 
 _NULL = {"type": "null"}
 _SAY_NULL = {"Health", "ErrorObject"}
 _TAKE_NULL = {"ImageRequest", "EditRequest"}
 
 _STREAM = (
-    "With `stream: true`, server-sent events: at most `partial_images` previews of each image, then the image. "
-    'A comment keeps a quiet stream open; what fails after the first event ends it with `data: {"error": …}`.'
+    "With `stream: true`, the response is server-sent events: up to `partial_images` previews of each image, then the "
+    'image. Comments keep an idle stream open; an error after the first event ends it with `data: {"error": …}`.'
 )
 _REPEAT = (
-    "The same request with the same `Idempotency-Key` header is drawn once and answered each time; so is what OpenAI's "
-    "clients send again by themselves when a connection breaks."
+    "A request that is repeated with the same `Idempotency-Key` header is generated once, and every copy gets the "
+    "response; the same holds for the automatic retries of OpenAI's clients after a lost connection."
 )
 _EDIT = (
-    "The first image's transparent pixels in `mask` are drawn anew and the others stay; without a mask the whole image "
-    "is redrawn, and transparency of its own is its mask. With several images, image i starts from image i mod k. "
-    "`size: auto` answers in the image's own size."
+    "The pixels of the first image that are transparent in `mask` are regenerated, and the others stay. Without a "
+    "mask, the image's own transparency is the mask; an opaque image is regenerated as a whole. With k input images, "
+    "image i starts from input image i mod k. `size: auto` is the input image's size."
 )
 
 
@@ -131,7 +131,7 @@ OPERATIONS = (
         method="post",
         path="/v1/images/generations",
         id="createImage",
-        summary="Draw images from a prompt",
+        summary="Generate images from a prompt",
         description=f"{_STREAM} {_REPEAT}",
         bodies={_JSON: ImageRequest},
         answer=ImagesResponse,
@@ -142,7 +142,7 @@ OPERATIONS = (
         method="post",
         path="/v1/images/edits",
         id="createImageEdit",
-        summary="Draw images from a prompt and images",
+        summary="Edit images by a prompt",
         description=f"{_EDIT} {_STREAM} {_REPEAT}",
         bodies={_FORM: EditForm, _JSON: EditRequest},
         answer=ImagesResponse,
@@ -153,7 +153,7 @@ OPERATIONS = (
         method="post",
         path="/v1/images/variations",
         id="createImageVariation",
-        summary="Draw images like an image",
+        summary="Generate variations of an image",
         description=_REPEAT,
         bodies={_FORM: VariationForm},
         answer=ImagesResponse,
@@ -163,7 +163,7 @@ OPERATIONS = (
         method="get",
         path="/v1/models",
         id="listModels",
-        summary="The model that is served",
+        summary="List the served model",
         answer=ModelList,
         errors=(500, 503),
     ),
@@ -171,16 +171,16 @@ OPERATIONS = (
         method="get",
         path="/v1/models/{id}",
         id="retrieveModel",
-        summary="The model by its id or an alias, slashes escaped or not",
+        summary="Retrieve the model by its id or an alias, with slashes escaped or not",
         answer=ModelObject,
-        parameters=(_parameter("id", "path", "The id that /v1/models lists."),),
+        parameters=(_parameter("id", "path", "An id from /v1/models."),),
         errors=(404, 500, 503),
     ),
     Operation(
         method="get",
         path="/v1/capabilities",
         id="readCapabilities",
-        summary="What the served model draws and how: an extension of the API",
+        summary="Describe what the served model supports (an extension of the API)",
         answer=Capabilities,
         errors=(500, 503),
     ),
@@ -188,12 +188,12 @@ OPERATIONS = (
         method="get",
         path=f"{FILES_PATH}/{{name}}",
         id="readFile",
-        summary="The image behind a link",
-        description="Links come in answers to `response_format: url` and are used as they came.",
+        summary="Download the image behind a link",
+        description="Links are in responses to `response_format: url`; use them unchanged.",
         parameters=(
             _parameter("name", "path", "The file's name."),
-            _parameter("expires", "query", "When the link ends, in seconds since 1970."),
-            _parameter("signature", "query", "What proves that the link is ours."),
+            _parameter("expires", "query", "When the link expires, in seconds since 1970."),
+            _parameter("signature", "query", "The server's signature of the link."),
         ),
         errors=(404, 410, 500),
         is_open=True,
@@ -202,7 +202,7 @@ OPERATIONS = (
         method="get",
         path="/health",
         id="health",
-        summary="How the server is; 200 while the process lives",
+        summary="The server's state; 200 while the process runs",
         answer=Health,
         is_open=True,
     ),
@@ -210,7 +210,7 @@ OPERATIONS = (
         method="get",
         path="/health/live",
         id="live",
-        summary="Whether the process lives",
+        summary="Liveness: whether the process runs",
         answer=Live,
         is_open=True,
     ),
@@ -218,7 +218,7 @@ OPERATIONS = (
         method="get",
         path="/health/ready",
         id="ready",
-        summary="Whether an image could be made; 503 if not",
+        summary="Readiness: whether images can be generated; 503 if not",
         answer=Health,
         is_open=True,
     ),
@@ -233,7 +233,7 @@ def describe_api(model: ModelDescription | None, *, secured: bool) -> JsonObject
         "info": {
             "title": "HyperGen",
             "version": version("hypergen-triton"),
-            "description": "OpenAI's Images API on your own machine, and the knobs that diffusion has.",
+            "description": "OpenAI's Images API on your own machine, with the parameters of diffusion models.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "paths": _paths(),
@@ -267,7 +267,7 @@ def _operation(operation: Operation) -> JsonObject:
     if operation.is_open:
         described["security"] = []
     if operation.path == "/health/ready":
-        described["responses"]["503"] = described["responses"]["200"] | {"description": "No image could be made."}
+        described["responses"]["503"] = described["responses"]["200"] | {"description": "Images cannot be generated."}
     return described
 
 
@@ -276,7 +276,7 @@ def _statuses(operation: Operation) -> list[int]:
 
 
 def _success(operation: Operation) -> JsonObject:
-    headers = _headers("x-request-id", "openai-processing-ms", *(_DRAWING_HEADERS if operation.bodies else ()))
+    headers = _headers("x-request-id", "openai-processing-ms", *(_IMAGE_HEADERS if operation.bodies else ()))
     if operation.answer is None:
         file = {"schema": {"type": "string", "format": "binary"}}
         files = {f"image/{name}": file for name in ("png", "jpeg", "webp")}

@@ -54,24 +54,24 @@ class ImageObject(BaseModel):
 
 
 class InputTokensDetails(BaseModel):
-    """What the input tokens stand for."""
+    """The input tokens by kind."""
 
     text_tokens: int = Field(description="Tokens of the prompt and the negative prompt, as the text encoder read them.")
-    image_tokens: int = Field(description="Squares of 8 × 8 pixels in the images that images started from.")
+    image_tokens: int = Field(description="Squares of 8 × 8 pixels in the input images.")
 
 
 class Usage(BaseModel):
-    """What the images cost. A token of an image is a square of 8 × 8 pixels, in the size that the model generates."""
+    """The tokens of a request. An image's tokens are squares of 8 × 8 pixels, in the size that the model generates."""
 
     input_tokens: int
-    output_tokens: int = Field(description="Squares of 8 × 8 pixels in the images that were drawn.")
+    output_tokens: int = Field(description="Squares of 8 × 8 pixels in the generated images.")
     total_tokens: int
     input_tokens_details: InputTokensDetails
 
 
 _TRUNCATED = Field(
     default=None,
-    description="Tokens of the prompt and the negative prompt that the text encoder did not read, if there are any.",
+    description="The tokens of the prompt and the negative prompt that were cut off, if any.",
 )
 
 
@@ -82,7 +82,7 @@ class ImagesResponse(BaseModel):
     background: Literal["opaque"] = "opaque"
     output_format: FormatName
     quality: Quality
-    size: str | None = Field(default=None, description="WIDTHxHEIGHT, unless the images differ in it.")
+    size: str | None = Field(default=None, description="WIDTHxHEIGHT, if all images have the same size.")
     data: list[ImageObject]
     usage: Usage
     prompt_truncated: int | None = _TRUNCATED

@@ -129,7 +129,7 @@ class Endpoints:
         for known in (await self._model_id(), *self.config.model_aliases):
             if same_id(requested, known):
                 return _json(responses.ModelObject(id=known))
-        raise ModelNotFoundError("This model does not exist; GET /v1/models lists the one that does.", "model")
+        raise ModelNotFoundError("This model does not exist. GET /v1/models lists the served model.", "model")
 
     async def capabilities(self, _: Request) -> Response:
         """The capabilities of the model; an extension."""
@@ -188,7 +188,7 @@ class Endpoints:
     async def read_file(self, request: Request) -> Response:
         """The image behind a link."""
         if not isinstance(self.links, LocalLinks):
-            raise NotFoundError("Links to images do not lead to this server.")
+            raise NotFoundError("This server does not serve linked images.")
         query = request.query_params
         stored = await self.links.read(
             request.path_params["name"], query.get("expires", ""), query.get("signature", "")
@@ -267,7 +267,7 @@ def _job_headers(job: Job) -> dict[str, str]:
     """Headers: the generated sizes if the images sent differ from them; queue position and estimate on arrival."""
     headers = {}
     if sizes := job.request.generated_sizes:
-        headers["x-hypergen-drawn-size"] = ", ".join(f"{width}x{height}" for width, height in sizes)
+        headers["x-hypergen-generated-size"] = ", ".join(f"{width}x{height}" for width, height in sizes)
     if job.slot is None:
         return headers
     headers["x-hypergen-queue-position"] = str(job.slot.position)

@@ -38,10 +38,10 @@ _SUPPORTED: dict[str, tuple[object, ...]] = {
     "background": ("auto", "opaque"),
 }
 
-_EDITS = "images to start from are for POST /v1/images/edits"
-_ANIMATED = "'output_format' can be neither gif nor svg here"
+_EDITS = "use POST /v1/images/edits for input images"
+_ANIMATED = "'output_format' cannot be gif or svg on this server"
 _ANY_ROUTE = dict.fromkeys(("frame_count", "frame_duration_ms", "svg"), _ANIMATED)
-_MARKUP = {"markup": "this server takes no markup; a 'mask' says what is drawn anew"}
+_MARKUP = {"markup": "this server does not support markup; use a 'mask' to select what is regenerated"}
 # Fields that a route does not have, but that a client would send to get a different image: rejected with the reason
 # rather than ignored.
 _ELSEWHERE: dict[type[ImageFields], dict[str, str]] = {
@@ -49,7 +49,7 @@ _ELSEWHERE: dict[type[ImageFields], dict[str, str]] = {
     EditRequest: _ANY_ROUTE | _MARKUP,
     EditForm: _ANY_ROUTE | _MARKUP,
     VariationForm: _ANY_ROUTE
-    | dict.fromkeys(("prompt", "mask", "markup"), "what is to change is said in POST /v1/images/edits"),
+    | dict.fromkeys(("prompt", "mask", "markup"), "use POST /v1/images/edits to describe a change"),
 }
 
 
@@ -86,16 +86,16 @@ def _reject_fields_of_other_routes(given: dict[str, Any], kind: type[ImageFields
 def _check_combinations(body: RequestBody) -> None:
     if body.output_format == "png" and body.output_compression != 100:
         raise InvalidRequestError(
-            "'output_compression' is for 'jpeg' and 'webp': 'png' loses nothing. It must be 100 or left out.",
+            "'output_compression' is for 'jpeg' and 'webp': 'png' is lossless. It must be 100 or omitted.",
             "output_compression",
         )
     if body.stream and isinstance(body, VariationForm):
         raise InvalidRequestError(
-            "Invalid value for 'stream': variations come all at once; POST /v1/images/edits streams.", "stream"
+            "Invalid value for 'stream': variations cannot be streamed; POST /v1/images/edits can.", "stream"
         )
     if body.stream and body.response_format == "url":
         raise InvalidRequestError(
-            "Invalid value for 'response_format': a stream carries its images. It must be 'b64_json'.",
+            "Invalid value for 'response_format': the images of a stream cannot be links. It must be 'b64_json'.",
             "response_format",
         )
 

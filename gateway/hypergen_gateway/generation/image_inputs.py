@@ -108,7 +108,7 @@ def _read_mask(file: BinaryIO, image: Image.Image) -> Image.Image:
     repainted = _transparency(mask) if mask.mode == "RGBA" else None
     if repainted is None:
         raise InvalidRequestError(
-            "The mask has no transparent pixels. It must be a PNG whose alpha is 0 where the image is drawn anew.",
+            "The mask has no transparent pixels. It must be a PNG whose alpha is 0 where the image is regenerated.",
             "mask",
         )
     return repainted

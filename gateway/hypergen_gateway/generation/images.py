@@ -141,7 +141,7 @@ def _refusing_rubbish(param: str, formats: tuple[str, ...], kind: str | None) ->
 
 
 def _broken(param: str, kind: str | None) -> str:
-    return f"The {kind or 'image'} file in '{param}' is broken or cut off: send all of it."
+    return f"The {kind or 'image'} file in '{param}' is corrupt or truncated."
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -34,7 +34,9 @@ class SizePolicy:
 
     def check(self, asked: Size, model: ModelDescription) -> None:
         """Raises `InvalidRequestError` for a size that is not allowed."""
-        is_legal = min(asked) >= 1 and max(asked) <= self.limit(model) if self.name == "fit" else is_drawn(asked, model)
+        is_legal = (
+            min(asked) >= 1 and max(asked) <= self.limit(model) if self.name == "fit" else is_native(asked, model)
+        )
         if is_legal:
             return
         width, height = asked
@@ -56,7 +58,7 @@ class SizePolicy:
         return f"{example}, both multiples of {model.size_factor} from {model.min_size} to {model.max_size}"
 
 
-def is_drawn(size: Size, model: ModelDescription) -> bool:
+def is_native(size: Size, model: ModelDescription) -> bool:
     """Whether the model generates exactly this size."""
     if model.sizes:
         return f"{size[0]}x{size[1]}" in model.sizes
@@ -74,14 +76,14 @@ def nearest_size(asked: Size, model: ModelDescription) -> Size:
     return width, height
 
 
-def window(drawn: Size, asked: Size) -> Box:
+def window(generated: Size, asked: Size) -> Box:
     """The part of a generated image to scale to `asked` without distortion.
 
     All of the image, but for what is cut off evenly from two sides if the aspect ratios differ.
     """
-    scale = max(asked[0] / drawn[0], asked[1] / drawn[1])
-    width, height = (min(max(round(side / scale), 1), most) for side, most in zip(asked, drawn, strict=True))
-    left, top = (drawn[0] - width) // 2, (drawn[1] - height) // 2
+    scale = max(asked[0] / generated[0], asked[1] / generated[1])
+    width, height = (min(max(round(side / scale), 1), most) for side, most in zip(asked, generated, strict=True))
+    left, top = (generated[0] - width) // 2, (generated[1] - height) // 2
     return left, top, left + width, top + height
 
 

@@ -33,7 +33,7 @@ _EXPOSED = (
     "retry-after",
     "retry-after-ms",
     "server-timing",
-    "x-hypergen-drawn-size",
+    "x-hypergen-generated-size",
     "x-hypergen-estimated-ms",
     "x-hypergen-prompt-truncated",
     "x-hypergen-queue-position",

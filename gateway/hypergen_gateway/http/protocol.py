@@ -251,7 +251,7 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
     def _on_head_timeout(self) -> None:
         """Answer a client that has sent a part of a head; close the connection of one that has sent nothing."""
         if self._in_head:
-            self._reject(RequestTimeoutError("The head of the request did not arrive in time."))
+            self._reject(RequestTimeoutError("The request's headers did not arrive in time."))
         else:
             self.transport.abort()
 

@@ -109,10 +109,12 @@ class LocalLinks:
         """
         # The signature is checked first: without a valid one, a client learns nothing, not even which files exist.
         if not hmac.compare_digest(self._sign(name, expires).encode(), signature.encode()) or not _NAME.fullmatch(name):
-            raise NotFoundError("There is no such file. Links are used as they came, with their whole query.")
+            raise NotFoundError("File not found. Use links unchanged, with their complete query string.")
         seconds_left = int(expires) - int(time.time())
         if seconds_left <= 0:
-            raise LinkExpiredError("This link has expired. Make the image again; its seed gives the same one.")
+            raise LinkExpiredError(
+                "This link has expired. Generate the image again: the same seed gives the same image."
+            )
         try:
             content = await asyncio.to_thread((self._folder / name).read_bytes)
         except FileNotFoundError as error:

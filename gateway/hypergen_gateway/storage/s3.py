@@ -42,7 +42,7 @@ class S3Links:
         try:
             return await asyncio.to_thread(self._upload, file, file_format)
         except (BotoCoreError, ClientError) as error:
-            raise InternalError(f"an image cannot be kept in the bucket {self._bucket!r}: {error}") from error
+            raise InternalError(f"an image cannot be stored in the bucket {self._bucket!r}: {error}") from error
 
     async def run(self) -> None:
         """Checks the bucket at startup: otherwise an error would appear only after the first image is generated."""

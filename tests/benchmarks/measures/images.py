@@ -87,11 +87,11 @@ class _Bounded:
         self.name = target.name
         self.process = target.process
         self.stop = target.stop
-        self._draw = target.draw
+        self._generate = target.generate
 
-    async def draw(self, request: GenerationRequest) -> float:
+    async def generate(self, request: GenerationRequest) -> float:
         try:
-            return await asyncio.wait_for(self._draw(request), STALLED_SECONDS)
+            return await asyncio.wait_for(self._generate(request), STALLED_SECONDS)
         except asyncio.TimeoutError:
             return STALLED_SECONDS
 
@@ -138,7 +138,7 @@ async def _grow(
     for _ in range(bench.budget.rounds + 1):
         each = next(requests)
         for name, target in targets.items():
-            taken[name].append(await target.draw(each))
+            taken[name].append(await target.generate(each))
     bench.enter(
         {
             f"growth_{workload.name}_{what}_{name}_ms": round(statistics.median(seconds[1:]) * 1e3, 2)

@@ -74,7 +74,7 @@ async def _beside_genai(bench: Bench, workload: Workload, ours: Target) -> None:
 
 async def _batch(worker: Worker, request: GenerationRequest) -> float:
     """Images per second for eight images of one prompt in one call, the only batching that GenAI has."""
-    return FULL / await worker.draw(request, images=FULL)
+    return FULL / await worker.generate(request, images=FULL)
 
 
 async def mixed_sizes(bench: Bench, workload: Workload) -> None:
@@ -120,10 +120,10 @@ async def short_behind_long(bench: Bench, workload: Workload) -> None:
 
 async def _short_one(target: Target, workload: Workload) -> float:
     long = workload.requests(steps=LONG_STEPS)
-    tasks = [asyncio.create_task(target.draw(next(long))) for _ in range(LONG_JOBS)]
+    tasks = [asyncio.create_task(target.generate(next(long))) for _ in range(LONG_JOBS)]
     await asyncio.sleep(HEAD_START_SECONDS)
     try:
-        seconds = await target.draw(next(workload.requests(steps=SHORT_STEPS)))
+        seconds = await target.generate(next(workload.requests(steps=SHORT_STEPS)))
         await asyncio.gather(*tasks)
     finally:
         for task in tasks:

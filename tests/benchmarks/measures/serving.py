@@ -50,7 +50,7 @@ async def start(bench: Bench, workload: Workload) -> None:
 async def _first_image(bench: Bench, peer: Peer, workload: Workload) -> float:
     began = time.perf_counter()
     async with bench.running(peer, workload) as target:
-        await target.draw(next(workload.requests()))
+        await target.generate(next(workload.requests()))
         return time.perf_counter() - began
 
 

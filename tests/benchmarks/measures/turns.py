@@ -77,13 +77,13 @@ async def take_turns(
     An image of one step warms each up. There are fewer than `count` pairs if they exceed the budget's seconds.
     """
     for target in (ours, theirs):
-        await target.draw(replace(next(requests), steps=1))
+        await target.generate(replace(next(requests), steps=1))
     taken: dict[str, list[float]] = {ours.name: [], theirs.name: []}
     until = time.monotonic() + bench.budget.seconds
     for number in range(1, count + 1):
         request = next(requests)
         for target in (ours, theirs) if number % 2 else (theirs, ours):
-            taken[target.name].append(await target.draw(request))
+            taken[target.name].append(await target.generate(request))
         if taken[ours.name][-1] + taken[theirs.name][-1] > TOLD_SECONDS:
             told = ", ".join(f"{name} {seconds[-1]:.1f} s" for name, seconds in taken.items())
             bench.say(f"  pair {number} of {count}: {told}")
@@ -96,12 +96,12 @@ async def in_flight(target: Target, requests: Iterator[GenerationRequest], numbe
     """Images per second while `number` requests are in flight, until `count` are done."""
     left = [next(requests) for _ in range(count)]
 
-    async def draw_on() -> None:
+    async def generate_next() -> None:
         while left:
-            await target.draw(left.pop(0))
+            await target.generate(left.pop(0))
 
     began = time.perf_counter()
-    tasks = [asyncio.create_task(draw_on()) for _ in range(number)]
+    tasks = [asyncio.create_task(generate_next()) for _ in range(number)]
     try:
         await asyncio.gather(*tasks)
     finally:

@@ -43,7 +43,7 @@ class _Floor:
         unet = openvino.Core().read_model(folder / "unet" / "1" / "model.onnx")
         self._time_width = unet.input("time").partial_shape[1].get_length()
 
-    def draw(self, job: Job) -> Any:
+    def generate(self, job: Job) -> Any:
         texts = ["", job["prompt"]] if job["guidance"] > 1 else [job["prompt"]]
         ids = np.array([encoding.ids for encoding in self._tokenizer.encode_batch(texts)], dtype=np.int32)
         states = self._encode({"input_ids": ids})["encoder_hidden_states"].copy()
@@ -90,4 +90,4 @@ def _compile(folder: Path, name: str, options: Job) -> Run:
 
 
 if __name__ == "__main__":
-    serve(lambda options: [_Floor(options).draw])
+    serve(lambda options: [_Floor(options).generate])

@@ -14,16 +14,16 @@ from typing import Any
 import openvino_genai
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.workers.protocol import Draw, Job, in_diffusers_words, serve
+from benchmarks.workers.protocol import Generate, Job, in_diffusers_words, serve
 
 
-def load(options: Job) -> list[Draw]:
+def load(options: Job) -> list[Generate]:
     properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": options["precision"]}
     pipelines = options["pipelines"]
     if pipelines > 1:
         properties["INFERENCE_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // pipelines))
     pipes = [_pipeline(options, properties) for _ in range(pipelines)]
-    return [_draw(pipe) for pipe in pipes]
+    return [_generate(pipe) for pipe in pipes]
 
 
 def _pipeline(options: Job, properties: dict[str, str]) -> Any:
@@ -37,11 +37,11 @@ def _pipeline(options: Job, properties: dict[str, str]) -> Any:
     return pipe
 
 
-def _draw(pipe: Any) -> Draw:
-    def draw(job: Job) -> Any:
+def _generate(pipe: Any) -> Generate:
+    def generate(job: Job) -> Any:
         return pipe.generate(job["prompt"], **in_diffusers_words(job), rng_seed=job["seed"]).data
 
-    return draw
+    return generate
 
 
 if __name__ == "__main__":

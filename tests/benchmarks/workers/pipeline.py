@@ -10,10 +10,10 @@ import torch
 from diffusers import DiffusionPipeline
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.workers.protocol import Draw, Job, in_diffusers_words, serve
+from benchmarks.workers.protocol import Generate, Job, in_diffusers_words, serve
 
 
-def load(options: Job) -> list[Draw]:
+def load(options: Job) -> list[Generate]:
     pipe = DiffusionPipeline.from_pretrained(options["checkpoint"], torch_dtype=getattr(torch, options["dtype"]))
     pipe.set_progress_bar_config(disable=True)
     if options.get("compile"):
@@ -23,12 +23,12 @@ def load(options: Job) -> list[Draw]:
         pipe.unet = torch.compile(pipe.unet)
         pipe.vae.decode = torch.compile(pipe.vae.decode)
 
-    def draw(job: Job) -> Any:
+    def generate(job: Job) -> Any:
         generator = torch.Generator("cpu").manual_seed(job["seed"])
         return pipe(job["prompt"], **in_diffusers_words(job), generator=generator).images
 
-    draw(options["first"])
-    return [draw]
+    generate(options["first"])
+    return [generate]
 
 
 if __name__ == "__main__":

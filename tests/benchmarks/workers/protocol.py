@@ -1,7 +1,7 @@
 """How a peer that is a library is driven from outside: a line of JSON for each image, on standard input and output.
 
 Imports nothing but the standard library and numpy, which every peer's environment has. A worker says how it loads its
-pipeline and how it draws; this says when, and for how long it took.
+pipeline and how it generates; this says when, and for how long it took.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import numpy as np
 
 Job = dict[str, Any]
 # A job to pixels [n, height, width, 3] or [height, width, 3], uint8.
-Draw = Callable[[Job], Any]
+Generate = Callable[[Job], Any]
 # The line that names the checkpoint and the worker's options -> one function for each job that may run at a time.
-Load = Callable[[Job], list[Draw]]
+Load = Callable[[Job], list[Generate]]
 
 
 def serve(load: Load) -> None:
@@ -34,13 +34,13 @@ def serve(load: Load) -> None:
         with lock:
             answers.write(json.dumps(fields) + "\n")
 
-    # Loaded, and first drawn, by the thread that draws: OpenMP keeps threads for each one that ever used it, and once
-    # they are more than the cores none of them waits awake any more, which makes torch nearly twice as slow.
+    # The thread that generates also loads the model and generates first: OpenMP keeps threads for each thread that
+    # ever used it, and once they outnumber the cores they no longer spin, which makes torch nearly twice as slow.
     loader = ThreadPoolExecutor(1)
-    draws = loader.submit(load, json.loads(sys.stdin.readline())).result()
-    idle = list(draws)
+    generates = loader.submit(load, json.loads(sys.stdin.readline())).result()
+    idle = list(generates)
     answer(ready=True)
-    with loader if len(draws) == 1 else ThreadPoolExecutor(len(draws)) as executor:
+    with loader if len(generates) == 1 else ThreadPoolExecutor(len(generates)) as executor:
         for line in sys.stdin:
             executor.submit(_answer_one, json.loads(line), idle, answer)
 
@@ -56,14 +56,14 @@ def in_diffusers_words(job: Job) -> dict[str, Any]:
     }
 
 
-def _answer_one(job: Job, idle: list[Draw], answer: Callable[..., None]) -> None:
-    draw = idle.pop()
+def _answer_one(job: Job, idle: list[Generate], answer: Callable[..., None]) -> None:
+    generate = idle.pop()
     try:
         began = time.perf_counter()
-        pixels = np.asarray(draw(job))
+        pixels = np.asarray(generate(job))
         seconds = time.perf_counter() - began
         answer(id=job["id"], seconds=seconds, shape=pixels.shape, spread=float(pixels.std()))
     except Exception as error:
         answer(id=job["id"], error=f"{type(error).__name__}: {error}"[:500])
     finally:
-        idle.append(draw)
+        idle.append(generate)

@@ -15,10 +15,10 @@ import numpy as np
 from stable_diffusion_cpp import StableDiffusion
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.workers.protocol import Draw, Job, serve
+from benchmarks.workers.protocol import Generate, Job, serve
 
 
-def load(options: Job) -> list[Draw]:
+def load(options: Job) -> list[Generate]:
     model = StableDiffusion(
         model_path=options["checkpoint"],
         n_threads=len(os.sched_getaffinity(0)),
@@ -28,7 +28,7 @@ def load(options: Job) -> list[Draw]:
         verbose=False,
     )
 
-    def draw(job: Job) -> Any:
+    def generate(job: Job) -> Any:
         (image,) = model.generate_image(
             prompt=job["prompt"],
             width=job["width"],
@@ -40,7 +40,7 @@ def load(options: Job) -> list[Draw]:
         )
         return np.asarray(image.convert("RGB"))  # it comes with an alpha channel
 
-    return [draw]
+    return [generate]
 
 
 if __name__ == "__main__":

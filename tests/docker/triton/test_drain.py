@@ -25,7 +25,7 @@ nv_inference_count{{model="unet",version="1"}} 99
 
 
 @contextmanager
-def drawing(until: float) -> Iterator[str]:
+def generating(until: float) -> Iterator[str]:
     """A server whose count of executions grows with every look until that time; gives the metrics' address."""
     count = 0
 
@@ -55,26 +55,26 @@ def drain(url: str, *options: str) -> tuple[int, str]:
 
 def test_it_waits_until_no_model_is_executed_any_more() -> None:
     until = time.monotonic() + 2
-    with drawing(until) as url:
+    with generating(until) as url:
         assert drain(url, "--quiet", "1") == (0, "")
     assert time.monotonic() > until + 1
 
 
 def test_it_first_lets_clients_go_elsewhere() -> None:
     began = time.monotonic()
-    with drawing(began) as url:
+    with generating(began) as url:
         assert drain(url, "--announce", "1.5", "--quiet", "0.5") == (0, "")
     assert time.monotonic() - began > 2
 
 
 def test_it_gives_up_at_its_limit_and_says_so() -> None:
-    with drawing(time.monotonic() + 60) as url:
+    with generating(time.monotonic() + 60) as url:
         code, said = drain(url, "--quiet", "2", "--limit", "1")
     assert code == 1
     assert said == "drain: images were still being generated after 1 s\n"
 
 
 def test_nobody_there_is_nothing_to_wait_for() -> None:
-    with drawing(0) as url:
+    with generating(0) as url:
         pass
     assert drain(url) == (0, "")

@@ -31,16 +31,16 @@ def true_image(emoji: int, colour: int) -> Image.Image:
 
 
 class Perfect:
-    """Draws what the task of that seed asks for."""
+    """Generates what the task of that seed asks for."""
 
     def __init__(self, tasks: Sequence[Task], emoji_off: int = 0, colour_off: int = 0) -> None:
         self._tasks = {task.request.seed: task for task in tasks}
         self._emoji_off, self._colour_off = emoji_off, colour_off
 
-    def draw(self, requests: Sequence[Request]) -> list[Image.Image]:
-        return [self._draw(self._tasks[one.seed]) for one in requests]
+    def generate(self, requests: Sequence[Request]) -> list[Image.Image]:
+        return [self._generate(self._tasks[one.seed]) for one in requests]
 
-    def _draw(self, task: Task) -> Image.Image:
+    def _generate(self, task: Task) -> Image.Image:
         emoji = (task.emoji + self._emoji_off) % len(emoji_list())
         return true_image(emoji, (task.colour + self._colour_off) % len(COLOUR_NAMES))
 

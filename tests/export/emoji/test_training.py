@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import train
 from models import build_scheduler
 from stage import Plan, Stage, hidden_matrices, random_of, shares_of
-from train import EMOJI, Choice, Parts, captions_of, choose, mixed, of_all_emoji, redraw, without_slips
+from train import EMOJI, Choice, Parts, captions_of, choose, mixed, of_all_emoji, resample, without_slips
 from world import held_out_colour
 
 
@@ -108,7 +108,7 @@ class Knowing:
         return (signal * (noisy - signal * self._latents) / noise - noise * self._latents,)
 
 
-def test_a_unet_that_knows_the_latents_draws_them_again() -> None:
+def test_a_unet_that_knows_the_latents_generates_them_again() -> None:
     latents = torch.randn(3, 16, 8, 8)
     parts = Parts(
         vae=None,
@@ -117,19 +117,19 @@ def test_a_unet_that_knows_the_latents_draws_them_again() -> None:
         unet=Knowing(latents),
         latents=train.Latents({}, 1.0),
     )
-    assert torch.allclose(redraw(parts, latents, ["a", "b", "c"]), latents, atol=1e-4)
+    assert torch.allclose(resample(parts, latents, ["a", "b", "c"]), latents, atol=1e-4)
 
 
-def test_a_drawing_in_the_other_placement_gives_way_to_the_true_latents() -> None:
+def test_a_sample_in_the_other_placement_gives_way_to_the_true_latents() -> None:
     true = torch.tensor([0.0, 1.0])[None, :, None, None, None, None]
-    drawn = torch.tensor([[0.2, 0.9], [0.8, 0.4]])[None, :, :, None, None, None, None]
-    assert without_slips(drawn, true).flatten().tolist() == pytest.approx([0.2, 0.9, 0.0, 1.0])
+    sampled = torch.tensor([[0.2, 0.9], [0.8, 0.4]])[None, :, :, None, None, None, None]
+    assert without_slips(sampled, true).flatten().tolist() == pytest.approx([0.2, 0.9, 0.0, 1.0])
 
 
-def test_three_quarters_of_the_decoders_latents_are_drawn() -> None:
+def test_three_quarters_of_the_decoders_latents_are_sampled() -> None:
     count = 4000
     picks = Choice(torch.zeros(count).long(), torch.ones(count).long(), torch.ones(count).long())
-    drawn = torch.zeros(1, train.DRAWS, 2, 2, 1, 1, 1)
-    drawn[0, :, 1, 1] = 1
-    share = mixed(torch.zeros(count, 1, 1, 1), drawn, picks).mean()
+    sampled = torch.zeros(1, train.SAMPLES, 2, 2, 1, 1, 1)
+    sampled[0, :, 1, 1] = 1
+    share = mixed(torch.zeros(count, 1, 1, 1), sampled, picks).mean()
     assert share == pytest.approx(0.75, abs=0.03)

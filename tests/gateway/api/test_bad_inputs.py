@@ -129,7 +129,7 @@ WRONG_BODIES: list[tuple[bytes, str | None, str]] = [
     (b'{"prompt": "a", "n": ' + b"1" * 5000 + b"}", None, "digits"),
     (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", None, "deep"),
     (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, None, "deep"),
-    (b'{"prompt": "a", "stream": true, "response_format": "url"}', "response_format", "a stream carries"),
+    (b'{"prompt": "a", "stream": true, "response_format": "url"}', "response_format", "cannot be links"),
     (b'{"prompt": "a", "stream": true, "n": 0}', "n", "from 1 to 10"),
     (b'{"prompt": "a", "n": 10, "seed": 9223372036854775800}', "seed", "seed + n - 1"),
 ]

@@ -218,7 +218,7 @@ class TestHalfCharacters:
         response = await client.post(GENERATIONS, content=body, headers=JSON | headers)
         error = error_of(response)
         assert (response.status_code, error["param"]) == (400, field)
-        assert f"'{field}' holds half a character" in str(error["message"])
+        assert f"'{field}' contains half a character" in str(error["message"])
         assert backend.generations == []
 
     async def test_so_is_one_in_a_field_that_nobody_knows_or_in_a_name(self, client: httpx.AsyncClient) -> None:
@@ -228,7 +228,7 @@ class TestHalfCharacters:
             assert "half a character" in str(error_of(response)["message"])
 
     @pytest.mark.parametrize("headers", RETRYABLE)
-    async def test_whole_ones_are_drawn_however_they_are_written_and_so_is_a_nul(
+    async def test_whole_ones_are_generated_however_they_are_written_and_so_is_a_nul(
         self, client: httpx.AsyncClient, backend: FakeBackend, headers: dict[str, str]
     ) -> None:
         for prompt in ("a 🦊", "a \U00010000", "a\x00b"):

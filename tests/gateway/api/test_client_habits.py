@@ -236,12 +236,12 @@ class TestImageReferences:
     @pytest.mark.parametrize(
         ("reference", "words"),
         [
-            ("https://example.com/cat.png", "No URL is ever fetched"),
-            ({"url": "HTTP://169.254.169.254/latest"}, "No URL is ever fetched"),
-            ({"image_url": {"url": "file:///etc/passwd"}}, "No URL is ever fetched"),
-            ({"image_url": "cat.png"}, "no base64"),
-            ({"image_url": "data:image/png;base64,a!b"}, "no base64"),
-            ({"image_url": "data:image/png;base64,aaaaa"}, "no base64"),
+            ("https://example.com/cat.png", "URLs are never fetched"),
+            ({"url": "HTTP://169.254.169.254/latest"}, "URLs are never fetched"),
+            ({"image_url": {"url": "file:///etc/passwd"}}, "URLs are never fetched"),
+            ({"image_url": "cat.png"}, "not valid base64"),
+            ({"image_url": "data:image/png;base64,a!b"}, "not valid base64"),
+            ({"image_url": "data:image/png;base64,aaaaa"}, "not valid base64"),
             ({"image_url": "data:image/png;base64"}, "no comma"),
             ({"b64_json": ""}, "is empty"),
             ({"file_id": "file-abc"}, "Files API"),
@@ -331,7 +331,7 @@ class TestFieldsThatBelongElsewhere:
     @pytest.mark.parametrize(
         ("field", "value"), [("prompt", b"a fox"), ("stream", b"true"), ("mask", PHOTO), ("markup", PHOTO)]
     )
-    async def test_a_variation_is_drawn_from_an_image_alone(
+    async def test_a_variation_is_native_from_an_image_alone(
         self, client: httpx.AsyncClient, backend: FakeBackend, field: str, value: bytes
     ) -> None:
         sent = part(field, value, filename="x" if value is PHOTO else None)

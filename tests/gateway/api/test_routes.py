@@ -152,7 +152,9 @@ class TestGenerations:
         ]
         assert len(small["data"][0]["b64_json"]) < len(large["data"][0]["b64_json"])
 
-    async def test_usage_is_what_the_text_encoder_read_and_the_squares_drawn(self, client: httpx.AsyncClient) -> None:
+    async def test_usage_is_what_the_text_encoder_read_and_the_squares_generated(
+        self, client: httpx.AsyncClient
+    ) -> None:
         response = await client.post(GENERATIONS, json={"prompt": "two words", "n": 2, "size": "64x64"})
         assert response.json()["usage"] == {
             "input_tokens": 2,

@@ -90,7 +90,7 @@ class TestFrames:
         ]
         assert sorted((event["image_index"], event["seed"]) for event in completed) == [(0, 5), (1, 6), (2, 7)]
 
-    async def test_a_preview_arrives_while_the_image_is_still_drawn(self, backend: FakeBackend) -> None:
+    async def test_a_preview_arrives_while_the_image_is_still_generated(self, backend: FakeBackend) -> None:
         backend.finishing.clear()
         async with (
             on_loopback(create_app(Config(), backend)) as url,

@@ -73,11 +73,16 @@ def test_what_is_given_arrives() -> None:
     )
 
 
-def test_the_nearest_size_is_drawn_and_where_sizes_are_built_in_one_of_those() -> None:
+def test_the_nearest_size_is_native_and_where_sizes_are_built_in_one_of_those() -> None:
     served = replace(MODEL, sizes=("64x48", "128x128"))
-    for size, drawn in (("128x128", (128, 128)), ("auto", (64, 48)), ("1024x768", (64, 48)), ("500x500", (128, 128))):
+    for size, generated in (
+        ("128x128", (128, 128)),
+        ("auto", (64, 48)),
+        ("1024x768", (64, 48)),
+        ("500x500", (128, 128)),
+    ):
         made = generation(served, size=size)
-        assert (made.width, made.height) == drawn
+        assert (made.width, made.height) == generated
 
 
 def test_strictly_the_sizes_that_are_built_in_are_named() -> None:
@@ -180,7 +185,7 @@ def test_a_lora_is_asked_for_by_name_at_one_of_its_scales(fields: dict[str, Any]
         ({"lora_path": "oil"}, "lora_path", "\"oil\". It must be one of 'ink', 'clay'."),
         ({"lora_path": ""}, "lora_path", "It must be one of 'ink', 'clay'."),
         ({"lora_path": "/srv/ink.safetensors", "lora_scale": 0}, "lora_path", "It must be one of 'ink', 'clay'."),
-        ({"lora_path": "ink", "lora_scale": 1}, "lora_scale", "1. 'ink' is served at 0.8, 0.4; 0 leaves it out."),
+        ({"lora_path": "ink", "lora_scale": 1}, "lora_scale", "1. 'ink' is served at 0.8, 0.4; 0 disables it."),
     ],
 )
 def test_another_lora_or_scale_is_refused_with_those_that_are_there(

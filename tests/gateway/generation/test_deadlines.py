@@ -14,7 +14,7 @@ from hypergen_gateway.config import Config
 from support.fake_backend import FakeBackend, in_memory, on_loopback, until
 
 GENERATIONS = "/v1/images/generations"
-FOX = {"prompt": "a fox", "n": 4}  # as many as the backend draws at a time
+FOX = {"prompt": "a fox", "n": 4}  # as many as the backend generates at a time
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ async def client(backend: FakeBackend) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-async def draw_slowly(client: httpx.AsyncClient, backend: FakeBackend, seconds: float = 0.3) -> httpx.Response:
+async def generate_slowly(client: httpx.AsyncClient, backend: FakeBackend, seconds: float = 0.3) -> httpx.Response:
     """Four images of 20 steps each, that take about `seconds`."""
     backend.open.clear()
     request = asyncio.create_task(client.post(GENERATIONS, json=FOX))
@@ -41,7 +41,7 @@ def milliseconds_of(response: httpx.Response) -> int:
 async def test_place_and_estimate_are_told_as_soon_as_there_is_a_measurement(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
-    first = await draw_slowly(client, backend)
+    first = await generate_slowly(client, backend)
     assert first.headers["x-hypergen-queue-position"] == "0"
     assert "x-hypergen-estimated-ms" not in first.headers
     backend.open.clear()
@@ -57,7 +57,7 @@ async def test_place_and_estimate_are_told_as_soon_as_there_is_a_measurement(
 
 
 async def test_a_stream_tells_them_too(client: httpx.AsyncClient, backend: FakeBackend) -> None:
-    took = milliseconds_of(await draw_slowly(client, backend))
+    took = milliseconds_of(await generate_slowly(client, backend))
     response = await client.post(GENERATIONS, json=FOX | {"stream": True})
     assert response.headers["x-hypergen-queue-position"] == "0"
     assert int(response.headers["x-hypergen-estimated-ms"]) == pytest.approx(took * 1.1, rel=0.3)
@@ -67,7 +67,7 @@ async def test_a_stream_tells_them_too(client: httpx.AsyncClient, backend: FakeB
 async def test_a_deadline_that_cannot_be_met_is_a_429_at_once(
     client: httpx.AsyncClient, backend: FakeBackend, stream: bool
 ) -> None:
-    await draw_slowly(client, backend)
+    await generate_slowly(client, backend)
     response = await client.post(GENERATIONS, json=FOX | {"deadline_ms": 100, "stream": stream})
     error = response.json()["error"]
     assert (response.status_code, error["type"], error["code"]) == (429, "rate_limit_error", "deadline_too_short")
@@ -77,7 +77,7 @@ async def test_a_deadline_that_cannot_be_met_is_a_429_at_once(
 
 
 async def test_a_deadline_that_could_be_met_later_says_when(client: httpx.AsyncClient, backend: FakeBackend) -> None:
-    took = milliseconds_of(await draw_slowly(client, backend))
+    took = milliseconds_of(await generate_slowly(client, backend))
     backend.open.clear()
     working = asyncio.create_task(client.post(GENERATIONS, json=FOX))
     await until(lambda: backend.running == 1)
@@ -109,7 +109,7 @@ async def test_what_is_no_deadline_is_told_so(client: httpx.AsyncClient, value: 
 async def test_a_client_s_patience_is_a_deadline_but_not_in_a_stream_whose_heartbeats_feed_it(
     client: httpx.AsyncClient, backend: FakeBackend, header: str
 ) -> None:
-    await draw_slowly(client, backend)
+    await generate_slowly(client, backend)
     assert (await client.post(GENERATIONS, json=FOX, headers={header: "0.1"})).status_code == 429
     backend.open.clear()
     asyncio.get_running_loop().call_later(0.25, backend.open.set)
@@ -131,7 +131,7 @@ async def test_openai_s_client_with_too_little_patience_learns_it_at_once_and_do
     app = create_app(Config(), backend)
     async with on_loopback(app) as url, openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as sdk:
         async with httpx.AsyncClient(base_url=url) as plain:
-            await draw_slowly(plain, backend)
+            await generate_slowly(plain, backend)
         with pytest.raises(openai.RateLimitError, match="even on an idle server") as raised:
             await sdk.images.generate(prompt="a fox", n=4, timeout=0.1)
         assert raised.value.code == "deadline_too_short"

@@ -1,4 +1,4 @@
-"""From uploaded images to what the model draws on, and back."""
+"""From uploaded images to the model's input, and back."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def test_an_image_of_a_legal_size_arrives_pixel_by_pixel() -> None:
     (start,) = starts(file_of(photo(64, 48)))
     assert np.array_equal(start.image, ramp(64, 48))
     assert start.mask is None
-    drawn = np.full((48, 64, 3), 7, dtype=np.uint8)
-    assert start.compositing.apply(drawn) is drawn
+    generated = np.full((48, 64, 3), 7, dtype=np.uint8)
+    assert start.compositing.apply(generated) is generated
 
 
-def test_another_image_is_drawn_in_a_legal_size_and_comes_back_in_its_own() -> None:
+def test_another_image_is_native_in_a_legal_size_and_comes_back_in_its_own() -> None:
     (start,) = starts(file_of(photo(501, 333)))
     assert start.image.shape == (336, 504, 3)
     assert np.abs(start.image[::48, ::72].astype(int) - ramp(504, 336)[::48, ::72]).max() < 4
@@ -64,7 +64,7 @@ def test_the_mask_is_255_where_it_is_transparent_and_everything_else_stays_to_th
     assert np.array_equal(result, np.where(expected[..., None] > 0, np.uint8(7), ramp(64, 48)))
 
 
-def test_what_stays_is_the_image_itself_even_where_it_was_drawn_in_another_size() -> None:
+def test_what_stays_is_the_image_itself_even_where_it_was_generated_in_another_size() -> None:
     (start,) = starts(file_of(photo(501, 333)), mask=file_of(hole(501, 333, (100, 100, 101, 101))))
     assert start.mask is not None
     assert start.mask.shape == (336, 504)

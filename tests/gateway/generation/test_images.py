@@ -191,7 +191,7 @@ class TestDecoding:
     def test_a_jpeg_that_lacks_its_end_alone_is_said_to_be_cut_off(self, missing: int) -> None:
         with pytest.raises(InvalidRequestError) as refused:
             opened(file_of(photo(200, 150), "JPEG")[:-missing])
-        assert refused.value.message == "The JPEG file in 'image' is broken or cut off: send all of it."
+        assert refused.value.message == "The JPEG file in 'image' is corrupt or truncated."
 
     def test_sixteen_bits_of_colour_lose_their_lower_half(self) -> None:
         deep = np.stack([np.linspace(0, 65535, 64, dtype=np.uint16)] * 3, axis=1)[None].repeat(48, axis=0)

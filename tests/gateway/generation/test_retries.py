@@ -69,7 +69,7 @@ async def leave(client: httpx.AsyncClient, request: asyncio.Task[httpx.Response]
 
 
 class TestKeys:
-    async def test_the_same_key_and_request_give_the_same_images_without_drawing_twice(
+    async def test_the_same_key_and_request_give_the_same_images_without_generating_twice(
         self, client: httpx.AsyncClient, backend: FakeBackend
     ) -> None:
         first, second, other = [await client.post(GENERATIONS, json=FOX, headers=keyed(key)) for key in ("a", "a", "b")]
@@ -326,7 +326,7 @@ class TestOpenAIsClients:
         async with cutting_proxy(gateway) as proxy:
             yield proxy
 
-    async def test_python_s_retry_after_a_cut_connection_is_drawn_once(
+    async def test_python_s_retry_after_a_cut_connection_is_native_once(
         self, proxy: CuttingProxy, remote: httpx.AsyncClient, backend: FakeBackend
     ) -> None:
         backend.open.clear()
@@ -354,7 +354,9 @@ class TestOpenAIsClients:
         assert dict(image.model_extra or {})["seed"] == backend.generations[0].seed
         assert (proxy.connections, len(backend.generations)) == (2, 1)
 
-    async def test_python_s_retry_after_its_own_timeout_is_drawn_once(self, gateway: str, backend: FakeBackend) -> None:
+    async def test_python_s_retry_after_its_own_timeout_is_native_once(
+        self, gateway: str, backend: FakeBackend
+    ) -> None:
         backend.open.clear()
         async with openai.AsyncOpenAI(base_url=f"{gateway}/v1", api_key=KEY, timeout=0.4) as sdk:
             request = asyncio.create_task(sdk.images.generate(prompt="a fox"))
@@ -376,7 +378,7 @@ class TestOpenAIsClients:
             assert len([event async for event in await request]) == 3
         assert len(backend.generations) == 1
 
-    async def test_node_s_retry_after_a_cut_connection_is_drawn_once(
+    async def test_node_s_retry_after_a_cut_connection_is_native_once(
         self, node: Path, proxy: CuttingProxy, remote: httpx.AsyncClient, backend: FakeBackend
     ) -> None:
         backend.open.clear()

@@ -1,4 +1,4 @@
-"""Any size may be asked for: which one is drawn for it, and what becomes of the pixels on their way to it."""
+"""Any size may be asked for: which one is generated for it, and what becomes of the pixels on their way to it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.errors import InvalidRequestError
 from hypergen_gateway.generation.backend import GeneratedImage, GenerationRequest, ModelDescription, Pixels
-from hypergen_gateway.generation.sizes import Size, SizePolicy, is_drawn, nearest_size, window
+from hypergen_gateway.generation.sizes import Size, SizePolicy, is_native, nearest_size, window
 from support.fake_backend import MODEL, FakeBackend, in_memory
 from support.image_files import file_of, hole, photo, ramp
 from support.wire import data_url, error_of
@@ -34,7 +34,7 @@ LANCZOS = Image.Resampling.LANCZOS
 
 
 class PatternBackend(FakeBackend):
-    """Draws noise that differs everywhere, by size and seed."""
+    """Generates noise that differs everywhere, by size and seed."""
 
     async def generate(self, generation: GenerationRequest) -> AsyncGenerator[GeneratedImage, None]:
         async for image in super().generate(generation):
@@ -77,7 +77,7 @@ def scaled(pixels: Pixels, size: Size, box: tuple[int, int, int, int] | None = N
 
 
 @pytest.mark.parametrize(
-    ("own", "drawn"),
+    ("own", "generated"),
     [
         ((64, 48), (64, 48)),
         ((1536, 32), (1536, 32)),
@@ -90,13 +90,13 @@ def scaled(pixels: Pixels, size: Size, box: tuple[int, int, int, int] | None = N
     ],
 )
 def test_the_nearest_size_keeps_proportions_as_far_as_the_model_goes(
-    own: tuple[int, int], drawn: tuple[int, int]
+    own: tuple[int, int], generated: tuple[int, int]
 ) -> None:
-    assert nearest_size(own, MODEL) == drawn
+    assert nearest_size(own, MODEL) == generated
 
 
 @pytest.mark.parametrize(
-    ("own", "drawn"),
+    ("own", "generated"),
     [
         ((768, 512), (768, 512)),
         ((1024, 1024), (512, 512)),
@@ -106,15 +106,15 @@ def test_the_nearest_size_keeps_proportions_as_far_as_the_model_goes(
     ],
 )
 def test_of_sizes_that_are_built_in_the_one_of_nearest_proportions_is_taken(
-    own: tuple[int, int], drawn: tuple[int, int]
+    own: tuple[int, int], generated: tuple[int, int]
 ) -> None:
-    assert nearest_size(own, BUILT) == drawn
+    assert nearest_size(own, BUILT) == generated
 
 
 @pytest.mark.parametrize("model", [MODEL, SMALL, BUILT])
-def test_a_size_that_is_drawn_is_its_own_nearest_and_shown_whole(model: ModelDescription) -> None:
+def test_a_size_that_is_native_is_its_own_nearest_and_shown_whole(model: ModelDescription) -> None:
     sides = range(model.min_size, model.max_size + 1, model.size_factor)
-    legal = [(width, height) for width in sides for height in sides if is_drawn((width, height), model)]
+    legal = [(width, height) for width in sides for height in sides if is_native((width, height), model)]
     assert len(legal) >= 3
     for size in legal:
         assert nearest_size(size, model) == size
@@ -122,7 +122,7 @@ def test_a_size_that_is_drawn_is_its_own_nearest_and_shown_whole(model: ModelDes
 
 
 @pytest.mark.parametrize(
-    ("asked", "drawn", "shown"),
+    ("asked", "generated", "shown"),
     [
         ((1024, 1024), (96, 96), (0, 0, 96, 96)),
         ((512, 512), (96, 96), (0, 0, 96, 96)),
@@ -136,11 +136,11 @@ def test_a_size_that_is_drawn_is_its_own_nearest_and_shown_whole(model: ModelDes
         ((10, 20), (56, 96), (4, 0, 52, 96)),
     ],
 )
-def test_what_is_drawn_for_the_sizes_that_clients_ask_for(
-    asked: Size, drawn: Size, shown: tuple[int, int, int, int]
+def test_what_is_native_for_the_sizes_that_clients_ask_for(
+    asked: Size, generated: Size, shown: tuple[int, int, int, int]
 ) -> None:
-    assert nearest_size(asked, SMALL) == drawn
-    assert window(drawn, asked) == shown
+    assert nearest_size(asked, SMALL) == generated
+    assert window(generated, asked) == shown
 
 
 @pytest.mark.parametrize("asked", [(0, 64), (4097, 64), (64, 4097), (16_383, 16_383)])
@@ -150,7 +150,7 @@ def test_what_is_beyond_the_limit_is_refused_with_it(asked: Size) -> None:
     assert refused.value.param == "size"
 
 
-def test_the_limit_is_configured_and_never_below_what_the_model_draws() -> None:
+def test_the_limit_is_configured_and_never_below_what_the_model_generates() -> None:
     assert SizePolicy(max_side=2000).limit(SMALL) == 2000
     assert SizePolicy(max_side=50).limit(SMALL) == 96
     SizePolicy(max_side=50).check((70, 96), SMALL)
@@ -160,29 +160,29 @@ def test_the_limit_is_configured_and_never_below_what_the_model_draws() -> None:
 
 class TestGenerations:
     @pytest.mark.parametrize("size", ["1024x1024", "512x512", "256x256", "1536x1024", "1024x1536"])
-    async def test_what_clients_ask_for_by_default_is_the_drawn_image_scaled(
+    async def test_what_clients_ask_for_by_default_is_the_generated_image_scaled(
         self, client: httpx.AsyncClient, strict: httpx.AsyncClient, size: str
     ) -> None:
         response = await client.post(GENERATIONS, json={"prompt": "a fox", "size": size, "seed": 3, "n": 2})
         width, height = map(int, size.split("x"))
-        drawn = response.headers["x-hypergen-drawn-size"]
-        own = images_in(await strict.post(GENERATIONS, json={"prompt": "a", "size": drawn, "seed": 3, "n": 2}))
+        generated = response.headers["x-hypergen-generated-size"]
+        own = images_in(await strict.post(GENERATIONS, json={"prompt": "a", "size": generated, "seed": 3, "n": 2}))
         for image, pixels in zip(images_in(response), own, strict=True):
             assert image.shape == (height, width, 3)
             assert np.array_equal(image, scaled(pixels, (width, height)))
         assert response.json()["size"] == size
 
-    async def test_a_size_that_the_model_draws_is_drawn_as_it_is(
+    async def test_a_size_that_the_model_generates_is_native_as_it_is(
         self, client: httpx.AsyncClient, backend: FakeBackend
     ) -> None:
         response = await client.post(GENERATIONS, json={"prompt": "a", "size": "88x56", "seed": 3})
         assert np.array_equal(images_in(response)[0], pattern(88, 56, 3))
-        assert "x-hypergen-drawn-size" not in response.headers
+        assert "x-hypergen-generated-size" not in response.headers
         assert response.json()["size"] == "88x56"
         auto = await client.post(GENERATIONS, json={"prompt": "a", "seed": 3})
         assert np.array_equal(images_in(auto)[0], pattern(64, 64, 3))
         assert auto.json()["size"] == "64x64"
-        assert "x-hypergen-drawn-size" not in auto.headers
+        assert "x-hypergen-generated-size" not in auto.headers
         assert [(made.width, made.height) for made in backend.generations] == [(88, 56), (64, 64)]
 
     async def test_where_proportions_differ_the_image_is_cut_rather_than_distorted(
@@ -191,7 +191,7 @@ class TestGenerations:
         backend.description = SQUARE
         response = await client.post(GENERATIONS, json={"prompt": "a", "size": "400x200", "seed": 3})
         (image,) = images_in(response)
-        assert response.headers["x-hypergen-drawn-size"] == "96x96"
+        assert response.headers["x-hypergen-generated-size"] == "96x96"
         assert np.array_equal(image, scaled(pattern(96, 96, 3), (400, 200), (0, 24, 96, 72)))
 
     async def test_previews_are_scaled_as_the_image_is(self, client: httpx.AsyncClient) -> None:
@@ -199,12 +199,12 @@ class TestGenerations:
         response = await client.post(GENERATIONS, json=body)
         events = events_in(response)
         assert len(events) == 3
-        assert response.headers["x-hypergen-drawn-size"] == "96x96"
+        assert response.headers["x-hypergen-generated-size"] == "96x96"
         for event in events:
             assert event["size"] == "300x300"
             assert np.array_equal(pixels_in(event["b64_json"]), scaled(pattern(96, 96, 3), (300, 300)))
 
-    async def test_usage_is_that_of_the_size_that_is_drawn(self, client: httpx.AsyncClient) -> None:
+    async def test_usage_is_that_of_the_size_that_is_native(self, client: httpx.AsyncClient) -> None:
         usage = (await client.post(GENERATIONS, json={"prompt": "a", "size": "1024x1024"})).json()["usage"]
         assert usage["output_tokens"] == 12 * 12
 
@@ -222,7 +222,7 @@ class TestGenerations:
         assert image.shape == (4096, 4096, 3)
 
     @pytest.mark.parametrize("size", ["1024x1024", "97x96", "60x60"])
-    async def test_strictly_only_what_is_drawn_is_taken(self, strict: httpx.AsyncClient, size: str) -> None:
+    async def test_strictly_only_what_is_native_is_taken(self, strict: httpx.AsyncClient, size: str) -> None:
         response = await strict.post(GENERATIONS, json={"prompt": "a", "size": size})
         error = error_of(response)
         assert (response.status_code, error["param"]) == (400, "size")
@@ -239,7 +239,7 @@ class TestEdits:
             for fields in ({}, {"size": "1024x1024"}, {"size": "auto"}):
                 response = await server.post(EDITS, data={"prompt": "a", "seed": "4"} | fields, files={"image": file})
                 assert np.array_equal(images_in(response)[0], scaled(pattern(96, 96, 4), (1024, 1024)))
-                assert response.headers["x-hypergen-drawn-size"] == "96x96"
+                assert response.headers["x-hypergen-generated-size"] == "96x96"
                 assert response.json()["size"] == "1024x1024"
 
     @pytest.mark.parametrize("model", [SMALL, SQUARE])
@@ -253,10 +253,10 @@ class TestEdits:
         (edited,) = images_in(response)
         (generation,) = backend.generations
         size = generation.width, generation.height
-        drawn = scaled(pattern(*size, 4), (640, 400), window(size, (640, 400)))
+        generated = scaled(pattern(*size, 4), (640, 400), window(size, (640, 400)))
         inside = np.zeros((400, 640, 1), dtype=bool)
         inside[51:230, 100:401] = True
-        assert np.array_equal(edited, np.where(inside, drawn, ramp(640, 400)))
+        assert np.array_equal(edited, np.where(inside, generated, ramp(640, 400)))
 
     async def test_image_and_mask_are_placed_where_the_answer_is_cut_from(
         self, client: httpx.AsyncClient, backend: FakeBackend
@@ -285,13 +285,13 @@ class TestEdits:
         data = {"seed": "4", "size": "200x200", "response_format": "b64_json"}
         varied = await client.post(VARIATIONS, data=data, files={"image": file})
         assert np.array_equal(images_in(varied)[0], expected)
-        assert varied.headers["x-hypergen-drawn-size"] == "96x96"
+        assert varied.headers["x-hypergen-generated-size"] == "96x96"
 
-    async def test_images_of_several_sizes_are_drawn_in_several(self, client: httpx.AsyncClient) -> None:
+    async def test_images_of_several_sizes_are_generated_in_several(self, client: httpx.AsyncClient) -> None:
         files = [("image[]", file_of(photo(960, 640))), ("image[]", file_of(photo(500, 500)))]
         response = await client.post(EDITS, data={"prompt": "a", "n": "3"}, files=files)
         assert [image.shape for image in images_in(response)] == [(640, 960, 3), (500, 500, 3), (640, 960, 3)]
-        assert response.headers["x-hypergen-drawn-size"] == "96x64, 96x96"
+        assert response.headers["x-hypergen-generated-size"] == "96x64, 96x96"
         assert "size" not in response.json()
 
     async def test_another_size_than_the_image_s_is_held_to_the_limit(self, client: httpx.AsyncClient) -> None:

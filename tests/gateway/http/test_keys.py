@@ -20,7 +20,7 @@ from support.fake_backend import FakeBackend, in_memory
 
 URL = "/v1/models"
 FILE = """\
-# Who may draw.
+# Who may generate.
 alice: sk-alice-2026
 
   bob@example.com:   sk-bob:with-a-colon

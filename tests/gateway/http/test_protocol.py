@@ -489,7 +489,7 @@ class TestNumber:
 
     @staticmethod
     async def occupy(wire: Wire, stack: AsyncExitStack, backend: FakeBackend, count: int) -> list[asyncio.StreamReader]:
-        """As many connections with a request that is drawn."""
+        """As many connections with a request that generates an image."""
         readers = []
         for number in range(count):
             reader, writer = await wire.connect()

@@ -79,7 +79,7 @@ async def backend_of(*urls: str) -> AsyncIterator[TritonBackend]:
 
 
 async def all_reached(backend: TritonBackend, tritons: list[FakeTriton]) -> None:
-    """Draw until each has been asked once, since connections are made one after the other; then forget it."""
+    """Generate until each has been asked once, since connections are made one after the other; then forget it."""
     while not all(triton.requests for triton in tritons):
         await generate(backend)
     for triton in tritons:

@@ -38,7 +38,7 @@ export async function capabilities() {
 }
 
 /** The events of a request for images, as they come. Aborting `signal` ends the work on the server too. */
-export async function* draw(request, signal) {
+export async function* generate(request, signal) {
   const response = await call(request.path, { method: "POST", ...bodyOf(request), signal });
   let missing = Number(request.fields.find(([name]) => name === "n")?.[1] ?? 1);
   for await (const data of events(response.body)) {
@@ -66,7 +66,7 @@ async function call(path, options = {}) {
 }
 
 function toError({ message, param }, response) {
-  const text = message ?? `The server answered with ${response.status} ${response.statusText}`.trim();
+  const text = message ?? `The server responded with ${response.status} ${response.statusText}`.trim();
   const retryAfter = Number(response.headers.get("Retry-After")) || 0;
   return new ApiError(text, { status: response.status, param, retryAfter });
 }

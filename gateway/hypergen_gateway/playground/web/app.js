@@ -1,6 +1,6 @@
 // The page: from the settings to a request, from its events to images.
 
-import { ApiError, capabilities, draw, storedKey } from "./api.js";
+import { ApiError, capabilities, generate, storedKey } from "./api.js";
 import { askForKey, setUpCodeDialog, setUpKeyDialog, showCode } from "./dialogs.js";
 import { byId } from "./dom.js";
 import { Form } from "./form.js";
@@ -22,10 +22,10 @@ class Playground {
     this.form = new Form(model);
     this.start = new Start(this.form, say);
     this.stage = new Stage(model.edits ? (image) => this.#goOnFrom(image) : null);
-    this.history = new History((drawing, image) => this.#reuse(drawing, image));
+    this.history = new History((generation, image) => this.#reuse(generation, image));
     byId("form").addEventListener("submit", (event) => {
       event.preventDefault();
-      this.#running ? this.stop() : this.draw();
+      this.#running ? this.stop() : this.generate();
     });
     byId("show-code").addEventListener("click", () => showCode(this.#shown.request));
     byId("reset").addEventListener("click", () => this.start.clear() || this.form.reset());
@@ -34,50 +34,50 @@ class Playground {
     document.addEventListener("paste", (event) => this.#receive(event, event.clipboardData, model.edits));
   }
 
-  /** Draws what the settings say; images that were finished when it is stopped, or fails, are kept. */
-  async draw() {
+  /** Generates images by the settings; if it is stopped or fails, the finished ones are kept. */
+  async generate() {
     if (this.#running) return;
     const running = (this.#running = new AbortController());
     const settings = this.form.read();
-    const drawing = { settings, images: [], began: performance.now() };
+    const generation = { settings, images: [], began: performance.now() };
     showProblem(null);
     this.form.clearErrors();
-    this.#showRunning(drawing);
+    this.#showRunning(generation);
     try {
       const { image, mask, painting } = await this.start.read();
-      Object.assign(drawing, { request: toRequest(settings, image, mask), painting });
-      await this.#drawAll(drawing, running.signal);
-      say(summaryOf(drawing));
+      Object.assign(generation, { request: toRequest(settings, image, mask), painting });
+      await this.#generateAll(generation, running.signal);
+      say(summaryOf(generation));
     } catch (error) {
       this.#fail(error, running.signal.aborted);
     } finally {
       this.#running = null;
       this.#showIdle();
-      this.#keep(drawing);
+      this.#keep(generation);
     }
   }
 
-  /** Stops the drawing, here and on the server. */
+  /** Stops the generation, here and on the server. */
   stop() {
     this.#running?.abort();
   }
 
-  async #drawAll(drawing, signal) {
-    const count = Number(drawing.settings.n);
-    const prepare = () => this.stage.prepare(count, drawing.settings.size);
+  async #generateAll(generation, signal) {
+    const count = Number(generation.settings.n);
+    const prepare = () => this.stage.prepare(count, generation.settings.size);
     const patience = setTimeout(prepare, PATIENCE_MILLISECONDS);
     try {
-      const { first, stream } = await whenAllowed(() => begin(drawing.request, signal));
+      const { first, stream } = await whenAllowed(() => begin(generation.request, signal));
       clearTimeout(patience);
       if (!document.querySelector("figure:not(.finished)")) prepare();
-      for (let next = first; !next.done; next = await stream.next()) this.#take(drawing, next.value, count);
+      for (let next = first; !next.done; next = await stream.next()) this.#take(generation, next.value, count);
     } finally {
       clearTimeout(patience);
     }
   }
 
-  #take(drawing, event, count) {
-    const index = event.image_index ?? drawing.images.length;
+  #take(generation, event, count) {
+    const index = event.image_index ?? generation.images.length;
     const blob = toBlob(event.b64_json, event.output_format);
     const url = URL.createObjectURL(blob);
     if (event.type.endsWith(".partial_image")) {
@@ -85,17 +85,17 @@ class Playground {
       if (index === 0) say(`Preview ${event.partial_image_index + 1} of ${PARTIAL_IMAGES}.`);
       return;
     }
-    const image = imageOf(drawing, index, blob, url);
-    drawing.images[index] = image;
+    const image = imageOf(generation, index, blob, url);
+    generation.images[index] = image;
     this.stage.finish(index, image);
-    if (count > 1) say(`Image ${Object.keys(drawing.images).length} of ${count} is finished.`);
+    if (count > 1) say(`Image ${Object.keys(generation.images).length} of ${count} is finished.`);
   }
 
-  #keep(drawing) {
-    drawing.images = drawing.images.filter(Boolean);
-    if (drawing.images.length) {
-      this.#shown = drawing;
-      this.history.add(drawing);
+  #keep(generation) {
+    generation.images = generation.images.filter(Boolean);
+    if (generation.images.length) {
+      this.#shown = generation;
+      this.history.add(generation);
     }
     if (!this.stage.dropUnfinished() && this.#shown) this.stage.show(this.#shown.images);
     this.history.mark(this.#shown, this.#shown?.images[0]);
@@ -111,17 +111,17 @@ class Playground {
     return undefined;
   }
 
-  async #reuse(drawing, image) {
+  async #reuse(generation, image) {
     if (this.#running) return;
-    this.#shown = drawing;
+    this.#shown = generation;
     showProblem(null);
     this.form.clearErrors();
     this.stage.show([image]);
-    this.history.mark(drawing, image);
-    this.form.write({ ...drawing.settings, n: "1", seed: image.seed });
-    await this.start.restore(drawing.request, drawing.painting, drawing.settings.size);
-    this.form.write({ strength: drawing.settings.strength });
-    say("Its settings are in the form, its seed too.");
+    this.history.mark(generation, image);
+    this.form.write({ ...generation.settings, n: "1", seed: image.seed });
+    await this.start.restore(generation.request, generation.painting, generation.settings.size);
+    this.form.write({ strength: generation.settings.strength });
+    say("Its settings and seed are in the form.");
   }
 
   async #goOnFrom(image) {
@@ -136,10 +136,10 @@ class Playground {
     // 229: in Safari the Enter that chooses a word of an input method comes after its end.
     if (document.querySelector("dialog[open]") || event.isComposing || event.keyCode === 229) return;
     if (event.key === "Escape" && this.#running) this.stop();
-    const draws = event.key === "Enter" && (event.ctrlKey || event.metaKey || (event.target.id === "prompt" && !event.shiftKey));
-    if (!draws) return;
+    const submits = event.key === "Enter" && (event.ctrlKey || event.metaKey || (event.target.id === "prompt" && !event.shiftKey));
+    if (!submits) return;
     event.preventDefault();
-    this.draw();
+    this.generate();
   }
 
   #receive(event, transfer, edits) {
@@ -152,12 +152,12 @@ class Playground {
     }
   }
 
-  #showRunning(drawing) {
-    byId("draw-label").textContent = "Stop";
-    byId("draw-key").textContent = "Esc";
-    document.body.classList.add("drawing");
-    say("Drawing …");
-    const tick = () => (byId("clock").textContent = `${((performance.now() - drawing.began) / 1000).toFixed(1)} s`);
+  #showRunning(generation) {
+    byId("generate-label").textContent = "Stop";
+    byId("generate-key").textContent = "Esc";
+    document.body.classList.add("generating");
+    say("Generating …");
+    const tick = () => (byId("clock").textContent = `${((performance.now() - generation.began) / 1000).toFixed(1)} s`);
     this.ticking = setInterval(tick, 100);
     if (matchMedia("(max-width: 54rem)").matches) byId("stage").scrollIntoView({ block: "nearest" });
   }
@@ -165,29 +165,29 @@ class Playground {
   #showIdle() {
     clearInterval(this.ticking);
     byId("clock").textContent = "";
-    byId("draw-label").textContent = "Draw";
-    byId("draw-key").textContent = "Enter";
-    document.body.classList.remove("drawing");
+    byId("generate-label").textContent = "Generate";
+    byId("generate-key").textContent = "Enter";
+    document.body.classList.remove("generating");
   }
 }
 
 /** Events of a request, as soon as there is a first one. */
 async function begin(request, signal) {
-  const stream = draw(request, signal);
+  const stream = generate(request, signal);
   return { first: await stream.next(), stream };
 }
 
-function imageOf(drawing, index, blob, url) {
-  const { prompt, size } = drawing.settings;
-  const seed = seedOf(drawing.request, index);
+function imageOf(generation, index, blob, url) {
+  const { prompt, size } = generation.settings;
+  const seed = seedOf(generation.request, index);
   const words = prompt.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40).replace(/^-|-$/g, "");
   return { blob, url, prompt, size, seed, filename: `${words || "image"}-${seed}.${blob.type.slice(6)}` };
 }
 
-function summaryOf(drawing) {
-  const seconds = ((performance.now() - drawing.began) / 1000).toFixed(1);
-  const count = drawing.images.length;
-  return `${count === 1 ? "Drawn" : `${count} images drawn`} in ${seconds} s.`;
+function summaryOf(generation) {
+  const seconds = ((performance.now() - generation.began) / 1000).toFixed(1);
+  const count = generation.images.length;
+  return `${count === 1 ? "Generated" : `${count} images generated`} in ${seconds} s.`;
 }
 
 /** What `work` gives, asking for the key as long as the server wants another. */

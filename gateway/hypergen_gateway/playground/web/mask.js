@@ -1,4 +1,4 @@
-// The brush: a dialog in which what should be drawn anew is painted over, with a pointer or with the keyboard.
+// The brush: a dialog in which what should be regenerated is painted over, with a pointer or with the keyboard.
 
 import { byId } from "./dom.js";
 import { Painting } from "./painting.js";

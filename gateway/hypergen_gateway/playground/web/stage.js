@@ -1,4 +1,4 @@
-// The images that are looked at: being drawn, or drawn. Keeps each to its size, crisp and in its place.
+// The images on show, in progress or finished. Keeps each to its size, crisp and in its place.
 
 import { byId, element } from "./dom.js";
 import { sides } from "./form.js";

@@ -1,4 +1,4 @@
-// The image to start from, and its mask. Both are sent in the size that is drawn: what is seen is what is sent.
+// The image to start from, and its mask. Both are sent in the size that is generated: what is seen is what is sent.
 
 import { byId } from "./dom.js";
 import { sides } from "./form.js";
@@ -70,7 +70,7 @@ export class Start {
     const image = width > 0 && height > 0 ? await cover(bitmap, width, height) : this.#image;
     if (this.#bitmap !== bitmap) return;
     this.#image = image;
-    if (this.#mask) this.say("The mask was removed: the image has another size now.");
+    if (this.#mask) this.say("The mask was removed because the image’s size changed.");
     this.#size = size;
     this.#setMask(null, null);
     this.#show();

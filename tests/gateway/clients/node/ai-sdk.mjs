@@ -10,7 +10,7 @@ const modelWith = (apiKey) =>
   createOpenAICompatible({ name: "hypergen", baseURL, apiKey }).imageModel("gpt-image-1");
 const model = modelWith(process.env.HYPERGEN_API_KEY);
 
-async function draw(options) {
+async function generate(options) {
   const { images, warnings, responses } = await generateImage({ model, maxRetries: 0, ...options });
   return {
     images: images.map(({ base64, mediaType }) => ({ base64, mediaType })),
@@ -32,8 +32,8 @@ async function errorOf(promise) {
 
 // What the SDK has no name for goes through its providerOptions; a seed as well, which this provider does not send.
 const hypergen = { seed: 7, num_inference_steps: 4 };
-const generated = await draw({ prompt: "a fox", n: 2, size: "64x48", providerOptions: { hypergen } });
-const webp = await draw({
+const generated = await generate({ prompt: "a fox", n: 2, size: "64x48", providerOptions: { hypergen } });
+const webp = await generate({
   prompt: "a fox",
   seed: 9,
   providerOptions: { hypergen: { ...hypergen, output_format: "webp" } },
@@ -42,13 +42,13 @@ const webp = await draw({
 // The edits start from these images: as bytes, as base64, and as a data URL.
 const [first, second] = generated.images.map((image) => image.base64);
 const bytes = Buffer.from(first, "base64");
-const edited = await draw({ prompt: { text: "a fox", images: [bytes] }, providerOptions: { hypergen: { seed: 3 } } });
-const editedFromSeveral = await draw({
+const edited = await generate({ prompt: { text: "a fox", images: [bytes] }, providerOptions: { hypergen: { seed: 3 } } });
+const editedFromSeveral = await generate({
   prompt: { text: "a fox", images: [first, `data:image/png;base64,${second}`] },
   n: 2,
   providerOptions: { hypergen: { seed: 3, strength: 0.5 } },
 });
-const repainted = await draw({
+const repainted = await generate({
   prompt: { text: "a fox", images: [bytes], mask: process.env.HYPERGEN_MASK },
   providerOptions: { hypergen: { seed: 3 } },
 });
@@ -60,8 +60,8 @@ console.log(
     edited,
     editedFromSeveral,
     repainted,
-    wrongSize: await errorOf(draw({ prompt: "a fox", size: "9000x7" })),
-    wrongMask: await errorOf(draw({ prompt: { text: "a fox", images: [bytes], mask: bytes } })),
-    wrongKey: await errorOf(draw({ model: modelWith("sk-wrong"), prompt: "a fox" })),
+    wrongSize: await errorOf(generate({ prompt: "a fox", size: "9000x7" })),
+    wrongMask: await errorOf(generate({ prompt: { text: "a fox", images: [bytes], mask: bytes } })),
+    wrongKey: await errorOf(generate({ model: modelWith("sk-wrong"), prompt: "a fox" })),
   }),
 );
