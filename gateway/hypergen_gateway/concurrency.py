@@ -65,25 +65,25 @@ class ByteBudget:
         if not self._waiting and self._has_room(nbytes):
             self._taken += nbytes
             return
-        called = asyncio.get_running_loop().create_future()
-        self._waiting.append((nbytes, called))
+        admitted = asyncio.get_running_loop().create_future()
+        self._waiting.append((nbytes, admitted))
         try:
-            await called
+            await admitted
         except asyncio.CancelledError:
             # It may have been given room just before it was cancelled.
-            self.release(0 if called.cancelled() else nbytes)
+            self.release(0 if admitted.cancelled() else nbytes)
             raise
 
     def release(self, nbytes: int) -> None:
         """Gives room back and admits waiting work."""
         self._taken -= nbytes
         while self._waiting:
-            wanted, called = self._waiting[0]
-            if not called.done():
+            wanted, admitted = self._waiting[0]
+            if not admitted.done():
                 if not self._has_room(wanted):
                     return
                 self._taken += wanted
-                called.set_result(None)
+                admitted.set_result(None)
             self._waiting.popleft()
 
     def _has_room(self, nbytes: int) -> bool:

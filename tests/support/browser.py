@@ -11,8 +11,8 @@ from playwright.async_api import Browser, ConsoleMessage, Page, async_playwright
 from support.kinds import CHROMIUM
 
 # Two test processes share two cores, and some of what they run beside this is heavy.
-_PATIENCE_MILLISECONDS = 30_000
-expect.set_options(timeout=_PATIENCE_MILLISECONDS)
+_TIMEOUT_MILLISECONDS = 30_000
+expect.set_options(timeout=_TIMEOUT_MILLISECONDS)
 
 needs_chromium = pytest.mark.browser
 
@@ -44,7 +44,7 @@ async def opened(browser: Browser, url: str, *, before: str = "", **context: obj
     """
     wrong: list[str] = []
     async with await browser.new_context(**context) as profile:  # type: ignore[arg-type]
-        profile.set_default_timeout(_PATIENCE_MILLISECONDS)
+        profile.set_default_timeout(_TIMEOUT_MILLISECONDS)
         page = await profile.new_page()
         await page.add_init_script(before)
         page.on("pageerror", lambda error: wrong.append(str(error)))

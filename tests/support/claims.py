@@ -14,22 +14,22 @@ from dataclasses import dataclass, field
 import pytest
 
 CLAIMS: Mapping[str, str] = {
-    "families": "every family's images are those of diffusers' own pipeline",
+    "families": "every family's images equal those of diffusers' pipeline",
     "engines": "TensorRT-RTX builds every component of every family from our ONNX",
-    "precision": "float16 and bfloat16 are inside the engines alone; what overflows stays float32",
+    "precision": "float16 and bfloat16 are used only inside the engines; parts that would overflow stay float32",
     "bindings": "config.pbtxt parses in Triton's protobuf and names exactly the engines' tensors, types and profiles",
     "graphs": "every CUDA graph has a shape that exactly one profile takes",
-    "plans": "plans of another TensorRT or GPU, and broken ones, are refused before Triton starts",
-    "hadolint": "hadolint has nothing to say to any Dockerfile",
-    "images": "what the images copy, pin and start fits the project and the real tritonserver",
-    "compose": "compose.yaml is valid in every profile, and our commands understand what it tells them",
-    "chart": "the chart lints strictly, and its manifests are valid for the oldest and the newest Kubernetes",
-    "scaling": "replicas are scaled by the sampler's own gauges, which a running Triton has",
-    "rules": "promtool accepts configuration and rules, and each alert rings when it should",
-    "metrics": "a running Triton has every metric that dashboard and rules ask for",
-    "drain": "a stop waits for the images under way",
+    "plans": "plans of another TensorRT or GPU, and corrupt ones, are rejected before Triton starts",
+    "hadolint": "hadolint has no complaint about any Dockerfile",
+    "images": "what the images copy, pin and start matches the project and the real tritonserver",
+    "compose": "compose.yaml is valid in every profile, and our commands accept its options",
+    "chart": "the chart passes strict linting, and its manifests are valid for the oldest and newest Kubernetes",
+    "scaling": "replicas are scaled by the sampler's gauges, which a running Triton exports",
+    "rules": "promtool accepts configuration and rules, and each alert fires when it should",
+    "metrics": "a running Triton exports every metric that dashboards and rules query",
+    "drain": "a stop waits for running images",
     "replicas": "one of two Tritons is killed under load, and no request is lost",
-    "prove": "docker/prove notices whatever is wrong with what it started",
+    "prove": "docker/prove detects what is wrong with the services it started",
 }
 
 

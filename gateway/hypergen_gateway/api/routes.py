@@ -177,7 +177,7 @@ class Endpoints:
         nbytes = sum(init_image.nbytes for init_image in init_images)
         client_request = await run_in_thread_if_large(work, nbytes, quick=_QUICK_BYTES)
         images = client_request.num_images
-        request.state.drawn = {"images": images, "steps": images * client_request.num_inference_steps}
+        request.state.generation = {"images": images, "steps": images * client_request.num_inference_steps}
         limit = min(client_request.deadline or math.inf, self.config.request_timeout)
         job = self.jobs.join(client_request)
         with job.subscribe():
@@ -217,7 +217,7 @@ class Endpoints:
         """The response that sends each preview and image as an event."""
         heartbeat = min(self.config.heartbeat_interval, (client_request.client.read_timeout or math.inf) / 2)
         stream = EventStream(_frames(client_request, job), heartbeat=heartbeat, limit=limit)
-        await stream.begun(request.receive)
+        await stream.wait_for_first_frame(request.receive)
         stream.headers.update(_job_headers(job))
         return stream
 

@@ -54,32 +54,32 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._heartbeat = heartbeat
         self._limit = limit
-        self._ends = time.monotonic() + limit
+        self._deadline = time.monotonic() + limit
         self._queue: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._first: bytes | None = None
-        self._making = asyncio.create_task(self._make(frames))
+        self._producer = asyncio.create_task(self._produce(frames))
 
-    async def begun(self, receive: Receive) -> None:
+    async def wait_for_first_frame(self, receive: Receive) -> None:
         """Waits until there is something to send, if only a heartbeat. Errors until then are raised."""
-        left = asyncio.ensure_future(wait_for_disconnect(receive))
-        first = asyncio.ensure_future(self._next())
+        disconnected = asyncio.ensure_future(wait_for_disconnect(receive))
+        first_frame = asyncio.ensure_future(self._next())
         try:
-            await asyncio.wait({left, first}, return_when=asyncio.FIRST_COMPLETED)
-            if not first.done():
+            await asyncio.wait({disconnected, first_frame}, return_when=asyncio.FIRST_COMPLETED)
+            if not first_frame.done():
                 raise ClientClosedRequestError("The client closed the request.")
-            self._first = first.result()
+            self._first = first_frame.result()
         except BaseException:
-            await cancel(self._making)
+            await cancel(self._producer)
             raise
         finally:
-            await cancel(left, first)
+            await cancel(disconnected, first_frame)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
-        """Sends the response. Called once, after `begun`."""
-        left = asyncio.ensure_future(wait_for_disconnect(receive))
+        """Sends the response. Called once, after `wait_for_first_frame`."""
+        disconnected = asyncio.ensure_future(wait_for_disconnect(receive))
         sending = asyncio.ensure_future(self._send_all(send))
         try:
-            await asyncio.wait({left, sending}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({disconnected, sending}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 sending.result()
         except asyncio.CancelledError:  # uvicorn's graceful shutdown has timed out
@@ -87,9 +87,9 @@ class EventStream(Response):
             await _send_last(send, to_error_frame(UnavailableError("The server is shutting down.")))
             raise
         finally:
-            await cancel(left, sending, self._making)
+            await cancel(disconnected, sending, self._producer)
 
-    async def _make(self, frames: AsyncGenerator[bytes, None]) -> None:
+    async def _produce(self, frames: AsyncGenerator[bytes, None]) -> None:
         try:
             async with aclosing(frames):
                 async for frame in frames:
@@ -99,22 +99,19 @@ class EventStream(Response):
 
     async def _next(self) -> bytes | None:
         """The next frame or a heartbeat; None at the end. The producer's error is raised after its last frame."""
-        patience = min(self._heartbeat, self._ends - time.monotonic())
+        timeout = min(self._heartbeat, self._deadline - time.monotonic())
         try:
-            frame = await run_with_timeout(self._queue.get(), max(patience, 0))
+            frame = await run_with_timeout(self._queue.get(), max(timeout, 0))
         except TimeoutError:
-            if time.monotonic() >= self._ends:
+            if time.monotonic() >= self._deadline:
                 raise deadline_exceeded(self._limit) from None
             return HEARTBEAT
         if frame is None:
-            await self._result()
+            await asyncio.wait({self._producer})
+            if self._producer.cancelled():  # not by this class, but by gRPC when its channel is closed
+                raise UnavailableError("The server is shutting down.")
+            self._producer.result()
         return frame
-
-    async def _result(self) -> None:
-        await asyncio.wait({self._making})
-        if self._making.cancelled():  # not by this class, but by gRPC when its channel is closed
-            raise UnavailableError("The server is shutting down.")
-        self._making.result()
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -124,9 +121,9 @@ class EventStream(Response):
             try:
                 frame = await self._next()
             except Exception as error:
-                ours = to_api_error(error)
-                log_exception(ours, error)
-                await _send_last(send, to_error_frame(ours))
+                api_error = to_api_error(error)
+                log_exception(api_error, error)
+                await _send_last(send, to_error_frame(api_error))
                 return
         await _send_last(send, b"")
 

@@ -38,17 +38,17 @@ class Slot:
     """
 
     work: Work
-    places: int
+    images: int
     capacity: int
     position: int = 0
     estimate: float | None = None
     denoising: float | None = None
-    called: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    admitted: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     @property
     def rounds(self) -> float:
-        """The number of rounds it takes part in; if it has more images than places, some start after others."""
-        return self.work.steps * self.work.images / self.places
+        """The number of rounds it takes part in; if the slot holds fewer images, some start after others."""
+        return self.work.steps * self.work.images / self.images
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Admission:
         self._max_waiting = max_waiting
         self._max_waiting_bytes = max_waiting_bytes
         self._clock = clock
-        self._pace = StepTimeModel()
+        self._step_times = StepTimeModel()
         self._waiting: deque[Slot] = deque()
         self._running: dict[Slot, _Entry] = {}
         self._now = self._measured_at = clock()
@@ -94,135 +94,135 @@ class Admission:
 
     @property
     def running_images(self) -> int:
-        """The number of places that are taken."""
-        return sum(place.places for place in self._running)
+        """The number of images that are running."""
+        return sum(slot.images for slot in self._running)
 
     def enter(self, work: Work, capacity: int, deadline: float | None = None) -> Slot:
         """Starts or queues a request. The caller has to `acquire` the slot at once.
 
-        `capacity` is the number of places: the images that the sampler works on at a time.
+        `capacity` is the number of images that the sampler works on at a time.
 
         Raises:
             QueueFullError: too many requests are waiting, or their init images take too much memory.
             DeadlineTooShortError: the work is not expected to be done within `deadline` seconds.
         """
         self._tick()
-        # A request with more images than there are places takes them all; otherwise it would wait forever.
-        place = Slot(work, min(work.images, capacity), capacity)
-        goes_at_once = not self._waiting and self._fits(place)
-        if not goes_at_once and not self._may_wait(work):
-            raise QueueFullError("Too many requests are waiting. Try again later.", self._seconds_to_next_place(place))
-        expected = self._forecast([*self._waiting, place])
-        if expected is not None:
-            place.estimate = expected.done
-            self._check_deadline(place, expected.done, deadline)
-        if goes_at_once:
-            self._start(place)
+        # A request with more images than the capacity takes all of it; otherwise it would wait forever.
+        slot = Slot(work, min(work.images, capacity), capacity)
+        starts_now = not self._waiting and self._fits(slot)
+        if not starts_now and not self._may_wait(work):
+            raise QueueFullError("Too many requests are waiting. Try again later.", self._seconds_to_next_start(slot))
+        prediction = self._forecast([*self._waiting, slot])
+        if prediction is not None:
+            slot.estimate = prediction.done
+            self._check_deadline(slot, prediction.done, deadline)
+        if starts_now:
+            self._start(slot)
         else:
-            self._waiting.append(place)
-            place.position = len(self._waiting)
-        return place
+            self._waiting.append(slot)
+            slot.position = len(self._waiting)
+        return slot
 
     @asynccontextmanager
-    async def acquire(self, place: Slot) -> AsyncIterator[None]:
+    async def acquire(self, slot: Slot) -> AsyncIterator[None]:
         """Waits for the slot's turn, and holds it while the block runs."""
-        await self._called(place)
+        await self._wait_for_admission(slot)
         try:
             yield
-            self._measure(place)
+            self._measure(slot)
         finally:
-            self._leave(place)
+            self._leave(slot)
 
-    def rounds_left(self, place: Slot) -> float:
+    def remaining_rounds(self, slot: Slot) -> float:
         """The estimated number of rounds left; all rounds while the request waits or the step time is unknown."""
         self._tick()
-        if place not in self._running or not self._pace.is_known:
-            return place.rounds
-        seconds, load = self._stay(place)
-        return max(place.rounds - seconds / self._pace.round_seconds(load), 0.0)
+        if slot not in self._running or not self._step_times.is_known:
+            return slot.rounds
+        seconds, load = self._time_and_load(slot)
+        return max(slot.rounds - seconds / self._step_times.round_seconds(load), 0.0)
 
     def _may_wait(self, work: Work) -> bool:
-        waiting_bytes = sum(place.work.nbytes for place in self._waiting)
+        waiting_bytes = sum(slot.work.nbytes for slot in self._waiting)
         has_memory = not (waiting_bytes and work.nbytes) or waiting_bytes + work.nbytes <= self._max_waiting_bytes
         return len(self._waiting) < self._max_waiting and has_memory
 
-    def _check_deadline(self, place: Slot, expected: float, deadline: float | None) -> None:
+    def _check_deadline(self, slot: Slot, expected: float, deadline: float | None) -> None:
         if deadline is None or expected <= deadline:
             return
-        alone = forecast(self._pace, place.capacity, [], [_rounds(place, place.rounds)]).done
+        alone = forecast(self._step_times, slot.capacity, [], [_remaining_work(slot, slot.rounds)]).done
         if alone <= deadline:
             raise DeadlineTooShortError(expected, deadline, _retry_after(expected - deadline))
         is_idle = not self._running and not self._waiting
         if not is_idle or self._now - self._measured_at < _TRUSTED_SECONDS:
             raise DeadlineTooShortError(alone, deadline, None)
 
-    async def _called(self, place: Slot) -> None:
-        if place in self._running:
+    async def _wait_for_admission(self, slot: Slot) -> None:
+        if slot in self._running:
             return
         try:
-            await place.called
+            await slot.admitted
         except asyncio.CancelledError:
-            # It may have been called just before it was cancelled.
-            if place in self._waiting:
-                self._waiting.remove(place)
-            self._leave(place)
+            # It may have been admitted just before it was cancelled.
+            if slot in self._waiting:
+                self._waiting.remove(slot)
+            self._leave(slot)
             raise
 
-    def _leave(self, place: Slot) -> None:
+    def _leave(self, slot: Slot) -> None:
         self._tick()
-        self._running.pop(place, None)
+        self._running.pop(slot, None)
         while self._waiting and self._fits(self._waiting[0]):
-            following = self._waiting.popleft()
-            self._start(following)
-            following.called.set_result(None)
+            next_slot = self._waiting.popleft()
+            self._start(next_slot)
+            next_slot.admitted.set_result(None)
 
-    def _start(self, place: Slot) -> None:
-        self._running[place] = _Entry(self._now, self._load_seconds)
+    def _start(self, slot: Slot) -> None:
+        self._running[slot] = _Entry(self._now, self._load_seconds)
 
-    def _fits(self, place: Slot) -> bool:
-        return self.running_images + place.places <= place.capacity
+    def _fits(self, slot: Slot) -> bool:
+        return self.running_images + slot.images <= slot.capacity
 
     def _tick(self) -> None:
         """Brings time and load up to date; called before the load changes."""
         now = self._clock()
-        self._load_seconds += (now - self._now) * sum(place.places * place.work.load for place in self._running)
+        self._load_seconds += (now - self._now) * sum(slot.images * slot.work.load for slot in self._running)
         self._now = now
 
-    def _stay(self, place: Slot) -> tuple[float, float]:
+    def _time_and_load(self, slot: Slot) -> tuple[float, float]:
         """How many seconds a request has been running, and the sampler's mean load in that time."""
-        entry = self._running[place]
+        entry = self._running[slot]
         seconds = self._now - entry.seconds
-        own = place.places * place.work.load
+        own = slot.images * slot.work.load
         return seconds, (self._load_seconds - entry.load_seconds) / seconds if seconds else own
 
-    def _measure(self, place: Slot) -> None:
+    def _measure(self, slot: Slot) -> None:
         self._tick()
-        seconds, load = self._stay(place)
+        seconds, load = self._time_and_load(slot)
         if seconds:
-            # If a request has more images than places, some start after others, and none takes part in all rounds.
-            is_told = place.denoising is not None and place.places == place.work.images
-            in_rounds = min(place.denoising or seconds, seconds) if is_told else seconds
-            self._pace.learn(load, in_rounds / place.rounds, seconds - in_rounds)
+            # If the slot holds fewer images than the request has, some start later: none takes part in all rounds.
+            has_denoising_time = slot.denoising is not None and slot.images == slot.work.images
+            denoising = min(slot.denoising or seconds, seconds) if has_denoising_time else seconds
+            self._step_times.add_measurement(load, denoising / slot.rounds, seconds - denoising)
             self._measured_at = self._now
 
     def _forecast(self, waiting: list[Slot]) -> Forecast | None:
-        if not self._pace.is_known:
+        if not self._step_times.is_known:
             return None
         return forecast(
-            self._pace,
+            self._step_times,
             waiting[-1].capacity,
-            [_rounds(place, self.rounds_left(place)) for place in self._running],
-            [_rounds(place, place.rounds) for place in waiting],
+            [_remaining_work(slot, self.remaining_rounds(slot)) for slot in self._running],
+            [_remaining_work(slot, slot.rounds) for slot in waiting],
         )
 
-    def _seconds_to_next_place(self, place: Slot) -> float:
+    def _seconds_to_next_start(self, slot: Slot) -> float:
         """Seconds until the first waiting request starts, which makes room in the queue."""
-        expected = self._forecast([self._waiting[0] if self._waiting else place])
-        return _UNKNOWN_RETRY_AFTER if expected is None else _retry_after(expected.placed)
+        prediction = self._forecast([self._waiting[0] if self._waiting else slot])
+        return _UNKNOWN_RETRY_AFTER if prediction is None else _retry_after(prediction.start)
 
 
-def _rounds(place: Slot, left: float) -> RemainingWork:
-    return RemainingWork(place.places, place.work.load, left)
+def _remaining_work(slot: Slot, rounds: float) -> RemainingWork:
+    return RemainingWork(slot.images, slot.work.load, rounds)
 
 
 def _retry_after(seconds: float) -> float:

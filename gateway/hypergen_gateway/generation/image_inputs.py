@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from hypergen_gateway.errors import InvalidRequestError
 from hypergen_gateway.generation.backend import ModelDescription, Pixels
 from hypergen_gateway.generation.images import decode
-from hypergen_gateway.generation.sizes import Box, Size, SizePolicy, nearest_size, window
+from hypergen_gateway.generation.sizes import Box, Size, SizePolicy, crop_box, nearest_size
 
 # Pixels less opaque than this are repainted.
 _OPAQUE = 128
@@ -42,7 +42,7 @@ class Compositing:
         """The image in RGB, [height, width, 3] of `size`: scaled to cover it and cropped to its proportions."""
         height, width, _ = pixels.shape
         if (width, height) != self.size:
-            box = window((width, height), self.size)
+            box = crop_box((width, height), self.size)
             pixels = np.asarray(Image.fromarray(pixels).resize(self.size, Image.Resampling.LANCZOS, box=box))
         if self.kept is None or self.mask is None:
             return pixels
@@ -135,7 +135,7 @@ def _init_image(
         image = ImageOps.fit(image, options.size, Image.Resampling.LANCZOS)
         mask = mask and ImageOps.fit(mask, options.size, Image.Resampling.BOX)
     generated = nearest_size(image.size, model)
-    box = window(generated, image.size)
+    box = crop_box(generated, image.size)
     kept = np.asarray(image) if mask or options.keep_originals else None
     return InitImage(
         image=_fit_into(image, generated, box, Image.Resampling.LANCZOS),

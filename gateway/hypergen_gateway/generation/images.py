@@ -103,7 +103,7 @@ def decode(file: BinaryIO, param: str, formats: tuple[str, ...] = _READ_FORMATS)
         raise InvalidRequestError(f"The file in '{param}' is too large: it must be smaller than 50 MB.", param)
     kind = _kind_of(file.read(_HEAD_BYTES))
     file.seek(0)
-    with _refusing_rubbish(param, formats, kind):
+    with _translate_pillow_errors(param, formats, kind):
         image = Image.open(file, formats=formats)
         # The size is known before any pixel is decoded. The response may have the same size, and must fit into a file.
         if image.width * image.height > MAX_PIXELS or max(image.size) > LONGEST_SIDE:
@@ -117,7 +117,7 @@ def _kind_of(head: bytes) -> str | None:
 
 
 @contextmanager
-def _refusing_rubbish(param: str, formats: tuple[str, ...], kind: str | None) -> Iterator[None]:
+def _translate_pillow_errors(param: str, formats: tuple[str, ...], kind: str | None) -> Iterator[None]:
     """Turns Pillow's errors into ours: on malicious files, it raises far more than it documents.
 
     A truncated file is rejected even if all of its pixels may be there, as in a JPEG without its last two bytes: there

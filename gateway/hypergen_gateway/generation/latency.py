@@ -67,7 +67,7 @@ class StepTimeModel:
     """The seconds of a round as a linear function of its load, fitted to finished requests by least squares."""
 
     def __init__(self) -> None:
-        self._weight = self._loads = self._seconds = self._squares = self._products = self._besides = 0.0
+        self._weight = self._loads = self._seconds = self._squares = self._products = self._overhead = 0.0
 
     @property
     def is_known(self) -> bool:
@@ -75,21 +75,21 @@ class StepTimeModel:
         return self._weight > 0
 
     @property
-    def besides(self) -> float:
+    def overhead(self) -> float:
         """The seconds that a request takes besides its rounds. Requires `is_known`."""
-        return self._besides / self._weight
+        return self._overhead / self._weight
 
-    def learn(self, load: float, seconds: float, besides: float = 0.0) -> None:
-        """Adds the measurements of a request.
+    def add_measurement(self, load: float, seconds: float, overhead: float = 0.0) -> None:
+        """Learns from a finished request.
 
-        Its rounds had a mean load of `load` and took `seconds` each; the rest of its time was `besides` seconds.
+        Its rounds had a mean load of `load` and took `seconds` each; the rest of its time was `overhead` seconds.
         """
         self._weight = self._weight * _MEMORY + 1.0
         self._loads = self._loads * _MEMORY + load
         self._seconds = self._seconds * _MEMORY + seconds
         self._squares = self._squares * _MEMORY + load * load
         self._products = self._products * _MEMORY + load * seconds
-        self._besides = self._besides * _MEMORY + besides
+        self._overhead = self._overhead * _MEMORY + overhead
 
     def round_seconds(self, load: float) -> float:
         """The seconds that a round of this load takes. Requires `is_known`."""
@@ -107,18 +107,18 @@ class StepTimeModel:
 
 @dataclass(eq=False)
 class RemainingWork:
-    """The remaining work of a request: the places it takes, the load of each and the rounds that are left."""
+    """The remaining work of a request: its images that run at a time, the load of each, and its rounds."""
 
-    places: int
+    images: int
     load: float
-    left: float
+    rounds: float
 
 
 @dataclass(frozen=True)
 class Forecast:
     """The seconds from now until a request starts, and until its last image is done."""
 
-    placed: float
+    start: float
     done: float
 
 
@@ -126,36 +126,36 @@ class Forecast:
 class _QueueSimulation:
     """A simulation of the queue and the sampler, whose rounds take each running request one step further."""
 
-    pace: StepTimeModel
+    step_times: StepTimeModel
     capacity: int
     running: list[RemainingWork]
     now: float = 0.0
-    placed: dict[int, float] = field(default_factory=dict)
+    starts: dict[int, float] = field(default_factory=dict)
 
-    def let_in(self, waiting: list[RemainingWork]) -> None:
-        while waiting and sum(each.places for each in self.running) + waiting[0].places <= self.capacity:
-            self.placed[id(waiting[0])] = self.now
+    def admit(self, waiting: list[RemainingWork]) -> None:
+        while waiting and sum(each.images for each in self.running) + waiting[0].images <= self.capacity:
+            self.starts[id(waiting[0])] = self.now
             self.running.append(waiting.pop(0))
 
-    def until_one_is_done(self) -> None:
-        load = sum(each.places * each.load for each in self.running)
-        rounds = min(each.left for each in self.running)
-        self.now += rounds * self.pace.round_seconds(load)
+    def run_until_one_is_done(self) -> None:
+        load = sum(each.images * each.load for each in self.running)
+        rounds = min(each.rounds for each in self.running)
+        self.now += rounds * self.step_times.round_seconds(load)
         for each in self.running:
-            each.left -= rounds
-        self.running = [each for each in self.running if each.left > 0]
+            each.rounds -= rounds
+        self.running = [each for each in self.running if each.rounds > 0]
 
 
 def forecast(
-    pace: StepTimeModel, capacity: int, running: Sequence[RemainingWork], waiting: Sequence[RemainingWork]
+    step_times: StepTimeModel, capacity: int, running: Sequence[RemainingWork], waiting: Sequence[RemainingWork]
 ) -> Forecast:
     """When the last request of `waiting` will start and be done, from a simulation of the sampler."""
-    race = _QueueSimulation(
-        pace, capacity, [RemainingWork(each.places, each.load, max(each.left, 1.0)) for each in running]
+    simulation = _QueueSimulation(
+        step_times, capacity, [RemainingWork(each.images, each.load, max(each.rounds, 1.0)) for each in running]
     )
-    queue = [RemainingWork(min(each.places, capacity), each.load, max(each.left, 1.0)) for each in waiting]
+    queue = [RemainingWork(min(each.images, capacity), each.load, max(each.rounds, 1.0)) for each in waiting]
     last = queue[-1]
-    while queue or last in race.running:
-        race.let_in(queue)
-        race.until_one_is_done()
-    return Forecast(race.placed[id(last)], race.now + pace.besides)
+    while queue or last in simulation.running:
+        simulation.admit(queue)
+        simulation.run_until_one_is_done()
+    return Forecast(simulation.starts[id(last)], simulation.now + step_times.overhead)

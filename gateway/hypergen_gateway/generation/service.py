@@ -166,16 +166,16 @@ class GenerationTask:
                 observer.rejected(error)
             raise
         self.slot = slot
-        rounds_left = slot.rounds
+        remaining_rounds = slot.rounds
         try:
             async with admission.acquire(slot):
                 try:
                     yield slot
                 finally:
-                    rounds_left = admission.rounds_left(slot)
+                    remaining_rounds = admission.remaining_rounds(slot)
         except (asyncio.CancelledError, GeneratorExit):
             for observer in observers:
-                observer.cancelled(rounds_left * slot.places)
+                observer.cancelled(remaining_rounds * slot.images)
             raise
         for observer in observers:
             observer.completed(slot, self._seconds())

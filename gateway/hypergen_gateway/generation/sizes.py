@@ -32,14 +32,14 @@ class SizePolicy:
     name: PolicyName = "fit"
     max_side: int = 4096
 
-    def check(self, asked: Size, model: ModelDescription) -> None:
+    def check(self, requested: Size, model: ModelDescription) -> None:
         """Raises `InvalidRequestError` for a size that is not allowed."""
-        is_legal = (
-            min(asked) >= 1 and max(asked) <= self.limit(model) if self.name == "fit" else is_native(asked, model)
-        )
+        is_legal = is_native(requested, model)
+        if self.name == "fit":
+            is_legal = min(requested) >= 1 and max(requested) <= self.limit(model)
         if is_legal:
             return
-        width, height = asked
+        width, height = requested
         raise InvalidRequestError(
             f"Invalid value for 'size': \"{width}x{height}\". It must be 'auto' or {self.legal(model)}.", "size"
         )
@@ -65,24 +65,24 @@ def is_native(size: Size, model: ModelDescription) -> bool:
     return all(model.min_size <= side <= model.max_size and side % model.size_factor == 0 for side in size)
 
 
-def nearest_size(asked: Size, model: ModelDescription) -> Size:
+def nearest_size(requested: Size, model: ModelDescription) -> Size:
     """The nearest size that the model generates: in aspect ratio, then in area. One that it generates is unchanged."""
     if model.sizes:
         built = [(int(width), int(height)) for width, height in (size.split("x") for size in model.sizes)]
-        return min(built, key=lambda size: (_distortion(size, asked), _growth(size, asked)))
-    smallest, largest = sorted(asked)
+        return min(built, key=lambda size: (_distortion(size, requested), _growth(size, requested)))
+    smallest, largest = sorted(requested)
     scale = min(max(1.0, model.min_size / smallest), model.max_size / largest)
-    width, height = (_nearest_side(side * scale, model) for side in asked)
+    width, height = (_nearest_side(side * scale, model) for side in requested)
     return width, height
 
 
-def window(generated: Size, asked: Size) -> Box:
-    """The part of a generated image to scale to `asked` without distortion.
+def crop_box(generated: Size, requested: Size) -> Box:
+    """The part of a generated image to scale to `requested` without distortion.
 
     All of the image, but for what is cut off evenly from two sides if the aspect ratios differ.
     """
-    scale = max(asked[0] / generated[0], asked[1] / generated[1])
-    width, height = (min(max(round(side / scale), 1), most) for side, most in zip(asked, generated, strict=True))
+    scale = max(requested[0] / generated[0], requested[1] / generated[1])
+    width, height = (min(max(round(side / scale), 1), most) for side, most in zip(requested, generated, strict=True))
     left, top = (generated[0] - width) // 2, (generated[1] - height) // 2
     return left, top, left + width, top + height
 
@@ -92,10 +92,10 @@ def _nearest_side(side: float, model: ModelDescription) -> int:
     return min(max(multiple, model.min_size), model.max_size)
 
 
-def _distortion(size: Size, asked: Size) -> float:
+def _distortion(size: Size, requested: Size) -> float:
     """How far apart two aspect ratios are, rounded so that the area decides between similar ones."""
-    return round(abs(math.log(size[0] * asked[1] / (size[1] * asked[0]))), 1)
+    return round(abs(math.log(size[0] * requested[1] / (size[1] * requested[0]))), 1)
 
 
-def _growth(size: Size, asked: Size) -> float:
-    return abs(math.log(size[0] * size[1] / (asked[0] * asked[1])))
+def _growth(size: Size, requested: Size) -> float:
+    return abs(math.log(size[0] * size[1] / (requested[0] * requested[1])))

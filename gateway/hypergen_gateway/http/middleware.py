@@ -156,7 +156,7 @@ class RequestLog:
             status=status,
             seconds=seconds,
             key=state.get("key_name"),
-            **state.get("drawn", {}),
+            **state.get("generation", {}),
         )
         access_logger.info(record)
         for observer in self._observers:

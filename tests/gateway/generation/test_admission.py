@@ -1,4 +1,4 @@
-"""The gate in front of Triton."""
+"""Admission control."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Visitor:
     ) -> None:
         self.is_in = False
         self.done = asyncio.Event()
-        self.place = admission.enter(ask(images), capacity)
+        self.slot = admission.enter(ask(images), capacity)
         self.task = asyncio.create_task(self._visit(admission, name, [] if log is None else log))
 
     async def _visit(self, admission: Admission, name: str, log: list[str]) -> None:
-        async with admission.acquire(self.place):
+        async with admission.acquire(self.slot):
             log.append(name)
             self.is_in = True
             await self.done.wait()
@@ -61,17 +61,17 @@ async def play(visitors: list[Visitor], clock: Clock) -> list[float]:
     while len(ended) < len(visitors):
         await settle()
         working = [visitor for visitor in visitors if visitor.is_in and visitor not in ended]
-        clock.now += 0.02 + 0.005 * sum(visitor.place.places for visitor in working)
+        clock.now += 0.02 + 0.005 * sum(visitor.slot.images for visitor in working)
         for visitor in working:
             steps[visitor] += 1
-            if steps[visitor] == visitor.place.work.steps:
+            if steps[visitor] == visitor.slot.work.steps:
                 ended[visitor] = clock.now - began
                 await visitor.leave()
     return [ended[visitor] for visitor in visitors]
 
 
 async def measured(clock: Clock, seconds: float = 1.0, max_waiting: int = 10) -> Admission:
-    """A gate that has seen one image of ten steps take `seconds`."""
+    """An admission that has measured one image of ten steps, which took `seconds`."""
     admission = Admission(max_waiting, clock)
     visitor = Visitor(admission)
     await settle()
@@ -86,7 +86,7 @@ class TestTurns:
         visitors = [Visitor(admission, name, log) for name in "abcd"]
         await settle()
         assert (log, admission.waiting, admission.running) == (["a", "b"], 2, 2)
-        assert [visitor.place.position for visitor in visitors] == [0, 0, 1, 2]
+        assert [visitor.slot.position for visitor in visitors] == [0, 0, 1, 2]
         await visitors[1].leave()
         await settle()
         assert (log, admission.waiting) == (["a", "b", "c"], 1)
@@ -211,7 +211,7 @@ class TestEstimates:
     async def test_nothing_is_estimated_before_a_request_was_measured(self) -> None:
         admission = Admission(10)
         visitor = Visitor(admission)
-        assert visitor.place.estimate is None
+        assert visitor.slot.estimate is None
         await visitor.leave()
 
     async def test_an_estimate_grows_with_images_steps_and_load_and_with_who_is_before(self) -> None:
@@ -229,9 +229,9 @@ class TestEstimates:
         working = Visitor(admission, capacity=1)
         clock.now += 0.75
         waiting = Visitor(admission, capacity=1)
-        assert waiting.place.estimate == pytest.approx(0.25 + 1.0)
-        assert admission.rounds_left(working.place) == pytest.approx(2.5)
-        assert admission.rounds_left(waiting.place) == 10
+        assert waiting.slot.estimate == pytest.approx(0.25 + 1.0)
+        assert admission.remaining_rounds(working.slot) == pytest.approx(2.5)
+        assert admission.remaining_rounds(waiting.slot) == 10
         await working.leave()
         await waiting.leave()
 
@@ -244,7 +244,7 @@ class TestEstimates:
             taken = await play(visitors, clock)
             if turn > 2:
                 ratios += [
-                    seconds / (visitor.place.estimate or 0) for visitor, seconds in zip(visitors, taken, strict=True)
+                    seconds / (visitor.slot.estimate or 0) for visitor, seconds in zip(visitors, taken, strict=True)
                 ]
         assert len(ratios) == 72
         assert 0.95 < statistics.median(ratios) < 1.05

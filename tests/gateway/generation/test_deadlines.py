@@ -106,7 +106,7 @@ async def test_what_is_no_deadline_is_told_so(client: httpx.AsyncClient, value: 
 
 
 @pytest.mark.parametrize("header", ["x-stainless-read-timeout", "x-stainless-timeout"])
-async def test_a_client_s_patience_is_a_deadline_but_not_in_a_stream_whose_heartbeats_feed_it(
+async def test_a_client_s_read_timeout_is_a_deadline_but_not_in_a_stream_with_heartbeats(
     client: httpx.AsyncClient, backend: FakeBackend, header: str
 ) -> None:
     await generate_slowly(client, backend)
@@ -120,12 +120,12 @@ async def test_a_client_s_patience_is_a_deadline_but_not_in_a_stream_whose_heart
 
 
 @pytest.mark.parametrize("value", ["", "soon", "-1", "nan", "inf", "1e999"])
-async def test_a_patience_that_makes_no_sense_is_ignored(client: httpx.AsyncClient, value: str) -> None:
+async def test_an_invalid_timeout_is_ignored(client: httpx.AsyncClient, value: str) -> None:
     headers = {"x-stainless-read-timeout": value}
     assert (await client.post(GENERATIONS, json=FOX, headers=headers)).status_code == 200
 
 
-async def test_openai_s_client_with_too_little_patience_learns_it_at_once_and_does_not_try_again(
+async def test_openai_s_client_with_a_timeout_too_short_is_told_at_once_and_does_not_retry(
     backend: FakeBackend,
 ) -> None:
     app = create_app(Config(), backend)

@@ -1,4 +1,4 @@
-"""The sampler's pace, and the forecasts made of it, against closed forms."""
+"""The sampler's step_times, and the forecasts made of it, against closed forms."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from support.fake_backend import MODEL
 
 
 def learned(*samples: tuple[float, float]) -> StepTimeModel:
-    pace = StepTimeModel()
+    step_times = StepTimeModel()
     for load, seconds in samples:
-        pace.learn(load, seconds)
-    return pace
+        step_times.add_measurement(load, seconds)
+    return step_times
 
 
 def load_of(generation: GenerationRequest, model: ModelDescription) -> float:
@@ -33,60 +33,60 @@ def test_nothing_is_known_before_the_first_request() -> None:
 
 
 def test_one_kind_of_load_says_that_twice_the_load_takes_twice_as_long() -> None:
-    pace = learned(*[(2, 0.1)] * 5)
-    assert [pace.round_seconds(load) for load in (1, 2, 4)] == pytest.approx([0.05, 0.1, 0.2])
+    step_times = learned(*[(2, 0.1)] * 5)
+    assert [step_times.round_seconds(load) for load in (1, 2, 4)] == pytest.approx([0.05, 0.1, 0.2])
 
 
 def test_different_loads_tell_what_a_round_costs_by_itself_and_by_its_load() -> None:
-    pace = learned(*[(load, 0.03 + 0.002 * load) for load in (2, 16, 8, 2, 16, 8, 2, 16, 8, 2, 16, 8)])
+    step_times = learned(*[(load, 0.03 + 0.002 * load) for load in (2, 16, 8, 2, 16, 8, 2, 16, 8, 2, 16, 8)])
     for load in (2, 8, 16):
-        assert pace.round_seconds(load) == pytest.approx(0.03 + 0.002 * load, rel=0.08)
+        assert step_times.round_seconds(load) == pytest.approx(0.03 + 0.002 * load, rel=0.08)
 
 
 def test_it_follows_a_change_within_some_requests() -> None:
-    pace = learned(*[(2, 1.0)] * 20, *[(2, 0.1)] * 20)
-    assert pace.round_seconds(2) == pytest.approx(0.2, rel=0.5)
+    step_times = learned(*[(2, 1.0)] * 20, *[(2, 0.1)] * 20)
+    assert step_times.round_seconds(2) == pytest.approx(0.2, rel=0.5)
 
 
 @pytest.mark.parametrize("samples", [[(2, 0.2), (16, 0.1)], [(2, 0.01), (4, 0.2)]])
 def test_figures_that_contradict_each_other_never_make_a_round_free(samples: list[tuple[float, float]]) -> None:
-    pace = learned(*samples * 3)
-    assert all(0 < pace.round_seconds(load) < 2 for load in (0.5, 2, 16, 32))
+    step_times = learned(*samples * 3)
+    assert all(0 < step_times.round_seconds(load) < 2 for load in (0.5, 2, 16, 32))
 
 
 def test_requests_together_take_as_long_as_their_rounds_do() -> None:
-    pace = learned((1, 0.01))  # 10 ms per image and round
-    alone = forecast(pace, 4, [], [RemainingWork(1, 1.0, 50)])
-    assert [alone.placed, alone.done] == pytest.approx([0, 0.5])
-    beside = forecast(pace, 4, [RemainingWork(2, 1.0, 10)], [RemainingWork(1, 1.0, 50)])
-    assert [beside.placed, beside.done] == pytest.approx([0, 10 * 0.03 + 40 * 0.01])
+    step_times = learned((1, 0.01))  # 10 ms per image and round
+    alone = forecast(step_times, 4, [], [RemainingWork(1, 1.0, 50)])
+    assert [alone.start, alone.done] == pytest.approx([0, 0.5])
+    beside = forecast(step_times, 4, [RemainingWork(2, 1.0, 10)], [RemainingWork(1, 1.0, 50)])
+    assert [beside.start, beside.done] == pytest.approx([0, 10 * 0.03 + 40 * 0.01])
 
 
 def test_who_waits_is_placed_when_enough_places_are_free_and_overtakes_nobody() -> None:
-    pace = learned((1, 0.01))
+    step_times = learned((1, 0.01))
     running = [RemainingWork(1, 1.0, 10), RemainingWork(1, 1.0, 30)]
     waiting = [RemainingWork(2, 1.0, 20), RemainingWork(1, 1.0, 5)]
-    expected = forecast(pace, 2, running, waiting)
+    expected = forecast(step_times, 2, running, waiting)
     both_gone = 10 * 0.02 + 20 * 0.01
-    assert expected.placed == pytest.approx(both_gone + 20 * 0.02)
+    assert expected.start == pytest.approx(both_gone + 20 * 0.02)
     assert expected.done == pytest.approx(both_gone + 20 * 0.02 + 5 * 0.01)
 
 
 def test_a_request_that_should_have_ended_is_given_one_more_round() -> None:
     expected = forecast(learned((1, 0.01)), 1, [RemainingWork(1, 1.0, 0)], [RemainingWork(1, 1.0, 10)])
-    assert expected.placed == pytest.approx(0.01)
+    assert expected.start == pytest.approx(0.01)
 
 
 def test_the_forecast_leaves_what_it_was_given_as_it_was() -> None:
     running, waiting = [RemainingWork(1, 1.0, 3)], [RemainingWork(1, 1.0, 4)]
     assert forecast(learned((1, 0.01)), 1, running, waiting) == forecast(learned((1, 0.01)), 1, running, waiting)
-    assert (running[0].left, waiting[0].left) == (3, 4)
+    assert (running[0].rounds, waiting[0].rounds) == (3, 4)
 
 
-def test_what_a_request_takes_besides_its_rounds_is_not_taken_for_rounds() -> None:
-    pace = StepTimeModel()
-    pace.learn(load=1.0, seconds=0.01, besides=2.0)  # one step, on a connection that had to be made again
-    expected = forecast(pace, 8, [], [RemainingWork(1, 1.0, 100.0)])
+def test_overhead_is_not_taken_for_rounds() -> None:
+    step_times = StepTimeModel()
+    step_times.add_measurement(load=1.0, seconds=0.01, overhead=2.0)  # one step, after reconnecting
+    expected = forecast(step_times, 8, [], [RemainingWork(1, 1.0, 100.0)])
     assert expected.done == pytest.approx(100 * 0.01 + 2.0, rel=0.2)
 
 

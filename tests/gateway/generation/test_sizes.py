@@ -18,7 +18,7 @@ from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.errors import InvalidRequestError
 from hypergen_gateway.generation.backend import GeneratedImage, GenerationRequest, ModelDescription, Pixels
-from hypergen_gateway.generation.sizes import Size, SizePolicy, is_native, nearest_size, window
+from hypergen_gateway.generation.sizes import Size, SizePolicy, crop_box, is_native, nearest_size
 from support.fake_backend import MODEL, FakeBackend, in_memory
 from support.image_files import file_of, hole, photo, ramp
 from support.wire import data_url, error_of
@@ -118,11 +118,11 @@ def test_a_size_that_is_native_is_its_own_nearest_and_shown_whole(model: ModelDe
     assert len(legal) >= 3
     for size in legal:
         assert nearest_size(size, model) == size
-        assert window(size, size) == (0, 0, *size)
+        assert crop_box(size, size) == (0, 0, *size)
 
 
 @pytest.mark.parametrize(
-    ("asked", "generated", "shown"),
+    ("requested", "generated", "shown"),
     [
         ((1024, 1024), (96, 96), (0, 0, 96, 96)),
         ((512, 512), (96, 96), (0, 0, 96, 96)),
@@ -137,16 +137,16 @@ def test_a_size_that_is_native_is_its_own_nearest_and_shown_whole(model: ModelDe
     ],
 )
 def test_what_is_native_for_the_sizes_that_clients_ask_for(
-    asked: Size, generated: Size, shown: tuple[int, int, int, int]
+    requested: Size, generated: Size, shown: tuple[int, int, int, int]
 ) -> None:
-    assert nearest_size(asked, SMALL) == generated
-    assert window(generated, asked) == shown
+    assert nearest_size(requested, SMALL) == generated
+    assert crop_box(generated, requested) == shown
 
 
-@pytest.mark.parametrize("asked", [(0, 64), (4097, 64), (64, 4097), (16_383, 16_383)])
-def test_what_is_beyond_the_limit_is_refused_with_it(asked: Size) -> None:
+@pytest.mark.parametrize("requested", [(0, 64), (4097, 64), (64, 4097), (16_383, 16_383)])
+def test_what_is_beyond_the_limit_is_refused_with_it(requested: Size) -> None:
     with pytest.raises(InvalidRequestError, match=r"each side from 1 to 4096\.") as refused:
-        SizePolicy().check(asked, SMALL)
+        SizePolicy().check(requested, SMALL)
     assert refused.value.param == "size"
 
 
@@ -253,7 +253,7 @@ class TestEdits:
         (edited,) = images_in(response)
         (generation,) = backend.generations
         size = generation.width, generation.height
-        generated = scaled(pattern(*size, 4), (640, 400), window(size, (640, 400)))
+        generated = scaled(pattern(*size, 4), (640, 400), crop_box(size, (640, 400)))
         inside = np.zeros((400, 640, 1), dtype=bool)
         inside[51:230, 100:401] = True
         assert np.array_equal(edited, np.where(inside, generated, ramp(640, 400)))

@@ -11,8 +11,8 @@ import { Stage } from "./stage.js";
 import { Start } from "./start.js";
 
 const RETRY_MILLISECONDS = 3000;
-// A refusal comes sooner than this, and what was shown is shown on.
-const PATIENCE_MILLISECONDS = 300;
+// Most errors arrive sooner than this; until then the previous images stay on show.
+const PREPARE_DELAY_MILLISECONDS = 300;
 
 class Playground {
   #running = null;
@@ -65,14 +65,14 @@ class Playground {
   async #generateAll(generation, signal) {
     const count = Number(generation.settings.n);
     const prepare = () => this.stage.prepare(count, generation.settings.size);
-    const patience = setTimeout(prepare, PATIENCE_MILLISECONDS);
+    const timer = setTimeout(prepare, PREPARE_DELAY_MILLISECONDS);
     try {
       const { first, stream } = await whenAllowed(() => begin(generation.request, signal));
-      clearTimeout(patience);
+      clearTimeout(timer);
       if (!document.querySelector("figure:not(.finished)")) prepare();
       for (let next = first; !next.done; next = await stream.next()) this.#take(generation, next.value, count);
     } finally {
-      clearTimeout(patience);
+      clearTimeout(timer);
     }
   }
 

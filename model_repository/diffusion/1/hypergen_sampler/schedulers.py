@@ -39,7 +39,7 @@ def _import_diffusers() -> Any:
 diffusers = _import_diffusers()
 FrozenDict = diffusers.configuration_utils.FrozenDict
 
-REHEARSAL_SHAPE = (1, 4, 8, 8)
+_TRIAL_SHAPE = (1, 4, 8, 8)
 
 
 class Schedulers:
@@ -55,7 +55,7 @@ class Schedulers:
     def __init__(self, table: Mapping[str, Mapping[str, Any]]) -> None:
         self._always = {name: _made(config) for name, config in table["schedulers"].items()}
         self._under_a_mask = self._always | {name: _made(config) for name, config in table["inpainting"].items()}
-        self._rehearsed: dict[tuple[str, bool, int], str] = {}
+        self._trial_errors: dict[tuple[str, bool, int], str] = {}
 
     @classmethod
     def read(cls, folder: Path) -> Schedulers:
@@ -75,10 +75,10 @@ class Schedulers:
         """
         pristine = (self._under_a_mask if masked else self._always)[name]
         key = (name, masked, steps)
-        if key not in self._rehearsed:
-            self._rehearsed[key] = _refusal(_copy(pristine), steps)
-        if self._rehearsed[key]:
-            raise InvalidInputError("num_inference_steps", f"the scheduler refuses {steps}: {self._rehearsed[key]}")
+        if key not in self._trial_errors:
+            self._trial_errors[key] = _trial_run(_copy(pristine), steps)
+        if self._trial_errors[key]:
+            raise InvalidInputError("num_inference_steps", f"the scheduler refuses {steps}: {self._trial_errors[key]}")
         return _copy(pristine)
 
 
@@ -107,16 +107,16 @@ def _copy(pristine: Any) -> Any:
     return copy.deepcopy(pristine, {id(value): value for value in shared})
 
 
-def _refusal(scheduler: Any, steps: int) -> str:
-    """Why the scheduler cannot take `steps` steps; empty if it can. Takes all of them, as the last may fail."""
+def _trial_run(scheduler: Any, steps: int) -> str:
+    """The error of a trial run, or an empty string. It takes all `steps` steps, as the last one may fail."""
     generator = torch.Generator().manual_seed(0)
-    latents = torch.ones(REHEARSAL_SHAPE)
+    latents = torch.ones(_TRIAL_SHAPE)
     try:
         scheduler.set_timesteps(steps, device="cpu")
         for timestep in scheduler.timesteps:
             scheduler.scale_model_input(latents, timestep)
-            answer = torch.randn(REHEARSAL_SHAPE, generator=generator)
+            answer = torch.randn(_TRIAL_SHAPE, generator=generator)
             latents = scheduler.step(answer, timestep, latents, **step_arguments(scheduler, generator)).prev_sample
-    except Exception as error:  # diffusers' schedulers raise errors of many kinds
+    except Exception as error:  # diffusers' schedulers raise many kinds of errors
         return str(error).strip().partition("\n")[0] or type(error).__name__
-    return "" if latents.isfinite().all() else "they lead to numbers that are not finite"
+    return "" if latents.isfinite().all() else "the results are not finite"
