@@ -35,6 +35,8 @@ from support.running_server import KEY, Server, start_server, stop_server  # noq
 ENVIRONMENTS = BUILD / "clients"
 OPERATIONS = ("generate", "edit", "stream", "vary")
 LIMIT_SECONDS = 300
+# Releases that are driven as another one is: client, client with the driver.
+SHARED_DRIVERS = {"openai_node_5": "openai_node", "openai_node_6": "openai_node"}
 # What clients ask of others by themselves, a price list and who uses them: nothing of it is wanted here.
 SILENT = {
     "AGNO_TELEMETRY": "false",
@@ -46,7 +48,7 @@ SILENT = {
 
 @dataclass(frozen=True)
 class Client:
-    """A folder with a driver; its name is the folder's."""
+    """A folder with a driver, its own or a shared one; its name is the folder's."""
 
     folder: Path
 
@@ -81,9 +83,10 @@ class Client:
         """Installs what it needs; what then runs the driver, less the file for its results. Raises ToolError."""
         if (self.folder / "Driver.java").exists():
             return ["java", str(self.folder / "Driver.java")]
-        if (self.folder / "driver.mjs").exists():
+        driver = self.folder.parent / SHARED_DRIVERS.get(self.name, self.name) / "driver.mjs"
+        if driver.exists():
             self._install_node()
-            shutil.copyfile(self.folder / "driver.mjs", self.home / "driver.mjs")
+            shutil.copyfile(driver, self.home / "driver.mjs")
             return ["node", str(HERE / "driving.mjs"), str(self.home / "driver.mjs")]
         python = install(self.home, self.requirements) if self.requirements else Path(sys.executable)
         return [str(python), "-P", str(HERE / "driving.py"), str(self.folder / "driver.py")]
@@ -230,7 +233,8 @@ def mark(problems: Mapping[str, str | None], operation: str) -> str:
 
 
 def all_clients() -> list[Client]:
-    return [Client(file.parent) for file in sorted(HERE.glob("*/[dD]river.*"))]
+    names = {file.parent.name for file in HERE.glob("*/[dD]river.*")} | set(SHARED_DRIVERS)
+    return [Client(HERE / name) for name in sorted(names)]
 
 
 def main() -> int:

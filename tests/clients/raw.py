@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -35,7 +36,21 @@ def image_of(answer: Mapping[str, Any]) -> str:
     return str(image.get("b64_json") or image["url"])
 
 
-def form(boundary: str, *parts: tuple[list[str], bytes]) -> bytes:
+Part = tuple[list[str], bytes]
+
+
+def text(name: str, value: str) -> Part:
+    """A field of a form, as most clients send it."""
+    return [f'Content-Disposition: form-data; name="{name}"'], value.encode()
+
+
+def file(name: str, path: str, *head: str) -> Part:
+    """A file of a form, as most clients send it, with further lines for its head."""
+    disposition = f'Content-Disposition: form-data; name="{name}"; filename="{Path(path).name}"'
+    return [disposition, *head], Path(path).read_bytes()
+
+
+def form(boundary: str, *parts: Part) -> bytes:
     """A form of parts, each as the lines of its head and its content."""
     encoded = ["\r\n".join([f"--{boundary}", *head, "", ""]).encode() + content + b"\r\n" for head, content in parts]
     return b"".join(encoded) + f"--{boundary}--\r\n".encode()

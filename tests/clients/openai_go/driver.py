@@ -1,9 +1,8 @@
 """What OpenAI's Go client 3.52 puts on the wire."""
 
 import json
-from pathlib import Path
 
-from clients.raw import KEY, form, image_of, post
+from clients.raw import KEY, file, form, image_of, post, text
 
 BOUNDARY = "5a1f0c3b9d8e7f6a5b4c3d2e1f0a9b8c7d6e5f4a3b2c1d0e9f8a7b6c5d4e"
 HEADERS = {
@@ -20,6 +19,8 @@ HEADERS = {
     "Accept-Encoding": "gzip",
 }
 JSON = HEADERS | {"Content-Type": "application/json"}
+# An open file keeps its name; any other reader is sent as `anonymous_file`.
+BINARY = "Content-Type: application/octet-stream"
 FORM = HEADERS | {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
 
 
@@ -28,20 +29,15 @@ def generate(prompt: str) -> str:
     return image_of(post("/images/generations", JSON, json.dumps(body).encode()))
 
 
-def text(name: str, value: str) -> tuple[list[str], bytes]:
-    return [f'Content-Disposition: form-data; name="{name}"'], value.encode()
-
-
-def file(name: str, path: str) -> tuple[list[str], bytes]:
-    """An open file; any other reader is called `anonymous_file`."""
-    disposition = f'Content-Disposition: form-data; name="{name}"; filename="{Path(path).name}"'
-    return [disposition, "Content-Type: application/octet-stream"], Path(path).read_bytes()
-
-
 def edit(prompt: str, image: str, mask: str) -> str:
-    parts = [file("image[]", image), text("prompt", prompt), file("mask", mask), text("model", "gpt-image-1")]
+    parts = [
+        file("image[]", image, BINARY),
+        text("prompt", prompt),
+        file("mask", mask, BINARY),
+        text("model", "gpt-image-1"),
+    ]
     return image_of(post("/images/edits", FORM, form(BOUNDARY, *parts)))
 
 
 def vary(image: str) -> str:
-    return image_of(post("/images/variations", FORM, form(BOUNDARY, file("image", image))))
+    return image_of(post("/images/variations", FORM, form(BOUNDARY, file("image", image, BINARY))))

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from clients.raw import KEY, form, image_of, post
+from clients.raw import KEY, form, image_of, post, text
 
 BOUNDARY = "-----------RubyMultipartPost-8f14e45fceea167a5a36dedd4bea2543"
 HEADERS = {
@@ -19,10 +19,6 @@ FORM = HEADERS | {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
 def generate(prompt: str) -> str:
     body = {"prompt": prompt, "model": "dall-e-3", "size": "1024x1792", "quality": "standard"}
     return image_of(post("/images/generations", HEADERS, json.dumps(body).encode()))
-
-
-def text(name: str, value: str) -> tuple[list[str], bytes]:
-    return [f'Content-Disposition: form-data; name="{name}"'], value.encode()
 
 
 def file(name: str, path: str) -> tuple[list[str], bytes]:
