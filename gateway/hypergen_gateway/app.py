@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 
 from hypergen_gateway.api.routes import Endpoints
 from hypergen_gateway.concurrency import cancel
@@ -60,6 +60,7 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
     links = _links(config)
     endpoints = Endpoints(config, backend, admission, jobs, links, metrics)
     routes = endpoints.routes()
+    paths = {route.endpoint: route.path for route in routes if isinstance(route, Route)}
     open_paths = _OPEN_PATHS if config.metrics_need_key else _OPEN_PATHS | {METRICS_PATH}
 
     @asynccontextmanager
@@ -83,7 +84,7 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
         middleware=[
             Middleware(CanonicalPath),
             Middleware(Trace) if tracing is None else Middleware(Trace, traced=tracing.middleware),
-            Middleware(RequestLog, routes=_paths(routes), observers=observers),
+            Middleware(RequestLog, routes=paths, observers=observers),
             *cors(config.cors_origins),
             Middleware(ExceptionMiddleware),
             Middleware(RequestValidation, checks=(check_head, authorize)),
@@ -99,10 +100,6 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
 async def _reraise(_: Request, error: Exception) -> Response:
     """Leaves the router's 404 and 405 to `ExceptionMiddleware`; Starlette would respond in plain text."""
     raise error
-
-
-def _paths(routes: Sequence[BaseRoute]) -> dict[Any, str]:
-    return {route.endpoint: route.path for route in routes if isinstance(route, Route)}
 
 
 def _links(config: Config) -> Links:

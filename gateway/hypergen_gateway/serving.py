@@ -23,7 +23,7 @@ from hypergen_gateway.embedded.errors import EmbeddedError, ModelsNotLoadedError
 from hypergen_gateway.embedded.export_cache import ExportOptions, find_repository
 from hypergen_gateway.embedded.installation import find_installation
 from hypergen_gateway.errors import UnavailableError
-from hypergen_gateway.generation.backend import GeneratedImage, GenerationRequest, Lora, ModelDescription
+from hypergen_gateway.generation.backend import GeneratedImage, GenerationRequest, ModelDescription
 from hypergen_gateway.http.addresses import listening, url_of
 from hypergen_gateway.http.protocol import AcceptErrors, Listener, make_uvicorn_config, raise_file_limit
 from hypergen_gateway.observability.logs import console
@@ -254,17 +254,13 @@ async def _greeting(options: ServeOptions, backend: TritonBackend) -> str:
     details = [
         description.device,
         *(["with an API key"] if options.gateway.needs_key else []),
-        *_lora_names(description.loras),
+        *(f"with the LoRA {lora.name} at {lora.scale:g}" for lora in description.loras),
     ]
     return (
         f"Serving {model} on {url}/v1 ({', '.join(details)})"
         f"\n\nPlayground: {url}"
         f"\n\nGenerate an image:\n{curl}\n{_format_suggestions(description.suggestions)}"
     )
-
-
-def _lora_names(loras: Sequence[Lora]) -> list[str]:
-    return [f"with the LoRA {lora.name} at {lora.scale:g}" for lora in loras]
 
 
 def _format_suggestions(prompts: Sequence[str]) -> str:

@@ -122,7 +122,7 @@ def _fields(api: JsonObject, schema: JsonObject) -> str:
         [
             _name(name, required=name in required),
             f"<code>{escape(_type(api, described))}</code>",
-            _code(described["default"]) if described.get("default") is not None else "",
+            f"<code>{escape(json.dumps(default))}</code>" if (default := described.get("default")) is not None else "",
             _text(described.get("description", "")),
         ]
         for name, described in schema["properties"].items()
@@ -185,10 +185,6 @@ def _resolve(api: JsonObject, schema: JsonObject) -> JsonObject:
 
 def _name(name: str, *, required: bool) -> str:
     return f"<code>{escape(name)}</code>" + (' <span class="required">required</span>' if required else "")
-
-
-def _code(value: object) -> str:
-    return f"<code>{escape(json.dumps(value))}</code>"
 
 
 def _table(head: list[str], rows: Iterable[list[str]]) -> str:

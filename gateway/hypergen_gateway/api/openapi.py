@@ -253,11 +253,12 @@ def _paths() -> JsonObject:
 
 
 def _operation(operation: Operation) -> JsonObject:
+    errors = sorted({*operation.errors, *(() if operation.is_open else (401,))})
     described: JsonObject = {
         "operationId": operation.id,
         "summary": operation.summary,
         "parameters": list(operation.parameters),
-        "responses": {"200": _success(operation), **{str(status): _error(status) for status in _statuses(operation)}},
+        "responses": {"200": _success(operation), **{str(status): _error(status) for status in errors}},
     }
     if operation.description:
         described["description"] = operation.description
@@ -269,10 +270,6 @@ def _operation(operation: Operation) -> JsonObject:
     if operation.path == "/health/ready":
         described["responses"]["503"] = described["responses"]["200"] | {"description": "Images cannot be generated."}
     return described
-
-
-def _statuses(operation: Operation) -> list[int]:
-    return sorted({*operation.errors, *(() if operation.is_open else (401,))})
 
 
 def _success(operation: Operation) -> JsonObject:

@@ -72,7 +72,8 @@ def _run(url: str, options: Options, quiet: bool) -> list[Finding]:
         _check_reachable(server)
         for finding in findings(RULES, server):
             if not quiet:
-                _show(finding, is_first=not found or found[-1].rule.area != finding.rule.area)
+                is_first_of_area = not found or found[-1].rule.area != finding.rule.area
+                click.echo((f"\n{finding.rule.area}\n" if is_first_of_area else "") + report.line(finding))
             found.append(finding)
     finally:
         server.close()
@@ -85,12 +86,6 @@ def _check_reachable(server: Server) -> None:
         server.send("GET", MODELS)
     except (httpx.TransportError, httpx.InvalidURL) as error:
         raise click.ClickException(f"{server.url} cannot be reached: {error}") from error
-
-
-def _show(finding: Finding, *, is_first: bool) -> None:
-    if is_first:
-        click.echo(f"\n{finding.rule.area}")
-    click.echo(report.line(finding))
 
 
 def _read_fields(text: str) -> dict[str, Any]:

@@ -49,7 +49,8 @@ class Server:
 
     def send(self, method: str, path: str, *, authorised: bool = True, **content: Any) -> httpx.Response:
         """Send a request. `path` is relative to the API unless it is a URL."""
-        headers = {**(self._key() if authorised else {}), **content.pop("headers", {})}
+        key = self.options.api_key if authorised else None
+        headers = ({} if key is None else {"Authorization": f"Bearer {key}"}) | content.pop("headers", {})
         url = path if "://" in path else f"{self.url}{path}"
         return self._http.request(method, url, headers=headers, **content)
 
@@ -85,9 +86,6 @@ class Server:
     def stream(self) -> httpx.Response:
         """The complete response to a streaming request with two previews."""
         return self.generate(stream=True, partial_images=2)
-
-    def _key(self) -> dict[str, str]:
-        return {} if self.options.api_key is None else {"Authorization": f"Bearer {self.options.api_key}"}
 
 
 def as_text(value: object) -> str:

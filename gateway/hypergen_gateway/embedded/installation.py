@@ -75,13 +75,10 @@ def find_stub(stubs: Path) -> Path:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = stubs / version / "triton_python_backend_stub"
     if not stub.exists():
-        known = ", ".join(sorted((folder.name for folder in stubs.iterdir()), key=_as_numbers))
+        names = (folder.name for folder in stubs.iterdir())
+        known = ", ".join(sorted(names, key=lambda name: [int(part) for part in name.split(".")]))
         raise EmbeddedError(f"The installed Triton has no stub for Python {version}: use one of {known}.")
     return stub
-
-
-def _as_numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("."))
 
 
 def find_libpython(folders: Iterable[Path]) -> Path:

@@ -59,7 +59,8 @@ class RunFolder:
             folder = cls(path, repository.absolute(), lock)
             with contextlib.ExitStack() as on_failure:
                 on_failure.callback(folder.remove)
-                _check_programs_run(path)
+                if os.statvfs(path).f_flag & os.ST_NOEXEC:
+                    raise OSError(errno.EACCES, "programs cannot run there")
                 folder._fill(installation)
                 on_failure.pop_all()
         except OSError as error:
@@ -181,11 +182,6 @@ def _make_locked(place: Path) -> tuple[Path, int]:
     path = unlocked.with_name(f"{PREFIX}{os.getpid()}-{unlocked.name.rpartition('-')[2]}")
     unlocked.rename(path)
     return path, lock
-
-
-def _check_programs_run(folder: Path) -> None:
-    if os.statvfs(folder).f_flag & os.ST_NOEXEC:
-        raise OSError(errno.EACCES, "programs cannot run there")
 
 
 def _reason_of(error: OSError) -> str:

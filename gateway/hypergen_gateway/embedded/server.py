@@ -158,7 +158,8 @@ class TritonServer:
         folder = RunFolder.make(launch.installation, launch.model_repository)
         try:
             environment = launch.environment(folder)
-            _check_shell(environment["PATH"])
+            if shutil.which("bash", path=environment["PATH"]) is None:
+                raise EmbeddedError("Triton needs bash to start its models' processes, and it is not on PATH.")
             process = await asyncio.create_subprocess_exec(
                 *launch.command(folder),
                 env=environment,
@@ -301,11 +302,6 @@ async def answers(call: Callable[..., Awaitable[bool]], seconds: float) -> bool:
         return bool(await run_with_timeout(call(client_timeout=seconds), seconds + CLOSE_SECONDS))
     except (InferenceServerException, TimeoutError):
         return False
-
-
-def _check_shell(path: str) -> None:
-    if shutil.which("bash", path=path) is None:
-        raise EmbeddedError("Triton needs bash to start its models' processes, and it is not on PATH.")
 
 
 class StartupMonitor:

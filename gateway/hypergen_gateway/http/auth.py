@@ -27,13 +27,12 @@ class ApiKey:
 
     def __call__(self, scope: Scope) -> None:
         """Raise `AuthenticationError`, or record the key's name for the log."""
-        if self._keys and not self._is_open(scope["path"]):
+        path = scope["path"]
+        is_open = path in self._open_paths or path.startswith(self._open_prefixes)
+        if self._keys and not is_open:
             key = self._check(scope["headers"])
             if key.name is not None:
                 scope.setdefault("state", {})["key_name"] = key.name
-
-    def _is_open(self, path: str) -> bool:
-        return path in self._open_paths or path.startswith(self._open_prefixes)
 
     def _check(self, headers: RawHeaders) -> Key:
         given = presented_key(headers)

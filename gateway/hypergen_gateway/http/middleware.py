@@ -131,11 +131,12 @@ class RequestLog:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 given = message.get("headers", ())
+                milliseconds = round((time.perf_counter() - started) * 1000)
                 message["headers"] = [
                     *given,
                     *security_headers(given),
                     (b"x-request-id", request_id.encode()),
-                    (b"openai-processing-ms", b"%d" % _milliseconds_since(started)),
+                    (b"openai-processing-ms", b"%d" % milliseconds),
                 ]
             return send(message)
 
@@ -278,7 +279,3 @@ def _shown(path: str) -> str:
     """A path, escaped and shortened for logs and messages."""
     shown = quote(path[:_MAX_SHOWN_PATH], safe="/:@")
     return shown if len(path) <= _MAX_SHOWN_PATH else f"{shown}…"
-
-
-def _milliseconds_since(started: float) -> int:
-    return round((time.perf_counter() - started) * 1000)

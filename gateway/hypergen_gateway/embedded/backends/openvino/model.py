@@ -36,7 +36,9 @@ class TritonPythonModel:
         try:
             self._compilations = Compilations(file, _properties(config["parameters"]))
         except RuntimeError as error:
-            raise RuntimeError(f"{file} cannot be loaded by OpenVINO: {_last_line(str(error))}") from None
+            # The lines before the last one are locations in OpenVINO's source.
+            reason = str(error).strip().rpartition("\n")[2]
+            raise RuntimeError(f"{file} cannot be loaded by OpenVINO: {reason}") from None
         self._inputs = [entry["name"] for entry in config["input"]]
         self._outputs = [entry["name"] for entry in config["output"]]
 
@@ -58,11 +60,6 @@ class TritonPythonModel:
     def _infer(self, parts: dict[str, list[Array]]) -> dict[str, Array]:
         batch = {name: part[0] if len(part) == 1 else np.concatenate(part) for name, part in parts.items()}
         return self._compilations.find(batch).infer(batch, self._outputs)
-
-
-def _last_line(message: str) -> str:
-    """The last line of an OpenVINO error; the lines before it are locations in OpenVINO's source."""
-    return message.strip().rpartition("\n")[2]
 
 
 def _properties(parameters: dict[str, dict[str, str]]) -> dict[str, Any]:
