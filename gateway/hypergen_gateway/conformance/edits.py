@@ -13,13 +13,13 @@ from PIL import Image, ImageChops
 from hypergen_gateway.conformance.rules import Area, need
 from hypergen_gateway.conformance.server import EDITS, VARIATIONS, File, Server
 from hypergen_gateway.conformance.shapes import (
-    described,
+    describe_images,
     events_of,
+    expect_error,
     image_in,
     images_of,
     json_of,
     offered,
-    refusal,
 )
 
 AREA = Area("edits")
@@ -29,20 +29,22 @@ _BOUNDARY = "----conformance"
 
 @AREA.rule("`image` and a prompt return an image")
 def _(server: Server) -> str:
-    return described(images_of(offered(server.edit([("image", _image_file(server))]))))
+    return describe_images(images_of(offered(server.edit([("image", _image_file(server))]))))
 
 
 @AREA.rule("`image[]` works like `image` and can be repeated")
 def _(server: Server) -> str:
     once = images_of(offered(server.edit([("image[]", _image_file(server))])))
     twice = images_of(offered(server.edit([("image[]", _image_file(server))] * 2)))
-    return described([*once, *twice])
+    return describe_images([*once, *twice])
 
 
 @AREA.rule("raw bytes are accepted as `upload` of type application/octet-stream")
 def _(server: Server) -> str:
     _, content, _ = _image_file(server)
-    return described(images_of(offered(server.edit([("image", ("upload", content, "application/octet-stream"))]))))
+    return describe_images(
+        images_of(offered(server.edit([("image", ("upload", content, "application/octet-stream"))])))
+    )
 
 
 @AREA.rule("a file before the prompt, a path as file name and a chunked body are accepted")
@@ -50,14 +52,16 @@ def _(server: Server) -> str:
     _, content, _ = _image_file(server)
     body = server.body({"n": 1})
     headers = {"Content-Type": f"multipart/form-data; boundary={_BOUNDARY}"}
-    return described(images_of(offered(server.send("POST", EDITS, content=_chunks(content, body), headers=headers))))
+    return describe_images(
+        images_of(offered(server.send("POST", EDITS, content=_chunks(content, body), headers=headers)))
+    )
 
 
 @AREA.rule("numbers and booleans are accepted as text: `n` 2, `stream` false")
 def _(server: Server) -> str:
     images = images_of(offered(server.edit([("image", _image_file(server))], n=2, stream=False, partial_images=0)))
     need(len(images) == 2, f"{len(images)} images")
-    return described(images)
+    return describe_images(images)
 
 
 @AREA.rule("JPEG and WebP input images are accepted")
@@ -66,24 +70,24 @@ def _(server: Server) -> str:
     for name in ("jpeg", "webp"):
         file = (f"image.{name}", _bytes_of(_image(server).convert("RGB"), name), f"image/{name}")
         images += images_of(offered(server.edit([("image", file)])))
-    return described(images)
+    return describe_images(images)
 
 
 @AREA.rule("a mask is accepted")
 def _(server: Server) -> str:
-    return described(images_of(_masked(server)))
+    return describe_images(images_of(_masked(server)))
 
 
 @AREA.rule("the image is unchanged outside the mask", extension=True)
 def _(server: Server) -> str:
     before = _image(server).convert("RGB")
     (after,) = images_of(_masked(server))
-    need(after.size == before.size, described([after]))
+    need(after.size == before.size, describe_images([after]))
     left = (0, 0, before.width // 2, before.height)
     difference = ImageChops.difference(before.crop(left), after.convert("RGB").crop(left))
     worst = max(difference.tobytes())
-    need(worst <= 2, f"up to {worst} of 255 away")
-    return f"at most {worst} of 255 away"
+    need(worst <= 2, f"differs by up to {worst} of 255")
+    return f"differs by at most {worst} of 255"
 
 
 @AREA.rule("`usage` counts the tokens of the input image")
@@ -100,7 +104,7 @@ def _(server: Server) -> str:
     _, content, _ = _image_file(server)
     url = f"data:image/png;base64,{base64.b64encode(content).decode()}"
     response = server.send("POST", EDITS, json=server.body({"images": [{"image_url": url}]}))
-    return described(images_of(offered(response)))
+    return describe_images(images_of(offered(response)))
 
 
 @AREA.rule("`stream` sends previews, then image_edit.completed")
@@ -116,19 +120,19 @@ def _(server: Server) -> str:
 @AREA.rule("without an image: 400, param `image`")
 def _(server: Server) -> str:
     _need_route(server)
-    return refusal(server.edit([("nothing", ("x.txt", b"x", "text/plain"))]), 400, param="image")
+    return expect_error(server.edit([("nothing", ("x.txt", b"x", "text/plain"))]), 400, param="image")
 
 
 @AREA.rule("without a prompt: 400, param `prompt`")
 def _(server: Server) -> str:
     _need_route(server)
-    return refusal(server.edit([("image", _image_file(server))], prompt=None), 400, param="prompt")
+    return expect_error(server.edit([("image", _image_file(server))], prompt=None), 400, param="prompt")
 
 
 @AREA.rule("a file that is not an image: 400, param `image`")
 def _(server: Server) -> str:
     _need_route(server)
-    return refusal(
+    return expect_error(
         server.edit([("image", ("image.png", b"\x89PNG\r\n\x1a\n rubbish", "image/png"))]), 400, param="image"
     )
 
@@ -137,32 +141,32 @@ def _(server: Server) -> str:
 def _(server: Server) -> str:
     _need_route(server)
     mask = ("mask.png", _bytes_of(Image.new("RGBA", (16, 24))), "image/png")
-    return refusal(server.edit([("image", _image_file(server)), ("mask", mask)]), 400, param="mask")
+    return expect_error(server.edit([("image", _image_file(server)), ("mask", mask)]), 400, param="mask")
 
 
 @AREA.rule("text instead of a number: 400, param `n`")
 def _(server: Server) -> str:
     _need_route(server)
-    return refusal(server.edit([("image", _image_file(server))], n="two"), 400, param="n")
+    return expect_error(server.edit([("image", _image_file(server))], n="two"), 400, param="n")
 
 
 @VARIATION.rule("an image alone returns an image")
 def _(server: Server) -> str:
-    return described(images_of(offered(server.edit([("image", _image_file(server))], path=VARIATIONS))))
+    return describe_images(images_of(offered(server.edit([("image", _image_file(server))], path=VARIATIONS))))
 
 
 @VARIATION.rule("`n: 2` returns two different images")
 def _(server: Server) -> str:
     images = images_of(offered(server.edit([("image", _image_file(server))], path=VARIATIONS, n=2)))
-    need(len(images) == 2 and images[0].tobytes() != images[1].tobytes(), described(images))
-    return described(images)
+    need(len(images) == 2 and images[0].tobytes() != images[1].tobytes(), describe_images(images))
+    return describe_images(images)
 
 
 @VARIATION.rule("without an image: 400, param `image`")
 def _(server: Server) -> str:
     _need_route(server, VARIATIONS)
     response = server.edit([("nothing", ("x.txt", b"x", "text/plain"))], path=VARIATIONS)
-    return refusal(response, 400, param="image")
+    return expect_error(response, 400, param="image")
 
 
 def _need_route(server: Server, path: str = EDITS) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 from hypergen_gateway.conformance.rules import Area, NotTested, need
 from hypergen_gateway.conformance.server import PROMPT, Server
 from hypergen_gateway.conformance.shapes import (
-    described,
+    describe_images,
+    excerpt,
     image_in,
     images_of,
     json_of,
     offered,
     open_image,
-    told,
 )
 
 AREA = Area("generations")
@@ -26,23 +26,23 @@ _LONG_PROMPT = ", ".join([PROMPT] * 4)
 def _(server: Server) -> str:
     images = images_of(server.image)
     need(len(images) == 1, f"{len(images)} images")
-    return described(images)
+    return describe_images(images)
 
 
 @AREA.rule("without `response_format` the image is base64 or a link")
 def _(server: Server) -> str:
     response = server.generate(response_format=None)
-    need(response.status_code == 200, told(response))
+    need(response.status_code == 200, excerpt(response))
     held = [name for name, value in json_of(response)["data"][0].items() if value and name in ("b64_json", "url")]
-    need(held, f"neither: {told(response)}")
+    need(held, f"neither: {excerpt(response)}")
     return ", ".join(held)
 
 
 @AREA.rule("the image is a PNG in base64")
 def _(server: Server) -> str:
     (image,) = images_of(server.image)
-    need(image.format == "PNG", described([image]))
-    return described([image])
+    need(image.format == "PNG", describe_images([image]))
+    return describe_images([image])
 
 
 @AREA.rule("`created` is the current time")
@@ -81,19 +81,19 @@ def _(server: Server) -> str:
     response = offered(server.generate(n=2, prompt=_LONG_PROMPT), "n")
     images = images_of(response)
     need(len(images) == 2, f"{len(images)} images")
-    need(images[0].tobytes() != images[1].tobytes(), "two images that are the same")
+    need(images[0].tobytes() != images[1].tobytes(), "the two images are identical")
     tokens = [json_of(answer).get("usage", {}).get("input_tokens", 0) for answer in (server.image, response)]
     need(tokens[1] > tokens[0], f"{tokens[0]} tokens for a prompt and {tokens[1]} for four times as much")
-    return f"{described(images)}; {tokens[0]} and {tokens[1]} tokens"
+    return f"{describe_images(images)}; {tokens[0]} and {tokens[1]} tokens"
 
 
 @AREA.rule("images have the requested size, and `auto` is accepted")
 def _(server: Server) -> str:
     (own,) = images_of(server.image)
-    (asked,) = images_of(offered(server.generate(size=f"{own.width}x{own.height}", quality="auto"), "size"))
-    need(asked.size == own.size, described([asked]))
+    (image,) = images_of(offered(server.generate(size=f"{own.width}x{own.height}", quality="auto"), "size"))
+    need(image.size == own.size, describe_images([image]))
     (auto,) = images_of(server.generate(size="auto"))
-    return described([asked, auto])
+    return describe_images([image, auto])
 
 
 @AREA.rule("`quality: low` is accepted")
@@ -101,7 +101,7 @@ def _(server: Server) -> str:
     response = offered(server.generate(quality="low"), "quality")
     said = json_of(response).get("quality")
     need(said in (None, "low"), f"quality {said!r}")
-    return f"{described(images_of(response))}, quality {said}"
+    return f"{describe_images(images_of(response))}, quality {said}"
 
 
 @AREA.rule("all other fields of OpenAI's clients are accepted")
@@ -116,19 +116,19 @@ def _(server: Server) -> str:
         "stream": False,
         "partial_images": 0,
     }
-    return described(images_of(server.generate(**fields)))
+    return describe_images(images_of(server.generate(**fields)))
 
 
 @AREA.rule("null is the same as omitting a field, and unknown fields are ignored")
 def _(server: Server) -> str:
     absent = dict.fromkeys(("n", "size", "quality", "background", "output_format", "stream", "user"))
     body = absent | server.body({"a_field_of_next_year": {"x": [1]}})
-    return described(images_of(server.send("POST", "/images/generations", json=body)))
+    return describe_images(images_of(server.send("POST", "/images/generations", json=body)))
 
 
 @AREA.rule("prompts in any script are accepted")
 def _(server: Server) -> str:
-    return described(images_of(server.generate(prompt="кот 猫 🐈 \u202e é")))
+    return describe_images(images_of(server.generate(prompt="кот 猫 🐈 \u202e é")))
 
 
 @AREA.rule("`output_format: jpeg`, with compression")
@@ -147,15 +147,15 @@ def _(server: Server) -> str:
     need(item.get("url"), f"no url but {', '.join(item)}")
     url = str(item["url"])
     if url.startswith("data:"):
-        return f"data URL, {described([image_in(url.partition(',')[2])])}"
+        return f"data URL, {describe_images([image_in(url.partition(',')[2])])}"
     response = server.send("GET", url, authorised=False)
     need(response.status_code == 200, f"{url.partition('?')[0]}: {response.status_code}")
-    return described([open_image(response.content)])
+    return describe_images([open_image(response.content)])
 
 
 @AREA.rule("any `model` is accepted", extension=True)
 def _(server: Server) -> str:
-    return described(images_of(server.generate(model="gpt-image-1")))
+    return describe_images(images_of(server.generate(model="gpt-image-1")))
 
 
 @AREA.rule("the same `seed` returns the same bytes, another one does not", extension=True)
@@ -182,23 +182,23 @@ def _(server: Server) -> str:
 @AREA.rule("`negative_prompt`, `num_inference_steps`, `guidance_scale` change the image", extension=True)
 def _(server: Server) -> str:
     plain = _digests(server, seed=7)[0]
-    knobs: dict[str, Any] = {"negative_prompt": "yellow", "num_inference_steps": 3, "guidance_scale": 9.0}
-    same = [name for name, value in knobs.items() if _digests(server, seed=7, **{name: value})[0] == plain]
+    fields: dict[str, Any] = {"negative_prompt": "yellow", "num_inference_steps": 3, "guidance_scale": 9.0}
+    same = [name for name, value in fields.items() if _digests(server, seed=7, **{name: value})[0] == plain]
     need(not same, f"no effect: {', '.join(same)}")
-    return "each does"
+    return "all of them do"
 
 
 def _file_in(server: Server, name: str) -> str:
     response = offered(server.generate(output_format=name, output_compression=60), "output_format")
     images = images_of(response)
-    need([image.format for image in images] == [name.upper()], f"{described(images)} for {name}")
+    need([image.format for image in images] == [name.upper()], f"{describe_images(images)} for {name}")
     said = json_of(response).get("output_format")
-    need(said == name, f"{described(images)}, called {said!r}")
-    return described(images)
+    need(said == name, f"{describe_images(images)}, described as {said!r}")
+    return describe_images(images)
 
 
 def _digests(server: Server, **fields: Any) -> list[str]:
     response = server.generate(**fields)
     if response.status_code == 400:
-        raise NotTested(told(response))
+        raise NotTested(excerpt(response))
     return [hashlib.sha256(image.tobytes()).hexdigest()[:8] for image in images_of(response)]

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from hypergen_gateway.conformance.rules import Area, NotTested, need
 from hypergen_gateway.conformance.server import MODELS, Server
-from hypergen_gateway.conformance.shapes import error_of, refusal, told
+from hypergen_gateway.conformance.shapes import error_of, excerpt, expect_error
 
 AREA = Area("headers")
 LOAD = Area("load")
@@ -52,7 +52,7 @@ def _(server: Server) -> str:
 @AREA.rule("HEAD of the models is like GET without a body")
 def _(server: Server) -> str:
     response = server.send("HEAD", MODELS)
-    need(response.status_code == 200 and not response.content, told(response))
+    need(response.status_code == 200 and not response.content, excerpt(response))
     return "200"
 
 
@@ -65,10 +65,10 @@ def _(server: Server) -> str:
         answers = list(pool.map(lambda _: server.generate(), range(count)))
     full = [answer for answer in answers if answer.status_code == 429]
     others = [answer for answer in answers if answer.status_code not in (200, 429)]
-    need(not others, " · ".join(told(answer) for answer in others[:2]))
+    need(not others, " · ".join(excerpt(answer) for answer in others[:2]))
     if not full:
         raise NotTested(f"{count} requests at once were all served")
-    seen = refusal(full[0], 429)
+    seen = expect_error(full[0], 429)
     need(error_of(full[0])["code"] == "rate_limit_exceeded", seen)
     need(full[0].headers.get("retry-after", "").isdecimal(), f"no Retry-After; {seen}")
     return f"{len(full)} of {count}; Retry-After: {full[0].headers['retry-after']}"

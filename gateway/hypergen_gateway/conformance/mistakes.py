@@ -9,7 +9,7 @@ from typing import Any
 
 from hypergen_gateway.conformance.rules import Area, need
 from hypergen_gateway.conformance.server import GENERATIONS, MODELS, Server
-from hypergen_gateway.conformance.shapes import described, error_of, images_of, refusal, told
+from hypergen_gateway.conformance.shapes import describe_images, error_of, excerpt, expect_error, images_of
 
 AREA = Area("errors")
 FIELDS = Area("wrong fields")
@@ -44,13 +44,13 @@ _WRONG_EXTENSIONS: dict[str, list[Any]] = {
 
 @AREA.rule("an unknown route: 404 in OpenAI's shape")
 def _(server: Server) -> str:
-    return refusal(server.send("GET", "/no/such/route"), 404)
+    return expect_error(server.send("GET", "/no/such/route"), 404)
 
 
 @AREA.rule("an unsupported method: 405 in OpenAI's shape, with `Allow`")
 def _(server: Server) -> str:
     response = server.send("GET", GENERATIONS)
-    seen = refusal(response, 405)
+    seen = expect_error(response, 405)
     need("POST" in response.headers.get("allow", ""), f"Allow: {response.headers.get('allow')}")
     need(server.send("DELETE", MODELS).status_code == 405, "DELETE of the models is something else")
     return seen
@@ -93,8 +93,8 @@ def _(server: Server) -> str:
     for response in answers:
         text = response.text.replace('\\"', '"')  # undo JSON's escaping
         shown = [word for word in _INSIDES if word in text]
-        need(not shown and response.status_code < 500, told(response))
-    return f"{len(answers)} looked at"
+        need(not shown and response.status_code < 500, excerpt(response))
+    return f"{len(answers)} errors checked"
 
 
 @ABUSE.rule("`size` of 0x0, -64x64, 1000000x1000000: 400, param `size`")
@@ -119,11 +119,11 @@ def _(server: Server) -> str:
 
 @ABUSE.rule("after these requests the server still generates images")
 def _(server: Server) -> str:
-    return described(images_of(server.generate()))
+    return describe_images(images_of(server.generate()))
 
 
 def _posted(server: Server, body: bytes, *statuses: int, kind: str = "application/json") -> str:
-    return refusal(server.send("POST", GENERATIONS, content=body, headers={"Content-Type": kind}), *statuses)
+    return expect_error(server.send("POST", GENERATIONS, content=body, headers={"Content-Type": kind}), *statuses)
 
 
 def _refuses(name: str, values: list[Any]) -> Callable[[Server], str]:
@@ -132,7 +132,7 @@ def _refuses(name: str, values: list[Any]) -> Callable[[Server], str]:
             body = {key: kept for key, kept in server.body({}).items() if key != name}
             body |= {} if value is None else {name: value}
             response = server.send("POST", GENERATIONS, content=json.dumps(body), headers=_JSON)
-            need(response.status_code == 400, f"{_shown(value)}: {told(response)}")
+            need(response.status_code == 400, f"{_shown(value)}: {excerpt(response)}")
             error = error_of(response)
             need(error["param"] == name, f"{_shown(value)}: param {error['param']!r}, {error['message']}")
         return str(error["message"])

@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 from hypergen_gateway.conformance.rules import Area, Failed, NotTested, need
 from hypergen_gateway.conformance.server import MODELS, Server
-from hypergen_gateway.conformance.shapes import json_of, refusal, told
+from hypergen_gateway.conformance.shapes import excerpt, expect_error, json_of
 
 AREA = Area("models")
 HEALTH = Area("health")
@@ -16,9 +16,9 @@ HEALTH = Area("health")
 @AREA.rule("models are listed in OpenAI's shape")
 def _(server: Server) -> str:
     response = server.send("GET", MODELS)
-    need(response.status_code == 200, told(response))
+    need(response.status_code == 200, excerpt(response))
     body = json_of(response)
-    need(body["object"] == "list" and body["data"], told(response))
+    need(body["object"] == "list" and body["data"], excerpt(response))
     for model in body["data"]:
         kinds = {"id": str, "object": str, "created": int, "owned_by": str}
         wrong = [key for key, kind in kinds.items() if not isinstance(model.get(key), kind)]
@@ -49,7 +49,7 @@ def _(server: Server) -> str:
 @AREA.rule("an unknown model: 404 `model_not_found`")
 def _(server: Server) -> str:
     response = server.send("GET", f"{MODELS}/no-such-model")
-    seen = refusal(response, 404)
+    seen = expect_error(response, 404)
     code = response.json()["error"]["code"]
     need(code == "model_not_found", f"code {code!r}")
     return seen
@@ -58,10 +58,10 @@ def _(server: Server) -> str:
 @HEALTH.rule("GET /health has status, model, queue_size and device", extension=True)
 def _(server: Server) -> str:
     response = server.send("GET", f"{server.root}/health", authorised=False)
-    need(response.status_code == 200, told(response))
+    need(response.status_code == 200, excerpt(response))
     body = json_of(response)
-    need(body["status"] in ("healthy", "unhealthy"), told(response))
-    need(isinstance(body["queue_size"], int) and {"model", "device"} <= body.keys(), told(response))
+    need(body["status"] in ("healthy", "unhealthy"), excerpt(response))
+    need(isinstance(body["queue_size"], int) and {"model", "device"} <= body.keys(), excerpt(response))
     return response.text
 
 
@@ -81,7 +81,7 @@ def _some_id(server: Server) -> str:
 
 def _retrieved(server: Server, path: str) -> str:
     response = server.send("GET", f"{MODELS}/{path}")
-    need(response.status_code == 200, told(response))
+    need(response.status_code == 200, excerpt(response))
     body = json_of(response)
-    need(body["id"] == server.model_id and body["object"] == "model", told(response))
+    need(body["id"] == server.model_id and body["object"] == "model", excerpt(response))
     return str(body["id"])

@@ -85,16 +85,16 @@ def _try(check: Check, server: Server) -> tuple[Result, str]:
         return "pass", check(server)
     except Failed as failure:
         return "fail", str(failure)
-    except NotOffered as refusal:
-        return "not offered", str(refusal)
+    except NotOffered as reason:
+        return "not offered", str(reason)
     except NotTested as reason:
         return "not tested", str(reason)
     except httpx.TimeoutException:
-        return "fail", f"no answer within {server.options.timeout:g} s"
+        return "fail", f"no response within {server.options.timeout:g} s"
     except httpx.TransportError as error:
-        return "fail", f"the connection broke: {type(error).__name__} {error}".strip()
+        return "fail", f"connection lost: {type(error).__name__} {error}".strip()
     except (ValueError, LookupError, TypeError, AttributeError) as error:  # an unexpected structure
-        return "fail", f"the answer cannot be read: {type(error).__name__}: {error}"
+        return "fail", f"the response cannot be parsed: {type(error).__name__}: {error}"
 
 
 def _short(text: str) -> str:

@@ -31,7 +31,7 @@ class Event:
         return str(self.data.get("type"))
 
 
-def told(response: httpx.Response) -> str:
+def excerpt(response: httpx.Response) -> str:
     """Status code and beginning of a response, for an observation."""
     return f"{response.status_code} {response.text[:120]}".strip()
 
@@ -39,7 +39,7 @@ def told(response: httpx.Response) -> str:
 def json_of(response: httpx.Response) -> Any:
     """The body of a JSON response."""
     kind = response.headers.get("content-type", "no content type")
-    need(kind.startswith("application/json"), f"{response.status_code} as {kind}")
+    need(kind.startswith("application/json"), f"{response.status_code} with content type {kind}")
     return response.json()
 
 
@@ -48,17 +48,17 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     body = json_of(response)
     error = body.get("error") if isinstance(body, dict) else None
     if not isinstance(error, dict):
-        raise Failed(f"not OpenAI's shape: {told(response)}")
+        raise Failed(f"not OpenAI's shape: {excerpt(response)}")
     missing = [key for key in ("message", "type", "param", "code") if key not in error]
-    need(not missing, f"error without {', '.join(missing)}: {told(response)}")
-    need(isinstance(error["message"], str) and error["message"], f"error without a message: {told(response)}")
-    need(isinstance(error["type"], str), f"the error's type is no string: {told(response)}")
+    need(not missing, f"error without {', '.join(missing)}: {excerpt(response)}")
+    need(isinstance(error["message"], str) and error["message"], f"error without a message: {excerpt(response)}")
+    need(isinstance(error["type"], str), f"the error's type is not a string: {excerpt(response)}")
     return error
 
 
-def refusal(response: httpx.Response, *statuses: int, param: str | None = None) -> str:
+def expect_error(response: httpx.Response, *statuses: int, param: str | None = None) -> str:
     """Status and message of an error response. Its status must be one of `statuses`; `param`, if given, must match."""
-    need(response.status_code in statuses, f"{told(response)}")
+    need(response.status_code in statuses, f"{excerpt(response)}")
     error = error_of(response)
     if param is not None:
         need(error["param"] == param, f"{response.status_code} with param {error['param']!r}: {error['message']}")
@@ -69,17 +69,17 @@ def offered(response: httpx.Response, field: str | None = None) -> httpx.Respons
     """The response if it is a 200. Raises NotOffered if the route or this value of `field` is not supported."""
     if response.status_code == 200:
         return response
-    is_refusal = response.status_code == 400 and field is not None and error_of(response)["param"] == field
-    if response.status_code in _ABSENT or is_refusal:
-        raise NotOffered(told(response))
-    raise Failed(told(response))
+    is_unsupported = response.status_code == 400 and field is not None and error_of(response)["param"] == field
+    if response.status_code in _ABSENT or is_unsupported:
+        raise NotOffered(excerpt(response))
+    raise Failed(excerpt(response))
 
 
 def images_of(response: httpx.Response) -> list[Image.Image]:
     """The decoded images of a response."""
-    need(response.status_code == 200, told(response))
+    need(response.status_code == 200, excerpt(response))
     items = json_of(response)["data"]
-    need(all(isinstance(item.get("b64_json"), str) for item in items), f"no b64_json: {told(response)}")
+    need(all(isinstance(item.get("b64_json"), str) for item in items), f"no b64_json: {excerpt(response)}")
     return [image_in(item["b64_json"]) for item in items]
 
 
@@ -94,18 +94,18 @@ def open_image(content: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(content))
         image.load()
     except (UnidentifiedImageError, OSError) as error:
-        raise Failed(f"no image: {content[:20]!r}") from error
+        raise Failed(f"not an image: {content[:20]!r}") from error
     return image
 
 
-def described(images: Sequence[Image.Image]) -> str:
+def describe_images(images: Sequence[Image.Image]) -> str:
     """Formats and sizes of images, for an observation."""
     return ", ".join(f"{image.format} {image.width}x{image.height}" for image in images)
 
 
 def events_of(response: httpx.Response) -> list[Event]:
     """The events of a stream, whose data must be JSON; comments are skipped."""
-    need(response.status_code == 200, told(response))
+    need(response.status_code == 200, excerpt(response))
     kind = response.headers.get("content-type", "no content type")
     need(kind.startswith("text/event-stream"), f"{kind}: {response.text[:80]}")
     blocks = response.text.replace("\r\n", "\n").split("\n\n")
@@ -118,4 +118,4 @@ def _data(lines: Sequence[str]) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise Failed(f"an event whose data is no JSON: {' '.join(lines)[:80]}") from error
+        raise Failed(f"an event whose data is not JSON: {' '.join(lines)[:80]}") from error

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from hypergen_gateway.conformance.rules import Area, need
 from hypergen_gateway.conformance.server import Server
-from hypergen_gateway.conformance.shapes import Event, described, events_of, image_in, offered, refusal
+from hypergen_gateway.conformance.shapes import Event, describe_images, events_of, expect_error, image_in, offered
 
 AREA = Area("streams")
 PARTIAL = "image_generation.partial_image"
@@ -49,7 +49,7 @@ def _(server: Server) -> str:
     need(last.type == COMPLETED, f"the last event is {last.type}")
     missing = (_COMMON | {"usage"}) - last.data.keys()
     need(not missing, f"without {', '.join(sorted(missing))}")
-    return described([image_in(last.data["b64_json"])])
+    return describe_images([image_in(last.data["b64_json"])])
 
 
 @AREA.rule("`partial_images: 2` sends one or two previews first, numbered from 0")
@@ -70,7 +70,7 @@ def _(server: Server) -> str:
         missing = _COMMON - event.data.keys()
         need(not missing, f"without {', '.join(sorted(missing))}")
         need(image_in(event.data["b64_json"]).size == final.size, "another size")
-    return described([image_in(event.data["b64_json"]) for event in previews])
+    return describe_images([image_in(event.data["b64_json"]) for event in previews])
 
 
 @AREA.rule("without `partial_images` there are no previews")
@@ -85,12 +85,12 @@ def _(server: Server) -> str:
     events = events_of(offered(server.generate(stream=True, n=2), "stream"))
     finished = [event for event in events if event.type == COMPLETED]
     need(len(finished) == 2, f"{len(finished)} finished")
-    return described([image_in(event.data["b64_json"]) for event in finished])
+    return describe_images([image_in(event.data["b64_json"]) for event in finished])
 
 
 @AREA.rule("an invalid request is rejected before the stream starts")
 def _(server: Server) -> str:
-    return refusal(server.generate(stream=True, size="nonsense"), 400, param="size")
+    return expect_error(server.generate(stream=True, size="nonsense"), 400, param="size")
 
 
 def _events(server: Server) -> list[Event]:
