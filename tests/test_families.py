@@ -101,8 +101,8 @@ async def test_guidance_in_an_interval_equals_diffusers_and_takes_two_rows_there
     family: str, interval: tuple[float, float], pair_of: Any
 ) -> None:
     pair = pair_of(family)
-    wish: dict[str, Any] = {"guidance_scale": 5.0, "negative_prompt": "a green cat", "num_inference_steps": 6}
-    request = request_of(**wish, scheduler="euler", guidance_start=interval[0], guidance_end=interval[1])
+    fields: dict[str, Any] = {"guidance_scale": 5.0, "negative_prompt": "a green cat", "num_inference_steps": 6}
+    request = request_of(**fields, scheduler="euler", guidance_start=interval[0], guidance_end=interval[1])
     pair.sampler.rows_of_calls.clear()
     ours = await pair.sampler.generate(request)
     pair.choose("euler")
@@ -163,10 +163,10 @@ async def test_features_are_reused_over_calls_of_the_unet_where_a_step_makes_sev
 async def test_a_row_without_features_of_its_own_goes_through_the_whole_unet(pair_of: Any) -> None:
     """Guidance begins in a step that would reuse features: the negative prompt has none yet. Ending, it leaves them."""
     sampler = pair_of("sd-1").sampler
-    wish: dict[str, Any] = {"scheduler": "ddim", "guidance_scale": 5.0, "num_inference_steps": 8, "cache_interval": 4}
+    fields: dict[str, Any] = {"scheduler": "ddim", "guidance_scale": 5.0, "num_inference_steps": 8, "cache_interval": 4}
     sampler.rows_of_calls.clear()
     sampler.models_of_calls.clear()
-    await sampler.generate(request_of(**wish, guidance_start=0.25, guidance_end=0.75))
+    await sampler.generate(request_of(**fields, guidance_start=0.25, guidance_end=0.75))
     deep, shallow = "unet", "unet_shallow"
     assert sampler.rows_of_calls == [1, 1, 2, 2, 2, 2, 1, 1]
     assert sampler.models_of_calls == [deep, shallow, deep, shallow, deep, shallow, shallow, shallow]
@@ -276,9 +276,9 @@ async def test_images_of_one_request_are_those_of_its_seeds_in_a_row(pair_of: An
         generator=[torch.Generator().manual_seed(seed) for seed in (20, 21, 22)],
         output_type="latent",
     ).images.numpy()
-    wish = {"scheduler": "euler_a", "strength": 0.8, "image": input_image()}
+    fields = {"scheduler": "euler_a", "strength": 0.8, "image": input_image()}
     for index in range(3):
-        ours, _ = await pair.sampler.generate(request_of(**wish, seed=20 + index))
+        ours, _ = await pair.sampler.generate(request_of(**fields, seed=20 + index))
         assert np.abs(ours - theirs[index]).max() <= TOLERANCE_FROM_IMAGE * np.abs(theirs).max()
 
 

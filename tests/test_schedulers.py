@@ -58,8 +58,8 @@ def pair_with(plain: Sampler, folder: Path, steps: int = STEPS) -> Pair:
     return Pair(dataclasses.replace(plain, checkpoint=checkpoint, schedulers=schedulers), pipeline_of(folder))
 
 
-async def assert_equals_diffusers(pair: Pair, **wish: Any) -> None:
-    request = request_of(num_inference_steps=STEPS, guidance_scale=3.0, **wish)
+async def assert_equals_diffusers(pair: Pair, **fields: Any) -> None:
+    request = request_of(num_inference_steps=STEPS, guidance_scale=3.0, **fields)
     pair.choose(request.scheduler)
     held(await pair.sampler.generate(request), by_diffusers(pair.pipeline, request))
 

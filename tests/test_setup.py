@@ -96,7 +96,7 @@ def test_packages_are_looked_up_anew_only_where_they_are_not_known(debian: Path)
     assert asked_of(debian) == ["install faketime"]
 
 
-def test_who_may_not_install_is_told_what_to_run(debian: Path) -> None:
+def test_a_user_who_may_not_install_is_told_what_to_run(debian: Path) -> None:
     program(debian, "id", "echo 1000")
     done = run_script("system-packages", debian, "faketime")
     assert (done.returncode, done.stderr) == (1, "Please run as root: apt-get install faketime\n")

@@ -168,7 +168,7 @@ def test_all_come_back_but_the_export() -> None:
     assert set(restarts.values()) == {"unless-stopped"}
 
 
-def test_images_under_way_have_time_to_finish() -> None:
+def test_running_images_have_time_to_finish() -> None:
     graces = {name: seconds(services()[name]["stop_grace_period"]) for name in ("gateway", "cpu", "triton")}
     assert graces["gateway"] > DRAIN_SECONDS
     assert graces["cpu"] > DRAIN_SECONDS + 10

@@ -158,6 +158,6 @@ def test_triton_has_a_thread_for_each_call_of_the_sampler() -> None:
 @pytest.mark.parametrize(
     ("name", "path"), [("gateway", "/health/live"), ("cpu", "/health/live"), ("triton", "/v2/health/ready")]
 )
-def test_the_health_check_asks_the_right_door(name: str, path: str) -> None:
+def test_the_health_check_uses_the_right_port(name: str, path: str) -> None:
     (check,) = arguments(name, "HEALTHCHECK")
     assert path in check

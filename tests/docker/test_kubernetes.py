@@ -307,7 +307,7 @@ def test_triton_is_probed_for_its_models(manifests: dict[str, list[dict[str, Any
     assert startup["periodSeconds"] * startup["failureThreshold"] == 900
 
 
-def test_images_under_way_are_finished_before_a_stop(manifests: dict[str, list[dict[str, Any]]]) -> None:
+def test_running_images_are_finished_before_a_stop(manifests: dict[str, list[dict[str, Any]]]) -> None:
     gateway, triton = (one(manifests["defaults"], "Deployment", name) for name in ("gateway", "triton"))
     _, pause = container(gateway)["lifecycle"]["preStop"]["exec"]["command"]
     assert pod(gateway)["terminationGracePeriodSeconds"] > int(pause) + DRAIN_SECONDS

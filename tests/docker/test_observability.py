@@ -42,7 +42,7 @@ def test_prometheus_finds_its_rules_beside_its_configuration() -> None:
 
 
 @pytest.mark.parametrize("rules", HISTORIES)
-def test_each_alert_rings_when_it_should_and_then_alone(rules: str) -> None:
+def test_each_alert_fires_when_it_should_and_then_alone(rules: str) -> None:
     histories = Path(__file__).with_name(HISTORIES[rules])
     judged = run_tool("promtool", "test", "rules", histories)
     assert judged.returncode == 0, judged.stdout + judged.stderr

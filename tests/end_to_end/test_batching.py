@@ -13,7 +13,7 @@ from support.running_server import Server, generate, generate_all, long_requests
 # Of 255. Alone and in a batch the engine sums in another order, and a value near x.5 may become another byte.
 LARGEST_DIFFERENCE = 1
 
-WISHES: list[dict[str, Any]] = [
+BODIES: list[dict[str, Any]] = [
     {"prompt": "a red rocket", "seed": 1, "num_inference_steps": 12, "scheduler": "ddim"},
     {"prompt": "a blue cat", "seed": 2, "num_inference_steps": 20, "scheduler": "euler"},
     {"prompt": "green", "seed": 3, "num_inference_steps": 16, "guidance_scale": 1.0, "scheduler": "ddim"},
@@ -27,12 +27,12 @@ WISHES: list[dict[str, Any]] = [
 
 async def test_eight_requests_at_once_give_the_images_that_each_gives_alone(server: Server) -> None:
     async with server.async_client() as client:
-        alone = [await generate(client, **wish) for wish in WISHES]
+        alone = [await generate(client, **fields) for fields in BODIES]
     rows_before, executions_before = server.unet_counts()
-    together = await generate_all(server, WISHES)
+    together = await generate_all(server, BODIES)
     rows, executions = server.unet_counts()
     largest = max(np.abs(a.astype(int) - b.astype(int)).max() for a, b in zip(alone, together, strict=True))
-    steps = [wish["num_inference_steps"] for wish in WISHES]
+    steps = [fields["num_inference_steps"] for fields in BODIES]
     print(f"largest difference {largest}/255; {rows - rows_before} rows in {executions - executions_before} executions")
     print(f"of the UNet for {sum(steps)} steps")
     assert largest <= LARGEST_DIFFERENCE
@@ -64,8 +64,8 @@ async def test_a_client_that_leaves_stops_its_work(server: Server) -> None:
 
 
 async def test_a_burst_is_served_to_the_last_request(server: Server) -> None:
-    wishes = [{"prompt": "cat", "seed": seed, "num_inference_steps": 3} for seed in range(64)]
-    images = await generate_all(server, wishes)
+    bodies = [{"prompt": "cat", "seed": seed, "num_inference_steps": 3} for seed in range(64)]
+    images = await generate_all(server, bodies)
     assert len({image.tobytes() for image in images}) == 64
     deadline = time.monotonic() + 5
     while server.health()["queue_size"] != 0:

@@ -99,9 +99,9 @@ def test_the_same_seed_gives_the_same_bytes(client: openai.OpenAI) -> None:
 
 
 def test_a_stream_ends_with_the_image_that_is_native_without_one(client: openai.OpenAI) -> None:
-    wish: dict[str, Any] = {"prompt": "a red rocket", "size": "64x64", "extra_body": {"seed": 3}}
-    (alone,) = client.images.generate(**wish).data or []
-    events = list(client.images.generate(**wish, stream=True, partial_images=3))
+    fields: dict[str, Any] = {"prompt": "a red rocket", "size": "64x64", "extra_body": {"seed": 3}}
+    (alone,) = client.images.generate(**fields).data or []
+    events = list(client.images.generate(**fields, stream=True, partial_images=3))
     kinds = [event.type.rpartition(".")[2] for event in events]
     assert kinds == ["partial_image"] * 3 + ["completed"]
     images = [pixels_of(event) for event in events]

@@ -36,17 +36,17 @@ def decoded(server: Server) -> Iterator[Any]:
     triton.close()
 
 
-def image_of(server: Server, **wish: Any) -> Pixels:
-    (response,) = ask(server.triton_url, **{"prompt": PROMPT, "num_inference_steps": STEPS, "seed": 5} | wish)
+def image_of(server: Server, **fields: Any) -> Pixels:
+    (response,) = ask(server.triton_url, **{"prompt": PROMPT, "num_inference_steps": STEPS, "seed": 5} | fields)
     assert response["is_final"][0]
     return response["image"]
 
 
-def by_diffusers(pipeline: Any, scheduler: str, **wish: Any) -> Pixels:
+def by_diffusers(pipeline: Any, scheduler: str, **fields: Any) -> Pixels:
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = called_by_diffusers(scheduler, pipeline.scheduler)
     generator = torch.Generator().manual_seed(5)
-    image = pipeline(PROMPT, num_inference_steps=STEPS, generator=generator, **wish).images[0]
+    image = pipeline(PROMPT, num_inference_steps=STEPS, generator=generator, **fields).images[0]
     return np.asarray(image)
 
 
@@ -68,16 +68,16 @@ def stages_of(responses: list[Response]) -> dict[int, list[tuple[int, bool]]]:
 
 
 def test_previews_come_in_order_before_their_image_and_cost_a_decode_each(server: Server, decoded: Any) -> None:
-    wish: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "prompt": PROMPT,
         "num_images": 3,
         "num_inference_steps": 20,
         "seed": 5,
         "scheduler": "ddim",
     }
-    plain = ask(server.triton_url, **wish)
+    plain = ask(server.triton_url, **fields)
     before = decoded()
-    responses = ask(server.triton_url, **wish, partial_images=3)
+    responses = ask(server.triton_url, **fields, partial_images=3)
     assert decoded() - before == 3 * 4
     in_order = [(5, False), (10, False), (15, False), (20, True)]
     assert stages_of(responses) == {0: in_order, 1: in_order, 2: in_order}
@@ -105,11 +105,12 @@ def test_a_response_tells_of_tokens_and_where_the_time_went(server: Server) -> N
 def test_image_to_image_equals_that_of_diffusers(
     scheduler: str, guidance_scale: float, strength: float, pipeline: Any, server: Server
 ) -> None:
-    wish: dict[str, Any] = {"guidance_scale": guidance_scale, "strength": strength}
-    ours = image_of(server, image=ORIGINAL, scheduler=scheduler, **wish)
+    fields: dict[str, Any] = {"guidance_scale": guidance_scale, "strength": strength}
+    ours = image_of(server, image=ORIGINAL, scheduler=scheduler, **fields)
     image_to_image = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
     assert (
-        difference(ours, by_diffusers(image_to_image, scheduler, image=Image.fromarray(ORIGINAL), **wish)) <= TOLERANCE
+        difference(ours, by_diffusers(image_to_image, scheduler, image=Image.fromarray(ORIGINAL), **fields))
+        <= TOLERANCE
     )
 
 
@@ -118,19 +119,19 @@ def test_image_to_image_equals_that_of_diffusers(
 def test_inpainting_equals_that_of_diffusers_and_leaves_the_rest_to_the_bit(
     scheduler: str, guidance_scale: float, strength: float, pipeline: Any, server: Server
 ) -> None:
-    wish: dict[str, Any] = {"guidance_scale": guidance_scale, "strength": strength}
-    ours = image_of(server, image=ORIGINAL, mask=MASK, scheduler=scheduler, **wish)
+    fields: dict[str, Any] = {"guidance_scale": guidance_scale, "strength": strength}
+    ours = image_of(server, image=ORIGINAL, mask=MASK, scheduler=scheduler, **fields)
     inpainting = StableDiffusionInpaintPipeline(**pipeline.components, requires_safety_checker=False)
     given = {"image": Image.fromarray(ORIGINAL), "mask_image": Image.fromarray(MASK), "width": 104, "height": 72}
-    theirs = by_diffusers(inpainting, scheduler, **given, **wish)
+    theirs = by_diffusers(inpainting, scheduler, **given, **fields)
     repainted = MASK == 255
     assert np.array_equal(ours[~repainted], ORIGINAL[~repainted])
     assert difference(ours[repainted], theirs[repainted]) <= TOLERANCE
 
 
 def test_images_from_one_image_differ_by_their_seeds_as_alone(server: Server) -> None:
-    wish: dict[str, Any] = {"prompt": PROMPT, "image": ORIGINAL, "num_inference_steps": STEPS}
-    together = ask(server.triton_url, **wish, seed=20, num_images=3)
+    fields: dict[str, Any] = {"prompt": PROMPT, "image": ORIGINAL, "num_inference_steps": STEPS}
+    together = ask(server.triton_url, **fields, seed=20, num_images=3)
     assert sorted(int(response["seed"][0]) for response in together) == [20, 21, 22]
     for response in together:
         alone = image_of(server, image=ORIGINAL, seed=int(response["seed"][0]))
@@ -148,8 +149,8 @@ def test_the_default_strengths_are_those_of_diffusers(server: Server) -> None:
 def test_a_strength_that_leaves_no_step_returns_the_image(
     strength: float, more: dict[str, Any], server: Server
 ) -> None:
-    wish: dict[str, Any] = {"image": ORIGINAL, "num_inference_steps": STEPS, "partial_images": 2}
-    responses = ask(server.triton_url, prompt=PROMPT, strength=strength, num_images=2, seed=5, **wish, **more)
+    fields: dict[str, Any] = {"image": ORIGINAL, "num_inference_steps": STEPS, "partial_images": 2}
+    responses = ask(server.triton_url, prompt=PROMPT, strength=strength, num_images=2, seed=5, **fields, **more)
     assert [int(response["step"][0]) for response in responses] == [0, 0]
     assert sorted(int(response["seed"][0]) for response in responses) == [5, 6]
     assert all(np.array_equal(response["image"], ORIGINAL) for response in responses)
@@ -168,7 +169,7 @@ def test_a_response_tells_what_was_cut_off_of_a_prompt(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "wish"),
+    ("name", "fields"),
     [
         ("image", {"image": ORIGINAL, "width": 64}),
         ("image", {"image": ORIGINAL[:64], "height": 72}),
@@ -181,7 +182,7 @@ def test_a_response_tells_what_was_cut_off_of_a_prompt(server: Server) -> None:
         ("partial_images", {"partial_images": 4}),
     ],
 )
-def test_what_cannot_be_served_is_named(name: str, wish: dict[str, Any], server: Server) -> None:
+def test_what_cannot_be_served_is_named(name: str, fields: dict[str, Any], server: Server) -> None:
     with pytest.raises(InferenceServerException, match=rf"^{name}: ") as refused:
-        ask(server.triton_url, prompt=PROMPT, **wish)
+        ask(server.triton_url, prompt=PROMPT, **fields)
     print(refused.value)

@@ -25,7 +25,7 @@ PROMPT = "a red rocket on a blue background"
 # Of 255, as in test_parity: the engine's rounding differs from torch's.
 TOLERANCE = 0.1
 
-WISHES: dict[str, dict[str, dict[str, Any]]] = {
+BODIES: dict[str, dict[str, dict[str, Any]]] = {
     "sdxl": {
         "no negative prompt": {"num_inference_steps": 6, "guidance_scale": 5.0},
         "an empty negative prompt": {"num_inference_steps": 6, "guidance_scale": 5.0, "negative_prompt": ""},
@@ -49,7 +49,7 @@ class RequestRecord:
     pipeline: Any
 
 
-@pytest.fixture(scope="module", params=WISHES)
+@pytest.fixture(scope="module", params=BODIES)
 def served(
     request: pytest.FixtureRequest, family_of: Callable[[str], tuple[Path, Path]], cache_dir: Path
 ) -> Iterator[RequestRecord]:
@@ -61,12 +61,12 @@ def served(
     assert stop_server(server) == 0, "\n".join(server.lines)
 
 
-def by_diffusers(pipeline: Any, wish: dict[str, Any]) -> Pixels:
-    """What the pipeline generates; where the wish says nothing, by its own defaults."""
-    width, height = (int(side) for side in wish.get("size", "64x64").split("x"))
-    given = {name: value for name, value in wish.items() if name not in ("size", "seed", "cache_interval")}
-    generator = torch.Generator().manual_seed(wish["seed"])
-    with deep_features_reused(pipeline.unet, wish.get("cache_interval", 1)):
+def by_diffusers(pipeline: Any, fields: dict[str, Any]) -> Pixels:
+    """What the pipeline generates; fields that are absent have its own defaults."""
+    width, height = (int(side) for side in fields.get("size", "64x64").split("x"))
+    given = {name: value for name, value in fields.items() if name not in ("size", "seed", "cache_interval")}
+    generator = torch.Generator().manual_seed(fields["seed"])
+    with deep_features_reused(pipeline.unet, fields.get("cache_interval", 1)):
         return np.asarray(pipeline(**given, width=width, height=height, generator=generator).images[0])
 
 
@@ -81,8 +81,8 @@ def difference(ours: Pixels, theirs: Pixels) -> float:
 async def test_its_images_equal_those_of_diffusers(served: RequestRecord, request: pytest.FixtureRequest) -> None:
     before = served.server.unet_counts("unet_shallow")[1]
     async with served.server.async_client() as client:
-        for name, wish in WISHES[request.node.callspec.params["served"]].items():
-            full = {"prompt": PROMPT, "seed": 5, **wish}
+        for name, fields in BODIES[request.node.callspec.params["served"]].items():
+            full = {"prompt": PROMPT, "seed": 5, **fields}
             print(name, end=": ")
             assert difference(await generate(client, **full), by_diffusers(served.pipeline, full)) <= TOLERANCE, name
     # Of seven steps three, or four, went through the whole UNet.
@@ -92,18 +92,18 @@ async def test_its_images_equal_those_of_diffusers(served: RequestRecord, reques
 async def test_an_interval_of_guidance_is_refused_where_the_unet_has_guidance_inside(
     served: RequestRecord, request: pytest.FixtureRequest
 ) -> None:
-    wish = {"prompt": PROMPT, "num_inference_steps": 4, "guidance_scale": 3.0, "guidance_end": 0.5}
+    fields = {"prompt": PROMPT, "num_inference_steps": 4, "guidance_scale": 3.0, "guidance_end": 0.5}
     async with served.server.async_client() as client:
         if request.node.callspec.params["served"] == "sdxl":
-            assert (await generate(client, **wish)).shape == (64, 64, 3)
+            assert (await generate(client, **fields)).shape == (64, 64, 3)
             return
         with pytest.raises(openai.BadRequestError, match="inside its UNet") as refusal:
-            await generate(client, **wish)
+            await generate(client, **fields)
     assert refusal.value.param == "guidance_end"
 
 
 async def test_requests_that_share_a_batch_give_the_images_that_each_gives_alone(served: RequestRecord) -> None:
-    wishes: list[dict[str, Any]] = [
+    bodies: list[dict[str, Any]] = [
         {"prompt": "a red rocket", "seed": 1, "num_inference_steps": 12},
         {"prompt": "a blue cat", "seed": 2, "num_inference_steps": 9, "guidance_scale": 4.0},
         {"prompt": "green", "seed": 3, "num_inference_steps": 12, "guidance_scale": 1.0},
@@ -111,10 +111,10 @@ async def test_requests_that_share_a_batch_give_the_images_that_each_gives_alone
         {"prompt": "red", "seed": 4, "num_inference_steps": 8, "size": "104x72", "negative_prompt": "cat"},
     ]
     async with served.server.async_client() as client:
-        alone = [await generate(client, **wish) for wish in wishes]
+        alone = [await generate(client, **fields) for fields in bodies]
     before = served.server.unet_counts()[1]
-    together = await generate_all(served.server, wishes)
+    together = await generate_all(served.server, bodies)
     executions = served.server.unet_counts()[1] - before
-    print(f"{executions} executions for {sum(wish['num_inference_steps'] for wish in wishes)} steps")
+    print(f"{executions} executions for {sum(fields['num_inference_steps'] for fields in bodies)} steps")
     assert max(np.abs(a.astype(int) - b.astype(int)).max() for a, b in zip(alone, together, strict=True)) <= 1
-    assert executions < sum(wish["num_inference_steps"] for wish in wishes)
+    assert executions < sum(fields["num_inference_steps"] for fields in bodies)

@@ -64,12 +64,12 @@ def server(checkpoint: Path, repository: Path, loras: tuple[str, ...]) -> Iterat
     assert stop_server(running) == 0, "\n".join(running.lines)
 
 
-def by_diffusers(checkpoint: Path, file: Path, scale: float, wish: dict[str, Any]) -> Pixels:
+def by_diffusers(checkpoint: Path, file: Path, scale: float, fields: dict[str, Any]) -> Pixels:
     pipeline = pipeline_of(checkpoint)
     pipeline.load_lora_weights(str(file))
     pipeline.fuse_lora(lora_scale=scale)
-    given = {name: value for name, value in wish.items() if name != "seed"}
-    return np.asarray(pipeline(**given, generator=torch.Generator().manual_seed(wish["seed"])).images[0])
+    given = {name: value for name, value in fields.items() if name != "seed"}
+    return np.asarray(pipeline(**given, generator=torch.Generator().manual_seed(fields["seed"])).images[0])
 
 
 def differences(ours: Pixels, theirs: Pixels) -> Any:
@@ -119,11 +119,11 @@ async def test_requests_with_different_loras_at_once_give_the_images_that_each_g
     # DDIM calls the UNet once a step; the steps are many, so that late requests meet the first ones too.
     steps = 100
     same = {**WISH, "num_inference_steps": steps, "scheduler": "ddim"}
-    wishes = [{**same, "seed": seed, **lora} for seed, lora in enumerate(loras)]
+    bodies = [{**same, "seed": seed, **lora} for seed, lora in enumerate(loras)]
     async with server.async_client() as client:
-        alone = [await generate(client, **wish) for wish in wishes]
+        alone = [await generate(client, **fields) for fields in bodies]
     before = [server.unet_counts(model) for model in ("unet", "unet.ink@0.5")]
-    together = await generate_all(server, wishes)
+    together = await generate_all(server, bodies)
     after = [server.unet_counts(model) for model in ("unet", "unet.ink@0.5")]
     assert max(differences(*pair).max() for pair in zip(alone, together, strict=True)) <= LARGEST_DIFFERENCE
     rows, executions = zip(*[(b[0] - a[0], b[1] - a[1]) for a, b in zip(before, after, strict=True)], strict=True)

@@ -36,18 +36,18 @@ SCHEDULERS = {
 }
 
 
-def by_diffusers(pipeline: Any, **wish: Any) -> Pixels:
-    generator = torch.Generator().manual_seed(wish.pop("seed"))
-    image = pipeline(**wish, num_inference_steps=STEPS, generator=generator).images[0]
+def by_diffusers(pipeline: Any, **fields: Any) -> Pixels:
+    generator = torch.Generator().manual_seed(fields.pop("seed"))
+    image = pipeline(**fields, num_inference_steps=STEPS, generator=generator).images[0]
     return np.asarray(image)
 
 
-def by_server(client: openai.OpenAI, prompt: str, **wish: Any) -> Pixels:
-    size = f"{wish.pop('width', 64)}x{wish.pop('height', 64)}"
+def by_server(client: openai.OpenAI, prompt: str, **fields: Any) -> Pixels:
+    size = f"{fields.pop('width', 64)}x{fields.pop('height', 64)}"
     response = client.images.generate(
         prompt=prompt,
         size=size,
-        extra_body=wish | {"num_inference_steps": STEPS},
+        extra_body=fields | {"num_inference_steps": STEPS},
     )
     assert response.data is not None
     return pixels_of(response.data[0])
@@ -72,12 +72,12 @@ def test_an_image_equals_the_one_of_diffusers(
     client: openai.OpenAI,
     checkpoint: Path,
 ) -> None:
-    wish: dict[str, Any] = {"prompt": PROMPT, "guidance_scale": guidance_scale, "seed": 5}
+    fields: dict[str, Any] = {"prompt": PROMPT, "guidance_scale": guidance_scale, "seed": 5}
     if negative_prompt:
-        wish["negative_prompt"] = negative_prompt
-    ours = by_server(client, **wish, scheduler=scheduler)
+        fields["negative_prompt"] = negative_prompt
+    ours = by_server(client, **fields, scheduler=scheduler)
     pipeline.scheduler = SCHEDULERS[scheduler].from_pretrained(checkpoint / "scheduler")
-    theirs = by_diffusers(pipeline, **wish)
+    theirs = by_diffusers(pipeline, **fields)
     assert theirs.std() > 10, "a flat image would prove nothing"
     assert difference(ours, theirs) <= TOLERANCE
 
@@ -85,20 +85,20 @@ def test_an_image_equals_the_one_of_diffusers(
 def test_a_size_that_the_unets_levels_do_not_divide_equals_diffusers_too(
     pipeline: Any, client: openai.OpenAI, checkpoint: Path
 ) -> None:
-    wish: dict[str, Any] = {"prompt": PROMPT, "guidance_scale": 3.0, "seed": 6, "width": 104, "height": 72}
-    ours = by_server(client, **wish, scheduler="ddim")
+    fields: dict[str, Any] = {"prompt": PROMPT, "guidance_scale": 3.0, "seed": 6, "width": 104, "height": 72}
+    ours = by_server(client, **fields, scheduler="ddim")
     pipeline.scheduler = DDIMScheduler.from_pretrained(checkpoint / "scheduler")
-    assert difference(ours, by_diffusers(pipeline, **wish)) <= TOLERANCE
+    assert difference(ours, by_diffusers(pipeline, **fields)) <= TOLERANCE
 
 
 def test_guidance_in_an_interval_of_the_steps_equals_diffusers_too(
     pipeline: Any, client: openai.OpenAI, checkpoint: Path
 ) -> None:
-    wish: dict[str, Any] = {"prompt": PROMPT, "guidance_scale": 7.5, "seed": 8, "width": 104, "height": 72}
-    throughout = by_server(client, **wish, scheduler="ddim")
-    ours = by_server(client, **wish, scheduler="ddim", guidance_start=0.2, guidance_end=0.7)
+    fields: dict[str, Any] = {"prompt": PROMPT, "guidance_scale": 7.5, "seed": 8, "width": 104, "height": 72}
+    throughout = by_server(client, **fields, scheduler="ddim")
+    ours = by_server(client, **fields, scheduler="ddim", guidance_start=0.2, guidance_end=0.7)
     pipeline.scheduler = DDIMScheduler.from_pretrained(checkpoint / "scheduler")
-    theirs = by_diffusers(pipeline, **interval_arguments(pipeline, wish, 0.2, 0.7))
+    theirs = by_diffusers(pipeline, **interval_arguments(pipeline, fields, 0.2, 0.7))
     assert difference(ours, theirs) <= TOLERANCE
     assert difference(ours, throughout) > 10 * TOLERANCE, "the interval changes nothing"
 
@@ -106,9 +106,9 @@ def test_guidance_in_an_interval_of_the_steps_equals_diffusers_too(
 def test_the_checkpoints_own_scheduler_is_the_default(pipeline: Any, client: openai.OpenAI, checkpoint: Path) -> None:
     from diffusers import PNDMScheduler
 
-    wish: dict[str, Any] = {"prompt": PROMPT, "guidance_scale": 3.0, "seed": 7}
+    fields: dict[str, Any] = {"prompt": PROMPT, "guidance_scale": 3.0, "seed": 7}
     pipeline.scheduler = PNDMScheduler.from_pretrained(checkpoint / "scheduler")
-    assert difference(by_server(client, **wish), by_diffusers(pipeline, **wish)) <= TOLERANCE
+    assert difference(by_server(client, **fields), by_diffusers(pipeline, **fields)) <= TOLERANCE
 
 
 def test_image_i_of_a_request_is_the_image_of_seed_plus_i(client: openai.OpenAI) -> None:

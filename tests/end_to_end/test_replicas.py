@@ -14,7 +14,7 @@ import pytest
 
 from support.running_server import Server, generate, generate_all, start_server, stop_server
 
-WISHES = [{"prompt": "cat", "seed": seed, "num_inference_steps": 100, "size": "96x96"} for seed in range(16)]
+BODIES = [{"prompt": "cat", "seed": seed, "num_inference_steps": 100, "size": "96x96"} for seed in range(16)]
 
 
 @pytest.fixture
@@ -40,11 +40,11 @@ def executions(*servers: Server) -> list[int]:
 async def test_a_triton_killed_under_load_takes_no_request_with_it(
     server: Server, second: Server, gateway: Server
 ) -> None:
-    expected = await generate_all(server, WISHES)
+    expected = await generate_all(server, BODIES)
     before = executions(server, second)
     async with gateway.async_client() as client:
         began = time.monotonic()
-        requests = [asyncio.create_task(generate(client, **wish)) for wish in WISHES]
+        requests = [asyncio.create_task(generate(client, **fields)) for fields in BODIES]
         while any(now <= then for now, then in zip(executions(server, second), before, strict=True)):
             await asyncio.sleep(0.02)
         (victim,) = [
@@ -60,10 +60,10 @@ async def test_a_triton_killed_under_load_takes_no_request_with_it(
     whole = sum(np.array_equal(image, wanted) for image, wanted in zip(images, expected, strict=True))
     again = sum("sending it to Triton again" in line for line in gateway.lines)
     print(
-        f"{len(WISHES)} requests, {unfinished} under way when one of two Tritons was killed: {again} asked again of "
-        f"the other, {len(WISHES) - whole} lost, all done in {took:.1f} s"
+        f"{len(BODIES)} requests, {unfinished} under way when one of two Tritons was killed: {again} asked again of "
+        f"the other, {len(BODIES) - whole} lost, all done in {took:.1f} s"
     )
-    assert whole == len(WISHES)
+    assert whole == len(BODIES)
     assert unfinished
     assert again
 
@@ -72,4 +72,4 @@ async def test_a_triton_killed_under_load_takes_no_request_with_it(
     deadline = time.monotonic() + 10
     while executions(second)[0] == returned:
         assert time.monotonic() < deadline, "the Triton that came back is given nothing"
-        await generate_all(gateway, WISHES[:2])
+        await generate_all(gateway, BODIES[:2])

@@ -41,7 +41,7 @@ def test_rows_calls_and_steps_are_counted(server: Server) -> None:
     assert after["unet_max_rows"] == 16  # eight images of two rows, as the fixture exports it
 
 
-def test_images_at_work_are_seen_and_the_steps_that_a_gone_client_saves(server: Server) -> None:
+def test_running_images_are_counted_and_so_are_the_steps_that_a_disconnect_saves(server: Server) -> None:
     before = metrics_of(server)
     stream = responses(server.triton_url, **LONG, num_images=2, partial_images=3)
     next(stream)

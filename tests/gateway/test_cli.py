@@ -298,11 +298,11 @@ class TestHomes:
     def _no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    def test_who_has_none_is_told_of_cache_dir(self) -> None:
+    def test_a_user_without_one_is_told_of_cache_dir(self) -> None:
         assert "--cache-dir" in refusal(serve())
         assert "--cache-dir" in refusal(CliRunner().invoke(main, ["generate", "cat"]))
 
-    def test_who_needs_none_is_asked_for_none(self) -> None:
+    def test_a_command_that_needs_none_does_not_ask_for_one(self) -> None:
         result = serve("--triton-url", "127.0.0.1:1")
         assert f"Cannot listen on {NOWHERE}" in result.output
         assert "No model is available" in generate().output

@@ -135,7 +135,7 @@ class TestByteBudget:
         await asyncio.wait_for(other, 1)
 
     @pytest.mark.parametrize("called_first", [False, True])
-    async def test_who_leaves_the_queue_holds_nothing(self, called_first: bool) -> None:
+    async def test_a_request_that_leaves_the_queue_holds_nothing(self, called_first: bool) -> None:
         budget = ByteBudget(100)
         await budget.acquire(80)
         leaving, staying = (asyncio.ensure_future(budget.acquire(nbytes)) for nbytes in (90, 100))

@@ -26,7 +26,7 @@ from .conftest import IMAGES, SIZE, Plans, Triton
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(3600)]
 
 STEPS = 20
-WISH: dict[str, Any] = {
+FIELDS: dict[str, Any] = {
     "prompt": "a lighthouse at dusk",
     "seed": 5,
     "num_inference_steps": STEPS,
@@ -99,14 +99,14 @@ def distance(tensor: Tensor, theirs: Any, ours: Any) -> float:
 
 def by_diffusers(pipeline: Any) -> Pixels:
     width, height = SIZE
-    given = {name: value for name, value in WISH.items() if name != "seed"}
-    generator = torch.Generator().manual_seed(WISH["seed"])
+    given = {name: value for name, value in FIELDS.items() if name != "seed"}
+    generator = torch.Generator().manual_seed(FIELDS["seed"])
     return np.asarray(pipeline(**given, width=width, height=height, generator=generator).images[0])
 
 
 async def test_an_image_is_that_of_diffusers(gateway: Server, pipeline: Any, figures: dict[str, str]) -> None:
     async with gateway.async_client() as client:
-        ours = await generate(client, size=f"{SIZE[0]}x{SIZE[1]}", **WISH)
+        ours = await generate(client, size=f"{SIZE[0]}x{SIZE[1]}", **FIELDS)
     differences = np.abs(ours.astype(int) - by_diffusers(pipeline).astype(int))
     figures["image against diffusers in float16"] = f"mean difference {differences.mean():.2f} of 255"
     assert differences.mean() <= IMAGE
@@ -115,7 +115,9 @@ async def test_an_image_is_that_of_diffusers(gateway: Server, pipeline: Any, fig
 def test_an_image_takes_no_longer_than_with_torch_compile(
     gateway: Server, pipeline: Any, figures: dict[str, str]
 ) -> None:
-    with_triton = median_seconds(lambda: asyncio.run(generate_all(gateway, [{**WISH, "size": f"{SIZE[0]}x{SIZE[1]}"}])))
+    with_triton = median_seconds(
+        lambda: asyncio.run(generate_all(gateway, [{**FIELDS, "size": f"{SIZE[0]}x{SIZE[1]}"}]))
+    )
     pipeline.unet.to(memory_format=torch.channels_last)
     pipeline.unet = torch.compile(pipeline.unet, mode="max-autotune", fullgraph=True)
     pipeline.vae.decode = torch.compile(pipeline.vae.decode, mode="max-autotune", fullgraph=True)
@@ -139,9 +141,9 @@ def test_images_in_flight_share_the_gpu(gateway: Server, triton: Triton, figures
     rates = {}
     for in_flight in (1, 2, IMAGES, 2 * IMAGES):
         before, began = unet_counts(triton), time.perf_counter()
-        wishes = [{**WISH, "seed": seed, "size": f"{SIZE[0]}x{SIZE[1]}"} for seed in range(in_flight)]
+        bodies = [{**FIELDS, "seed": seed, "size": f"{SIZE[0]}x{SIZE[1]}"} for seed in range(in_flight)]
         for _ in range(2):
-            asyncio.run(generate_all(gateway, wishes))
+            asyncio.run(generate_all(gateway, bodies))
         rates[in_flight] = 2 * in_flight / (time.perf_counter() - began)
         rows, calls = (now - then for now, then in zip(unet_counts(triton), before, strict=True))
         figures[f"{in_flight} in flight"] = f"{rates[in_flight]:.2f} images/s, {rows / calls:.1f} rows in a UNet call"
@@ -162,7 +164,7 @@ async def test_an_image_with_guidance_runs_in_cuda_graphs(
 ) -> None:
     before = triton.graphs_of("unet")
     async with gateway.async_client() as client:
-        await generate(client, size=f"{SIZE[0]}x{SIZE[1]}", **WISH)
+        await generate(client, size=f"{SIZE[0]}x{SIZE[1]}", **FIELDS)
     by_graph, without = (now - then for now, then in zip(triton.graphs_of("unet"), before, strict=True))
     total = by_graph + without
     figures["UNet calls of one image by CUDA graph"] = f"{by_graph} of {total}"

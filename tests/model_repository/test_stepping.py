@@ -115,17 +115,17 @@ async def test_latents_equal_those_of_diffusers_pipeline(
 async def test_different_images_in_one_batch_come_out_as_they_would_alone(
     unet: Any, image_of: Callable[..., Trajectory]
 ) -> None:
-    wishes: list[dict[str, Any]] = [
+    bodies: list[dict[str, Any]] = [
         {"seed": 1},
         {"seed": 2, "prompt": "a blue cat", "num_inference_steps": 7},
         {"seed": 3, "guidance_scale": 1.0, "scheduler": "euler_a"},
         {"seed": 4, "width": 72, "height": 40},
         {"seed": 5, "negative_prompt": "", "scheduler": "unipc", "guidance_scale": 2.0},
     ]
-    alone = [await last(loop_on(unet).sample(image_of(**wish), never)) for wish in wishes]
+    alone = [await last(loop_on(unet).sample(image_of(**fields), never)) for fields in bodies]
     unet.rows_of_calls.clear()
     loop = loop_on(unet)
-    together = await asyncio.gather(*(last(loop.sample(image_of(**wish), never)) for wish in wishes))
+    together = await asyncio.gather(*(last(loop.sample(image_of(**fields), never)) for fields in bodies))
     for one, other in zip(alone, together, strict=True):
         # A batch of seven rows is summed in another order than one of two. Seen: 1.2e-4; another image would be 1.
         assert np.abs(one.latents - other.latents).max() <= 5e-4 * np.abs(one.latents).max()
@@ -147,8 +147,8 @@ async def test_images_of_different_models_share_no_batch(unet: Any, image_of: Ca
 
     loop = loop_on(record)
     variants = [BASE, ink, words, clay, ink, BASE]
-    wishes = [{"seed": seed, "variant": variant, "num_inference_steps": 2} for seed, variant in enumerate(variants)]
-    await asyncio.gather(*(last(loop.sample(image_of(**wish), never)) for wish in wishes))
+    bodies = [{"seed": seed, "variant": variant, "num_inference_steps": 2} for seed, variant in enumerate(variants)]
+    await asyncio.gather(*(last(loop.sample(image_of(**fields), never)) for fields in bodies))
     assert Counter(calls) == Counter([("unet", 6), ("unet.ink@1", 4), ("unet.clay@1", 2)] * 2)
 
 
@@ -278,12 +278,12 @@ async def test_cancellation_is_asked_once_at_a_time_for_all_images_of_a_request(
 async def test_every_round_is_reported(unet: Denoiser, image_of: Callable[..., Trajectory]) -> None:
     rounds: list[IterationStats] = []
     loop = loop_on(unet, rounds.append, max_active=2)
-    wishes: list[dict[str, Any]] = [
+    bodies: list[dict[str, Any]] = [
         {"num_inference_steps": 2},
         {"num_inference_steps": 3, "width": 72},
         {"num_inference_steps": 1, "guidance_scale": 1.0},
     ]
-    await asyncio.gather(*(last(loop.sample(image_of(**wish), never)) for wish in wishes))
+    await asyncio.gather(*(last(loop.sample(image_of(**fields), never)) for fields in bodies))
     await asyncio.wait_for(until_idle(rounds), 10)
     assert [(done.active, done.waiting) for done in rounds] == [(2, 1), (1, 1), (0, 0)]
     assert [(done.denoiser_calls, done.denoiser_rows, done.steps) for done in rounds] == [
@@ -440,10 +440,10 @@ async def test_the_event_loop_is_free_while_the_unet_works(unet: Any, image_of: 
         return answer
 
     loop = loop_on(held)
-    wishes = [{"width": width, "num_inference_steps": 1} for width in (64, 72, 80)]
-    sampling = [asyncio.create_task(last(loop.sample(image_of(**wish), never))) for wish in wishes]
+    bodies = [{"width": width, "num_inference_steps": 1} for width in (64, 72, 80)]
+    sampling = [asyncio.create_task(last(loop.sample(image_of(**fields), never))) for fields in bodies]
     await asyncio.sleep(0)
-    for _ in wishes:
+    for _ in bodies:
         assert await asyncio.to_thread(in_flight.acquire, timeout=10)
     assert not unet.rows_of_calls
     let_go.set()

@@ -28,32 +28,32 @@ def _guides(guider: Any, step: int, steps: int) -> bool:
     return bool(guider.num_conditions == 2)
 
 
-def interval_arguments(pipeline: Any, wish: dict[str, Any], start: float, end: float) -> dict[str, Any]:
-    """`wish`, the arguments of the pipeline's call, so that it guides in the interval alone."""
-    embeddings = embeddings_of(pipeline, wish)
+def interval_arguments(pipeline: Any, fields: dict[str, Any], start: float, end: float) -> dict[str, Any]:
+    """`fields`, the arguments of the pipeline's call, so that it guides in the interval alone."""
+    embeddings = embeddings_of(pipeline, fields)
 
     def scale_in(step: int) -> float:
         is_guided = step in guided_steps(pipeline.num_timesteps, start, end)
-        return float(wish["guidance_scale"]) if is_guided else 1.0
+        return float(fields["guidance_scale"]) if is_guided else 1.0
 
     def after_step(_: Any, step: int, __: Any, given: dict[str, Any]) -> dict[str, Any]:
         pipeline._guidance_scale = scale_in(step + 1)
         rows = 2 if pipeline._guidance_scale > 1 else 1
         return given | {name: both[-rows:] for name, both in embeddings.items()}
 
-    first = wish["guidance_scale"] if start == 0 and end > 0 else 1.0
-    return wish | {
+    first = fields["guidance_scale"] if start == 0 and end > 0 else 1.0
+    return fields | {
         "guidance_scale": first,
         "callback_on_step_end": after_step,
         "callback_on_step_end_tensor_inputs": list(embeddings),
     }
 
 
-def embeddings_of(pipeline: Any, wish: dict[str, Any]) -> Embeddings:
+def embeddings_of(pipeline: Any, fields: dict[str, Any]) -> Embeddings:
     """What the pipeline makes of both prompts, under the names that its callback knows."""
     asked: dict[str, Any] = {
-        "prompt": wish["prompt"],
-        "negative_prompt": wish.get("negative_prompt"),
+        "prompt": fields["prompt"],
+        "negative_prompt": fields.get("negative_prompt"),
         "device": "cpu",
         "num_images_per_prompt": 1,
         "do_classifier_free_guidance": True,
@@ -61,7 +61,9 @@ def embeddings_of(pipeline: Any, wish: dict[str, Any]) -> Embeddings:
     made = pipeline.encode_prompt(**asked)
     if len(made) == 2:
         return {"prompt_embeds": _both(made[1], made[0])}
-    sides = torch.tensor([[wish["height"], wish["width"], 0, 0, wish["height"], wish["width"]]], dtype=torch.float32)
+    sides = torch.tensor(
+        [[fields["height"], fields["width"], 0, 0, fields["height"], fields["width"]]], dtype=torch.float32
+    )
     return {
         "prompt_embeds": _both(made[1], made[0]),
         "add_text_embeds": _both(made[3], made[2]),

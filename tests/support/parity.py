@@ -146,7 +146,7 @@ def sampler_of(folder: Path) -> Sampler:
 
 
 def request_of(**changes: Any) -> Request:
-    wish: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "prompt": PROMPT,
         "negative_prompt": None,
         "num_images": 1,
@@ -157,25 +157,25 @@ def request_of(**changes: Any) -> Request:
         "scheduler": "",
         "seed": 11,
     }
-    return Request(**(wish | changes))
+    return Request(**(fields | changes))
 
 
 def by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:
-    wish: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "prompt": request.prompt,
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": request.guidance_scale,
         **_given(request),
     }
     if request.negative_prompt is not None:
-        wish["negative_prompt"] = request.negative_prompt
+        fields["negative_prompt"] = request.negative_prompt
     interval = (request.guidance_start, request.guidance_end)
     if interval != (0.0, 1.0):
-        wish = interval_arguments(pipeline, wish, *interval)
+        fields = interval_arguments(pipeline, fields, *interval)
 
     def generate(kind: str) -> Any:
         with deep_features_reused(pipeline.unet, request.cache_interval):
-            return pipeline(**wish, generator=torch.Generator().manual_seed(request.seed), output_type=kind).images[0]
+            return pipeline(**fields, generator=torch.Generator().manual_seed(request.seed), output_type=kind).images[0]
 
     return generate("latent").numpy(), np.asarray(generate("pil"))
 

@@ -210,15 +210,15 @@ def pixels_of(image: Any) -> Pixels:
         return np.asarray(opened.convert("RGB"))
 
 
-async def generate(client: openai.AsyncOpenAI, **wish: Any) -> Pixels:
+async def generate(client: openai.AsyncOpenAI, **fields: Any) -> Pixels:
     """One image; what OpenAI's client does not know goes into the body as it is."""
-    known = {name: wish.pop(name) for name in ("prompt", "size", "n") if name in wish}
-    response = await client.images.generate(**known, extra_body=wish)
+    known = {name: fields.pop(name) for name in ("prompt", "size", "n") if name in fields}
+    response = await client.images.generate(**known, extra_body=fields)
     assert response.data is not None
     return pixels_of(response.data[0])
 
 
-async def generate_all(server: Server, wishes: list[dict[str, Any]]) -> list[Pixels]:
+async def generate_all(server: Server, bodies: list[dict[str, Any]]) -> list[Pixels]:
     """All of them at once, each on a request of its own."""
     async with server.async_client() as client:
-        return await asyncio.gather(*(generate(client, **wish) for wish in wishes))
+        return await asyncio.gather(*(generate(client, **fields) for fields in bodies))

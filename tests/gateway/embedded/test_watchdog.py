@@ -116,7 +116,7 @@ def test_linux_tells_a_process_that_runs_from_one_that_is_stopped() -> None:
             child.kill()
 
 
-def test_a_process_that_has_ended_is_not_one_that_stands_still() -> None:
+def test_a_process_that_has_ended_does_not_count_as_hanging() -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as child:
         child.wait()
     process = LinuxProcess(child.pid, "ended")

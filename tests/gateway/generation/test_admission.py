@@ -112,7 +112,7 @@ class TestTurns:
         await Visitor(admission, "huge", log, images=10).leave()
         assert log == ["huge"]
 
-    async def test_who_leaves_the_queue_frees_the_place_for_those_behind(self) -> None:
+    async def test_a_request_that_leaves_the_queue_lets_the_next_ones_move_up(self) -> None:
         admission, log = Admission(10), list[str]()
         first = Visitor(admission, "first", log)
         large = Visitor(admission, "large", log, images=2)
@@ -124,7 +124,7 @@ class TestTurns:
         await first.leave()
         await small.leave()
 
-    async def test_a_place_given_to_a_request_that_leaves_in_that_moment_is_not_lost(self) -> None:
+    async def test_a_slot_given_to_a_request_that_leaves_at_that_moment_is_not_lost(self) -> None:
         admission, log = Admission(10), list[str]()
         first = Visitor(admission, "first", log, capacity=1)
         second = Visitor(admission, "second", log, capacity=1)
@@ -137,7 +137,7 @@ class TestTurns:
         assert "second" not in log
         await third.leave()
 
-    async def test_a_failure_inside_gives_the_place_back(self) -> None:
+    async def test_a_failure_releases_the_slot(self) -> None:
         admission = Admission(0)
         for _ in range(3):
             with pytest.raises(ZeroDivisionError):
@@ -188,7 +188,7 @@ class TestFullQueues:
         for visitor in visitors:
             await visitor.leave()
 
-    async def test_without_a_queue_the_wait_is_until_there_is_room_at_work(self) -> None:
+    async def test_without_a_queue_the_wait_is_until_a_slot_is_free(self) -> None:
         clock = Clock()
         admission = await measured(clock, max_waiting=0)
         working = Visitor(admission, images=2)

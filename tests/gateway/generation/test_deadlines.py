@@ -38,7 +38,7 @@ def milliseconds_of(response: httpx.Response) -> int:
     return int(response.headers["openai-processing-ms"])
 
 
-async def test_place_and_estimate_are_told_as_soon_as_there_is_a_measurement(
+async def test_position_and_estimate_are_in_the_headers_once_there_is_a_measurement(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     first = await generate_slowly(client, backend)

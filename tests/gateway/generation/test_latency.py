@@ -62,7 +62,7 @@ def test_requests_together_take_as_long_as_their_rounds_do() -> None:
     assert [beside.start, beside.done] == pytest.approx([0, 10 * 0.03 + 40 * 0.01])
 
 
-def test_who_waits_is_placed_when_enough_places_are_free_and_overtakes_nobody() -> None:
+def test_a_waiting_request_starts_when_there_is_room_for_all_its_images_and_overtakes_none() -> None:
     step_times = learned((1, 0.01))
     running = [RemainingWork(1, 1.0, 10), RemainingWork(1, 1.0, 30)]
     waiting = [RemainingWork(2, 1.0, 20), RemainingWork(1, 1.0, 5)]

@@ -77,7 +77,7 @@ class TestKeys:
         assert first.json()["data"] == second.json()["data"]
         assert len(backend.generations) == 2
 
-    async def test_it_joins_work_under_way(self, client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    async def test_it_joins_running_work(self, client: httpx.AsyncClient, backend: FakeBackend) -> None:
         backend.open.clear()
         requests = [asyncio.create_task(client.post(GENERATIONS, json=FOX, headers=keyed("a"))) for _ in range(3)]
         await until(lambda: backend.running == 1)

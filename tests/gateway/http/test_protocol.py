@@ -143,7 +143,7 @@ class TestHeads:
             b"GET / HTTP/1.1\r\n Host: x\r\n\r\n",
         ],
     )
-    async def test_rubbish_is_a_400_in_openai_s_shape_counted_and_not_logged(
+    async def test_malformed_data_is_a_400_in_openai_s_shape_counted_and_not_logged(
         self, wire: Wire, caplog: pytest.LogCaptureFixture, rubbish: bytes
     ) -> None:
         before = await wire.rejections(400)
@@ -288,7 +288,9 @@ class TestFraming:
     @pytest.mark.parametrize(
         "rubbish", [b'"}', b'"}\r\n\r\n', b"\x00\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\x00" * 100_000]
     )
-    async def test_rubbish_behind_a_request_does_not_take_its_answer(self, wire: Wire, rubbish: bytes) -> None:
+    async def test_malformed_data_after_a_request_does_not_cost_it_its_response(
+        self, wire: Wire, rubbish: bytes
+    ) -> None:
         before = await wire.rejections(400)
         answer = await wire.say(LIVE + POST + LENGTH + b"\r\n" + BODY + rubbish + LIVE)
         assert statuses(answer) == [200, 200]
@@ -357,7 +359,7 @@ UPGRADES = [
 
 
 class TestUpgrade:
-    """Another protocol is never spoken: RFC 9110 lets a server ignore the wish and answer in this one."""
+    """Another protocol is never spoken: RFC 9110 lets a server ignore the header and respond in this one."""
 
     @pytest.mark.parametrize("upgrade", UPGRADES)
     @pytest.mark.parametrize("chunked", [False, True])

@@ -27,7 +27,7 @@ def say_garbage(port: int) -> None:
         connection.recv(1024)
 
 
-def test_in_json_every_line_is_an_object_none_is_about_rubbish_and_none_holds_the_key() -> None:
+def test_json_logs_have_one_object_per_line_none_about_malformed_data_and_none_with_the_key() -> None:
     server = start("--log-format", "json")
     headers = {"Authorization": f"Bearer {KEY}", "x-request-id": "mine-1"}
     refused = httpx.post(f"{server.url}/v1/images/generations", json={"prompt": "a"}, headers=headers)

@@ -58,7 +58,7 @@ async def test_images_steps_and_phases_are_counted(client: httpx.AsyncClient) ->
     assert len(phases) == 5
 
 
-async def test_the_queue_and_what_is_at_work_are_told(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+async def test_the_queue_and_running_requests_are_reported(client: httpx.AsyncClient, backend: FakeBackend) -> None:
     backend.open.clear()
     requests = [asyncio.create_task(client.post(GENERATIONS, json=FOX | {"n": 2})) for _ in range(3)]
     await until_sample(client, "queued_requests", 1)

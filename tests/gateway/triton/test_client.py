@@ -329,11 +329,11 @@ class TestGenerate:
         ]
 
     async def test_what_has_come_is_not_repeated_when_the_rest_is_asked_for_again(self, triton: FakeTriton) -> None:
-        wish = replace(FOX, num_images=2, partial_images=3)
+        generation = replace(FOX, num_images=2, partial_images=3)
         triton.hangs, triton.images_before_trouble, triton.trouble_follows_previews = True, 1, True
         async with serving(triton) as url:
             backend = TritonBackend(url, request_timeout=5)
-            stream = backend.generate(wish)
+            stream = backend.generate(generation)
             came = [await anext(stream) for _ in range(7)]
         triton.hangs = False
         async with serving(triton, port=int(url.rpartition(":")[2])), aclosing(stream):
