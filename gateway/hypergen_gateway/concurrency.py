@@ -78,11 +78,11 @@ class ByteBudget:
         """Gives room back and admits waiting work."""
         self._taken -= nbytes
         while self._waiting:
-            wanted, admitted = self._waiting[0]
+            next_nbytes, admitted = self._waiting[0]
             if not admitted.done():
-                if not self._has_room(wanted):
+                if not self._has_room(next_nbytes):
                     return
-                self._taken += wanted
+                self._taken += next_nbytes
                 admitted.set_result(None)
             self._waiting.popleft()
 

@@ -96,12 +96,12 @@ def _tracing() -> Tracing | None:
     return Tracing()
 
 
-async def generate_image(options: TritonOptions, wanted: dict[str, Any]) -> GeneratedImage:
-    """One image, without a gateway. `wanted` holds fields of `GenerationRequest`; the model fills in the rest."""
+async def generate_image(options: TritonOptions, fields: dict[str, Any]) -> GeneratedImage:
+    """One image, without a gateway. `fields` holds fields of `GenerationRequest`; the model fills in the rest."""
     async with _connected(options, GENERATE_SECONDS) as backend:
         try:
             generation = _complete(
-                wanted, await backend.describe(), with_lora=bool(options.export and options.export.loras)
+                fields, await backend.describe(), with_lora=bool(options.export and options.export.loras)
             )
         except UnavailableError as error:
             raise UnavailableError(f"No model is available at {options.url} ({error.detail}).") from error
@@ -229,7 +229,7 @@ async def _serve_http(app: Any, listeners: list[socket.socket], keep_alive: floa
         await server.serve(sockets=[Listener(fileno=listener.detach()) for listener in listeners])
 
 
-def _complete(wanted: dict[str, Any], description: ModelDescription, *, with_lora: bool) -> GenerationRequest:
+def _complete(fields: dict[str, Any], description: ModelDescription, *, with_lora: bool) -> GenerationRequest:
     defaults: dict[str, Any] = {
         "width": description.default_width,
         "height": description.default_height,
@@ -238,7 +238,7 @@ def _complete(wanted: dict[str, Any], description: ModelDescription, *, with_lor
     }
     if with_lora:
         defaults |= {"lora": description.loras[0].name, "lora_scale": description.loras[0].scale}
-    return GenerationRequest(**(defaults | {name: value for name, value in wanted.items() if value is not None}))
+    return GenerationRequest(**(defaults | {name: value for name, value in fields.items() if value is not None}))
 
 
 async def _greeting(options: ServeOptions, backend: TritonBackend) -> str:

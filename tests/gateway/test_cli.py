@@ -352,13 +352,13 @@ class TestOutput:
         """The options of each call; each generates the same image."""
         calls: list[TritonOptions] = []
 
-        async def generate(options: TritonOptions, wanted: dict[str, Any]) -> GeneratedImage:
+        async def generate(options: TritonOptions, fields: dict[str, Any]) -> GeneratedImage:
             calls.append(options)
             made = GenerationRequest(
                 prompt="cat",
                 width=16,
                 height=8,
-                seed=wanted["seed"],
+                seed=fields["seed"],
                 num_inference_steps=1,
                 guidance_scale=1.0,
             )

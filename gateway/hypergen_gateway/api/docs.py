@@ -77,13 +77,13 @@ def _contents(api: JsonObject) -> str:
 def _example(api: JsonObject, base_url: str) -> str:
     secured = {} not in api["security"]
     key = " -H 'Authorization: Bearer KEY'" if secured else ""
-    said = "Every request except to links and health checks needs the key." if secured else "No key is needed."
+    note = "Every request except to links and health checks needs the key." if secured else "No key is needed."
     command = (
         f"curl {base_url.rstrip('/')}/v1/images/generations{key} \\\n"
         "  -H 'Content-Type: application/json' \\\n"
         f"  -d '{json.dumps({'prompt': 'a lighthouse at dusk', 'n': 1})}'"
     )
-    return f"<p>{escape(said)}</p><pre>{escape(command)}</pre>"
+    return f"<p>{escape(note)}</p><pre>{escape(command)}</pre>"
 
 
 def _operation(api: JsonObject, method: str, path: str, operation: JsonObject) -> str:
@@ -95,7 +95,7 @@ def _operation(api: JsonObject, method: str, path: str, operation: JsonObject) -
             f"<p>{_text(operation['description'])}</p>" if "description" in operation else "",
             _parameters(operation["parameters"]),
             *(_body(api, media_type, described) for media_type, described in content.items()),
-            _answers(api, operation["responses"]),
+            _responses(api, operation["responses"]),
             "</section>",
         ]
     )
@@ -130,21 +130,21 @@ def _fields(api: JsonObject, schema: JsonObject) -> str:
     return _table(["field", "values", "default", ""], rows)
 
 
-def _answers(api: JsonObject, answers: JsonObject) -> str:
+def _responses(api: JsonObject, responses: JsonObject) -> str:
     rows = (
         [
             escape(status),
-            _text(answer["description"]),
-            " ".join(f"<code>{escape(media_type)}</code>" for media_type in answer["content"]),
+            _text(response["description"]),
+            " ".join(f"<code>{escape(media_type)}</code>" for media_type in response["content"]),
         ]
-        for status, answer in answers.items()
+        for status, response in responses.items()
     )
     table = "<h3>Answers</h3>" + _table(["status", "", "type"], rows)
-    schema = answers["200"]["content"].get("application/json", {}).get("schema")
-    return table if schema is None else table + _fields_of_answer(api, _resolve(api, schema))
+    schema = responses["200"]["content"].get("application/json", {}).get("schema")
+    return table if schema is None else table + _response_fields(api, _resolve(api, schema))
 
 
-def _fields_of_answer(api: JsonObject, schema: JsonObject) -> str:
+def _response_fields(api: JsonObject, schema: JsonObject) -> str:
     rows = (
         [f"<code>{escape(name)}</code>", f"<code>{escape(_type(api, described))}</code>"]
         for name, described in schema["properties"].items()

@@ -62,7 +62,7 @@ class Operation:
     summary: str
     description: str = ""
     bodies: Mapping[str, type[BaseModel]] = field(default_factory=dict)  # by media type
-    answer: type[BaseModel] | None = None
+    response: type[BaseModel] | None = None
     streams: bool = False
     parameters: Sequence[JsonObject] = ()
     errors: Sequence[int] = ()
@@ -134,7 +134,7 @@ OPERATIONS = (
         summary="Generate images from a prompt",
         description=f"{_STREAM} {_REPEAT}",
         bodies={_JSON: ImageRequest},
-        answer=ImagesResponse,
+        response=ImagesResponse,
         streams=True,
         errors=(*_BODY_ERRORS, *_WORK_ERRORS),
     ),
@@ -145,7 +145,7 @@ OPERATIONS = (
         summary="Edit images by a prompt",
         description=f"{_EDIT} {_STREAM} {_REPEAT}",
         bodies={_FORM: EditForm, _JSON: EditRequest},
-        answer=ImagesResponse,
+        response=ImagesResponse,
         streams=True,
         errors=(*_BODY_ERRORS, *_WORK_ERRORS),
     ),
@@ -156,7 +156,7 @@ OPERATIONS = (
         summary="Generate variations of an image",
         description=_REPEAT,
         bodies={_FORM: VariationForm},
-        answer=ImagesResponse,
+        response=ImagesResponse,
         errors=(*_BODY_ERRORS, *_WORK_ERRORS),
     ),
     Operation(
@@ -164,7 +164,7 @@ OPERATIONS = (
         path="/v1/models",
         id="listModels",
         summary="List the served model",
-        answer=ModelList,
+        response=ModelList,
         errors=(500, 503),
     ),
     Operation(
@@ -172,7 +172,7 @@ OPERATIONS = (
         path="/v1/models/{id}",
         id="retrieveModel",
         summary="Retrieve the model by its id or an alias, with slashes escaped or not",
-        answer=ModelObject,
+        response=ModelObject,
         parameters=(_parameter("id", "path", "An id from /v1/models."),),
         errors=(404, 500, 503),
     ),
@@ -181,7 +181,7 @@ OPERATIONS = (
         path="/v1/capabilities",
         id="readCapabilities",
         summary="Describe what the served model supports (an extension of the API)",
-        answer=Capabilities,
+        response=Capabilities,
         errors=(500, 503),
     ),
     Operation(
@@ -203,7 +203,7 @@ OPERATIONS = (
         path="/health",
         id="health",
         summary="The server's state; 200 while the process runs",
-        answer=Health,
+        response=Health,
         is_open=True,
     ),
     Operation(
@@ -211,7 +211,7 @@ OPERATIONS = (
         path="/health/live",
         id="live",
         summary="Liveness: whether the process runs",
-        answer=Live,
+        response=Live,
         is_open=True,
     ),
     Operation(
@@ -219,7 +219,7 @@ OPERATIONS = (
         path="/health/ready",
         id="ready",
         summary="Readiness: whether images can be generated; 503 if not",
-        answer=Health,
+        response=Health,
         is_open=True,
     ),
 )
@@ -274,15 +274,19 @@ def _operation(operation: Operation) -> JsonObject:
 
 def _success(operation: Operation) -> JsonObject:
     headers = _headers("x-request-id", "openai-processing-ms", *(_IMAGE_HEADERS if operation.bodies else ()))
-    if operation.answer is None:
+    if operation.response is None:
         file = {"schema": {"type": "string", "format": "binary"}}
         files = {f"image/{name}": file for name in ("png", "jpeg", "webp")}
         return {"description": "The image.", "headers": headers, "content": files}
-    content: JsonObject = {_JSON: {"schema": _reference(operation.answer)}}
+    content: JsonObject = {_JSON: {"schema": _reference(operation.response)}}
     if operation.streams:
         events = [_reference(PartialImageEvent), _reference(CompletedEvent)]
         content[_SSE] = {"schema": {"type": "string", "description": _STREAM}, "x-events": events}
-    return {"description": (operation.answer.__doc__ or "").partition("\n")[0], "headers": headers, "content": content}
+    return {
+        "description": (operation.response.__doc__ or "").partition("\n")[0],
+        "headers": headers,
+        "content": content,
+    }
 
 
 def _error(status: int) -> JsonObject:
@@ -301,11 +305,11 @@ def _reference(model: type[BaseModel]) -> JsonObject:
 
 def _schemas(model: ModelDescription | None) -> JsonObject:
     requests = {body for operation in OPERATIONS for body in operation.bodies.values()}
-    answers: set[type[BaseModel]] = {operation.answer for operation in OPERATIONS if operation.answer is not None}
+    responses: set[type[BaseModel]] = {operation.response for operation in OPERATIONS if operation.response is not None}
     events: set[type[BaseModel]] = {PartialImageEvent, CompletedEvent}
     modes: list[tuple[type[BaseModel], JsonSchemaMode]] = [
         *((request, "validation") for request in _by_name(requests)),
-        *((answer, "serialization") for answer in _by_name({*answers, *events, ErrorResponse})),
+        *((response, "serialization") for response in _by_name({*responses, *events, ErrorResponse})),
     ]
     _, schema = models_json_schema(modes, ref_template="#/components/schemas/{model}")
     definitions: JsonObject = schema["$defs"]

@@ -241,9 +241,9 @@ class Endpoints:
         )
 
 
-async def _or_none(answer: Coroutine[Any, Any, T], limit: float) -> T | None:
+async def _or_none(work: Coroutine[Any, Any, T], limit: float) -> T | None:
     with suppress(TimeoutError, HyperGenError):
-        return await run_with_timeout(answer, limit)
+        return await run_with_timeout(work, limit)
     return None
 
 

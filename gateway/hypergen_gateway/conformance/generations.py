@@ -82,7 +82,7 @@ def _(server: Server) -> str:
     images = images_of(response)
     need(len(images) == 2, f"{len(images)} images")
     need(images[0].tobytes() != images[1].tobytes(), "the two images are identical")
-    tokens = [json_of(answer).get("usage", {}).get("input_tokens", 0) for answer in (server.image, response)]
+    tokens = [json_of(each).get("usage", {}).get("input_tokens", 0) for each in (server.image, response)]
     need(tokens[1] > tokens[0], f"{tokens[0]} tokens for a prompt and {tokens[1]} for four times as much")
     return f"{describe_images(images)}; {tokens[0]} and {tokens[1]} tokens"
 

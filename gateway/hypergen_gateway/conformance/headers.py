@@ -14,8 +14,8 @@ LOAD = Area("load")
 
 @AREA.rule("every response has a unique `x-request-id`")
 def _(server: Server) -> str:
-    answers = [server.send("GET", MODELS), server.send("GET", MODELS), server.image]
-    ids = [answer.headers.get("x-request-id") for answer in answers]
+    responses = [server.send("GET", MODELS), server.send("GET", MODELS), server.image]
+    ids = [response.headers.get("x-request-id") for response in responses]
     need(None not in ids, "no such header")
     need(len(set(ids)) == len(ids), str(ids))
     return str(ids[0])
@@ -62,10 +62,10 @@ def _(server: Server) -> str:
     if count == 0:
         raise NotTested("no --burst was given")
     with ThreadPoolExecutor(count) as pool:
-        answers = list(pool.map(lambda _: server.generate(), range(count)))
-    full = [answer for answer in answers if answer.status_code == 429]
-    others = [answer for answer in answers if answer.status_code not in (200, 429)]
-    need(not others, " · ".join(excerpt(answer) for answer in others[:2]))
+        responses = list(pool.map(lambda _: server.generate(), range(count)))
+    full = [response for response in responses if response.status_code == 429]
+    others = [response for response in responses if response.status_code not in (200, 429)]
+    need(not others, " · ".join(excerpt(response) for response in others[:2]))
     if not full:
         raise NotTested(f"{count} requests at once were all served")
     seen = expect_error(full[0], 429)

@@ -89,12 +89,12 @@ def _(server: Server) -> str:
 @AREA.rule("errors contain no internals of the server")
 def _(server: Server) -> str:
     bodies = [b"", b"[]", b'{"prompt": 7}', b'{"prompt": "a", "size": "' + b"9" * 5000 + b'"}', b"\x00"]
-    answers = [server.send("POST", GENERATIONS, content=body, headers=_JSON) for body in bodies]
-    for response in answers:
+    responses = [server.send("POST", GENERATIONS, content=body, headers=_JSON) for body in bodies]
+    for response in responses:
         text = response.text.replace('\\"', '"')  # undo JSON's escaping
         shown = [word for word in _INSIDES if word in text]
         need(not shown and response.status_code < 500, excerpt(response))
-    return f"{len(answers)} errors checked"
+    return f"{len(responses)} errors checked"
 
 
 @ABUSE.rule("`size` of 0x0, -64x64, 1000000x1000000: 400, param `size`")

@@ -67,8 +67,8 @@ def _(server: Server) -> str:
 
 @HEALTH.rule("there are liveness and readiness probes", extension=True)
 def _(server: Server) -> str:
-    answers = [server.send("GET", f"{server.root}/health/{probe}", authorised=False) for probe in ("live", "ready")]
-    statuses = [answer.status_code for answer in answers]
+    responses = [server.send("GET", f"{server.root}/health/{probe}", authorised=False) for probe in ("live", "ready")]
+    statuses = [response.status_code for response in responses]
     need(statuses == [200, 200], f"live {statuses[0]}, ready {statuses[1]}")
     return "live 200, ready 200"
 

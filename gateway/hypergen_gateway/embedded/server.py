@@ -117,14 +117,18 @@ class Launch:
 
     def environment(self, folder: RunFolder) -> dict[str, str]:
         """This process's environment without secrets, with Triton's libraries and the run folder's Python first."""
-        ours = child_environment({name: value for name, value in os.environ.items() if name not in SECRETS})
+        inherited = child_environment({name: value for name, value in os.environ.items() if name not in SECRETS})
         # Packages need a home folder even for users without one, such as an unknown uid in a container.
         return (
             {"HOME": str(folder.path)}
-            | ours
+            | inherited
             | {
-                "LD_LIBRARY_PATH": _search_path(*folder.libraries, *absolute_folders(ours.get("LD_LIBRARY_PATH", ""))),
-                "PATH": _search_path(folder.programs, Path(sys.executable).parent, *absolute_folders(ours["PATH"])),
+                "LD_LIBRARY_PATH": _search_path(
+                    *folder.libraries, *absolute_folders(inherited.get("LD_LIBRARY_PATH", ""))
+                ),
+                "PATH": _search_path(
+                    folder.programs, Path(sys.executable).parent, *absolute_folders(inherited["PATH"])
+                ),
                 # Several processes share the cores: spinning threads would take them from the denoiser.
                 "OMP_NUM_THREADS": "1",
                 "TOKENIZERS_PARALLELISM": "false",

@@ -26,14 +26,14 @@ class RetentionPolicy:
     """How long a job is kept for a client that may return.
 
     A job without subscribers runs for another `grace` seconds; its result is kept for `seconds`, as long as all results
-    together take at most `nbytes`. A result delivered more than `lost_answer` seconds ago has arrived: OpenAI's clients
-    back off for half a second, then one, so a later retry without a key belongs to another request.
+    together take at most `nbytes`. A result delivered more than `lost_response` seconds ago has arrived: OpenAI's
+    clients back off for half a second, then one, so a later retry without a key belongs to another request.
     """
 
     grace: float
     seconds: float
     nbytes: int
-    lost_answer: float = 3.0
+    lost_response: float = 3.0
 
 
 class Job:
@@ -169,7 +169,7 @@ class Jobs:
         now = asyncio.get_running_loop().time()
         for job in reversed(candidates):
             # Its client's disconnect has not been noticed yet, or the response was lost on the way.
-            if job.delivered_at is None or now - job.delivered_at < self._retention.lost_answer:
+            if job.delivered_at is None or now - job.delivered_at < self._retention.lost_response:
                 return job
         return None
 

@@ -153,7 +153,7 @@ class GenerationTask:
                     timings = replace(raw.image.timings, queue=raw.image.timings.queue + waited)
                     yield replace(raw, image=replace(raw.image, timings=timings))
         if finals != self.request.num_images:
-            raise InternalError(f"{finals} images came back instead of {self.request.num_images}")
+            raise InternalError(f"{finals} images were generated instead of {self.request.num_images}")
 
     @asynccontextmanager
     async def _acquire_slot(self) -> AsyncIterator[Slot]:

@@ -263,16 +263,16 @@ def _to_response(error: Exception, scope: Scope) -> Response:
     allow = (error.headers or {}).get("Allow") if isinstance(error, HTTPException) else None
     if allow is not None and method == "OPTIONS":
         return Response(status_code=204, headers={"Allow": f"{allow}, OPTIONS"})
-    ours: HyperGenError
+    api_error: HyperGenError
     if allow is not None:
-        ours = MethodNotAllowedError(f"The method {method} is not allowed here. Allowed: {allow}.", allow)
+        api_error = MethodNotAllowedError(f"The method {method} is not allowed here. Allowed: {allow}.", allow)
     elif isinstance(error, HTTPException) and error.status_code == 404:
         path = scope["path"]
-        ours = NotFoundError(f"Not found: {method} {_shown(path)}.{hint_for(path)}")
+        api_error = NotFoundError(f"Not found: {method} {_shown(path)}.{hint_for(path)}")
     else:
-        ours = to_api_error(error)
-    log_exception(ours, error)
-    return error_response(ours)
+        api_error = to_api_error(error)
+    log_exception(api_error, error)
+    return error_response(api_error)
 
 
 def _shown(path: str) -> str:

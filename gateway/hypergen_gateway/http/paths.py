@@ -41,8 +41,8 @@ def _segments(id_: str) -> list[str]:
 
 def hint_for(path: str) -> str:
     """A hint at the right path for one that was not found; empty if unknown."""
-    if ours := _OURS.search(path):
-        return f" Use /v1/{ours[1]}: a client's base URL must end in /v1."
+    if match := _OURS.search(path):
+        return f" Use /v1/{match[1]}: a client's base URL must end in /v1."
     if _NOT_OURS.search(path):
         return " This server only generates images: use /v1/images/generations."
     return ""

@@ -33,15 +33,15 @@ def routes() -> list[BaseRoute]:
     files = StaticFiles(directory=FOLDER)
 
     async def page(request: Request) -> Response:
-        return await _answer(files, "index.html", request)
+        return await _respond(files, "index.html", request)
 
     async def file(request: Request) -> Response:
-        return await _answer(files, request.path_params["name"], request)
+        return await _respond(files, request.path_params["name"], request)
 
     return [Route(PAGE_PATH, page), Route(f"{FILES_PREFIX}{{name}}", file)]
 
 
-async def _answer(files: StaticFiles, name: str, request: Request) -> Response:
+async def _respond(files: StaticFiles, name: str, request: Request) -> Response:
     response = await files.get_response(name, request.scope)
     response.headers.update(HEADERS)
     return response

@@ -215,7 +215,7 @@ class TritonBackend:
                 response = await self._service.triton.ModelConfig(request, timeout=self._call_timeout)
         except DeadlineExceededError as error:  # a hanging Triton is unavailable; no image was late
             message = "The image model is not responding. Try again later."
-            raise UnavailableError(message, detail=f"no answer within {self._call_timeout:g} s") from error
+            raise UnavailableError(message, detail=f"no response within {self._call_timeout:g} s") from error
         return _to_description({name: value.string_value for name, value in response.config.parameters.items()})
 
     @contextmanager
@@ -342,7 +342,7 @@ def _translate(error: Exception) -> HyperGenError:
     if code == "INTERNAL" and message.startswith("not finite"):
         return NonFiniteImageError()
     if code == "DEADLINE_EXCEEDED":
-        return DeadlineExceededError("Triton did not answer in time.")
+        return DeadlineExceededError("Triton did not respond in time.")
     # NOT_FOUND: the model is not loaded, or was unloaded. CANCELLED: Triton is shutting down, as this backend did not
     # cancel. "is not healthy": the sampler's process died or hangs.
     if code in {"UNAVAILABLE", "NOT_FOUND", "CANCELLED"} or "is not healthy" in message:

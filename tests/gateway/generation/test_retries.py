@@ -241,7 +241,7 @@ class TestRetries:
     async def test_the_retry_of_a_request_that_never_came_is_not_answered_with_an_old_image(
         self, backend: FakeBackend
     ) -> None:
-        retention = RetentionPolicy(grace=1.0, seconds=60.0, nbytes=1 << 20, lost_answer=60.0)
+        retention = RetentionPolicy(grace=1.0, seconds=60.0, nbytes=1 << 20, lost_response=60.0)
         jobs = Jobs(ImageService(backend, Admission(10)), retention, on_joined=lambda _: None)
         generation = to_generation_request(ImageRequest(prompt="a fox"), MODEL)
         request = ClientRequest(
@@ -342,7 +342,7 @@ class TestOpenAIsClients:
         assert dict(image.model_extra or {})["seed"] == backend.generations[0].seed
         assert len(backend.generations) == 1
 
-    async def test_python_s_retry_after_a_lost_answer_gets_that_answer(
+    async def test_python_s_retry_after_a_lost_response_gets_that_response(
         self, proxy: CuttingProxy, backend: FakeBackend
     ) -> None:
         proxy.swallows_answers = True

@@ -79,8 +79,8 @@ export class Stage {
     const start = element("button", { type: "button", className: "quiet", textContent: "Start from this" });
     start.addEventListener("click", () => this.onStart(image));
     const save = element("a", { className: "quiet", href: image.url, download: image.filename, textContent: "Download" });
-    const said = element("span", { textContent: `${image.size.replace("x", " × ")} · seed ${image.seed}` });
-    return this.onStart ? [said, save, start] : [said, save];
+    const details = element("span", { textContent: `${image.size.replace("x", " × ")} · seed ${image.seed}` });
+    return this.onStart ? [details, save, start] : [details, save];
   }
 
   #arrange() {
