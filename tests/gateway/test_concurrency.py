@@ -15,10 +15,10 @@ from hypergen_gateway.concurrency import ByteBudget, cancel, run_in_thread_if_la
 class TestRunWithTimeout:
     async def test_the_result_and_the_error_of_the_work_are_its_own(self) -> None:
         async def fail() -> None:
-            raise ValueError("no picture")
+            raise ValueError("no image")
 
-        assert await run_with_timeout(asyncio.sleep(0, "a picture"), 60) == "a picture"
-        with pytest.raises(ValueError, match="no picture"):
+        assert await run_with_timeout(asyncio.sleep(0, "an image"), 60) == "an image"
+        with pytest.raises(ValueError, match="no image"):
             await run_with_timeout(fail(), 60)
 
     @pytest.mark.parametrize("seconds", [-1, 0, 0.01])
@@ -46,7 +46,7 @@ class TestRunWithTimeout:
         if ending == "result":
             work.set_result(None)
         elif ending == "error":
-            work.set_exception(ValueError("no picture"))
+            work.set_exception(ValueError("no image"))
         for _ in range(turns):
             await asyncio.sleep(0)
         waiting.cancel()
@@ -79,7 +79,7 @@ class TestCancel:
             try:
                 await asyncio.sleep(3600)
             finally:
-                raise ValueError("no picture")
+                raise ValueError("no image")
 
         task = asyncio.create_task(fail())
         await asyncio.sleep(0)
