@@ -21,7 +21,8 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image as PILImage
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint
-from hypergen_export.checkpoints.components import Component, with_deep_cache
+from hypergen_export.checkpoints.components import Component
+from hypergen_export.checkpoints.families.unet import with_deep_cache
 from hypergen_export.checkpoints.lora import Lora, read_loras
 from hypergen_export.conversion.loading import load_module
 from hypergen_export.conversion.merging import merge_lora

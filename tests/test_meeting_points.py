@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from hypergen_export.checkpoints import checkpoint as exporter_checkpoint
-from hypergen_export.checkpoints.components import FAMILIES, Family, with_deep_cache
+from hypergen_export.checkpoints.families import FAMILIES
+from hypergen_export.checkpoints.families.unet import with_deep_cache
+from hypergen_export.checkpoints.family import Family
 from hypergen_gateway.embedded import export_cache as repository
 from hypergen_gateway.generation.backend import GenerationRequest, ModelDescription
 from hypergen_gateway.triton import client as triton
@@ -66,14 +69,14 @@ def test_command_and_exporter_mean_the_same_model_by_the_shipped_one() -> None:
 def test_an_export_brings_the_files_that_the_sampler_opens(exported: Path) -> None:
     opened = set(re.findall(r'"(\w+\.json)"', "".join(file.read_text() for file in (SAMPLER / "1").rglob("*.py"))))
     assert opened == {"schedulers.json"}
-    names = parameters_of(exported)["tokenizers"].string_value.split(",")
+    names = [each["tokenizer"] for each in json.loads(parameters_of(exported)["text_inputs"].string_value)]
     assert all((exported / "diffusion" / file).is_file() for file in (*opened, *(f"{name}.json" for name in names)))
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_the_sampler_calls_components_by_their_tensors(family: Family) -> None:
     """Text encoders, the denoiser and its inputs are named by parameters, which the exporter takes from its table."""
-    named = {name for file in ("bls", "conditioning", "lora") for name in strings_of(PACKAGE / f"{file}.py")}
+    named = {name for file in ("bls", "conditioning", "lora", "prompts") for name in strings_of(PACKAGE / f"{file}.py")}
     for component in with_deep_cache(family.components):
         by_parameters = component.is_denoiser or component in family.text_encoders
         assert component.name in named or by_parameters

@@ -337,7 +337,7 @@ def _find_link_folder(cache_dir: Path | None) -> Path | None:
 @click.option(
     "--num-inference-steps", "--steps", cls=Option, type=click.IntRange(1, 150), show_default="the model's own"
 )
-@click.option("--guidance-scale", cls=Option, type=Number(1, 20), show_default="the model's own")
+@click.option("--guidance-scale", cls=Option, type=Number(0, 20), show_default="the model's own")
 @click.option("--scheduler", cls=Option, show_default="the checkpoint's own")
 @click.option("--seed", cls=Option, type=click.IntRange(0, 2**63 - 1), show_default="random")
 @_triton_options

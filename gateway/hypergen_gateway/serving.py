@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import math
 import os
 import shlex
 import signal
@@ -111,19 +110,19 @@ async def generate_image(options: TritonOptions, fields: dict[str, Any]) -> Gene
             return await anext(images)
 
 
-def run_until_signalled(work: Coroutine[Any, Any, T], clock: Callable[[], float] = time.monotonic) -> T:
+def run_until_signalled(work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`. A stop signal cancels it, so that everything it opened is closed in order."""
-    return asyncio.run(_cancelled_by_signals(work, clock))
+    return asyncio.run(_cancelled_by_signals(work))
 
 
-async def _cancelled_by_signals(work: Coroutine[Any, Any, T], clock: Callable[[], float]) -> T:
+async def _cancelled_by_signals(work: Coroutine[Any, Any, T]) -> T:
     task = asyncio.ensure_future(work)
-    with _on_stop_signals(task.cancel, clock=clock):
+    with _on_stop_signals(task.cancel):
         return await task
 
 
 @contextlib.contextmanager
-def _on_stop_signals(*steps: Callable[[], object], clock: Callable[[], float] = time.monotonic) -> Iterator[None]:
+def _on_stop_signals(*steps: Callable[[], object]) -> Iterator[None]:
     """Call the next of `steps` on each stop signal within the context; one more signal ends the process at once.
 
     After the context one signal is ignored, as the shutdown has begun. Some programs, such as `timeout`, send a signal
@@ -131,14 +130,13 @@ def _on_stop_signals(*steps: Callable[[], object], clock: Callable[[], float] = 
     """
     loop = asyncio.get_running_loop()
     left = list(steps)
-    last = -math.inf
+    last = -SAME_SIGNAL_SECONDS
 
     def on_signal(number: signal.Signals) -> None:
         nonlocal last
-        now = clock()
-        if now - last < SAME_SIGNAL_SECONDS:
+        if loop.time() - last < SAME_SIGNAL_SECONDS:
             return
-        last = now
+        last = loop.time()
         if left:
             left.pop(0)()
         else:

@@ -32,7 +32,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hypergen_export.checkpoints.components import with_deep_cache
+from hypergen_export.checkpoints.families.unet import with_deep_cache
 from hypergen_export.conversion.examples import example_inputs
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

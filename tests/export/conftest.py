@@ -19,7 +19,8 @@ import torch
 from filelock import FileLock
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hypergen_export.checkpoints.components import STABLE_DIFFUSION, Component, with_deep_cache
+from hypergen_export.checkpoints.components import Component
+from hypergen_export.checkpoints.families.unet import STABLE_DIFFUSION, with_deep_cache
 from hypergen_export.conversion.convert import Job, convert
 from hypergen_export.conversion.progress import Progress
 from hypergen_export.repository.export import ExportRequest, ExportResult, export

@@ -110,7 +110,9 @@ class TestCapabilities:
             "default_num_inference_steps": 20,
             "max_num_inference_steps": 150,
             "default_guidance_scale": 5.0,
+            "min_guidance_scale": 1.0,
             "max_guidance_scale": 20.0,
+            "negative_prompt": True,
             "guidance_interval": True,
             "max_cache_interval": 10,
             "max_prompt_tokens": 75,
@@ -227,7 +229,7 @@ class TestGeneration:
         await expect(start).to_be_hidden()
 
     async def test_what_a_model_cannot_do_is_not_offered(self, open_page: OpenPage, backend: FakeBackend) -> None:
-        backend.description = replace(EMOJI, guidance_width=256, max_cache_interval=1)
+        backend.description = replace(EMOJI, guidance="embedded", max_cache_interval=1)
         page = await open_page()
         await expect(page.get_by_label("Guidance", exact=True)).to_be_visible()
         for name in ("Guidance from", "Guidance to", "Deep features"):

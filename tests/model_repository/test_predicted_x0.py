@@ -14,6 +14,7 @@ from hypergen_sampler.latent_init import LatentInit
 from hypergen_sampler.predicted_x0 import predicted_x0, preview_steps
 from hypergen_sampler.request import Request
 from hypergen_sampler.sampling import DenoiserInputs, Trajectory
+from support.architectures import architecture_of
 from support.scheduler_tables import CLASSES, SERVED, schedulers_of
 
 CONFIG = {
@@ -54,7 +55,7 @@ def image_of(scheduler: str, prediction_type: str, guidance_scale: float) -> Tra
     states = np.zeros((2 if guidance_scale > 1 else 1, 1, 1), dtype=np.float32)
     schedulers = schedulers_of(CONFIG | {"prediction_type": prediction_type})
     made = schedulers.make(scheduler, steps=STEPS)
-    return Trajectory(request, {"encoder_hidden_states": states}, LatentInit((4, 6, 5)), made, "unet")
+    return Trajectory(request, {"encoder_hidden_states": states}, LatentInit((4, 6, 5)), made, architecture_of())
 
 
 def answer_of_one_who_knows(image: Trajectory, prediction_type: str, guidance_scale: float) -> Any:
@@ -114,7 +115,7 @@ def stepping_image(scheduler: Any) -> Trajectory:
     """An image that shows a preview after every step but the last."""
     request = dataclasses.replace(REQUEST, num_inference_steps=STEPS, partial_images=STEPS - 1)
     states = np.zeros((1, 1, 1), dtype=np.float32)
-    return Trajectory(request, {"encoder_hidden_states": states}, LatentInit((4, 6, 5)), scheduler, "unet")
+    return Trajectory(request, {"encoder_hidden_states": states}, LatentInit((4, 6, 5)), scheduler, architecture_of())
 
 
 def knowing_output(scheduler: Any, rows: DenoiserInputs) -> Any:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from hypergen_sampler.request import MAX_SEED, Architecture, InvalidInputError, Limits, check_request
+from support import architectures
+from support.architectures import PARAMETERS as ARCHITECTURE
 
 PARAMETERS = {
     "default_width": "64",
@@ -21,6 +23,7 @@ PARAMETERS = {
     "default_num_inference_steps": "20",
     "max_num_inference_steps": "150",
     "default_guidance_scale": "3.5",
+    "min_guidance_scale": "1",
     "max_guidance_scale": "20",
     "max_cache_interval": "1",
     "max_num_images": "10",
@@ -30,22 +33,15 @@ PARAMETERS = {
     "latent_channels": "4",
     "vae_scale_factor": "8",
     "schedulers": "ddim,euler",
-    "text_encoders": "text_encoder,text_encoder_2",
-    "tokenizers": "tokenizer,tokenizer_2",
-    "denoiser": "unet",
+    **ARCHITECTURE,
     "denoiser_inputs": "encoder_hidden_states,text_embeds,size_embeds",
-    "time_width": "320",
     "size_width": "256",
-    "flip_sin_to_cos": "1",
-    "freq_shift": "0",
-    "guidance_width": "0",
     "zeros_for_no_negative_prompt": "1",
 }
 
 
 def model_config(**changes: str | None) -> str:
-    values = {key: value for key, value in (PARAMETERS | changes).items() if value is not None}
-    return json.dumps({"parameters": {key: {"string_value": value} for key, value in values.items()}})
+    return architectures.model_config({**PARAMETERS, **changes})
 
 
 LIMITS = Limits.from_model_config(model_config())
@@ -175,18 +171,21 @@ def test_guidance_ends_after_it_starts_and_unasked_lasts_throughout() -> None:
 @pytest.mark.parametrize("name", ["guidance_start", "guidance_end"])
 def test_no_interval_is_taken_where_the_unet_has_the_guidance_inside(name: str) -> None:
     request = check_request({"prompt": "x", name: 0.5}, LIMITS)
-    Architecture.from_model_config(model_config(guidance_width="0")).check(request)
-    distilled = Architecture.from_model_config(model_config(guidance_width="256"))
+    Architecture.from_model_config(model_config()).check(request)
+    distilled = Architecture.from_model_config(model_config(guidance="embedded", guidance_width="256"))
     distilled.check(check_request({"prompt": "x", "guidance_start": 0.0, "guidance_end": 1.0}, LIMITS))
     with pytest.raises(InvalidInputError, match=f"^{name}: must be absent"):
         distilled.check(request)
 
 
-@pytest.mark.parametrize(("scale", "width", "guides"), [(1.0, "0", False), (1.1, "0", True), (7.5, "256", False)])
-def test_guidance_is_skipped_at_scale_1_and_where_the_unet_has_it_inside(
-    scale: float, width: str, guides: bool
+@pytest.mark.parametrize(
+    ("scale", "guidance", "guides"),
+    [(1.0, "classifier_free", False), (1.1, "classifier_free", True), (7.5, "embedded", False), (7.5, "none", False)],
+)
+def test_guidance_is_skipped_at_scale_1_and_where_the_denoiser_has_it_inside(
+    scale: float, guidance: str, guides: bool
 ) -> None:
-    architecture = Architecture.from_model_config(model_config(guidance_width=width))
+    architecture = Architecture.from_model_config(model_config(guidance=guidance))
     assert architecture.guides(check_request({"prompt": "x", "guidance_scale": scale}, LIMITS)) is guides
 
 

@@ -24,8 +24,10 @@ from hypergen_sampler.lora import BASE, LoraVariant
 from hypergen_sampler.request import InvalidInputError, NonFiniteLatentsError, QueueFullError, Request
 from hypergen_sampler.sampling import DenoiserInputs, Trajectory, steps_between
 from hypergen_sampler.stepping import POLL_SECONDS, ClientGoneError, Denoiser, IterationStats, LatentsOutput, StepLoop
+from support.architectures import architecture_of
 from support.scheduler_tables import CLASSES, called_by_diffusers, schedulers_of
 
+ARCHITECTURE = architecture_of(denoiser="unet", denoiser_inputs="encoder_hidden_states")
 REQUEST = Request(
     prompt="a red rocket",
     negative_prompt="blue",
@@ -54,7 +56,7 @@ def image_of(pipeline: Any, checkpoint: Path) -> Callable[..., Trajectory]:
         embeddings = torch.cat([negative, prompt] if request.guidance_scale > 1 else [prompt]).detach().numpy()
         latent_init = LatentInit((4, request.height // 8, request.width // 8))
         scheduler = schedulers.make(request.scheduler, steps=request.num_inference_steps)
-        return Trajectory(request, {"encoder_hidden_states": embeddings}, latent_init, scheduler, "unet")
+        return Trajectory(request, {"encoder_hidden_states": embeddings}, latent_init, scheduler, ARCHITECTURE)
 
     return make
 

@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from hypergen_sampler.conditioning import Array
+from hypergen_sampler.prompts import EncoderInputs
 from hypergen_sampler.text_cache import TextCache
 
 STATES = ["encoder_hidden_states"]
@@ -21,14 +21,15 @@ class Encoder:
     def __init__(self) -> None:
         self.asked: list[tuple[str, list[list[int]]]] = []
 
-    async def __call__(self, model: str, ids: npt.NDArray[np.int32], outputs: Sequence[str]) -> dict[str, Array]:
+    async def __call__(self, model: str, inputs: EncoderInputs, outputs: Sequence[str]) -> dict[str, Array]:
+        ids = inputs["input_ids"]
         self.asked.append((model, ids.tolist()))
         await asyncio.sleep(0)
         return {name: ids[:, :, None].astype(np.float32) + 10 * (model == "other") for name in outputs}
 
 
 def states(cache: TextCache, *texts: list[int], model: str = "one") -> list[list[float]]:
-    answer = asyncio.run(cache(model, np.array(texts, dtype=np.int32), STATES))
+    answer = asyncio.run(cache(model, {"input_ids": np.array(texts, dtype=np.int32)}, STATES))
     made: list[list[float]] = answer["encoder_hidden_states"][:, :, 0].tolist()
     return made
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import warnings
 from dataclasses import dataclass, field
@@ -22,20 +21,21 @@ from diffusers import (
 from PIL import Image as PILImage
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hypergen_export.checkpoints.components import with_deep_cache
 from hypergen_export.checkpoints.defaults import checkpoint_parameters
+from hypergen_export.checkpoints.families.unet import with_deep_cache
 from hypergen_export.checkpoints.schedulers import checkpoint_schedulers
 from hypergen_export.conversion.examples import as_kwargs
 from hypergen_export.conversion.loading import load_module
-from hypergen_export.conversion.tokenizer import write_tokenizer
+from hypergen_export.conversion.tokenizer import text_parameters, write_tokenizer
 from hypergen_export.conversion.wrappers import wrap
-from hypergen_sampler.conditioning import Array, conditioning_of, merge, outputs_of, texts_of
+from hypergen_sampler.conditioning import Array, Conditioning, conditioning_of, merge, texts_of
 from hypergen_sampler.latent_init import ImagePosterior, LatentInit
 from hypergen_sampler.prompts import PromptTokenizers
 from hypergen_sampler.request import Architecture, Request
 from hypergen_sampler.sampling import DenoiserInputs, Trajectory
 from hypergen_sampler.schedulers import Schedulers
 from hypergen_sampler.stepping import StepLoop
+from support.architectures import model_config
 from support.deep_cache import deep_features_reused
 from support.guidance_interval import interval_arguments
 from support.scheduler_tables import called_by_diffusers, schedulers_in
@@ -74,35 +74,47 @@ class Sampler:
 
     async def generate(self, request: Request, loop: StepLoop | None = None) -> tuple[Array, Pixels]:
         """The final latents [C, h, w] and the image."""
+        self.architecture.check(request)
         conditions = conditioning_of(request, self.encode(texts_of(request, self.architecture)), self.architecture)
-        masked = request.mask is not None
-        scheduler = self.schedulers.make(request.scheduler, steps=request.num_inference_steps, masked=masked)
-        image = Trajectory(request, conditions, self.latent_init(request), scheduler, self.architecture.denoiser)
+        latent_init = self.latent_init(request)
+        scheduler = self.schedulers.make(
+            request.scheduler,
+            steps=request.num_inference_steps,
+            image_tokens=self.architecture.image_tokens(*latent_init.shape[1:]),
+            masked=request.mask is not None,
+        )
+        image = Trajectory(request, conditions, latent_init, scheduler, self.architecture)
         latents = [sample async for sample in (loop or self.loop()).sample(image, lambda: False)][-1].latents
         return latents, self.run("vae_decoder", latents=latents[None])["image"][0]
 
     def latent_init(self, request: Request) -> LatentInit:
-        shape = (4, request.height // 8, request.width // 8)
+        factor = self.checkpoint.sizes["vae_scale_factor"]
+        shape = (self.checkpoint.sizes["latent_channels"], request.height // factor, request.width // factor)
         if request.image is None:
             return LatentInit(shape)
         answer = self.run("vae_encoder", image=request.image[None])
-        original = ImagePosterior(answer["mean"][0], answer["std"][0])
-        return LatentInit(shape, original, request.mask, self.architecture.is_latent_consistency)
+        return LatentInit(
+            shape,
+            ImagePosterior(answer["mean"][0], answer["std"][0]),
+            request.mask,
+            respaces_timesteps=self.architecture.is_latent_consistency,
+            starts_from_mode=bool(self.architecture.encodes_mode),
+            patch_size=self.architecture.latent_patch_size,
+        )
 
     def loop(self) -> StepLoop:
-        return StepLoop(self.unet, max_rows=16, max_active=8, max_waiting=8)
+        return StepLoop(self.denoise, max_rows=16, max_active=8, max_waiting=8)
 
-    def encode(self, texts: list[str]) -> dict[str, Array]:
-        needed = zip(
-            self.architecture.text_encoders, self.tokenize(texts).ids, outputs_of(self.architecture), strict=True
-        )
-        answers = [(self.run(encoder, input_ids=ids), outputs) for encoder, ids, outputs in needed]
-        return merge([{name: answer[name] for name in outputs} for answer, outputs in answers])
+    def encode(self, texts: list[str]) -> Conditioning:
+        inputs = self.tokenize(texts).inputs
+        encoders = [text.encoder for text in self.architecture.text_inputs]
+        answers = [self.run(encoder, **given) for encoder, given in zip(encoders, inputs, strict=True)]
+        return merge(answers, inputs, self.architecture)
 
-    def unet(self, rows: DenoiserInputs) -> dict[str, Array]:
+    def denoise(self, rows: DenoiserInputs) -> dict[str, Array]:
         self.rows_of_calls.append(len(rows.sample))
         self.models_of_calls.append(rows.model)
-        time = self.architecture.time_embedding(rows.timestep)
+        time = self.architecture.embed_timesteps(rows.timestep)
         inputs = {"sample": rows.sample, "time": time, **rows.conditions}
         answer = self.run(rows.model, **inputs)
         return {name: answer[name] for name in rows.outputs}
@@ -133,16 +145,17 @@ class Pair:
 
 def sampler_of(folder: Path) -> Sampler:
     checkpoint = open_checkpoint(str(folder))
-    for name in checkpoint.family.tokenizers:
-        write_tokenizer(checkpoint, name, folder / f"{name}.json")
-    parameters = checkpoint_parameters(checkpoint)
+    files = {text.tokenizer: folder / f"{text.tokenizer}.json" for text in checkpoint.family.text}
+    for text in checkpoint.family.text:
+        write_tokenizer(checkpoint, text, files[text.tokenizer])
+    parameters = checkpoint_parameters(checkpoint) | text_parameters(checkpoint, files)
     table = checkpoint_schedulers(checkpoint, int(parameters["default_num_inference_steps"]))
-    config = json.dumps({"parameters": {name: {"string_value": value} for name, value in parameters.items()}})
-    architecture = Architecture.from_model_config(config)
+    architecture = Architecture.from_model_config(model_config(parameters))
+    flow = {name: parameters[name] for name in ("flow_sigmas", "flow_shift")}
     components = with_deep_cache(checkpoint.family.components)
     modules = {each.name: wrap(each, load_module(checkpoint, each)) for each in components}
-    tokenize = PromptTokenizers(folder, architecture.tokenizers)
-    return Sampler(checkpoint, architecture, tokenize, schedulers_in(table), modules)
+    tokenize = PromptTokenizers(folder, architecture.text_inputs)
+    return Sampler(checkpoint, architecture, tokenize, schedulers_in(table, **flow), modules)
 
 
 def request_of(**changes: Any) -> Request:

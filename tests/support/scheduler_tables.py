@@ -9,7 +9,7 @@ from typing import Any
 
 import diffusers
 
-from hypergen_export.checkpoints.components import ConfigOverrides
+from hypergen_export.checkpoints.family import ConfigOverrides
 from hypergen_export.checkpoints.schedulers import SchedulerTable, scheduler_table
 from hypergen_sampler.schedulers import Schedulers
 
@@ -68,6 +68,6 @@ def schedulers_of(config: Mapping[str, Any], overrides: ConfigOverrides | None =
     return schedulers_in(scheduler_table(config, overrides or ConfigOverrides(), steps=steps, channels=4))
 
 
-def schedulers_in(table: SchedulerTable) -> Schedulers:
+def schedulers_in(table: SchedulerTable, **flow: str) -> Schedulers:
     """The sampler's, from the file that the exporter makes of its table."""
-    return Schedulers(json.loads(json.dumps(asdict(table))))
+    return Schedulers(json.loads(json.dumps(asdict(table))), **flow)

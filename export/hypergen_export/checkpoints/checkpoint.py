@@ -13,8 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hypergen_export.checkpoints.components import ConfigOverrides, Family, Sizes
+from hypergen_export.checkpoints.components import Sizes
 from hypergen_export.checkpoints.detection import check_classes, check_configs, find_family
+from hypergen_export.checkpoints.family import ConfigOverrides, Family
 from hypergen_export.checkpoints.hub import find_snapshot
 from hypergen_export.checkpoints.weights import (
     VOCABULARIES,
@@ -55,13 +56,19 @@ class Checkpoint:
     index: Mapping[str, Any]
 
     def config(self, module: str) -> Mapping[str, Any]:
-        """The module's config.json; for a text encoder completed with transformers' defaults."""
+        """The module's config.json; that of a CLIP text encoder is completed with transformers' defaults."""
         config = read_json(self.folder / module / "config.json")
-        if not module.startswith("text_encoder"):
+        if not self.family.modules.get(module, "").startswith("transformers.CLIPText"):
             return config
         # The config of a complete CLIP model contains that of its text encoder.
         text = config.get("text_config")
         return {**_CLIP_TEXT_DEFAULTS, **(text if isinstance(text, dict) else config)}
+
+    def tokenizer_length(self, tokenizer: str) -> int | None:
+        """The length that the tokenizer's config states, if any."""
+        stated = read_json(self.folder / tokenizer / "tokenizer_config.json").get("model_max_length")
+        # transformers writes 10**30 for "no limit".
+        return int(stated) if stated else None
 
     def weights(self, module: str) -> Weights:
         """The files that hold the module's weights."""
@@ -101,33 +108,14 @@ class Checkpoint:
 
     @cached_property
     def sizes(self) -> Sizes:
-        """The sizes that tensor axes refer to by name."""
-        stated = {name: int(self.config(module)[key]) for name, (module, key) in self.family.sizes.items()}
-        encoders = [self.config(component.module) for component in self.family.text_encoders]
+        """The sizes that tensor axes refer to by name, and how many pixels wide and high a latent pixel is."""
+        sampling = self.family.sampling
+        vae = self.config("vae")
         return {
-            **stated,
-            "tokens": min(map(self._tokens, self.family.tokenizers, encoders)),
-            "context_width": sum(int(encoder["hidden_size"]) for encoder in encoders),
-            "vae_scale_factor": 2 ** (len(self.config("vae")["block_out_channels"]) - 1),
-            **self._denoiser_widths(),
+            "vae_scale_factor": 2 ** (len(vae["block_out_channels"]) - 1) * sampling.latent_patch_size,
+            "patch_size": sampling.patch_size,
+            **self.family.read_sizes(self),
         }
-
-    def _denoiser_widths(self) -> Sizes:
-        config = self.denoiser_config
-        width = int(config["block_out_channels"][0])
-        # Six numbers are embedded one by one: original height and width, two crop offsets, target height and width.
-        return {
-            "deep_channels": width,
-            "time_width": width,
-            "sizes_width": 6 * int(config.get("addition_time_embed_dim") or 0),
-        }
-
-    def _tokens(self, tokenizer: str, text_encoder: Mapping[str, Any]) -> int:
-        """Prompt length in tokens: the tokenizer's, limited to the positions of the text encoder."""
-        positions = int(text_encoder["max_position_embeddings"])
-        stated = read_json(self.folder / tokenizer / "tokenizer_config.json").get("model_max_length")
-        # transformers writes 10**30 for "no limit".
-        return min(int(stated), positions) if stated else positions
 
 
 def open_checkpoint(model: str) -> Checkpoint:
@@ -145,7 +133,8 @@ def open_checkpoint(model: str) -> Checkpoint:
     check_classes(model, index, family)
     checkpoint = Checkpoint(folder, family, index)
     _check_files(checkpoint)
-    check_configs(model, {module: checkpoint.config(module) for module in family.modules}, _readable_sizes(checkpoint))
+    configs = {module: checkpoint.config(module) for module in family.modules}
+    check_configs(model, family, configs, _readable_sizes(checkpoint))
     return checkpoint
 
 
@@ -190,8 +179,8 @@ def _check_files(checkpoint: Checkpoint) -> None:
     for module in checkpoint.family.modules:
         checkpoint.config(module)
         _check_weights(checkpoint.folder / module, checkpoint.weights(module))
-    for tokenizer in checkpoint.family.tokenizers:
-        _check_tokenizer(checkpoint.folder / tokenizer)
+    for text in checkpoint.family.text:
+        _check_tokenizer(checkpoint.folder / text.tokenizer, text.tokenizer_class)
     _ = checkpoint.scheduler, checkpoint.defaults
 
 
@@ -208,11 +197,12 @@ def _check_weights(folder: Path, weights: Weights) -> None:
             raise BrokenCheckpointError(f"{folder / file}: the weights cannot be read ({problem})")
 
 
-def _check_tokenizer(folder: Path) -> None:
+def _check_tokenizer(folder: Path, tokenizer_class: str) -> None:
     found = [files for files in VOCABULARIES if all((folder / file).is_file() for file in files)]
     if not found:
         expected = " or ".join(" and ".join(files) for files in VOCABULARIES)
-        raise BrokenCheckpointError(f"{folder}: has no vocabulary for a CLIPTokenizer ({expected})")
+        name = tokenizer_class.partition(".")[2]
+        raise BrokenCheckpointError(f"{folder}: has no vocabulary for a {name} ({expected})")
     for file in found[0]:
         problem = wrong_content(folder / file)
         if problem:

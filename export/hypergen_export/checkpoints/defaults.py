@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint
 from hypergen_export.errors import BrokenCheckpointError
 
-# Steps and guidance scale of distilled models. Guidance is distilled into their weights, so a second row per image
-# would be wasted; scale 1 disables classifier-free guidance.
-_FEW_STEPS = (4, 1.0)
+# Z-Image's transformer pads prompts to multiples of it anyway.
+_TEXT_STEP = 32
+# Guidance is distilled into the weights of few-step models, so a second row per image would be wasted.
 _FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
 # Few-step models such as Turbo and Lightning are published with an Euler scheduler and trailing timesteps. Many models
 # that need the usual number of steps are too, so one of these words must also occur in the checkpoint's names.
@@ -28,7 +29,7 @@ def checkpoint_parameters(checkpoint: Checkpoint) -> dict[str, str]:
     sizes = checkpoint.sizes
     factor = sizes["vae_scale_factor"]
     try:
-        parameters = _size_limits(checkpoint, factor) | _default_steps_and_guidance(checkpoint)
+        parameters = _size_limits(checkpoint) | _default_steps_and_guidance(checkpoint)
         suggestions = _suggestions(checkpoint.defaults)
     except (KeyError, TypeError, ValueError) as error:
         raise BrokenCheckpointError(f"{checkpoint.folder}: a default is missing or invalid ({error})") from error
@@ -36,9 +37,7 @@ def checkpoint_parameters(checkpoint: Checkpoint) -> dict[str, str]:
         "family": checkpoint.family.name,
         **_architecture(checkpoint),
         "suggestions": suggestions,
-        # Every prompt gets a start and an end token.
-        "max_prompt_tokens": str(sizes["tokens"] - 2),
-        "size_factor": str(factor),
+        "size_factor": str(factor * sizes["patch_size"]),
         "vae_scale_factor": str(factor),
         "latent_channels": str(sizes["latent_channels"]),
     }
@@ -48,28 +47,44 @@ def _architecture(checkpoint: Checkpoint) -> dict[str, str]:
     """Parameters that state how the sampler combines the components."""
     family = checkpoint.family
     # The default is StableDiffusionXLPipeline's; only its families have the option.
-    zeros = "text_embeds" in family.denoiser_inputs and checkpoint.index.get("force_zeros_for_empty_prompt", True)
+    zeros = "size_embeds" in family.denoiser_inputs and checkpoint.index.get("force_zeros_for_empty_prompt", True)
     return {
         "components": ",".join(component.name for component in family.components),
-        "text_encoders": ",".join(component.name for component in family.text_encoders),
-        "tokenizers": ",".join(family.tokenizers),
         "denoiser": family.denoiser.name,
         "denoiser_inputs": ",".join(family.denoiser_inputs),
         **_embeddings(checkpoint),
-        "guidance_width": str(checkpoint.sizes.get("guidance_width", 0)),
+        **{name: _parameter(value) for name, value in asdict(family.sampling).items()},
         "zeros_for_no_negative_prompt": str(int(bool(zeros))),
     }
 
 
+def _parameter(value: str | int) -> str:
+    return value if isinstance(value, str) else str(int(value))
+
+
 def _embeddings(checkpoint: Checkpoint) -> dict[str, str]:
-    """Parameters of the timestep and size embeddings, with the defaults of UNet2DConditionModel."""
-    unet, sizes = checkpoint.denoiser_config, checkpoint.sizes
+    """Parameters of the sinusoidal embeddings. Defaults are UNet2DConditionModel's, and what transformers have."""
+    denoiser, sizes = checkpoint.denoiser_config, checkpoint.sizes
     return {
         "time_width": str(sizes["time_width"]),
-        "size_width": str(sizes["sizes_width"] // 6),
-        "flip_sin_to_cos": str(int(unet.get("flip_sin_to_cos", True))),
-        "freq_shift": str(unet.get("freq_shift", 0)),
+        "size_width": str(sizes.get("sizes_width", 0) // 6),
+        "flip_sin_to_cos": str(int(denoiser.get("flip_sin_to_cos", True))),
+        "freq_shift": str(denoiser.get("freq_shift", 0)),
+        "guidance_width": str(sizes.get("guidance_width", 0)),
     }
+
+
+def text_padding(checkpoint: Checkpoint) -> int:
+    """Prompts are padded to multiples of so many tokens in families that mask padding.
+
+    Images share denoiser calls only if their prompts have one padded length. So it is an eighth of the tokens of an
+    image of the default size, but no longer than the longest prompt: the padding costs at most an eighth.
+    """
+    sizes = checkpoint.sizes
+    limits = _size_limits(checkpoint)
+    side = sizes["vae_scale_factor"] * sizes["patch_size"]
+    image_tokens = (int(limits["default_width"]) // side) * (int(limits["default_height"]) // side)
+    return min(sizes["tokens"], max(_TEXT_STEP, image_tokens // 8 // _TEXT_STEP * _TEXT_STEP))
 
 
 def _default_steps_and_guidance(checkpoint: Checkpoint) -> dict[str, int | float]:
@@ -77,16 +92,24 @@ def _default_steps_and_guidance(checkpoint: Checkpoint) -> dict[str, int | float
     steps, scale = _family_steps_and_guidance(checkpoint)
     return {
         "default_num_inference_steps": int(stored.get("num_inference_steps", steps)),
-        # Model cards write 0 for "no guidance", the API 1; the images are the same.
-        "default_guidance_scale": max(1.0, float(stored.get("guidance_scale", scale))),
+        # Model cards write 0 for "no guidance", the API 1 where that is the identity.
+        "default_guidance_scale": max(_min_guidance_scale(checkpoint), float(stored.get("guidance_scale", scale))),
+        "min_guidance_scale": _min_guidance_scale(checkpoint),
+        **({"max_guidance_scale": 1.0} if checkpoint.family.sampling.guidance == "none" else {}),
     }
 
 
+def _min_guidance_scale(checkpoint: Checkpoint) -> float:
+    """The guidance scale that is the identity."""
+    return 0.0 if checkpoint.family.sampling.guidance == "classifier_free_from_zero" else 1.0
+
+
 def _family_steps_and_guidance(checkpoint: Checkpoint) -> tuple[int, float]:
-    takes_guidance = "timestep_cond" in checkpoint.family.denoiser_inputs
+    family = checkpoint.family
+    takes_guidance = "timestep_cond" in family.denoiser_inputs
     if not takes_guidance and _few_steps_reason(checkpoint):
-        return _FEW_STEPS
-    return checkpoint.family.num_inference_steps, checkpoint.family.guidance_scale
+        return family.distilled_steps, _min_guidance_scale(checkpoint)
+    return family.num_inference_steps, family.guidance_scale
 
 
 def notices(checkpoint: Checkpoint) -> list[str]:
@@ -107,14 +130,24 @@ def _few_steps_reason(checkpoint: Checkpoint) -> str:
     """Why the checkpoint is considered distilled to a few steps; empty if it is not."""
     scheduler = checkpoint.scheduler
     name = str(scheduler.get("_class_name"))
+    if checkpoint.family.sampling.is_flow:
+        # All have one scheduler. Families without classifier-free guidance are distilled as a whole, or not at all.
+        word = _distilled_word(checkpoint)
+        return f"'{word}' in its name" if word and "classifier_free" in checkpoint.family.sampling.guidance else ""
     if name in _FEW_STEP_SCHEDULERS:
         return f"its scheduler is {name}"
     # v-prediction or a rescaled schedule: a many-step model trained to zero terminal SNR.
     zero_terminal_snr = scheduler.get("prediction_type") == "v_prediction" or scheduler.get("rescale_betas_zero_snr")
     if name not in _EULER or scheduler.get("timestep_spacing") != "trailing" or zero_terminal_snr:
         return ""
-    word = next(filter(None, map(_DISTILLED.search, checkpoint.names)), None)
-    return f"{name} with trailing timesteps, and '{word[0]}' in its name" if word else ""
+    word = _distilled_word(checkpoint)
+    return f"{name} with trailing timesteps, and '{word}' in its name" if word else ""
+
+
+def _distilled_word(checkpoint: Checkpoint) -> str:
+    """The word in the checkpoint's names that says that it is distilled; empty if there is none."""
+    match = next(filter(None, map(_DISTILLED.search, checkpoint.names)), None)
+    return match[0] if match else ""
 
 
 def _suggestions(stored: Mapping[str, Any]) -> str:
@@ -125,16 +158,17 @@ def _suggestions(stored: Mapping[str, Any]) -> str:
     return "\n".join(prompts)
 
 
-def _size_limits(checkpoint: Checkpoint, factor: int) -> dict[str, int | float]:
-    """Default, smallest and largest width and height in pixels, all multiples of `factor`.
+def _size_limits(checkpoint: Checkpoint) -> dict[str, int | float]:
+    """Default, smallest and largest width and height in pixels, all multiples of a denoiser's token or latent pixel.
 
     Quality is best near the training size. The minimum is 64, at which a UNet of four levels still has one latent
     pixel at its lowest level, or the default size if that is smaller. The maximum is twice the default, at which
     objects begin to repeat, and at least 1024, which clients of OpenAI's API often ask for.
     """
     stored = checkpoint.defaults
-    height, width = _trained_size(checkpoint.denoiser_config, checkpoint.overrides.min_legacy_sample_size)
-    width, height = int(stored.get("width", width * factor)), int(stored.get("height", height * factor))
+    factor = checkpoint.sizes["vae_scale_factor"] * checkpoint.sizes["patch_size"]
+    height, width = _trained_size(checkpoint)
+    width, height = int(stored.get("width", width)), int(stored.get("height", height))
     smallest = int(stored.get("min_size", min(64, width, height)))
     largest = int(stored.get("max_size", max(1024, 2 * width, 2 * height)))
     if width % factor or height % factor or not smallest <= min(width, height) <= max(width, height) <= largest:
@@ -147,14 +181,17 @@ def _size_limits(checkpoint: Checkpoint, factor: int) -> dict[str, int | float]:
     }
 
 
-def _trained_size(config: Mapping[str, Any], min_if_legacy: int) -> tuple[int, int]:
-    """Height and width of the latents that the denoiser was trained on."""
+def _trained_size(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Height and width in pixels of the images that the denoiser was trained on."""
+    if checkpoint.family.default_side:
+        return checkpoint.family.default_side, checkpoint.family.default_side
+    factor, config = checkpoint.sizes["vae_scale_factor"], checkpoint.denoiser_config
     sample_size = config["sample_size"]
     if isinstance(sample_size, int):
-        side = max(sample_size, min_if_legacy) if _is_older_than_0_9(config) else sample_size
-        return side, side
+        legacy = checkpoint.overrides.min_legacy_sample_size if _is_older_than_0_9(config) else 0
+        return max(sample_size, legacy) * factor, max(sample_size, legacy) * factor
     height, width = sample_size
-    return int(height), int(width)
+    return int(height) * factor, int(width) * factor
 
 
 def _is_older_than_0_9(config: Mapping[str, Any]) -> bool:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from hypergen_export.checkpoints.components import FAMILIES
+from hypergen_export.checkpoints.families import FAMILIES
 from hypergen_export.checkpoints.weights import VOCABULARIES, missing_shards, select_weights
 from hypergen_export.errors import MissingDependencyError, UnknownModelError, first_line
 

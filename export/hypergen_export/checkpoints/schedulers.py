@@ -15,10 +15,11 @@ from importlib.util import find_spec
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint
-from hypergen_export.checkpoints.components import ConfigOverrides
+from hypergen_export.checkpoints.family import ConfigOverrides
 from hypergen_export.errors import UnsupportedModelError, first_line
 
 Config = Mapping[str, Any]
@@ -41,6 +42,8 @@ _TRAINING = (
 )
 # Entries also kept for a class that rejects the rest of the checkpoint's configuration.
 _TIMESTEPS = ("timestep_spacing", "steps_offset")
+# The only scheduler of families whose latents flow, and the name under which a request may select it.
+FLOW_SCHEDULER, _FLOW_NAME = "FlowMatchEulerDiscreteScheduler", "euler"
 # Attributes of a scheduler that diffusers' pipelines use.
 _NEEDED = ("order", "init_noise_sigma", "set_timesteps", "scale_model_input", "step")
 _TRIAL_SIDE = 8
@@ -96,6 +99,8 @@ def checkpoint_schedulers(checkpoint: Checkpoint, steps: int) -> SchedulerTable:
     """
     channels = checkpoint.sizes["latent_channels"]
     try:
+        if checkpoint.family.sampling.is_flow:
+            return _flow_table(checkpoint, steps)
         return scheduler_table(checkpoint.scheduler, checkpoint.overrides, steps=steps, channels=channels)
     except ValueError as error:
         raise UnsupportedModelError(f"{checkpoint.folder}: {error}") from error
@@ -119,6 +124,23 @@ def scheduler_table(config: Config, overrides: ConfigOverrides, *, steps: int, c
         inpainting = _schedulers(config, overridden, steps, channels)
     differing = {name: found for name, found in inpainting.items() if schedulers.get(name, found) != found}
     return SchedulerTable(schedulers, differing)
+
+
+def _flow_table(checkpoint: Checkpoint, steps: int) -> SchedulerTable:
+    """The checkpoint's own scheduler, for flow matching. Raises ValueError."""
+    config, sampling = checkpoint.scheduler, checkpoint.family.sampling
+    class_name = str(config["_class_name"])
+    if class_name != FLOW_SCHEDULER:
+        raise ValueError(f"its scheduler {class_name} is not supported for this family; {FLOW_SCHEDULER} is")
+    try:
+        with _silenced():
+            scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+        sigmas = np.linspace(1.0, 1 / steps, steps) if sampling.flow_sigmas else None
+        scheduler.set_timesteps(steps, sigmas=sigmas, mu=1.0 if scheduler.config.use_dynamic_shifting else None)
+    except Exception as error:  # diffusers' schedulers raise errors of many kinds
+        raise ValueError(f"its scheduler {class_name} cannot be served: {first_line(error)}") from error
+    complete = _complete(scheduler)
+    return SchedulerTable({OWN: complete, _FLOW_NAME: complete}, {})
 
 
 @contextlib.contextmanager
@@ -151,6 +173,8 @@ def _own_name(table: Mapping[str, Config]) -> str:
     """The name of the checkpoint's own scheduler: its class name if it is not one of SELECTABLE."""
     own = table[OWN]
     class_name = str(own["_class_name"])
+    if class_name == FLOW_SCHEDULER:
+        return _FLOW_NAME
     name = next((name for name, spec in SELECTABLE.items() if spec == SchedulerSpec(class_name)), class_name)
     if name == "dpmpp_2m":
         if own["algorithm_type"] != "dpmsolver++":

@@ -42,6 +42,13 @@ def _prompt(vocabulary: str, spec: _Spec) -> torch.Tensor:
     return ids
 
 
+def _mask(spec: _Spec) -> torch.Tensor:
+    """Each sample has its own number of tokens, at least one; padding follows."""
+    batch, tokens = spec.shape
+    lengths = torch.tensor([1 + (5 + 13 * row) % tokens for row in range(batch)])
+    return (torch.arange(tokens)[None] < lengths[:, None]).to(torch.int32)
+
+
 def _time(spec: _Spec) -> torch.Tensor:
     # Each sample has its own timestep, to detect a model that shares one across the batch.
     batch, width = spec.shape
@@ -62,20 +69,25 @@ VALUES: Mapping[str, Callable[[_Spec], torch.Tensor]] = {
     "normal": _normal,
     "prompt": partial(_prompt, "vocabulary"),
     "prompt_2": partial(_prompt, "vocabulary_2"),
+    "mask": _mask,
     "time": _time,
     "sinusoids": _sinusoids,
     "pixel": _pixel,
 }
 
 
-def example_inputs(
-    component: Component, sizes: Sizes, *, batch: int, height: int, width: int
+def example_inputs(  # noqa: PLR0913 - the free axes
+    component: Component, sizes: Sizes, *, batch: int, height: int, width: int, text_tokens: int | None = None
 ) -> tuple[torch.Tensor, ...]:
-    """The component's inputs for `batch` samples whose latents are `height` × `width`, in the component's order."""
+    """The component's inputs for `batch` samples, in the component's order.
+
+    The latents are `height` × `width` of the denoiser's tokens; prompts have `text_tokens` where their length is free.
+    """
     generator = torch.Generator().manual_seed(batch * 10_000 + height * 100 + width)
+    patch = sizes.get("patch_size", 1)
 
     def fill(tensor: Tensor) -> torch.Tensor:
-        shape = tensor.shape(sizes, batch=batch, height=height, width=width)
+        shape = tensor.shape(sizes, batch=batch, height=height * patch, width=width * patch, text_tokens=text_tokens)
         return VALUES[tensor.example](_Spec(shape, sizes, generator))
 
     return tuple(fill(tensor) for tensor in component.inputs)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint
+from hypergen_export.checkpoints.defaults import text_padding
+from hypergen_export.checkpoints.family import TextInput
 from hypergen_export.errors import BrokenCheckpointError, ParityMissedError, first_line
 
 # Empty, short, too long, not ASCII, and with case, whitespace and special tokens.
@@ -14,30 +17,91 @@ _PROBES = (
     "a rocket on a yellow background",
     "An  ASTRONAUT's café, 1924!\n",
     "日本語 \U0001f680 naïve",
-    "word " * 200,
+    "word " * 600,
     "<|startoftext|> twice <|endoftext|>",
+    "  <|im_start|>user\ntwice<|im_end|> </s>\n",
 )
+# A character of the private use area, which no chat template contains.
+_SENTINEL = "\ue000"
 
 
-def write_tokenizer(checkpoint: Checkpoint, name: str, path: Path) -> None:
+def write_tokenizer(checkpoint: Checkpoint, text: TextInput, path: Path) -> None:
     """Write a `tokenizers` file whose encodings are the ids that diffusers feeds the text encoder.
 
-    `name` is the tokenizer's folder in the checkpoint.
+    It encodes prompts with the text of `template_of` around them.
 
     Raises:
         BrokenCheckpointError: the tokenizer's files cannot be read.
         ParityMissedError: the file would encode a prompt differently.
     """
-    length = checkpoint.sizes["tokens"]
-    folder = checkpoint.folder / name
-    theirs = _load(folder)
-    _check_vocabulary(theirs, folder, checkpoint.sizes[name.replace("tokenizer", "vocabulary")])
+    length = checkpoint.sizes[text.tokens]
+    theirs = _load(checkpoint, text)
+    _check_vocabulary(theirs, checkpoint.folder / text.tokenizer, _vocabulary_size(checkpoint, text))
     ours = _with_padding(theirs, length)
+    before, after = template_of(checkpoint, text)
     for prompt in _PROBES:
-        expected = theirs(prompt, padding="max_length", max_length=length, truncation=True).input_ids
-        if ours.encode(prompt).ids != expected:
-            raise ParityMissedError(f"{name}: encodes {prompt[:40]!r} differently than transformers")
+        expected = theirs(_as_given(theirs, text, prompt), padding="max_length", max_length=length, truncation=True)
+        if ours.encode(f"{before}{prompt}{after}").ids != expected.input_ids:
+            raise ParityMissedError(f"{text.tokenizer}: encodes {prompt[:40]!r} differently than transformers")
+    if _is_masked(checkpoint, text):
+        padding = ours.padding | {"length": None, "pad_to_multiple_of": text_padding(checkpoint)}
+        ours.enable_padding(**padding)
     ours.save(str(path))
+
+
+def template_of(checkpoint: Checkpoint, text: TextInput) -> tuple[str, str]:
+    """What stands before and after a prompt. Raises BrokenCheckpointError."""
+    if text.chat is None:
+        before, _, after = text.template.partition("{}")
+        return before, after
+    before, found, after = _as_given(_load(checkpoint, text), text, _SENTINEL).partition(_SENTINEL)
+    if not found:
+        raise BrokenCheckpointError(f"{checkpoint.folder / text.tokenizer}: its chat template leaves out the prompt")
+    return before, after
+
+
+def text_parameters(checkpoint: Checkpoint, files: dict[str, Path]) -> dict[str, str]:
+    """The sampler's parameters of the text encoders; `files` are the written tokenizers by name."""
+    from tokenizers import Tokenizer
+
+    inputs, room = [], []
+    for text, encoder in zip(checkpoint.family.text, checkpoint.family.text_encoders, strict=True):
+        before, after = template_of(checkpoint, text)
+        tokenizer = Tokenizer.from_file(str(files[text.tokenizer]))
+        tokenizer.no_padding()
+        room.append(checkpoint.sizes[text.tokens] - len(tokenizer.encode(before + after).ids))
+        inputs.append(
+            {
+                "encoder": text.encoder,
+                "tokenizer": text.tokenizer,
+                "inputs": [tensor.name for tensor in encoder.inputs],
+                "outputs": [tensor.name for tensor in encoder.outputs],
+                "segment": text.segment,
+                "before": before,
+                "after": after,
+            }
+        )
+    return {"text_inputs": json.dumps(inputs, ensure_ascii=False), "max_prompt_tokens": str(max(room))}
+
+
+def _as_given(theirs: Any, text: TextInput, prompt: str) -> str:
+    """The text that diffusers' pipeline tokenizes."""
+    if text.chat is None:
+        return text.template.replace("{}", prompt)
+    rendered: str = theirs.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, **text.chat
+    )
+    return rendered
+
+
+def _is_masked(checkpoint: Checkpoint, text: TextInput) -> bool:
+    """Whether padding is masked, so that a shorter one gives the same hidden states."""
+    inputs = next(each.inputs for each in checkpoint.family.components if each.name == text.encoder)
+    return any("text_tokens" in tensor.axes for tensor in inputs)
+
+
+def _vocabulary_size(checkpoint: Checkpoint, text: TextInput) -> int:
+    return checkpoint.sizes[text.tokenizer.replace("tokenizer", "vocabulary")]
 
 
 def _with_padding(theirs: Any, length: int) -> Any:
@@ -61,10 +125,12 @@ def _check_vocabulary(theirs: Any, folder: Path, vocabulary_size: int) -> None:
         raise BrokenCheckpointError(f"{folder}: has token ids up to {last}, its text encoder takes {vocabulary_size}")
 
 
-def _load(folder: Path) -> Any:
-    from transformers import CLIPTokenizerFast
+def _load(checkpoint: Checkpoint, text: TextInput) -> Any:
+    import transformers
 
+    folder = checkpoint.folder / text.tokenizer
+    loader = getattr(transformers, f"{text.tokenizer_class.partition('.')[2]}Fast")
     try:
-        return CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
+        return loader.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises a plain Exception
         raise BrokenCheckpointError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)})") from error

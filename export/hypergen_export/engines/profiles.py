@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hypergen_export.checkpoints.components import Component, Sizes
+from hypergen_export.checkpoints.components import IMAGE_AXES, Component, Sizes
 from hypergen_export.engines.engine import Size
 
 Shape = tuple[int, ...]
@@ -46,11 +46,15 @@ class Graph:
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """What engines are built for: images of `image_sizes`, and at most `rows` samples in a denoiser call."""
+    """What engines are built for: images of `image_sizes`, and at most `rows` samples in a denoiser call.
+
+    Prompts are padded to multiples of `text_padding` tokens in families that mask padding.
+    """
 
     sizes: Sizes
     image_sizes: Sequence[Size]
     rows: int
+    text_padding: int | None = None
 
 
 def largest_batch(component: Component, rows: int) -> int:
@@ -66,7 +70,9 @@ def profiles(component: Component, shapes: Shapes) -> tuple[Profile, ...]:
     largest, usual = largest_batch(component, shapes.rows), typical_batch(component, shapes.rows)
 
     def bounds(size: Size) -> Profile:
-        smallest_of, usual_of, largest_of = (input_shapes(component, shapes, size, b) for b in (1, usual, largest))
+        smallest_of = input_shapes(component, shapes, size, 1)
+        usual_of = input_shapes(component, shapes, size, usual)
+        largest_of = input_shapes(component, shapes, size, largest, text_tokens=shapes.sizes.get("tokens"))
         return {
             name: Bounds(smallest=smallest_of[name], usual=usual_of[name], largest=largest_of[name])
             for name in smallest_of
@@ -90,7 +96,7 @@ def graphs(component: Component, shapes: Shapes) -> tuple[Graph, ...]:
 
 def _distinct_sizes(component: Component, shapes: Shapes) -> Sequence[Size]:
     """All image sizes, or one if the inputs' shapes do not depend on them."""
-    depends = any(len(tensor.free_axes()) > 1 for tensor in component.inputs)
+    depends = any(axis in IMAGE_AXES for tensor in component.inputs for axis in tensor.axes)
     return shapes.image_sizes if depends else shapes.image_sizes[:1]
 
 
@@ -99,11 +105,15 @@ def typical_batch(component: Component, rows: int) -> int:
     return min(_USUAL_ROWS, largest_batch(component, rows))
 
 
-def input_shapes(component: Component, shapes: Shapes, size: Size, batch: int) -> dict[str, Shape]:
-    """The shape of each input for `batch` samples of images of `size`."""
+def input_shapes(
+    component: Component, shapes: Shapes, size: Size, batch: int, text_tokens: int | None = None
+) -> dict[str, Shape]:
+    """The shape of each input for `batch` samples of images of `size`, with short prompts by default."""
     width, height = (side // shapes.sizes["vae_scale_factor"] for side in size)
+    tokens = text_tokens or shapes.text_padding
     return {
-        tensor.name: tensor.shape(shapes.sizes, batch=batch, height=height, width=width) for tensor in component.inputs
+        tensor.name: tensor.shape(shapes.sizes, batch=batch, height=height, width=width, text_tokens=tokens)
+        for tensor in component.inputs
     }
 
 

@@ -10,16 +10,20 @@ from typing import Any
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint
 from hypergen_export.checkpoints.components import Component
+from hypergen_export.checkpoints.defaults import text_padding
+from hypergen_export.checkpoints.family import TextInput
 from hypergen_export.checkpoints.hashes import ContentHashes
 
 _PACKAGE = Path(__file__).parents[1]
-# Sources that determine a component's plan, its merged LoRA and its ONNX file. All sources are in the repository's key.
+# Sources, or folders of them, that determine a component's plan, its merged LoRA and its ONNX file. All sources are in
+# the repository's key.
 _PLAN = ("engines/profiles.py", "engines/tensorrt.py")
 _MERGING = ("checkpoints/lora.py", "conversion/merging.py")
 _CONVERSION = (
     "checkpoints/components.py",
+    "checkpoints/families",
     "conversion/examples.py",
-    "conversion/wrappers.py",
+    "conversion/wrappers",
     "conversion/loading.py",
     "conversion/onnx.py",
     "conversion/parity.py",
@@ -33,7 +37,7 @@ def component_key(checkpoint: Checkpoint, component: Component, hashes: ContentH
         component.name,
         component.wrapper,
         dict(checkpoint.sizes),
-        _contents([folder / "config.json", *(_PACKAGE / name for name in _CONVERSION)]),
+        _contents([folder / "config.json", *_sources(_CONVERSION)]),
         [(path.name, hashes(path)) for path in weight_files(checkpoint, component.module)],
         *_lora_parts(component),
     )
@@ -46,13 +50,18 @@ def weight_files(checkpoint: Checkpoint, module: str) -> list[Path]:
 
 def plan_key(onnx_key: str, *build_inputs: Any) -> str:
     """Key of a TensorRT plan: its ONNX file, and `build_inputs`, everything else that the build depends on."""
-    return _digest(onnx_key, repr(build_inputs), _contents(_PACKAGE / name for name in _PLAN))
+    return _digest(onnx_key, repr(build_inputs), _contents(_sources(_PLAN)))
 
 
-def tokenizer_key(checkpoint: Checkpoint, tokenizer: str) -> str:
+def tokenizer_key(checkpoint: Checkpoint, text: TextInput) -> str:
     """Key of the tokenizer's file for the sampler."""
-    files = (path for path in (checkpoint.folder / tokenizer).iterdir() if path.is_file())
-    return _digest(dict(checkpoint.sizes), _contents([*files, _PACKAGE / "conversion" / "tokenizer.py"]))
+    files = (path for path in (checkpoint.folder / text.tokenizer).iterdir() if path.is_file())
+    return _digest(
+        repr(text),
+        text_padding(checkpoint),
+        dict(checkpoint.sizes),
+        _contents([*files, _PACKAGE / "conversion" / "tokenizer.py"]),
+    )
 
 
 def repository_key(parts: Iterable[str], settings: dict[str, str], sources: Iterable[Path]) -> str:
@@ -64,7 +73,13 @@ def _lora_parts(component: Component) -> list[Any]:
     """Key parts of the merged LoRA: the file's content, the scale and the sources that merge it."""
     if component.lora is None:
         return []
-    return [component.lora.sha256, component.lora.scale, _contents(_PACKAGE / name for name in _MERGING)]
+    return [component.lora.sha256, component.lora.scale, _contents(_sources(_MERGING))]
+
+
+def _sources(names: Iterable[str]) -> list[Path]:
+    """The named files of this package, and the Python files of the named folders."""
+    paths = [_PACKAGE / name for name in names]
+    return [file for path in paths for file in (path.glob("*.py") if path.is_dir() else [path])]
 
 
 def _contents(paths: Iterable[Path]) -> list[tuple[str, str]]:

@@ -17,15 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hypergen_export.checkpoints.checkpoint import SCHEDULER, Checkpoint, open_checkpoint
-from hypergen_export.checkpoints.components import Component, with_deep_cache
-from hypergen_export.checkpoints.defaults import checkpoint_parameters, notices
+from hypergen_export.checkpoints.components import Component
+from hypergen_export.checkpoints.defaults import checkpoint_parameters, notices, text_padding
+from hypergen_export.checkpoints.families.unet import with_deep_cache
+from hypergen_export.checkpoints.family import TextInput
 from hypergen_export.checkpoints.hashes import ContentHashes
 from hypergen_export.checkpoints.lora import Lora
 from hypergen_export.checkpoints.weights import float32_bytes
 from hypergen_export.engines.engine import ENGINES, OPENVINO, TENSORRT, Size, check_dtype, choose_sizes, size_parameters
 from hypergen_export.engines.profiles import Shapes, profiles
 from hypergen_export.engines.tensorrt import Build, Target, build_plan, local_target, write_plan_record
-from hypergen_export.errors import BadLoraError, MissingDependencyError
+from hypergen_export.errors import BadLoraError, BadOptionError, MissingDependencyError
 from hypergen_export.repository.cache_key import component_key, plan_key, repository_key, tokenizer_key, weight_files
 from hypergen_export.repository.staging import (
     PreviousExport,
@@ -140,6 +142,8 @@ def _make_task(request: ExportRequest, previous: PreviousExport, target: Target 
     check_dtype(engine, request.dtype)
     checkpoint = open_checkpoint(request.model)
     _check_loras(request, checkpoint)
+    if request.deep_cache and checkpoint.family.denoiser.module != "unet":
+        raise BadOptionError(f"--deep-cache: only for models with a UNet, and {request.model} has a transformer")
     sizes = choose_sizes(engine, request.sizes, checkpoint_parameters(checkpoint))
     if engine is OPENVINO:
         return ExportTask(checkpoint, request, previous, sizes, None)
@@ -194,7 +198,12 @@ class ExportTask:
     @property
     def shapes(self) -> Shapes:
         """The shapes that engines are built for."""
-        return Shapes(sizes=self.checkpoint.sizes, image_sizes=self.sizes, rows=self.request.rows)
+        return Shapes(
+            sizes=self.checkpoint.sizes,
+            image_sizes=self.sizes,
+            rows=self.request.rows,
+            text_padding=text_padding(self.checkpoint),
+        )
 
     @cached_property
     def keys(self) -> dict[str, str]:
@@ -204,7 +213,7 @@ class ExportTask:
     @cached_property
     def tokenizer_keys(self) -> dict[str, str]:
         """Tokenizer -> key of its file."""
-        return {name: tokenizer_key(self.checkpoint, name) for name in self.checkpoint.family.tokenizers}
+        return {text.tokenizer: tokenizer_key(self.checkpoint, text) for text in self.checkpoint.family.text}
 
     @cached_property
     def key(self) -> str:
@@ -303,23 +312,25 @@ def _write_repository(task: ExportTask, folder: Path) -> dict[str, Any]:
     for component in task.reused:
         for file in version_folder(task.sources[component.name].folder, component).iterdir():
             link_or_copy(file, version_folder(folder, component) / file.name)
+    for text in task.checkpoint.family.text:
+        _write_tokenizer(task, text, folder)
     _write_configs(task, folder)
     for source in sampler_sources():
         copy = folder / _SAMPLER / source.relative_to(sampler_folder())
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(source, copy)
-    for tokenizer in task.checkpoint.family.tokenizers:
-        _write_tokenizer(task, tokenizer, folder)
     return _convert(task, folder) if task.outdated else {}
 
 
 def _write_configs(task: ExportTask, folder: Path) -> None:
     with _requires_export_extra():
+        from hypergen_export.conversion.tokenizer import text_parameters
         from hypergen_export.repository.config_pbtxt import EngineOptions, component_config, sampler_config
 
     request = task.request
     template = (sampler_folder() / "config.pbtxt").read_text(encoding="utf-8")
-    own = checkpoint_parameters(task.checkpoint)
+    tokenizers = {name: folder / tokenizer_file(name) for name in task.checkpoint.family.tokenizers}
+    own = checkpoint_parameters(task.checkpoint) | text_parameters(task.checkpoint, tokenizers)
     own |= _write_schedulers(task.checkpoint, int(own["default_num_inference_steps"]), folder)
     default_size = int(own["default_width"]), int(own["default_height"])
     options = EngineOptions(engine=request.engine, dtype=request.dtype, shapes=task.shapes, default_size=default_size)
@@ -353,14 +364,15 @@ def _lora_parameters(task: ExportTask) -> dict[str, str]:
     return {"loras": json.dumps(loras), "components": ",".join(component.name for component in task.components)}
 
 
-def _write_tokenizer(task: ExportTask, name: str, folder: Path) -> None:
-    from hypergen_export.conversion.tokenizer import write_tokenizer
-
-    if task.has_tokenizer(name):
-        link_or_copy(task.previous.folder / tokenizer_file(name), folder / tokenizer_file(name))
-        return
+def _write_tokenizer(task: ExportTask, text: TextInput, folder: Path) -> None:
     with _requires_export_extra():
-        write_tokenizer(task.checkpoint, name, folder / tokenizer_file(name))
+        from hypergen_export.conversion.tokenizer import write_tokenizer
+
+        file = tokenizer_file(text.tokenizer)
+        if task.has_tokenizer(text.tokenizer):
+            link_or_copy(task.previous.folder / file, folder / file)
+        else:
+            write_tokenizer(task.checkpoint, text, folder / file)
 
 
 def _convert(task: ExportTask, folder: Path) -> dict[str, Any]:

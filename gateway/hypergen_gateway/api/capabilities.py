@@ -32,7 +32,9 @@ class Capabilities(BaseModel):
     default_num_inference_steps: int
     max_num_inference_steps: int
     default_guidance_scale: float
-    max_guidance_scale: float
+    min_guidance_scale: float = Field(description="The scale without guidance, at which a step takes half the work.")
+    max_guidance_scale: float = Field(description="`min_guidance_scale` if the model takes no guidance.")
+    negative_prompt: bool = Field(description="Whether `negative_prompt` is supported.")
     guidance_interval: bool = Field(description="Whether `guidance_start` and `guidance_end` are supported.")
     max_cache_interval: int = Field(description="1 if the model is served without `--deep-cache`.")
     max_prompt_tokens: int = Field(
@@ -59,8 +61,10 @@ def of_model(model: ModelDescription, id_: str, sizes: SizePolicy) -> Capabiliti
         default_num_inference_steps=model.default_num_inference_steps,
         max_num_inference_steps=model.max_num_inference_steps,
         default_guidance_scale=model.default_guidance_scale,
+        min_guidance_scale=model.min_guidance_scale,
         max_guidance_scale=model.max_guidance_scale,
-        guidance_interval=model.guidance_width == 0,
+        negative_prompt=model.has_negative_prompt,
+        guidance_interval=model.has_negative_prompt,
         max_cache_interval=model.max_cache_interval,
         max_prompt_tokens=model.max_prompt_tokens,
         max_num_images=model.max_num_images,

@@ -53,9 +53,10 @@ class Legal:
 
 @dataclass(frozen=True)
 class ModelLimit:
-    """The upper bound of a field, as the name of a field of `ModelDescription`."""
+    """The upper bound of a field, and its lower one if the model has one, as names of fields of `ModelDescription`."""
 
     name: str
+    lower: str | None = None
 
 
 _WHOLE = BeforeValidator(_whole)
@@ -96,6 +97,8 @@ References = Annotated[list[ImageReference], BeforeValidator(_listed), Field(min
 
 
 _INTERVALS = Legal("{legal_cache_intervals}")
+_NEGATIVE = Legal("{legal_negative_prompts}")
+_SCALES = Legal("{legal_guidance_scales}")
 _SEEDS = Legal(f"an integer from 0 to {MAX_SEED}, and so must be seed + n - 1; -1 is a random one")
 
 
@@ -137,14 +140,17 @@ class ImageFields(_Body):
     user: str | None = Field(default=None, description="Accepted and ignored.")
     safety_identifier: str | None = Field(default=None, description="Accepted and ignored.")
     # HyperGen's extensions
-    negative_prompt: Text | None = Field(default=None, description="A description of what the image should not show.")
+    negative_prompt: Annotated[Text | None, _NEGATIVE] = Field(
+        default=None, description="A description of what the image should not show; some models have none."
+    )
     num_inference_steps: Annotated[int, Field(ge=1), _WHOLE, ModelLimit("max_num_inference_steps")] | None = Field(
         default=None, description="The number of denoising steps."
     )
-    guidance_scale: Annotated[float | None, ModelLimit("max_guidance_scale")] = Field(
+    guidance_scale: Annotated[float | None, ModelLimit("max_guidance_scale", "min_guidance_scale"), _SCALES] = Field(
         default=None,
-        ge=1.0,
-        description="How closely to follow the prompt. 1 disables guidance, which halves the work.",
+        ge=0.0,
+        description="How closely to follow the prompt. The lowest value, 1 for most models, disables guidance, which "
+        "halves the work.",
     )
     guidance_start: float | None = Field(
         default=None,
@@ -315,13 +321,13 @@ def legal_values(kind: type[BaseModel], name: str) -> str:
     limit = model_limit(kind, name)
     high = None if limit else next(part.le for part in parts if isinstance(part, Le))
     if int in parts:
-        return f"an integer from {low} to {f'{{{limit}}}' if limit else high}"
-    return f"a number from {low:g} to {f'{{{limit}:g}}' if limit else f'{high:g}'}"
+        return f"an integer from {low} to {f'{{{limit.name}}}' if limit else high}"
+    return f"a number from {low:g} to {high:g}"
 
 
-def model_limit(kind: type[BaseModel], name: str) -> str | None:
-    """The name of a field's upper bound in the `ModelDescription`, if the model has one."""
-    return next((part.name for part in _parts(kind, name) if isinstance(part, ModelLimit)), None)
+def model_limit(kind: type[BaseModel], name: str) -> ModelLimit | None:
+    """A field's bounds in the `ModelDescription`, if the model has them."""
+    return next((part for part in _parts(kind, name) if isinstance(part, ModelLimit)), None)
 
 
 def _parts(kind: type[BaseModel], name: str) -> list[Any]:

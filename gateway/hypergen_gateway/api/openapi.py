@@ -334,7 +334,10 @@ def _limit(request: type[BaseModel], properties: JsonObject, model: ModelDescrip
     """Adds the served model's defaults and limits."""
     for name, described in properties.items():
         if limit := model_limit(request, name):
-            described.get("anyOf", [described])[0]["maximum"] = getattr(model, limit)
+            bounds = described.get("anyOf", [described])[0]
+            bounds["maximum"] = getattr(model, limit.name)
+            if limit.lower:
+                bounds["minimum"] = getattr(model, limit.lower)
     properties["size"]["examples"] = list(model.sizes) or [f"{model.default_width}x{model.default_height}"]
     properties["scheduler"]["anyOf"][0]["enum"] = list(model.schedulers)
     for name in ("num_inference_steps", "guidance_scale"):

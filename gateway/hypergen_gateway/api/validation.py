@@ -20,6 +20,7 @@ from hypergen_gateway.api.fields import (
     EditRequest,
     ImageFields,
     ImageRequest,
+    ModelLimit,
     RequestBody,
     VariationForm,
     legal_values,
@@ -40,26 +41,13 @@ _SUPPORTED: dict[str, tuple[object, ...]] = {
 
 _EDITS = "use POST /v1/images/edits for input images"
 _ANIMATED = "'output_format' cannot be gif or svg on this server"
-# The names that other image servers give to fields of every request.
-_OTHER_NAMES = {
-    "steps": "num_inference_steps",
-    "cfg_scale": "guidance_scale",
-    "width": "size",
-    "height": "size",
-    "sampler_name": "scheduler",
-    "num_images": "n",
-}
-_ANY_ROUTE = {
-    **dict.fromkeys(("frame_count", "frame_duration_ms", "svg"), _ANIMATED),
-    **{name: f"this server calls it '{ours}'" for name, ours in _OTHER_NAMES.items()},
-}
+_ANY_ROUTE = dict.fromkeys(("frame_count", "frame_duration_ms", "svg"), _ANIMATED)
 _MARKUP = {"markup": "this server does not support markup; use a 'mask' to select what is regenerated"}
-_BRACKETS = {"image[]": "in JSON it is 'images'"}
 # Fields that a route does not have, but that a client would send to get a different image: rejected with the reason
 # rather than ignored.
 _ELSEWHERE: dict[type[ImageFields], dict[str, str]] = {
-    ImageRequest: _ANY_ROUTE | dict.fromkeys(("image", "images", "image[]", "mask", "strength", "markup"), _EDITS),
-    EditRequest: _ANY_ROUTE | _MARKUP | _BRACKETS,
+    ImageRequest: _ANY_ROUTE | dict.fromkeys(("image", "images", "mask", "strength", "markup"), _EDITS),
+    EditRequest: _ANY_ROUTE | _MARKUP,
     EditForm: _ANY_ROUTE | _MARKUP,
     VariationForm: _ANY_ROUTE
     | dict.fromkeys(("prompt", "mask", "markup"), "use POST /v1/images/edits to describe a change"),
@@ -129,7 +117,8 @@ def check_limits(generation: GenerationRequest, body: RequestBody, model: ModelD
     """
     limits = {name: limit for name in type(body).model_fields if (limit := model_limit(type(body), name))}
     is_legal = {
-        **{name: (getattr(body, name) or 0) <= getattr(model, limit) for name, limit in limits.items()},
+        **{name: _is_within(getattr(body, name), limit, model) for name, limit in limits.items()},
+        "negative_prompt": not body.negative_prompt or model.has_negative_prompt,
         "guidance_end": body.guidance_end is None or (body.guidance_start or 0.0) <= body.guidance_end,
         "scheduler": body.scheduler is None or body.scheduler in model.schedulers,
         "seed": generation.seed + generation.num_images - 1 <= MAX_SEED,
@@ -137,6 +126,13 @@ def check_limits(generation: GenerationRequest, body: RequestBody, model: ModelD
     for name, legal in is_legal.items():
         if not legal:
             raise invalid(name, {name: getattr(body, name)}, model, type(body))
+
+
+def _is_within(value: float | None, limit: ModelLimit, model: ModelDescription) -> bool:
+    if value is None:
+        return True
+    lower = getattr(model, limit.lower) if limit.lower else value
+    return bool(lower <= value <= getattr(model, limit.name))
 
 
 def images_param(payload: Container[str]) -> str:
@@ -171,6 +167,13 @@ def _legal_cache_intervals(model: ModelDescription) -> str:
     return f"an integer from 1 to {model.max_cache_interval}"
 
 
+def _legal_guidance_scales(model: ModelDescription) -> str:
+    low, high = model.min_guidance_scale, model.max_guidance_scale
+    if low == high:
+        return f"absent or {low:g}, as the model takes no guidance"
+    return f"a number from {low:g} to {high:g}"
+
+
 def _known_loras(model: ModelDescription) -> str:
     names = dict.fromkeys(repr(lora.name) for lora in model.loras)
     return f"one of {', '.join(names)}" if names else "absent, as the model is served without any LoRA"
@@ -189,6 +192,12 @@ def invalid(
         "legal_sizes": sizes.legal(model),
         "known_loras": _known_loras(model),
         "legal_cache_intervals": _legal_cache_intervals(model),
+        "legal_guidance_scales": _legal_guidance_scales(model),
+        "legal_negative_prompts": (
+            "a string of at most 32,000 characters"
+            if model.has_negative_prompt
+            else "absent or empty, as the model has no negative prompts"
+        ),
         "max_images": MAX_IMAGES,
     }
     # 'image' and 'images' are two names for one field.

@@ -98,11 +98,20 @@ class ModelDescription:
     max_prompt_tokens: int  # that the text encoders read, without start and end tokens
     max_num_images: int
     max_num_inference_steps: int
+    min_guidance_scale: float  # at which guidance is the identity
     max_guidance_scale: float
-    guidance_width: int  # of the UNet's guidance embedding; 0: guided steps take a second UNet row instead
+    guidance: str  # the kind; see `has_negative_prompt`
     max_cache_interval: int  # 1: the model has no shallow UNet
     max_active_images: int
     suggestions: Lines  # prompts that suit the model; empty for most
+
+    @property
+    def has_negative_prompt(self) -> bool:
+        """Whether guidance is away from a negative prompt, which takes a second row of the denoiser.
+
+        Otherwise the denoiser is given the guidance scale (`embedded`), or there is no guidance (`none`).
+        """
+        return self.guidance not in ("embedded", "none")
 
 
 class Backend(Protocol):

@@ -57,7 +57,7 @@ def _load(generation: GenerationRequest, model: ModelDescription) -> float:
     interval = generation.cache_interval or 1
     depth = (1.0 + (interval - 1) * _SHALLOW) / interval
     rows = 1.0
-    if generation.guidance_scale > 1 and not model.guidance_width:  # two rows in the guided steps
+    if generation.guidance_scale > model.min_guidance_scale and model.has_negative_prompt:  # two rows in guided steps
         end = 1.0 if generation.guidance_end is None else generation.guidance_end
         rows += end - (generation.guidance_start or 0.0)
     return rows * depth * generation.width * generation.height

@@ -15,17 +15,15 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import triton_python_backend_utils as pb_utils
 
 from hypergen_sampler.bls import Components
 from hypergen_sampler.composite import composite
-from hypergen_sampler.conditioning import Array, Conditioning, conditioning_of, merge, outputs_of, texts_of
+from hypergen_sampler.conditioning import Conditioning, conditioning_of, merge, texts_of
 from hypergen_sampler.latent_init import ImagePosterior, LatentInit
 from hypergen_sampler.metrics import SamplerMetrics
-from hypergen_sampler.prompts import PromptTokenizers
+from hypergen_sampler.prompts import EncoderInputs, PromptTokenizers
 from hypergen_sampler.request import Architecture, Limits, Request, check_request
 from hypergen_sampler.sampling import Trajectory
 from hypergen_sampler.schedulers import Schedulers
@@ -66,9 +64,9 @@ class TritonPythonModel:
         folder = Path(args["model_repository"])
         self._limits = Limits.from_model_config(args["model_config"])
         self._architecture = Architecture.from_model_config(args["model_config"])
-        self._schedulers = Schedulers.read(folder)
-        self._tokenize = PromptTokenizers(folder, self._architecture.tokenizers)
-        self._components = Components(self._architecture.time_embedding)
+        self._schedulers = Schedulers.read(folder, self._architecture)
+        self._tokenize = PromptTokenizers(folder, self._architecture.text_inputs)
+        self._components = Components(self._architecture)
         self._encode_text = TextCache(self._components.encode_text, TEXT_CACHE_BYTES)
         self._metrics = SamplerMetrics(self._limits.max_batch_size)
         self._loop: StepLoop | None = None
@@ -108,7 +106,7 @@ class TritonPythonModel:
         began = time.perf_counter()
         request = _with_copied_pixels(request)
         tokens = self._tokenize(texts_of(request, self._architecture))
-        texts, original = await asyncio.gather(self._encode_texts(request, tokens.ids), self._encode_image(request))
+        texts, original = await asyncio.gather(self._encode_texts(request, tokens.inputs), self._encode_image(request))
         return _PreparedRequest(
             request=request,
             conditions=conditioning_of(request, texts, self._architecture),
@@ -117,6 +115,8 @@ class TritonPythonModel:
                 original=original,
                 mask=request.mask,
                 respaces_timesteps=self._architecture.is_latent_consistency,
+                starts_from_mode=bool(self._architecture.encodes_mode),
+                patch_size=self._architecture.latent_patch_size,
             ),
             prompt_tokens=tokens.count,
             truncated_tokens=tokens.cut,
@@ -125,12 +125,14 @@ class TritonPythonModel:
             cancelled=sender.is_cancelled,
         )
 
-    async def _encode_texts(self, request: Request, ids: list[npt.NDArray[np.int32]]) -> dict[str, Array]:
-        """The encoded texts: hidden states [T, L, D] and, for some families, pooled embeddings [T, P]."""
-        made_of = self._architecture
-        models = [request.variant.model(encoder) for encoder in made_of.text_encoders]
-        calls = zip(models, ids, outputs_of(made_of), strict=True)
-        return merge(await asyncio.gather(*(self._encode_text(*call) for call in calls)))
+    async def _encode_texts(self, request: Request, inputs: list[EncoderInputs]) -> Conditioning:
+        """The encoded texts: hidden states [T, L, D] and, for some families, pooled embeddings [T, P] or a mask."""
+        text_inputs = self._architecture.text_inputs
+        calls = [
+            self._encode_text(request.variant.model(text.encoder), given, text.outputs)
+            for text, given in zip(text_inputs, inputs, strict=True)
+        ]
+        return merge(await asyncio.gather(*calls), inputs, self._architecture)
 
     async def _encode_image(self, request: Request) -> ImagePosterior | None:
         if request.image is None:
@@ -152,8 +154,13 @@ class TritonPythonModel:
         """Generate one image, and send its previews as they become ready."""
         own = replace(job.request, seed=job.request.seed + index)
         masked = own.mask is not None
-        scheduler = self._schedulers.make(own.scheduler, steps=own.num_inference_steps, masked=masked)
-        trajectory = Trajectory(own, job.conditions, job.latent_init, scheduler, self._architecture.denoiser)
+        scheduler = self._schedulers.make(
+            own.scheduler,
+            steps=own.num_inference_steps,
+            image_tokens=self._architecture.image_tokens(*job.latent_init.shape[1:]),
+            masked=masked,
+        )
+        trajectory = Trajectory(own, job.conditions, job.latent_init, scheduler, self._architecture)
         if trajectory.finished:
             return _unchanged_image(job, index)
         async with aclosing(loop.sample(trajectory, job.cancelled)) as outputs:

@@ -50,6 +50,7 @@ def test_the_miniature_is_a_stable_diffusion(checkpoint: Checkpoint) -> None:
         "sizes_width": 0,
         "latent_channels": 4,
         "vae_scale_factor": 8,
+        "patch_size": 1,
     }
 
 

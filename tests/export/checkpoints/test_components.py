@@ -2,15 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from hypergen_export.checkpoints.components import (
-    FAMILIES,
-    FREE_AXES,
-    STABLE_DIFFUSION,
-    Component,
-    Family,
-    Tensor,
-    with_deep_cache,
-)
+from hypergen_export.checkpoints.components import Component, Tensor
+from hypergen_export.checkpoints.families import FAMILIES
+from hypergen_export.checkpoints.families.unet import STABLE_DIFFUSION, with_deep_cache
+from hypergen_export.checkpoints.family import Family
 from hypergen_export.conversion.examples import VALUES, example_inputs
 from hypergen_export.conversion.wrappers import WRAPPERS
 
@@ -51,8 +46,10 @@ def test_fixed_axes_are_the_checkpoints() -> None:
     assert states.free_axes() == {0: "batch"}
 
 
-def test_a_pipeline_and_its_unets_inputs_belong_to_one_family() -> None:
-    keys = [(pipeline, frozenset(family.denoiser_inputs)) for family in FAMILIES for pipeline in family.pipelines]
+@pytest.mark.parametrize("is_distilled", [False, True])
+def test_a_pipeline_its_index_and_its_denoisers_inputs_belong_to_one_family(is_distilled: bool) -> None:
+    families = [family for family in FAMILIES if family.is_named_by({"is_distilled": is_distilled})]
+    keys = [(pipeline, frozenset(family.denoiser_inputs)) for family in families for pipeline in family.pipelines]
     assert len(keys) == len(set(keys))
 
 
@@ -67,20 +64,11 @@ def test_components_agree_on_what_they_hand_to_each_other(family: Family) -> Non
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_every_size_is_stated_by_a_module_or_follows_from_them(family: Family) -> None:
-    derived = {"tokens", "context_width", "vae_scale_factor", "deep_channels", "time_width", "sizes_width"}
-    components = with_deep_cache(family.components)
-    tensors = [tensor for each in components for tensor in (*each.inputs, *each.outputs)]
-    named = {axis for tensor in tensors for axis in tensor.axes if isinstance(axis, str) and axis not in FREE_AXES}
-    assert named <= derived | family.sizes.keys()
-    assert {module for module, _ in family.sizes.values()} <= family.modules.keys()
-
-
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_every_text_encoder_has_its_tokenizer_and_the_last_one_pools_where_it_is_wanted(family: Family) -> None:
-    assert len(family.text_encoders) == len(family.tokenizers)
-    pooled = [tensor.name for tensor in family.text_encoders[-1].outputs if tensor.name == "text_embeds"]
-    assert pooled == [name for name in family.denoiser_inputs if name == "text_embeds"]
+def test_every_text_encoder_has_its_tokenizer_and_one_pools_where_it_is_wanted(family: Family) -> None:
+    encoders = [each for each in family.components if each.inputs[0].name == "input_ids"]
+    assert [each.name for each in family.text_encoders] == [each.name for each in encoders]
+    pooled = {tensor.name for encoder in encoders for tensor in encoder.outputs if tensor.name == "text_embeds"}
+    assert pooled == {name for name in family.denoiser_inputs if name == "text_embeds"}
 
 
 def test_xls_decoder_and_encoder_alone_are_known_to_overflow_in_float16() -> None:

@@ -110,7 +110,7 @@ def test_the_parameters_describe_the_architecture(tmp_path: Path, stated: dict[s
     edit_json(folder / "model_index.json", **stated)
     found = parameters(folder)
     assert found["components"] == "text_encoder,text_encoder_2,unet,vae_decoder,vae_encoder"
-    assert (found["text_encoders"], found["tokenizers"]) == ("text_encoder,text_encoder_2", "tokenizer,tokenizer_2")
+    assert found["guidance"] == "embedded"
     assert found["denoiser"] == "unet"
     assert found["denoiser_inputs"] == "encoder_hidden_states,text_embeds,size_embeds,timestep_cond"
     assert (found["guidance_width"], found["zeros_for_no_negative_prompt"]) == ("32", zeros)

@@ -18,7 +18,8 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hypergen_export.checkpoints.components import Component, with_deep_cache
+from hypergen_export.checkpoints.components import Component
+from hypergen_export.checkpoints.families.unet import with_deep_cache
 from hypergen_export.conversion.examples import as_kwargs, example_inputs
 from hypergen_export.conversion.loading import load_module
 from hypergen_export.conversion.wrappers import wrap

@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hypergen_export.checkpoints.components import STABLE_DIFFUSION_XL
+from hypergen_export.checkpoints.families.unet import STABLE_DIFFUSION_XL
 from hypergen_export.checkpoints.lora import read_loras
 from hypergen_export.conversion.loading import load_module
 from hypergen_export.conversion.merging import merge_lora

@@ -10,7 +10,8 @@ import onnx
 import pytest
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint
-from hypergen_export.checkpoints.components import STABLE_DIFFUSION, Component
+from hypergen_export.checkpoints.components import Component
+from hypergen_export.checkpoints.families.unet import STABLE_DIFFUSION
 from hypergen_export.conversion.examples import example_inputs
 from hypergen_export.conversion.loading import load_module
 from hypergen_export.conversion.wrappers import wrap

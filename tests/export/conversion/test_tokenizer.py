@@ -29,6 +29,12 @@ PROMPTS = [
 ]
 
 
+def write(folder: Path, path: Path) -> None:
+    """Write the checkpoint's first tokenizer."""
+    checkpoint = open_checkpoint(str(folder))
+    write_tokenizer(checkpoint, checkpoint.family.text[0], path)
+
+
 @pytest.fixture(scope="module", params=["<|endoftext|>", "!"], ids=["as in 1.x", "as in 2.x"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_miniature(tmp_path_factory.mktemp("padding"), pad_token=request.param)
@@ -37,7 +43,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def ours(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    write_tokenizer(open_checkpoint(str(folder)), "tokenizer", path)
+    write(folder, path)
     return Tokenizer.from_file(str(path))
 
 
@@ -62,15 +68,16 @@ def test_padding_is_the_checkpoints(folder: Path, ours: Tokenizer) -> None:
 def test_a_broken_tokenizer_is_a_broken_checkpoint(checkpoint_copy: Path, tmp_path: Path) -> None:
     (checkpoint_copy / "tokenizer" / "vocab.json").write_text("{")
     with pytest.raises(BrokenCheckpointError, match="tokenizer cannot be loaded"):
-        write_tokenizer(open_checkpoint(str(checkpoint_copy)), "tokenizer", tmp_path / "tokenizer.json")
+        write(checkpoint_copy, tmp_path / "tokenizer.json")
 
 
 def test_two_tokenizers_pad_each_in_its_own_way(tmp_path: Path) -> None:
     folder = save_miniature(tmp_path / "xl", family="sdxl")
     checkpoint = open_checkpoint(str(folder))
     padding = {}
-    for name in checkpoint.family.tokenizers:
-        write_tokenizer(checkpoint, name, tmp_path / f"{name}.json")
+    for text in checkpoint.family.text:
+        name = text.tokenizer
+        write_tokenizer(checkpoint, text, tmp_path / f"{name}.json")
         ours = Tokenizer.from_file(str(tmp_path / f"{name}.json"))
         theirs = CLIPTokenizer.from_pretrained(folder / name)
         # As StableDiffusionXLPipeline.encode_prompt calls each.
@@ -82,7 +89,7 @@ def test_two_tokenizers_pad_each_in_its_own_way(tmp_path: Path) -> None:
 
 def refusal(folder: Path, tmp_path: Path) -> str:
     with pytest.raises(BrokenCheckpointError) as caught:
-        write_tokenizer(open_checkpoint(str(folder)), "tokenizer", tmp_path / "tokenizer.json")
+        write(folder, tmp_path / "tokenizer.json")
     message = str(caught.value)
     assert "\n" not in message
     return message

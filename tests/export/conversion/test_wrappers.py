@@ -10,7 +10,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from hypergen_export.conversion.wrappers import TextEncoder, UNet, VaeDecoder, VaeEncoder
+from hypergen_export.conversion.wrappers.clip import TextEncoder
+from hypergen_export.conversion.wrappers.unet import UNet
+from hypergen_export.conversion.wrappers.vae import VaeDecoder, VaeEncoder
 from support.pipelines import pipeline_of
 
 

@@ -26,7 +26,7 @@ from onnx import TensorProto, helper
 from tritonclient.grpc import model_config_pb2 as pb
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hypergen_export.checkpoints.components import with_deep_cache
+from hypergen_export.checkpoints.families.unet import with_deep_cache
 from hypergen_export.checkpoints.lora import read_loras
 from hypergen_export.conversion.loading import load_module
 from hypergen_export.conversion.onnx import capture, write_onnx

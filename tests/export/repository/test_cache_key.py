@@ -17,7 +17,7 @@ from ..conftest import COMPONENTS, edit_json
 def keys(folder: Path) -> dict[str, str]:
     checkpoint = open_checkpoint(str(folder))
     parts = {name: component_key(checkpoint, component, ContentHashes()) for name, component in COMPONENTS.items()}
-    return parts | {"tokenizer": tokenizer_key(checkpoint, "tokenizer")}
+    return parts | {"tokenizer": tokenizer_key(checkpoint, checkpoint.family.text[0])}
 
 
 def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:

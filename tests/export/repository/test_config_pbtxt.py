@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,19 @@ def test_the_sampler_knows_its_checkpoint(repository: Path) -> None:
         "model_id": "tiny/one",
         "family": "stable-diffusion",
         "components": "text_encoder,unet,vae_decoder,vae_encoder",
-        "text_encoders": "text_encoder",
-        "tokenizers": "tokenizer",
+        "text_inputs": json.dumps(
+            [
+                {
+                    "encoder": "text_encoder",
+                    "tokenizer": "tokenizer",
+                    "inputs": ["input_ids"],
+                    "outputs": ["encoder_hidden_states"],
+                    "segment": 0,
+                    "before": "",
+                    "after": "",
+                }
+            ]
+        ),
         "denoiser": "unet",
         "denoiser_inputs": "encoder_hidden_states",
         "max_prompt_tokens": "14",
@@ -131,7 +143,15 @@ def test_the_sampler_knows_its_checkpoint(repository: Path) -> None:
         "size_width": "0",
         "flip_sin_to_cos": "1",
         "freq_shift": "0",
+        "reverses_time": "0",
+        "guidance": "classifier_free",
         "guidance_width": "0",
+        "is_flow": "0",
+        "flow_sigmas": "",
+        "flow_shift": "",
+        "patch_size": "1",
+        "latent_patch_size": "1",
+        "encodes_mode": "0",
         "zeros_for_no_negative_prompt": "0",
         "engine": "openvino",
         "dtype": "float32",
@@ -143,6 +163,7 @@ def test_the_sampler_knows_its_checkpoint(repository: Path) -> None:
         "max_size": "1024",
         "default_num_inference_steps": "50",
         "default_guidance_scale": "7.5",
+        "min_guidance_scale": "1",
         "schedulers": "ddim,ddpm,deis,dpmpp_2m,dpmpp_2m_karras,euler,euler_a,heun,lcm,pndm,tcd,unipc",
         "default_scheduler": "pndm",
         "latent_channels": "4",

@@ -111,6 +111,6 @@ def test_the_load_of_an_image_is_the_mean_over_its_steps(fields: dict[str, Any],
 
 
 def test_guidance_inside_the_unet_adds_no_row() -> None:
-    model = replace(MODEL, guidance_width=256)
+    model = replace(MODEL, guidance="embedded")
     generation = to_generation_request(ImageRequest(prompt="a fox", guidance_scale=8.0), model)
     assert load_of(generation, model) == 1.0

@@ -98,7 +98,9 @@ export class Form {
     const { model } = this;
     const [width, height] = sides(model.default_size);
     Object.assign(byId("num_inference_steps"), { max: model.max_num_inference_steps });
-    Object.assign(byId("guidance_scale"), { max: model.max_guidance_scale });
+    Object.assign(byId("guidance_scale"), { min: model.min_guidance_scale, max: model.max_guidance_scale });
+    byId("guidance_scale").closest("[data-param]").hidden = model.min_guidance_scale === model.max_guidance_scale;
+    byId("negative_prompt").closest("[data-param]").hidden = !model.negative_prompt;
     Object.assign(byId("cache_interval"), { max: model.max_cache_interval });
     byId("cache-field").hidden = model.max_cache_interval === 1;
     byId("n").replaceChildren(...range(1, model.max_num_images).map((count) => new Option(count, count)));
@@ -153,8 +155,9 @@ export class Form {
       byId(`${name}-value`).textContent = text;
       byId(name).setAttribute("aria-valuetext", text);
     }
-    // At scale 1 there is no guidance that could begin or end.
-    byId("guidance-interval").hidden = !this.model.guidance_interval || byId("guidance_scale").value === "1";
+    // At the lowest scale there is no guidance that could begin or end.
+    const isGuided = Number(byId("guidance_scale").value) > this.model.min_guidance_scale;
+    byId("guidance-interval").hidden = !this.model.guidance_interval || !isGuided;
     byId("clear-seed").hidden = byId("seed").value === "";
   }
 

@@ -10,8 +10,9 @@ import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
 from hypergen_sampler.conditioning import Array
+from hypergen_sampler.prompts import EncoderInputs
+from hypergen_sampler.request import Architecture
 from hypergen_sampler.sampling import DenoiserInputs
-from hypergen_sampler.sinusoids import Sinusoid
 
 # Parts of Triton's error messages, as BLS has no error codes before 25.05.
 UNAVAILABLE = ("Server not ready", "is not healthy", "is not ready")
@@ -26,24 +27,18 @@ class ComponentUnavailableError(ComponentError):
 
 
 class Components:
-    """The engines of a checkpoint and its LoRAs.
+    """The engines of a checkpoint and its LoRAs."""
 
-    Args:
-        time_embedding: embeds timesteps for the denoiser.
-    """
+    def __init__(self, architecture: Architecture) -> None:
+        self._architecture = architecture
 
-    def __init__(self, time_embedding: Sinusoid) -> None:
-        self._time_embedding = time_embedding
-
-    async def encode_text(
-        self, encoder: str, input_ids: npt.NDArray[np.int32], outputs: Sequence[str]
-    ) -> dict[str, Array]:
-        """Encode [B, L] token ids; returns the text encoder's named outputs, such as hidden states [B, L, D]."""
-        return await _call(encoder, {"input_ids": input_ids}, outputs)
+    async def encode_text(self, encoder: str, inputs: EncoderInputs, outputs: Sequence[str]) -> dict[str, Array]:
+        """Encode tokenized texts [B, L]; returns the text encoder's named outputs, such as hidden states [B, L, D]."""
+        return await _call(encoder, inputs, outputs)
 
     def denoise(self, rows: DenoiserInputs) -> dict[str, Array]:
         """Run the denoiser on a batch; returns the requested outputs, each [R, C, h, w]. Blocks the calling thread."""
-        inputs = {"sample": rows.sample, "time": self._time_embedding(rows.timestep), **rows.conditions}
+        inputs = {"sample": rows.sample, "time": self._architecture.embed_timesteps(rows.timestep), **rows.conditions}
         return _outputs(rows.model, _request(rows.model, inputs, rows.outputs).exec(), rows.outputs)
 
     async def encode(self, image: npt.NDArray[np.uint8]) -> tuple[Array, Array]:

@@ -6,22 +6,26 @@ with classifier-free guidance, the negative one first, else one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from hypergen_sampler.prompts import ATTENTION_MASK, EncoderInputs
 from hypergen_sampler.request import Architecture, Request
 
 Array = npt.NDArray[np.float32]
-Conditioning = Mapping[str, Array]
+Conditioning = Mapping[str, npt.NDArray[Any]]
 
 # The denoiser's outputs; the second is an input of the shallow denoiser.
 MODEL_OUTPUT = "model_output"
 DEEP_FEATURES = "deep_features"
 HIDDEN_STATES = "encoder_hidden_states"
 POOLED = "text_embeds"
+TEXT_MASK = "text_mask"
 
 
 def texts_of(request: Request, architecture: Architecture) -> list[str]:
@@ -31,19 +35,34 @@ def texts_of(request: Request, architecture: Architecture) -> list[str]:
     return [request.negative_prompt or "", request.prompt]
 
 
-def outputs_of(architecture: Architecture) -> list[list[str]]:
-    """The outputs to request from each text encoder."""
-    pooled = [name for name in architecture.denoiser_inputs if name == POOLED]
-    return [*([HIDDEN_STATES] for _ in architecture.text_encoders[1:]), [HIDDEN_STATES, *pooled]]
+def merge(
+    answers: Sequence[Mapping[str, Array]], inputs: Sequence[EncoderInputs], architecture: Architecture
+) -> dict[str, npt.NDArray[Any]]:
+    """Merge the text encoders' outputs for their inputs, in the order of `text_inputs`.
+
+    Hidden states [T, L, D] of a segment are concatenated along the features, segments along the tokens after padding
+    the features with zeros (as in StableDiffusion3Pipeline); pooled embeddings [T, P] along the features. The mask
+    [T, L] is that of the text encoder which takes one, without the tokens for which it has no hidden states.
+    """
+    segments: dict[int, list[Array]] = defaultdict(list)
+    for text, answer in zip(architecture.text_inputs, answers, strict=True):
+        if text.segment is not None:
+            segments[text.segment].append(answer[HIDDEN_STATES])
+    joined = [np.concatenate(segments[number], axis=-1) for number in sorted(segments)]
+    width = max(states.shape[-1] for states in joined)
+    padded = [np.pad(states, ((0, 0), (0, 0), (0, width - states.shape[-1]))) for states in joined]
+    states = np.concatenate(padded, axis=1)
+    merged: dict[str, npt.NDArray[Any]] = {HIDDEN_STATES: states}
+    if TEXT_MASK in architecture.denoiser_inputs:
+        (mask,) = (given[ATTENTION_MASK] for given in inputs if ATTENTION_MASK in given)
+        merged[TEXT_MASK] = mask[:, -states.shape[1] :]
+    if POOLED in architecture.denoiser_inputs:
+        merged[POOLED] = np.concatenate([answer[POOLED] for answer in answers if POOLED in answer], axis=-1)
+    return merged
 
 
-def merge(answers: list[dict[str, Array]]) -> dict[str, Array]:
-    """Merge the text encoders' outputs: hidden states [T, L, D] are concatenated, others come from the last encoder."""
-    return {**answers[-1], HIDDEN_STATES: np.concatenate([answer[HIDDEN_STATES] for answer in answers], axis=-1)}
-
-
-def conditioning_of(request: Request, texts: Mapping[str, Array], architecture: Architecture) -> Conditioning:
-    """The denoiser's inputs for this request, by name; `texts` are the encoded `texts_of(request)`."""
+def conditioning_of(request: Request, texts: Conditioning, architecture: Architecture) -> Conditioning:
+    """The denoiser's inputs for this request, by name; `texts` are the merged encodings of `texts_of(request)`."""
     if architecture.guides(request) and _uses_zeros(request, architecture):
         texts = {name: np.concatenate([np.zeros_like(array), array]) for name, array in texts.items()}
     rows = len(texts[HIDDEN_STATES])
@@ -63,7 +82,7 @@ def _size_embeds(request: Request, architecture: Architecture) -> Array:
     return architecture.size_embedding([*size, 0, 0, *size]).reshape(-1)
 
 
-def _guidance(request: Request, architecture: Architecture) -> Array:
+def _consistency_guidance(request: Request, architecture: Architecture) -> Array:
     """The embedding of the guidance scale: diffusers' `get_guidance_scale_embedding`, in its own float32 arithmetic."""
     half = architecture.guidance_width // 2
     step = torch.log(torch.tensor(10000.0)) / (half - 1)
@@ -75,7 +94,7 @@ def _guidance(request: Request, architecture: Architecture) -> Array:
 
 _MADE: Mapping[str, Callable[[Request, Architecture], Array]] = {
     "size_embeds": _size_embeds,
-    "timestep_cond": _guidance,
+    "timestep_cond": _consistency_guidance,
 }
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from hypergen_sampler.conditioning import Array
+from hypergen_sampler.flow import FlowMatchEuler
 from hypergen_sampler.request import InvalidInputError, Pixels, Request
 
 
@@ -36,6 +37,10 @@ class LatentInit:
     respaces_timesteps: bool = False
     """How a strength below 1 is applied. True: take the request's number of steps over the remaining part of the
     schedule, as the pipelines of latent consistency models do. False: take only the last steps of the full schedule."""
+    starts_from_mode: bool = False
+    """Whether the input image's latents are the mode of its posterior, instead of a sample."""
+    patch_size: int = 1
+    """Width and height of a latent pixel in the VAE's: its channels are those of the VAE's pixels one after another."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class MaskBlend:
     latents: torch.Tensor
     noise: torch.Tensor
     mask: torch.Tensor
-    """[1, 1, h, w]; 1 is repainted."""
+    """[1, 1 or C, h, w]; 1 is repainted."""
 
     def apply(self, latents: torch.Tensor, scheduler: Any, next_timestep: torch.Tensor | None) -> torch.Tensor:
         """`latents` with the kept part restored, free of noise if no timestep follows."""
@@ -82,49 +87,55 @@ def initial_latents(request: Request, latent_init: LatentInit, scheduler: Any, g
     if not hasattr(scheduler, "add_noise"):
         raise InvalidInputError("image", "must be absent, as this scheduler starts from noise alone; name another one")
     if latent_init.mask is None:
-        return _image_to_image(request, latent_init.original, latent_init.respaces_timesteps, scheduler, generator)
-    return _inpainting(request, latent_init.original, latent_init.mask, scheduler, generator)
+        return _image_to_image(request, latent_init, scheduler, generator)
+    return _inpainting(request, latent_init, scheduler, generator)
 
 
-def _image_to_image(
-    request: Request, original: ImagePosterior, respaces_timesteps: bool, scheduler: Any, generator: torch.Generator
-) -> Start:
-    respaces_timesteps = respaces_timesteps and "strength" in inspect.signature(scheduler.set_timesteps).parameters
-    timesteps = _respaced_timesteps(scheduler, request) if respaces_timesteps else _last_timesteps(scheduler, request)
-    latents = _sample_posterior(original, generator)
+def _image_to_image(request: Request, latent_init: LatentInit, scheduler: Any, generator: torch.Generator) -> Start:
+    takes_strength = "strength" in inspect.signature(scheduler.set_timesteps).parameters
+    respaces = latent_init.respaces_timesteps and takes_strength
+    timesteps = _respaced_timesteps(scheduler, request) if respaces else _last_timesteps(scheduler, request)
+    latents = _encoded(latent_init, generator)
     if not timesteps:
         return Start(latents, [])
     noise = torch.randn(latents.shape, generator=generator)
     return Start(scheduler.add_noise(latents, noise, timesteps[0][None]), timesteps)
 
 
-def _inpainting(
-    request: Request, original: ImagePosterior, mask: Pixels, scheduler: Any, generator: torch.Generator
-) -> Start:
+def _inpainting(request: Request, latent_init: LatentInit, scheduler: Any, generator: torch.Generator) -> Start:
     timesteps = _last_timesteps(scheduler, request)
-    latents = _sample_posterior(original, generator)
+    latents = _encoded(latent_init, generator)
     if not timesteps:
         return Start(latents, [])
     noise = torch.randn(latents.shape, generator=generator)
     # Keeps the generator in step with diffusers, which also samples the latents of the masked image. Only inpainting
     # UNets (nine channels) use those.
     torch.randn(latents.shape, generator=generator)
-    kept = MaskBlend(latents, noise, _latent_mask(mask, latents.shape[2:]))
+    kept = MaskBlend(latents, noise, _latent_mask(latent_init))
     if request.strength == 1.0:
         return Start(noise * scheduler.init_noise_sigma, timesteps, kept)
     return Start(scheduler.add_noise(latents, noise, timesteps[0][None]), timesteps, kept)
 
 
-def _sample_posterior(original: ImagePosterior, generator: torch.Generator) -> torch.Tensor:
-    """A sample [1, C, h, w] of the posterior."""
-    mean, std = torch.from_numpy(original.mean)[None], torch.from_numpy(original.std)[None]
+def _encoded(latent_init: LatentInit, generator: torch.Generator) -> torch.Tensor:
+    """The latents [1, C, h, w] of the input image: a sample of its posterior, or its mode."""
+    assert latent_init.original is not None
+    mean = torch.from_numpy(latent_init.original.mean)[None]
+    if latent_init.starts_from_mode:
+        return mean
+    std = torch.from_numpy(latent_init.original.std)[None]
     return mean + std * torch.randn(mean.shape, generator=generator)
 
 
-def _latent_mask(mask: Pixels, size: torch.Size) -> torch.Tensor:
-    """[1, 1, h, w]; a latent pixel is repainted if the mask covers its top left corner."""
-    covered = torch.from_numpy((mask >= 128).astype(np.float32))[None, None]
-    return torch.nn.functional.interpolate(covered, size=size)
+def _latent_mask(latent_init: LatentInit) -> torch.Tensor:
+    """[1, 1 or C, h, w]; a pixel of the VAE's latents is repainted if the mask covers its top left corner."""
+    assert latent_init.mask is not None
+    covered = torch.from_numpy((latent_init.mask >= 128).astype(np.float32))[None, None]
+    (channels, *size), patch = latent_init.shape, latent_init.patch_size
+    mask = torch.nn.functional.interpolate(covered, size=[side * patch for side in size])
+    if patch == 1:
+        return mask
+    return torch.nn.functional.pixel_unshuffle(mask, patch).repeat(1, channels // patch**2, 1, 1)
 
 
 def _timesteps(scheduler: Any, num_inference_steps: int, **more: Any) -> list[torch.Tensor]:
@@ -142,10 +153,12 @@ def _last_timesteps(scheduler: Any, request: Request) -> list[torch.Tensor]:
     """As in `get_timesteps` of diffusers' pipelines: the last steps, a fraction of `strength` of them."""
     steps = request.num_inference_steps
     timesteps = _timesteps(scheduler, steps)
-    taken = min(int(steps * request.strength), steps)
-    if taken == 0:
+    if isinstance(scheduler, FlowMatchEuler):
+        first = scheduler.first_step(request.strength)
+    else:
+        first = (steps - min(int(steps * request.strength), steps)) * scheduler.order
+    if first >= steps * scheduler.order:
         return []
-    first = (steps - taken) * scheduler.order
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
     return timesteps[first:]

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from hypergen_sampler.schedulers import diffusers
+from hypergen_sampler.diffusers_module import diffusers
+from hypergen_sampler.flow import FlowMatchEuler
 
 
 def preview_steps(steps: int, previews: int) -> frozenset[int]:
@@ -32,6 +33,8 @@ def predicted_x0(
             return own
     if isinstance(scheduler, diffusers.CMStochasticIterativeScheduler):
         return _of_consistency_model(scheduler, model_output, sample)
+    if isinstance(scheduler, FlowMatchEuler):
+        return sample - _last_sigma(scheduler) * model_output
     if isinstance(scheduler, diffusers.EDMDPMSolverMultistepScheduler):
         x0: torch.Tensor = scheduler.precondition_outputs(sample, model_output, _last_sigma(scheduler))
     else:

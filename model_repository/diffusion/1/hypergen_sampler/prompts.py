@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,38 +11,85 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
+from hypergen_sampler.request import TextInput
+
+EncoderInputs = Mapping[str, npt.NDArray[np.int32]]
+
+INPUT_IDS = "input_ids"
+ATTENTION_MASK = "attention_mask"
+
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokenized texts, the input of the text encoders."""
+    """Tokenized texts."""
 
-    ids: list[npt.NDArray[np.int32]]
-    """[B, L] for each text encoder, truncated to its length as in diffusers."""
+    inputs: list[EncoderInputs]
+    """The inputs [B, L] of each text encoder by name, truncated to its length as in diffusers."""
     count: int
-    """Number of tokens of all texts, without start, end and padding."""
+    """Number of tokens of all texts, without start, end, padding and template."""
     cut: int
-    """Number of truncated tokens of all texts, for the text encoder that truncates most."""
+    """Number of truncated tokens of all texts."""
 
 
 class PromptTokenizers:
     """The checkpoint's tokenizers, one for each text encoder, read from `folder/NAME.json`."""
 
-    def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        files = [str(folder / f"{name}.json") for name in names]
-        self._tokenizers: list[Tokenizer] = [Tokenizer.from_file(file) for file in files]
-        self._concepts = [_Concepts(file) for file in files]
+    def __init__(self, folder: Path, text_inputs: Sequence[TextInput]) -> None:
+        self._tokenizers = [_PromptTokenizer(folder, text) for text in text_inputs]
+        # Tokens are counted by what reads most of a prompt: others only pool it.
+        self._longest = max(tokenizer.length for tokenizer in self._tokenizers)
 
     def __call__(self, prompts: list[str]) -> Tokens:
-        """Tokenize the texts. All text encoders read the same texts, so only the first one's tokens are counted."""
-        encodings = [
-            tokenizer.encode_batch([concepts.spell_out(prompt) for prompt in prompts])
-            for tokenizer, concepts in zip(self._tokenizers, self._concepts, strict=True)
+        """Tokenize the texts, which all text encoders read."""
+        encodings = [tokenizer.encode(prompts) for tokenizer in self._tokenizers]
+        counted = [
+            [tokenizer.own_tokens(each) for each in batch]
+            for tokenizer, batch in zip(self._tokenizers, encodings, strict=True)
+            if tokenizer.length == self._longest
         ]
         return Tokens(
-            ids=[_ids(batch) for batch in encodings],
-            count=sum(_own_tokens(each) for each in encodings[0]),
-            cut=max(sum(_own_tokens(part) for each in batch for part in each.overflowing) for batch in encodings),
+            inputs=[tokenizer.inputs(batch) for tokenizer, batch in zip(self._tokenizers, encodings, strict=True)],
+            count=sum(read for read, _ in counted[0]),
+            cut=max(sum(cut for _, cut in batch) for batch in counted),
         )
+
+
+class _PromptTokenizer:
+    """The tokenizer of one text encoder, with the text around its prompts."""
+
+    def __init__(self, folder: Path, text: TextInput) -> None:
+        file = str(folder / f"{text.tokenizer}.json")
+        self._text = text
+        self._tokenizer = Tokenizer.from_file(file)
+        self._concepts = _Concepts(file)
+        truncation = self._tokenizer.truncation
+        assert truncation is not None, "written by the exporter"
+        self.length: int = truncation["max_length"]
+        bare = Tokenizer.from_file(file)
+        bare.no_padding()
+        self._before_tokens, self._template_tokens = (
+            _own_tokens(bare.encode(around)) for around in (text.before, text.before + text.after)
+        )
+
+    def encode(self, prompts: list[str]) -> list[Encoding]:
+        before, after = self._text.before, self._text.after
+        encodings: list[Encoding] = self._tokenizer.encode_batch(
+            [f"{before}{self._concepts.spell_out(prompt)}{after}" for prompt in prompts]
+        )
+        return encodings
+
+    def inputs(self, batch: list[Encoding]) -> EncoderInputs:
+        """The text encoder's inputs [B, L]."""
+        columns = {INPUT_IDS: [each.ids for each in batch], ATTENTION_MASK: [each.attention_mask for each in batch]}
+        return {name: np.array(columns[name], dtype=np.int32) for name in self._text.inputs}
+
+    def own_tokens(self, encoding: Encoding) -> tuple[int, int]:
+        """How many tokens of the prompt itself are read, and how many are cut."""
+        read = _own_tokens(encoding)
+        own = read + sum(map(_own_tokens, encoding.overflowing)) - self._template_tokens
+        # A truncated text ends within the prompt: its template's end is cut, too.
+        own_read = min(own, read - self._before_tokens)
+        return own_read, own - own_read
 
 
 class _Concepts:
@@ -71,10 +118,6 @@ class _Concepts:
 def _in_full(token: str, added: set[str]) -> str:
     others = itertools.takewhile(added.__contains__, (f"{token}_{number}" for number in itertools.count(1)))
     return " ".join((token, *others))
-
-
-def _ids(batch: list[Encoding]) -> npt.NDArray[np.int32]:
-    return np.array([encoding.ids for encoding in batch], dtype=np.int32)
 
 
 def _own_tokens(encoding: Encoding) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hypergen_sampler.guidance import GUIDANCE
 from hypergen_sampler.lora import BASE, LoraVariant, read_variants
 from hypergen_sampler.sinusoids import Sinusoid
 
@@ -49,6 +50,7 @@ class Limits:
     default_num_inference_steps: int
     max_num_inference_steps: int
     default_guidance_scale: float
+    min_guidance_scale: float
     max_guidance_scale: float
     max_cache_interval: int
     """1 if there is no shallow UNet."""
@@ -74,13 +76,28 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextInput:
+    """How one text encoder reads prompts, and where its outputs go.
+
+    Hidden states of one `segment` are concatenated along the features, segments along the tokens; None: they are not
+    used. `before` and `after` are the text around a prompt.
+    """
+
+    encoder: str
+    tokenizer: str
+    """Stored as `NAME.json` beside the model's version folders."""
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    segment: int | None
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """How this checkpoint's components are combined, which differs between families."""
 
-    text_encoders: tuple[str, ...]
-    """Hidden states are concatenated along the last axis; pooled embeddings come from the last text encoder."""
-    tokenizers: tuple[str, ...]
-    """One for each text encoder, stored as `NAME.json` beside the model's version folders."""
+    text_inputs: tuple[TextInput, ...]
     denoiser: str
     """The component that takes the steps; `NAME_shallow` takes the steps that reuse deep features."""
     denoiser_inputs: tuple[str, ...]
@@ -92,8 +109,21 @@ class Architecture:
     flip_sin_to_cos: int
     freq_shift: float
     """How diffusers' `Timesteps` embeds timesteps and sides."""
+    reverses_time: int
+    """Whether the denoiser is given 1000 minus the timestep."""
+    guidance: str
+    """A key of `GUIDANCE`."""
     guidance_width: int
     """Length of the guidance scale's embedding, 0 if the denoiser has no such input."""
+    flow_sigmas: str
+    flow_shift: str
+    """The arguments of `FlowMatchEuler`."""
+    patch_size: int
+    """Width and height of the denoiser's tokens in latent pixels."""
+    latent_patch_size: int
+    """Width and height of a latent pixel in those of the VAE."""
+    encodes_mode: int
+    """Whether image-to-image starts from the mode of the encoded image instead of a sample."""
     zeros_for_no_negative_prompt: int
     """An absent negative prompt is encoded as zeros (1) or as the empty text (0). A given one is always encoded."""
 
@@ -107,24 +137,30 @@ class Architecture:
         return cls(**_parameters(cls, model_config))
 
     def guides(self, request: Request) -> bool:
-        """Whether an image takes two rows of the denoiser, for classifier-free guidance (Ho & Salimans, 2022).
-
-        At scale 1 guidance is the identity, and a denoiser that takes the scale as an input needs no second row.
-        """
-        return request.guidance_scale > 1.0 and not self.guidance_width
+        """Whether an image takes two rows of the denoiser, for classifier-free guidance."""
+        kind = GUIDANCE[self.guidance]
+        return kind.combine is not None and request.guidance_scale > kind.identity
 
     def check(self, request: Request) -> None:
         """Raise InvalidInputError for options that this checkpoint does not support."""
-        if self.guidance_width and (request.guidance_start, request.guidance_end) != (0.0, 1.0):
+        if GUIDANCE[self.guidance].combine is not None:
+            return
+        has_interval = (request.guidance_start, request.guidance_end) != (0.0, 1.0)
+        if has_interval and self.guidance == "embedded":
             name = "guidance_start" if request.guidance_start else "guidance_end"
             raise InvalidInputError(
-                name, "must be absent, as this model's guidance is inside its UNet and costs nothing"
+                name, "must be absent, as this model's guidance is inside its denoiser and costs nothing"
             )
+        if self.guidance == "none" and (request.guidance_scale != 1.0 or has_interval):
+            raise InvalidInputError("guidance_scale", "must be absent or 1, as this model takes no guidance")
 
-    @property
-    def time_embedding(self) -> Sinusoid:
-        """The embedding of timesteps, the denoiser's input `time`."""
-        return self._sinusoid(self.time_width)
+    def embed_timesteps(self, timesteps: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """The denoiser's input `time` [R, T] for timesteps [R]."""
+        return self._sinusoid(self.time_width)(1000 - timesteps if self.reverses_time else timesteps)
+
+    def image_tokens(self, latent_height: int, latent_width: int) -> int:
+        """The tokens of an image with latents of this size, in a transformer."""
+        return (latent_height // self.patch_size) * (latent_width // self.patch_size)
 
     @property
     def size_embedding(self) -> Sinusoid:
@@ -137,7 +173,7 @@ class Architecture:
     @property
     def is_latent_consistency(self) -> bool:
         """Whether diffusers uses its latent consistency pipelines for this checkpoint; it has none for XL."""
-        return self.guidance_width > 0 and "text_embeds" not in self.denoiser_inputs
+        return "timestep_cond" in self.denoiser_inputs and "text_embeds" not in self.denoiser_inputs
 
 
 def _parameters(cls: type, model_config: str) -> dict[str, Any]:
@@ -149,11 +185,22 @@ def _parameters(cls: type, model_config: str) -> dict[str, Any]:
         "str": str,
         "tuple[str, ...]": _names,
         "tuple[LoraVariant, ...]": read_variants,
+        "tuple[TextInput, ...]": _text_inputs,
     }
     try:
         return {name: readers[str(kind)](given[name]) for name, kind in cls.__annotations__.items()}
     except KeyError as missing:
         raise ValueError(f"config.pbtxt of diffusion lacks the parameter {missing}") from None
+
+
+def _text_inputs(text: str) -> tuple[TextInput, ...]:
+    try:
+        return tuple(
+            TextInput(**{**each, "inputs": tuple(each["inputs"]), "outputs": tuple(each["outputs"])})
+            for each in json.loads(text)
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"config.pbtxt of diffusion has an invalid parameter text_inputs ({error})") from None
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -214,7 +261,7 @@ def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
         guidance_scale=_within(
             "guidance_scale",
             given.get("guidance_scale", limits.default_guidance_scale),
-            1.0,
+            limits.min_guidance_scale,
             limits.max_guidance_scale,
         ),
         guidance_start=guidance_start,

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from hypergen_sampler.conditioning import DEEP_FEATURES, HIDDEN_STATES, MODEL_OUTPUT, Array, Conditioning
+from hypergen_sampler.guidance import GUIDANCE
 from hypergen_sampler.latent_init import LatentInit, initial_latents
 from hypergen_sampler.predicted_x0 import predicted_x0, preview_steps
-from hypergen_sampler.request import NonFiniteLatentsError, Request
+from hypergen_sampler.request import Architecture, NonFiniteLatentsError, Request
 from hypergen_sampler.schedulers import step_arguments
 
 
@@ -42,17 +43,23 @@ class Trajectory:
         conditions: the denoiser's inputs beside latents and timestep, each with the rows of a guided step.
         latent_init: the source of the initial latents.
         scheduler: one of diffusers', not shared with other images.
-        denoiser: the name of the component that takes the steps.
+        architecture: names the component that takes the steps and the kind of guidance.
 
     Raises:
         InvalidInputError: the scheduler rejects the steps or an input image, or the strength leaves too few steps.
     """
 
     def __init__(
-        self, request: Request, conditions: Conditioning, latent_init: LatentInit, scheduler: Any, denoiser: str
+        self,
+        request: Request,
+        conditions: Conditioning,
+        latent_init: LatentInit,
+        scheduler: Any,
+        architecture: Architecture,
     ) -> None:
         self.steps_done = 0
-        self._denoiser = denoiser
+        self._denoiser = architecture.denoiser
+        self._guidance = GUIDANCE[architecture.guidance]
         self._variant = request.variant
         self._cache_interval = request.cache_interval
         self._deep_features: Array | None = None
@@ -136,7 +143,7 @@ class Trajectory:
         if self._cache_interval > 1 and DEEP_FEATURES in outputs:
             # Copied out of Triton's memory, without the rows of other images.
             self._deep_features = outputs[DEEP_FEATURES].copy()
-        guided = torch.from_numpy(self._guide(outputs[MODEL_OUTPUT]))
+        guided = self._guide(torch.from_numpy(outputs[MODEL_OUTPUT]))
         timestep, sample = self._timesteps[self.steps_done], self._latents
         step = self._scheduler.step(guided, timestep, sample, **self._extra)
         self.steps_done += 1
@@ -147,11 +154,11 @@ class Trajectory:
         if self.steps_done in self._preview_steps:
             self._preview = self._blend_mask(predicted_x0(self._scheduler, step, timestep, guided, sample), None)
 
-    def _guide(self, output: Array) -> Array:
+    def _guide(self, output: torch.Tensor) -> torch.Tensor:
         if len(output) == 1:
             return output
-        unconditional, conditional = output[:1], output[1:]
-        return unconditional + self._guidance_scale * (conditional - unconditional)
+        assert self._guidance.combine is not None
+        return self._guidance.combine(output[:1], output[1:], self._guidance_scale)
 
     def _blend_mask(self, latents: torch.Tensor, next_timestep: torch.Tensor | None) -> torch.Tensor:
         return latents if self._mask_blend is None else self._mask_blend.apply(latents, self._scheduler, next_timestep)

@@ -8,35 +8,19 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
 import inspect
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hypergen_sampler.request import InvalidInputError
+from hypergen_sampler import flow
+from hypergen_sampler.diffusers_module import diffusers
+from hypergen_sampler.flow import FlowMatchEuler
+from hypergen_sampler.request import Architecture, InvalidInputError
 
-
-def _import_diffusers() -> Any:
-    """Import diffusers without torch's compiler, which it imports only to exclude functions from compilation.
-
-    Nothing is compiled here. This makes each start a second faster on one core.
-    """
-    compiler = "torch._dynamo"
-    if compiler in sys.modules:
-        return importlib.import_module("diffusers")
-    sys.modules[compiler] = None  # type: ignore[assignment]  # Python's own way to say that there is none
-    try:
-        return importlib.import_module("diffusers")
-    finally:
-        del sys.modules[compiler]
-
-
-diffusers = _import_diffusers()
 FrozenDict = diffusers.configuration_utils.FrozenDict
 
 _TRIAL_SHAPE = (1, 4, 8, 8)
@@ -48,38 +32,47 @@ class Schedulers:
     The table maps names to complete configurations with the name of the diffusers class. The checkpoint's own scheduler
     has the empty name. Configurations that differ when inpainting are in a second mapping.
 
+    `flow_sigmas` and `flow_shift` are those of `FlowMatchEuler`.
+
     Raises:
         Exception: whatever diffusers raises if a scheduler cannot be created.
     """
 
-    def __init__(self, table: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, table: Mapping[str, Mapping[str, Any]], *, flow_sigmas: str = "", flow_shift: str = "") -> None:
         self._always = {name: _made(config) for name, config in table["schedulers"].items()}
         self._under_a_mask = self._always | {name: _made(config) for name, config in table["inpainting"].items()}
+        self._flow_sigmas, self._flow_shift = flow_sigmas, flow_shift
         self._trial_errors: dict[tuple[str, bool, int], str] = {}
 
     @classmethod
-    def read(cls, folder: Path) -> Schedulers:
+    def read(cls, folder: Path, architecture: Architecture) -> Schedulers:
         """Read the table in `folder`."""
-        return cls(json.loads((folder / "schedulers.json").read_text()))
+        table = json.loads((folder / "schedulers.json").read_text())
+        return cls(table, flow_sigmas=architecture.flow_sigmas, flow_shift=architecture.flow_shift)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names that `make` accepts."""
         return tuple(self._always)
 
-    def make(self, name: str, *, steps: int, masked: bool = False) -> Any:
+    def make(self, name: str, *, steps: int, image_tokens: int = 0, masked: bool = False) -> Any:
         """Create a scheduler for one image, as it holds the state of sampling; the empty name is the checkpoint's own.
+
+        `image_tokens` are the tokens that the image has in a transformer.
 
         Raises:
             InvalidInputError: the scheduler does not support this number of steps.
         """
-        pristine = (self._under_a_mask if masked else self._always)[name]
+        scheduler = _copy((self._under_a_mask if masked else self._always)[name])
+        if isinstance(scheduler, FlowMatchEuler):
+            scheduler.flow_sigmas, scheduler.flow_shift = self._flow_sigmas, self._flow_shift
+            scheduler.image_tokens = image_tokens
         key = (name, masked, steps)
         if key not in self._trial_errors:
-            self._trial_errors[key] = _trial_run(_copy(pristine), steps)
+            self._trial_errors[key] = _trial_run(_copy(scheduler), steps)
         if self._trial_errors[key]:
             raise InvalidInputError("num_inference_steps", f"the scheduler refuses {steps}: {self._trial_errors[key]}")
-        return _copy(pristine)
+        return scheduler
 
 
 def step_arguments(scheduler: Any, generator: torch.Generator) -> dict[str, Any]:
@@ -95,7 +88,8 @@ def _accepted(kind: Any) -> frozenset[str]:
 
 
 def _made(config: Mapping[str, Any]) -> Any:
-    return getattr(diffusers, config["_class_name"]).from_config(config)
+    name = config["_class_name"]
+    return (FlowMatchEuler if name == flow.CLASS_NAME else getattr(diffusers, name)).from_config(config)
 
 
 def _copy(pristine: Any) -> Any:

@@ -10,11 +10,11 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from hypergen_sampler.conditioning import Array
+from hypergen_sampler.prompts import EncoderInputs
 
-Encode = Callable[[str, npt.NDArray[np.int32], Sequence[str]], Awaitable[dict[str, Array]]]
+Encode = Callable[[str, EncoderInputs, Sequence[str]], Awaitable[dict[str, Array]]]
 Rows = dict[str, Array]
 
 
@@ -24,20 +24,20 @@ class TextCache:
     def __init__(self, encode: Encode, max_bytes: int) -> None:
         self._encode = encode
         self._max_bytes = max_bytes
-        self._held: OrderedDict[tuple[str, bytes], Rows] = OrderedDict()
+        self._held: OrderedDict[tuple[str | bytes, ...], Rows] = OrderedDict()
 
-    async def __call__(self, encoder: str, input_ids: npt.NDArray[np.int32], outputs: Sequence[str]) -> Rows:
-        """Encode [B, L] token ids; returns the text encoder's named outputs, such as hidden states [B, L, D].
+    async def __call__(self, encoder: str, inputs: EncoderInputs, outputs: Sequence[str]) -> Rows:
+        """Encode tokenized texts [B, L]; returns the text encoder's named outputs, such as hidden states [B, L, D].
 
-        Every call for the same encoder must name the same outputs.
+        Every call for the same encoder must name the same inputs and outputs.
         """
-        keys = [(encoder, ids.tobytes()) for ids in input_ids]
+        keys = [(encoder, *(row.tobytes() for row in rows)) for rows in zip(*inputs.values(), strict=True)]
         # Referenced here, too, as concurrent calls may evict them while new texts are encoded.
         texts = {key: self._held[key] for key in keys if key in self._held}
         new = list(dict.fromkeys(key for key in keys if key not in texts))
         if new:
-            ids = np.stack([input_ids[keys.index(key)] for key in new])
-            made = await self._encode(encoder, ids, outputs)
+            rows = [keys.index(key) for key in new]
+            made = await self._encode(encoder, {name: array[rows] for name, array in inputs.items()}, outputs)
             texts |= {key: {name: made[name][row].copy() for name in outputs} for row, key in enumerate(new)}
         for key in keys:
             self._held[key] = texts[key]

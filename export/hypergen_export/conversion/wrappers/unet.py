@@ -1,62 +1,16 @@
-"""Wrappers that give a checkpoint's modules the inputs and outputs of their components.
-
-A wrapper does inside the graph what diffusers' pipeline does around the module, so the sampler exchanges finished
-tensors and the decoder returns an image as bytes. Floating-point inputs and outputs are float32 whatever the module's
-precision: the casts are part of the graph.
-"""
+"""Wrappers of UNets, whole and cut for DeepCache."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hypergen_export.checkpoints.components import Component
-
 # No latent size is divisible by 2**30, so with this `num_upsamplers` a UNet takes diffusers' forward_upsample_size path
 # for every size: each upsampler is given the size of its skip connection. The other path doubles sizes, which is right
 # only for multiples of 2**levels, and a traced graph contains only one path.
 _ALWAYS_FORWARD_UPSAMPLE_SIZE = 30
-
-
-class TextEncoder(nn.Module):
-    """input_ids [B, L] -> encoder_hidden_states [B, L, D], the normalised output of the last layer."""
-
-    def __init__(self, text_encoder: Any) -> None:
-        super().__init__()
-        self.text_encoder = text_encoder
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        hidden_states: Tensor = self.text_encoder(input_ids.to(torch.int64), return_dict=False)[0]
-        return hidden_states.to(torch.float32)
-
-
-class PenultimateTextEncoder(nn.Module):
-    """input_ids [B, L] -> encoder_hidden_states [B, L, D], the input of the last layer."""
-
-    def __init__(self, text_encoder: Any) -> None:
-        super().__init__()
-        self.text_encoder = text_encoder
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        output = self.text_encoder(input_ids.to(torch.int64), output_hidden_states=True)
-        hidden_states: Tensor = output.hidden_states[-2]
-        return hidden_states.to(torch.float32)
-
-
-class PooledTextEncoder(nn.Module):
-    """input_ids [B, L] -> encoder_hidden_states as above, and text_embeds [B, P], the projected pooled output."""
-
-    def __init__(self, text_encoder: Any) -> None:
-        super().__init__()
-        self.text_encoder = text_encoder
-
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.text_encoder(input_ids.to(torch.int64), output_hidden_states=True)
-        return output.hidden_states[-2].to(torch.float32), output.text_embeds.to(torch.float32)
 
 
 class _DeepFeatures:
@@ -177,66 +131,3 @@ class _CachedMidBlock(nn.Module):
 
     def forward(self, *_: Tensor) -> Tensor:
         return self._deep.features
-
-
-class VaeDecoder(nn.Module):
-    """latents [B, C, h, w] in the scheduler's scale -> image [B, H, W, 3] uint8.
-
-    `per_channel`: use the mean and standard deviation per latent channel if the config states them.
-    """
-
-    def __init__(self, vae: Any, *, per_channel: bool = False) -> None:
-        super().__init__()
-        self.vae = vae
-        self.scale, self.shift = _scale_and_shift(vae.config, per_channel)
-
-    def forward(self, latents: Tensor) -> Tensor:
-        unscaled = (latents / self.scale + self.shift).to(self.vae.dtype)
-        decoded: Tensor = self.vae.decode(unscaled, return_dict=False)[0].to(torch.float32)
-        unit = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-        return (unit * 255).round().to(torch.uint8)
-
-
-class VaeEncoder(nn.Module):
-    """image [B, H, W, 3] uint8 -> mean and std [B, C, h, w] of the posterior, in the scheduler's scale."""
-
-    def __init__(self, vae: Any, *, per_channel: bool = False) -> None:
-        super().__init__()
-        self.vae = vae
-        self.scale, self.shift = _scale_and_shift(vae.config, per_channel)
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        # Cast first: the only operator that TensorRT has for uint8 is the cast.
-        pixels = image.to(torch.float32).permute(0, 3, 1, 2) / 255 * 2 - 1
-        posterior = self.vae.encode(pixels.to(self.vae.dtype), return_dict=False)[0]
-        mean, std = posterior.mean.to(torch.float32), posterior.std.to(torch.float32)
-        return (mean - self.shift) * self.scale, std * self.scale
-
-
-def _scale_and_shift(config: Any, per_channel: bool) -> tuple[float | Tensor, float | Tensor]:
-    """The scheduler's latents are (the VAE's - shift) * scale. No pipeline with a UNet uses `shift_factor`."""
-    scale = float(config.scaling_factor)
-    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    if not per_channel or mean is None or std is None:
-        return scale, 0.0
-    return scale / torch.tensor(std).view(1, -1, 1, 1), torch.tensor(mean).view(1, -1, 1, 1)
-
-
-# Component.wrapper, or the component's name -> wrapper of its module.
-WRAPPERS: Mapping[str, Callable[[Any], nn.Module]] = {
-    "text_encoder": TextEncoder,
-    "penultimate_text_encoder": PenultimateTextEncoder,
-    "pooled_text_encoder": PooledTextEncoder,
-    "unet": UNet,
-    "feature_exporting_unet": FeatureExportingUNet,
-    "unet_shallow": ShallowUNet,
-    "vae_decoder": VaeDecoder,
-    "vae_encoder": VaeEncoder,
-    "vae_decoder_per_channel": functools.partial(VaeDecoder, per_channel=True),
-    "vae_encoder_per_channel": functools.partial(VaeEncoder, per_channel=True),
-}
-
-
-def wrap(component: Component, module: Any) -> nn.Module:
-    """Give the module the inputs and outputs of its component."""
-    return WRAPPERS[component.wrapper or component.name](module)

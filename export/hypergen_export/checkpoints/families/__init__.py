@@ -1,0 +1,10 @@
+"""The model families. A new family is a module here with its rows, and its wrappers in `conversion/wrappers`."""
+
+from __future__ import annotations
+
+from hypergen_export.checkpoints.families.flux2 import FLUX2
+from hypergen_export.checkpoints.families.unet import UNETS
+from hypergen_export.checkpoints.families.z_image import Z_IMAGE
+from hypergen_export.checkpoints.family import Family
+
+FAMILIES: tuple[Family, ...] = (*UNETS, *FLUX2, *Z_IMAGE)

@@ -1,0 +1,64 @@
+"""Tensors and components that several families have."""
+
+from __future__ import annotations
+
+from hypergen_export.checkpoints.components import BYTE, FLOAT, INT, Component, Tensor
+
+LATENTS = ("latent_channels", "latent_height", "latent_width")
+IMAGE = Tensor(name="image", dtype=BYTE, axes=("height", "width", 3), example="pixel")
+# Float32 against float32: engines sum in another order. 1e-3 is far above the resulting difference (1e-6 to 1e-5 on
+# the models tried) and far below that of a wrong operator, axis or weight.
+TOLERANCE = 1e-3
+
+SAMPLE = Tensor(name="sample", dtype=FLOAT, axes=LATENTS)
+TIME = Tensor(name="time", dtype=FLOAT, axes=("time_width",), example="time")
+MODEL_OUTPUT = Tensor(name="model_output", dtype=FLOAT, axes=LATENTS)
+# The prompt's tokens of the text encoder's own length, whether the denoiser attends to padding or has none.
+HIDDEN_STATES = Tensor(name="encoder_hidden_states", dtype=FLOAT, axes=("tokens", "context_width"))
+POOLED = Tensor(name="text_embeds", dtype=FLOAT, axes=("pooled_width",))
+
+
+def vae(loader: str = "diffusers.AutoencoderKL", wrapper: str = "") -> tuple[Component, Component]:
+    """The decoder and the encoder; `wrapper` is appended to their names to select a wrapper of their own."""
+    decoder = Component(
+        name="vae_decoder",
+        module="vae",
+        loader=loader,
+        wrapper=wrapper and f"vae_decoder_{wrapper}",
+        inputs=(Tensor(name="latents", dtype=FLOAT, axes=LATENTS),),
+        outputs=(IMAGE,),
+        tolerance=1.0,  # one level of 255, as rounding may differ
+    )
+    encoder = Component(
+        name="vae_encoder",
+        module="vae",
+        loader=loader,
+        wrapper=wrapper and f"vae_encoder_{wrapper}",
+        inputs=(IMAGE,),
+        outputs=(Tensor(name="mean", dtype=FLOAT, axes=LATENTS), Tensor(name="std", dtype=FLOAT, axes=LATENTS)),
+        tolerance=TOLERANCE,
+    )
+    return decoder, encoder
+
+
+def input_ids(tokens: str, example: str) -> Tensor:
+    """A text encoder's token ids; `tokens` is their axis."""
+    return Tensor(name="input_ids", dtype=INT, axes=(tokens,), example=example)
+
+
+def attention_mask(tokens: str) -> Tensor:
+    """A text encoder's mask: 1 for a token of the prompt, 0 for padding."""
+    return Tensor(name="attention_mask", dtype=INT, axes=(tokens,), example="mask")
+
+
+def transformer(loader: str, *conditions: Tensor, wrapper: str) -> Component:
+    """A transformer as a denoiser."""
+    return Component(
+        name="transformer",
+        module="transformer",
+        loader=loader,
+        wrapper=wrapper,
+        inputs=(SAMPLE, TIME, *conditions),
+        outputs=(MODEL_OUTPUT,),
+        tolerance=TOLERANCE,
+    )

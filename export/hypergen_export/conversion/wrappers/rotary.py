@@ -1,0 +1,69 @@
+"""Rotary position embeddings (Su et al., 2021) and token layouts that transformers' wrappers share.
+
+Cosines and sines are looked up in float32 tables by integer positions: computed in the graph, their angles would be
+rounded in bfloat16. The tables are built from float64 angles, as in diffusers. Rotations are real: the complex numbers
+of diffusers' own processors have no ONNX operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class RotaryTables(nn.Module):
+    """Cosines and sines of positions 0 … `length` - 1.
+
+    Args:
+        dims: for each axis of positions, how many features of a head it rotates.
+        theta: the base of the frequencies.
+        length: the number of positions of each axis.
+    """
+
+    def __init__(self, dims: Sequence[int], theta: float, length: int) -> None:
+        super().__init__()
+        positions = torch.arange(length, dtype=torch.float64)[:, None]
+        for axis, dim in enumerate(dims):
+            frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+            angles = positions * frequencies.float().double()
+            self.register_buffer(f"cos_{axis}", angles.cos().float(), persistent=False)
+            self.register_buffer(f"sin_{axis}", angles.sin().float(), persistent=False)
+
+    def forward(self, *positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [B, S, 1, D / 2] of int64 positions [B, S] per axis; D is a head's number of features."""
+        return self._look_up("cos", positions), self._look_up("sin", positions)
+
+    def _look_up(self, name: str, positions: Sequence[Tensor]) -> Tensor:
+        values = [self.get_buffer(f"{name}_{axis}")[each] for axis, each in enumerate(positions)]
+        return torch.cat(values, dim=-1)[:, :, None]
+
+
+def rotate(features: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of the features [B, S, H, D] of each head, in float32."""
+    first, second = features.float().unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
+    return rotated.flatten(-2).to(features.dtype)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of heads [B, S, H, D]; returns [B, S, H × D]. `mask` [B, S] is true for the keys to attend to."""
+    query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+    visible = None if mask is None else mask[:, None, None, :]
+    return scaled_dot_product_attention(query, key, value, attn_mask=visible).transpose(1, 2).flatten(2)
+
+
+def split_heads(features: Tensor, attention: Any) -> Tensor:
+    """[B, S, H × D] -> [B, S, H, D] for one of diffusers' attention modules."""
+    heads: Tensor = features.unflatten(-1, (attention.heads, -1))
+    return heads
+
+
+def grid(height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Row and column [height × width] of each token of an image, int64."""
+    rows = torch.arange(height)[:, None].expand(height, width).reshape(-1)
+    columns = torch.arange(width)[None, :].expand(height, width).reshape(-1)
+    return rows, columns

@@ -1,0 +1,243 @@
+"""Miniature checkpoints of transformer families: the true architectures with their switches, heads and rotary axes.
+
+Widths and depths are cut. Weights are random with a fixed seed and in a range in which activations stay sane, so that
+an error in any tensor shows in the image.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+# The user, assistant and generation parts of Qwen3's template, as the published tokenizer_config.json has them.
+_QWEN3_TEMPLATE = (
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
+    "{%- endif %}"
+)
+_QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CORPUS = [
+    "a red rocket on a blue background",
+    "a cat holding a sign that says hello world, 日本語 のねこ naïve café 🚀 ",
+]
+_VOCABULARY = 600
+
+_FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+_DYNAMIC = {
+    **_FLOW,
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+}
+_BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+
+
+def _klein(folder: Path, *, is_distilled: bool) -> None:
+    transformer = diffusers.Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=128,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=128,
+        num_attention_heads=2,
+        joint_attention_dim=3 * 64,
+        timestep_guidance_channels=256,
+        mlp_ratio=3.0,
+        axes_dims_rope=(32, 32, 32, 32),
+        rope_theta=2000,
+        eps=1e-6,
+        guidance_embeds=False,
+    )
+    save_qwen_tokenizer(folder / "tokenizer")
+    _save(folder / "text_encoder", _qwen3(transformers.Qwen3ForCausalLM, layers=28))
+    _save(folder / "transformer", transformer)
+    _save(folder / "vae", _flux2_vae())
+    _write_scheduler(folder, {**_DYNAMIC, "time_shift_type": "exponential"})
+    _write_index(
+        folder,
+        "Flux2KleinPipeline",
+        {
+            "text_encoder": ["transformers", "Qwen3ForCausalLM"],
+            "tokenizer": ["transformers", "Qwen2TokenizerFast"],
+            "transformer": ["diffusers", "Flux2Transformer2DModel"],
+            "vae": ["diffusers", "AutoencoderKLFlux2"],
+            "is_distilled": is_distilled,
+        },
+    )
+
+
+def _z_image(folder: Path) -> None:
+    transformer = diffusers.ZImageTransformer2DModel(
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=16,
+        dim=256,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        norm_eps=1e-5,
+        qk_norm=True,
+        cap_feat_dim=64,
+        rope_theta=256.0,
+        t_scale=1000.0,
+        axes_dims=[32, 48, 48],
+        axes_lens=[1536, 512, 512],
+    )
+    save_qwen_tokenizer(folder / "tokenizer")
+    _save(folder / "text_encoder", _qwen3(transformers.Qwen3Model, layers=3))
+    _save(folder / "transformer", transformer)
+    _save(folder / "vae", kl_vae(scaling_factor=0.3611, shift_factor=0.1159))
+    _write_scheduler(folder, {**_FLOW, "shift": 3.0, "use_dynamic_shifting": False})
+    _write_index(
+        folder,
+        "ZImagePipeline",
+        {
+            "text_encoder": ["transformers", "Qwen3Model"],
+            "tokenizer": ["transformers", "Qwen2Tokenizer"],
+            "transformer": ["diffusers", "ZImageTransformer2DModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+    )
+
+
+MINIATURES: Mapping[str, Callable[[Path], None]] = {
+    "flux2-klein": lambda folder: _klein(folder, is_distilled=True),
+    "flux2-klein-base": lambda folder: _klein(folder, is_distilled=False),
+    "z-image": _z_image,
+}
+
+
+def save_transformer_miniature(folder: Path, family: str) -> Path:
+    """Write the checkpoint into `folder` and return it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    MINIATURES[family](folder)
+    return folder
+
+
+def randomise(module: Any, seed: int = 0) -> Any:
+    """Fill all weights with random values that keep the scale of activations; none is left at zero or one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim >= 2:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+            else:
+                centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+                parameter.copy_(centre + 0.1 * noise)
+    return module.eval()
+
+
+def kl_vae(*, scaling_factor: float, shift_factor: float) -> Any:
+    """The VAE of FLUX.1, SD3 and Z-Image: 16 channels, no convolutions around the latents."""
+    return diffusers.AutoencoderKL(
+        **_BLOCKS,
+        block_out_channels=(32, 32, 32, 32),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=8,
+        sample_size=1024,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+        force_upcast=True,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=True,
+    )
+
+
+def _flux2_vae() -> Any:
+    vae = diffusers.AutoencoderKLFlux2(
+        **_BLOCKS, block_out_channels=(32, 32, 32, 32), layers_per_block=1, latent_channels=32, norm_num_groups=8
+    )
+    generator = torch.Generator().manual_seed(5)
+    vae.bn.running_mean.copy_(torch.randn(128, generator=generator) * 0.1)
+    vae.bn.running_var.copy_(1 + torch.rand(128, generator=generator))
+    return vae
+
+
+def _qwen3(kind: Any, *, layers: int) -> Any:
+    config = transformers.Qwen3Config(
+        vocab_size=_VOCABULARY + 16,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        tie_word_embeddings=True,
+        max_position_embeddings=40960,
+    )
+    return kind(config)
+
+
+@cache
+def _qwen_tokenizer() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_QWEN_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=[]
+    )
+    tokenizer.train_from_iterator(_CORPUS * 4, trainer)
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.add_tokens(["<think>", "</think>"])
+    return tokenizer
+
+
+def save_qwen_tokenizer(folder: Path) -> None:
+    """Qwen's byte-level BPE with Qwen3's chat template."""
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=_qwen_tokenizer(),
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        chat_template=_QWEN3_TEMPLATE,
+        model_max_length=131072,
+        padding_side="right",
+    ).save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    _write_json(folder / "tokenizer_config.json", {**config, "tokenizer_class": "Qwen2Tokenizer"})
+
+
+def _save(folder: Path, module: Any) -> None:
+    randomise(module).save_pretrained(folder)
+
+
+def _write_scheduler(folder: Path, config: Mapping[str, Any]) -> None:
+    _write_json(folder / "scheduler" / "scheduler_config.json", config)
+
+
+def _write_index(folder: Path, pipeline: str, parts: Mapping[str, Any]) -> None:
+    scheduler = {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
+    _write_json(
+        folder / "model_index.json", {"_class_name": pipeline, "_diffusers_version": "0.37.0", **scheduler, **parts}
+    )
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

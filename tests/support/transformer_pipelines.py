@@ -1,0 +1,44 @@
+"""diffusers' pipelines of transformer families, called as a request asks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from hypergen_sampler.conditioning import Array
+from hypergen_sampler.request import Request
+from support.parity import Pixels
+
+
+def image_by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:
+    """The final latents [C, h, w] in the sampler's layout, and the image."""
+    arguments: dict[str, Any] = {
+        "prompt": request.prompt,
+        "width": request.width,
+        "height": request.height,
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        "generator": torch.Generator().manual_seed(request.seed),
+        "output_type": "np",
+    }
+    if request.negative_prompt is not None:
+        arguments["negative_prompt"] = request.negative_prompt
+    latents: list[torch.Tensor] = []
+
+    def keep(_pipeline: Any, _step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        latents[:] = [given["latents"]]
+        return {}
+
+    image = pipeline(**arguments, callback_on_step_end=keep).images[0]
+    return _in_our_layout(latents[0], request), (image * 255).round().astype(np.uint8)
+
+
+def _in_our_layout(latents: torch.Tensor, request: Request) -> Array:
+    if latents.ndim == 4:
+        return np.asarray(latents[0].numpy())
+    # FLUX.2: a token is 16 pixels wide and high.
+    height, width = request.height // 16, request.width // 16
+    tokens = latents[0].transpose(0, 1)
+    return np.asarray(tokens.reshape(-1, height, width).numpy())

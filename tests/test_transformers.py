@@ -1,0 +1,98 @@
+"""Transformer families: the exporter's tables and the sampler's mathematics in torch, compared with diffusers.
+
+Both sides use miniatures with the same weights, prompt, seed and scheduler, in float32. Engines are compared with torch
+in tests/export, and the whole server with diffusers in tests/end_to_end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hypergen_sampler.predicted_x0 import predicted_x0
+from hypergen_sampler.request import InvalidInputError
+from support.parity import Pair, held, request_of, sampler_of
+from support.pipelines import pipeline_of
+from support.transformer_miniatures import MINIATURES, save_transformer_miniature
+from support.transformer_pipelines import image_by_diffusers
+
+pytestmark = pytest.mark.claim("families")
+
+# Relative to the largest latent. The rotations are real here and complex in some of diffusers' attention processors.
+TOLERANCE = 1e-5
+# Family -> a guidance scale that guides, and one that does not.
+SCALES = {"flux2-klein": (1.0, 1.0), "flux2-klein-base": (3.5, 1.0), "z-image": (3.5, 0.0)}
+
+
+@pytest.fixture(scope="module")
+def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Family -> our sampler and diffusers' pipeline of its miniature."""
+
+    @functools.cache
+    def make(family: str) -> Pair:
+        folder = save_transformer_miniature(tmp_path_factory.mktemp("transformers") / family, family)
+        return Pair(sampler_of(folder), pipeline_of(folder))
+
+    return make
+
+
+@pytest.mark.parametrize("family", MINIATURES)
+@pytest.mark.parametrize("guided", [True, False], ids=["guided", "not guided"])
+async def test_an_image_equals_the_one_of_diffusers(family: str, guided: bool, pair_of: Any) -> None:
+    pair = pair_of(family)
+    scale = SCALES[family][0 if guided else 1]
+    request = request_of(width=96, height=64, guidance_scale=scale, num_inference_steps=4)
+    held(await pair.sampler.draw(request), image_by_diffusers(pair.pipeline, request), TOLERANCE)
+
+
+@pytest.mark.parametrize("family", MINIATURES)
+async def test_images_of_other_prompts_seeds_steps_and_scales_share_calls(family: str, pair_of: Any) -> None:
+    pair = pair_of(family)
+    guided, unguided = SCALES[family]
+    requests = [
+        request_of(width=64, height=64, num_inference_steps=3, guidance_scale=guided),
+        request_of(width=64, height=64, num_inference_steps=5, guidance_scale=unguided, seed=5, prompt="a cat"),
+    ]
+    loop = pair.sampler.loop()
+    pair.sampler.rows_of_calls.clear()
+    results = await asyncio.gather(*(pair.sampler.draw(request, loop) for request in requests))
+    rows = 1 if guided == unguided else 2
+    assert Counter(pair.sampler.rows_of_calls) == Counter({rows + 1: 3, 1: 2})
+    for ours, request in zip(results, requests, strict=True):
+        held(ours, image_by_diffusers(pair.pipeline, request), TOLERANCE)
+
+
+@pytest.mark.parametrize("family", MINIATURES)
+async def test_a_larger_image_has_the_schedule_of_its_size(family: str, pair_of: Any) -> None:
+    pair = pair_of(family)
+    request = request_of(width=192, height=256, num_inference_steps=2, guidance_scale=SCALES[family][0])
+    held(await pair.sampler.draw(request), image_by_diffusers(pair.pipeline, request), TOLERANCE)
+
+
+async def test_a_model_without_guidance_refuses_a_scale(pair_of: Any) -> None:
+    pair = pair_of("flux2-klein")
+    with pytest.raises(InvalidInputError, match=r"^guidance_scale: must be absent or 1"):
+        await pair.sampler.draw(request_of(guidance_scale=3.5))
+
+
+@pytest.mark.parametrize("family", MINIATURES)
+def test_the_preview_of_the_last_step_would_be_the_image(family: str, pair_of: Any) -> None:
+    """The flow's estimate of the final latents, from the exact velocity, is the image from the first step on."""
+    schedulers = pair_of(family).sampler.schedulers
+    scheduler = schedulers.make("", steps=5, image_tokens=16)
+    scheduler.set_timesteps(5)
+    generator = torch.Generator().manual_seed(1)
+    image, noise = (torch.randn(1, 4, 8, 8, generator=generator) for _ in range(2))
+    latents = noise
+    for timestep in scheduler.timesteps:
+        velocity = noise - image
+        step = scheduler.step(velocity, timestep, latents)
+        np.testing.assert_allclose(predicted_x0(scheduler, step, timestep, velocity, latents), image, atol=1e-5)
+        latents = step.prev_sample
+    np.testing.assert_allclose(latents, image, atol=1e-5)
