@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +44,16 @@ _OPEN_PATHS = PROBE_PATHS | {"/openapi.json", "/docs", PAGE_PATH}
 _OPEN_PREFIXES = (f"{FILES_PATH}/", FILES_PREFIX)
 
 
-def create_app(config: Config, backend: Backend, tracing: Tracing | None = None) -> Starlette:
+def create_app(
+    config: Config,
+    backend: Backend,
+    tracing: Tracing | None = None,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+) -> Starlette:
     """The gateway's ASGI application. It closes the backend and tracing at shutdown.
+
+    `clock` returns seconds; the estimates of when images will be ready are made from it.
 
     Raises:
         BadKeysError: the file of API keys is unreadable or malformed.
@@ -52,7 +61,7 @@ def create_app(config: Config, backend: Backend, tracing: Tracing | None = None)
     keys = config.keys
     if "*" in config.cors_origins and not keys:
         logger.warning("Every website may use this server through its visitors' browsers, and it asks for no key")
-    admission = Admission(config.max_queue_size)
+    admission = Admission(config.max_queue_size, clock)
     metrics = Metrics(admission)
     retention = RetentionPolicy(grace=config.retry_grace, seconds=config.retry_seconds, nbytes=config.retry_bytes)
     observers: list[Metrics | Tracing] = [metrics] if tracing is None else [metrics, tracing]

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import os
 import shlex
 import signal
@@ -110,19 +111,19 @@ async def generate_image(options: TritonOptions, fields: dict[str, Any]) -> Gene
             return await anext(images)
 
 
-def run_until_signalled(work: Coroutine[Any, Any, T]) -> T:
+def run_until_signalled(work: Coroutine[Any, Any, T], clock: Callable[[], float] = time.monotonic) -> T:
     """The result of `work`. A stop signal cancels it, so that everything it opened is closed in order."""
-    return asyncio.run(_cancelled_by_signals(work))
+    return asyncio.run(_cancelled_by_signals(work, clock))
 
 
-async def _cancelled_by_signals(work: Coroutine[Any, Any, T]) -> T:
+async def _cancelled_by_signals(work: Coroutine[Any, Any, T], clock: Callable[[], float]) -> T:
     task = asyncio.ensure_future(work)
-    with _on_stop_signals(task.cancel):
+    with _on_stop_signals(task.cancel, clock=clock):
         return await task
 
 
 @contextlib.contextmanager
-def _on_stop_signals(*steps: Callable[[], object]) -> Iterator[None]:
+def _on_stop_signals(*steps: Callable[[], object], clock: Callable[[], float] = time.monotonic) -> Iterator[None]:
     """Call the next of `steps` on each stop signal within the context; one more signal ends the process at once.
 
     After the context one signal is ignored, as the shutdown has begun. Some programs, such as `timeout`, send a signal
@@ -130,13 +131,14 @@ def _on_stop_signals(*steps: Callable[[], object]) -> Iterator[None]:
     """
     loop = asyncio.get_running_loop()
     left = list(steps)
-    last = -SAME_SIGNAL_SECONDS
+    last = -math.inf
 
     def on_signal(number: signal.Signals) -> None:
         nonlocal last
-        if loop.time() - last < SAME_SIGNAL_SECONDS:
+        now = clock()
+        if now - last < SAME_SIGNAL_SECONDS:
             return
-        last = loop.time()
+        last = now
         if left:
             left.pop(0)()
         else:

@@ -5,39 +5,53 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from hypergen_gateway.serving import SAME_SIGNAL_SECONDS
 
+# Ends when it is told to. Its clock is a file, and says when it is looked at: once for each signal.
 WORK = """
-import asyncio, sys
+import asyncio, pathlib, sys
 from hypergen_gateway.serving import run_until_signalled
+
+def clock():
+    print("signalled", flush=True)
+    return float(pathlib.Path(sys.argv[1]).read_text())
 
 async def work():
     print("begun", flush=True)
     try:
-        await asyncio.sleep(60)
+        await asyncio.Event().wait()
     finally:
         print("ending", flush=True)
-        await asyncio.sleep(float(sys.argv[1]))
+        await asyncio.to_thread(sys.stdin.readline)
         print("ended", flush=True)
 
-run_until_signalled(work())
+run_until_signalled(work(), clock)
 """
-InitImage = Callable[..., subprocess.Popen[str]]
+Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
-def start() -> Iterator[InitImage]:
-    """Starts work whose end takes so many seconds; returns when it has begun."""
+def clock(tmp_path: Path) -> Path:
+    """What time it is for the work."""
+    file = tmp_path / "clock"
+    file.write_text("0")
+    return file
+
+
+@pytest.fixture
+def start(clock: Path) -> Iterator[Start]:
+    """Starts the work; returns when it has begun."""
     started: list[subprocess.Popen[str]] = []
 
-    def begin(seconds: float, *prefix: str) -> subprocess.Popen[str]:
-        command = [*prefix, sys.executable, "-c", WORK, str(seconds)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    def begin(*prefix: str) -> subprocess.Popen[str]:
+        command = [*prefix, sys.executable, "-c", WORK, str(clock)]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
         started.append(process)
         assert said(process) == "begun"
         return process
@@ -53,36 +67,47 @@ def said(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
+def let_end(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_it_in_order(start: InitImage, number: signal.Signals) -> None:
-    process = start(0)
+def test_a_signal_ends_it_in_order(start: Start, number: signal.Signals) -> None:
+    process = start()
     process.send_signal(number)
-    assert [said(process), said(process)] == ["ending", "ended"]
-    process.wait(10)
+    assert [said(process), said(process)] == ["signalled", "ending"]
+    let_end(process)
+    assert said(process) == "ended"
+    process.wait(60)
 
 
-def test_a_terminal_that_closes_does_not_end_what_was_detached_from_it(start: InitImage) -> None:
-    process = start(0, "nohup")
+def test_a_terminal_that_closes_does_not_end_what_was_detached_from_it(start: Start) -> None:
+    process = start("nohup")
     process.send_signal(signal.SIGHUP)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(1)
     process.terminate()
-    assert [said(process), said(process)] == ["ending", "ended"]
-
-
-def test_a_signal_that_is_sent_twice_is_one(start: InitImage) -> None:
-    """As `timeout` does, to the process and to its group."""
-    process = start(0.5)
-    process.terminate()
-    assert said(process) == "ending"
-    process.terminate()
+    assert [said(process), said(process)] == ["signalled", "ending"]
+    let_end(process)
     assert said(process) == "ended"
 
 
-def test_a_second_one_ends_what_does_not_end(start: InitImage) -> None:
-    process = start(60)
+def test_a_signal_that_is_sent_twice_is_one(start: Start, clock: Path) -> None:
+    """As `timeout` does, to the process and to its group."""
+    process = start()
     process.terminate()
-    assert said(process) == "ending"
-    time.sleep(SAME_SIGNAL_SECONDS)
+    assert [said(process), said(process)] == ["signalled", "ending"]
+    clock.write_text(str(0.99 * SAME_SIGNAL_SECONDS))
     process.terminate()
-    assert process.wait(10) == -signal.SIGTERM
+    assert said(process) == "signalled"
+    let_end(process)
+    assert said(process) == "ended"
+
+
+def test_a_second_one_ends_what_does_not_end(start: Start, clock: Path) -> None:
+    process = start()
+    process.terminate()
+    assert [said(process), said(process)] == ["signalled", "ending"]
+    clock.write_text(str(SAME_SIGNAL_SECONDS))
+    process.terminate()
+    assert process.wait(60) == -signal.SIGTERM

@@ -49,7 +49,8 @@ MODEL = ModelDescription(
 class FakeBackend:
     """A backend whose images are one flat grey, by their seed; a test sets what goes wrong."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock  # by which it says how long a picture took
         self.description: ModelDescription | HyperGenError = MODEL
         self.is_ready = True
         self.failure: Exception | None = None
@@ -82,7 +83,7 @@ class FakeBackend:
         self.generations.append(generation)
         self.running += 1
         self._running_images += generation.num_images
-        began = time.perf_counter()
+        began = self._clock()
         self.most_running_images = max(self.most_running_images, self._running_images)
         try:
             await self.open.wait()
@@ -97,7 +98,7 @@ class FakeBackend:
             for index in reversed(range(generation.num_images - self.missing_images)):
                 image = flat_image(generation, index)
                 # As long as a test let it wait, which is what a sampler would say.
-                took = max(image.timings.denoise, (time.perf_counter() - began) * 1000)
+                took = max(image.timings.denoise, (self._clock() - began) * 1000)
                 timings = replace(image.timings, denoise=took)
                 yield replace(image, timings=timings, truncated_tokens=self.truncated_tokens)
         finally:
@@ -128,7 +129,7 @@ def flat_preview(generation: GenerationRequest, index: int, number: int) -> Gene
     return replace(flat_image(generation, index), step=step, is_final=False)
 
 
-async def until(condition: Callable[[], bool], limit: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], limit: float = 30.0) -> None:
     """Waits for something that another task does."""
 
     async def poll() -> None:
@@ -145,7 +146,7 @@ async def until_sample(client: httpx.AsyncClient, name: str, value: float) -> No
         while (await gateway_samples(client)).get(name, 0.0) != value:
             await asyncio.sleep(0.005)
 
-    await asyncio.wait_for(poll(), 5.0)
+    await asyncio.wait_for(poll(), 30.0)
 
 
 async def gateway_samples(client: httpx.AsyncClient) -> dict[str, float]:
