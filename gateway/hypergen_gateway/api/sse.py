@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from hypergen_gateway.concurrency import cancel, run_with_timeout
 from hypergen_gateway.errors import ClientClosedRequestError, HyperGenError, UnavailableError
 from hypergen_gateway.http.disconnect import deadline_exceeded, wait_for_disconnect
-from hypergen_gateway.http.exceptions import log_exception, to_api_error
+from hypergen_gateway.http.exceptions import forget_tracebacks, log_exception, to_api_error
 
 # A comment: clients skip it, and it keeps proxies from closing an idle connection.
 HEARTBEAT = b": ping\n\n"
@@ -123,6 +123,7 @@ class EventStream(Response):
             except Exception as error:
                 api_error = to_api_error(error)
                 log_exception(api_error, error)
+                forget_tracebacks(error)
                 await _send_last(send, to_error_frame(api_error))
                 return
         await _send_last(send, b"")

@@ -19,6 +19,7 @@ from hypergen_gateway.errors import IdempotencyKeyReusedError, UnavailableError
 from hypergen_gateway.generation.admission import Slot
 from hypergen_gateway.generation.request import ClientRequest
 from hypergen_gateway.generation.service import EncodedImage, GenerationTask, ImageService
+from hypergen_gateway.http.exceptions import forget_tracebacks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class Job:
         self.request = generation.request
         self.may_return = generation.request.client.may_return
         self.subscribers = 0
-        self.expiry: asyncio.TimerHandle | None = None  # set while there are no subscribers
+        self.expiry: asyncio.TimerHandle | None = None  # set while it runs without subscribers
         self.delivered_at: float | None = None  # on the loop's clock
         self._generation = generation
         self._on_unsubscribed = on_unsubscribed
@@ -78,6 +79,7 @@ class Job:
         self.subscribers += 1
         if self.expiry is not None:
             self.expiry.cancel()
+            self.expiry = None
         try:
             yield
         finally:
@@ -112,9 +114,24 @@ class Job:
                 self._images.append(encoded)
                 self._notify()
 
+    def forget_traceback(self) -> None:
+        """Drops the traceback that ended the task. It leads back to the task, a cycle that would keep the images."""
+        try:
+            self.task.result()
+        except BaseException as error:
+            forget_tracebacks(error)
+
     def _notify(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The memory of a job that is kept after its end, and the timer that forgets it."""
+
+    nbytes: int
+    expiry: asyncio.TimerHandle
 
 
 class Jobs:
@@ -126,7 +143,7 @@ class Jobs:
         self._on_joined = on_joined
         self._by_key: dict[tuple[str, str], Job] = {}
         self._by_fingerprint: defaultdict[tuple[str, str], list[Job]] = defaultdict(list)
-        self._kept: OrderedDict[Job, int] = OrderedDict()
+        self._kept: OrderedDict[Job, _Kept] = OrderedDict()
         self._running: set[Job] = set()
 
     def join(self, request: ClientRequest) -> Job:
@@ -190,24 +207,32 @@ class Jobs:
             job.expiry = asyncio.get_running_loop().call_later(grace, self._give_up, job)
 
     def _give_up(self, job: Job) -> None:
+        job.expiry = None  # a timer that has run still refers to the job
         self._forget(job)
         job.task.cancel()
 
     def _ended(self, job: Job) -> None:
         self._running.discard(job)
+        if job.expiry is not None:
+            job.expiry.cancel()
+            job.expiry = None
+        if not job.subscribers:
+            job.forget_traceback()
         if job.task.cancelled() or not job.may_return:
             self._forget(job)
             return
         if job.has_failed:  # kept only so that its retry is not mistaken for that of another job
             self._forget_key(job)
-        self._kept[job] = job.nbytes
-        asyncio.get_running_loop().call_later(self._retention.seconds, self._forget, job)
-        while sum(self._kept.values()) > self._retention.nbytes:
+        expiry = asyncio.get_running_loop().call_later(self._retention.seconds, self._forget, job)
+        self._kept[job] = _Kept(job.nbytes, expiry)
+        while sum(kept.nbytes for kept in self._kept.values()) > self._retention.nbytes:
             self._forget(next(iter(self._kept)))
 
     def _forget(self, job: Job) -> None:
         self._forget_key(job)
-        self._kept.pop(job, None)
+        kept = self._kept.pop(job, None)
+        if kept is not None:
+            kept.expiry.cancel()
         candidates = self._by_fingerprint.get(_owned_fingerprint(job.request), [])
         if job in candidates:
             candidates.remove(job)

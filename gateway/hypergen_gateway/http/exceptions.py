@@ -55,6 +55,20 @@ def error_response(error: HyperGenError) -> Response:
     return JSONResponse(error.body, status_code=error.status, headers=dict(error.headers))
 
 
+def forget_tracebacks(error: BaseException) -> None:
+    """Drop the traceback of an error that has been answered, and those of its causes.
+
+    A task keeps its error, whose traceback leads to the task's own frames: a cycle, in which the images of a request
+    would stay in memory until the garbage collector runs.
+    """
+    chain: list[BaseException | None] = [error]
+    while chain:
+        each = chain.pop()
+        if each is not None and each.__traceback__ is not None:
+            each.__traceback__ = None
+            chain += [each.__cause__, each.__context__]
+
+
 def log_exception(api_error: HyperGenError, error: Exception) -> None:
     """Log the cause of a server error, which the client does not see. Client errors are not logged."""
     request_id = current_request_id.get()

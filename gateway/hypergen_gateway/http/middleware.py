@@ -28,7 +28,7 @@ from hypergen_gateway.errors import (
     NotFoundError,
     UnavailableError,
 )
-from hypergen_gateway.http.exceptions import error_response, log_exception, to_api_error
+from hypergen_gateway.http.exceptions import error_response, forget_tracebacks, log_exception, to_api_error
 from hypergen_gateway.http.origins import security_headers
 from hypergen_gateway.http.paths import hint_for
 from hypergen_gateway.http.request_id import (
@@ -272,6 +272,7 @@ def _to_response(error: Exception, scope: Scope) -> Response:
     else:
         api_error = to_api_error(error)
     log_exception(api_error, error)
+    forget_tracebacks(error)
     return error_response(api_error)
 
 

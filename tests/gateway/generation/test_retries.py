@@ -32,6 +32,12 @@ KEY = "sk-correct-horse"
 GENERATIONS = "/v1/images/generations"
 EDITS = "/v1/images/edits"
 FOX = {"prompt": "a fox"}
+FOX_THAT_MAY_RETURN = ClientRequest(
+    sub_requests=[SubRequest(generation=to_generation_request(ImageRequest(prompt="a fox"), MODEL))],
+    model=MODEL,
+    client=Client(may_return=True),
+    fingerprint="fox",
+)
 GRACE_SECONDS = 0.5
 DEPARTED = 'requests_total{method="POST",route="/v1/images/generations",status="499"}'
 JOINED_BY_RETRY, JOINED_BY_KEY = 'joined_total{reason="retry"}', 'joined_total{reason="idempotency_key"}'
@@ -223,6 +229,20 @@ class TestRetries:
         await until(lambda: backend.running == 0)
         assert seeds_of(await remote.post(GENERATIONS, json=FOX, headers=SECOND)) == [backend.generations[0].seed]
 
+    async def test_what_was_finished_without_its_client_is_not_given_up_any_more(self, backend: FakeBackend) -> None:
+        retention = RetentionPolicy(grace=3600.0, seconds=60.0, nbytes=1 << 20)
+        jobs = Jobs(ImageService(backend, Admission(10)), retention, on_joined=lambda _: None)
+        backend.open.clear()
+        job = jobs.join(FOX_THAT_MAY_RETURN)
+        with job.subscribe():
+            await until(lambda: backend.running == 1)
+        assert job.expiry is not None
+        backend.open.set()
+        await asyncio.wait([job.task])
+        assert job.expiry is None
+        retry = replace(FOX_THAT_MAY_RETURN, client=Client(may_return=True, is_retry=True))
+        assert jobs.join(retry) is job
+
     async def test_a_retry_after_its_client_s_deadline_joins_the_work_that_was_too_late(
         self, client: httpx.AsyncClient, backend: FakeBackend
     ) -> None:
@@ -262,16 +282,9 @@ class TestRetries:
     ) -> None:
         retention = RetentionPolicy(grace=1.0, seconds=60.0, nbytes=1 << 20, lost_response=60.0)
         jobs = Jobs(ImageService(backend, Admission(10)), retention, on_joined=lambda _: None)
-        generation = to_generation_request(ImageRequest(prompt="a fox"), MODEL)
-        request = ClientRequest(
-            sub_requests=[SubRequest(generation=generation)],
-            model=MODEL,
-            client=Client(may_return=True),
-            fingerprint="fox",
-        )
-        first = jobs.join(request)
+        first = jobs.join(FOX_THAT_MAY_RETURN)
         assert await first.final_images()
-        retry = replace(request, client=Client(may_return=True, is_retry=True))
+        retry = replace(FOX_THAT_MAY_RETURN, client=Client(may_return=True, is_retry=True))
         assert jobs.join(retry) is first
         assert first.delivered_at is not None
         first.delivered_at -= 60.0
