@@ -41,13 +41,26 @@ _SUPPORTED: dict[str, tuple[object, ...]] = {
 
 _EDITS = "use POST /v1/images/edits for input images"
 _ANIMATED = "'output_format' cannot be gif or svg on this server"
-_ANY_ROUTE = dict.fromkeys(("frame_count", "frame_duration_ms", "svg"), _ANIMATED)
+# The names that other image servers give to fields of every request.
+_OTHER_NAMES = {
+    "steps": "num_inference_steps",
+    "cfg_scale": "guidance_scale",
+    "width": "size",
+    "height": "size",
+    "sampler_name": "scheduler",
+    "num_images": "n",
+}
+_ANY_ROUTE = {
+    **dict.fromkeys(("frame_count", "frame_duration_ms", "svg"), _ANIMATED),
+    **{name: f"this server calls it '{ours}'" for name, ours in _OTHER_NAMES.items()},
+}
 _MARKUP = {"markup": "this server does not support markup; use a 'mask' to select what is regenerated"}
+_BRACKETS = {"image[]": "in JSON it is 'images'"}
 # Fields that a route does not have, but that a client would send to get a different image: rejected with the reason
 # rather than ignored.
 _ELSEWHERE: dict[type[ImageFields], dict[str, str]] = {
-    ImageRequest: _ANY_ROUTE | dict.fromkeys(("image", "images", "mask", "strength", "markup"), _EDITS),
-    EditRequest: _ANY_ROUTE | _MARKUP,
+    ImageRequest: _ANY_ROUTE | dict.fromkeys(("image", "images", "image[]", "mask", "strength", "markup"), _EDITS),
+    EditRequest: _ANY_ROUTE | _MARKUP | _BRACKETS,
     EditForm: _ANY_ROUTE | _MARKUP,
     VariationForm: _ANY_ROUTE
     | dict.fromkeys(("prompt", "mask", "markup"), "use POST /v1/images/edits to describe a change"),

@@ -5,6 +5,7 @@ Inside `CanonicalPath` each route has one path, so authentication, body limits, 
 
 from __future__ import annotations
 
+import difflib
 import re
 from urllib.parse import quote
 
@@ -16,6 +17,18 @@ _AZURE = re.compile(r"/openai/(?:deployments/.+/(?=(?:images|models|chat|complet
 
 _OURS = re.compile(r"/(images/(?:generations|edits|variations)|models|capabilities)(?=/|$)")
 _NOT_OURS = re.compile(r"/(?:chat/completions|completions|responses|embeddings|audio|moderations|realtime)(?=/|$)")
+# Suggested for paths that are nearly one of them.
+ROUTES = (
+    "/v1/images/generations",
+    "/v1/images/edits",
+    "/v1/images/variations",
+    "/v1/models",
+    "/v1/capabilities",
+    "/health",
+    "/metrics",
+)
+# By difflib's measure: /v1/images/generate has 0.88, and /v1/files 0.63 to /v1/models.
+_SIMILARITY = 0.8
 
 
 def canonical_path(path: str) -> str:
@@ -45,7 +58,8 @@ def hint_for(path: str) -> str:
         return f" Use /v1/{match[1]}: a client's base URL must end in /v1."
     if _NOT_OURS.search(path):
         return " This server only generates images: use /v1/images/generations."
-    return ""
+    similar = difflib.get_close_matches(path.lower(), ROUTES, n=1, cutoff=_SIMILARITY)
+    return f" Did you mean {similar[0]}?" if similar else ""
 
 
 class CanonicalPath:

@@ -299,6 +299,7 @@ class TestFieldsThatBelongElsewhere:
             ("image", URL),
             ("image", [URL]),
             ("images", [{"image_url": URL}]),
+            ("image[]", [URL]),
             ("mask", {"image_url": URL}),
             ("strength", 0.5),
             ("markup", URL),
@@ -327,6 +328,51 @@ class TestFieldsThatBelongElsewhere:
         assert (response.status_code, error["param"]) == (400, "markup")
         assert "'mask'" in str(error["message"])
         assert backend.generations == []
+
+    @pytest.mark.parametrize("beside", [{}, {"images": [URL]}])
+    async def test_json_has_no_brackets_in_names(
+        self, client: httpx.AsyncClient, backend: FakeBackend, beside: dict[str, Any]
+    ) -> None:
+        response = await client.post(EDITS, json={"prompt": "a", "image[]": [URL]} | beside)
+        error = error_of(response)
+        assert (response.status_code, error["param"]) == (400, "image[]")
+        assert "in JSON it is 'images'" in str(error["message"])
+        assert backend.generations == []
+
+    @pytest.mark.parametrize(
+        ("field", "value", "ours"),
+        [
+            ("steps", 30, "num_inference_steps"),
+            ("cfg_scale", 4.5, "guidance_scale"),
+            ("width", 64, "size"),
+            ("height", 64, "size"),
+            ("sampler_name", "euler", "scheduler"),
+            ("num_images", 2, "n"),
+        ],
+    )
+    async def test_other_servers_names_are_refused_with_the_right_one(
+        self, client: httpx.AsyncClient, backend: FakeBackend, field: str, value: Any, ours: str
+    ) -> None:
+        text = str(value).encode()
+        sent = [
+            await client.post(GENERATIONS, json={"prompt": "a", field: value}),
+            await client.post(EDITS, json={"prompt": "a", "images": [URL], field: value}),
+            await client.post(EDITS, **form(part("prompt", b"a"), image(), part(field, text))),
+            await client.post(VARIATIONS, **form(image(), part(field, text))),
+        ]
+        for response in sent:
+            error = error_of(response)
+            assert (response.status_code, error["param"]) == (400, field)
+            assert f"this server calls it '{ours}'" in str(error["message"])
+        assert backend.generations == []
+        absent = await client.post(GENERATIONS, json={"prompt": "a", field: None})
+        assert absent.status_code == 200
+
+    async def test_other_unknown_fields_are_ignored(self, client: httpx.AsyncClient, backend: FakeBackend) -> None:
+        harmless = {"extra_body": {}, "metadata": {"a": 1}, "denoising_strength": 0.7, "stepss": 3, "watermark": False}
+        response = await client.post(GENERATIONS, json={"prompt": "a"} | harmless)
+        assert response.status_code == 200
+        assert backend.generations[0].num_inference_steps == 20
 
     @pytest.mark.parametrize(
         ("field", "value"), [("prompt", b"a fox"), ("stream", b"true"), ("mask", PHOTO), ("markup", PHOTO)]

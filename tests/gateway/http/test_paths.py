@@ -9,10 +9,11 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from starlette.routing import Route
 
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
-from hypergen_gateway.http.paths import canonical_path
+from hypergen_gateway.http.paths import ROUTES, canonical_path
 from support.fake_backend import FakeBackend, in_memory, on_loopback
 from support.image_files import file_of, photo
 from support.node_client import run_node_client
@@ -129,6 +130,17 @@ class TestNoRoute:
             ("/models/acme/tiny", "Use /v1/models:"),
             ("/v1/v1/images/generations", "Use /v1/images/generations"),
             ("/api/v1/images/generations", "Use /v1/images/generations"),
+            ("/v1/images/edit", "Did you mean /v1/images/edits?"),
+            ("/v1/image/edits", "Did you mean /v1/images/edits?"),
+            ("/v1/image/generations", "Did you mean /v1/images/generations?"),
+            ("/v1/images/generation", "Did you mean /v1/images/generations?"),
+            ("/v1/images/generate", "Did you mean /v1/images/generations?"),
+            ("/image/generation", "Did you mean /v1/images/generations?"),
+            ("/v1/images/variation", "Did you mean /v1/images/variations?"),
+            ("/V1/Images/Generations", "Did you mean /v1/images/generations?"),
+            ("/v1/model", "Did you mean /v1/models?"),
+            ("/v1/capability", "Did you mean /v1/capabilities?"),
+            ("/healthz", "Did you mean /health?"),
         ],
     )
     async def test_it_says_where_to_ask(self, client: httpx.AsyncClient, path: str, words: str) -> None:
@@ -137,8 +149,13 @@ class TestNoRoute:
         assert (answer.status_code, error["type"], error["code"]) == (404, "invalid_request_error", "not_found")
         assert words in str(error["message"])
 
-    async def test_where_nobody_can_tell_nothing_is_guessed(self, client: httpx.AsyncClient) -> None:
-        assert error_of(await client.get("/nowhere"))["message"] == "Not found: GET /nowhere."
+    @pytest.mark.parametrize("path", ["/nowhere", "/v1", "/v1/files", "/v1/threads", "/favicon.ico", "/robots.txt"])
+    async def test_where_nobody_can_tell_nothing_is_guessed(self, client: httpx.AsyncClient, path: str) -> None:
+        assert error_of(await client.get(path))["message"] == f"Not found: GET {path}."
+
+    def test_what_is_guessed_exists(self, backend: FakeBackend) -> None:
+        routes = {route.path for route in create_app(Config(), backend).routes if isinstance(route, Route)}
+        assert set(ROUTES) <= routes
 
 
 class TestAzure:
