@@ -484,6 +484,17 @@ def test_a_reloading_server_runs_no_module_of_the_current_folder_but_finds_its_f
     assert not trapped.exists()
 
 
+@pytest.mark.parametrize("package", ["hypergen_gateway", "hypergen_export"])
+def test_a_package_that_is_run_imports_nothing_else_from_the_current_folder(package: str, tmp_path: Path) -> None:
+    trapped = tmp_path / "trapped"
+    for module in ("click", "logging", "json", "asyncio", "pathlib", "uvicorn", "numpy", "torch"):
+        (tmp_path / f"{module}.py").write_text(f"open({str(trapped)!r}, 'a').write('{module} ')")
+    command = [sys.executable, "-m", package, "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert not trapped.exists(), trapped.read_text()
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_package_is_the_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "hypergen_gateway", "--version"], capture_output=True, text=True, check=True
