@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -23,18 +23,23 @@ KEYED = {"Idempotency-Key": "a"}
 AWAY, FAULT = UnavailableError("away"), ValueError("a fault")
 
 
-@pytest.fixture(autouse=True)
-def without_the_collector(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    caplog.set_level("CRITICAL")  # a record of an error keeps its traceback
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
+Images = list[InitImage | SubRequest]
 
 
-def images_in_memory() -> list[object]:
+def images_of_process() -> Images:
     found = [each for each in gc.get_objects() if isinstance(each, InitImage | SubRequest)]
     return [each for each in found if isinstance(each, InitImage) or each.generation.image is not None]
+
+
+@pytest.fixture
+def images_in_memory(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], Images]]:
+    """Those that have come since the test began, while the garbage collector is off."""
+    caplog.set_level("CRITICAL")  # a record of an error keeps its traceback
+    gc.collect()
+    earlier = images_of_process()
+    gc.disable()
+    yield lambda: [each for each in images_of_process() if not any(each is other for other in earlier)]
+    gc.enable()
 
 
 @pytest.mark.parametrize(
@@ -59,6 +64,7 @@ async def test_they_are_gone_when_the_request_is_answered(
     fields: dict[str, str],
     headers: dict[str, str],
     failure: Exception | None,
+    images_in_memory: Callable[[], Images],
 ) -> None:
     backend.failure = failure
     async with in_memory(create_app(Config(**settings), backend), timeout=60) as client:
@@ -68,7 +74,9 @@ async def test_they_are_gone_when_the_request_is_answered(
         await until(lambda: not images_in_memory())
 
 
-async def test_they_are_gone_when_the_queue_is_full(backend: FakeBackend) -> None:
+async def test_they_are_gone_when_the_queue_is_full(
+    backend: FakeBackend, images_in_memory: Callable[[], Images]
+) -> None:
     backend.open.clear()
     async with in_memory(create_app(Config(max_queue_size=0), backend), timeout=60) as client:
         working = asyncio.create_task(client.post(GENERATIONS, json={"prompt": "a fox", "n": 4}))
@@ -80,7 +88,7 @@ async def test_they_are_gone_when_the_queue_is_full(backend: FakeBackend) -> Non
         await working
 
 
-async def test_they_are_gone_when_the_time_is_up(backend: FakeBackend) -> None:
+async def test_they_are_gone_when_the_time_is_up(backend: FakeBackend, images_in_memory: Callable[[], Images]) -> None:
     backend.open.clear()
     async with in_memory(create_app(Config(request_timeout=0.1), backend), timeout=60) as client:
         late = await client.post(EDITS, data={"prompt": "a fox"}, files={"image": file_of(photo())})
@@ -88,7 +96,7 @@ async def test_they_are_gone_when_the_time_is_up(backend: FakeBackend) -> None:
         await until(lambda: not images_in_memory())
 
 
-async def test_they_are_gone_when_the_client_is(backend: FakeBackend) -> None:
+async def test_they_are_gone_when_the_client_is(backend: FakeBackend, images_in_memory: Callable[[], Images]) -> None:
     backend.open.clear()
     app = create_app(Config(), backend)
     async with on_loopback(app) as url, httpx.AsyncClient(base_url=url, timeout=60) as client:
@@ -99,7 +107,9 @@ async def test_they_are_gone_when_the_client_is(backend: FakeBackend) -> None:
         await until(lambda: not images_in_memory())
 
 
-async def test_they_are_gone_when_work_fails_whose_client_is_gone(backend: FakeBackend) -> None:
+async def test_they_are_gone_when_work_fails_whose_client_is_gone(
+    backend: FakeBackend, images_in_memory: Callable[[], Images]
+) -> None:
     backend.open.clear()
     app = create_app(Config(retry_bytes=100), backend)
     async with on_loopback(app) as url, httpx.AsyncClient(base_url=url, timeout=60) as client:
