@@ -11,13 +11,14 @@ import functools
 from collections import Counter
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 
 from hypergen_sampler.predicted_x0 import predicted_x0
 from hypergen_sampler.request import InvalidInputError
-from support.parity import Pair, held, request_of, sampler_of
+from support.parity import Pair, held, input_image, mask, request_of, sampler_of
 from support.pipelines import pipeline_of
 from support.transformer_miniatures import MINIATURES, save_transformer_miniature
 from support.transformer_pipelines import image_by_diffusers
@@ -26,6 +27,11 @@ pytestmark = pytest.mark.claim("families")
 
 # Relative to the largest latent. The rotations are real here and complex in some of diffusers' attention processors.
 TOLERANCE = 1e-5
+# From an input image, the VAE's encoder adds its rounding, which the guidance scale multiplies.
+TOLERANCE_FROM_IMAGE = 5e-5
+# Family -> diffusers' pipelines for an input image, without and with a mask. FLUX.2-klein has none without a mask, and
+# its inpainting also shows the model the input image as a reference.
+FROM_IMAGE = {"z-image": (diffusers.ZImageImg2ImgPipeline, diffusers.ZImageInpaintPipeline)}
 # Family -> a guidance scale that guides, and one that does not.
 SCALES = {"flux2-klein": (1.0, 1.0), "flux2-klein-base": (3.5, 1.0), "z-image": (3.5, 0.0)}
 
@@ -48,7 +54,7 @@ async def test_an_image_equals_the_one_of_diffusers(family: str, guided: bool, p
     pair = pair_of(family)
     scale = SCALES[family][0 if guided else 1]
     request = request_of(width=96, height=64, guidance_scale=scale, num_inference_steps=4)
-    held(await pair.sampler.draw(request), image_by_diffusers(pair.pipeline, request), TOLERANCE)
+    held(await pair.sampler.generate(request), image_by_diffusers(pair.pipeline, request), TOLERANCE)
 
 
 @pytest.mark.parametrize("family", MINIATURES)
@@ -61,7 +67,7 @@ async def test_images_of_other_prompts_seeds_steps_and_scales_share_calls(family
     ]
     loop = pair.sampler.loop()
     pair.sampler.rows_of_calls.clear()
-    results = await asyncio.gather(*(pair.sampler.draw(request, loop) for request in requests))
+    results = await asyncio.gather(*(pair.sampler.generate(request, loop) for request in requests))
     rows = 1 if guided == unguided else 2
     assert Counter(pair.sampler.rows_of_calls) == Counter({rows + 1: 3, 1: 2})
     for ours, request in zip(results, requests, strict=True):
@@ -72,13 +78,53 @@ async def test_images_of_other_prompts_seeds_steps_and_scales_share_calls(family
 async def test_a_larger_image_has_the_schedule_of_its_size(family: str, pair_of: Any) -> None:
     pair = pair_of(family)
     request = request_of(width=192, height=256, num_inference_steps=2, guidance_scale=SCALES[family][0])
-    held(await pair.sampler.draw(request), image_by_diffusers(pair.pipeline, request), TOLERANCE)
+    held(await pair.sampler.generate(request), image_by_diffusers(pair.pipeline, request), TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FROM_IMAGE)
+@pytest.mark.parametrize("masked", [False, True], ids=["image to image", "inpainting"])
+# 0.6 of 6 steps are 4, as flow matching rounds the first step down; 0.7 of 5 are 4.
+@pytest.mark.parametrize(("steps", "strength"), [(6, 0.6), (5, 0.7), (4, 1.0)])
+async def test_an_image_from_an_image_equals_the_one_of_diffusers(
+    family: str, masked: bool, steps: int, strength: float, pair_of: Any
+) -> None:
+    pair = pair_of(family)
+    request = request_of(
+        guidance_scale=SCALES[family][0],
+        num_inference_steps=steps,
+        strength=strength,
+        image=input_image(),
+        mask=mask() if masked else None,
+    )
+    parts = pair.pipeline.components
+    pipeline = FROM_IMAGE[family][masked](**parts)
+    pipeline.set_progress_bar_config(disable=True)
+    held(await pair.sampler.generate(request), image_by_diffusers(pipeline, request), TOLERANCE_FROM_IMAGE)
+
+
+async def test_a_packed_mask_keeps_the_pixels_of_the_vae_around_it(pair_of: Any) -> None:
+    """A latent pixel of FLUX.2 is four of its VAE's, which a mask covers one by one."""
+    pair = pair_of("flux2-klein")
+    covered = np.zeros((64, 96), dtype=np.uint8)
+    covered[8:40, 24:] = 255  # from the second row and the fourth column of the VAE's pixels on
+    request = request_of(width=96, height=64, image=input_image(96, 64), mask=covered)
+    latents, _ = await pair.sampler.generate(request)
+    mean = pair.sampler.run("vae_encoder", image=request.image[None])["mean"][0]
+    is_kept = np.abs(unpacked(latents) - unpacked(mean)).max(axis=0) < 1e-5
+    expected = np.ones((8, 12), dtype=bool)
+    expected[1:5, 3:] = False
+    np.testing.assert_array_equal(is_kept, expected)
+
+
+def unpacked(latents: Any) -> Any:
+    """[4 × C, h, w] -> [C, 2 h, 2 w], as Flux2KleinPipeline does."""
+    return diffusers.Flux2KleinPipeline._unpatchify_latents(torch.from_numpy(latents)[None])[0].numpy()
 
 
 async def test_a_model_without_guidance_refuses_a_scale(pair_of: Any) -> None:
     pair = pair_of("flux2-klein")
     with pytest.raises(InvalidInputError, match=r"^guidance_scale: must be absent or 1"):
-        await pair.sampler.draw(request_of(guidance_scale=3.5))
+        await pair.sampler.generate(request_of(guidance_scale=3.5))
 
 
 @pytest.mark.parametrize("family", MINIATURES)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image as PILImage
 
 from hypergen_sampler.conditioning import Array
 from hypergen_sampler.request import Request
@@ -16,8 +17,7 @@ def image_by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:
     """The final latents [C, h, w] in the sampler's layout, and the image."""
     arguments: dict[str, Any] = {
         "prompt": request.prompt,
-        "width": request.width,
-        "height": request.height,
+        **_given(request),
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": request.guidance_scale,
         "generator": torch.Generator().manual_seed(request.seed),
@@ -33,6 +33,15 @@ def image_by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:
 
     image = pipeline(**arguments, callback_on_step_end=keep).images[0]
     return _in_our_layout(latents[0], request), (image * 255).round().astype(np.uint8)
+
+
+def _given(request: Request) -> dict[str, Any]:
+    given: dict[str, Any] = {"width": request.width, "height": request.height}
+    if request.image is not None:
+        given |= {"image": PILImage.fromarray(request.image), "strength": request.strength}
+    if request.mask is not None:
+        given["mask_image"] = PILImage.fromarray(request.mask)
+    return given
 
 
 def _in_our_layout(latents: torch.Tensor, request: Request) -> Array:
