@@ -101,11 +101,17 @@ def exported(family_of: Callable[[str], tuple[Path, Path]]) -> Path:
 
 
 def _made_once(shared: Path, family: str) -> Path:
-    from support.miniature import save_miniature  # imports torch, without which the gateway's tests run
+    # They import torch, without which the gateway's tests run.
+    from support.miniature import save_miniature
+    from support.transformer_miniatures import MINIATURES, save_transformer_miniature
 
     folder = shared / "checkpoints" / family
     with FileLock(shared / f"{family}.lock"):
-        return folder if folder.exists() else save_miniature(folder, family=family)
+        if folder.exists():
+            return folder
+        if family in MINIATURES:
+            return save_transformer_miniature(folder, family)
+        return save_miniature(folder, family=family)
 
 
 def _export(checkpoint: Path, cache_dir: Path) -> Path:

@@ -105,11 +105,10 @@ async def test_an_image_from_an_image_equals_the_one_of_diffusers(
 async def test_a_packed_mask_keeps_the_pixels_of_the_vae_around_it(pair_of: Any) -> None:
     """A latent pixel of FLUX.2 is four of its VAE's, which a mask covers one by one."""
     pair = pair_of("flux2-klein")
-    covered = np.zeros((64, 96), dtype=np.uint8)
+    image, covered = input_image(96, 64), np.zeros((64, 96), dtype=np.uint8)
     covered[8:40, 24:] = 255  # from the second row and the fourth column of the VAE's pixels on
-    request = request_of(width=96, height=64, image=input_image(96, 64), mask=covered)
-    latents, _ = await pair.sampler.generate(request)
-    mean = pair.sampler.run("vae_encoder", image=request.image[None])["mean"][0]
+    latents, _ = await pair.sampler.generate(request_of(width=96, height=64, image=image, mask=covered))
+    mean = pair.sampler.run("vae_encoder", image=image[None])["mean"][0]
     is_kept = np.abs(unpacked(latents) - unpacked(mean)).max(axis=0) < 1e-5
     expected = np.ones((8, 12), dtype=bool)
     expected[1:5, 3:] = False

@@ -1,0 +1,89 @@
+"""Transformer families through the real Triton, against diffusers' pipelines of their miniatures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+
+from support.parity import request_of
+from support.pipelines import pipeline_of
+from support.running_server import KEY, Pixels, Server, generate, generate_all, start_server, stop_server
+from support.transformer_pipelines import image_by_diffusers
+
+pytestmark = pytest.mark.claim("families")
+
+# Family -> the guidance scale to ask for.
+SCALES = {"flux2-klein": 1.0, "z-image": 3.5}
+
+
+@dataclass
+class Served:
+    family: str
+    server: Server
+    pipeline: Any
+
+    def by_diffusers(self, fields: dict[str, Any]) -> Pixels:
+        width, height = (int(side) for side in fields["size"].split("x"))
+        rest = {name: value for name, value in fields.items() if name != "size"}
+        return image_by_diffusers(self.pipeline, request_of(**rest, width=width, height=height))[1]
+
+
+@pytest.fixture(scope="module", params=SCALES)
+def served(
+    request: pytest.FixtureRequest, family_of: Callable[[str], tuple[Path, Path]], cache_dir: Path
+) -> Iterator[Served]:
+    folder, repository = family_of(request.param)
+    assert repository.parent == cache_dir
+    server = start_server("--dtype", "float32", "--cache-dir", str(cache_dir), model=str(folder))
+    yield Served(request.param, server, pipeline_of(folder))
+    assert stop_server(server) == 0, "\n".join(server.lines)
+
+
+async def test_images_of_other_prompts_at_once_equal_those_of_diffusers(served: Served) -> None:
+    scale = SCALES[served.family]
+    bodies: list[dict[str, Any]] = [
+        {"prompt": "a red rocket", "seed": 1, "num_inference_steps": 6, "size": "96x64", "guidance_scale": scale},
+        {"prompt": "a cat", "seed": 2, "num_inference_steps": 5, "size": "96x64", "guidance_scale": scale},
+    ]
+    images = await generate_all(served.server, bodies)
+    for image, fields in zip(images, bodies, strict=True):
+        theirs = served.by_diffusers(fields)
+        assert theirs.std() > 10, "a flat image would prove nothing"
+        levels = np.abs(image.astype(int) - theirs.astype(int))
+        print(f"{served.family}: at most {levels.max()}/255, mean {levels.mean():.5f}")
+        assert levels.max() <= 1
+
+
+async def test_the_images_of_a_request_share_calls(served: Served) -> None:
+    before = served.server.unet_counts("transformer")
+    async with served.server.async_client() as client:
+        await client.images.generate(prompt="a cat", n=3, size="64x64", extra_body={"num_inference_steps": 4})
+    rows, executions = (now - then for now, then in zip(served.server.unet_counts("transformer"), before, strict=True))
+    assert (rows, executions) == (3 * 4 * (2 if served.family == "z-image" else 1), 4)
+
+
+def test_its_limits_are_stated(served: Served) -> None:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    stated = httpx.get(f"{served.server.url}/v1/capabilities", headers=headers).json()
+    assert (stated["default_size"], stated["size_factor"]) == ("1024x1024", 16)
+    guidance = [stated[name] for name in ("min_guidance_scale", "max_guidance_scale", "negative_prompt")]
+    assert guidance == ([0.0, 20.0, True] if served.family == "z-image" else [1.0, 1.0, False])
+
+
+@pytest.mark.parametrize(("field", "value"), [("guidance_scale", 2.0), ("negative_prompt", "a cat")])
+async def test_what_a_model_without_guidance_has_no_use_for_is_refused(
+    served: Served, field: str, value: object
+) -> None:
+    if served.family == "z-image":
+        return
+    async with served.server.async_client() as client:
+        with pytest.raises(openai.BadRequestError, match="It must be absent") as refusal:
+            await generate(client, prompt="x", size="64x64", **{field: value})
+        assert refusal.value.param == field
