@@ -1,7 +1,8 @@
-"""Measures the shipped model: does a prompt give the right image?
+"""Measures a shipped model: does a prompt give the right image?
 
-    python export/emoji/evaluate.py                                  the checkpoint through diffusers
-    python export/emoji/evaluate.py --url http://127.0.0.1:8000/v1   a running server
+    python export/emoji/evaluate.py                                                    the checkpoint through diffusers
+    python export/emoji/evaluate.py --url http://127.0.0.1:8000/v1                     a running server
+    python export/emoji/evaluate.py --flow --checkpoint export/emoji_flow/checkpoint   the flow model
 
 Knows prompts, the images they should give and how to compare the two. Where images come from is a `Source`. Seeds
 are fixed: the same model gives the same figures. An image's emoji is the one whose true rendering, over all places on
@@ -16,7 +17,7 @@ import json
 import re
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -82,10 +83,12 @@ class Checkpoint:
     """Images of a checkpoint through the diffusers pipeline."""
 
     def __init__(self, folder: Path) -> None:
-        from diffusers import StableDiffusionPipeline
+        from diffusers import DiffusionPipeline, ZImagePipeline
 
-        self._pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+        self._pipeline: Any = DiffusionPipeline.from_pretrained(folder)
         self._pipeline.set_progress_bar_config(disable=True)
+        # Z-Image's text encoder would compute 512 tokens for every prompt.
+        self._extra = {"max_sequence_length": 64} if isinstance(self._pipeline, ZImagePipeline) else {}
         self._own_scheduler = self._pipeline.scheduler
         self._defaults = json.loads((folder / "hypergen_defaults.json").read_text(encoding="utf-8"))
 
@@ -108,6 +111,7 @@ class Checkpoint:
             guidance_scale=self._defaults["guidance_scale"] if first.guidance is None else first.guidance,
             width=first.size[0],
             height=first.size[1],
+            **self._extra,
         )
         return list(generated.images)
 
@@ -314,26 +318,41 @@ def quality_rows(source: Source, count: int) -> list[Row]:
     ]
 
 
-def variation_rows(source: Source, count: int) -> list[Row]:
-    """The same prompts under other settings."""
+# The same prompts under other settings. Guidance is what the model's pipeline calls so: the flow model's is one less.
+VARIATIONS: dict[str, dict[str, Any]] = {
+    "guidance 1": {"guidance": 1.0},
+    "the defaults": {},
+    "guidance 1.5": {"guidance": 1.5},
+    "guidance 3": {"guidance": 3.0},
+    "guidance 5": {"guidance": 5.0},
+    "20 steps, own scheduler": {"steps": 20},
+    "4 steps, own scheduler": {"steps": 4},
+    "4 steps, dpmpp_2m": {"steps": 4, "scheduler": "dpmpp_2m"},
+    "8 steps, dpmpp_2m": {"steps": 8, "scheduler": "dpmpp_2m"},
+    "20 steps, euler": {"steps": 20, "scheduler": "euler"},
+    "size 56×56": {"size": (56, 56)},
+    "size 80×80": {"size": (80, 80)},
+    "size 96×96": {"size": (96, 96)},
+    "size 96×64": {"size": (96, 64)},
+}
+FLOW_VARIATIONS: dict[str, dict[str, Any]] = {
+    "guidance 0": {"guidance": 0.0},
+    "the defaults": {},
+    "guidance 0.5": {"guidance": 0.5},
+    "guidance 2": {"guidance": 2.0},
+    "guidance 4": {"guidance": 4.0},
+    "20 steps": {"steps": 20},
+    "6 steps": {"steps": 6},
+    "4 steps": {"steps": 4},
+    "size 80×80": {"size": (80, 80)},
+    "size 96×96": {"size": (96, 96)},
+    "size 96×64": {"size": (96, 64)},
+}
+
+
+def variation_rows(source: Source, count: int, variations: Mapping[str, dict[str, Any]]) -> list[Row]:
     tasks = random_tasks(count, 5)
-    settings: dict[str, dict[str, Any]] = {
-        "guidance 1": {"guidance": 1.0},
-        "the defaults": {},
-        "guidance 1.5": {"guidance": 1.5},
-        "guidance 3": {"guidance": 3.0},
-        "guidance 5": {"guidance": 5.0},
-        "20 steps, own scheduler": {"steps": 20},
-        "4 steps, own scheduler": {"steps": 4},
-        "4 steps, dpmpp_2m": {"steps": 4, "scheduler": "dpmpp_2m"},
-        "8 steps, dpmpp_2m": {"steps": 8, "scheduler": "dpmpp_2m"},
-        "20 steps, euler": {"steps": 20, "scheduler": "euler"},
-        "size 56×56": {"size": (56, 56)},
-        "size 80×80": {"size": (80, 80)},
-        "size 96×96": {"size": (96, 96)},
-        "size 96×64": {"size": (96, 64)},
-    }
-    return [Row(name, score(source, with_settings(tasks, **changes))) for name, changes in settings.items()]
+    return [Row(name, score(source, with_settings(tasks, **changes))) for name, changes in variations.items()]
 
 
 def negative_prompt_line(source: Source, count: int) -> str:
@@ -402,6 +421,7 @@ def save_sheet(source: Source, file: Path) -> None:
 
 @click.command(help=__doc__)
 @click.option("--checkpoint", type=click.Path(path_type=Path), default=HERE / "checkpoint", help="A diffusers folder.")
+@click.option("--flow", is_flag=True, help="Vary the settings that the flow model has.")
 @click.option("--url", help="Base URL of a running server, in place of the checkpoint.")
 @click.option("--key", envvar="HYPERGEN_API_KEY", help="The server's API key.")
 @click.option("--count", default=400, show_default=True, help="Random prompts; the other sets are a quarter of it.")
@@ -412,14 +432,15 @@ def main(**options: Any) -> None:
     if options["sheet"]:
         save_sheet(source, options["sheet"])
     if not options["only_sheet"]:
-        report(source, options["count"])
+        report(source, options["count"], FLOW_VARIATIONS if options["flow"] else VARIATIONS)
 
 
-def report(source: Source, count: int) -> None:
+def report(source: Source, count: int, variations: Mapping[str, dict[str, Any]]) -> None:
     click.echo(HEADER)
-    for rows in (quality_rows, variation_rows):
-        for row in rows(source, count if rows is quality_rows else max(1, count // 8)):
-            click.echo(str(row))
+    for row in quality_rows(source, count):
+        click.echo(str(row))
+    for row in variation_rows(source, max(1, count // 8), variations):
+        click.echo(str(row))
     click.echo("\n" + negative_prompt_line(source, max(1, count // 8)))
     click.echo(seed_line(source))
     click.echo(speed_line(source))

@@ -105,7 +105,7 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def _corpus(seed: int) -> list[str]:
+def corpus(seed: int) -> list[str]:
     """Captions and the meaningless words, so that every word the model was taught is one token."""
     random = Random(seed)
     emoji = emoji_list()
@@ -127,7 +127,7 @@ def _byte_pairs(seed: int) -> dict[str, Any]:
     )
     learner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=1600, min_frequency=15, end_of_word_suffix="</w>", show_progress=False)
-    learner.train_from_iterator(_corpus(seed), trainer)
+    learner.train_from_iterator(corpus(seed), trainer)
     model: dict[str, Any] = json.loads(learner.to_str())["model"]
     return model
 

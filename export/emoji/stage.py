@@ -22,9 +22,8 @@ from pytorch_optimizer.optimizer.utils.matrix import zero_power_via_gram_newton_
 from torch import Tensor, nn
 from tqdm import tqdm
 
-SAVE_STEPS = 200
 # Layers at the edges of a network and tables; their weights are no maps between hidden states.
-EDGES = ("conv_in", "conv_out", "quant_conv", "embedding", "emoji", "colour")
+EDGES = ("conv_in", "conv_out", "quant_conv", "embed", "final_layer", "adaLN", "pad_token", "emoji", "colour")
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class Plan:
     batch: int
     warmup: int = 50
     average: float = 0.998
+    save_steps: int = 200
 
     def factor(self, step: int) -> float:
         if step < self.warmup:
@@ -150,7 +150,7 @@ class Stage:
             smooth = 0.98 * smooth + 0.02 * loss.item() if smooth else loss.item()
             bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
             bar.update()
-            if self.step % SAVE_STEPS == 0 or self.step == self.plan.steps:
+            if self.step % self.plan.save_steps == 0 or self.step == self.plan.steps:
                 self.save()
                 if first:
                     saved()

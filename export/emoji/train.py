@@ -20,7 +20,6 @@ import copy
 import shutil
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -33,9 +32,9 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
-from tqdm import tqdm
 
 from captions import caption, plain_caption
+from dataset import EMOJI, NATIVE, Choice, captions_of, choose, cutouts_of, encode_all, of_all_emoji, size_of
 from models import (
     DEFAULTS,
     POSITIONS,
@@ -51,14 +50,10 @@ from models import (
     write_tokenizer,
 )
 from stage import Plan, Stage, random_of, share
-from world import COLOUR_NAMES, NATIVE_SIDE, PLACEMENTS, colour_table, compose, cutouts, emoji_list, held_out_colour
+from world import COLOUR_NAMES, PLACEMENTS, colour_table, compose
 
-EMOJI = emoji_list()
-NATIVE = (NATIVE_SIDE, NATIVE_SIDE)
 # Sizes beside the native one, width and height, so that they do not break; a step in six is at one of them.
 OTHER_SIZES = ((56, 56), (72, 72), (80, 80), (64, 96), (96, 64), (96, 96))
-OTHER_SIZE_EVERY = 6
-CAPTION_DROPPED, COLOUR_UNSAID, EMOJI_UNSAID = 0.10, 0.15, 0.03
 KL_WEIGHT = 1e-3
 # Samples of every image that the UNet makes for the decoder, and their steps (the first, from pure noise, is left out).
 SAMPLES, RESAMPLING_STEPS = 2, 5
@@ -85,61 +80,16 @@ class Options:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Of each image of a batch: the emoji, the placement and the colour (indices)."""
-
-    emoji: Tensor
-    placement: Tensor
-    colour: Tensor
-
-
-def choose(random: Random, count: int, placements: int) -> Choice:
-    """A batch without the pairs that are held out for measuring."""
-    emoji = [random.randrange(len(EMOJI)) for _ in range(count)]
-    free = [[c for c in range(len(COLOUR_NAMES)) if c != held_out_colour(one)] for one in emoji]
-    colours = [random.choice(one) for one in free]
-    places = [random.randrange(placements) for _ in range(count)]
-    return Choice(torch.tensor(emoji), torch.tensor(places), torch.tensor(colours))
-
-
-def captions_of(random: Random, picks: Choice) -> list[str]:
-    return [_caption(random, *pair) for pair in zip(picks.emoji.tolist(), picks.colour.tolist(), strict=True)]
-
-
-def _caption(random: Random, emoji: int, colour: int) -> str:
-    drawn = random.random()
-    if drawn < CAPTION_DROPPED:
-        return ""
-    if drawn < CAPTION_DROPPED + EMOJI_UNSAID:
-        return caption(random, (), COLOUR_NAMES[colour])
-    said = "" if drawn < CAPTION_DROPPED + EMOJI_UNSAID + COLOUR_UNSAID else COLOUR_NAMES[colour]
-    return caption(random, EMOJI[emoji].names, said)
-
-
-def size_of(step: int) -> tuple[int, int]:
-    """Width and height of a step's images: the native size, and every so often one of the others in turn."""
-    if step % OTHER_SIZE_EVERY != OTHER_SIZE_EVERY - 1:
-        return NATIVE
-    return OTHER_SIZES[step // OTHER_SIZE_EVERY % len(OTHER_SIZES)]
-
-
-def cutouts_of_all_sizes() -> dict[tuple[int, int], Tensor]:
-    """All emoji: in every way at the native size, in the first way alone at the others."""
-    others = {size: cutouts(EMOJI, PLACEMENTS[:1], size) for size in OTHER_SIZES}
-    return {NATIVE: cutouts(EMOJI)} | others
-
-
 # Stage 1: the VAE
 
 
 def train_vae(folder: Path, plan: Plan, options: Options) -> nn.Module:
     vae = build_vae().to(memory_format=torch.channels_last)
     stage = Stage(folder, plan, nn.ModuleDict({"vae": vae}))
-    cuts = cutouts_of_all_sizes()
+    cuts = cutouts_of(OTHER_SIZES)
 
     def loss_of(step: int) -> Tensor:
-        of_size = cuts[size_of(step)]
+        of_size = cuts[size_of(step, OTHER_SIZES)]
         picks = choose(random_of(plan, options.seed, step), share(plan), of_size.shape[1])
         images = compose(of_size[picks.emoji, picks.placement], colour_table()[picks.colour]) * 2 - 1
         with options.precision():
@@ -182,39 +132,13 @@ class Latents:
 def encode_world(folder: Path, vae: Any) -> Latents:
     file = folder / "latents.pt"
     if not file.exists():
-        raw = {size: _encode(vae, cuts) for size, cuts in cutouts_of_all_sizes().items()}
+        raw = {size: encode_all(vae, cuts) for size, cuts in cutouts_of(OTHER_SIZES).items()}
         factor = 1 / float(raw[NATIVE][:, :, :, 0].float().std())
         by_size = {size: (value.float() * factor).bfloat16() for size, value in raw.items()}
         if dist.get_rank() == 0:
             torch.save({"by_size": by_size, "scaling_factor": factor}, file)
     dist.barrier()
     return Latents(**torch.load(file, weights_only=True))
-
-
-@torch.no_grad()
-def _encode(vae: Any, cuts: Tensor) -> Tensor:
-    colours = colour_table()
-
-    def encode_emoji(emoji: int) -> Tensor:
-        row = cuts[emoji]
-        images = compose(row.repeat_interleave(len(colours), 0), colours.repeat(len(row), 1)) * 2 - 1
-        posterior = vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
-        both: Tensor = torch.stack([posterior.mean, posterior.std], dim=1).unflatten(0, (len(row), len(colours)))
-        return both
-
-    return of_all_emoji(encode_emoji, f"latents {cuts.shape[-1]}×{cuts.shape[-2]}")
-
-
-def of_all_emoji(row_of: Callable[[int], Tensor], name: str) -> Tensor:
-    """bfloat16 [emoji, …]: every process makes the rows of its share of the emoji; all of them get the whole."""
-    rank, processes = dist.get_rank(), dist.get_world_size()
-    mine = tqdm(range(rank, len(EMOJI), processes), desc=name, mininterval=5, disable=rank > 0)
-    sent: list[Any] = [None] * processes
-    dist.all_gather_object(sent, torch.stack([row_of(emoji) for emoji in mine]).bfloat16().contiguous())
-    whole: Tensor = torch.empty(len(EMOJI), *sent[0].shape[1:], dtype=torch.bfloat16)
-    for sender, rows in enumerate(sent):
-        whole[sender::processes] = rows
-    return whole
 
 
 # Stage 3: the text encoder by itself
@@ -276,7 +200,7 @@ def train_jointly(folder: Path, plan: Plan, options: Options, parts: Parts) -> P
 
     def loss_of(step: int) -> Tensor:
         random = random_of(plan, options.seed, step)
-        size = size_of(step)
+        size = size_of(step, OTHER_SIZES)
         picks = choose(random, share(plan), parts.latents.by_size[size].shape[1])
         texts = captions_of(random, picks)
         with options.precision():
@@ -356,10 +280,10 @@ def sharpen_decoder(folder: Path, plan: Plan, options: Options, parts: Parts) ->
     vae = copy.deepcopy(parts.vae).to(memory_format=torch.channels_last)
     decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
     stage = Stage(folder, plan, decoder.requires_grad_(True))
-    cuts = cutouts_of_all_sizes()
+    cuts = cutouts_of(OTHER_SIZES)
 
     def loss_of(step: int) -> Tensor:
-        size = size_of(step)
+        size = size_of(step, OTHER_SIZES)
         picks = choose(random_of(plan, options.seed, step), share(plan), cuts[size].shape[1])
         images = compose(cuts[size][picks.emoji, picks.placement], colour_table()[picks.colour]) * 2 - 1
         latents = parts.latents.sample(size, picks)

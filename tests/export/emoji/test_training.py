@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import train
+from dataset import EMOJI, Choice, captions_of, choose, of_all_emoji
 from models import build_scheduler
 from stage import Plan, Stage, hidden_matrices, random_of, shares_of
-from train import EMOJI, Choice, Parts, captions_of, choose, mixed, of_all_emoji, resample, without_slips
+from train import Parts, mixed, resample, without_slips
 from world import held_out_colour
 
 
