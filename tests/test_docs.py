@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", ".github/SECURITY.md")),
-    *(ROOT / name for name in ("docker/README.md", "export/emoji/README.md")),
+    *(ROOT / name for name in ("docker/README.md", "export/emoji/README.md", "export/emoji_flow/README.md")),
     *sorted(DOCS.glob("*.md")),
 ]
 # What the file map lists: these folders with all rooms in them.

@@ -1,8 +1,8 @@
 """Measures a shipped model: does a prompt give the right image?
 
-    python export/emoji/evaluate.py                                                    the checkpoint through diffusers
-    python export/emoji/evaluate.py --url http://127.0.0.1:8000/v1                     a running server
-    python export/emoji/evaluate.py --flow --checkpoint export/emoji_flow/checkpoint   the flow model
+    python export/emoji/evaluate.py                                                   the checkpoint through diffusers
+    python export/emoji/evaluate.py --url http://127.0.0.1:8000/v1                    a running server
+    python export/emoji/evaluate.py --flow --checkpoint build/emoji_flow/checkpoint   the flow model
 
 Knows prompts, the images they should give and how to compare the two. Where images come from is a `Source`. Seeds
 are fixed: the same model gives the same figures. An image's emoji is the one whose true rendering, over all places on

@@ -33,6 +33,7 @@ BY_PLACE: Mapping[str, str] = {
     "end_to_end": "triton",
     "export/conversion": "export",
     "export/emoji": "torch",
+    "export/emoji_flow": "torch",
     "export/engines/test_tensorrt.py": "export",
     "gateway/api/test_fuzz.py": "slow",
     "gateway/api/test_schemathesis.py": "slow",
