@@ -31,9 +31,18 @@ TOLERANCE = 1e-5
 TOLERANCE_FROM_IMAGE = 5e-5
 # Family -> diffusers' pipelines for an input image, without and with a mask. FLUX.2-klein has none without a mask, and
 # its inpainting also shows the model the input image as a reference.
-FROM_IMAGE = {"z-image": (diffusers.ZImageImg2ImgPipeline, diffusers.ZImageInpaintPipeline)}
+FROM_IMAGE = {
+    "stable-diffusion-3": (diffusers.StableDiffusion3Img2ImgPipeline, diffusers.StableDiffusion3InpaintPipeline),
+    "z-image": (diffusers.ZImageImg2ImgPipeline, diffusers.ZImageInpaintPipeline),
+}
 # Family -> a guidance scale that guides, and one that does not.
-SCALES = {"flux2-klein": (1.0, 1.0), "flux2-klein-base": (3.5, 1.0), "z-image": (3.5, 0.0)}
+SCALES = {
+    "flux2-klein": (1.0, 1.0),
+    "flux2-klein-base": (3.5, 1.0),
+    "stable-diffusion-3": (3.5, 1.0),
+    "stable-diffusion-3-without-t5": (3.5, 1.0),
+    "z-image": (3.5, 0.0),
+}
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,9 @@ from support.transformer_pipelines import image_by_diffusers
 pytestmark = pytest.mark.claim("families")
 
 # Family -> the guidance scale to ask for.
-SCALES = {"flux2-klein": 1.0, "z-image": 3.5}
+SCALES = {"flux2-klein": 1.0, "stable-diffusion-3": 3.5, "z-image": 3.5}
+# Family with classifier-free guidance -> the smallest scale.
+SMALLEST_SCALES = {"stable-diffusion-3": 1.0, "z-image": 0.0}
 
 
 @dataclass
@@ -66,7 +68,7 @@ async def test_the_images_of_a_request_share_calls(served: Served) -> None:
     async with served.server.async_client() as client:
         await client.images.generate(prompt="a cat", n=3, size="64x64", extra_body={"num_inference_steps": 4})
     rows, executions = (now - then for now, then in zip(served.server.unet_counts("transformer"), before, strict=True))
-    assert (rows, executions) == (3 * 4 * (2 if served.family == "z-image" else 1), 4)
+    assert (rows, executions) == (3 * 4 * (2 if served.family in SMALLEST_SCALES else 1), 4)
 
 
 def test_its_limits_are_stated(served: Served) -> None:
@@ -74,14 +76,17 @@ def test_its_limits_are_stated(served: Served) -> None:
     stated = httpx.get(f"{served.server.url}/v1/capabilities", headers=headers).json()
     assert (stated["default_size"], stated["size_factor"]) == ("1024x1024", 16)
     guidance = [stated[name] for name in ("min_guidance_scale", "max_guidance_scale", "negative_prompt")]
-    assert guidance == ([0.0, 20.0, True] if served.family == "z-image" else [1.0, 1.0, False])
+    if served.family in SMALLEST_SCALES:
+        assert guidance == [SMALLEST_SCALES[served.family], 20.0, True]
+    else:
+        assert guidance == [1.0, 1.0, False]
 
 
 @pytest.mark.parametrize(("field", "value"), [("guidance_scale", 2.0), ("negative_prompt", "a cat")])
 async def test_what_a_model_without_guidance_has_no_use_for_is_refused(
     served: Served, field: str, value: object
 ) -> None:
-    if served.family == "z-image":
+    if served.family in SMALLEST_SCALES:
         return
     async with served.server.async_client() as client:
         with pytest.raises(openai.BadRequestError, match="It must be absent") as refusal:

@@ -92,9 +92,9 @@ def test_a_folder_without_a_pipeline(tmp_path: Path) -> None:
 
 
 def test_an_unsupported_family(checkpoint_copy: Path, tmp_path: Path) -> None:
-    edit_json(checkpoint_copy / "model_index.json", _class_name="StableDiffusion3Pipeline")
+    edit_json(checkpoint_copy / "model_index.json", _class_name="CogView4Pipeline")
     line = one_line(run(checkpoint_copy, "--output", tmp_path / "repository"))
-    assert "StableDiffusion3Pipeline is not supported" in line
+    assert "CogView4Pipeline is not supported" in line
     assert leftovers(tmp_path) == []
 
 

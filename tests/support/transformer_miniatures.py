@@ -17,6 +17,8 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from support.miniature import END, POSITIONS, WORDS, save_tokenizer
+
 # The user, assistant and generation parts of Qwen3's template, as the published tokenizer_config.json has them.
 _QWEN3_TEMPLATE = (
     "{%- for message in messages %}"
@@ -116,10 +118,53 @@ def _z_image(folder: Path) -> None:
     )
 
 
+def _stable_diffusion_3(folder: Path, *, is_3_5: bool, has_t5: bool) -> None:
+    """3.5 Medium has dual attention, normalised queries and keys, and in some copies dynamic shifting; 3 has none."""
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=128,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=3,
+        attention_head_dim=64,
+        num_attention_heads=2,
+        joint_attention_dim=64,
+        caption_projection_dim=128,
+        pooled_projection_dim=16 + 32,
+        pos_embed_max_size=130,
+        dual_attention_layers=(0, 1) if is_3_5 else (),
+        qk_norm="rms_norm" if is_3_5 else None,
+    )
+    t5 = {"text_encoder_3": ["transformers", "T5EncoderModel"], "tokenizer_3": ["transformers", "T5TokenizerFast"]}
+    for suffix, pad_token, width, activation in (("", END, 16, "quick_gelu"), ("_2", "!", 32, "gelu")):
+        vocabulary = save_tokenizer(folder / f"tokenizer{suffix}", pad_token)
+        _save(folder / f"text_encoder{suffix}", _projected_clip(vocabulary, width=width, activation=activation))
+    if has_t5:
+        _save(folder / "text_encoder_3", _t5(_save_t5_tokenizer(folder / "tokenizer_3")))
+    _save(folder / "transformer", transformer)
+    _save(folder / "vae", kl_vae(scaling_factor=1.5305, shift_factor=0.0609))
+    _write_scheduler(folder, _DYNAMIC if is_3_5 else {**_FLOW, "shift": 3.0})
+    _write_index(
+        folder,
+        "StableDiffusion3Pipeline",
+        {
+            "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+            **(t5 if has_t5 else {part: [None, None] for part in t5}),
+            "transformer": ["diffusers", "SD3Transformer2DModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+    )
+
+
 MINIATURES: Mapping[str, Callable[[Path], None]] = {
     "flux2-klein": lambda folder: _klein(folder, is_distilled=True),
     "flux2-klein-base": lambda folder: _klein(folder, is_distilled=False),
     "z-image": _z_image,
+    "stable-diffusion-3": lambda folder: _stable_diffusion_3(folder, is_3_5=True, has_t5=True),
+    "stable-diffusion-3-without-t5": lambda folder: _stable_diffusion_3(folder, is_3_5=False, has_t5=False),
 }
 
 
@@ -170,6 +215,55 @@ def _flux2_vae() -> Any:
     vae.bn.running_mean.copy_(torch.randn(128, generator=generator) * 0.1)
     vae.bn.running_var.copy_(1 + torch.rand(128, generator=generator))
     return vae
+
+
+def _projected_clip(vocabulary: Mapping[str, int], *, width: int, activation: str) -> Any:
+    """A CLIP text encoder with the token ids that published configs state: the end token is found by its rank."""
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=POSITIONS,
+        projection_dim=width,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=1,
+        hidden_act=activation,
+    )
+    return transformers.CLIPTextModelWithProjection(config)
+
+
+def _t5(vocabulary: int) -> Any:
+    config = transformers.T5Config(
+        vocab_size=vocabulary,
+        d_model=64,
+        d_kv=16,
+        d_ff=160,
+        num_layers=3,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        relative_attention_num_buckets=32,
+        relative_attention_max_distance=128,
+        is_encoder_decoder=False,
+        use_cache=False,
+        tie_word_embeddings=False,
+    )
+    return transformers.T5EncoderModel(config)
+
+
+def _save_t5_tokenizer(folder: Path) -> int:
+    """A unigram vocabulary of words and characters; returns its size."""
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    characters = [(character, -6.0) for character in ["▁", *sorted(set("".join(_CORPUS)) - {" "})]]
+    words = [(f"▁{word}", -4.0) for word in WORDS]
+    vocabulary = [*special, *characters, *words]
+    tokenizer = transformers.T5TokenizerFast(vocab=vocabulary, extra_ids=4, model_max_length=512)
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    _write_json(folder / "tokenizer_config.json", {**config, "tokenizer_class": "T5Tokenizer"})
+    return len(tokenizer)
 
 
 def _qwen3(kind: Any, *, layers: int) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import StableDiffusion3InpaintPipeline
 from PIL import Image as PILImage
 
 from hypergen_sampler.conditioning import Array
@@ -32,7 +33,17 @@ def image_by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:
         return {}
 
     image = pipeline(**arguments, callback_on_step_end=keep).images[0]
+    if isinstance(pipeline, StableDiffusion3InpaintPipeline):
+        image = _decoded_with_shift(pipeline, latents[0])
     return _in_our_layout(latents[0], request), (image * 255).round().astype(np.uint8)
+
+
+def _decoded_with_shift(pipeline: Any, latents: torch.Tensor) -> Any:
+    """The image of the latents. The pipeline itself leaves out the VAE's shift."""
+    config = pipeline.vae.config
+    with torch.no_grad():
+        decoded = pipeline.vae.decode(latents / config.scaling_factor + config.shift_factor, return_dict=False)[0]
+    return pipeline.image_processor.postprocess(decoded, output_type="np")[0]
 
 
 def _given(request: Request) -> dict[str, Any]:

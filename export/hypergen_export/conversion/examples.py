@@ -69,6 +69,7 @@ VALUES: Mapping[str, Callable[[_Spec], torch.Tensor]] = {
     "normal": _normal,
     "prompt": partial(_prompt, "vocabulary"),
     "prompt_2": partial(_prompt, "vocabulary_2"),
+    "prompt_3": partial(_prompt, "vocabulary_3"),
     "mask": _mask,
     "time": _time,
     "sinusoids": _sinusoids,

@@ -236,7 +236,7 @@ def test_xls_sizes_are_those_of_both_text_encoders(xl_copy: Path) -> None:
     ("changes", "said"),
     [
         (
-            {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]},
+            {"_class_name": "CogView4Pipeline", "transformer": ["diffusers", "CogView4Transformer2DModel"]},
             "its denoiser is a transformer",
         ),
         ({"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}, "a transformer"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypergen_export.checkpoints.components import FLOAT, Component, Tensor
-from hypergen_export.checkpoints.families.tensors import TOLERANCE, attention_mask, input_ids
+from hypergen_export.checkpoints.families.tensors import HIDDEN_STATES, TOLERANCE, attention_mask, input_ids
 
 QWEN2_TOKENIZER = "transformers.Qwen2Tokenizer"
+T5_TOKENIZER = "transformers.T5Tokenizer"
 # The pipelines load a Qwen3 with or without its language modelling head, which is not used.
 QWEN3, QWEN3_WITH_HEAD = "transformers.Qwen3Model", "transformers.Qwen3ForCausalLM"
 
@@ -20,4 +23,19 @@ def qwen3(tokens: str, wrapper: str) -> Component:
         inputs=(input_ids(tokens, "prompt"), attention_mask(tokens)),
         outputs=(Tensor(name="encoder_hidden_states", dtype=FLOAT, axes=(tokens, "context_width")),),
         tolerance=TOLERANCE,
+    )
+
+
+def t5(name: str, tokens: str, example: str) -> Component:
+    """The encoder of a T5, which attends to padding; `tokens` is the axis of the prompt's tokens."""
+    return Component(
+        name=name,
+        module=name,
+        loader="transformers.T5EncoderModel",
+        wrapper="t5",
+        inputs=(input_ids(tokens, example),),
+        outputs=(replace(HIDDEN_STATES, axes=(tokens, "context_width")),),
+        tolerance=TOLERANCE,
+        # transformers clamps its activations in float16, and diffusers' documentation advises float32 for it.
+        overflows_float16=True,
     )

@@ -17,6 +17,8 @@ from hypergen_export.checkpoints.components import Component
 from hypergen_export.conversion.wrappers.clip import PenultimateTextEncoder, PooledTextEncoder, TextEncoder
 from hypergen_export.conversion.wrappers.flux2 import Flux2, Flux2VaeDecoder, Flux2VaeEncoder
 from hypergen_export.conversion.wrappers.qwen3 import Flux2TextEncoder, ZImageTextEncoder
+from hypergen_export.conversion.wrappers.stable_diffusion_3 import StableDiffusion3
+from hypergen_export.conversion.wrappers.t5 import T5
 from hypergen_export.conversion.wrappers.unet import FeatureExportingUNet, ShallowUNet, UNet
 from hypergen_export.conversion.wrappers.vae import VaeDecoder, VaeEncoder
 from hypergen_export.conversion.wrappers.z_image import ZImage
@@ -26,12 +28,15 @@ WRAPPERS: Mapping[str, Callable[[Any], nn.Module]] = {
     "text_encoder": TextEncoder,
     "penultimate_text_encoder": PenultimateTextEncoder,
     "pooled_text_encoder": PooledTextEncoder,
+    "t5": T5,
     "flux2_text_encoder": Flux2TextEncoder,
     "z_image_text_encoder": ZImageTextEncoder,
     "unet": UNet,
     "feature_exporting_unet": FeatureExportingUNet,
     "unet_shallow": ShallowUNet,
     "flux2": Flux2,
+    "stable_diffusion_3": StableDiffusion3,
+    "stable_diffusion_3_without_t5": functools.partial(StableDiffusion3, has_t5=False),
     "z_image": ZImage,
     "vae_decoder": VaeDecoder,
     "vae_encoder": VaeEncoder,

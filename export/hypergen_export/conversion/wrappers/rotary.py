@@ -62,6 +62,13 @@ def split_heads(features: Tensor, attention: Any) -> Tensor:
     return heads
 
 
+def from_patches(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Patches of 2 × 2 pixels with C channels each, [B, height × width, 4 × C] -> latents [B, C, 2 height, 2 width]."""
+    patches = tokens.unflatten(-1, (2, 2, -1)).unflatten(1, (height, width))
+    latents: Tensor = patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+    return latents
+
+
 def grid(height: int, width: int) -> tuple[Tensor, Tensor]:
     """Row and column [height × width] of each token of an image, int64."""
     rows = torch.arange(height)[:, None].expand(height, width).reshape(-1)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hypergen_export.conversion.wrappers.rotary import RotaryTables, attend, grid, rotate, split_heads
+from hypergen_export.conversion.wrappers.rotary import RotaryTables, attend, from_patches, grid, rotate, split_heads
 
 # Text and image are padded to multiples of it with learnt tokens, which are attended to.
 _MULTIPLE = 32
@@ -51,7 +51,7 @@ class ZImage(nn.Module):
     def forward(self, sample: Tensor, time: Tensor, encoder_hidden_states: Tensor, text_mask: Tensor) -> Tensor:
         model = self.transformer
         dtype = model.all_x_embedder[_PATCH].weight.dtype
-        channels, height, width = sample.shape[1], sample.shape[2] // 2, sample.shape[3] // 2
+        height, width = sample.shape[2] // 2, sample.shape[3] // 2
         tokens = height * width
         embedding = model.t_embedder.mlp(time.to(dtype))
         # A prompt's tokens and its learnt padding are attended to, the rest of the row is not.
@@ -65,9 +65,7 @@ class ZImage(nn.Module):
         for layer in model.layers:
             joint = layer(joint, joint_mask, rotary, embedding)
         output = model.all_final_layer[_PATCH](joint[:, :tokens], c=embedding)
-        patches = output.unflatten(-1, (2, 2, channels)).unflatten(1, (height, width))
-        latents: Tensor = patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, 2 * height, 2 * width)
-        return -latents.to(torch.float32)
+        return -from_patches(output, height, width).to(torch.float32)
 
     def _refined_text(self, states: Tensor, mask: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Any]:
         """Tokens [B, L, D] of the prompt, which of them are visible [B, L], and their rotary embeddings."""
