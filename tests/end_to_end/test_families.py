@@ -97,7 +97,7 @@ async def test_an_interval_of_guidance_is_refused_where_the_unet_has_guidance_in
         if request.node.callspec.params["served"] == "sdxl":
             assert (await generate(client, **fields)).shape == (64, 64, 3)
             return
-        with pytest.raises(openai.BadRequestError, match="inside its UNet") as refusal:
+        with pytest.raises(openai.BadRequestError, match="inside its denoiser") as refusal:
             await generate(client, **fields)
     assert refusal.value.param == "guidance_end"
 

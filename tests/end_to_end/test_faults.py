@@ -424,24 +424,20 @@ class Clock:
         }
 
 
-async def test_the_clock_may_jump_while_images_are_generated(
-    exported: Path, tmp_path: Path, clock: Clock, seen: Seen
-) -> None:
+async def test_the_clock_may_jump_while_images_are_generated(sturdy: Server, clock: Clock, seen: Seen) -> None:
+    """The gateway's clock: Triton itself does not run reliably under the library, even if its clock never jumps."""
     clock.set("+0")
-    # Its own temporary folder: psutil cannot wait under that library, if there is anything of others to clear up.
-    environment = clock.environment | {"TMPDIR": str(tmp_path)}
-    server = start_server("--cache-dir", str(tmp_path / "cache"), model=str(exported), environment=environment)
+    server = start_server("--triton-url", sturdy.triton_url, model="", environment=clock.environment)
     try:
         outcomes = Counter[str]()
         for offset in ("+3600", "-7200"):
-            requests = await begun(server, 4)
+            requests = await begun(server, 4, sturdy)
             clock.set(offset)
             async with server.async_client() as client:
                 created = (await client.images.generate(prompt="cat", extra_body={"num_inference_steps": 1})).created
             assert abs(created - time.time() - int(offset)) < 60, "the server does not see the clock jump"
             outcomes += Counter(await asyncio.gather(*(outcome_of(request) for request in requests)))
-        assert not any("restarting it" in line for line in server.lines)
     finally:
         assert stop_server(server) == 0
     assert outcomes == {"image": 8}
-    seen("the clock jumps an hour ahead, then three back", f"8 requests under way: {told(outcomes)}", "–")
+    seen("the gateway's clock jumps an hour ahead, then three back", f"8 requests under way: {told(outcomes)}", "–")

@@ -53,7 +53,8 @@ async def test_images_steps_and_phases_are_counted(client: httpx.AsyncClient) ->
     assert (seen['images_total{kind="image"}'], seen['images_total{kind="preview"}']) == (2, 6)
     assert seen["steps_total"] == 40
     assert seen['first_image_seconds_count{kind="preview"}'] == seen['first_image_seconds_count{kind="image"}'] == 1
-    assert seen['phase_seconds_sum{phase="denoise"}'] == pytest.approx(2 * 0.030)
+    # Of two images of at least 30 ms each; longer if this machine is busy.
+    assert seen['phase_seconds_sum{phase="denoise"}'] >= 2 * 0.030 - 1e-6
     phases = {name for name in seen if name.startswith("phase_seconds_count")}
     assert len(phases) == 5
 
