@@ -49,6 +49,40 @@ _DYNAMIC = {
 _BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
 
 
+def _flux1(folder: Path, *, has_guidance: bool) -> None:
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=128,
+        num_attention_heads=2,
+        joint_attention_dim=64,
+        pooled_projection_dim=48,
+        guidance_embeds=has_guidance,
+        axes_dims_rope=(16, 56, 56),
+    )
+    clip = save_tokenizer(folder / "tokenizer", END)
+    t5 = _save_t5_tokenizer(folder / "tokenizer_2")
+    _save(folder / "text_encoder", _clip(len(clip)))
+    _save(folder / "text_encoder_2", _t5(t5))
+    _save(folder / "transformer", transformer)
+    _save(folder / "vae", kl_vae(scaling_factor=0.3611, shift_factor=0.1159))
+    _write_scheduler(folder, _DYNAMIC if has_guidance else {**_FLOW, "shift": 1.0, "use_dynamic_shifting": False})
+    _write_index(
+        folder,
+        "FluxPipeline",
+        {
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "text_encoder_2": ["transformers", "T5EncoderModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "tokenizer_2": ["transformers", "T5TokenizerFast"],
+            "transformer": ["diffusers", "FluxTransformer2DModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+    )
+
+
 def _klein(folder: Path, *, is_distilled: bool) -> None:
     transformer = diffusers.Flux2Transformer2DModel(
         patch_size=1,
@@ -160,6 +194,8 @@ def _stable_diffusion_3(folder: Path, *, is_3_5: bool, has_t5: bool) -> None:
 
 
 MINIATURES: Mapping[str, Callable[[Path], None]] = {
+    "flux1-dev": lambda folder: _flux1(folder, has_guidance=True),
+    "flux1-schnell": lambda folder: _flux1(folder, has_guidance=False),
     "flux2-klein": lambda folder: _klein(folder, is_distilled=True),
     "flux2-klein-base": lambda folder: _klein(folder, is_distilled=False),
     "z-image": _z_image,
@@ -233,6 +269,23 @@ def _projected_clip(vocabulary: Mapping[str, int], *, width: int, activation: st
         hidden_act=activation,
     )
     return transformers.CLIPTextModelWithProjection(config)
+
+
+def _clip(vocabulary: int) -> Any:
+    """The text encoder of FLUX.1, with the token ids of its config: the end token is found by its rank."""
+    config = transformers.CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=POSITIONS,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=1,
+        hidden_act="quick_gelu",
+    )
+    return transformers.CLIPTextModel(config)
 
 
 def _t5(vocabulary: int) -> Any:

@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusion3InpaintPipeline
+from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline, StableDiffusion3InpaintPipeline
 from PIL import Image as PILImage
 
 from hypergen_sampler.conditioning import Array
 from hypergen_sampler.request import Request
 from support.parity import Pixels
+
+_FLUX1 = (FluxPipeline, FluxImg2ImgPipeline, FluxInpaintPipeline)
 
 
 def image_by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:
@@ -24,6 +26,8 @@ def image_by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:
         "generator": torch.Generator().manual_seed(request.seed),
         "output_type": "np",
     }
+    if isinstance(pipeline, _FLUX1) and not pipeline.transformer.config.guidance_embeds:
+        arguments["max_sequence_length"] = 256  # as FLUX.1-schnell was published
     if request.negative_prompt is not None:
         arguments["negative_prompt"] = request.negative_prompt
     latents: list[torch.Tensor] = []
@@ -35,6 +39,8 @@ def image_by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:
     image = pipeline(**arguments, callback_on_step_end=keep).images[0]
     if isinstance(pipeline, StableDiffusion3InpaintPipeline):
         image = _decoded_with_shift(pipeline, latents[0])
+    if isinstance(pipeline, _FLUX1):
+        latents[0] = pipeline._unpack_latents(latents[0], request.height, request.width, pipeline.vae_scale_factor)
     return _in_our_layout(latents[0], request), (image * 255).round().astype(np.uint8)
 
 

@@ -18,10 +18,10 @@ from hypergen_export.checkpoints.detection import check_classes, check_configs, 
 from hypergen_export.checkpoints.family import ConfigOverrides, Family
 from hypergen_export.checkpoints.hub import find_snapshot
 from hypergen_export.checkpoints.weights import (
-    VOCABULARIES,
     Weights,
     missing_shards,
     select_weights,
+    vocabularies,
     weight_file_problem,
     wrong_content,
 )
@@ -198,9 +198,10 @@ def _check_weights(folder: Path, weights: Weights) -> None:
 
 
 def _check_tokenizer(folder: Path, tokenizer_class: str) -> None:
-    found = [files for files in VOCABULARIES if all((folder / file).is_file() for file in files)]
+    readable = vocabularies(tokenizer_class)
+    found = [files for files in readable if all((folder / file).is_file() for file in files)]
     if not found:
-        expected = " or ".join(" and ".join(files) for files in VOCABULARIES)
+        expected = " or ".join(" and ".join(files) for files in readable)
         name = tokenizer_class.partition(".")[2]
         raise BrokenCheckpointError(f"{folder}: has no vocabulary for a {name} ({expected})")
     for file in found[0]:

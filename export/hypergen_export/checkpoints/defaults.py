@@ -100,8 +100,10 @@ def _default_steps_and_guidance(checkpoint: Checkpoint) -> dict[str, int | float
 
 
 def _min_guidance_scale(checkpoint: Checkpoint) -> float:
-    """The guidance scale that is the identity."""
-    return 0.0 if checkpoint.family.sampling.guidance == "classifier_free_from_zero" else 1.0
+    """The guidance scale that is the identity, or 0 if the denoiser is given a scale that has none."""
+    family = checkpoint.family
+    from_zero = family.sampling.guidance == "classifier_free_from_zero" or "guidance" in family.denoiser_inputs
+    return 0.0 if from_zero else 1.0
 
 
 def _family_steps_and_guidance(checkpoint: Checkpoint) -> tuple[int, float]:

@@ -26,7 +26,10 @@ _UNSUPPORTED_PARTS = {
 # Word in the pipeline's class name -> why the pipeline is not supported.
 _UNSUPPORTED_PIPELINES = {
     "ControlNet": _UNSUPPORTED_PARTS["controlnet"],
-    "Inpaint": "its UNet takes a mask and a masked image beside the latents (inpainting)",
+    "FluxControl": "its transformer takes a control image beside the latents",
+    "FluxFill": "its transformer takes a mask and a masked image beside the latents (inpainting)",
+    "FluxKontext": "its transformer takes an image to edit beside the latents",
+    "Inpaint": "it takes a mask and a masked image beside the prompt (inpainting)",
     "InstructPix2Pix": "its UNet takes an image to edit beside the latents",
     "Upscale": _UNSUPPORTED_PARTS["low_res_scheduler"],
     "Kandinsky": _UNSUPPORTED_PARTS["prior"],
@@ -97,8 +100,8 @@ def _class_name(index: Config, part: str) -> str:
 
 def _reason(pipeline: str, index: Config) -> str:
     reasons = [
-        *(reason for part, reason in _UNSUPPORTED_PARTS.items() if (index.get(part) or [None])[0]),
         *(reason for word, reason in _UNSUPPORTED_PIPELINES.items() if word in pipeline),
+        *(reason for part, reason in _UNSUPPORTED_PARTS.items() if (index.get(part) or [None])[0]),
     ]
     return f" ({reasons[0]})" if reasons else ""
 

@@ -32,7 +32,10 @@ class Capabilities(BaseModel):
     default_num_inference_steps: int
     max_num_inference_steps: int
     default_guidance_scale: float
-    min_guidance_scale: float = Field(description="The scale without guidance, at which a step takes half the work.")
+    min_guidance_scale: float = Field(
+        description="The scale without guidance, at which a step takes half the work. Where guidance is not from a "
+        "negative prompt, the lowest legal scale."
+    )
     max_guidance_scale: float = Field(description="`min_guidance_scale` if the model takes no guidance.")
     negative_prompt: bool = Field(description="Whether `negative_prompt` is supported.")
     guidance_interval: bool = Field(description="Whether `guidance_start` and `guidance_end` are supported.")

@@ -150,7 +150,7 @@ class ImageFields(_Body):
         default=None,
         ge=0.0,
         description="How closely to follow the prompt. The lowest value, 1 for most models, disables guidance, which "
-        "halves the work.",
+        "halves the work, unless the model is given the scale itself.",
     )
     guidance_start: float | None = Field(
         default=None,

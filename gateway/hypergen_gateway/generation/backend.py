@@ -98,7 +98,7 @@ class ModelDescription:
     max_prompt_tokens: int  # that the text encoders read, without start and end tokens
     max_num_images: int
     max_num_inference_steps: int
-    min_guidance_scale: float  # at which guidance is the identity
+    min_guidance_scale: float  # at which guidance is the identity, if there is such a scale
     max_guidance_scale: float
     guidance: str  # the kind; see `has_negative_prompt`
     max_cache_interval: int  # 1: the model has no shallow UNet

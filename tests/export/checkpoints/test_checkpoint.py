@@ -68,7 +68,7 @@ def test_a_folder_without_an_index_is_no_pipeline(tmp_path: Path) -> None:
     assert "model_index.json" in refusal(NotADiffusersPipelineError, tmp_path)
 
 
-@pytest.mark.parametrize("pipeline", ["FluxPipeline", None])
+@pytest.mark.parametrize("pipeline", ["AuraFlowPipeline", None])
 def test_another_family_is_unsupported_and_the_known_ones_are_named(checkpoint_copy: Path, pipeline: str) -> None:
     edit_json(checkpoint_copy / "model_index.json", _class_name=pipeline)
     message = refusal(UnsupportedModelError, checkpoint_copy)
@@ -239,7 +239,14 @@ def test_xls_sizes_are_those_of_both_text_encoders(xl_copy: Path) -> None:
             {"_class_name": "CogView4Pipeline", "transformer": ["diffusers", "CogView4Transformer2DModel"]},
             "its denoiser is a transformer",
         ),
-        ({"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}, "a transformer"),
+        (
+            {"_class_name": "FluxFillPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]},
+            "its transformer takes a mask and a masked image beside the latents",
+        ),
+        (
+            {"_class_name": "FluxControlPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]},
+            "its transformer takes a control image beside the latents",
+        ),
         (
             {"_class_name": "StableDiffusionXLControlNetPipeline", "controlnet": ["diffusers", "ControlNetModel"]},
             "it needs a control image beside the prompt (ControlNet)",

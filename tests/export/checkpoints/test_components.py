@@ -11,12 +11,17 @@ from hypergen_export.conversion.wrappers import WRAPPERS
 
 SIZES = {
     "tokens": 77,
+    "tokens_3": 77,
+    "clip_tokens": 77,
+    "context_tokens": 77,
     "vocabulary": 49408,
     "vocabulary_2": 49408,
     "text_width": 768,
     "text_width_2": 1280,
     "context_width": 768,
     "pooled_width": 1280,
+    "projection_width": 1280,
+    "projection_width_2": 1280,
     "guidance_width": 256,
     "latent_channels": 4,
     "vae_scale_factor": 8,
@@ -71,13 +76,13 @@ def test_every_text_encoder_has_its_tokenizer_and_one_pools_where_it_is_wanted(f
     assert pooled == {name for name in family.denoiser_inputs if name == "text_embeds"}
 
 
-def test_xls_decoder_and_encoder_alone_are_known_to_overflow_in_float16() -> None:
-    assert {
-        (family.name, each.name) for family in FAMILIES for each in family.components if each.overflows_float16
-    } == {
-        (family, component)
-        for family in ("stable-diffusion-xl", "latent-consistency-xl")
-        for component in ("vae_decoder", "vae_encoder")
+def test_xls_vae_and_t5_alone_are_known_to_overflow_in_float16() -> None:
+    found = {(family.name, each.name) for family in FAMILIES for each in family.components if each.overflows_float16}
+    xl = ("stable-diffusion-xl", "latent-consistency-xl")
+    assert found == {
+        *((family, component) for family in xl for component in ("vae_decoder", "vae_encoder")),
+        *((family, "text_encoder_2") for family in ("flux1-dev", "flux1-schnell")),
+        ("stable-diffusion-3", "text_encoder_3"),
     }
 
 

@@ -11,6 +11,7 @@ from hypergen_export.checkpoints.defaults import checkpoint_parameters, notices
 from hypergen_export.errors import BrokenCheckpointError
 from support.miniature import save_miniature
 from support.pipelines import pipeline_of
+from support.transformer_miniatures import save_transformer_miniature
 
 from ..conftest import edit_json
 
@@ -190,3 +191,26 @@ def test_the_size_that_an_old_config_states_is_what_its_pipeline_makes_of_it(
     theirs = pipeline.unet.config.sample_size
     assert (theirs if isinstance(theirs, int) else theirs[0]) * pipeline.vae_scale_factor == width
     assert parameters(folder)["default_width"] == str(width)
+
+
+@pytest.mark.parametrize(
+    ("family", "tokens", "steps", "scales"),
+    [("flux1-dev", 512, "28", ("0", "3.5", "20")), ("flux1-schnell", 256, "4", ("1", "1", "1"))],
+)
+def test_flux1_has_a_scale_without_identity_or_none(
+    family: str, tokens: int, steps: str, scales: tuple[str, str, str], tmp_path: Path
+) -> None:
+    folder = save_transformer_miniature(tmp_path, family)
+    found = parameters(folder)
+    assert found["default_num_inference_steps"] == steps
+    given = (found["min_guidance_scale"], found["default_guidance_scale"], found.get("max_guidance_scale", "20"))
+    assert given == scales
+    assert open_checkpoint(str(folder)).sizes["tokens"] == tokens
+
+
+def test_a_t5_whose_vocabulary_is_sentencepieces_alone_is_refused(tmp_path: Path) -> None:
+    folder = save_transformer_miniature(tmp_path, "flux1-schnell")
+    (folder / "tokenizer_2" / "tokenizer.json").rename(folder / "tokenizer_2" / "spiece.model")
+    expected = r"tokenizer_2: has no vocabulary for a T5Tokenizer \(tokenizer\.json\)$"
+    with pytest.raises(BrokenCheckpointError, match=expected):
+        open_checkpoint(str(folder))

@@ -201,10 +201,10 @@ def test_a_complete_snapshot_is_used_without_asking_the_hub(
 def test_a_snapshot_of_another_pipeline_is_refused_for_what_it_is(
     checkpoint_copy: Path, hub_of: Callable[[Path, Path | None], FakeHub]
 ) -> None:
-    edit_json(checkpoint_copy / "model_index.json", _class_name="FluxPipeline")
+    edit_json(checkpoint_copy / "model_index.json", _class_name="AuraFlowPipeline")
     shutil.rmtree(checkpoint_copy / "tokenizer")
     hub_of(checkpoint_copy, None)
-    with pytest.raises(UnsupportedModelError, match="FluxPipeline is not supported"):
+    with pytest.raises(UnsupportedModelError, match="AuraFlowPipeline is not supported"):
         open_checkpoint("owner/model")
 
 

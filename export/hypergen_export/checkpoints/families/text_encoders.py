@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hypergen_export.checkpoints.components import FLOAT, Component, Tensor
-from hypergen_export.checkpoints.families.tensors import HIDDEN_STATES, TOLERANCE, attention_mask, input_ids
+from hypergen_export.checkpoints.families.tensors import HIDDEN_STATES, POOLED, TOLERANCE, attention_mask, input_ids
+from hypergen_export.checkpoints.family import Config, Configs
 
 QWEN2_TOKENIZER = "transformers.Qwen2Tokenizer"
 T5_TOKENIZER = "transformers.T5Tokenizer"
@@ -24,6 +25,25 @@ def qwen3(tokens: str, wrapper: str) -> Component:
         outputs=(Tensor(name="encoder_hidden_states", dtype=FLOAT, axes=(tokens, "context_width")),),
         tolerance=TOLERANCE,
     )
+
+
+def clip_pooled(tokens: str) -> Component:
+    """CLIP, of which only the pooled output is used; `tokens` is the axis of its tokens."""
+    return Component(
+        name="text_encoder",
+        module="text_encoder",
+        loader="transformers.CLIPTextModel",
+        wrapper="clip_pooled",
+        inputs=(input_ids(tokens, "prompt"),),
+        outputs=(POOLED,),
+        tolerance=TOLERANCE,
+    )
+
+
+def clip_tokens(configs: Configs, tokenizer: str, text_encoder: Config) -> int:
+    """Prompt length in tokens: the tokenizer's, limited to the positions of the text encoder."""
+    positions = int(text_encoder["max_position_embeddings"])
+    return min(configs.tokenizer_length(tokenizer) or positions, positions)
 
 
 def t5(name: str, tokens: str, example: str) -> Component:

@@ -17,6 +17,7 @@ from hypergen_export.checkpoints.families.tensors import (
     input_ids,
     vae,
 )
+from hypergen_export.checkpoints.families.text_encoders import clip_tokens
 from hypergen_export.checkpoints.family import Config, ConfigOverrides, Configs, Family, Sampling, TextInput
 
 _GUIDANCE = Tensor(name="timestep_cond", dtype=FLOAT, axes=("guidance_width",))
@@ -114,7 +115,7 @@ def _sizes(configs: Configs) -> Sizes:
         "vocabulary": int(text_encoder["vocab_size"]),
         "text_width": int(text_encoder["hidden_size"]),
         "context_width": int(text_encoder["hidden_size"]),
-        "tokens": _tokens(configs, "tokenizer", text_encoder),
+        "tokens": clip_tokens(configs, "tokenizer", text_encoder),
         "latent_channels": int(configs.config("vae")["latent_channels"]),
         "deep_channels": width,
         "time_width": width,
@@ -132,14 +133,8 @@ def _sizes_xl(configs: Configs) -> Sizes:
         "text_width_2": int(text_encoder["hidden_size"]),
         "pooled_width": int(text_encoder["projection_dim"]),
         "context_width": first["text_width"] + int(text_encoder["hidden_size"]),
-        "tokens": min(first["tokens"], _tokens(configs, "tokenizer_2", text_encoder)),
+        "tokens": min(first["tokens"], clip_tokens(configs, "tokenizer_2", text_encoder)),
     }
-
-
-def _tokens(configs: Configs, tokenizer: str, text_encoder: Config) -> int:
-    """Prompt length in tokens: the tokenizer's, limited to the positions of the text encoder."""
-    positions = int(text_encoder["max_position_embeddings"])
-    return min(configs.tokenizer_length(tokenizer) or positions, positions)
 
 
 def _check(configs: Mapping[str, Config], sizes: Sizes) -> Iterator[str]:

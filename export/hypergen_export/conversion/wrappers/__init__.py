@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 
 from hypergen_export.checkpoints.components import Component
-from hypergen_export.conversion.wrappers.clip import PenultimateTextEncoder, PooledTextEncoder, TextEncoder
+from hypergen_export.conversion.wrappers.clip import ClipPooled, PenultimateTextEncoder, PooledTextEncoder, TextEncoder
+from hypergen_export.conversion.wrappers.flux1 import Flux1
 from hypergen_export.conversion.wrappers.flux2 import Flux2, Flux2VaeDecoder, Flux2VaeEncoder
 from hypergen_export.conversion.wrappers.qwen3 import Flux2TextEncoder, ZImageTextEncoder
 from hypergen_export.conversion.wrappers.stable_diffusion_3 import StableDiffusion3
@@ -28,12 +29,14 @@ WRAPPERS: Mapping[str, Callable[[Any], nn.Module]] = {
     "text_encoder": TextEncoder,
     "penultimate_text_encoder": PenultimateTextEncoder,
     "pooled_text_encoder": PooledTextEncoder,
+    "clip_pooled": ClipPooled,
     "t5": T5,
     "flux2_text_encoder": Flux2TextEncoder,
     "z_image_text_encoder": ZImageTextEncoder,
     "unet": UNet,
     "feature_exporting_unet": FeatureExportingUNet,
     "unet_shallow": ShallowUNet,
+    "flux1": Flux1,
     "flux2": Flux2,
     "stable_diffusion_3": StableDiffusion3,
     "stable_diffusion_3_without_t5": functools.partial(StableDiffusion3, has_t5=False),

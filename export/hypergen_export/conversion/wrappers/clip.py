@@ -43,3 +43,15 @@ class PooledTextEncoder(nn.Module):
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         output = self.text_encoder(input_ids.to(torch.int64), output_hidden_states=True)
         return output.hidden_states[-2].to(torch.float32), output.text_embeds.to(torch.float32)
+
+
+class ClipPooled(nn.Module):
+    """input_ids [B, L] -> text_embeds [B, P], the output at the end token."""
+
+    def __init__(self, text_encoder: Any) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        pooled: Tensor = self.text_encoder(input_ids.to(torch.int64)).pooler_output
+        return pooled.to(torch.float32)

@@ -7,41 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hypergen_export.conversion.wrappers.rotary import RotaryTables, attend, grid, rotate
+from hypergen_export.conversion.wrappers.rotary import JointAttention, RotaryTables, attend, grid, rotate
 from hypergen_export.conversion.wrappers.vae import to_image, to_pixels
 
 # Positions of an axis: images of 16,384 pixels.
 _POSITIONS = 1024
-
-
-class _Attention:
-    """Processor of a block with separate streams for text and image."""
-
-    def __call__(
-        self,
-        attention: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: Any = None,
-    ) -> tuple[Tensor, Tensor]:
-        def heads(features: Tensor) -> Tensor:
-            split: Tensor = features.unflatten(-1, (-1, attention.head_dim))
-            return split
-
-        text, image = encoder_hidden_states, hidden_states
-        query = torch.cat(
-            [attention.norm_added_q(heads(attention.add_q_proj(text))), attention.norm_q(heads(attention.to_q(image)))],
-            dim=1,
-        )
-        key = torch.cat(
-            [attention.norm_added_k(heads(attention.add_k_proj(text))), attention.norm_k(heads(attention.to_k(image)))],
-            dim=1,
-        )
-        value = torch.cat([heads(attention.add_v_proj(text)), heads(attention.to_v(image))], dim=1)
-        joint = attend(rotate(query, *image_rotary_emb), rotate(key, *image_rotary_emb), value, attention_mask)
-        length = text.shape[1]
-        return attention.to_out[0](joint[:, length:]), attention.to_add_out(joint[:, :length])
 
 
 class _ParallelAttention:
@@ -64,7 +34,7 @@ class _ParallelAttention:
         return output
 
 
-_PROCESSORS = {"Flux2Attention": _Attention, "Flux2ParallelSelfAttention": _ParallelAttention}
+_PROCESSORS = {"Flux2Attention": JointAttention, "Flux2ParallelSelfAttention": _ParallelAttention}
 
 
 class Flux2(nn.Module):

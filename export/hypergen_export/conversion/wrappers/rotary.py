@@ -74,3 +74,47 @@ def grid(height: int, width: int) -> tuple[Tensor, Tensor]:
     rows = torch.arange(height)[:, None].expand(height, width).reshape(-1)
     columns = torch.arange(width)[None, :].expand(height, width).reshape(-1)
     return rows, columns
+
+
+class JointAttention:
+    """Processor of FLUX's blocks with separate streams for text and image, which attend to each other."""
+
+    def __call__(
+        self,
+        attention: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        def heads(features: Tensor) -> Tensor:
+            split: Tensor = features.unflatten(-1, (-1, attention.head_dim))
+            return split
+
+        text, image = encoder_hidden_states, hidden_states
+        query = torch.cat(
+            [attention.norm_added_q(heads(attention.add_q_proj(text))), attention.norm_q(heads(attention.to_q(image)))],
+            dim=1,
+        )
+        key = torch.cat(
+            [attention.norm_added_k(heads(attention.add_k_proj(text))), attention.norm_k(heads(attention.to_k(image)))],
+            dim=1,
+        )
+        value = torch.cat([heads(attention.add_v_proj(text)), heads(attention.to_v(image))], dim=1)
+        joint = attend(rotate(query, *image_rotary_emb), rotate(key, *image_rotary_emb), value, attention_mask)
+        length = text.shape[1]
+        return attention.to_out[0](joint[:, length:]), attention.to_add_out(joint[:, :length])
+
+
+def pack(latents: Tensor) -> Tensor:
+    """[B, C, 2 h, 2 w] -> tokens [B, h × w, 4 × C]; each channel's four pixels become neighbouring features."""
+    batch, channels, height, width = latents.shape
+    pixels = latents.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return pixels.reshape(batch, (height // 2) * (width // 2), channels * 4)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pack` for tokens of `height` × `width`."""
+    batch, _, features = tokens.shape
+    pixels = tokens.reshape(batch, height, width, features // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return pixels.reshape(batch, features // 4, height * 2, width * 2)

@@ -92,9 +92,15 @@ def _consistency_guidance(request: Request, architecture: Architecture) -> Array
     return np.pad(embedding.numpy(), (0, architecture.guidance_width % 2))
 
 
+def _guidance(request: Request, architecture: Architecture) -> Array:
+    """The embedding of the guidance scale, scaled as timesteps are."""
+    return architecture.guidance_embedding([1000 * request.guidance_scale]).reshape(-1)
+
+
 _MADE: Mapping[str, Callable[[Request, Architecture], Array]] = {
     "size_embeds": _size_embeds,
     "timestep_cond": _consistency_guidance,
+    "guidance": _guidance,
 }
 
 

@@ -108,7 +108,7 @@ class Architecture:
     """Length of the embedding of one side or offset of an image, 0 if the denoiser has no such input."""
     flip_sin_to_cos: int
     freq_shift: float
-    """How diffusers' `Timesteps` embeds timesteps and sides."""
+    """How diffusers' `Timesteps` embeds timesteps, sides and the guidance scale."""
     reverses_time: int
     """Whether the denoiser is given 1000 minus the timestep."""
     guidance: str
@@ -161,6 +161,11 @@ class Architecture:
     def image_tokens(self, latent_height: int, latent_width: int) -> int:
         """The tokens of an image with latents of this size, in a transformer."""
         return (latent_height // self.patch_size) * (latent_width // self.patch_size)
+
+    @property
+    def guidance_embedding(self) -> Sinusoid:
+        """The embedding of the guidance scale, the denoiser's input `guidance`."""
+        return self._sinusoid(self.guidance_width)
 
     @property
     def size_embedding(self) -> Sinusoid:

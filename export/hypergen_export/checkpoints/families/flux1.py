@@ -1,0 +1,90 @@
+"""FLUX.1-dev and -schnell; FLUX.1-Krea is a -dev with other weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hypergen_export.checkpoints.components import FLOAT, Sizes, Tensor
+from hypergen_export.checkpoints.families.tensors import HIDDEN_STATES, POOLED, transformer, vae
+from hypergen_export.checkpoints.families.text_encoders import T5_TOKENIZER, clip_pooled, clip_tokens, t5
+from hypergen_export.checkpoints.family import Config, ConfigOverrides, Configs, Family, Sampling, TextInput
+
+_GUIDANCE = Tensor(name="guidance", dtype=FLOAT, axes=("guidance_width",), example="sinusoids")
+_EMBEDDING_WIDTH = 256  # of diffusers' CombinedTimestepGuidanceTextProjEmbeddings
+# All tokens are attended to, padding included. -schnell was published with 256 of them (its model card, and the
+# reference implementation), though FluxPipeline's default is 512 for both.
+_TOKENS, _TOKENS_SCHNELL = 512, 256
+# Channels of a transformer made for another pipeline -> what it takes beside the latents.
+_CHANNELS = {384: "a mask and a masked image", 128: "a control image"}
+
+
+def _has_guidance(denoiser: Config) -> bool:
+    return bool(denoiser.get("guidance_embeds", False))
+
+
+def _stated_inputs(denoiser: Config) -> set[str]:
+    guidance = {"guidance"} if _has_guidance(denoiser) else set[str]()
+    return {"encoder_hidden_states", "text_embeds"} | guidance
+
+
+def _sizes(configs: Configs) -> Sizes:
+    clip, text_encoder = configs.config("text_encoder"), configs.config("text_encoder_2")
+    has_guidance = _has_guidance(configs.config("transformer"))
+    return {
+        "vocabulary": int(clip["vocab_size"]),
+        "vocabulary_2": int(text_encoder["vocab_size"]),
+        "clip_tokens": clip_tokens(configs, "tokenizer", clip),
+        "tokens": _TOKENS if has_guidance else _TOKENS_SCHNELL,
+        "context_width": int(text_encoder["d_model"]),
+        "pooled_width": int(clip["hidden_size"]),
+        "latent_channels": int(configs.config("vae")["latent_channels"]),
+        "time_width": _EMBEDDING_WIDTH,
+        "guidance_width": _EMBEDDING_WIDTH if has_guidance else 0,
+    }
+
+
+def _check(configs: Mapping[str, Config], sizes: Sizes) -> Iterator[str]:
+    denoiser = configs["transformer"]
+    given, expected = denoiser.get("in_channels", 64), 4 * sizes["latent_channels"]
+    if given != expected:
+        taken = f" ({_CHANNELS[given]} beside the latents)" if given in _CHANNELS else ""
+        yield f"its transformer takes {given} channels{taken}, its VAE gives {expected}"
+    if denoiser.get("patch_size", 1) != 1:
+        yield f"its transformer has patches of {denoiser['patch_size']}"
+    for name, encoder, width in (
+        ("joint_attention_dim", "text_encoder_2", "context_width"),
+        ("pooled_projection_dim", "text_encoder", "pooled_width"),
+    ):
+        if denoiser.get(name) != sizes[width]:
+            yield f"its transformer has a {name} of {denoiser.get(name)}, its {encoder} gives {sizes[width]} features"
+
+
+def _flux1(name: str, guidance: str, *conditions: Tensor, **rest: Any) -> Family:
+    pipelines = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
+    return Family(
+        name=name,
+        pipelines=dict.fromkeys(pipelines, ConfigOverrides()),
+        components=(
+            clip_pooled("clip_tokens"),
+            t5("text_encoder_2", "tokens", "prompt_2"),
+            transformer("diffusers.FluxTransformer2DModel", HIDDEN_STATES, POOLED, *conditions, wrapper="flux1"),
+            *vae(wrapper="shifted"),
+        ),
+        text=(
+            TextInput(encoder="text_encoder", tokens="clip_tokens", segment=None),
+            TextInput(encoder="text_encoder_2", tokenizer="tokenizer_2", tokenizer_class=T5_TOKENIZER),
+        ),
+        stated_inputs=_stated_inputs,
+        read_sizes=_sizes,
+        check=_check,
+        sampling=Sampling(guidance=guidance, is_flow=True, flow_sigmas="linear", flow_shift="linear", patch_size=2),
+        default_side=1024,
+        **rest,
+    )
+
+
+FLUX1 = (
+    _flux1("flux1-dev", "embedded", _GUIDANCE, num_inference_steps=28, guidance_scale=3.5),
+    _flux1("flux1-schnell", "none", num_inference_steps=4, guidance_scale=1.0),
+)
