@@ -1,0 +1,74 @@
+"""Token counts and inputs of text encoders whose prompts stand in a template."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from hypergen_sampler.prompts import PromptTokenizers
+from hypergen_sampler.request import TextInput
+
+WORDS = ["[pad]", "<user>", "<end>", "<assistant>", *(f"w{number}" for number in range(12))]
+TEMPLATE = TextInput(
+    encoder="text_encoder",
+    tokenizer="tokenizer",
+    inputs=("input_ids", "attention_mask"),
+    outputs=("encoder_hidden_states",),
+    segment=0,
+    before="<user> ",
+    after=" <end> <assistant>",
+)
+
+
+def save_tokenizer(folder: Path, name: str, *, length: int, multiple: int | None) -> None:
+    """One token for each word; `multiple` pads to multiples of it, else to the length."""
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[pad]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(
+        length=None if multiple else length, pad_to_multiple_of=multiple, pad_id=0, pad_token="[pad]"
+    )
+    tokenizer.save(str(folder / f"{name}.json"))
+
+
+@pytest.fixture
+def tokenize(tmp_path: Path) -> PromptTokenizers:
+    save_tokenizer(tmp_path, "tokenizer", length=12, multiple=4)
+    return PromptTokenizers(tmp_path, [TEMPLATE])
+
+
+def test_a_template_is_read_but_not_counted(tokenize: PromptTokenizers) -> None:
+    tokens = tokenize(["w0 w1"])
+    assert tokens.inputs[0]["input_ids"].tolist() == [[1, 4, 5, 2, 3, 0, 0, 0]]
+    assert tokens.inputs[0]["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0, 0, 0]]
+    assert (tokens.count, tokens.cut) == (2, 0)
+
+
+def test_texts_of_a_request_are_padded_to_one_length(tokenize: PromptTokenizers) -> None:
+    tokens = tokenize(["", "w0 w1 w2 w3"])
+    assert tokens.inputs[0]["input_ids"].shape == (2, 8)
+    assert tokens.inputs[0]["attention_mask"].sum(axis=1).tolist() == [3, 7]
+    assert (tokens.count, tokens.cut) == (4, 0)
+
+
+@pytest.mark.parametrize(("words", "count", "cut"), [(9, 9, 0), (10, 10, 0), (11, 11, 0), (12, 11, 1)])
+def test_the_end_of_a_template_is_cut_before_the_prompt(
+    tokenize: PromptTokenizers, words: int, count: int, cut: int
+) -> None:
+    tokens = tokenize([" ".join(WORDS[4 : 4 + words])])
+    assert tokens.inputs[0]["input_ids"].shape == (1, 12)
+    assert (tokens.count, tokens.cut) == (count, cut)
+
+
+def test_what_reads_most_of_a_prompt_counts_its_tokens(tmp_path: Path) -> None:
+    """As in FLUX.1, where CLIP only pools the beginning of what T5 reads whole."""
+    save_tokenizer(tmp_path, "tokenizer", length=3, multiple=None)
+    save_tokenizer(tmp_path, "tokenizer_2", length=8, multiple=None)
+    plain = replace(TEMPLATE, before="", after="", inputs=("input_ids",))
+    texts = [replace(plain, segment=None), replace(plain, encoder="text_encoder_2", tokenizer="tokenizer_2")]
+    tokens = PromptTokenizers(tmp_path, texts)(["w0 w1 w2 w3 w4"])
+    assert [given["input_ids"].shape for given in tokens.inputs] == [(1, 3), (1, 8)]
+    assert (tokens.count, tokens.cut) == (5, 0)
