@@ -30,6 +30,7 @@ class ContentHashes:
         self._known = dict(known or {})
         self._stat = stat
         self._read: dict[Path, str] = {}
+        self._large: dict[Path, tuple[os.stat_result, str]] = {}
         self.stored: dict[str, str] = {}
         """Hashes of large files, by inode, size and times."""
 
@@ -56,6 +57,20 @@ class ContentHashes:
         """The large files that must be read to be hashed."""
         return [path for path in dict.fromkeys(paths) if self._is_unknown(path)]
 
+    def renew(self) -> bool:
+        """Store the hashes of large files whose change time alone has changed, by a hard link; returns whether any has.
+
+        Waits until each file would get another change time if it changed now: two seconds after the link.
+        """
+        renewed = False
+        for path, (before, digest) in self._large.items():
+            after = self._stat(path)
+            if _stamp(after) != _stamp(before) and _content_stamp(after) == _content_stamp(before):
+                age = time.time_ns() - after.st_ctime_ns
+                time.sleep(max(0, min(_SETTLED_NS, _SETTLED_NS - age)) / 10**9)
+                renewed |= self._store(path, after, digest)
+        return renewed
+
     @property
     def has_new_hashes(self) -> bool:
         """Whether `stored` has hashes that were not known before."""
@@ -65,10 +80,11 @@ class ContentHashes:
         return self._stat(path).st_size >= LARGE and not self._lookup(path)
 
     def _lookup(self, path: Path) -> str | None:
-        stamp = _stamp(self._stat(path))
-        known = self._known.get(stamp)
+        status = self._stat(path)
+        known = self._known.get(_stamp(status))
         if known:
-            self.stored[stamp] = known
+            self.stored[_stamp(status)] = known
+            self._large[path] = status, known
         return known
 
     def _hash(self, path: Path, count: Callable[[int], None]) -> str:
@@ -78,15 +94,28 @@ class ContentHashes:
             while chunk := file.read(_READ_BYTES):
                 digest.update(chunk)
                 count(len(chunk))
-        after = self._stat(path)
-        if after.st_size >= LARGE and _stamp(before) == _stamp(after) and _is_reliable(after.st_ctime_ns):
-            self.stored[_stamp(after)] = digest.hexdigest()
+        if before.st_size >= LARGE:
+            self._store(path, before, digest.hexdigest())
         return digest.hexdigest()
+
+    def _store(self, path: Path, before: os.stat_result, digest: str) -> bool:
+        """Store the hash of a large file that has not changed since `before`; returns whether it can be relied on."""
+        if _stamp(self._stat(path)) != _stamp(before):
+            return False
+        self._large[path] = before, digest
+        if _is_reliable(before.st_ctime_ns):
+            self.stored[_stamp(before)] = digest
+        return _is_reliable(before.st_ctime_ns)
 
 
 def _stamp(status: os.stat_result) -> str:
     """A string that changes whenever the content does. Without the device number, which changes with every mount."""
     return f"{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
+
+
+def _content_stamp(status: os.stat_result) -> tuple[int, ...]:
+    """What a hard link leaves as it is."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _is_reliable(ctime_ns: int) -> bool:

@@ -91,3 +91,20 @@ def test_the_hash_of_a_file_with_an_unreliable_change_time_is_not_stored(large: 
     hashed = ContentHashes(stat=changed_at(ctime_ns))
     assert hashed(large) == digest(large)
     assert not hashed.stored, why
+
+
+def test_a_hard_link_changes_a_files_times_but_costs_no_second_reading(large: Path) -> None:
+    times = [WRITTEN_NS]
+    first = ContentHashes(stat=lambda path: changed_at(times[0])(path))
+    assert not first.renew(), "nothing is known yet"
+    first(large)
+    assert not first.renew(), "nothing has changed"
+    times[0] += 5_000_001
+    assert first.renew()
+    assert ContentHashes(first.stored, changed_at(times[0])).unknown([large]) == []
+    with large.open("r+b") as file:
+        file.write(b"other weights")
+    os.utime(large, (1, 1))
+    times[0] += 5_000_001
+    assert not first.renew(), "another time of modification: other weights"
+    assert ContentHashes(first.stored, changed_at(times[0])).unknown([large]) == [large]
