@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import numpy.typing as npt
 import openvino
 import pytest
 import torch
+import transformers
 from filelock import FileLock
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -24,6 +26,7 @@ from hypergen_export.checkpoints.families.unet import STABLE_DIFFUSION, with_dee
 from hypergen_export.conversion.convert import Job, convert
 from hypergen_export.conversion.progress import Progress
 from hypergen_export.repository.export import ExportRequest, ExportResult, export
+from support.miniature import LATENT_CHANNELS, SAMPLE_SIZE, save_miniature
 
 Array = npt.NDArray[Any]
 Run = Callable[..., list[Array]]
@@ -34,6 +37,14 @@ EXPORTED: Mapping[str, tuple[str, ...]] = {
     "sdxl": ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", "unet_shallow"),
     "lcm": ("text_encoder", "unet", "vae_decoder", "vae_encoder", "unet_shallow"),
 }
+# The modules' files, as diffusers and transformers save them.
+WEIGHTS = {
+    "text_encoder": "model.safetensors",
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+}
+# Width of the text encoder of `wide`.
+WIDE = 256
 CONVERTED: Mapping[str, tuple[str, ...]] = {"sd-2": ("text_encoder", "unet"), "lcm-sdxl": ("unet",)}
 
 
@@ -91,6 +102,44 @@ def _read_or_convert(folder: Path, checkpoint: Checkpoint, names: Sequence[str])
         record.write_text(json.dumps({name: entry.difference for name, entry in parity.items()}))
     differences: dict[str, float] = json.loads(record.read_text())
     return differences
+
+
+@pytest.fixture(scope="session")
+def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in float16 whose modules have tensors above the size that is loaded."""
+    folder = save_miniature(tmp_path_factory.mktemp("wide") / "checkpoint")
+    config = transformers.CLIPTextConfig.from_pretrained(folder / "text_encoder")
+    config.update({"hidden_size": WIDE, "intermediate_size": 2 * WIDE})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        modules = {
+            "text_encoder": transformers.CLIPTextModel(config),
+            "unet": diffusers.UNet2DConditionModel(
+                sample_size=SAMPLE_SIZE,
+                layers_per_block=1,
+                block_out_channels=(32, 64, 128),
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+                norm_num_groups=8,
+                cross_attention_dim=WIDE,
+            ),
+            "vae": diffusers.AutoencoderKL(
+                latent_channels=LATENT_CHANNELS,
+                block_out_channels=(32, 32, 64, 128),
+                norm_num_groups=8,
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+            ),
+        }
+    for name, module in modules.items():
+        shutil.rmtree(folder / name)
+        module.half().save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wide(wide_folder: Path) -> Checkpoint:
+    return open_checkpoint(str(wide_folder))
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from hypergen_export.checkpoints.lora import Lora
 
@@ -66,6 +66,8 @@ class Component:
     difference from torch, relative to the largest magnitude if that exceeds one; for UINT8 it is absolute. `wrapper`
     is a key of `wrappers.WRAPPERS`, empty if it equals the component's name. `overflows_float16`: intermediate values
     exceed float16's range, so this component is computed in float32 when the others are computed in float16.
+    `is_typed`: in bfloat16 its file is computed as it is typed, also by OpenVINO, instead of in float32 with a hint.
+    `kept_layers` are the layers of a large module that are compared with torch: the end of a list's path -> indices.
     `lora` is merged into the module's weights.
     """
 
@@ -77,6 +79,8 @@ class Component:
     tolerance: float
     wrapper: str = ""
     overflows_float16: bool = False
+    is_typed: bool = False
+    kept_layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
     lora: Lora | None = None
 
     @property

@@ -64,6 +64,48 @@ def float32_bytes(folder: Path, weights: Weights) -> int:
     return sum(_float32_bytes(folder / name, weights) for name in weights.files if not name.endswith(".json"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A tensor in a safetensors file: `dtype` by safetensors' name, `offset` and `length` in bytes of the file."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file by name. Raises ValueError, OSError."""
+    header = safetensors_header(path)
+    with path.open("rb") as file:
+        data = 8 + int.from_bytes(file.read(8), "little")
+    return {
+        name: StoredTensor(
+            file=path,
+            name=name,
+            dtype=entry["dtype"],
+            shape=tuple(entry["shape"]),
+            offset=data + entry["data_offsets"][0],
+            length=entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def tensor_files(folder: Path, weights: Weights) -> list[Path]:
+    """The files that hold the tensors: one, or the shards that the index names. Raises ValueError."""
+    tensors = [file for file in weights.files if not file.endswith(".json")]
+    whole = [file for file in tensors if not _SHARD.search(file)]
+    if whole:
+        return [folder / whole[0]]
+    return [
+        folder / name for index in weights.files if index not in tensors for name in sorted(_indexed(folder / index))
+    ]
+
+
 def safetensors_header(path: Path) -> dict[str, Any]:
     """The header of a safetensors file: its tensors by name. Raises ValueError, OSError."""
     other = wrong_content(path)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +19,19 @@ import transformers
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint
 from hypergen_export.checkpoints.components import Component
-from hypergen_export.conversion.loading import load_module
-from hypergen_export.conversion.onnx import capture, write_onnx
-from hypergen_export.conversion.parity import Parity, compare
+from hypergen_export.checkpoints.weights import float32_bytes
+from hypergen_export.conversion.cutting import cut
+from hypergen_export.conversion.linking import WeightFiles, check_links
+from hypergen_export.conversion.loading import load_module, load_placeholders
+from hypergen_export.conversion.merging import merge_lora
+from hypergen_export.conversion.onnx import Weights, capture, write_onnx
+from hypergen_export.conversion.parity import Parity, compare_outputs, torch_outputs
 from hypergen_export.conversion.progress import Progress
+from hypergen_export.conversion.sources import Placeholders
 from hypergen_export.conversion.wrappers import wrap
+
+# Size in float32 from which a module is compared by its kept layers alone.
+_LARGE_BYTES = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +41,12 @@ class Job:
     component: Component
     dtype: str
     onnx: Path
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch's."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
 
 # Called after each component with a progress callback, to build an engine of the ONNX file.
@@ -48,29 +63,80 @@ def convert(
 
 def _convert(checkpoint: Checkpoint, job: Job, progress: Progress, finish: Finish | None) -> Parity:
     component = job.component
+    files = WeightFiles(job.onnx)
     with progress.stage(f"{component.name}: load"):
-        module = _load(checkpoint, component).to(getattr(torch, job.dtype))
-        wrapped = wrap(component, module)
+        light = _load(checkpoint, job)
     with progress.stage(f"{component.name}: capture"):
-        program = capture(component, wrapped, checkpoint.sizes)
+        program = capture(component, light.wrapped, checkpoint.sizes)
     with progress.stage(f"{component.name}: convert"):
-        write_onnx(component, program, job.onnx)
+        write_onnx(component, program, job.onnx, light.weights(job, files))
+    del program, light
     with progress.stage(f"{component.name}: compare"):
-        parity = compare(component, wrapped.float(), checkpoint.sizes, job.onnx, job.dtype)
+        parity = _compare(checkpoint, job, files)
     if finish:
-        del program, wrapped, module  # frees memory: the engine builder holds another copy of the weights
         with progress.stage(f"{component.name}: build") as report:
             finish(job, report)
     return parity
 
 
-def _load(checkpoint: Checkpoint, component: Component) -> torch.nn.Module:
+@dataclass(frozen=True)
+class _Light:
+    """A wrapped module whose large tensors are placeholders."""
+
+    wrapped: torch.nn.Module
+    placeholders: Placeholders
+
+    def weights(self, job: Job, files: WeightFiles) -> Weights:
+        """What the ONNX file refers to."""
+        return Weights(self.placeholders, files, job.torch_dtype)
+
+
+def _load(checkpoint: Checkpoint, job: Job, kept_layers: Mapping[str, Sequence[int]] | None = None) -> _Light:
+    """The component's module, cut to `kept_layers` if these are given."""
+    component = job.component
+    module, placeholders = load_placeholders(checkpoint, component)
+    if component.lora:
+        merge_lora(component.module, module, component.lora, placeholders)
+    if kept_layers:
+        cut(module, kept_layers)
+    placeholders.cast(module, job.torch_dtype)
+    return _Light(wrap(component, module), placeholders)
+
+
+def _compare(checkpoint: Checkpoint, job: Job, files: WeightFiles) -> Parity:
+    """Compare the ONNX file with torch; of a large module, the layers that its component keeps for this.
+
+    The other layers differ from these in their weights alone, whose places in the files are checked.
+    """
+    component, sizes = job.component, checkpoint.sizes
+    check_links(job.onnx)
+    weights = checkpoint.weights(component.module)
+    if not component.kept_layers or float32_bytes(checkpoint.folder / component.module, weights) < _LARGE_BYTES:
+        expected = torch_outputs(component, _load_all(checkpoint, job).float(), sizes)
+        return compare_outputs(component, expected, sizes, job.onnx, job.dtype)
+    light = _load(checkpoint, job, component.kept_layers)
+    with tempfile.NamedTemporaryFile(dir=job.onnx.parent, prefix=f"{job.onnx.name}.", suffix=".cut") as file:
+        path = Path(file.name)
+        write_onnx(component, capture(component, light.wrapped, sizes), path, light.weights(job, files))
+        light.placeholders.load(light.wrapped)
+        expected = torch_outputs(component, light.wrapped.float(), sizes)
+        _free(light.wrapped)  # the engine holds the weights once more
+        return compare_outputs(component, expected, sizes, path, job.dtype)
+
+
+def _free(module: torch.nn.Module) -> None:
+    """Free the memory of the weights: traced programs refer to the parameters, too."""
+    for parameter in module.parameters():
+        parameter.data = torch.empty(0)
+
+
+def _load_all(checkpoint: Checkpoint, job: Job) -> torch.nn.Module:
+    """The wrapped module with all weights, loaded by its own library."""
+    component = job.component
     module = load_module(checkpoint, component)
     if component.lora:
-        from hypergen_export.conversion.merging import merge_lora
-
         merge_lora(component.module, module, component.lora)
-    return module
+    return wrap(component, module.to(job.torch_dtype))
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from hypergen_export.checkpoints.lora import Lora
+from hypergen_export.conversion.sources import Placeholders
 from hypergen_export.errors import BadLoraError
 
 Tensors = Mapping[str, torch.Tensor]
@@ -46,21 +47,30 @@ class _Change:
     parts: Tensors
     factor: float
 
-    def apply(self, layer: torch.nn.Module) -> None:
-        """Add the change to the layer's weights.
+    def apply(self, layer: torch.nn.Module, placeholders: Placeholders) -> None:
+        """Add the change to the layer's weights, or to the source of a placeholder.
 
         Raises:
             RuntimeError, AttributeError: the LoRA was made for a layer of another shape, or for one with a bias.
         """
         weight = layer.get_parameter("weight")
+        if placeholders.find(weight):
+            on_meta = _Change({part: tensor.to("meta") for part, tensor in self.parts.items()}, self.factor)
+            on_meta.merge(weight.to("meta"))  # raises what merging the values would raise later
+            placeholders.change(weight, self.merge)
+        else:
+            weight.copy_(self.merge(weight))
+        if "bias" in self.parts:
+            layer.get_parameter("bias").add_(self.factor * self.parts["bias"])
+
+    def merge(self, weight: torch.Tensor) -> torch.Tensor:
+        """The layer's weight with the change. Raises RuntimeError for one of another shape."""
         merged = weight + self.factor * self._product(weight.shape)
         if "magnitude" in self.parts:  # DoRA: the norm of each output's weights is trained separately
             norm = torch.linalg.vector_norm(merged.flatten(1), dim=1)
             ratio = self.parts["magnitude"].reshape(norm.shape) / norm
             merged = merged * ratio.reshape(-1, *[1] * (weight.dim() - 1))
-        weight.copy_(merged)
-        if "bias" in self.parts:
-            layer.get_parameter("bias").add_(self.factor * self.parts["bias"])
+        return merged
 
     def _product(self, shape: torch.Size) -> torch.Tensor:
         """up · down in the layer's shape; a convolution's kernel is in `down`, or in `mid` (CP decomposition)."""
@@ -74,8 +84,9 @@ class _Change:
 
 
 @torch.no_grad()
-def merge_lora(name: str, module: torch.nn.Module, lora: Lora) -> None:
+def merge_lora(name: str, module: torch.nn.Module, lora: Lora, placeholders: Placeholders | None = None) -> None:
     """Add the LoRA's weights for the checkpoint's module `name`, times its scale. Raises BadLoraError."""
+    placeholders = placeholders or Placeholders()
     layers, settings = lora.layers(name), lora.settings(name)
     targets = _match_layers(name, module, lora)
     tensors = _read(lora)
@@ -84,7 +95,7 @@ def merge_lora(name: str, module: torch.nn.Module, lora: Lora) -> None:
         if not {"down", "up"} <= parts.keys():
             raise BadLoraError(f"{lora.file}: {layer} has no {' and no '.join(sorted({'down', 'up'} - parts.keys()))}")
         try:
-            _Change(parts, lora.scale * _scaling(parts, settings, layer)).apply(targets[layer])
+            _Change(parts, lora.scale * _scaling(parts, settings, layer)).apply(targets[layer], placeholders)
         except (RuntimeError, AttributeError) as error:
             raise _mismatch(name, lora, f"the weights' shapes differ at {layer}") from error
 

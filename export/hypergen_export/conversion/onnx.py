@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnxscript.optimizer
@@ -12,6 +13,8 @@ from torch.export import Dim, ExportedProgram
 
 from hypergen_export.checkpoints.components import Component, Sizes
 from hypergen_export.conversion.examples import as_kwargs, example_inputs
+from hypergen_export.conversion.linking import WeightFiles, link_weights
+from hypergen_export.conversion.sources import LARGEST_LOADED, Placeholders
 from hypergen_export.errors import ConversionError, first_line
 
 # The opset that torch's exporter is written for, so no conversion follows. Measured with OpenVINO on a UNet
@@ -33,8 +36,20 @@ def capture(component: Component, wrapped: torch.nn.Module, sizes: Sizes) -> Exp
         raise ConversionError(f"{component.name}: torch.export failed ({first_line(error)})") from error
 
 
-def write_onnx(component: Component, program: ExportedProgram, path: Path) -> None:
-    """Write the graph to `path`; weights above ONNX's 2 GB go to a file beside it. Raises ConversionError, OSError."""
+@dataclass(frozen=True)
+class Weights:
+    """The placeholders of a program, the files that its weights go to, and the type of those that are written."""
+
+    placeholders: Placeholders
+    files: WeightFiles
+    dtype: torch.dtype
+
+
+def write_onnx(component: Component, program: ExportedProgram, path: Path, weights: Weights | None = None) -> None:
+    """Write the graph to `path`, and let it refer to files for the values of placeholders.
+
+    Everything else is inside the file, which holds at most 2 GB. Raises ConversionError, OSError.
+    """
     try:
         converted = torch.onnx.export(
             program,
@@ -46,15 +61,27 @@ def write_onnx(component: Component, program: ExportedProgram, path: Path) -> No
             verbose=False,
         )
         assert converted is not None  # only the exporter without dynamo returns None
+        if weights:
+            link_weights(converted.model, weights.placeholders, weights.files, weights.dtype)
         # torch would run two iterations: the second takes as long and removes 50 of a UNet's 1,300 nodes.
-        onnxscript.optimizer.optimize_ir(converted.model, num_iterations=1)
+        onnxscript.optimizer.optimize_ir(converted.model, num_iterations=1, should_fold=_should_fold)
         resize_in_float32(converted.model)
-        # A component is one file unless it exceeds 2 GB, in which case `save` makes the weights external.
-        converted.save(path, external_data=False)
+        ir.save(converted.model, path)
+    except ConversionError as error:
+        raise ConversionError(f"{component.name}: {error}") from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise ConversionError(f"{component.name}: torch.onnx failed ({first_line(error)})") from error
+
+
+def _should_fold(node: ir.Node) -> bool | None:
+    """Not for large weights, which would be copied into the file: by default their transpositions are folded.
+
+    Engines fold them when they load the file. None leaves the decision to the optimizer.
+    """
+    tensors = (value.const_value for value in node.inputs if value is not None)
+    return False if any(tensor is not None and tensor.size > LARGEST_LOADED for tensor in tensors) else None
 
 
 def resize_in_float32(model: ir.Model) -> None:

@@ -21,6 +21,8 @@ from hypergen_export.errors import ConversionError, ParityMissedError, first_lin
 
 Array = npt.NDArray[np.generic]
 Engine = Callable[[list[Array]], list[Array]]
+# Per example, the outputs in the component's order.
+Outputs = list[list[Array]]
 
 # Allowed difference of a half-precision graph from torch in float32 with the same weights. A root mean square, since
 # the largest of so many rounding errors is random. A wrong operator, axis or weight makes a far larger one.
@@ -47,12 +49,31 @@ def compare(component: Component, wrapped: torch.nn.Module, sizes: Sizes, path: 
 
     Raises ParityMissedError, ConversionError.
     """
+    return compare_outputs(component, torch_outputs(component, wrapped, sizes), sizes, path, dtype)
+
+
+def torch_outputs(component: Component, wrapped: torch.nn.Module, sizes: Sizes) -> Outputs:
+    """What torch gives for the examples of `compare_outputs`; afterwards the module's memory can be freed."""
+    with torch.no_grad():
+        results = [wrapped(**as_kwargs(component, example_inputs(component, sizes, **shape))) for shape in _SHAPES]
+    return [[tensor.numpy() for tensor in (result if isinstance(result, tuple) else (result,))] for result in results]
+
+
+def compare_outputs(
+    component: Component, expected: Outputs, sizes: Sizes, path: Path, dtype: str = "float32"
+) -> Parity:
+    """Compare the ONNX file at `path`, with weights of `dtype`, with what `torch_outputs` returned in float32.
+
+    Raises ParityMissedError, ConversionError.
+    """
     measure = _largest if dtype == "float32" else _root_mean_square
     allowed = _allowed(component, dtype)
     engine = _openvino_float32(component, path)
-    pairs = (
-        pair for s in _SHAPES for pair in _outputs(component, wrapped, engine, example_inputs(component, sizes, **s))
-    )
+    pairs = [
+        pair
+        for shape, theirs in zip(_SHAPES, expected, strict=True)
+        for pair in _pairs(component, theirs, engine([x.numpy() for x in example_inputs(component, sizes, **shape)]))
+    ]
     # np.max propagates NaN; the built-in max does not.
     difference = float(np.max([measure(*pair) for pair in pairs]))
     if not math.isfinite(difference):
@@ -85,15 +106,9 @@ def _openvino_float32(component: Component, path: Path) -> Engine:
     return run
 
 
-def _outputs(
-    component: Component, wrapped: torch.nn.Module, engine: Engine, inputs: tuple[torch.Tensor, ...]
-) -> Iterator[tuple[Array, Array]]:
+def _pairs(component: Component, expected: list[Array], given: list[Array]) -> Iterator[tuple[Array, Array]]:
     """Each output as computed by torch and by the engine."""
-    with torch.no_grad():
-        expected = wrapped(**as_kwargs(component, inputs))
-    expected = expected if isinstance(expected, tuple) else (expected,)
-    given = engine([tensor.numpy() for tensor in inputs])
-    for theirs, ours in zip((tensor.numpy() for tensor in expected), given, strict=True):
+    for theirs, ours in zip(expected, given, strict=True):
         if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
             raise ParityMissedError(
                 f"{component.name}: torch gives {theirs.dtype}{list(theirs.shape)}, "

@@ -126,12 +126,17 @@ def write_plan_record(build: Build, interface: Interface) -> None:
     record = {
         **asdict(build.target),
         "dtype": build.dtype,
-        "onnx_sha256": sha256(sorted(build.onnx.parent.glob(f"{build.onnx.name}*"))),  # with external weights
+        "onnx_sha256": sha256(onnx_files(build.onnx)),
         **asdict(interface),
         "profiles": [{name: asdict(bounds) for name, bounds in profile.items()} for profile in build.profiles],
     }
     text = json.dumps(record, indent=2, ensure_ascii=False)
     build.plan.with_name(f"{build.plan.name}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def onnx_files(onnx: Path) -> list[Path]:
+    """An ONNX file and the files with its weights, which are alone with it in their folder."""
+    return sorted({*onnx.parent.glob(f"{onnx.name}*"), *onnx.parent.glob("*.safetensors")})
 
 
 def _import(library: str) -> Any:

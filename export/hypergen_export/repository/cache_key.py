@@ -25,17 +25,21 @@ _CONVERSION = (
     "conversion/examples.py",
     "conversion/wrappers",
     "conversion/loading.py",
+    "conversion/sources.py",
+    "conversion/linking.py",
+    "conversion/cutting.py",
     "conversion/onnx.py",
     "conversion/parity.py",
 )
 
 
-def component_key(checkpoint: Checkpoint, component: Component, hashes: ContentHashes) -> str:
-    """Key of a component's ONNX file: the module's files, the merged LoRA, and the sources that convert them."""
+def component_key(checkpoint: Checkpoint, component: Component, hashes: ContentHashes, dtype: str = "float32") -> str:
+    """Key of a component's ONNX file: its dtype, the module's files, the merged LoRA, the sources that convert them."""
     folder = checkpoint.folder / component.module
     return _digest(
         component.name,
         component.wrapper,
+        dtype,
         dict(checkpoint.sizes),
         _contents([folder / "config.json", *_sources(_CONVERSION)]),
         [(path.name, hashes(path)) for path in weight_files(checkpoint, component.module)],

@@ -59,7 +59,8 @@ def _configure_openvino(config: Any, component: Component, options: EngineOption
     if not component.is_denoiser:
         config.dynamic_batching.SetInParent()
     config.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=1)
-    bf16 = "YES" if options.dtype == "bfloat16" else "NO"
+    # A file that is typed in bfloat16 is computed as it is typed: the hint would round the float32 parts of its graph.
+    bf16 = "YES" if options.dtype == "bfloat16" and not component.is_typed else "NO"
     _set_parameters(config, {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "HINT_BF16": bf16})
     if not any("height" in tensor.axes for tensor in component.inputs):
         _add_warm_up(config, component, options)

@@ -21,19 +21,19 @@ from hypergen_export.checkpoints.components import Component
 from hypergen_export.checkpoints.defaults import checkpoint_parameters, notices, text_padding
 from hypergen_export.checkpoints.families.unet import with_deep_cache
 from hypergen_export.checkpoints.family import TextInput
+from hypergen_export.checkpoints.files import link_or_copy, on_one_file_system
 from hypergen_export.checkpoints.hashes import ContentHashes
 from hypergen_export.checkpoints.lora import Lora
 from hypergen_export.checkpoints.weights import float32_bytes
 from hypergen_export.engines.engine import ENGINES, OPENVINO, TENSORRT, Size, check_dtype, choose_sizes, size_parameters
 from hypergen_export.engines.profiles import Shapes, profiles
-from hypergen_export.engines.tensorrt import Build, Target, build_plan, local_target, write_plan_record
+from hypergen_export.engines.tensorrt import Build, Target, build_plan, local_target, onnx_files, write_plan_record
 from hypergen_export.errors import BadLoraError, BadOptionError, MissingDependencyError
 from hypergen_export.repository.cache_key import component_key, plan_key, repository_key, tokenizer_key, weight_files
 from hypergen_export.repository.staging import (
     PreviousExport,
     check_space,
     file_sizes,
-    link_or_copy,
     read_record,
     sibling_exports,
     staged,
@@ -51,6 +51,8 @@ _SAMPLER = "diffusion"
 _SCHEDULERS = "schedulers.json"
 _VERSIONS = ("hypergen-triton", "torch", "diffusers", "transformers", "onnx", "openvino")
 _ONNX = "model.onnx"
+# An ONNX file without its large weights.
+_GRAPH_BYTES = 64 * 2**20
 _STAGES_PER_COMPONENT = 4  # and one more if a plan is built
 # Quality already drops above about five.
 _MAX_CACHE_INTERVAL = 10
@@ -120,7 +122,11 @@ def export(
     check_space(output, task.bytes_to_write)
     with staged(output) as folder:
         parity = _write_repository(task, folder)
-        write_record(folder, _record(task, folder, parity))
+        record = _record(task, folder, parity)
+        write_record(folder, record)
+    # Linking the weights, here and in an export that was replaced, has changed their files' change times.
+    if task.hashes.renew():
+        update_record(output, {**record, "hashes": task.hashes.stored})
     reused = tuple(component.name for component in task.reused)
     return ExportResult(converted=tuple(component.name for component in task.outdated), reused=reused)
 
@@ -228,7 +234,11 @@ class ExportTask:
     def is_up_to_date(self) -> bool:
         """Whether the output folder already has this export."""
         same: bool = self.previous.record.get("key") == self.key
-        return same and self.previous.is_intact("")
+        return (
+            same
+            and self.previous.is_intact("")
+            and all(self._has_its_weights(component, self.previous) for component in self.components)
+        )
 
     @cached_property
     def sources(self) -> dict[str, PreviousExport]:
@@ -264,24 +274,45 @@ class ExportTask:
 
     @property
     def bytes_to_write(self) -> int:
-        """An estimate: an ONNX file is at most as large as its module in float32, and a plan as its ONNX file."""
-        folder = self.checkpoint.folder
-        files = 2 if self.target else 1
-        return sum(float32_bytes(folder / c.module, self.checkpoint.weights(c.module)) * files for c in self.outdated)
+        """An estimate: a plan, and weights that are not linked, are at most as large as the module in float32."""
+        return sum(map(self._bytes_of, self.outdated))
+
+    def _bytes_of(self, component: Component) -> int:
+        folder, weights = self.checkpoint.folder / component.module, self.checkpoint.weights(component.module)
+        full = float32_bytes(folder, weights)
+        plan = full if self.target else 0
+        if component.lora or weights.format != "safetensors":
+            return plan + full
+        files = [folder / name for name in weights.files]
+        copied = sum(file.stat().st_size for file in files if not on_one_file_system(file, self.previous.folder))
+        return plan + copied + min(full, _GRAPH_BYTES)
 
     def weights_dtype(self, component: Component) -> str:
-        """The dtype of the weights in the component's ONNX file; OpenVINO itself converts them when it loads them."""
-        return component.weights_dtype(self.request.dtype) if self.target else "float32"
+        """The dtype of the component's ONNX file; unless it is typed, OpenVINO itself converts it when it loads it."""
+        is_typed = self.target is not None or component.is_typed
+        return component.weights_dtype(self.request.dtype) if is_typed else "float32"
 
     def _key(self, component: Component) -> str:
-        key = component_key(self.checkpoint, component, self.hashes)
         if self.target is None:
-            return key
+            return component_key(self.checkpoint, component, self.hashes, self.weights_dtype(component))
+        key = component_key(self.checkpoint, component, self.hashes)
         return plan_key(key, self.weights_dtype(component), self.target, profiles(component, self.shapes))
 
     def _is_available(self, component: Component, export: PreviousExport) -> bool:
         same: bool = export.component(component.name).get("key") == self.keys[component.name]
-        return same and export.is_intact(f"{component.name}/1/")
+        return same and export.is_intact(f"{component.name}/1/") and self._has_its_weights(component, export)
+
+    def _has_its_weights(self, component: Component, export: PreviousExport) -> bool:
+        """Whether the linked weights are unchanged: writing to the checkpoint's file writes to the export's, too."""
+        folder = version_folder(export.folder, component)
+        linked = export.component(component.name).get("weights", {})
+        return all(self.hashes(folder / name) == digest for name, digest in linked.items())
+
+    def linked_weights(self, component: Component, repository: Path) -> dict[str, str]:
+        """The checkpoint's files that a converted component links: name -> hash."""
+        folder = version_folder(repository, component)
+        files = weight_files(self.checkpoint, component.module)
+        return {file.name: self.hashes(file) for file in files if (folder / file.name).is_file()}
 
 
 def version_folder(repository: Path, component: Component) -> Path:
@@ -401,7 +432,7 @@ def _build(shapes: Shapes, target: Target, job: Job, report: Callable[[float], N
         target=target,
     )
     write_plan_record(build, build_plan(build, report))
-    for file in job.onnx.parent.glob(f"{_ONNX}*"):
+    for file in onnx_files(job.onnx):
         file.unlink()
 
 
@@ -426,6 +457,7 @@ def _record(task: ExportTask, folder: Path, parity: Mapping[str, Any]) -> dict[s
             component.name: {
                 "key": task.keys[component.name],
                 "parity": parity.get(component.name) or task.recorded(component)["parity"],
+                "weights": task.linked_weights(component, folder),
             }
             for component in task.components
         },

@@ -135,14 +135,6 @@ def file_sizes(folder: Path) -> dict[str, int]:
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link `source` to `target`, or copy it if the file system has no hard links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
 def _move_into_place(staging: Path, output: Path) -> None:
     """Rename `staging` to `output`; a previous export there is kept until the new one is in place."""
     if not output.exists() or not any(output.iterdir()):

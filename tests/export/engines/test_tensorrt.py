@@ -13,6 +13,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,11 @@ from tritonclient.grpc import model_config_pb2 as pb
 from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hypergen_export.checkpoints.families.unet import with_deep_cache
 from hypergen_export.checkpoints.lora import read_loras
+from hypergen_export.conversion.convert import Job, convert
 from hypergen_export.conversion.loading import load_module
 from hypergen_export.conversion.onnx import capture, write_onnx
 from hypergen_export.conversion.parity import compare
+from hypergen_export.conversion.progress import Progress
 from hypergen_export.conversion.wrappers import wrap
 from hypergen_export.engines.engine import read_sizes
 from hypergen_export.engines.profiles import Bounds, Shapes, profiles
@@ -392,6 +395,25 @@ def test_half_precision_is_inside_the_graph_and_not_in_its_interface(
     found = profiles(component, shapes)
     plan = tmp_path / "model.plan"
     build_plan(Build(name=name, onnx=path, dtype=dtype, plan=plan, profiles=found, target=target), lambda _: None)
+    assert plan.stat().st_size > 1000
+
+
+@pytest.mark.claim("engines")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_weights_that_are_linked_in_another_precision_are_built(
+    dtype: str, wide: Checkpoint, target: Target, tmp_path: Path
+) -> None:
+    component, path = COMPONENTS["vae_decoder"], tmp_path / "model.onnx"
+    with closing(Progress(4)) as progress:
+        convert(wide, [Job(component=component, dtype=dtype, onnx=path)], progress, None)
+    assert (tmp_path / "diffusion_pytorch_model.safetensors").samefile(
+        wide.folder / "vae" / "diffusion_pytorch_model.safetensors"
+    )
+    found = profiles(component, Shapes(sizes=wide.sizes, image_sizes=SIZES[:1], rows=2))
+    plan = tmp_path / "model.plan"
+    build_plan(
+        Build(name="vae_decoder", onnx=path, dtype=dtype, plan=plan, profiles=found, target=target), lambda _: None
+    )
     assert plan.stat().st_size > 1000
 
 

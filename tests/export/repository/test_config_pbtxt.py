@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,8 @@ def test_bfloat16_is_the_backends_hint() -> None:
     options = EngineOptions(engine="openvino", dtype="bfloat16", shapes=shapes, default_size=(64, 64))
     text = component_config(component, options)
     assert parameters(text_format.Parse(text, pb.ModelConfig()))["HINT_BF16"] == "YES"
+    typed = component_config(replace(component, is_typed=True), options)
+    assert parameters(text_format.Parse(typed, pb.ModelConfig()))["HINT_BF16"] == "NO", "computed as the file is typed"
 
 
 @pytest.mark.parametrize(

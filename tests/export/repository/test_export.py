@@ -15,14 +15,26 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hypergen_export.checkpoints.checkpoint import open_checkpoint
+from hypergen_export.checkpoints.components import STABLE_DIFFUSION
 from hypergen_export.checkpoints.hashes import LARGE
 from hypergen_export.checkpoints.lora import read_loras
+from hypergen_export.checkpoints.weights import sha256
 from hypergen_export.errors import BadLoraError, BrokenCheckpointError, OutputRefusedError
+from hypergen_export.repository import export as exporting
 from hypergen_export.repository.config_pbtxt import read_config
-from hypergen_export.repository.export import ExportRequest, ExportResult, export, sampler_folder, sampler_sources
+from hypergen_export.repository.export import (
+    ExportRequest,
+    ExportResult,
+    ExportTask,
+    export,
+    sampler_folder,
+    sampler_sources,
+)
+from hypergen_export.repository.staging import PreviousExport
 from support.loras import lora_weights, save_by_diffusers
 
-from ..conftest import Array, edit_json, leftovers
+from ..conftest import WEIGHTS, Array, edit_json, leftovers
 
 NAMES = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 
@@ -165,6 +177,65 @@ def test_hashes_computed_by_an_up_to_date_export_are_stored_in_it(
         assert export(request) == ExportResult()
     assert capsys.readouterr().err.count("weights: hash") == 2, "for the export, and for the first time it is seen old"
     assert sorted(path.name for path in request.output.iterdir() if path.name.startswith(".")) == []
+
+
+@pytest.fixture(scope="module")
+def linked(wide_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint of which an export links the weights, and the export. Read only."""
+    folder = tmp_path_factory.mktemp("linked")
+    checkpoint = Path(shutil.copytree(wide_folder, folder / "checkpoint"))
+    export(ExportRequest(model=str(checkpoint), output=folder / "repository"))
+    return checkpoint, folder / "repository"
+
+
+def test_the_checkpoints_weights_are_in_the_repository_without_being_copied(linked: tuple[Path, Path]) -> None:
+    checkpoint, repository = linked
+    record = json.loads((repository / "hypergen.json").read_text())
+    for component in STABLE_DIFFUSION:
+        (weights,) = (checkpoint / component.module).glob("*.safetensors")
+        assert (repository / component.name / "1" / weights.name).samefile(weights)
+        assert record["components"][component.name]["weights"] == {weights.name: sha256([weights])}
+    assert export(ExportRequest(model=str(checkpoint), output=repository)) == ExportResult()
+
+
+def test_an_export_whose_weights_were_overwritten_with_its_checkpoint_is_not_reused(
+    linked: tuple[Path, Path], wide_folder: Path, tmp_path: Path
+) -> None:
+    """Whoever saves into the checkpoint writes to the linked files; the old weights are served from elsewhere then."""
+    checkpoint = Path(shutil.copytree(linked[0], tmp_path / "checkpoint"))
+    output = Path(shutil.copytree(linked[1], tmp_path / "repository"))
+    weights = checkpoint / "text_encoder" / "model.safetensors"
+    place = output / "text_encoder" / "1" / weights.name
+    place.unlink()
+    place.hardlink_to(weights)
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-2] + bytes(2))
+    assert sha256([place]) != sha256([wide_folder / "text_encoder" / weights.name])
+    again = ExportRequest(model=str(wide_folder), output=output, model_id=str(linked[0]))
+    assert export(again) == ExportResult(converted=("text_encoder",), reused=NAMES[1:])
+    assert sha256([output / "text_encoder" / "1" / weights.name]) == sha256(
+        [wide_folder / "text_encoder" / weights.name]
+    )
+
+
+def test_what_is_linked_needs_no_space(wide_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "_GRAPH_BYTES", 0)
+
+    def needed(folder: Path, output: Path) -> int:
+        request = ExportRequest(model=str(folder), output=output)
+        task = ExportTask(open_checkpoint(str(folder)), request, PreviousExport(output, {}), (), None)
+        return task.bytes_to_write
+
+    assert needed(wide_folder, tmp_path / "repository") == 0
+    stored = sum((wide_folder / each.module / WEIGHTS[each.module]).stat().st_size for each in STABLE_DIFFUSION)
+    if Path("/dev/shm").stat().st_dev != tmp_path.stat().st_dev:
+        assert needed(wide_folder, Path("/dev/shm/repository")) == stored
+    pickled = Path(shutil.copytree(wide_folder, tmp_path / "pickled"))
+    weights = pickled / "text_encoder" / WEIGHTS["text_encoder"]
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    elements = sum(tensor.numel() for tensor in load_file(weights).values())
+    weights.unlink()
+    assert needed(pickled, tmp_path / "repository") >= 2 * elements
 
 
 @pytest.mark.parametrize("file", ["text_encoder/1/model.onnx", "diffusion/tokenizer.json", "unet/config.pbtxt"])

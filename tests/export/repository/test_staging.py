@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from hypergen_export.checkpoints.files import link_or_copy
 from hypergen_export.errors import NoSpaceError, OutputRefusedError
-from hypergen_export.repository.staging import check_space, link_or_copy, read_record, staged, write_record
+from hypergen_export.repository.staging import check_space, read_record, staged, write_record
 
 
 def make_repository(output: Path, content: str) -> None:

@@ -51,6 +51,16 @@ def attention_mask(tokens: str) -> Tensor:
     return Tensor(name="attention_mask", dtype=INT, axes=(tokens,), example="mask")
 
 
+# Of a transformer, by diffusers' names: blocks differ between the first and the last of a list at most.
+_KEPT_LAYERS = {
+    "transformer_blocks": (0, -1),
+    "single_transformer_blocks": (0,),
+    "layers": (0,),
+    "context_refiner": (0,),
+    "noise_refiner": (0,),
+}
+
+
 def transformer(loader: str, *conditions: Tensor, wrapper: str) -> Component:
     """A transformer as a denoiser."""
     return Component(
@@ -61,4 +71,5 @@ def transformer(loader: str, *conditions: Tensor, wrapper: str) -> Component:
         inputs=(SAMPLE, TIME, *conditions),
         outputs=(MODEL_OUTPUT,),
         tolerance=TOLERANCE,
+        kept_layers=_KEPT_LAYERS,
     )

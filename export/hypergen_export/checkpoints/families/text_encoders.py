@@ -24,6 +24,7 @@ def qwen3(tokens: str, wrapper: str) -> Component:
         inputs=(input_ids(tokens, "prompt"), attention_mask(tokens)),
         outputs=(Tensor(name="encoder_hidden_states", dtype=FLOAT, axes=(tokens, "context_width")),),
         tolerance=TOLERANCE,
+        kept_layers={"layers": (0, 1, 2, 3)},  # so many that FLUX.2's indices, modulo their number, are three layers
     )
 
 

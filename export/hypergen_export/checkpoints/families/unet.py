@@ -47,6 +47,7 @@ def _unet(*conditions: Tensor) -> Component:
         inputs=(SAMPLE, TIME, *conditions),
         outputs=(MODEL_OUTPUT,),
         tolerance=TOLERANCE,
+        kept_layers={"down_blocks": (0, 1), "up_blocks": (-2, -1)},
     )
 
 
@@ -82,6 +83,7 @@ _TEXT_ENCODERS_XL = (
         inputs=(input_ids("tokens", "prompt_2"),),
         outputs=(_states_of("text_width_2"), POOLED),
         tolerance=TOLERANCE,
+        kept_layers={"encoder.layers": (0, -1)},
     ),
 )
 # diffusers' XL pipeline also decodes in float32 ("make sure the VAE is in float32 mode, as it overflows"). It is the

@@ -1,0 +1,367 @@
+"""An export without weights: its files refer to the checkpoint's own, and compute the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import openvino
+import pytest
+import torch
+import transformers
+from onnxscript import ir
+from safetensors.torch import load_file, save_file
+
+from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hypergen_export.checkpoints.components import FLOAT, INT, Component, Tensor
+from hypergen_export.checkpoints.families.unet import STABLE_DIFFUSION
+from hypergen_export.checkpoints.lora import read_loras
+from hypergen_export.conversion import convert as conversion
+from hypergen_export.conversion.convert import Job, convert
+from hypergen_export.conversion.examples import example_inputs
+from hypergen_export.conversion.linking import check_links
+from hypergen_export.conversion.loading import load_module, load_placeholders
+from hypergen_export.conversion.merging import merge_lora
+from hypergen_export.conversion.onnx import capture, write_onnx
+from hypergen_export.conversion.parity import Parity, compare_outputs
+from hypergen_export.conversion.progress import Progress
+from hypergen_export.conversion.sources import LARGEST_LOADED
+from hypergen_export.conversion.wrappers import WRAPPERS, wrap
+from hypergen_export.errors import BrokenCheckpointError, ConversionError
+from support.loras import lora_weights, save_by_diffusers
+
+from ..conftest import COMPONENTS, WEIGHTS, WIDE, Array
+
+
+def write(checkpoint: Checkpoint, component: Component, folder: Path, dtype: str = "float32") -> tuple[Path, Parity]:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "model.onnx"
+    with closing(Progress(4)) as progress:
+        parity = convert(checkpoint, [Job(component=component, dtype=dtype, onnx=path)], progress, None)
+    return path, parity[component.name]
+
+
+def initializers(path: Path) -> Iterator[tuple[str, Any]]:
+    for name, value in ir.load(path).graph.initializers.items():
+        assert value.const_value is not None
+        yield name, value.const_value
+
+
+def external(path: Path) -> dict[str, ir.ExternalTensor]:
+    return {name: tensor for name, tensor in initializers(path) if isinstance(tensor, ir.ExternalTensor)}
+
+
+def run(path: Path, inputs: tuple[torch.Tensor, ...]) -> list[Array]:
+    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    results = compiled([tensor.numpy() for tensor in inputs])
+    return [np.array(results[output]) for output in compiled.outputs]
+
+
+@pytest.mark.parametrize("component", STABLE_DIFFUSION, ids=lambda component: component.name)
+def test_large_weights_stay_in_the_checkpoints_file_and_give_the_same_values(
+    component: Component, wide: Checkpoint, tmp_path: Path
+) -> None:
+    path, parity = write(wide, component, tmp_path / "linked")
+    weights = wide.folder / component.module / WEIGHTS[component.module]
+    assert sorted(file.name for file in path.parent.iterdir()) == sorted(["model.onnx", weights.name])
+    assert (path.parent / weights.name).samefile(weights)
+    assert parity.difference <= (1 if component.name == "vae_decoder" else 1e-5)
+    linked, stored = external(path), load_file(weights)
+    assert {name for name, tensor in stored.items() if tensor.numel() > LARGEST_LOADED} >= linked.keys() != set()
+    assert all(tensor.size <= LARGEST_LOADED for name, tensor in initializers(path) if name not in linked)
+    (tmp_path / "whole").mkdir()
+    whole = tmp_path / "whole" / "model.onnx"
+    write_onnx(component, capture(component, wrap(component, load_module(wide, component)), wide.sizes), whole)
+    inputs = example_inputs(component, wide.sizes, batch=2, height=9, width=7)
+    for ours, theirs in zip(run(path, inputs), run(whole, inputs), strict=True):
+        assert np.array_equal(ours, theirs), "the same arithmetic"
+
+
+def test_every_precision_links_the_same_file(wide: Checkpoint, tmp_path: Path) -> None:
+    component = COMPONENTS["text_encoder"]
+    weights = wide.folder / component.module / WEIGHTS[component.module]
+    places = []
+    for dtype in ("float32", "float16", "bfloat16"):
+        path, _ = write(wide, component, tmp_path / dtype, dtype)
+        assert (path.parent / weights.name).samefile(weights)
+        places.append({name: (tensor.dtype, tensor.offset) for name, tensor in external(path).items()})
+    assert places[0] == places[1] == places[2]
+    assert {kind for kind, _ in places[0].values()} == {ir.DataType.FLOAT16}
+
+
+def test_shards_are_linked_one_by_one(wide_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(wide_folder, tmp_path / "checkpoint"))
+    whole = folder / "text_encoder" / WEIGHTS["text_encoder"]
+    tensors = load_file(whole)
+    whole.unlink()
+    names = sorted(tensors)
+    half = len(names) // 2
+    shards = {"model-00001-of-00002.safetensors": names[:half], "model-00002-of-00002.safetensors": names[half:]}
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, folder / "text_encoder" / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, part in shards.items() for name in part}}
+    (folder / "text_encoder" / "model.safetensors.index.json").write_text(json.dumps(index))
+    path, parity = write(open_checkpoint(str(folder)), COMPONENTS["text_encoder"], tmp_path / "linked")
+    assert parity.difference < 1e-5
+    for name, tensor in external(path).items():
+        assert name in shards[str(tensor.location)]
+    assert all((path.parent / file).samefile(folder / "text_encoder" / file) for file in shards)
+
+
+def test_a_file_that_a_link_of_the_hubs_cache_leads_to_is_linked(wide_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(wide_folder, tmp_path / "checkpoint"))
+    weights = folder / "text_encoder" / WEIGHTS["text_encoder"]
+    blob = Path(shutil.move(weights, folder / "blob"))
+    weights.symlink_to(blob)
+    path, _ = write(open_checkpoint(str(folder)), COMPONENTS["text_encoder"], tmp_path / "linked")
+    assert (path.parent / weights.name).samefile(blob)
+    assert not (path.parent / weights.name).is_symlink()
+
+
+def test_pickled_weights_are_written_in_the_exports_precision(wide_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(wide_folder, tmp_path / "checkpoint"))
+    weights = folder / "text_encoder" / WEIGHTS["text_encoder"]
+    stored = load_file(weights)
+    torch.save(stored, weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        path, _ = write(open_checkpoint(str(folder)), COMPONENTS["text_encoder"], tmp_path / name, name)
+        written = load_file(path.with_name("model.onnx.safetensors"))
+        assert written.keys() == external(path).keys() == {n for n, t in stored.items() if t.numel() > LARGEST_LOADED}
+        assert all(torch.equal(written[name], stored[name].to(dtype)) for name in written)
+
+
+def test_only_what_a_lora_changes_is_written(wide: Checkpoint, tmp_path: Path) -> None:
+    layers = lora_weights(wide.folder, "text_encoder")
+    (lora,) = read_loras([f"{save_by_diffusers(tmp_path / 'lora', layers)}:0.5"])
+    component = COMPONENTS["text_encoder"]
+    merged = load_module(wide, component)
+    merge_lora("text_encoder", merged, lora)
+    path, parity = write(wide, component.with_lora(lora), tmp_path / "linked")
+    assert parity.difference < 1e-5
+    written = load_file(path.with_name("model.onnx.safetensors"))
+    unchanged = load_module(wide, component).state_dict()
+    changed = {n for n, t in merged.state_dict().items() if not torch.equal(t, unchanged[n])}
+    stems = {name.removeprefix("text_model.") for name in written}
+    assert stems
+    assert stems == {n for n in changed if unchanged[n].numel() > LARGEST_LOADED}
+    for name, tensor in written.items():
+        torch.testing.assert_close(tensor, merged.state_dict()[name.removeprefix("text_model.")], rtol=0, atol=0)
+    assert {str(tensor.location) for tensor in external(path).values()} == {
+        "model.onnx.safetensors",
+        WEIGHTS["text_encoder"],
+    }
+
+
+def test_of_a_large_unet_the_outer_levels_are_compared(
+    wide: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversion, "_LARGE_BYTES", 0)
+    compared: list[int] = []
+
+    def count(component: Component, expected: Any, sizes: Any, path: Path, dtype: str) -> Parity:
+        compared.append(len(external(path)))
+        return compare_outputs(component, expected, sizes, path, dtype)
+
+    monkeypatch.setattr(conversion, "compare_outputs", count)
+    path, parity = write(wide, COMPONENTS["unet"], tmp_path / "linked")
+    assert parity.difference < 1e-5
+    assert 0 < compared[0] < len(external(path))
+    assert sorted(file.name for file in path.parent.iterdir()) == sorted(["model.onnx", WEIGHTS["unet"]])
+
+
+def test_a_place_that_is_not_the_tensors_is_an_error(wide: Checkpoint, tmp_path: Path) -> None:
+    path, _ = write(wide, COMPONENTS["text_encoder"], tmp_path / "text_encoder" / "1")
+    model = ir.load(path)
+    name, tensor = next(iter(external(path).items()))
+    moved = ir.ExternalTensor(
+        location=str(tensor.location),
+        offset=(tensor.offset or 0) + 2,
+        length=tensor.length,
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        name=name,
+    )
+    model.graph.initializers[name].const_value = moved
+    ir.save(model, path)
+    with pytest.raises(ConversionError, match=f"text_encoder: {name} is not where the ONNX file says"):
+        check_links(path)
+
+
+def test_the_same_tensors_are_wrong_for_either_way_of_loading(wide_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(wide_folder, tmp_path / "checkpoint"))
+    weights = folder / "unet" / WEIGHTS["unet"]
+    tensors = load_file(weights)
+    name = "mid_block.resnets.0.conv1.weight"
+    assert tensors[name].numel() > LARGEST_LOADED
+    for change in (
+        lambda: tensors[name].view(-1)[70_000:70_001].fill_(torch.inf),
+        lambda: tensors.update({name: tensors[name][:, :-1].contiguous()}),
+        lambda: tensors.pop(name),
+    ):
+        change()
+        save_file(tensors, weights, {"format": "pt"})
+        reasons = []
+        for load in (load_module, load_placeholders):
+            with pytest.raises(BrokenCheckpointError) as caught:
+                load(open_checkpoint(str(folder)), COMPONENTS["unet"])
+            reasons.append(str(caught.value).partition("(")[0])
+        assert reasons[0] == reasons[1]
+
+
+def test_a_wrapper_that_computes_with_weights_is_refused(
+    wide: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = WRAPPERS["text_encoder"]
+
+    def scale(module: Any) -> torch.nn.Module:
+        layer = module.encoder.layers[0].mlp.fc1
+        layer.weight = torch.nn.Parameter(layer.weight * 2, requires_grad=False)
+        return own(module)
+
+    monkeypatch.setitem(WRAPPERS, "text_encoder", scale)
+    with pytest.raises(ConversionError, match=r"text_encoder: .*fc1\.weight: is computed from weights"):
+        write(wide, COMPONENTS["text_encoder"], tmp_path / "linked")
+
+
+class SD3(torch.nn.Module):
+    """The denoiser of Stable Diffusion 3, with a sinusoid instead of the timestep, whose position table is stored."""
+
+    def __init__(self, transformer: Any) -> None:
+        super().__init__()
+        self.model = transformer
+
+    def forward(
+        self, sample: torch.Tensor, time: torch.Tensor, encoder_hidden_states: torch.Tensor, text_embeds: torch.Tensor
+    ) -> torch.Tensor:
+        model, dtype = self.model, self.model.context_embedder.weight.dtype
+        embedders = model.time_text_embed
+        height, width = (side // 2 for side in sample.shape[2:])
+        side = model.pos_embed.pos_embed_max_size
+        table = model.pos_embed.pos_embed.reshape(side, side, -1)
+        rows, columns = (side - height) // 2 + torch.arange(height), (side - width) // 2 + torch.arange(width)
+        places = table.index_select(0, rows).index_select(1, columns).flatten(0, 1)[None]
+        hidden = (model.pos_embed.proj(sample.to(dtype)).flatten(2).transpose(1, 2) + places).to(dtype)
+        embedding = embedders.timestep_embedder(time.to(dtype)) + embedders.text_embedder(text_embeds.to(dtype))
+        text = model.context_embedder(encoder_hidden_states.to(dtype))
+        for block in model.transformer_blocks:
+            text, hidden = block(hidden_states=hidden, encoder_hidden_states=text, temb=embedding)
+        output = model.proj_out(model.norm_out(hidden, embedding)).reshape(-1, height, width, 2, 2, model.out_channels)
+        moved: torch.Tensor = output.permute(0, 5, 1, 3, 2, 4).reshape(sample.shape).to(torch.float32)
+        return moved
+
+
+class T5(torch.nn.Module):
+    """A text encoder whose embeddings have two names."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.encoder(input_ids.to(torch.int64)).last_hidden_state
+        shared: torch.Tensor = self.encoder.shared.weight
+        return hidden.to(torch.float32) + 0 * shared.to(torch.float32).mean()
+
+
+@pytest.fixture
+def with_others(wide_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
+    """A checkpoint that also has modules, in bfloat16, which no family has."""
+    folder = Path(shutil.copytree(wide_folder, tmp_path / "checkpoint"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        transformer = diffusers.SD3Transformer2DModel(
+            sample_size=32,
+            in_channels=4,
+            out_channels=4,
+            num_layers=4,
+            attention_head_dim=64,
+            num_attention_heads=4,
+            joint_attention_dim=WIDE,
+            caption_projection_dim=256,
+            pooled_projection_dim=64,
+            pos_embed_max_size=48,
+            dual_attention_layers=(0, 1),
+            qk_norm="rms_norm",
+        )
+        encoder = transformers.T5EncoderModel(
+            transformers.T5Config(vocab_size=600, d_model=256, d_kv=64, d_ff=512, num_layers=3, num_heads=4)
+        )
+        for parameter in transformer.parameters():
+            if parameter.dim() == 1:
+                parameter.data += 0.1 * torch.randn(parameter.shape)
+    transformer.to(torch.bfloat16).save_pretrained(folder / "transformer", max_shard_size="4MB")
+    encoder.to(torch.bfloat16).save_pretrained(folder / "text_encoder_3")
+    for name, wrapper in {"sd3": SD3, "t5": T5}.items():
+        monkeypatch.setitem(WRAPPERS, name, wrapper)
+    return open_checkpoint(str(folder))
+
+
+TRANSFORMER = Component(
+    name="transformer",
+    module="transformer",
+    loader="diffusers.SD3Transformer2DModel",
+    wrapper="sd3",
+    inputs=(
+        Tensor(name="sample", dtype=FLOAT, axes=(4, 16, 24)),
+        Tensor(name="time", dtype=FLOAT, axes=(256,), example="sinusoids"),
+        Tensor(name="encoder_hidden_states", dtype=FLOAT, axes=("tokens", WIDE)),
+        Tensor(name="text_embeds", dtype=FLOAT, axes=(64,)),
+    ),
+    outputs=(Tensor(name="model_output", dtype=FLOAT, axes=(4, 16, 24)),),
+    tolerance=1e-3,
+    is_typed=True,
+    kept_layers={"transformer_blocks": (0, -1)},
+)
+ENCODER = Component(
+    name="text_encoder_3",
+    module="text_encoder_3",
+    loader="transformers.T5EncoderModel",
+    wrapper="t5",
+    inputs=(Tensor(name="input_ids", dtype=INT, axes=("tokens",), example="prompt"),),
+    outputs=(Tensor(name="encoder_hidden_states", dtype=FLOAT, axes=("tokens", 256)),),
+    tolerance=1e-3,
+)
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_transformer_in_shards_is_linked_with_its_position_table(
+    dtype: str, large: bool, with_others: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if large:
+        monkeypatch.setattr(conversion, "_LARGE_BYTES", 0)
+    path, parity = write(with_others, TRANSFORMER, tmp_path / dtype, dtype)
+    assert parity.difference < (1e-5 if dtype == "float32" else 0.05)
+    linked = external(path)
+    assert "pos_embed.pos_embed" in linked
+    assert len({str(tensor.location) for tensor in linked.values()}) > 1
+    assert {tensor.dtype for tensor in linked.values()} == {ir.DataType.BFLOAT16}
+    read = [str(node.inputs[0].name) for node in ir.load(path).graph if node.op_type == "Cast" and node.inputs[0]]
+    assert sum(name in linked for name in read) == (len(linked) if dtype == "float32" else 0)
+    assert path.stat().st_size < 3_000_000
+
+
+def test_tied_weights_are_linked_once(with_others: Checkpoint, tmp_path: Path) -> None:
+    path, parity = write(with_others, ENCODER, tmp_path / "linked")
+    assert parity.difference < 1e-5
+    assert [name for name in external(path) if name.endswith(("shared.weight", "embed_tokens.weight"))] == [
+        "shared.weight"
+    ]
+
+
+def test_a_packed_transformer_can_be_loaded_without_weights(with_others: Checkpoint) -> None:
+    """Its module is complete: every parameter is one of the file, and every computed buffer as its library makes it."""
+    module, placeholders = load_placeholders(with_others, ENCODER)
+    whole = load_module(with_others, ENCODER)
+    placeholders.load(module)
+    assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in module.state_dict().items())
+    for (name, buffer), (_, expected) in zip(module.named_buffers(), whole.named_buffers(), strict=True):
+        assert torch.equal(buffer, expected), name
