@@ -106,7 +106,7 @@ def _read_or_convert(folder: Path, checkpoint: Checkpoint, names: Sequence[str])
 
 @pytest.fixture(scope="session")
 def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint in float16 whose modules have tensors above the size that is loaded."""
+    """A checkpoint whose modules have tensors above the size that is loaded."""
     folder = save_miniature(tmp_path_factory.mktemp("wide") / "checkpoint")
     config = transformers.CLIPTextConfig.from_pretrained(folder / "text_encoder")
     config.update({"hidden_size": WIDE, "intermediate_size": 2 * WIDE})
@@ -133,7 +133,7 @@ def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
     for name, module in modules.items():
         shutil.rmtree(folder / name)
-        module.half().save_pretrained(folder / name)
+        module.save_pretrained(folder / name)
     return folder
 
 

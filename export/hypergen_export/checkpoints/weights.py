@@ -5,6 +5,7 @@ Files are selected by name alone, so that they can be selected before they are d
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -29,6 +30,7 @@ _VOCABULARIES_T5 = (("tokenizer.json",),)
 _READ_BYTES = 2**20
 _SHARD = re.compile(r"-(?P<number>\d+)-of-(?P<count>\d+)")
 _MOST_SHARDS = 1000
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,15 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
         for name, entry in header.items()
         if name != "__metadata__"
     }
+
+
+def stored_dtypes(folder: Path, weights: Weights) -> set[str]:
+    """The types of the tensors in safetensors files, such as float32; empty for broken files."""
+    found: set[str] = set()
+    for name in weights.files:
+        with contextlib.suppress(ValueError, OSError, KeyError, TypeError):
+            found |= {tensor.dtype for tensor in stored_tensors(folder / name).values()}
+    return {_DTYPES.get(dtype, dtype) for dtype in found}
 
 
 def tensor_files(folder: Path, weights: Weights) -> list[Path]:

@@ -63,7 +63,7 @@ def convert(
 
 def _convert(checkpoint: Checkpoint, job: Job, progress: Progress, finish: Finish | None) -> Parity:
     component = job.component
-    files = WeightFiles(job.onnx)
+    files = WeightFiles(job.onnx, casts=finish is not None)
     with progress.stage(f"{component.name}: load"):
         light = _load(checkpoint, job)
     with progress.stage(f"{component.name}: capture"):

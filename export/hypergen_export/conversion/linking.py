@@ -1,7 +1,9 @@
 """Weights outside the ONNX file: in the checkpoint's own safetensors files, linked beside it.
 
-Only values that the checkpoint does not hold in this form are written: changed ones, and those in other formats. A
-tensor that the checkpoint stores in another precision is linked as it is and cast in the graph.
+Only values that the checkpoint does not hold in this form are written: changed ones, and those in other formats or
+precisions. For an engine builder, a tensor in another precision is linked as it is and cast in the graph: the builder
+computes the cast once. OpenVINO does so whenever it loads the file, and keeps the result: a UNet of 0.86 billion
+parameters in float16, computed in bfloat16, takes 5.1 GB of anonymous memory then, instead of 2.3 GB.
 """
 
 from __future__ import annotations
@@ -15,30 +17,39 @@ import torch
 
 from hypergen_export.checkpoints.files import link_or_copy
 from hypergen_export.checkpoints.weights import StoredTensor, stored_tensors
-from hypergen_export.conversion.sources import LARGEST_LOADED, Placeholders, Source, write_sources
+from hypergen_export.conversion.sources import LARGEST_LOADED, TYPES, Placeholders, Source, write_sources
 from hypergen_export.errors import ConversionError
 
 _TYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 
 
 class WeightFiles:
-    """The files with the weights of the ONNX file `onnx`, in its folder."""
+    """The files with the weights of the ONNX file `onnx`, in its folder.
 
-    def __init__(self, onnx: Path) -> None:
+    `casts`: tensors that are stored in another precision than the graph's are linked and cast, not written.
+    """
+
+    def __init__(self, onnx: Path, *, casts: bool) -> None:
+        self._casts = casts
         self._folder = onnx.parent
         self._written = onnx.with_name(f"{onnx.name}.safetensors")
         self._placed: dict[str, StoredTensor] = {}
 
     def place(self, sources: Iterable[Source], dtype: torch.dtype) -> None:
         """Link the sources' files, and write those that have none in `dtype`. Raises OSError."""
-        new = {source.name: source for source in sources if source.name not in self._placed}.values()
-        for file in {source.stored.file for source in new if source.stored}:
+        new = {source.name: source for source in sources if source.name not in self._placed}
+        linked = {name: stored for name, source in new.items() if (stored := self._linkable(source, dtype))}
+        for file in {stored.file for stored in linked.values()}:
             # Files in the hub's cache are symbolic links.
             link_or_copy(Path(os.path.realpath(file)), self._folder / file.name)
-        self._placed |= {source.name: source.stored for source in new if source.stored}
-        written = [source for source in new if source.stored is None]
+        self._placed |= linked
+        written = [source for name, source in new.items() if name not in linked]
         if written:
             self._placed |= write_sources(self._written, written, dtype)
+
+    def _linkable(self, source: Source, dtype: torch.dtype) -> StoredTensor | None:
+        stored = source.stored
+        return stored if stored and (self._casts or TYPES[stored.dtype] == dtype) else None
 
     def tensor(self, source: Source) -> ir.ExternalTensor:
         """The values of a placed source, as ONNX refers to them."""

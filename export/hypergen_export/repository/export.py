@@ -24,7 +24,7 @@ from hypergen_export.checkpoints.family import TextInput
 from hypergen_export.checkpoints.files import link_or_copy, on_one_file_system
 from hypergen_export.checkpoints.hashes import ContentHashes
 from hypergen_export.checkpoints.lora import Lora
-from hypergen_export.checkpoints.weights import float32_bytes
+from hypergen_export.checkpoints.weights import float32_bytes, stored_dtypes
 from hypergen_export.engines.engine import ENGINES, OPENVINO, TENSORRT, Size, check_dtype, choose_sizes, size_parameters
 from hypergen_export.engines.profiles import Shapes, profiles
 from hypergen_export.engines.tensorrt import Build, Target, build_plan, local_target, onnx_files, write_plan_record
@@ -274,14 +274,15 @@ class ExportTask:
 
     @property
     def bytes_to_write(self) -> int:
-        """An estimate: a plan, and weights that are not linked, are at most as large as the module in float32."""
+        """An estimate: a plan, and weights that are written, are at most as large as the module in float32."""
         return sum(map(self._bytes_of, self.outdated))
 
     def _bytes_of(self, component: Component) -> int:
         folder, weights = self.checkpoint.folder / component.module, self.checkpoint.weights(component.module)
         full = float32_bytes(folder, weights)
         plan = full if self.target else 0
-        if component.lora or weights.format != "safetensors":
+        is_linked = weights.format == "safetensors" and not component.lora
+        if not is_linked or not (self.target or stored_dtypes(folder, weights) <= {self.weights_dtype(component)}):
             return plan + full
         files = [folder / name for name in weights.files]
         copied = sum(file.stat().st_size for file in files if not on_one_file_system(file, self.previous.folder))

@@ -39,11 +39,15 @@ from support.loras import lora_weights, save_by_diffusers
 from ..conftest import COMPONENTS, WEIGHTS, WIDE, Array
 
 
-def write(checkpoint: Checkpoint, component: Component, folder: Path, dtype: str = "float32") -> tuple[Path, Parity]:
+def write(
+    checkpoint: Checkpoint, component: Component, folder: Path, dtype: str = "float32", *, casts: bool = False
+) -> tuple[Path, Parity]:
+    """The ONNX file, for an engine builder if it may cast, and its parity."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.onnx"
-    with closing(Progress(4)) as progress:
-        parity = convert(checkpoint, [Job(component=component, dtype=dtype, onnx=path)], progress, None)
+    finish = (lambda *_: None) if casts else None
+    with closing(Progress(5)) as progress:
+        parity = convert(checkpoint, [Job(component=component, dtype=dtype, onnx=path)], progress, finish)
     return path, parity[component.name]
 
 
@@ -83,16 +87,25 @@ def test_large_weights_stay_in_the_checkpoints_file_and_give_the_same_values(
         assert np.array_equal(ours, theirs), "the same arithmetic"
 
 
-def test_every_precision_links_the_same_file(wide: Checkpoint, tmp_path: Path) -> None:
+def test_for_an_engine_builder_every_precision_links_the_same_file(wide: Checkpoint, tmp_path: Path) -> None:
     component = COMPONENTS["text_encoder"]
     weights = wide.folder / component.module / WEIGHTS[component.module]
     places = []
     for dtype in ("float32", "float16", "bfloat16"):
-        path, _ = write(wide, component, tmp_path / dtype, dtype)
+        path, _ = write(wide, component, tmp_path / dtype, dtype, casts=True)
         assert (path.parent / weights.name).samefile(weights)
         places.append({name: (tensor.dtype, tensor.offset) for name, tensor in external(path).items()})
     assert places[0] == places[1] == places[2]
-    assert {kind for kind, _ in places[0].values()} == {ir.DataType.FLOAT16}
+    assert {kind for kind, _ in places[0].values()} == {ir.DataType.FLOAT}
+
+
+def test_what_openvino_would_cast_is_written_once(wide: Checkpoint, tmp_path: Path) -> None:
+    path, _ = write(wide, COMPONENTS["text_encoder"], tmp_path, "bfloat16")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.safetensors"]
+    stored = load_file(wide.folder / "text_encoder" / WEIGHTS["text_encoder"])
+    written = load_file(path.with_name("model.onnx.safetensors"))
+    assert written.keys() == external(path).keys() != set()
+    assert all(torch.equal(tensor, stored[name].to(torch.bfloat16)) for name, tensor in written.items())
 
 
 def test_shards_are_linked_one_by_one(wide_folder: Path, tmp_path: Path) -> None:
@@ -338,7 +351,7 @@ def test_a_transformer_in_shards_is_linked_with_its_position_table(
 ) -> None:
     if large:
         monkeypatch.setattr(conversion, "_LARGE_BYTES", 0)
-    path, parity = write(with_others, TRANSFORMER, tmp_path / dtype, dtype)
+    path, parity = write(with_others, TRANSFORMER, tmp_path / dtype, dtype, casts=True)
     assert parity.difference < (1e-5 if dtype == "float32" else 0.05)
     linked = external(path)
     assert "pos_embed.pos_embed" in linked

@@ -404,8 +404,8 @@ def test_weights_that_are_linked_in_another_precision_are_built(
     dtype: str, wide: Checkpoint, target: Target, tmp_path: Path
 ) -> None:
     component, path = COMPONENTS["vae_decoder"], tmp_path / "model.onnx"
-    with closing(Progress(4)) as progress:
-        convert(wide, [Job(component=component, dtype=dtype, onnx=path)], progress, None)
+    with closing(Progress(5)) as progress:
+        convert(wide, [Job(component=component, dtype=dtype, onnx=path)], progress, lambda *_: None)
     assert (tmp_path / "diffusion_pytorch_model.safetensors").samefile(
         wide.folder / "vae" / "diffusion_pytorch_model.safetensors"
     )
