@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hypergen_export.checkpoints.checkpoint import open_checkpoint
-from hypergen_export.checkpoints.components import STABLE_DIFFUSION
+from hypergen_export.checkpoints.families.unet import STABLE_DIFFUSION
 from hypergen_export.checkpoints.hashes import LARGE
 from hypergen_export.checkpoints.lora import read_loras
 from hypergen_export.checkpoints.weights import sha256
