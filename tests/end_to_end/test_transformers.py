@@ -20,8 +20,8 @@ from support.transformer_pipelines import image_by_diffusers
 pytestmark = pytest.mark.claim("families")
 
 # Family -> the guidance scale to ask for.
-SCALES = {"flux2-klein": 1.0, "stable-diffusion-3": 3.5, "z-image": 3.5}
-# Family with classifier-free guidance -> the smallest scale.
+SCALES = {"flux1-dev": 3.5, "flux2-klein": 1.0, "stable-diffusion-3": 3.5, "z-image": 3.5}
+# Family with classifier-free guidance -> the smallest scale. FLUX.1-dev has guidance inside, from 0.
 SMALLEST_SCALES = {"stable-diffusion-3": 1.0, "z-image": 0.0}
 
 
@@ -79,14 +79,12 @@ def test_its_limits_are_stated(served: Served) -> None:
     if served.family in SMALLEST_SCALES:
         assert guidance == [SMALLEST_SCALES[served.family], 20.0, True]
     else:
-        assert guidance == [1.0, 1.0, False]
+        assert guidance == ([0.0, 20.0, False] if served.family == "flux1-dev" else [1.0, 1.0, False])
 
 
 @pytest.mark.parametrize(("field", "value"), [("guidance_scale", 2.0), ("negative_prompt", "a cat")])
-async def test_what_a_model_without_guidance_has_no_use_for_is_refused(
-    served: Served, field: str, value: object
-) -> None:
-    if served.family in SMALLEST_SCALES:
+async def test_what_a_model_has_no_use_for_is_refused(served: Served, field: str, value: object) -> None:
+    if served.family in SMALLEST_SCALES or (served.family, field) == ("flux1-dev", "guidance_scale"):
         return
     async with served.server.async_client() as client:
         with pytest.raises(openai.BadRequestError, match="It must be absent") as refusal:

@@ -21,6 +21,9 @@ pytest.importorskip("tensorrt_rtx")
 
 # Families that share a component's architecture are built once.
 ENGINES = [
+    ("flux1-dev", "text_encoder_2", "bfloat16"),
+    ("flux1-dev", "transformer", "float32"),
+    ("flux1-dev", "transformer", "bfloat16"),
     ("flux2-klein", "text_encoder", "bfloat16"),
     ("flux2-klein", "transformer", "float32"),
     ("flux2-klein", "transformer", "bfloat16"),
