@@ -68,6 +68,7 @@ class Component:
     exceed float16's range, so this component is computed in float32 when the others are computed in float16.
     `is_typed`: in bfloat16 its file is computed as it is typed, also by OpenVINO, instead of in float32 with a hint.
     `kept_layers` are the layers of a large module that are compared with torch: the end of a list's path -> indices.
+    `computed_with`: endings of the names of large tensors whose values the wrapper needs, so that they are loaded.
     `lora` is merged into the module's weights.
     """
 
@@ -81,6 +82,7 @@ class Component:
     overflows_float16: bool = False
     is_typed: bool = False
     kept_layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    computed_with: tuple[str, ...] = ()
     lora: Lora | None = None
 
     @property

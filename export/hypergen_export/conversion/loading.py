@@ -58,7 +58,7 @@ def load_placeholders(checkpoint: Checkpoint, component: Component) -> tuple[tor
     library, name = component.loader.split(".")
     try:
         sources = read_sources(folder, checkpoint.weights(component.module))
-        state = {name: _tensor(source, placeholders) for name, source in sources.items()}
+        state = {name: _tensor(source, component, placeholders) for name, source in sources.items()}
         module, missing = _LOADERS[library](getattr(importlib.import_module(library), name), folder, state)
     except Exception as error:  # safetensors, pickle, torch and both libraries raise their own errors
         raise BrokenCheckpointError(f"{folder}: the weights cannot be loaded ({first_line(error)})") from error
@@ -70,8 +70,9 @@ def load_placeholders(checkpoint: Checkpoint, component: Component) -> tuple[tor
     return module.eval().requires_grad_(False), placeholders
 
 
-def _tensor(source: Source, placeholders: Placeholders) -> torch.Tensor:
-    if torch.Size(source.shape).numel() > LARGEST_LOADED:
+def _tensor(source: Source, component: Component, placeholders: Placeholders) -> torch.Tensor:
+    is_large = torch.Size(source.shape).numel() > LARGEST_LOADED
+    if is_large and not source.name.endswith(component.computed_with):
         return placeholders.make(source)
     return source.read().float()
 

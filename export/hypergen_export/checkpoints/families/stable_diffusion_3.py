@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from hypergen_export.checkpoints.components import FLOAT, Component, Sizes, Tensor
@@ -117,7 +118,8 @@ def _family(name: str, **rest: Any) -> Family:
 
 
 def _transformer(wrapper: str) -> Component:
-    return transformer("diffusers.SD3Transformer2DModel", _HIDDEN_STATES, POOLED, wrapper=wrapper)
+    component = transformer("diffusers.SD3Transformer2DModel", _HIDDEN_STATES, POOLED, wrapper=wrapper)
+    return replace(component, computed_with=("pos_embed.pos_embed",))
 
 
 STABLE_DIFFUSION_3 = (
