@@ -34,6 +34,7 @@ TOLERANCE_FROM_IMAGE = 5e-5
 FROM_IMAGE = {
     "flux1-dev": (diffusers.FluxImg2ImgPipeline, diffusers.FluxInpaintPipeline),
     "stable-diffusion-3": (diffusers.StableDiffusion3Img2ImgPipeline, diffusers.StableDiffusion3InpaintPipeline),
+    "qwen-image": (diffusers.QwenImageImg2ImgPipeline, diffusers.QwenImageInpaintPipeline),
     "z-image": (diffusers.ZImageImg2ImgPipeline, diffusers.ZImageInpaintPipeline),
 }
 # Family -> a guidance scale that guides, and one that does not (none of FLUX.1-dev's is the identity).
@@ -45,6 +46,7 @@ SCALES = {
     "stable-diffusion-3": (3.5, 1.0),
     "stable-diffusion-3-without-t5": (3.5, 1.0),
     "z-image": (3.5, 0.0),
+    "qwen-image": (3.5, 1.0),
 }
 
 

@@ -20,9 +20,9 @@ from support.transformer_pipelines import image_by_diffusers
 pytestmark = pytest.mark.claim("families")
 
 # Family -> the guidance scale to ask for.
-SCALES = {"flux1-dev": 3.5, "flux2-klein": 1.0, "stable-diffusion-3": 3.5, "z-image": 3.5}
+SCALES = {"flux1-dev": 3.5, "flux2-klein": 1.0, "qwen-image": 3.5, "stable-diffusion-3": 3.5, "z-image": 3.5}
 # Family with classifier-free guidance -> the smallest scale. FLUX.1-dev has guidance inside, from 0.
-SMALLEST_SCALES = {"stable-diffusion-3": 1.0, "z-image": 0.0}
+SMALLEST_SCALES = {"qwen-image": 1.0, "stable-diffusion-3": 1.0, "z-image": 0.0}
 
 
 @dataclass

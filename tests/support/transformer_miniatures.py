@@ -193,12 +193,42 @@ def _stable_diffusion_3(folder: Path, *, is_3_5: bool, has_t5: bool) -> None:
     )
 
 
+def _qwen_image(folder: Path) -> None:
+    transformer = diffusers.QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=64,
+        out_channels=16,
+        num_layers=2,
+        attention_head_dim=128,
+        num_attention_heads=2,
+        joint_attention_dim=64,
+        axes_dims_rope=(16, 56, 56),
+    )
+    save_qwen_tokenizer(folder / "tokenizer")
+    _save(folder / "text_encoder", _qwen2_5_vl())
+    _save(folder / "transformer", transformer)
+    _save(folder / "vae", diffusers.AutoencoderKLQwenImage(base_dim=16, num_res_blocks=1))
+    qwen = {"max_image_seq_len": 8192, "max_shift": 0.9, "shift": 1.0, "shift_terminal": 0.02}
+    _write_scheduler(folder, {**_DYNAMIC, **qwen, "time_shift_type": "exponential"})
+    _write_index(
+        folder,
+        "QwenImagePipeline",
+        {
+            "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+            "tokenizer": ["transformers", "Qwen2Tokenizer"],
+            "transformer": ["diffusers", "QwenImageTransformer2DModel"],
+            "vae": ["diffusers", "AutoencoderKLQwenImage"],
+        },
+    )
+
+
 MINIATURES: Mapping[str, Callable[[Path], None]] = {
     "flux1-dev": lambda folder: _flux1(folder, has_guidance=True),
     "flux1-schnell": lambda folder: _flux1(folder, has_guidance=False),
     "flux2-klein": lambda folder: _klein(folder, is_distilled=True),
     "flux2-klein-base": lambda folder: _klein(folder, is_distilled=False),
     "z-image": _z_image,
+    "qwen-image": _qwen_image,
     "stable-diffusion-3": lambda folder: _stable_diffusion_3(folder, is_3_5=True, has_t5=True),
     "stable-diffusion-3-without-t5": lambda folder: _stable_diffusion_3(folder, is_3_5=False, has_t5=False),
 }
@@ -334,6 +364,40 @@ def _qwen3(kind: Any, *, layers: int) -> Any:
         max_position_embeddings=40960,
     )
     return kind(config)
+
+
+def _qwen2_5_vl() -> Any:
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": _VOCABULARY + 16,
+            "hidden_size": 64,
+            "intermediate_size": 160,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 128000,
+            "rope_parameters": {
+                "rope_type": "default",
+                "type": "mrope",
+                "mrope_section": [2, 3, 3],
+                "rope_theta": 1e6,
+            },
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "fullatt_block_indexes": [0],
+        },
+        image_token_id=610,
+        video_token_id=611,
+        vision_start_token_id=612,
+        vision_end_token_id=613,
+    )
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
 @cache

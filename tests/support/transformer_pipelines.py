@@ -30,6 +30,10 @@ def image_by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:
         arguments["max_sequence_length"] = 256  # as FLUX.1-schnell was published
     if request.negative_prompt is not None:
         arguments["negative_prompt"] = request.negative_prompt
+    if type(pipeline).__name__.startswith("QwenImage"):
+        # It guides only where a negative prompt is given; ours takes the empty one instead.
+        arguments["true_cfg_scale"] = arguments.pop("guidance_scale")
+        arguments["negative_prompt"] = request.negative_prompt or ""
     latents: list[torch.Tensor] = []
 
     def keep(_pipeline: Any, _step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -39,6 +43,9 @@ def image_by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:
     image = pipeline(**arguments, callback_on_step_end=keep).images[0]
     if isinstance(pipeline, StableDiffusion3InpaintPipeline):
         image = _decoded_with_shift(pipeline, latents[0])
+    if type(pipeline).__name__.startswith("QwenImage"):
+        frames = pipeline._unpack_latents(latents[0], request.height, request.width, pipeline.vae_scale_factor)
+        latents[0] = frames[:, :, 0]
     if isinstance(pipeline, _FLUX1):
         latents[0] = pipeline._unpack_latents(latents[0], request.height, request.width, pipeline.vae_scale_factor)
     return _in_our_layout(latents[0], request), (image * 255).round().astype(np.uint8)

@@ -112,7 +112,7 @@ class Checkpoint:
         sampling = self.family.sampling
         vae = self.config("vae")
         return {
-            "vae_scale_factor": 2 ** (len(vae["block_out_channels"]) - 1) * sampling.latent_patch_size,
+            "vae_scale_factor": 2 ** (self.family.vae_levels(vae) - 1) * sampling.latent_patch_size,
             "patch_size": sampling.patch_size,
             **self.family.read_sizes(self),
         }

@@ -10,9 +10,10 @@ from hypergen_export.checkpoints.lora import Lora
 FLOAT, INT, BYTE = "FP32", "INT32", "UINT8"
 
 # Axes that vary between requests. Every other name in `Tensor.axes` is fixed by the checkpoint (`Sizes`).
-# `text_tokens` is the prompt's length in families that mask padding, at most the size `tokens`.
+# `text_tokens` is the prompt's length in families that mask padding, at most the size `tokens`; `templated_tokens` has
+# `template_tokens` more, for which the text encoder returns no hidden states.
 IMAGE_AXES = frozenset({"height", "width", "latent_height", "latent_width"})
-FREE_AXES = IMAGE_AXES | {"text_tokens"}
+FREE_AXES = IMAGE_AXES | {"text_tokens", "templated_tokens"}
 
 Sizes = Mapping[str, int]
 
@@ -39,12 +40,14 @@ class Tensor:
     ) -> tuple[int, ...]:
         """The shape for `batch` samples whose latents are `height` × `width`, with the longest prompt by default."""
         factor = sizes["vae_scale_factor"]
+        tokens = sizes.get("tokens", 0) if text_tokens is None else text_tokens
         free = {
             "latent_height": height,
             "latent_width": width,
             "height": height * factor,
             "width": width * factor,
-            "text_tokens": sizes.get("tokens", 0) if text_tokens is None else text_tokens,
+            "text_tokens": tokens,
+            "templated_tokens": tokens + sizes.get("template_tokens", 0),
         }
         return (batch, *(self._size(axis, {**sizes, **free}) for axis in self.axes))
 

@@ -97,7 +97,8 @@ class Family:
     `num_inference_steps` and `guidance_scale` are the defaults of diffusers' pipeline or of the published checkpoint's
     card, for checkpoints that are not distilled; `distilled_steps` are the steps of those that are. `default_side` is
     that of images in pixels, 0 if the denoiser's config states it. `accepted_classes` are further classes that an
-    index may name for a module.
+    index may name for a module. `vae_levels` reads from the VAE's config on how many sizes it works, each half
+    of the one before.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Family:
     sampling: Sampling = Sampling()
     default_side: int = 0
     is_named_by: Callable[[Config], bool] = lambda _: True
+    vae_levels: Callable[[Config], int] = lambda vae: len(vae["block_out_channels"])
     accepted_classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property

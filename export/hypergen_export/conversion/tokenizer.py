@@ -44,7 +44,9 @@ def write_tokenizer(checkpoint: Checkpoint, text: TextInput, path: Path) -> None
         if ours.encode(f"{before}{prompt}{after}").ids != expected.input_ids:
             raise ParityMissedError(f"{text.tokenizer}: encodes {prompt[:40]!r} differently than transformers")
     if _is_masked(checkpoint, text):
-        padding = ours.padding | {"length": None, "pad_to_multiple_of": text_padding(checkpoint)}
+        # No multiple may exceed the longest text.
+        multiple = text_padding(checkpoint) if length % text_padding(checkpoint) == 0 else length
+        padding = ours.padding | {"length": None, "pad_to_multiple_of": multiple}
         ours.enable_padding(**padding)
     ours.save(str(path))
 
@@ -96,8 +98,8 @@ def _as_given(theirs: Any, text: TextInput, prompt: str) -> str:
 
 def _is_masked(checkpoint: Checkpoint, text: TextInput) -> bool:
     """Whether padding is masked, so that a shorter one gives the same hidden states."""
-    inputs = next(each.inputs for each in checkpoint.family.components if each.name == text.encoder)
-    return any("text_tokens" in tensor.axes for tensor in inputs)
+    outputs = next(each.outputs for each in checkpoint.family.components if each.name == text.encoder)
+    return any("text_tokens" in tensor.axes for tensor in outputs)
 
 
 def _vocabulary_size(checkpoint: Checkpoint, text: TextInput) -> int:

@@ -1,4 +1,4 @@
-"""Wrappers of Qwen3 as a text encoder: the model's own layers in a plain loop, up to the last one that is used."""
+"""Wrappers of Qwen3 and Qwen2.5-VL as text encoders: the model's own layers, as far as they are used."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-# Of diffusers' pipelines.
-_MAX_TOKENS = 512
+# The tokens of QwenImagePipeline's template before the prompt. Its prompts are the longest.
+_TEMPLATE_TOKENS = 34
+_MAX_TOKENS = _TEMPLATE_TOKENS + 512
 
 
 class _Qwen3States(nn.Module):
@@ -56,3 +57,17 @@ class ZImageTextEncoder(_Qwen3States):
     """As in ZImagePipeline, which takes the input of the last layer."""
 
     layers = (-2,)
+
+
+class QwenImageTextEncoder(_Qwen3States):
+    """As in QwenImagePipeline, which takes the normalised output of Qwen2.5-VL without the template's first tokens."""
+
+    layers = (-1,)
+
+    def __init__(self, text_encoder: Any) -> None:
+        super().__init__(text_encoder.model.language_model)
+        self.norm = text_encoder.model.language_model.norm
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        states: Tensor = self.norm(super().forward(input_ids, attention_mask))
+        return states[:, _TEMPLATE_TOKENS:].to(torch.float32)

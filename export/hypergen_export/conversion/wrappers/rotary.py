@@ -16,17 +16,19 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 class RotaryTables(nn.Module):
-    """Cosines and sines of positions 0 … `length` - 1.
+    """Cosines and sines of `length` positions from `first` on.
 
     Args:
         dims: for each axis of positions, how many features of a head it rotates.
         theta: the base of the frequencies.
         length: the number of positions of each axis.
+        first: the first of them.
     """
 
-    def __init__(self, dims: Sequence[int], theta: float, length: int) -> None:
+    def __init__(self, dims: Sequence[int], theta: float, length: int, first: int = 0) -> None:
         super().__init__()
-        positions = torch.arange(length, dtype=torch.float64)[:, None]
+        self.first = first
+        positions = torch.arange(first, first + length, dtype=torch.float64)[:, None]
         for axis, dim in enumerate(dims):
             frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
             angles = positions * frequencies.float().double()
@@ -38,7 +40,7 @@ class RotaryTables(nn.Module):
         return self._look_up("cos", positions), self._look_up("sin", positions)
 
     def _look_up(self, name: str, positions: Sequence[Tensor]) -> Tensor:
-        values = [self.get_buffer(f"{name}_{axis}")[each] for axis, each in enumerate(positions)]
+        values = [self.get_buffer(f"{name}_{axis}")[each - self.first] for axis, each in enumerate(positions)]
         return torch.cat(values, dim=-1)[:, :, None]
 
 
@@ -77,7 +79,7 @@ def grid(height: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 class JointAttention:
-    """Processor of FLUX's blocks with separate streams for text and image, which attend to each other."""
+    """Processor of blocks with separate streams for text and image, which attend to each other."""
 
     def __call__(
         self,
@@ -88,8 +90,7 @@ class JointAttention:
         image_rotary_emb: Any = None,
     ) -> tuple[Tensor, Tensor]:
         def heads(features: Tensor) -> Tensor:
-            split: Tensor = features.unflatten(-1, (-1, attention.head_dim))
-            return split
+            return split_heads(features, attention)
 
         text, image = encoder_hidden_states, hidden_states
         query = torch.cat(

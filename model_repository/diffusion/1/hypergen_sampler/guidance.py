@@ -21,6 +21,19 @@ def classifier_free_from_zero(negative: torch.Tensor, positive: torch.Tensor, sc
     return positive + scale * (positive - negative)
 
 
+def classifier_free_renormed(negative: torch.Tensor, positive: torch.Tensor, scale: float) -> torch.Tensor:
+    """Classifier-free guidance, each 2 × 2 patch rescaled to its norm for the prompt, as in QwenImagePipeline."""
+    guided = classifier_free(negative, positive, scale)
+    return guided * (_patch_norms(positive) / _patch_norms(guided))
+
+
+def _patch_norms(output: torch.Tensor) -> torch.Tensor:
+    """The norm [1, 1, h, w] over the channels of each 2 × 2 patch."""
+    patches = torch.nn.functional.pixel_unshuffle(output, 2)
+    norms: torch.Tensor = torch.linalg.vector_norm(patches, dim=1, keepdim=True)
+    return norms.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
     """`combine` maps the outputs [1, C, h, w] for the negative prompt and the prompt, and the scale, to one output.
@@ -37,5 +50,6 @@ GUIDANCE: Mapping[str, Guidance] = {
     "none": Guidance(identity=1.0),
     "embedded": Guidance(identity=1.0),
     "classifier_free": Guidance(identity=1.0, combine=classifier_free),
+    "classifier_free_renormed": Guidance(identity=1.0, combine=classifier_free_renormed),
     "classifier_free_from_zero": Guidance(identity=0.0, combine=classifier_free_from_zero),
 }
