@@ -31,6 +31,12 @@ ENGINES = [
     ("z-image", "text_encoder", "bfloat16"),
     ("z-image", "transformer", "float32"),
     ("z-image", "transformer", "bfloat16"),
+    ("stable-diffusion-3", "transformer", "float32"),
+    ("stable-diffusion-3", "transformer", "bfloat16"),
+    ("qwen-image", "text_encoder", "bfloat16"),
+    ("qwen-image", "transformer", "float32"),
+    ("qwen-image", "transformer", "bfloat16"),
+    ("qwen-image", "vae_decoder", "bfloat16"),
 ]
 
 
