@@ -21,7 +21,7 @@ from hypergen_sampler.request import InvalidInputError
 from support.parity import Pair, held, input_image, mask, request_of, sampler_of
 from support.pipelines import pipeline_of
 from support.transformer_miniatures import MINIATURES, save_transformer_miniature
-from support.transformer_pipelines import image_by_diffusers
+from support.transformer_pipelines import FROM_IMAGE, image_by_diffusers, pipeline_from_image
 
 pytestmark = pytest.mark.claim("families")
 
@@ -29,14 +29,6 @@ pytestmark = pytest.mark.claim("families")
 TOLERANCE = 1e-5
 # From an input image, the VAE's encoder adds its rounding, which the guidance scale multiplies.
 TOLERANCE_FROM_IMAGE = 5e-5
-# Family -> diffusers' pipelines for an input image, without and with a mask. FLUX.2-klein has none without a mask, and
-# its inpainting also shows the model the input image as a reference.
-FROM_IMAGE = {
-    "flux1-dev": (diffusers.FluxImg2ImgPipeline, diffusers.FluxInpaintPipeline),
-    "stable-diffusion-3": (diffusers.StableDiffusion3Img2ImgPipeline, diffusers.StableDiffusion3InpaintPipeline),
-    "qwen-image": (diffusers.QwenImageImg2ImgPipeline, diffusers.QwenImageInpaintPipeline),
-    "z-image": (diffusers.ZImageImg2ImgPipeline, diffusers.ZImageInpaintPipeline),
-}
 # Family -> a guidance scale that guides, and one that does not (none of FLUX.1-dev's is the identity).
 SCALES = {
     "flux1-dev": (3.5, 1.0),
@@ -110,9 +102,7 @@ async def test_an_image_from_an_image_equals_the_one_of_diffusers(
         image=input_image(),
         mask=mask() if masked else None,
     )
-    parts = pair.pipeline.components
-    pipeline = FROM_IMAGE[family][masked](**parts)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = pipeline_from_image(family, pair.pipeline, masked=masked)
     held(await pair.sampler.generate(request), image_by_diffusers(pipeline, request), TOLERANCE_FROM_IMAGE)
 
 

@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline, StableDiffusion3InpaintPipeline
+from diffusers import (
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
+    FluxPipeline,
+    QwenImageImg2ImgPipeline,
+    QwenImageInpaintPipeline,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3InpaintPipeline,
+    ZImageImg2ImgPipeline,
+    ZImageInpaintPipeline,
+)
 from PIL import Image as PILImage
 
 from hypergen_sampler.conditioning import Array
 from hypergen_sampler.request import Request
 from support.parity import Pixels
 
+# Family -> diffusers' pipelines for an input image, without and with a mask. FLUX.2-klein has none without a mask, and
+# its inpainting also shows the model the input image as a reference.
+FROM_IMAGE: Mapping[str, tuple[Any, Any]] = {
+    "flux1-dev": (FluxImg2ImgPipeline, FluxInpaintPipeline),
+    "stable-diffusion-3": (StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline),
+    "qwen-image": (QwenImageImg2ImgPipeline, QwenImageInpaintPipeline),
+    "z-image": (ZImageImg2ImgPipeline, ZImageInpaintPipeline),
+}
 _FLUX1 = (FluxPipeline, FluxImg2ImgPipeline, FluxInpaintPipeline)
+
+
+def pipeline_from_image(family: str, pipeline: Any, *, masked: bool) -> Any:
+    """The pipeline for image-to-image, or for inpainting, with the same modules."""
+    made = FROM_IMAGE[family][masked](**pipeline.components)
+    made.set_progress_bar_config(disable=True)
+    return made
 
 
 def image_by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:

@@ -9,7 +9,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import openvino
 import pytest
@@ -36,7 +35,7 @@ from hypergen_export.conversion.wrappers import WRAPPERS, wrap
 from hypergen_export.errors import BrokenCheckpointError, ConversionError
 from support.loras import lora_weights, save_by_diffusers
 
-from ..conftest import COMPONENTS, WEIGHTS, WIDE, Array
+from ..conftest import COMPONENTS, WEIGHTS, Array
 
 
 def write(
@@ -244,33 +243,6 @@ def test_a_wrapper_that_computes_with_weights_is_refused(
         write(wide, COMPONENTS["text_encoder"], tmp_path / "linked")
 
 
-class SD3(torch.nn.Module):
-    """The denoiser of Stable Diffusion 3, with a sinusoid instead of the timestep, whose position table is stored."""
-
-    def __init__(self, transformer: Any) -> None:
-        super().__init__()
-        self.model = transformer
-
-    def forward(
-        self, sample: torch.Tensor, time: torch.Tensor, encoder_hidden_states: torch.Tensor, text_embeds: torch.Tensor
-    ) -> torch.Tensor:
-        model, dtype = self.model, self.model.context_embedder.weight.dtype
-        embedders = model.time_text_embed
-        height, width = (side // 2 for side in sample.shape[2:])
-        side = model.pos_embed.pos_embed_max_size
-        table = model.pos_embed.pos_embed.reshape(side, side, -1)
-        rows, columns = (side - height) // 2 + torch.arange(height), (side - width) // 2 + torch.arange(width)
-        places = table.index_select(0, rows).index_select(1, columns).flatten(0, 1)[None]
-        hidden = (model.pos_embed.proj(sample.to(dtype)).flatten(2).transpose(1, 2) + places).to(dtype)
-        embedding = embedders.timestep_embedder(time.to(dtype)) + embedders.text_embedder(text_embeds.to(dtype))
-        text = model.context_embedder(encoder_hidden_states.to(dtype))
-        for block in model.transformer_blocks:
-            text, hidden = block(hidden_states=hidden, encoder_hidden_states=text, temb=embedding)
-        output = model.proj_out(model.norm_out(hidden, embedding)).reshape(-1, height, width, 2, 2, model.out_channels)
-        moved: torch.Tensor = output.permute(0, 5, 1, 3, 2, 4).reshape(sample.shape).to(torch.float32)
-        return moved
-
-
 class T5(torch.nn.Module):
     """A text encoder whose embeddings have two names."""
 
@@ -290,49 +262,14 @@ def with_others(wide_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     folder = Path(shutil.copytree(wide_folder, tmp_path / "checkpoint"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        transformer = diffusers.SD3Transformer2DModel(
-            sample_size=32,
-            in_channels=4,
-            out_channels=4,
-            num_layers=4,
-            attention_head_dim=64,
-            num_attention_heads=4,
-            joint_attention_dim=WIDE,
-            caption_projection_dim=256,
-            pooled_projection_dim=64,
-            pos_embed_max_size=48,
-            dual_attention_layers=(0, 1),
-            qk_norm="rms_norm",
-        )
         encoder = transformers.T5EncoderModel(
             transformers.T5Config(vocab_size=600, d_model=256, d_kv=64, d_ff=512, num_layers=3, num_heads=4)
         )
-        for parameter in transformer.parameters():
-            if parameter.dim() == 1:
-                parameter.data += 0.1 * torch.randn(parameter.shape)
-    transformer.to(torch.bfloat16).save_pretrained(folder / "transformer", max_shard_size="4MB")
     encoder.to(torch.bfloat16).save_pretrained(folder / "text_encoder_3")
-    for name, wrapper in {"sd3": SD3, "t5": T5}.items():
-        monkeypatch.setitem(WRAPPERS, name, wrapper)
+    monkeypatch.setitem(WRAPPERS, "t5", T5)
     return open_checkpoint(str(folder))
 
 
-TRANSFORMER = Component(
-    name="transformer",
-    module="transformer",
-    loader="diffusers.SD3Transformer2DModel",
-    wrapper="sd3",
-    inputs=(
-        Tensor(name="sample", dtype=FLOAT, axes=(4, 16, 24)),
-        Tensor(name="time", dtype=FLOAT, axes=(256,), example="sinusoids"),
-        Tensor(name="encoder_hidden_states", dtype=FLOAT, axes=("tokens", WIDE)),
-        Tensor(name="text_embeds", dtype=FLOAT, axes=(64,)),
-    ),
-    outputs=(Tensor(name="model_output", dtype=FLOAT, axes=(4, 16, 24)),),
-    tolerance=1e-3,
-    is_typed=True,
-    kept_layers={"transformer_blocks": (0, -1)},
-)
 ENCODER = Component(
     name="text_encoder_3",
     module="text_encoder_3",
@@ -342,24 +279,6 @@ ENCODER = Component(
     outputs=(Tensor(name="encoder_hidden_states", dtype=FLOAT, axes=("tokens", 256)),),
     tolerance=1e-3,
 )
-
-
-@pytest.mark.parametrize("large", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_transformer_in_shards_is_linked_with_its_position_table(
-    dtype: str, large: bool, with_others: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if large:
-        monkeypatch.setattr(conversion, "_LARGE_BYTES", 0)
-    path, parity = write(with_others, TRANSFORMER, tmp_path / dtype, dtype, casts=True)
-    assert parity.difference < (1e-5 if dtype == "float32" else 0.05)
-    linked = external(path)
-    assert "pos_embed.pos_embed" in linked
-    assert len({str(tensor.location) for tensor in linked.values()}) > 1
-    assert {tensor.dtype for tensor in linked.values()} == {ir.DataType.BFLOAT16}
-    read = [str(node.inputs[0].name) for node in ir.load(path).graph if node.op_type == "Cast" and node.inputs[0]]
-    assert sum(name in linked for name in read) == (len(linked) if dtype == "float32" else 0)
-    assert path.stat().st_size < 3_000_000
 
 
 def test_tied_weights_are_linked_once(with_others: Checkpoint, tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ Images = list[InitImage | SubRequest]
 
 
 def images_of_process() -> Images:
-    found = [each for each in gc.get_objects() if isinstance(each, InitImage | SubRequest)]
+    # By type: isinstance would ask objects of other packages for their class, and some of them warn.
+    found = [each for each in gc.get_objects() if issubclass(type(each), InitImage | SubRequest)]
     return [each for each in found if isinstance(each, InitImage) or each.generation.image is not None]
 
 
