@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from hypergen_export.checkpoints.components import FLOAT, INT, Component, Sizes, Tensor
-from hypergen_export.checkpoints.families.tensors import TOLERANCE, attention_mask, input_ids, transformer, vae
+from hypergen_export.checkpoints.components import Component, Sizes
+from hypergen_export.checkpoints.families.tensors import (
+    MASKED_HIDDEN_STATES,
+    TEXT_MASK,
+    TOLERANCE,
+    attention_mask,
+    input_ids,
+    transformer,
+    vae,
+)
 from hypergen_export.checkpoints.families.text_encoders import QWEN2_TOKENIZER
 from hypergen_export.checkpoints.family import Config, ConfigOverrides, Configs, Family, Sampling, TextInput
 
@@ -17,8 +25,6 @@ _TEMPLATE = (
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 _TEMPLATE_TOKENS = 34
-_HIDDEN_STATES = Tensor(name="encoder_hidden_states", dtype=FLOAT, axes=("text_tokens", "context_width"))
-_TEXT_MASK = Tensor(name="text_mask", dtype=INT, axes=("text_tokens",), example="mask")
 
 _QWEN2_5_VL = Component(
     name="text_encoder",
@@ -26,7 +32,7 @@ _QWEN2_5_VL = Component(
     loader="transformers.Qwen2_5_VLForConditionalGeneration",
     wrapper="qwen_image_text_encoder",
     inputs=(input_ids("templated_tokens", "prompt"), attention_mask("templated_tokens")),
-    outputs=(_HIDDEN_STATES,),
+    outputs=(MASKED_HIDDEN_STATES,),
     tolerance=TOLERANCE,
     kept_layers={"language_model.layers": (0, 1), "visual.blocks": (0,)},
 )
@@ -78,7 +84,7 @@ QWEN_IMAGE = (
         ),
         components=(
             _QWEN2_5_VL,
-            transformer("diffusers.QwenImageTransformer2DModel", _HIDDEN_STATES, _TEXT_MASK, wrapper="qwen_image"),
+            transformer("diffusers.QwenImageTransformer2DModel", MASKED_HIDDEN_STATES, TEXT_MASK, wrapper="qwen_image"),
             *_VAE,
         ),
         text=(

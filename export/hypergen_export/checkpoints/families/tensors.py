@@ -15,6 +15,9 @@ TIME = Tensor(name="time", dtype=FLOAT, axes=("time_width",), example="time")
 MODEL_OUTPUT = Tensor(name="model_output", dtype=FLOAT, axes=LATENTS)
 # The prompt's tokens of the text encoder's own length, whether the denoiser attends to padding or has none.
 HIDDEN_STATES = Tensor(name="encoder_hidden_states", dtype=FLOAT, axes=("tokens", "context_width"))
+# Those of a prompt of any length, and which of them are the prompt's: the denoiser does not attend to padding.
+MASKED_HIDDEN_STATES = Tensor(name="encoder_hidden_states", dtype=FLOAT, axes=("text_tokens", "context_width"))
+TEXT_MASK = Tensor(name="text_mask", dtype=INT, axes=("text_tokens",), example="mask")
 POOLED = Tensor(name="text_embeds", dtype=FLOAT, axes=("pooled_width",))
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from hypergen_export.checkpoints.components import FLOAT, INT, Sizes, Tensor
-from hypergen_export.checkpoints.families.tensors import transformer, vae
+from hypergen_export.checkpoints.components import Sizes
+from hypergen_export.checkpoints.families.tensors import MASKED_HIDDEN_STATES, TEXT_MASK, transformer, vae
 from hypergen_export.checkpoints.families.text_encoders import QWEN2_TOKENIZER, QWEN3_WITH_HEAD, qwen3
 from hypergen_export.checkpoints.family import Config, ConfigOverrides, Configs, Family, Sampling, TextInput
 
 _MAX_TOKENS = 512  # of ZImagePipeline
-_HIDDEN_STATES = Tensor(name="encoder_hidden_states", dtype=FLOAT, axes=("text_tokens", "context_width"))
-_TEXT_MASK = Tensor(name="text_mask", dtype=INT, axes=("text_tokens",), example="mask")
 
 
 def _sizes(configs: Configs) -> Sizes:
@@ -48,7 +46,7 @@ Z_IMAGE = (
         pipelines=dict.fromkeys(("ZImagePipeline", "ZImageImg2ImgPipeline"), ConfigOverrides()),
         components=(
             qwen3("text_tokens", "z_image_text_encoder"),
-            transformer("diffusers.ZImageTransformer2DModel", _HIDDEN_STATES, _TEXT_MASK, wrapper="z_image"),
+            transformer("diffusers.ZImageTransformer2DModel", MASKED_HIDDEN_STATES, TEXT_MASK, wrapper="z_image"),
             *vae(wrapper="shifted"),
         ),
         text=(TextInput(encoder="text_encoder", tokenizer_class=QWEN2_TOKENIZER, chat={"enable_thinking": True}),),
