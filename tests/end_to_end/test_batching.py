@@ -101,17 +101,17 @@ async def test_a_short_job_overtakes_long_ones(server: Server) -> None:
 
 
 async def test_a_client_that_leaves_stops_its_work(server: Server) -> None:
-    before = server.unet_counts()[1]
+    before = server.counts_of()[1]
     async with long_requests(server, 1, n=2):
-        while server.unet_counts()[1] < before + 3:
+        while server.counts_of()[1] < before + 3:
             await asyncio.sleep(0.02)
     async with server.async_client() as client:
         # The step under way is counted when it ends, which the next image waits for.
         await generate(client, prompt="cat", num_inference_steps=2, scheduler="ddim")
-        stopped_at = server.unet_counts()[1]
+        stopped_at = server.counts_of()[1]
         assert stopped_at < before + 150
         await generate(client, prompt="cat", num_inference_steps=8, scheduler="ddim")
-    assert server.unet_counts()[1] == stopped_at + 8, "steps of the work that was given up"
+    assert server.counts_of()[1] == stopped_at + 8, "steps of the work that was given up"
 
 
 async def test_a_burst_is_served_to_the_last_request(server: Server) -> None:

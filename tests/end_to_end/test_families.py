@@ -79,14 +79,14 @@ def difference(ours: Pixels, theirs: Pixels) -> float:
 
 
 async def test_its_images_equal_those_of_diffusers(served: RequestRecord, request: pytest.FixtureRequest) -> None:
-    before = served.server.unet_counts("unet_shallow")[1]
+    before = served.server.counts_of("unet_shallow")[1]
     async with served.server.async_client() as client:
         for name, fields in BODIES[request.node.callspec.params["served"]].items():
             full = {"prompt": PROMPT, "seed": 5, **fields}
             print(name, end=": ")
             assert difference(await generate(client, **full), by_diffusers(served.pipeline, full)) <= TOLERANCE, name
     # Of seven steps three, or four, went through the whole UNet.
-    assert served.server.unet_counts("unet_shallow")[1] - before in (3, 4)
+    assert served.server.counts_of("unet_shallow")[1] - before in (3, 4)
 
 
 async def test_an_interval_of_guidance_is_refused_where_the_unet_has_guidance_inside(
@@ -116,9 +116,9 @@ async def test_requests_that_share_a_batch_give_the_images_that_each_gives_alone
         bodies[-1]["negative_prompt"] = "cat"
     async with served.server.async_client() as client:
         alone = [await generate(client, **fields) for fields in bodies]
-    before = served.server.unet_counts()[1]
+    before = served.server.counts_of()[1]
     together = await generate_all(served.server, bodies)
-    executions = served.server.unet_counts()[1] - before
+    executions = served.server.counts_of()[1] - before
     print(f"{executions} executions for {sum(fields['num_inference_steps'] for fields in bodies)} steps")
     assert max(np.abs(a.astype(int) - b.astype(int)).max() for a, b in zip(alone, together, strict=True)) <= 1
     assert executions < sum(fields["num_inference_steps"] for fields in bodies)

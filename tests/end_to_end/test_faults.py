@@ -169,10 +169,10 @@ async def begun(
     server: Server, requests: int, triton: Server | None = None, work: dict[str, Any] = LONG
 ) -> list[asyncio.Task[Any]]:
     """So many long requests, of which the UNet has taken steps; `triton` is the server that has it, if another."""
-    before = (triton or server).unet_counts()[1]
+    before = (triton or server).counts_of()[1]
     client = server.async_client()
     tasks = [asyncio.create_task(generate(client, prompt="cat", seed=seed, **work)) for seed in range(requests)]
-    while (triton or server).unet_counts()[1] < before + 2:
+    while (triton or server).counts_of()[1] < before + 2:
         assert not any(task.done() for task in tasks), "\n".join(server.lines[-20:])
         await asyncio.sleep(0.02)
     asyncio.gather(*tasks, return_exceptions=True).add_done_callback(lambda _: asyncio.ensure_future(client.close()))

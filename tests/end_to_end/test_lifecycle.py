@@ -34,9 +34,9 @@ def test_a_second_start_finds_the_export_and_is_quick(server: Server, own_server
 
 async def test_sigterm_lets_images_finish_and_refuses_new_ones(own_server: Server) -> None:
     async with own_server.async_client() as client:
-        before = own_server.unet_counts()[1]
+        before = own_server.counts_of()[1]
         request = asyncio.create_task(generate(client, prompt="cat", size="256x256", num_inference_steps=150))
-        while own_server.unet_counts()[1] < before + 2:
+        while own_server.counts_of()[1] < before + 2:
             await asyncio.sleep(0.02)
         own_server.process.send_signal(signal.SIGTERM)
         await asyncio.to_thread(own_server.wait_until, lambda: refuses_connections(own_server), 60, "closed to others")

@@ -122,9 +122,9 @@ async def test_requests_with_different_loras_at_once_give_the_images_that_each_g
     bodies = [{**same, "seed": seed, **lora} for seed, lora in enumerate(loras)]
     async with server.async_client() as client:
         alone = [await generate(client, **fields) for fields in bodies]
-    before = [server.unet_counts(model) for model in ("unet", "unet.ink@0.5")]
+    before = [server.counts_of(model) for model in ("unet", "unet.ink@0.5")]
     together = await generate_all(server, bodies)
-    after = [server.unet_counts(model) for model in ("unet", "unet.ink@0.5")]
+    after = [server.counts_of(model) for model in ("unet", "unet.ink@0.5")]
     assert max(differences(*pair).max() for pair in zip(alone, together, strict=True)) <= LARGEST_DIFFERENCE
     rows, executions = zip(*[(b[0] - a[0], b[1] - a[1]) for a, b in zip(before, after, strict=True)], strict=True)
     print(f"{rows} rows in {executions} executions of the UNet without and with the LoRA")

@@ -50,10 +50,10 @@ def scaled_by(server: Server) -> float:
 
 @pytest.mark.claim("drain")
 async def test_a_drain_lasts_until_the_image_is_there(server: Server) -> None:
-    executions = server.unet_counts()[1]
+    executions = server.counts_of()[1]
     async with server.async_client() as client:
         request = asyncio.create_task(generate(client, prompt="a cat", size="256x256", num_inference_steps=150))
-        while server.unet_counts()[1] == executions:
+        while server.counts_of()[1] == executions:
             await asyncio.sleep(0.02)
         options = ["--metrics-url", server.metrics_url, "--limit", "100"]
         drain = await asyncio.create_subprocess_exec(sys.executable, str(DOCKER / "triton" / "drain.py"), *options)

@@ -33,7 +33,7 @@ def gateway(server: Server, second: Server) -> Iterator[Server]:
 
 
 def executions(*servers: Server) -> list[int]:
-    return [server.unet_counts()[1] for server in servers]
+    return [server.counts_of()[1] for server in servers]
 
 
 @pytest.mark.claim("replicas")

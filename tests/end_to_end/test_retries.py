@@ -14,14 +14,14 @@ ROWS = 2 * STEPS  # under classifier-free guidance
 
 
 async def test_a_retry_after_a_cut_connection_joins_its_own_work(server: Server) -> None:
-    before = server.unet_counts()[0]
+    before = server.counts_of()[0]
     async with cutting_proxy(server.url) as proxy:
         async with openai.AsyncOpenAI(base_url=f"{proxy.url}/v1", api_key=KEY) as client:
             fields = {"prompt": "cat", "size": "256x256", "num_inference_steps": STEPS, "scheduler": "ddim"}
             request = asyncio.create_task(generate(client, **fields))
-            while server.unet_counts()[0] < before + 4:
+            while server.counts_of()[0] < before + 4:
                 await asyncio.sleep(0.02)
             proxy.cut()
             assert (await request).shape == (256, 256, 3)
         assert proxy.connections == 2
-    assert server.unet_counts()[0] == before + ROWS
+    assert server.counts_of()[0] == before + ROWS

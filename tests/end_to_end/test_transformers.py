@@ -103,10 +103,10 @@ async def test_edits_equal_those_of_diffusers(served: Served, masked: bool) -> N
 
 
 async def test_the_images_of_a_request_share_calls(served: Served) -> None:
-    before = served.server.unet_counts("transformer")
+    before = served.server.counts_of("transformer")
     async with served.server.async_client() as client:
         await client.images.generate(prompt="a cat", n=3, size="64x64", extra_body={"num_inference_steps": 4})
-    rows, executions = (now - then for now, then in zip(served.server.unet_counts("transformer"), before, strict=True))
+    rows, executions = (now - then for now, then in zip(served.server.counts_of("transformer"), before, strict=True))
     assert (rows, executions) == (3 * 4 * (2 if served.family in SMALLEST_SCALES else 1), 4)
 
 

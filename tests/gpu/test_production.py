@@ -140,18 +140,18 @@ def median_seconds(action: Callable[[], object]) -> float:
 def test_images_in_flight_share_the_gpu(gateway: Server, triton: Triton, figures: dict[str, str]) -> None:
     rates = {}
     for in_flight in (1, 2, IMAGES, 2 * IMAGES):
-        before, began = unet_counts(triton), time.perf_counter()
+        before, began = counts_of(triton), time.perf_counter()
         bodies = [{**FIELDS, "seed": seed, "size": f"{SIZE[0]}x{SIZE[1]}"} for seed in range(in_flight)]
         for _ in range(2):
             asyncio.run(generate_all(gateway, bodies))
         rates[in_flight] = 2 * in_flight / (time.perf_counter() - began)
-        rows, calls = (now - then for now, then in zip(unet_counts(triton), before, strict=True))
+        rows, calls = (now - then for now, then in zip(counts_of(triton), before, strict=True))
         figures[f"{in_flight} in flight"] = f"{rates[in_flight]:.2f} images/s, {rows / calls:.1f} rows in a UNet call"
     figures["GPU memory after that"] = f"{triton.metric('nv_gpu_memory_used_bytes') / 1e9:.1f} GB"
     assert rates[IMAGES] > rates[1]
 
 
-def unet_counts(triton: Triton) -> tuple[int, int]:
+def counts_of(triton: Triton) -> tuple[int, int]:
     """Rows and executions of the UNet since the start."""
     client = InferenceServerClient(triton.grpc)
     statistics_of = client.get_inference_statistics("unet", client_timeout=10).model_stats[0]

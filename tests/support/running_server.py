@@ -72,7 +72,7 @@ class Server:
         answer: dict[str, Any] = httpx.get(f"{self.url}/health", timeout=10).json()
         return answer
 
-    def unet_counts(self, model: str = "unet") -> tuple[int, int]:
+    def counts_of(self, model: str = "unet") -> tuple[int, int]:
         """Rows and executions of the UNet, or of another model, since the start, as Triton counts them."""
         triton = InferenceServerClient(self.triton_url)
         try:
