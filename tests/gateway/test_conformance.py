@@ -63,6 +63,15 @@ class TestOurs:
         assert finding.result == "pass", finding.seen
         assert "Retry-After: 1" in finding.seen
 
+    async def test_a_model_without_guidance_refuses_its_fields_and_keeps_the_rule(
+        self, ours: str, backend: FakeBackend
+    ) -> None:
+        backend.description = replace(
+            await backend.describe(), guidance="none", max_guidance_scale=1.0, default_guidance_scale=1.0
+        )
+        (finding,) = await asyncio.to_thread(found, ours, "change the image", Options(api_key=KEY))
+        assert (finding.result, finding.seen) == ("pass", "num_inference_steps")
+
     async def test_without_the_key_hardly_a_rule_holds(self, ours: str) -> None:
         result = await conformance(ours)
         assert result.exit_code == 1
