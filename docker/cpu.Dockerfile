@@ -19,12 +19,14 @@ COPY export export
 COPY gateway gateway
 RUN python -m venv /opt/hypergen \
     && /opt/hypergen/bin/pip install --no-cache-dir --constraint docker/constraints.txt \
-        --extra-index-url "${TORCH_INDEX}" ".[all]"
+        --extra-index-url "${TORCH_INDEX}" ".[all]" \
+    && /opt/hypergen/bin/pip uninstall --yes pip
 
 FROM ${PYTHON_IMAGE}
 COPY --from=build /opt/hypergen /opt/hypergen
+# The cache is writable for group 0 as well: OpenShift runs containers as a user of its own in that group.
 RUN useradd --uid 10001 --user-group --no-create-home hypergen \
-    && install --directory --owner=10001 --group=10001 /cache
+    && install --directory --owner=10001 --group=0 --mode=775 /cache
 ENV PATH=/opt/hypergen/bin:${PATH} \
     HF_HOME=/cache/hub \
     HOME=/cache \
@@ -34,7 +36,9 @@ ENV PATH=/opt/hypergen/bin:${PATH} \
 USER 10001:10001
 VOLUME /cache
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=3s --start-period=30m \
+# The first start downloads and exports the model, which takes as long as the network and the disk do. The first success
+# ends the period.
+HEALTHCHECK --interval=10s --timeout=3s --start-period=4h \
     CMD ["python", "-c", "import http.client as h; c = h.HTTPConnection('127.0.0.1', 8000, timeout=2); c.request('GET', '/health/live'); raise SystemExit(c.getresponse().status != 200)"]
 ENTRYPOINT ["hypergen"]
 CMD ["serve"]

@@ -4,12 +4,14 @@
 
 ARG TRITON_IMAGE=nvcr.io/nvidia/tritonserver:26.07-py3
 
-FROM ${TRITON_IMAGE}
+FROM ${TRITON_IMAGE} AS build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # The TensorRT release of TRITON_IMAGE. Only the bindings are installed, which load the image's libnvinfer: a library
 # from pip could be another build, whose plans Triton would reject.
 ARG TENSORRT=11.1.0.106
 WORKDIR /src
+COPY docker/triton/check_plans.py docker/triton/
+RUN python3 docker/triton/check_plans.py --tensorrt "${TENSORRT}"
 COPY docker/constraints.txt docker/
 COPY pyproject.toml README.md LICENSE ./
 COPY model_repository model_repository
@@ -20,7 +22,12 @@ RUN virtualenv /opt/hypergen \
         --extra-index-url "${TORCH_INDEX}" ".[export]" "tensorrt-cu13-bindings==${TENSORRT}" \
     && site=$(/opt/hypergen/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
     && printf 'from tensorrt_bindings import *\nfrom tensorrt_bindings import __version__\n' >"${site}/tensorrt.py" \
-    && install --directory --owner=1000 --group=1000 /models /hub
+    && /opt/hypergen/bin/pip uninstall --yes pip
+
+FROM ${TRITON_IMAGE}
+COPY --from=build /opt/hypergen /opt/hypergen
+# Writable for the group as well: OpenShift runs containers as a user of its own in group 0.
+RUN install --directory --owner=1000 --group=0 --mode=775 /models /hub
 # The image's PYTHONPATH is for Triton's backends.
 ENV PATH=/opt/hypergen/bin:${PATH} \
     PYTHONPATH= \

@@ -13,7 +13,8 @@ COPY model_repository model_repository
 COPY export export
 COPY gateway gateway
 RUN python -m venv /opt/hypergen \
-    && /opt/hypergen/bin/pip install --no-cache-dir --constraint docker/constraints.txt ".[otel,s3]"
+    && /opt/hypergen/bin/pip install --no-cache-dir --constraint docker/constraints.txt ".[otel,s3]" \
+    && /opt/hypergen/bin/pip uninstall --yes setuptools pip
 
 FROM ${PYTHON_IMAGE}
 COPY --from=build /opt/hypergen /opt/hypergen

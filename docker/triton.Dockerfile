@@ -13,7 +13,7 @@ COPY docker/constraints.txt /opt/hypergen/
 # and the image has numpy below 2.
 RUN pip install --no-cache-dir --target /opt/hypergen/packages --constraint /opt/hypergen/constraints.txt \
         --extra-index-url "${TORCH_INDEX}" diffusers numpy tokenizers torch \
-    && install --directory --owner=1000 --group=1000 /models
+    && install --directory --owner=1000 --group=0 --mode=775 /models
 COPY --chmod=755 docker/triton/check_plans.py docker/triton/drain.py /opt/hypergen/
 # The sampler needs one torch thread; more would only spin while waiting.
 # hadolint ignore=DL3064
@@ -26,7 +26,7 @@ USER 1000:1000
 EXPOSE 8000 8001 8002
 # The server stays ready when the sampler's process dies; only the model then is not.
 HEALTHCHECK --interval=5s --timeout=5s --start-period=15m \
-    CMD ["curl", "--silent", "--fail", "--fail-early", \
+    CMD ["curl", "--noproxy", "*", "--silent", "--fail", "--fail-early", \
          "--output", "/dev/null", "http://127.0.0.1:8000/v2/health/ready", \
          "--output", "/dev/null", "http://127.0.0.1:8000/v2/models/diffusion/ready"]
 # HTTP is for probes only. The sampler uses one thread of the pool per image in flight. Connections are closed after a

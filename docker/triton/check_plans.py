@@ -2,6 +2,7 @@
 """Check a repository's TensorRT plans against this machine, then replace this process with Triton.
 
     check_plans.py tritonserver --model-repository=/models/repository …
+    check_plans.py --tensorrt 11.1.0.106       only compare the release with that of this image, while it is built
 
 A plan runs only in the TensorRT release and on the kind of GPU that it was built with. Triton itself fails on the first
 mismatch while loading, with TensorRT's own error. This script reports one line per plan, and what to do, before
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 OPTION = "--model-repository="
+RELEASE_OPTION = "--tensorrt"
 # Major releases from 10 on; the image contains one of them.
 TENSORRT = ("libnvinfer.so", "libnvinfer.so.12", "libnvinfer.so.11", "libnvinfer.so.10")
 DRIVER = "libcuda.so.1"
@@ -43,6 +45,8 @@ class NotHereError(Exception):
 
 def main(command: list[str]) -> NoReturn:
     """Run the command in place of this process, or exit with 1 if a plan would not run."""
+    if command[:1] == [RELEASE_OPTION]:
+        sys.exit(check_release(command[1]))
     repository = next((Path(word.removeprefix(OPTION)) for word in command if word.startswith(OPTION)), None)
     if repository is None:
         say(f"usage: check_plans.py tritonserver {OPTION}FOLDER …")
@@ -54,6 +58,19 @@ def main(command: list[str]) -> NoReturn:
         say("export the model on this machine, with the TensorRT of this Triton: hypergen export … --engine tensorrt")
         sys.exit(1)
     os.execvp(command[0], command)
+
+
+def check_release(release: str) -> int:
+    """0 if this TensorRT is the release of the bindings, such as "11.1.0.106", which load it; otherwise 1."""
+    try:
+        found = tensorrt_version()
+    except NotHereError as error:
+        say(str(error))
+        return 1
+    if release.split(".")[:3] == found.split("."):
+        return 0
+    say(f"TRITON_IMAGE has TensorRT {found}, but TENSORRT is {release}: set TENSORRT to a release {found}.x")
+    return 1
 
 
 def refusals_of(repository: Path) -> Iterator[str]:

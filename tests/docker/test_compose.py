@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +11,16 @@ import pytest
 import yaml
 
 from hypergen_gateway.serving import DRAIN_SECONDS
+from support.compose_file import FILE, VARIABLE, read_compose
 
 from .conftest import DOCKER, DOCKERFILES, read_command, run_tool
 
 pytestmark = pytest.mark.claim("compose")
 
-FILE = DOCKER / "compose.yaml"
-VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
-
 
 def compose(**environment: str) -> dict[str, Any]:
     """The file with its variables filled in: from `environment`, else their defaults."""
-    filled: dict[str, Any] = fill(as_written(), environment)
-    return filled
-
-
-@cache
-def as_written() -> Any:
-    return yaml.safe_load(FILE.read_text())
-
-
-def fill(value: Any, environment: Mapping[str, str]) -> Any:
-    """As Compose does it: in strings alone, which stay strings."""
-    if isinstance(value, dict):
-        return {name: fill(item, environment) for name, item in value.items()}
-    if isinstance(value, list):
-        return [fill(item, environment) for item in value]
-    if isinstance(value, str):
-        return VARIABLE.sub(lambda match: environment.get(match[1]) or match[2], value)
-    return value
+    return read_compose(environment)
 
 
 def services(**environment: str) -> dict[str, dict[str, Any]]:
@@ -88,6 +67,10 @@ def test_a_profile_needs_nothing_of_another(profile: str | None) -> None:
 
 def test_every_variable_has_its_default_in_the_example_file() -> None:
     used = {match[1]: match[2] for match in VARIABLE.finditer(FILE.read_text()) if match[2] != "hypergen/emoji"}
+    # Variables that are passed on as they are, or not at all.
+    used |= {
+        name: "" for each in services().values() for name, value in each.get("environment", {}).items() if value is None
+    }
     example = (DOCKER / ".env.example").read_text()
     assert dict(re.findall(r"^#(\w+)=(.*)$", example, re.MULTILINE)) == used
     assert "$" not in VARIABLE.sub("", FILE.read_text())

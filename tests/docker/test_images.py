@@ -99,7 +99,8 @@ def test_the_build_is_given_all_of_a_wheel_and_no_secret() -> None:
 
 def test_plans_are_built_by_the_release_that_loads_them() -> None:
     assert default_of("triton", "TRITON_IMAGE") == default_of("export", "TRITON_IMAGE")
-    assert [arguments(name, "FROM") for name in ("triton", "export")] == [["${TRITON_IMAGE}"]] * 2
+    assert arguments("triton", "FROM") == ["${TRITON_IMAGE}"]
+    assert arguments("export", "FROM") == ["${TRITON_IMAGE} AS build", "${TRITON_IMAGE}"]
 
 
 def test_the_triton_image_brings_what_the_sampler_imports() -> None:
@@ -161,3 +162,9 @@ def test_triton_has_a_thread_for_each_call_of_the_sampler() -> None:
 def test_the_health_check_uses_the_right_port(name: str, path: str) -> None:
     (check,) = arguments(name, "HEALTHCHECK")
     assert path in check
+
+
+def test_tritons_health_check_uses_no_proxy() -> None:
+    """Docker's client can give every container the variables of a proxy."""
+    (check,) = arguments("triton", "HEALTHCHECK")
+    assert '"curl", "--noproxy", "*"' in check

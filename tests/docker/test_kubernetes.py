@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import runpy
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,11 @@ pytestmark = pytest.mark.claim("chart")
 
 CHART = DOCKER / "kubernetes" / "hypergen"
 INK = {"name": "ink", "file": "ink.safetensors", "scale": 0.8}
+AFFINITY = {
+    "requiredDuringSchedulingIgnoredDuringExecution": {
+        "nodeSelectorTerms": [{"matchExpressions": [{"key": "zone", "operator": "In", "values": ["a"]}]}]
+    }
+}
 # From the oldest that Chart.yaml allows to a new one.
 KUBERNETES = ("1.28", "1.37")
 VALUE_SETS: dict[str, dict[str, Any]] = {
@@ -48,6 +56,46 @@ VALUE_SETS: dict[str, dict[str, Any]] = {
             "lorasClaim": "loras",
         },
     },
+    "OpenShift without a way to the hub": {
+        "model": {"id": "/checkpoints/flux", "checkpointsClaim": "checkpoints"},
+        "export": {"env": [{"name": "HF_HUB_OFFLINE", "value": "1"}]},
+        "repository": {"existingClaim": "models"},
+        "security": {"fixedUsers": False},
+        "triton": {"surge": True},
+    },
+    "k3s behind a proxy": {
+        "gateway": {
+            "env": [{"name": "OTEL_EXPORTER_OTLP_ENDPOINT", "value": "http://collector:4318"}],
+            "nodeSelector": {"kubernetes.io/arch": "amd64"},
+            "tolerations": [{"key": "edge", "operator": "Exists"}],
+            "affinity": {"nodeAffinity": AFFINITY},
+        },
+        "triton": {"env": [{"name": "NVIDIA_VISIBLE_DEVICES", "value": "all"}]},
+        "export": {
+            "env": [
+                {"name": "HTTPS_PROXY", "value": "http://proxy:3128"},
+                {"name": "HF_ENDPOINT", "valueFrom": {"configMapKeyRef": {"name": "hub", "key": "mirror"}}},
+            ]
+        },
+        "model": {"hubTokenSecret": "hub"},
+        "gpu": {"runtimeClassName": "nvidia", "affinity": {"nodeAffinity": AFFINITY}},
+    },
+    # YAML would read each of these as a number.
+    "names that look like numbers": {
+        "model": {
+            "checkpointsClaim": "100",
+            "hubTokenSecret": "1e3",
+            "loras": [INK],
+            "lorasClaim": "0x1",
+        },
+        "apiKey": {"secret": "123", "key": "456"},
+        "images": {"pullSecrets": ["7"]},
+        "gateway": {"links": {"bucket": "s3://images", "secret": "8"}},
+        "repository": {"existingClaim": "9"},
+        "gpu": {"runtimeClassName": "10"},
+        "networkPolicy": {"prometheusNamespace": "11"},
+    },
+    "numbered storage": {"repository": {"storageClass": "12"}},
     "repository of somebody else": {
         "export": {"enabled": False},
         "repository": {"existingClaim": "models", "folder": "sdxl/l40s"},
@@ -78,6 +126,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a LoRA that is not there": ({"model": {"loras": [INK | {"scale": 0}], "lorasClaim": "l"}}, "/loras/0/scale"),
     "a page in place of its website": ({"gateway": {"corsOrigins": ["https://a.example/x"]}}, "/corsOrigins/0"),
     "a bucket of another kind": ({"gateway": {"links": {"bucket": "gs://images"}}}, "/gateway/links/bucket"),
+    "a variable that no shell could name": ({"export": {"env": [{"name": "A-B", "value": "1"}]}}, "/export/env/0"),
+    "a number in place of a variable's text": ({"gateway": {"env": [{"name": "A", "value": 1}]}}, "/gateway/env/0"),
     "nobody who exports": ({"export": {"enabled": False}}, "/repository/folder"),
     "a way out of the volume": ({"repository": {"folder": "../other"}}, "/repository/folder"),
 }
@@ -91,7 +141,8 @@ def manifests(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[s
 
 def render(values: dict[str, Any], file: Path) -> str:
     """`helm template` with these values over the chart's own. Fails with what helm says."""
-    file.write_text(yaml.safe_dump(values))
+    # As JSON, since PyYAML leaves texts such as 1e3 without quotes.
+    file.write_text(json.dumps(values))
     done = run_tool("helm", "template", "rel", CHART, "--namespace", "images", "--values", file)
     if done.returncode != 0:
         raise ValueError(done.stderr)
@@ -123,6 +174,19 @@ def container(document: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def exporter(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """The container that exports before Triton starts."""
+    (only,) = pod(one(documents, "Deployment", "triton"))["initContainers"]
+    found: dict[str, Any] = only
+    return found
+
+
+def exported_by(documents: list[dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
+    """The folder that it writes, and its options."""
+    _, folder, *words = exporter(documents)["args"]
+    return Path(folder), read_command([*words, "--output", folder])
+
+
 def test_helm_lints_it_strictly() -> None:
     judged = run_tool("helm", "lint", "--strict", CHART)
     assert judged.returncode == 0, judged.stdout + judged.stderr
@@ -137,9 +201,9 @@ def test_every_manifest_is_valid_strictly(manifests: dict[str, list[dict[str, An
 
 def test_what_is_made_follows_the_values(manifests: dict[str, list[dict[str, Any]]]) -> None:
     kinds = {name: sorted(document["kind"] for document in documents) for name, documents in manifests.items()}
-    served = ["Deployment"] * 2 + ["NetworkPolicy"] * 2 + ["PodDisruptionBudget"] * 2 + ["Service"] * 2
-    assert kinds["defaults"] == sorted([*served, "Job", "PersistentVolumeClaim"])
-    assert kinds["scaled"] == sorted([*served, "Job", "PersistentVolumeClaim", *["HorizontalPodAutoscaler"] * 2])
+    served = ["Deployment"] * 2 + ["NetworkPolicy"] + ["PodDisruptionBudget"] * 2 + ["Service"] * 2
+    assert kinds["defaults"] == sorted([*served, "PersistentVolumeClaim"])
+    assert kinds["scaled"] == sorted([*served, "PersistentVolumeClaim", *["HorizontalPodAutoscaler"] * 2])
     assert kinds["repository of somebody else"] == [kind for kind in served if kind != "NetworkPolicy"]
 
 
@@ -151,20 +215,32 @@ def test_bad_values_are_refused_by_name(values: dict[str, Any], named: str, tmp_
 
 def test_no_pod_is_root_or_knows_the_cluster(manifests: dict[str, list[dict[str, Any]]]) -> None:
     for document in manifests["defaults"]:
-        if document["kind"] not in ("Deployment", "Job"):
+        if document["kind"] != "Deployment":
             continue
         assert pod(document)["automountServiceAccountToken"] is False
         assert pod(document)["securityContext"]["runAsNonRoot"] is True
         assert pod(document)["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        context = container(document)["securityContext"]
-        assert (context["allowPrivilegeEscalation"], context["capabilities"]) == (False, {"drop": ["ALL"]})
+        for each in (container(document), *pod(document).get("initContainers", [])):
+            context = each["securityContext"]
+            assert (context["allowPrivilegeEscalation"], context["capabilities"]) == (False, {"drop": ["ALL"]})
 
 
 def test_users_are_those_of_the_images(manifests: dict[str, list[dict[str, Any]]]) -> None:
     documents = manifests["defaults"]
-    for kind, component in (("Deployment", "gateway"), ("Deployment", "triton"), ("Job", "export")):
-        user = pod(one(documents, kind, component))["securityContext"]["runAsUser"]
-        assert f"\nUSER {user}:{user}\n" in (DOCKER / f"{component}.Dockerfile").read_text()
+    for component, images in (("gateway", ["gateway"]), ("triton", ["triton", "export"])):
+        user = pod(one(documents, "Deployment", component))["securityContext"]["runAsUser"]
+        for image in images:
+            assert f"\nUSER {user}:{user}\n" in (DOCKER / f"{image}.Dockerfile").read_text()
+
+
+def test_openshift_may_choose_the_users(manifests: dict[str, list[dict[str, Any]]]) -> None:
+    for component in ("gateway", "triton"):
+        context = pod(one(manifests["OpenShift without a way to the hub"], "Deployment", component))["securityContext"]
+        assert context == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    for image in ("cpu", "export", "triton"):
+        made = re.search(r"install --directory (.*)", (DOCKER / f"{image}.Dockerfile").read_text())
+        assert made
+        assert "--group=0 --mode=775" in made[1]
 
 
 def test_the_gateway_understands_its_arguments(manifests: dict[str, list[dict[str, Any]]]) -> None:
@@ -188,14 +264,41 @@ def test_websites_links_and_loras_arrive_where_they_are_read(manifests: dict[str
     assert (given["public_url"], given["link_bucket"]) == ("https://images.example.com", "s3://images/made")
     assert served["cors_origins"] == ("https://app.example.com", "http://localhost:3000")
     assert Config(**given)
-    export = one(documents, "Job", "export")
-    options = read_command(container(export)["args"])
+    _, options = exported_by(documents)
     assert options["deep_cache"] is True
     assert options["loras"] == ("ink=/loras/ink.safetensors:0.8", "words=/loras/trained/words:1")
-    (mount,) = [mount for mount in container(export)["volumeMounts"] if mount["name"] == "loras"]
-    (volume,) = [volume for volume in pod(export)["volumes"] if volume["name"] == "loras"]
-    assert (mount["mountPath"], mount["readOnly"]) == ("/loras", True)
-    assert volume["persistentVolumeClaim"] == {"claimName": "loras", "readOnly": True}
+    assert mounted_for_export(documents, "loras") == ("/loras", {"claimName": "loras", "readOnly": True})
+
+
+def mounted_for_export(documents: list[dict[str, Any]], name: str) -> tuple[str, dict[str, Any]]:
+    """Where the exporter finds a claim, which it only reads."""
+    (mount,) = [mount for mount in exporter(documents)["volumeMounts"] if mount["name"] == name]
+    volumes = pod(one(documents, "Deployment", "triton"))["volumes"]
+    (volume,) = [volume for volume in volumes if volume["name"] == name]
+    assert mount["readOnly"] is True
+    return mount["mountPath"], volume["persistentVolumeClaim"]
+
+
+def test_a_checkpoint_of_ones_own_is_exported_without_the_hub(manifests: dict[str, list[dict[str, Any]]]) -> None:
+    documents = manifests["OpenShift without a way to the hub"]
+    path, claim = mounted_for_export(documents, "checkpoints")
+    assert claim == {"claimName": "checkpoints", "readOnly": True}
+    assert exported_by(documents)[1]["model"] == f"{path}/flux"
+    assert exporter(documents)["env"] == [{"name": "HF_HUB_OFFLINE", "value": "1"}]
+    assert "PersistentVolumeClaim" not in {document["kind"] for document in documents}
+
+
+def test_variables_nodes_and_the_runtime_arrive(manifests: dict[str, list[dict[str, Any]]]) -> None:
+    documents = manifests["k3s behind a proxy"]
+    gateway, triton = (one(documents, "Deployment", name) for name in ("gateway", "triton"))
+    assert container(gateway)["env"] == [{"name": "OTEL_EXPORTER_OTLP_ENDPOINT", "value": "http://collector:4318"}]
+    assert container(triton)["env"] == [{"name": "NVIDIA_VISIBLE_DEVICES", "value": "all"}]
+    assert [entry["name"] for entry in exporter(documents)["env"]] == ["HF_TOKEN", "HTTPS_PROXY", "HF_ENDPOINT"]
+    assert pod(triton)["runtimeClassName"] == "nvidia"
+    assert "runtimeClassName" not in pod(gateway)
+    assert pod(gateway)["nodeSelector"] == {"kubernetes.io/arch": "amd64"}
+    assert pod(gateway)["tolerations"] == [{"key": "edge", "operator": "Exists"}]
+    assert pod(gateway)["affinity"] == pod(triton)["affinity"] == {"nodeAffinity": AFFINITY}
 
 
 def test_the_key_is_named_and_never_written_down(manifests: dict[str, list[dict[str, Any]]]) -> None:
@@ -206,14 +309,13 @@ def test_the_key_is_named_and_never_written_down(manifests: dict[str, list[dict[
 
 
 def test_the_export_understands_its_arguments(manifests: dict[str, list[dict[str, Any]]]) -> None:
-    options = read_command(container(one(manifests["gated model"], "Job", "export"))["args"])
+    _, options = exported_by(manifests["gated model"])
     assert (options["model"], options["dtype"], options["engine"]) == ("acme/gated", "float16", "tensorrt")
     assert options["max_batch_size"] == 4
 
 
 def test_triton_serves_the_folder_that_the_export_writes(manifests: dict[str, list[dict[str, Any]]]) -> None:
-    arguments = container(one(manifests["defaults"], "Job", "export"))["args"]
-    written = Path(arguments[arguments.index("--output") + 1])
+    written, _ = exported_by(manifests["defaults"])
     mounts = container(one(manifests["defaults"], "Deployment", "triton"))["volumeMounts"]
     (mount,) = [mount for mount in mounts if mount["name"] == "repository"]
     assert written == Path("/models") / mount["subPath"]
@@ -223,12 +325,11 @@ def test_triton_serves_the_folder_that_the_export_writes(manifests: dict[str, li
 
 
 def test_only_what_engines_depend_on_exports_anew(tmp_path: Path) -> None:
-    def job(values: dict[str, Any]) -> str:
-        documents = parse(render(values, tmp_path / "values.yaml"))
-        return str(one(documents, "Job", "export")["metadata"]["name"])
+    def folder(values: dict[str, Any]) -> str:
+        return str(exported_by(parse(render(values, tmp_path / "values.yaml")))[0])
 
-    base = job({})
-    assert job({"gateway": {"replicas": 5}, "model": {"hubTokenSecret": "hub", "lorasClaim": "loras"}}) == base
+    base = folder({})
+    assert folder({"gateway": {"replicas": 5}, "model": {"hubTokenSecret": "hub", "lorasClaim": "loras"}}) == base
     others: list[dict[str, Any]] = [
         {"model": {"id": "acme/other"}},
         {"model": {"sizes": ["768x768"]}},
@@ -237,32 +338,58 @@ def test_only_what_engines_depend_on_exports_anew(tmp_path: Path) -> None:
         {"images": {"export": {"tag": "0.2.0"}}},
         {"gpu": {"nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-L4"}}},
     ]
-    assert len({base, *map(job, others)}) == 1 + len(others)
+    assert len({base, *map(folder, others)}) == 1 + len(others)
 
 
-def test_the_export_comes_before_what_serves_it(manifests: dict[str, list[dict[str, Any]]]) -> None:
-    hooks = {
-        document["kind"]: (notes["helm.sh/hook"], int(notes["helm.sh/hook-weight"]))
-        for document in manifests["defaults"]
-        if "helm.sh/hook" in (notes := document["metadata"].get("annotations", {}))
+def test_nothing_depends_on_hooks_or_on_what_the_cluster_has(manifests: dict[str, list[dict[str, Any]]]) -> None:
+    """Argo CD runs hooks at each synchronisation and deletes those of the last one; its `lookup` finds nothing."""
+    for document in (document for documents in manifests.values() for document in documents):
+        assert "helm.sh/hook" not in document["metadata"].get("annotations", {})
+    assert not [file.name for file in (CHART / "templates").iterdir() if "lookup" in file.read_text()]
+    claim = one(manifests["defaults"], "PersistentVolumeClaim", "repository")
+    assert claim["metadata"]["annotations"] == {
+        "helm.sh/resource-policy": "keep",
+        "argocd.argoproj.io/sync-options": "Delete=false,Prune=false",
     }
-    assert hooks.keys() == {"Job", "PersistentVolumeClaim"}
-    assert {stage for stage, _ in hooks.values()} == {"pre-install,pre-upgrade"}
-    assert hooks["PersistentVolumeClaim"][1] < hooks["Job"][1]
+
+
+def test_an_export_that_exists_is_not_repeated(manifests: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
+    """The container's command itself, with a stand-in for `hypergen` that says how it was called."""
+    made = exporter(manifests["defaults"])
+    entry_point, *command = made["command"]
+    assert f'ENTRYPOINT ["{entry_point}"' in (DOCKER / "export.Dockerfile").read_text()
+    (tmp_path / "hypergen").write_text('#!/bin/sh\nmkdir -p "$OUT" && echo {} >"$OUT/hypergen.json" && echo "$@"\n')
+    (tmp_path / "hypergen").chmod(0o755)
+    script, folder, *words = made["args"]
+    output = tmp_path / Path(folder).name
+    command = [word.replace("/models", str(tmp_path)) for word in command]
+
+    def run() -> str:
+        environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "OUT": str(output)}
+        words_given = [*command, script, str(output), *words]
+        return subprocess.run(words_given, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert run() == f"{' '.join(words)} --output {output}\n"
+    assert run() == ""
+
+
+def test_an_upgrade_waits_for_the_export(manifests: dict[str, list[dict[str, Any]]]) -> None:
+    default, surging = (
+        one(manifests[name], "Deployment", "triton")["spec"]
+        for name in ("defaults", "OpenShift without a way to the hub")
+    )
+    assert default["strategy"]["rollingUpdate"] == {"maxUnavailable": 1, "maxSurge": 0}
+    assert surging["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
+    assert default["progressDeadlineSeconds"] > 7200 + 900
 
 
 def test_gpus_go_to_triton_and_the_export_alone(manifests: dict[str, list[dict[str, Any]]]) -> None:
-    with_gpu = {
-        document["metadata"]["labels"]["app.kubernetes.io/component"]
-        for document in manifests["scaled"]
-        if document["kind"] in ("Deployment", "Job")
-        and container(document)["resources"]["limits"].get("nvidia.com/gpu") == 1
-    }
-    assert with_gpu == {"triton", "export"}
-    for kind, component in (("Deployment", "triton"), ("Job", "export")):
-        spec = pod(one(manifests["scaled"], kind, component))
-        assert spec["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-L40S"}
-        assert spec["tolerations"][0]["key"] == "nvidia.com/gpu"
+    gateway, triton = (one(manifests["scaled"], "Deployment", name) for name in ("gateway", "triton"))
+    assert "nvidia.com/gpu" not in container(gateway)["resources"]["limits"]
+    for each in (container(triton), exporter(manifests["scaled"])):
+        assert each["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert pod(triton)["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-L40S"}
+    assert pod(triton)["tolerations"][0]["key"] == "nvidia.com/gpu"
 
 
 def test_only_gateways_speak_to_triton_and_only_prometheus_reads_its_metrics(
@@ -284,7 +411,6 @@ def test_only_gateways_speak_to_triton_and_only_prometheus_reads_its_metrics(
     ]
     ports = {port["name"]: port["containerPort"] for port in container(triton)["ports"]}
     assert (ports["grpc"], ports["metrics"]) == (8001, 8002)
-    assert "ingress" not in one(manifests["defaults"], "NetworkPolicy", "export")["spec"]
 
 
 def test_the_gateways_probes_ask_for_routes_that_it_has(manifests: dict[str, list[dict[str, Any]]]) -> None:

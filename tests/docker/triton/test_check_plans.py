@@ -141,3 +141,18 @@ def test_without_a_repository_it_says_how_it_is_called() -> None:
     done = subprocess.run([sys.executable, str(CHECK), "tritonserver"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("check_plans: usage:")
+
+
+def compare_release(release: str, libraries: Path) -> tuple[int, str]:
+    environment = os.environ | {"LD_LIBRARY_PATH": str(libraries)}
+    command = [sys.executable, str(CHECK), "--tensorrt", release]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return done.returncode, done.stderr
+
+
+def test_an_image_is_built_only_with_the_bindings_of_its_tensorrt(libraries: Path, tmp_path: Path) -> None:
+    assert compare_release("11.1.0.106", libraries) == (0, "")
+    code, said = compare_release("11.10.0.2", libraries)
+    assert code == 1
+    assert said.startswith("check_plans: TRITON_IMAGE has TensorRT 11.1.0, but TENSORRT is 11.10.0.2: set TENSORRT")
+    assert compare_release("11.1.0.106", tmp_path)[0] == 1

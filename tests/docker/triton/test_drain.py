@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -46,10 +47,12 @@ def generating(until: float) -> Iterator[str]:
         server.shutdown()
 
 
-def drain(url: str, *options: str) -> tuple[int, str]:
+def drain(url: str, *options: str, **environment: str) -> tuple[int, str]:
     """Exit code and what it says."""
     command = [sys.executable, str(DRAIN), "--metrics-url", url, *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, timeout=60, check=False
+    )
     return done.returncode, done.stderr
 
 
@@ -78,3 +81,9 @@ def test_nobody_there_is_nothing_to_wait_for() -> None:
     with generating(0) as url:
         pass
     assert drain(url) == (0, "")
+
+
+def test_triton_is_not_asked_through_a_proxy() -> None:
+    with generating(time.monotonic() + 60) as url:
+        code, _ = drain(url, "--quiet", "1", "--limit", "0.5", http_proxy="http://127.0.0.1:9")
+    assert code == 1

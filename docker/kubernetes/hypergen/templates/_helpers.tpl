@@ -7,7 +7,7 @@
 {{/* Labels by which a component's pods are found: dict "root" $ "component" "gateway". */}}
 {{- define "hypergen.selector" -}}
 app.kubernetes.io/name: {{ .root.Chart.Name }}
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/component: {{ .component }}
 {{- end }}
 
@@ -18,7 +18,7 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- end }}
 
-{{/* What an export depends on, short: names its job and its folder. */}}
+{{/* What an export depends on, short: names its folder. */}}
 {{- define "hypergen.exportKey" -}}
 {{- $model := omit .Values.model "hubTokenSecret" "lorasClaim" }}
 {{- list $model .Values.images.export .Values.gpu.nodeSelector | toJson | sha256sum | trunc 10 }}
@@ -45,15 +45,17 @@ enableServiceLinks: false
 {{- with .root.Values.images.pullSecrets }}
 imagePullSecrets:
 {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | quote }}
 {{- end }}
 {{- end }}
 securityContext:
   runAsNonRoot: true
+  {{- if .root.Values.security.fixedUsers }}
   runAsUser: {{ .user }}
   runAsGroup: {{ .user }}
   fsGroup: {{ .user }}
   fsGroupChangePolicy: OnRootMismatch
+  {{- end }}
   seccompProfile: {type: RuntimeDefault}
 {{- end }}
 
@@ -62,11 +64,18 @@ allowPrivilegeEscalation: false
 capabilities: {drop: [ALL]}
 {{- end }}
 
-{{- define "hypergen.gpuNodes" -}}
-{{- with .Values.gpu.nodeSelector }}
+{{/* Where a component's pods run: .Values.gateway or .Values.gpu. */}}
+{{- define "hypergen.nodes" -}}
+{{- with .runtimeClassName }}
+runtimeClassName: {{ . | quote }}
+{{- end }}
+{{- with .nodeSelector }}
 nodeSelector: {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with .Values.gpu.tolerations }}
+{{- with .tolerations }}
 tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .affinity }}
+affinity: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
