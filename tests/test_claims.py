@@ -6,7 +6,9 @@ from typing import Literal
 
 import pytest
 
-from support.claims import CLAIMS, ClaimsTable
+from support.claims import CLAIMS, FAMILIES, ClaimsTable, families_of
+from support.miniature import FAMILIES as MINIATURES_WITH_A_UNET
+from support.transformer_miniatures import MINIATURES
 
 
 def report(
@@ -51,3 +53,14 @@ def test_a_claim_without_a_test_is_not_proved() -> None:
     table = ClaimsTable()
     assert {evidence.verdict for evidence in table.evidence.values()} == {"not proved"}
     assert not table.all_hold
+
+
+def test_every_family_has_a_claim_of_its_own() -> None:
+    assert set(FAMILIES) == {*MINIATURES_WITH_A_UNET, *MINIATURES}
+
+
+@pytest.mark.parametrize(("family", "claims"), [("sdxl", ["sdxl"]), ("none", [])])
+def test_a_test_of_families_is_evidence_for_the_family_that_it_draws(
+    family: str, claims: list[str], request: pytest.FixtureRequest
+) -> None:
+    assert families_of(request.node) == claims == ([family] if family in FAMILIES else [])

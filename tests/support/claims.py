@@ -13,8 +13,30 @@ from dataclasses import dataclass, field
 
 import pytest
 
+# The miniature of each family, by the name that tests are parametrized with -> the models that it stands for.
+FAMILIES: Mapping[str, str] = {
+    "sd-1": "Stable Diffusion 1.x",
+    "sd-2": "Stable Diffusion 2.x",
+    "sd-turbo": "SD-Turbo",
+    "sdxl": "Stable Diffusion XL",
+    "sdxl-turbo": "SDXL-Turbo",
+    "sdxl-lightning": "SDXL-Lightning",
+    "lcm": "Latent Consistency Models",
+    "lcm-sdxl": "Latent Consistency Models of SDXL",
+    "tcd": "Trajectory Consistency Distillation",
+    "flux1-dev": "FLUX.1-dev, FLUX.1-Krea",
+    "flux1-schnell": "FLUX.1-schnell",
+    "flux2-klein": "FLUX.2-klein",
+    "flux2-klein-base": "FLUX.2-klein-base",
+    "z-image": "Z-Image",
+    "qwen-image": "Qwen-Image",
+    "stable-diffusion-3": "Stable Diffusion 3 and 3.5",
+    "stable-diffusion-3-without-t5": "Stable Diffusion 3 without T5",
+}
+
 CLAIMS: Mapping[str, str] = {
     "families": "every family's images equal those of diffusers' pipeline",
+    **{name: f"{models}: images equal those of diffusers' pipeline" for name, models in FAMILIES.items()},
     "engines": "TensorRT-RTX builds every component of every family from our ONNX",
     "precision": "float16 and bfloat16 are used only inside the engines; parts that would overflow stay float32",
     "bindings": "config.pbtxt parses in Triton's protobuf and names exactly the engines' tensors, types and profiles",
@@ -90,10 +112,21 @@ class ClaimsTable:
 
 
 def attach_claims(items: list[pytest.Item]) -> None:
-    """Let each test's report say what it is evidence for: the nearest marker's claims, which stand for wider ones."""
+    """Let each test's report say what it is evidence for: the nearest marker's claims, which stand for wider ones.
+
+    A test of the claim "families" is also evidence for the family that it is parametrized with.
+    """
     for item in items:
         marker = item.get_closest_marker("claim")
         for claim in marker.args if marker else ():
             if claim not in CLAIMS:
                 raise pytest.UsageError(f"{item.nodeid}: {claim!r} is none of tests/support/claims.py")
             item.user_properties.append(("claim", claim))
+            if claim == "families" and isinstance(item, pytest.Function):
+                item.user_properties += [("claim", family) for family in families_of(item)]
+
+
+def families_of(test: pytest.Function) -> list[str]:
+    """The family that a test is parametrized with, if any."""
+    parameters = test.callspec.params.values() if hasattr(test, "callspec") else ()
+    return [value for value in parameters if isinstance(value, str) and value in FAMILIES]
