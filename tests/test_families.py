@@ -304,9 +304,17 @@ async def test_a_strength_that_leaves_too_few_steps_is_named(
         ({"negative_prompt": "a cat"}, 5),
         ({"negative_prompt": "a cat", "guidance_scale": 5.0}, 7),
         ({"guidance_scale": 5.0}, 5),
-        ({"prompt": "cat " * 100}, 14),
+        ({"prompt": "cat " * 100}, 100),
+        ({"prompt": "cat " * 300}, 16 * 14),
     ],
-    ids=["a prompt", "a negative prompt that nobody reads", "one that is read", "none", "more than is read"],
+    ids=[
+        "a prompt",
+        "a negative prompt that nobody reads",
+        "one that is read",
+        "none",
+        "several chunks",
+        "more than is read",
+    ],
 )
 @pytest.mark.parametrize("family", ["sd-1", "sdxl"])
 def test_prompt_tokens_are_those_that_the_text_encoders_read(
@@ -321,11 +329,10 @@ def test_prompt_tokens_are_those_that_the_text_encoders_read(
     ("changes", "cut"),
     [
         ({}, 0),
-        ({"prompt": "cat " * 14}, 0),
-        ({"prompt": "cat " * 15}, 1),
-        ({"prompt": "cat " * 100}, 86),
-        ({"prompt": "cat " * 100, "negative_prompt": "cat " * 20}, 86),
-        ({"prompt": "cat " * 100, "negative_prompt": "cat " * 20, "guidance_scale": 5.0}, 86 + 6),
+        ({"prompt": "cat " * 224}, 0),
+        ({"prompt": "cat " * 225}, 1),
+        ({"prompt": "cat " * 300, "negative_prompt": "cat " * 230}, 76),
+        ({"prompt": "cat " * 300, "negative_prompt": "cat " * 230, "guidance_scale": 5.0}, 76 + 6),
     ],
 )
 @pytest.mark.parametrize("family", ["sd-1", "sdxl"])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from support.chunks import ByChunks
 from support.miniature import save_miniature
 from support.parity import Pair, by_diffusers, held, request_of, sampler_of
 from support.pipelines import pipeline_of
@@ -15,10 +16,13 @@ VECTORS = {"<toy>": 3, "<hat>": 1, "<toy-cat>": 2}
 PROMPTS = {
     "several vectors": "a <toy> on a blue background",
     "one vector": "a red <hat>",
-    "several concepts": "a <toy-cat> and a <toy>, a <hat>, and another <toy>",
+    "several concepts": "a <toy-cat>, a <hat>, <toy> <toy>",
     "one of its tokens": "a <toy>_1 cat",
     "none": "a red rocket",
-    "longer than is read": "cat " * 13 + "<toy> red",
+    "longer than a chunk": "cat " * 13 + "<toy> red",
+}
+CHUNKS = {prompt: (prompt,) for prompt in (*PROMPTS.values(), "a red rocket on a blue background")} | {
+    PROMPTS["longer than a chunk"]: ("cat " * 13 + "<toy>", "<toy>_1 <toy>_2 red")
 }
 
 
@@ -46,10 +50,10 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
 async def test_a_concept_of_several_vectors_is_read_in_full_in_a_prompt(prompt: str, pair: Pair) -> None:
     request = request_of(prompt=prompt)
-    held(await pair.sampler.generate(request), by_diffusers(pair.pipeline, request))
+    held(await pair.sampler.generate(request), by_diffusers(ByChunks(pair.pipeline, CHUNKS), request))
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
 async def test_a_concept_of_several_vectors_is_read_in_full_in_a_negative_prompt(prompt: str, pair: Pair) -> None:
     request = request_of(negative_prompt=prompt, guidance_scale=5.0)
-    held(await pair.sampler.generate(request), by_diffusers(pair.pipeline, request))
+    held(await pair.sampler.generate(request), by_diffusers(ByChunks(pair.pipeline, CHUNKS), request))

@@ -20,6 +20,7 @@ TEMPLATE = TextInput(
     segment=0,
     before="<user> ",
     after=" <end> <assistant>",
+    max_chunks=1,
 )
 
 

@@ -19,6 +19,7 @@ PARAMETERS: Mapping[str, str] = {
                 "segment": 0,
                 "before": "",
                 "after": "",
+                "max_chunks": 16,
             }
         ]
     ),

@@ -43,6 +43,7 @@ BY_PLACE: Mapping[str, str] = {
     "gateway/embedded/test_surroundings.py": "triton",
     "test_families.py": "torch",
     "test_latent_scale.py": "torch",
+    "test_long_prompts.py": "torch",
     "test_schedulers.py": "torch",
     "test_textual_inversion.py": "torch",
 }

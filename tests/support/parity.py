@@ -106,10 +106,10 @@ class Sampler:
         return StepLoop(self.denoise, max_rows=16, max_active=8, max_waiting=8)
 
     def encode(self, texts: list[str]) -> Conditioning:
-        inputs = self.tokenize(texts).inputs
+        tokens = self.tokenize(texts)
         encoders = [text.encoder for text in self.architecture.text_inputs]
-        answers = [self.run(encoder, **given) for encoder, given in zip(encoders, inputs, strict=True)]
-        return merge(answers, inputs, self.architecture)
+        answers = [self.run(encoder, **given) for encoder, given in zip(encoders, tokens.inputs, strict=True)]
+        return merge(answers, tokens, self.architecture)
 
     def denoise(self, rows: DenoiserInputs) -> dict[str, Array]:
         self.rows_of_calls.append(len(rows.sample))

@@ -10,8 +10,9 @@ from hypergen_export.checkpoints.lora import Lora
 FLOAT, INT, BYTE = "FP32", "INT32", "UINT8"
 
 # Axes that vary between requests. Every other name in `Tensor.axes` is fixed by the checkpoint (`Sizes`).
-# `text_tokens` is the prompt's length in families that mask padding, at most the size `tokens`; `templated_tokens` has
-# `template_tokens` more, for which the text encoder returns no hidden states.
+# `text_tokens` is the prompt's length: in families that mask padding at most the size `tokens`, in those that read it
+# in chunks a multiple of it. `templated_tokens` has `template_tokens` more, for which the text encoder returns no
+# hidden states.
 IMAGE_AXES = frozenset({"height", "width", "latent_height", "latent_width"})
 FREE_AXES = IMAGE_AXES | {"text_tokens", "templated_tokens"}
 
@@ -38,7 +39,7 @@ class Tensor:
     def shape(
         self, sizes: Sizes, *, batch: int, height: int, width: int, text_tokens: int | None = None
     ) -> tuple[int, ...]:
-        """The shape for `batch` samples whose latents are `height` × `width`, with the longest prompt by default."""
+        """The shape for `batch` samples whose latents are `height` × `width`, with `tokens` of a prompt by default."""
         factor = sizes["vae_scale_factor"]
         tokens = sizes.get("tokens", 0) if text_tokens is None else text_tokens
         free = {

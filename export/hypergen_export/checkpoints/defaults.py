@@ -75,16 +75,27 @@ def _embeddings(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def text_padding(checkpoint: Checkpoint) -> int:
-    """Prompts are padded to multiples of so many tokens in families that mask padding.
+    """Prompts are padded to multiples of so many tokens: of a chunk, or in families that mask padding, of fewer.
 
-    Images share denoiser calls only if their prompts have one padded length. So it is an eighth of the tokens of an
-    image of the default size, but no longer than the longest prompt: the padding costs at most an eighth.
+    Images share denoiser calls only if their prompts have one padded length. So without chunks it is an eighth of the
+    tokens of an image of the default size, but no longer than the longest prompt: the padding costs at most an eighth.
     """
     sizes = checkpoint.sizes
+    if _max_chunks(checkpoint) > 1:
+        return sizes["tokens"]
     limits = _size_limits(checkpoint)
     side = sizes["vae_scale_factor"] * sizes["patch_size"]
     image_tokens = (int(limits["default_width"]) // side) * (int(limits["default_height"]) // side)
     return min(sizes["tokens"], max(_TEXT_STEP, image_tokens // 8 // _TEXT_STEP * _TEXT_STEP))
+
+
+def longest_text(checkpoint: Checkpoint) -> int:
+    """The most tokens of a prompt that the denoiser takes."""
+    return checkpoint.sizes["tokens"] * _max_chunks(checkpoint)
+
+
+def _max_chunks(checkpoint: Checkpoint) -> int:
+    return max(text.max_chunks for text in checkpoint.family.text)
 
 
 def _default_steps_and_guidance(checkpoint: Checkpoint) -> dict[str, int | float]:

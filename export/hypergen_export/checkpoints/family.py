@@ -39,6 +39,8 @@ class TextInput:
     The denoiser's hidden states are segments in a row: encoders of one `segment` are concatenated along the features,
     segments along the tokens, narrower ones padded with zeros. Without a segment only the pooled output is used.
 
+    `max_chunks`: a longer prompt is encoded in so many chunks of that length, joined along the tokens; the rest is cut.
+
     `template` is the text around the prompt, which replaces its "{}"; `chat` are arguments of the tokenizer's chat
     template, rendered with the prompt as the user's message. At most one of them is given.
     """
@@ -48,6 +50,7 @@ class TextInput:
     tokenizer_class: str = CLIP_TOKENIZER
     tokens: str = "tokens"
     segment: int | None = 0
+    max_chunks: int = 1
     template: str = "{}"
     chat: Mapping[str, Any] | None = None
 

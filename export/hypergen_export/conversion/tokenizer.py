@@ -71,7 +71,8 @@ def text_parameters(checkpoint: Checkpoint, files: dict[str, Path]) -> dict[str,
         before, after = template_of(checkpoint, text)
         tokenizer = Tokenizer.from_file(str(files[text.tokenizer]))
         tokenizer.no_padding()
-        room.append(checkpoint.sizes[text.tokens] - len(tokenizer.encode(before + after).ids))
+        tokens = checkpoint.sizes[text.tokens] - len(tokenizer.encode(before + after).ids)
+        room.append(tokens * text.max_chunks)
         inputs.append(
             {
                 "encoder": text.encoder,
@@ -81,6 +82,7 @@ def text_parameters(checkpoint: Checkpoint, files: dict[str, Path]) -> dict[str,
                 "segment": text.segment,
                 "before": before,
                 "after": after,
+                "max_chunks": text.max_chunks,
             }
         )
     return {"text_inputs": json.dumps(inputs, ensure_ascii=False), "max_prompt_tokens": str(max(room))}

@@ -48,13 +48,14 @@ class Graph:
 class Shapes:
     """What engines are built for: images of `image_sizes`, and at most `rows` samples in a denoiser call.
 
-    Prompts are padded to multiples of `text_padding` tokens in families that mask padding.
+    The denoiser's prompts are padded to multiples of `text_padding` tokens, of which there are at most `longest_text`.
     """
 
     sizes: Sizes
     image_sizes: Sequence[Size]
     rows: int
     text_padding: int | None = None
+    longest_text: int | None = None
 
 
 def largest_batch(component: Component, rows: int) -> int:
@@ -72,7 +73,7 @@ def profiles(component: Component, shapes: Shapes) -> tuple[Profile, ...]:
     def bounds(size: Size) -> Profile:
         smallest_of = input_shapes(component, shapes, size, 1)
         usual_of = input_shapes(component, shapes, size, usual)
-        largest_of = input_shapes(component, shapes, size, largest, text_tokens=shapes.sizes.get("tokens"))
+        largest_of = input_shapes(component, shapes, size, largest, text_tokens=shapes.longest_text)
         return {
             name: Bounds(smallest=smallest_of[name], usual=usual_of[name], largest=largest_of[name])
             for name in smallest_of

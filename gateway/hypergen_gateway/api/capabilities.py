@@ -41,8 +41,8 @@ class Capabilities(BaseModel):
     guidance_interval: bool = Field(description="Whether `guidance_start` and `guidance_end` are supported.")
     max_cache_interval: int = Field(description="1 if the model is served without `--deep-cache`.")
     max_prompt_tokens: int = Field(
-        description="The tokens of a prompt, and of a negative prompt, that the text encoder reads. The rest is cut "
-        "off; `x-hypergen-prompt-truncated` and `prompt_truncated` say how many."
+        description="The tokens of a prompt, and of a negative prompt, that the text encoders read, at most: CLIP in "
+        "chunks of 75. The rest is cut off; `x-hypergen-prompt-truncated` and `prompt_truncated` say how many."
     )
     max_num_images: int
     schedulers: tuple[str, ...]

@@ -23,7 +23,7 @@ from hypergen_sampler.composite import composite
 from hypergen_sampler.conditioning import Conditioning, conditioning_of, merge, texts_of
 from hypergen_sampler.latent_init import ImagePosterior, LatentInit
 from hypergen_sampler.metrics import SamplerMetrics
-from hypergen_sampler.prompts import EncoderInputs, PromptTokenizers
+from hypergen_sampler.prompts import PromptTokenizers, Tokens
 from hypergen_sampler.request import Architecture, Limits, Request, check_request
 from hypergen_sampler.sampling import Trajectory
 from hypergen_sampler.schedulers import Schedulers
@@ -66,7 +66,7 @@ class TritonPythonModel:
         self._architecture = Architecture.from_model_config(args["model_config"])
         self._schedulers = Schedulers.read(folder, self._architecture)
         self._tokenize = PromptTokenizers(folder, self._architecture.text_inputs)
-        self._components = Components(self._architecture)
+        self._components = Components(self._architecture, self._limits.max_batch_size)
         self._encode_text = TextCache(self._components.encode_text, TEXT_CACHE_BYTES)
         self._metrics = SamplerMetrics(self._limits.max_batch_size)
         self._loop: StepLoop | None = None
@@ -106,7 +106,7 @@ class TritonPythonModel:
         began = time.perf_counter()
         request = _with_copied_pixels(request)
         tokens = self._tokenize(texts_of(request, self._architecture))
-        texts, original = await asyncio.gather(self._encode_texts(request, tokens.inputs), self._encode_image(request))
+        texts, original = await asyncio.gather(self._encode_texts(request, tokens), self._encode_image(request))
         return _PreparedRequest(
             request=request,
             conditions=conditioning_of(request, texts, self._architecture),
@@ -125,14 +125,14 @@ class TritonPythonModel:
             cancelled=sender.is_cancelled,
         )
 
-    async def _encode_texts(self, request: Request, inputs: list[EncoderInputs]) -> Conditioning:
+    async def _encode_texts(self, request: Request, tokens: Tokens) -> Conditioning:
         """The encoded texts: hidden states [T, L, D] and, for some families, pooled embeddings [T, P] or a mask."""
         text_inputs = self._architecture.text_inputs
         calls = [
             self._encode_text(request.variant.model(text.encoder), given, text.outputs)
-            for text, given in zip(text_inputs, inputs, strict=True)
+            for text, given in zip(text_inputs, tokens.inputs, strict=True)
         ]
-        return merge(await asyncio.gather(*calls), inputs, self._architecture)
+        return merge(await asyncio.gather(*calls), tokens, self._architecture)
 
     async def _encode_image(self, request: Request) -> ImagePosterior | None:
         if request.image is None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from onnx import TensorProto, helper
 from tritonclient.grpc import model_config_pb2 as pb
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hypergen_export.checkpoints.defaults import longest_text, text_padding
 from hypergen_export.checkpoints.families.unet import with_deep_cache
 from hypergen_export.checkpoints.lora import read_loras
 from hypergen_export.conversion.convert import Job, convert
@@ -35,7 +36,7 @@ from hypergen_export.conversion.onnx import capture, write_onnx
 from hypergen_export.conversion.parity import compare
 from hypergen_export.conversion.progress import Progress
 from hypergen_export.conversion.wrappers import wrap
-from hypergen_export.engines.engine import read_sizes
+from hypergen_export.engines.engine import Size, read_sizes
 from hypergen_export.engines.profiles import Bounds, Shapes, profiles
 from hypergen_export.engines.tensorrt import (
     Build,
@@ -135,10 +136,20 @@ def engine_of(
     return make
 
 
+def shapes_of(checkpoint: Checkpoint, sizes: Sequence[Size]) -> Shapes:
+    return Shapes(
+        sizes=checkpoint.sizes,
+        image_sizes=sizes,
+        rows=ROWS,
+        text_padding=text_padding(checkpoint),
+        longest_text=longest_text(checkpoint),
+    )
+
+
 def build_engine(checkpoint: Checkpoint, onnx_file: Path, target: Target, folder: Path) -> None:
     """Write the plan, its record and its configuration into `folder`, which has the component's name."""
     (component,) = (each for each in with_deep_cache(checkpoint.family.components) if each.name == folder.name)
-    shapes = Shapes(sizes=checkpoint.sizes, image_sizes=SIZES[1:], rows=ROWS)
+    shapes = shapes_of(checkpoint, SIZES[1:])
     (folder / "1").mkdir(parents=True)
     build = Build(
         name=component.name,
@@ -356,7 +367,7 @@ def test_what_openvino_runs_is_built_in_float32_too(
     name: str, repository: Path, checkpoint: Checkpoint, target: Target, tmp_path: Path
 ) -> None:
     onnx_file = repository / name / "1" / "model.onnx"
-    shapes = Shapes(sizes=checkpoint.sizes, image_sizes=SIZES, rows=ROWS)
+    shapes = shapes_of(checkpoint, SIZES)
     build = Build(
         name=name,
         onnx=onnx_file,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hypergen_export.checkpoints.checkpoint import open_checkpoint
+from hypergen_export.checkpoints.defaults import longest_text
 from hypergen_export.conversion.loading import load_module
 from hypergen_export.conversion.onnx import capture, write_onnx
 from hypergen_export.conversion.parity import compare
@@ -53,7 +54,10 @@ def test_it_equals_torch_and_is_built(
     write_onnx(component, capture(component, wrapped, checkpoint.sizes), path)
     parity = compare(component, wrapped.float(), checkpoint.sizes, path, dtype)
     print(f"{family} {name} in {dtype}: {parity.difference:.2g} from torch in float32")
-    shapes = Shapes(sizes=checkpoint.sizes, image_sizes=read_sizes("96x64"), rows=2, text_padding=32)
+    longest = longest_text(checkpoint)
+    shapes = Shapes(
+        sizes=checkpoint.sizes, image_sizes=read_sizes("96x64"), rows=2, text_padding=32, longest_text=longest
+    )
     plan = tmp_path / "model.plan"
     build = Build(name=name, onnx=path, dtype=dtype, plan=plan, profiles=profiles(component, shapes), target=target)
     interface = build_plan(build, lambda _: None)

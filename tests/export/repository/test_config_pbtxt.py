@@ -54,7 +54,7 @@ def test_a_component_runs_on_the_cpu_in_openvino(repository: Path, name: str) ->
             {
                 "sample": ("TYPE_FP32", [4, -1, -1]),
                 "time": ("TYPE_FP32", [16]),
-                "encoder_hidden_states": ("TYPE_FP32", [16, 32]),
+                "encoder_hidden_states": ("TYPE_FP32", [-1, 32]),
             },
             {"model_output": ("TYPE_FP32", [4, -1, -1])},
         ),
@@ -136,12 +136,13 @@ def test_the_sampler_knows_its_checkpoint(repository: Path) -> None:
                     "segment": 0,
                     "before": "",
                     "after": "",
+                    "max_chunks": 16,
                 }
             ]
         ),
         "denoiser": "unet",
         "denoiser_inputs": "encoder_hidden_states",
-        "max_prompt_tokens": "14",
+        "max_prompt_tokens": "224",
         "time_width": "16",
         "size_width": "0",
         "flip_sin_to_cos": "1",

@@ -20,6 +20,8 @@ from hypergen_export.checkpoints.families.tensors import (
 from hypergen_export.checkpoints.families.text_encoders import clip_tokens
 from hypergen_export.checkpoints.family import Config, ConfigOverrides, Configs, Family, Sampling, TextInput
 
+# Of all chunks of a prompt.
+_JOINED_STATES = replace(HIDDEN_STATES, axes=("text_tokens", "context_width"))
 _GUIDANCE = Tensor(name="timestep_cond", dtype=FLOAT, axes=("guidance_width",))
 _SIZES = Tensor(name="size_embeds", dtype=FLOAT, axes=("sizes_width",), example="sinusoids")
 _DEEP = Tensor(name="deep_features", dtype=FLOAT, axes=("deep_channels", "latent_height", "latent_width"))
@@ -90,14 +92,16 @@ _TEXT_ENCODERS_XL = (
 # only one of these pipelines that uses a mean and a standard deviation per latent channel.
 _VAE_XL = tuple(replace(component, overflows_float16=True) for component in vae(wrapper="per_channel"))
 
-STABLE_DIFFUSION = (_CLIP, _unet(HIDDEN_STATES), *vae())
-LATENT_CONSISTENCY = (_CLIP, _unet(HIDDEN_STATES, _GUIDANCE), *vae())
-STABLE_DIFFUSION_XL = (*_TEXT_ENCODERS_XL, _unet(HIDDEN_STATES, POOLED, _SIZES), *_VAE_XL)
-LATENT_CONSISTENCY_XL = (*_TEXT_ENCODERS_XL, _unet(HIDDEN_STATES, POOLED, _SIZES, _GUIDANCE), *_VAE_XL)
+STABLE_DIFFUSION = (_CLIP, _unet(_JOINED_STATES), *vae())
+LATENT_CONSISTENCY = (_CLIP, _unet(_JOINED_STATES, _GUIDANCE), *vae())
+STABLE_DIFFUSION_XL = (*_TEXT_ENCODERS_XL, _unet(_JOINED_STATES, POOLED, _SIZES), *_VAE_XL)
+LATENT_CONSISTENCY_XL = (*_TEXT_ENCODERS_XL, _unet(_JOINED_STATES, POOLED, _SIZES, _GUIDANCE), *_VAE_XL)
 
-_TEXT = (TextInput(encoder="text_encoder"),)
+# 1,200 tokens of CLIP: TensorRT wants a bound, and with this one cross-attention is smaller than self-attention.
+_MAX_CHUNKS = 16
+_TEXT = (TextInput(encoder="text_encoder", max_chunks=_MAX_CHUNKS),)
 # Both read the same positions; their hidden states are concatenated along the features.
-_TEXT_XL = (*_TEXT, TextInput(encoder="text_encoder_2", tokenizer="tokenizer_2"))
+_TEXT_XL = (*_TEXT, TextInput(encoder="text_encoder_2", tokenizer="tokenizer_2", max_chunks=_MAX_CHUNKS))
 
 
 def _stated_inputs(unet: Config) -> set[str]:

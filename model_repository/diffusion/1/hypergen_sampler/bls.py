@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,14 +28,21 @@ class ComponentUnavailableError(ComponentError):
 
 
 class Components:
-    """The engines of a checkpoint and its LoRAs."""
+    """The engines of a checkpoint and its LoRAs, which take at most `max_rows` texts in a call."""
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, max_rows: int) -> None:
         self._architecture = architecture
+        self._max_rows = max_rows
 
     async def encode_text(self, encoder: str, inputs: EncoderInputs, outputs: Sequence[str]) -> dict[str, Array]:
         """Encode tokenized texts [B, L]; returns the text encoder's named outputs, such as hidden states [B, L, D]."""
-        return await _call(encoder, inputs, outputs)
+        texts = len(next(iter(inputs.values())))
+        calls = [
+            _call(encoder, {name: array[first : first + self._max_rows] for name, array in inputs.items()}, outputs)
+            for first in range(0, texts, self._max_rows)
+        ]
+        answers = await asyncio.gather(*calls)
+        return {name: np.concatenate([answer[name] for answer in answers]) for name in outputs}
 
     def denoise(self, rows: DenoiserInputs) -> dict[str, Array]:
         """Run the denoiser on a batch; returns the requested outputs, each [R, C, h, w]. Blocks the calling thread."""

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hypergen_sampler.prompts import ATTENTION_MASK, EncoderInputs
+from hypergen_sampler.prompts import ATTENTION_MASK, Tokens
 from hypergen_sampler.request import Architecture, Request
 
 Array = npt.NDArray[np.float32]
@@ -36,29 +36,37 @@ def texts_of(request: Request, architecture: Architecture) -> list[str]:
 
 
 def merge(
-    answers: Sequence[Mapping[str, Array]], inputs: Sequence[EncoderInputs], architecture: Architecture
+    answers: Sequence[Mapping[str, Array]], tokens: Tokens, architecture: Architecture
 ) -> dict[str, npt.NDArray[Any]]:
-    """Merge the text encoders' outputs for their inputs, in the order of `text_inputs`.
+    """Merge the text encoders' outputs for the tokens of T texts, in the order of `text_inputs`.
 
-    Hidden states [T, L, D] of a segment are concatenated along the features, segments along the tokens after padding
-    the features with zeros (as in StableDiffusion3Pipeline); pooled embeddings [T, P] along the features. The mask
-    [T, L] is that of the text encoder which takes one, without the tokens for which it has no hidden states.
+    Hidden states [T × chunks, L, D] become [T, chunks × L, D], and pooled embeddings are those of a text's first chunk,
+    as in stable-diffusion-webui and compel. Hidden states of a segment are concatenated along the features, segments
+    along the tokens after padding the features with zeros (as in StableDiffusion3Pipeline); pooled embeddings [T, P]
+    along the features. The mask [T, L] is that of the text encoder which takes one, without the tokens for which it has
+    no hidden states.
     """
     segments: dict[int, list[Array]] = defaultdict(list)
     for text, answer in zip(architecture.text_inputs, answers, strict=True):
         if text.segment is not None:
-            segments[text.segment].append(answer[HIDDEN_STATES])
+            segments[text.segment].append(_join_chunks(answer[HIDDEN_STATES], tokens.chunks))
     joined = [np.concatenate(segments[number], axis=-1) for number in sorted(segments)]
     width = max(states.shape[-1] for states in joined)
     padded = [np.pad(states, ((0, 0), (0, 0), (0, width - states.shape[-1]))) for states in joined]
     states = np.concatenate(padded, axis=1)
     merged: dict[str, npt.NDArray[Any]] = {HIDDEN_STATES: states}
     if TEXT_MASK in architecture.denoiser_inputs:
-        (mask,) = (given[ATTENTION_MASK] for given in inputs if ATTENTION_MASK in given)
+        (mask,) = (given[ATTENTION_MASK] for given in tokens.inputs if ATTENTION_MASK in given)
         merged[TEXT_MASK] = mask[:, -states.shape[1] :]
     if POOLED in architecture.denoiser_inputs:
-        merged[POOLED] = np.concatenate([answer[POOLED] for answer in answers if POOLED in answer], axis=-1)
+        pooled = [answer[POOLED][:: tokens.chunks] for answer in answers if POOLED in answer]
+        merged[POOLED] = np.concatenate(pooled, axis=-1)
     return merged
+
+
+def _join_chunks(states: Array, chunks: int) -> Array:
+    rows, length, width = states.shape
+    return states.reshape(rows // chunks, chunks * length, width)
 
 
 def conditioning_of(request: Request, texts: Conditioning, architecture: Architecture) -> Conditioning:

@@ -91,6 +91,8 @@ class TextInput:
     segment: int | None
     before: str
     after: str
+    max_chunks: int
+    """Longer prompts are encoded in so many chunks, joined along the tokens; what does not fit into them is cut."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,28 @@
+"""How a prompt that is longer than a text encoder's positions is cut into chunks, which are encoded one by one.
+
+Follows AUTOMATIC1111's stable-diffusion-webui: chunks are full, but one that is cut within 20 tokens after a comma ends
+with that comma, so that phrases stay whole. Each chunk is read as a prompt of its own, with start, end and padding, and
+the hidden states are joined along the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+COMMA = ",</w>"
+"""CLIP's token of a comma at the end of a word."""
+_BACKTRACK = 20
+
+
+def split(ids: Sequence[int], room: int, comma: int | None) -> Iterator[Sequence[int]]:
+    """Cut token ids into chunks of at most `room`; at least one, which may be empty. `comma` is the id of `COMMA`."""
+    first, last_comma = 0, None
+    for position, token in enumerate(ids):
+        if position - first < room:
+            last_comma = position if token == comma else last_comma
+            continue
+        is_near = last_comma is not None and position - last_comma <= _BACKTRACK
+        end = last_comma + 1 if is_near and last_comma is not None and token != comma else position
+        yield ids[first:end]
+        first, last_comma = end, None
+    yield ids[first:]
