@@ -18,6 +18,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from support.chunks import ByChunks
 from support.guidance_interval import interval_arguments
 from support.running_server import Pixels, pixels_of
 
@@ -89,6 +90,17 @@ def test_a_size_that_the_unets_levels_do_not_divide_equals_diffusers_too(
     ours = by_server(client, **fields, scheduler="ddim")
     pipeline.scheduler = DDIMScheduler.from_pretrained(checkpoint / "scheduler")
     assert difference(ours, by_diffusers(pipeline, **fields)) <= TOLERANCE
+
+
+def test_a_prompt_of_several_chunks_equals_diffusers_of_the_joined_chunks(
+    pipeline: Any, client: openai.OpenAI, checkpoint: Path
+) -> None:
+    chunks = {"cat " * 14 + "red rocket": ("cat " * 14, "red rocket"), "a green cat": ("a green cat",)}
+    prompt, negative_prompt = chunks
+    fields: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative_prompt, "guidance_scale": 5.0, "seed": 5}
+    ours = by_server(client, **fields, scheduler="ddim")
+    pipeline.scheduler = DDIMScheduler.from_pretrained(checkpoint / "scheduler")
+    assert difference(ours, by_diffusers(ByChunks(pipeline, chunks), **fields)) <= TOLERANCE
 
 
 def test_guidance_in_an_interval_of_the_steps_equals_diffusers_too(
