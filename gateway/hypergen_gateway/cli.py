@@ -246,6 +246,19 @@ def _cpu_dtype() -> str:
     help="Largest width and height in pixels.",
 )
 @option(
+    "--prompt-weighting",
+    type=click.Choice(["none", "a1111"]),
+    help="Syntax of weights in prompts of requests that do not say, if the model reads any.",
+    show_default="none",
+)
+@option(
+    "--clip-skip",
+    type=click.IntRange(0, 100),
+    metavar="N",
+    help="How many of CLIP's last layers to leave out for requests that do not say.",
+    show_default="the checkpoint's own",
+)
+@option(
     "--model-alias",
     "model_aliases",
     metavar="NAME",

@@ -64,6 +64,10 @@ class Config:
     sizes: PolicyName = "fit"
     # Largest width and height of a request; an image takes three bytes per pixel while it is encoded.
     max_side: int = 4096
+    # The syntax of weights in prompts of requests that do not say; None: none. Models without weights ignore it.
+    prompt_weighting: str | None = None
+    # How many of CLIP's last layers are left out for requests that do not say; None: the checkpoint's own number.
+    clip_skip: int | None = None
     # Requests that may wait for a slot in Triton; more get a 429.
     max_queue_size: int = 100
     # Seconds from a complete request to its images. OpenAI's clients time out after 600 by default.

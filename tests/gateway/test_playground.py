@@ -41,6 +41,8 @@ EMOJI = replace(
     min_size=56,
     max_size=96,
     max_cache_interval=10,
+    prompt_weightings=("none", "a1111"),
+    max_clip_skip=12,
     suggestions=("a rocket", "a dog", "a cat", "a fox", "an owl", "a bee"),
 )
 # What shells, Python and forms each want to take for their own.
@@ -116,6 +118,10 @@ class TestCapabilities:
             "guidance_interval": True,
             "max_cache_interval": 10,
             "max_prompt_tokens": 75,
+            "prompt_weightings": ["none", "a1111"],
+            "default_prompt_weighting": "none",
+            "max_clip_skip": 12,
+            "default_clip_skip": 0,
             "max_num_images": 10,
             "schedulers": ["ddim", "euler", "euler_a"],
             "edits": True,
@@ -180,6 +186,8 @@ class TestGeneration:
         await choose_range(page, "guidance_end", "0.75")
         await choose_range(page, "cache_interval", "3")
         await page.get_by_label("Scheduler").select_option("euler")
+        await page.get_by_label("Weights in prompts").select_option("a1111")
+        await page.get_by_label("CLIP skip").select_option("2")
         await page.get_by_label("Seed", exact=True).fill("9223372036854775800")
         await page.get_by_label("Prompt", exact=True).press("Enter")
         await generated(page, 3)
@@ -196,6 +204,8 @@ class TestGeneration:
                 guidance_end=0.75,
                 cache_interval=3,
                 scheduler="euler",
+                prompt_weighting="a1111",
+                clip_skip=2,
                 seed=9223372036854775800,
                 partial_images=3,
             )

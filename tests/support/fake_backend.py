@@ -41,6 +41,10 @@ MODEL = ModelDescription(
     max_guidance_scale=20.0,
     guidance="classifier_free",
     max_cache_interval=1,
+    prompt_weightings=("none",),
+    default_prompt_weighting="none",
+    max_clip_skip=0,
+    default_clip_skip=0,
     max_active_images=4,
     suggestions=(),
 )

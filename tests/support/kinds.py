@@ -44,6 +44,7 @@ BY_PLACE: Mapping[str, str] = {
     "test_families.py": "torch",
     "test_latent_scale.py": "torch",
     "test_long_prompts.py": "torch",
+    "test_prompt_weights.py": "torch",
     "test_schedulers.py": "torch",
     "test_textual_inversion.py": "torch",
 }

@@ -75,7 +75,7 @@ class Sampler:
     async def generate(self, request: Request, loop: StepLoop | None = None) -> tuple[Array, Pixels]:
         """The final latents [C, h, w] and the image."""
         self.architecture.check(request)
-        conditions = conditioning_of(request, self.encode(texts_of(request, self.architecture)), self.architecture)
+        conditions = conditioning_of(request, self.encode(request), self.architecture)
         latent_init = self.latent_init(request)
         scheduler = self.schedulers.make(
             request.scheduler,
@@ -105,8 +105,8 @@ class Sampler:
     def loop(self) -> StepLoop:
         return StepLoop(self.denoise, max_rows=16, max_active=8, max_waiting=8)
 
-    def encode(self, texts: list[str]) -> Conditioning:
-        tokens = self.tokenize(texts)
+    def encode(self, request: Request) -> Conditioning:
+        tokens = self.tokenize(texts_of(request, self.architecture), request.prompt_weighting, request.clip_skip)
         encoders = [text.encoder for text in self.architecture.text_inputs]
         answers = [self.run(encoder, **given) for encoder, given in zip(encoders, tokens.inputs, strict=True)]
         return merge(answers, tokens, self.architecture)

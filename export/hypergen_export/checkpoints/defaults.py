@@ -29,7 +29,11 @@ def checkpoint_parameters(checkpoint: Checkpoint) -> dict[str, str]:
     sizes = checkpoint.sizes
     factor = sizes["vae_scale_factor"]
     try:
-        parameters = _size_limits(checkpoint) | _default_steps_and_guidance(checkpoint)
+        parameters: dict[str, int | float | str] = {
+            **_size_limits(checkpoint),
+            **_default_steps_and_guidance(checkpoint),
+            **_prompt_syntax(checkpoint),
+        }
         suggestions = _suggestions(checkpoint.defaults)
     except (KeyError, TypeError, ValueError) as error:
         raise BrokenCheckpointError(f"{checkpoint.folder}: a default is missing or invalid ({error})") from error
@@ -107,6 +111,19 @@ def _default_steps_and_guidance(checkpoint: Checkpoint) -> dict[str, int | float
         "default_guidance_scale": max(_min_guidance_scale(checkpoint), float(stored.get("guidance_scale", scale))),
         "min_guidance_scale": _min_guidance_scale(checkpoint),
         **({"max_guidance_scale": 1.0} if checkpoint.family.sampling.guidance == "none" else {}),
+    }
+
+
+def _prompt_syntax(checkpoint: Checkpoint) -> dict[str, str | int]:
+    """What the text encoders make possible: weights where prompts are read in chunks, and CLIP's earlier layers."""
+    clip_skip, largest = int(checkpoint.defaults.get("clip_skip", 0)), checkpoint.sizes.get("max_clip_skip", 0)
+    if not 0 <= clip_skip <= largest:
+        raise ValueError(f"clip_skip: must be from 0 to {largest}, not {clip_skip}")
+    return {
+        "prompt_weightings": "none,a1111" if _max_chunks(checkpoint) > 1 else "none",
+        "default_prompt_weighting": "none",
+        "default_clip_skip": clip_skip,
+        "max_clip_skip": largest,
     }
 
 

@@ -49,6 +49,12 @@ def _mask(spec: _Spec) -> torch.Tensor:
     return (torch.arange(tokens)[None] < lengths[:, None]).to(torch.int32)
 
 
+def _clip_skip(spec: _Spec) -> torch.Tensor:
+    """Each sample skips another number of layers, the first none."""
+    numbers = torch.arange(spec.shape[0], dtype=torch.int32) % (spec.sizes["max_clip_skip"] + 1)
+    return numbers[:, None]
+
+
 def _time(spec: _Spec) -> torch.Tensor:
     # Each sample has its own timestep, to detect a model that shares one across the batch.
     batch, width = spec.shape
@@ -71,6 +77,7 @@ VALUES: Mapping[str, Callable[[_Spec], torch.Tensor]] = {
     "prompt_2": partial(_prompt, "vocabulary_2"),
     "prompt_3": partial(_prompt, "vocabulary_3"),
     "mask": _mask,
+    "clip_skip": _clip_skip,
     "time": _time,
     "sinusoids": _sinusoids,
     "pixel": _pixel,

@@ -44,6 +44,10 @@ class Capabilities(BaseModel):
         description="The tokens of a prompt, and of a negative prompt, that the text encoders read, at most: CLIP in "
         "chunks of 75. The rest is cut off; `x-hypergen-prompt-truncated` and `prompt_truncated` say how many."
     )
+    prompt_weightings: tuple[str, ...] = Field(description="The legal values of `prompt_weighting`.")
+    default_prompt_weighting: str
+    max_clip_skip: int = Field(description="0 if the model's text encoders do not skip layers.")
+    default_clip_skip: int
     max_num_images: int
     schedulers: tuple[str, ...]
     edits: bool = Field(description="Whether edits and variations are supported.")
@@ -70,6 +74,10 @@ def of_model(model: ModelDescription, id_: str, sizes: SizePolicy) -> Capabiliti
         guidance_interval=model.has_negative_prompt,
         max_cache_interval=model.max_cache_interval,
         max_prompt_tokens=model.max_prompt_tokens,
+        prompt_weightings=model.prompt_weightings,
+        default_prompt_weighting=model.default_prompt_weighting,
+        max_clip_skip=model.max_clip_skip,
+        default_clip_skip=model.default_clip_skip,
         max_num_images=model.max_num_images,
         schedulers=model.schedulers,
         edits="vae_encoder" in model.components,

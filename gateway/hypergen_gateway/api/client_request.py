@@ -93,6 +93,8 @@ def to_generation_request(body: RequestBody, model: ModelDescription) -> Generat
         seed=seed,
         partial_images=body.partial_images if body.stream else 0,
         strength=_strength(body, model),
+        prompt_weighting=_prompt_weighting(body, model),
+        clip_skip=_clip_skip(body, model),
         **_lora(body, model),
         **{name: getattr(body, name) for name in _UNCHANGED},
     )
@@ -106,6 +108,18 @@ def _num_inference_steps(body: RequestBody, model: ModelDescription) -> int:
         return body.num_inference_steps
     steps = round(model.default_num_inference_steps * _STEPS_BY_QUALITY[_QUALITIES[body.quality]])
     return min(max(steps, 1), model.max_num_inference_steps)
+
+
+def _prompt_weighting(body: RequestBody, model: ModelDescription) -> str | None:
+    """The requested syntax, or the server's; None for no weights."""
+    weighting = body.prompt_weighting or model.default_prompt_weighting
+    return None if weighting == "none" else weighting
+
+
+def _clip_skip(body: RequestBody, model: ModelDescription) -> int | None:
+    """The requested number of layers, or the server's; None for models that skip none."""
+    clip_skip = model.default_clip_skip if body.clip_skip is None else body.clip_skip
+    return clip_skip if model.max_clip_skip else None
 
 
 def _strength(body: RequestBody, model: ModelDescription) -> float | None:

@@ -97,6 +97,7 @@ References = Annotated[list[ImageReference], BeforeValidator(_listed), Field(min
 
 
 _INTERVALS = Legal("{legal_cache_intervals}")
+_SKIPS = Legal("{legal_clip_skips}")
 _NEGATIVE = Legal("{legal_negative_prompts}")
 _SCALES = Legal("{legal_guidance_scales}")
 _SEEDS = Legal(f"an integer from 0 to {MAX_SEED}, and so must be seed + n - 1; -1 is a random one")
@@ -169,6 +170,17 @@ class ImageFields(_Body):
         default=None,
         description="Run the full UNet every N steps and reuse its deep features in between (DeepCache); 1, the "
         "default, runs it in every step. For models that are served with `--deep-cache`.",
+    )
+    prompt_weighting: Annotated[str | None, Legal("{legal_prompt_weightings}")] = Field(
+        default=None,
+        description="The syntax of weights in both prompts: `none` takes them as plain text; `a1111` reads "
+        "`(word:1.3)`, `((word))`, `[word]` and `BREAK` as stable-diffusion-webui does. The default is the server's, "
+        "usually `none`.",
+    )
+    clip_skip: Annotated[int, Field(ge=0), _WHOLE, ModelLimit("max_clip_skip"), _SKIPS] | None = Field(
+        default=None,
+        description="How many of CLIP's last layers are left out, counted as in diffusers: stable-diffusion-webui's "
+        "clip skip is one more for 1.x and 2.x. The default is the checkpoint's or the server's, usually 0.",
     )
     scheduler: Annotated[str | None, Legal("one of {known_schedulers}")] = Field(
         default=None, description="The scheduler, such as `euler` or `dpmpp_2m`; by default the model's own."

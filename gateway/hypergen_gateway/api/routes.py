@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -133,13 +133,13 @@ class Endpoints:
 
     async def capabilities(self, _: Request) -> Response:
         """The capabilities of the model; an extension."""
-        model = await self.backend.describe()
+        model = await self._describe()
         return _json(capabilities.of_model(model, await self._model_id(), self.config.size_policy))
 
     async def generate_images(self, request: Request) -> Response:
         """Images from a prompt."""
         payload = await read_json(request, ImageRequest.model_fields)
-        model = await self.backend.describe()
+        model = await self._describe()
         body = validate(payload, ImageRequest, model, self.config.size_policy)
         return await self._respond(request, body, [], model)
 
@@ -148,7 +148,7 @@ class Endpoints:
         if media_type(request) != "application/json":
             return await self._respond_to_form(request, EditForm)
         payload = await read_json(request, EditRequest.model_fields)
-        model = await self.backend.describe()
+        model = await self._describe()
         body = validate(payload, EditRequest, model, self.config.size_policy)
         uploads = await asyncio.to_thread(uploads_of_json, body, images_param(payload))
         init_images = await self._read_init_images(uploads, body, model)
@@ -160,10 +160,20 @@ class Endpoints:
 
     async def _respond_to_form(self, request: Request, kind: type[Form]) -> Response:
         async with read_form(request, kind.model_fields) as form:
-            model = await self.backend.describe()
+            model = await self._describe()
             body = validate(from_texts(form, kind), kind, model, self.config.size_policy)
             init_images = await self._read_init_images(uploads_of_form(body, images_param(form)), body, model)
         return await self._respond(request, body, init_images, model)
+
+    async def _describe(self) -> ModelDescription:
+        """The model, with this server's own defaults, as far as the model has what they are of."""
+        model, config = await self.backend.describe(), self.config
+        weighting, clip_skip = config.prompt_weighting, config.clip_skip
+        if weighting in model.prompt_weightings:
+            model = replace(model, default_prompt_weighting=weighting)
+        if clip_skip is not None:
+            model = replace(model, default_clip_skip=min(clip_skip, model.max_clip_skip))
+        return model
 
     async def _read_init_images(self, uploads: Uploads, body: RequestBody, model: ModelDescription) -> list[InitImage]:
         options = init_image_options(body, model)

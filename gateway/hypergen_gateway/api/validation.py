@@ -133,6 +133,7 @@ def check_limits(generation: GenerationRequest, body: RequestBody, model: ModelD
         **{name: _is_within(getattr(body, name), limit, model) for name, limit in limits.items()},
         "negative_prompt": not body.negative_prompt or model.has_negative_prompt,
         "guidance_end": body.guidance_end is None or (body.guidance_start or 0.0) <= body.guidance_end,
+        "prompt_weighting": body.prompt_weighting is None or body.prompt_weighting in model.prompt_weightings,
         "scheduler": body.scheduler is None or body.scheduler in model.schedulers,
         "seed": generation.seed + generation.num_images - 1 <= MAX_SEED,
     }
@@ -180,6 +181,18 @@ def _legal_cache_intervals(model: ModelDescription) -> str:
     return f"an integer from 1 to {model.max_cache_interval}"
 
 
+def _legal_clip_skips(model: ModelDescription) -> str:
+    if not model.max_clip_skip:
+        return "absent or 0, as the model's text encoders do not skip layers"
+    return f"an integer from 0 to {model.max_clip_skip}"
+
+
+def _legal_prompt_weightings(model: ModelDescription) -> str:
+    if len(model.prompt_weightings) == 1:
+        return f"absent or {model.prompt_weightings[0]!r}, as the model's prompts have no weights"
+    return f"one of {', '.join(map(repr, model.prompt_weightings))}"
+
+
 def _legal_guidance_scales(model: ModelDescription) -> str:
     low, high = model.min_guidance_scale, model.max_guidance_scale
     if low == high:
@@ -205,6 +218,8 @@ def invalid(
         "legal_sizes": sizes.legal(model),
         "known_loras": _known_loras(model),
         "legal_cache_intervals": _legal_cache_intervals(model),
+        "legal_clip_skips": _legal_clip_skips(model),
+        "legal_prompt_weightings": _legal_prompt_weightings(model),
         "legal_guidance_scales": _legal_guidance_scales(model),
         "legal_negative_prompts": (
             "a string of at most 32,000 characters"

@@ -38,6 +38,8 @@ class GenerationRequest:
     image: Pixels | None = None  # the init image, RGB [height, width, 3]
     mask: Pixels | None = None  # [height, width]; 255 is repainted, 0 stays as in `image`
     strength: float | None = None  # from 0 to 1, how much of `image` is replaced by noise; None: the model's default
+    prompt_weighting: str | None = None  # the syntax of weights in both prompts; None: none
+    clip_skip: int | None = None  # so many of CLIP's last layers are left out; None: the model's default
     lora: str | None = None  # the name of a LoRA that the model was exported with
     lora_scale: float | None = None  # one of its scales; None: its default
 
@@ -102,6 +104,10 @@ class ModelDescription:
     max_guidance_scale: float
     guidance: str  # the kind; see `has_negative_prompt`
     max_cache_interval: int  # 1: the model has no shallow UNet
+    prompt_weightings: tuple[str, ...]  # the syntaxes of weights in prompts that a request may select
+    default_prompt_weighting: str
+    max_clip_skip: int  # 0: the text encoders have no such input
+    default_clip_skip: int
     max_active_images: int
     suggestions: Lines  # prompts that suit the model; empty for most
 

@@ -105,7 +105,7 @@ class TritonPythonModel:
     async def _prepare(self, request: Request, sender: pb_utils.InferenceResponseSender) -> _PreparedRequest:
         began = time.perf_counter()
         request = _with_copied_pixels(request)
-        tokens = self._tokenize(texts_of(request, self._architecture))
+        tokens = self._tokenize(texts_of(request, self._architecture), request.prompt_weighting, request.clip_skip)
         texts, original = await asyncio.gather(self._encode_texts(request, tokens), self._encode_image(request))
         return _PreparedRequest(
             request=request,

@@ -45,7 +45,7 @@ def test_what_is_absent_comes_from_the_model() -> None:
 
 def test_what_is_given_arrives() -> None:
     made = generation(
-        replace(MODEL, max_cache_interval=10),
+        replace(MODEL, max_cache_interval=10, prompt_weightings=("none", "a1111"), max_clip_skip=12),
         negative_prompt="blurry",
         n=2,
         size="96x40",
@@ -55,6 +55,8 @@ def test_what_is_given_arrives() -> None:
         guidance_end=0.6,
         cache_interval=3,
         scheduler="euler",
+        prompt_weighting="a1111",
+        clip_skip=2,
         seed=9,
     )
     assert made == GenerationRequest(
@@ -69,6 +71,8 @@ def test_what_is_given_arrives() -> None:
         guidance_end=0.6,
         cache_interval=3,
         scheduler="euler",
+        prompt_weighting="a1111",
+        clip_skip=2,
         seed=9,
     )
 

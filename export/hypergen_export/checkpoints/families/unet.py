@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from hypergen_export.checkpoints.components import FLOAT, Component, Sizes, Tensor
+from hypergen_export.checkpoints.components import FLOAT, INT, Component, Sizes, Tensor
 from hypergen_export.checkpoints.families.tensors import (
     HIDDEN_STATES,
     MODEL_OUTPUT,
@@ -34,6 +34,10 @@ _CHANNELS = {
     8: "an image to edit",
     9: "a mask and a masked image: an inpainting model",
 }
+
+
+# So many layers before the one that is used by default give the hidden states.
+_CLIP_SKIP = Tensor(name="clip_skip", dtype=INT, axes=(1,), example="clip_skip")
 
 
 def _states_of(width: str) -> Tensor:
@@ -71,7 +75,7 @@ _CLIP = Component(
     name="text_encoder",
     module="text_encoder",
     loader="transformers.CLIPTextModel",
-    inputs=(input_ids("tokens", "prompt"),),
+    inputs=(input_ids("tokens", "prompt"), _CLIP_SKIP),
     outputs=(_states_of("text_width"),),
     tolerance=TOLERANCE,
 )
@@ -82,7 +86,7 @@ _TEXT_ENCODERS_XL = (
         module="text_encoder_2",
         loader="transformers.CLIPTextModelWithProjection",
         wrapper="pooled_text_encoder",
-        inputs=(input_ids("tokens", "prompt_2"),),
+        inputs=(input_ids("tokens", "prompt_2"), _CLIP_SKIP),
         outputs=(_states_of("text_width_2"), POOLED),
         tolerance=TOLERANCE,
         kept_layers={"encoder.layers": (0, -1)},
@@ -122,6 +126,7 @@ def _sizes(configs: Configs) -> Sizes:
         "text_width": int(text_encoder["hidden_size"]),
         "context_width": int(text_encoder["hidden_size"]),
         "tokens": clip_tokens(configs, "tokenizer", text_encoder),
+        "max_clip_skip": int(text_encoder["num_hidden_layers"]),
         "latent_channels": int(configs.config("vae")["latent_channels"]),
         "deep_channels": width,
         "time_width": width,
@@ -138,6 +143,8 @@ def _sizes_xl(configs: Configs) -> Sizes:
         "vocabulary_2": int(text_encoder["vocab_size"]),
         "text_width_2": int(text_encoder["hidden_size"]),
         "pooled_width": int(text_encoder["projection_dim"]),
+        # The default is the last layer but one.
+        "max_clip_skip": min(first["max_clip_skip"], int(text_encoder["num_hidden_layers"])) - 1,
         "context_width": first["text_width"] + int(text_encoder["hidden_size"]),
         "tokens": min(first["tokens"], clip_tokens(configs, "tokenizer_2", text_encoder)),
     }

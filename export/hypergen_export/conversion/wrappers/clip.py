@@ -9,40 +9,69 @@ from torch import Tensor, nn
 
 
 class TextEncoder(nn.Module):
-    """input_ids [B, L] -> encoder_hidden_states [B, L, D], the normalised output of the last layer."""
+    """input_ids [B, L], clip_skip [B, 1] -> encoder_hidden_states [B, L, D], normalised.
+
+    They are the output of the last layer but `clip_skip`.
+    """
 
     def __init__(self, text_encoder: Any) -> None:
         super().__init__()
         self.text_encoder = text_encoder
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        hidden_states: Tensor = self.text_encoder(input_ids.to(torch.int64), return_dict=False)[0]
+    def forward(self, input_ids: Tensor, clip_skip: Tensor) -> Tensor:
+        output = self.text_encoder(input_ids.to(torch.int64), output_hidden_states=True)
+        states = _skipped(output.hidden_states, clip_skip)
+        # transformers normalises the last layer's output alone, diffusers' pipelines also that of an earlier one.
+        hidden_states: Tensor = _final_norm(self.text_encoder)(states)
         return hidden_states.to(torch.float32)
 
 
 class PenultimateTextEncoder(nn.Module):
-    """input_ids [B, L] -> encoder_hidden_states [B, L, D], the input of the last layer."""
+    """input_ids [B, L], clip_skip [B, 1] -> encoder_hidden_states [B, L, D].
+
+    They are the input of the last layer, or of one `clip_skip` layers before it.
+    """
 
     def __init__(self, text_encoder: Any) -> None:
         super().__init__()
         self.text_encoder = text_encoder
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, clip_skip: Tensor) -> Tensor:
         output = self.text_encoder(input_ids.to(torch.int64), output_hidden_states=True)
-        hidden_states: Tensor = output.hidden_states[-2]
-        return hidden_states.to(torch.float32)
+        return _skipped(output.hidden_states[:-1], clip_skip).to(torch.float32)
 
 
 class PooledTextEncoder(nn.Module):
-    """input_ids [B, L] -> encoder_hidden_states as above, and text_embeds [B, P], the projected pooled output."""
+    """input_ids [B, L], clip_skip [B, 1] -> encoder_hidden_states as above, and text_embeds [B, P].
+
+    The latter are the projected pooled output, whatever is skipped.
+    """
 
     def __init__(self, text_encoder: Any) -> None:
         super().__init__()
         self.text_encoder = text_encoder
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor, clip_skip: Tensor) -> tuple[Tensor, Tensor]:
         output = self.text_encoder(input_ids.to(torch.int64), output_hidden_states=True)
-        return output.hidden_states[-2].to(torch.float32), output.text_embeds.to(torch.float32)
+        states = _skipped(output.hidden_states[:-1], clip_skip)
+        return states.to(torch.float32), output.text_embeds.to(torch.float32)
+
+
+def _skipped(hidden_states: tuple[Tensor, ...], clip_skip: Tensor) -> Tensor:
+    """Of each row [L, D] the last of the hidden states but `clip_skip` [B, 1].
+
+    A selection for each layer is exact, and no engine has to gather or to hold them all.
+    """
+    last, *others = reversed(hidden_states)
+    for skip, states in enumerate(others, start=1):
+        last = torch.where(clip_skip[:, :, None] == skip, states, last)
+    return last
+
+
+def _final_norm(text_encoder: Any) -> nn.Module:
+    # Until transformers 5 it was a part of another module.
+    norm: nn.Module = getattr(text_encoder, "text_model", text_encoder).final_layer_norm
+    return norm
 
 
 class ClipPooled(nn.Module):

@@ -13,7 +13,7 @@ const RANGES = {
   cache_interval: (value) => (value === "1" ? "in every step" : `in 1 of ${value} steps`),
   strength: asItIs,
 };
-const TEXTS = ["prompt", "negative_prompt", "n", "scheduler", "seed", ...Object.keys(RANGES)];
+const TEXTS = ["prompt", "negative_prompt", "n", "scheduler", "prompt_weighting", "clip_skip", "seed", ...Object.keys(RANGES)];
 const RATIOS = [[1, 1, "square"], [4, 3, "landscape"], [3, 4, "portrait"], [3, 2, "landscape"], [2, 3, "portrait"], [16, 9, "wide"], [9, 16, "tall"]];
 const SUGGESTIONS_SHOWN = 4;
 
@@ -59,6 +59,8 @@ export class Form {
       guidance_end: "1",
       cache_interval: "1",
       scheduler: "",
+      prompt_weighting: "",
+      clip_skip: "",
       seed: "",
     });
   }
@@ -105,6 +107,10 @@ export class Form {
     byId("cache-field").hidden = model.max_cache_interval === 1;
     byId("n").replaceChildren(...range(1, model.max_num_images).map((count) => new Option(count, count)));
     byId("scheduler").replaceChildren(new Option("model’s own", ""), ...model.schedulers.map((name) => new Option(name, name)));
+    byId("text-fields").hidden = model.prompt_weightings.length === 1;
+    const own = [`server’s own (${model.default_prompt_weighting})`, `server’s own (${model.default_clip_skip})`];
+    byId("prompt_weighting").replaceChildren(new Option(own[0], ""), ...model.prompt_weightings.map((name) => new Option(name, name)));
+    byId("clip_skip").replaceChildren(new Option(own[1], ""), ...range(0, model.max_clip_skip).map((count) => new Option(count, count)));
     const fits = model.size_policy === "fit";
     const limits = fits ? { min: 1, max: model.max_side, step: 1 } : { min: model.min_size, max: model.max_size, step: model.size_factor };
     Object.assign(byId("width"), { ...limits, value: width });

@@ -3,7 +3,7 @@
 export const PARTIAL_IMAGES = 3;
 
 const NUMBERS = new Set([
-  "n", "num_inference_steps", "guidance_scale", "guidance_start", "guidance_end", "cache_interval", "seed", "strength",
+  "n", "num_inference_steps", "guidance_scale", "guidance_start", "guidance_end", "cache_interval", "clip_skip", "seed", "strength",
 ]);
 // What a request says by leaving these out.
 const UNSAID = { guidance_start: "0", guidance_end: "1", cache_interval: "1" };

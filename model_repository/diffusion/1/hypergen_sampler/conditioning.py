@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hypergen_sampler.prompt_weights import WeightsOverflowError, weighted
 from hypergen_sampler.prompts import ATTENTION_MASK, Tokens
-from hypergen_sampler.request import Architecture, Request
+from hypergen_sampler.request import Architecture, InvalidInputError, Request
 
 Array = npt.NDArray[np.float32]
 Conditioning = Mapping[str, npt.NDArray[Any]]
@@ -47,9 +48,9 @@ def merge(
     no hidden states.
     """
     segments: dict[int, list[Array]] = defaultdict(list)
-    for text, answer in zip(architecture.text_inputs, answers, strict=True):
+    for text, answer, weights in zip(architecture.text_inputs, answers, tokens.weights, strict=True):
         if text.segment is not None:
-            segments[text.segment].append(_join_chunks(answer[HIDDEN_STATES], tokens.chunks))
+            segments[text.segment].append(_join_chunks(_weighted(answer[HIDDEN_STATES], weights), tokens.chunks))
     joined = [np.concatenate(segments[number], axis=-1) for number in sorted(segments)]
     width = max(states.shape[-1] for states in joined)
     padded = [np.pad(states, ((0, 0), (0, 0), (0, width - states.shape[-1]))) for states in joined]
@@ -62,6 +63,13 @@ def merge(
         pooled = [answer[POOLED][:: tokens.chunks] for answer in answers if POOLED in answer]
         merged[POOLED] = np.concatenate(pooled, axis=-1)
     return merged
+
+
+def _weighted(states: Array, weights: Array | None) -> Array:
+    try:
+        return states if weights is None else weighted(states, weights)
+    except WeightsOverflowError:
+        raise InvalidInputError("prompt", "has weights, or its negative prompt has, that are too large") from None
 
 
 def _join_chunks(states: Array, chunks: int) -> Array:

@@ -14,8 +14,8 @@ COMMA = ",</w>"
 _BACKTRACK = 20
 
 
-def split(ids: Sequence[int], room: int, comma: int | None) -> Iterator[Sequence[int]]:
-    """Cut token ids into chunks of at most `room`; at least one, which may be empty. `comma` is the id of `COMMA`."""
+def split(ids: Sequence[int], room: int, comma: int | None) -> Iterator[slice]:
+    """The chunks of at most `room` token ids; at least one, which may be empty. `comma` is the id of `COMMA`."""
     first, last_comma = 0, None
     for position, token in enumerate(ids):
         if position - first < room:
@@ -23,6 +23,6 @@ def split(ids: Sequence[int], room: int, comma: int | None) -> Iterator[Sequence
             continue
         is_near = last_comma is not None and position - last_comma <= _BACKTRACK
         end = last_comma + 1 if is_near and last_comma is not None and token != comma else position
-        yield ids[first:end]
+        yield slice(first, end)
         first, last_comma = end, None
-    yield ids[first:]
+    yield slice(first, len(ids))

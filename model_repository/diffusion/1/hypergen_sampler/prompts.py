@@ -13,12 +13,14 @@ import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
 from hypergen_sampler.prompt_chunks import COMMA, split
+from hypergen_sampler.prompt_weights import NONE, Array, fragments_of
 from hypergen_sampler.request import TextInput
 
 EncoderInputs = Mapping[str, npt.NDArray[np.int32]]
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
+CLIP_SKIP = "clip_skip"
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class Tokens:
     """Tokenized texts."""
 
     inputs: list[EncoderInputs]
-    """The inputs [B, L] of each text encoder by name: `chunks` rows of one text, then those of the next."""
+    """The inputs [B, …] of each text encoder by name: `chunks` rows of one text, then those of the next."""
+    weights: list[Array | None]
+    """The weights [B, L] of each text encoder's tokens; None if all are 1."""
     count: int
     """Number of tokens of all texts, without start, end, padding and template."""
     cut: int
@@ -43,9 +47,12 @@ class PromptTokenizers:
         # Tokens are counted by what reads most of a prompt: others only pool it.
         self._longest = max(tokenizer.length for tokenizer in self._tokenizers)
 
-    def __call__(self, prompts: list[str]) -> Tokens:
-        """Tokenize the texts, which all text encoders read."""
-        texts = [tokenizer.encode(prompts) for tokenizer in self._tokenizers]
+    def __call__(self, prompts: list[str], weighting: str = NONE, clip_skip: int = 0) -> Tokens:
+        """Tokenize the texts, which all text encoders read.
+
+        `weighting` is the syntax of weights in them; `clip_skip` is for the text encoders that have such an input.
+        """
+        texts = [tokenizer.encode(prompts, weighting) for tokenizer in self._tokenizers]
         counted = [
             each.own_tokens
             for tokenizer, each in zip(self._tokenizers, texts, strict=True)
@@ -53,7 +60,8 @@ class PromptTokenizers:
         ]
         chunks = max(each.chunks for each in texts)
         return Tokens(
-            inputs=[each.inputs(chunks) for each in texts],
+            inputs=[each.inputs(chunks, clip_skip) for each in texts],
+            weights=[each.weights(chunks) for each in texts],
             count=sum(read for read, _ in counted[0]),
             cut=max(sum(cut for _, cut in batch) for batch in counted),
             chunks=chunks,
@@ -73,8 +81,12 @@ class _Texts(Protocol):
         """How many chunks the longest text has."""
         ...
 
-    def inputs(self, chunks: int) -> EncoderInputs:
-        """The text encoder's inputs [B, L] with `chunks` rows for each text."""
+    def inputs(self, chunks: int, clip_skip: int) -> EncoderInputs:
+        """The text encoder's inputs with `chunks` rows for each text."""
+        ...
+
+    def weights(self, chunks: int) -> Array | None:
+        """The weights of their tokens."""
         ...
 
 
@@ -83,7 +95,7 @@ class _Tokenizer(Protocol):
 
     length: int
 
-    def encode(self, prompts: list[str]) -> _Texts:
+    def encode(self, prompts: list[str], weighting: str) -> _Texts:
         """Tokenize the texts."""
         ...
 
@@ -98,7 +110,7 @@ class _ChunkTokenizer:
 
     def __init__(self, file: Path, text: TextInput) -> None:
         self._concepts = _Concepts(file)
-        self._max_chunks = text.max_chunks
+        self._text = text
         self._tokenizer = Tokenizer.from_file(str(file))
         self._start, self._end, *_ = self._empty = list(self._tokenizer.encode("").ids)
         padding = self._tokenizer.padding
@@ -109,41 +121,78 @@ class _ChunkTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
 
-    def encode(self, prompts: list[str]) -> _ChunkedTexts:
-        own = [
-            self._tokenizer.encode(self._concepts.spell_out(prompt), add_special_tokens=False).ids for prompt in prompts
-        ]
-        chunks = [list(split(ids, self.length - 2, self._comma)) for ids in own]
-        read = [each[: self._max_chunks] for each in chunks]
+    def encode(self, prompts: list[str], weighting: str) -> _ChunkedTexts:
+        chunks = [self._chunks(prompt, weighting) for prompt in prompts]
+        most = self._text.max_chunks
         return _ChunkedTexts(
-            rows=[[self._row(chunk) for chunk in each] for each in read],
-            own_tokens=[
-                (sum(map(len, kept)), sum(map(len, each[self._max_chunks :])))
-                for kept, each in zip(read, chunks, strict=True)
-            ],
-            empty=self._empty,
+            names=self._text.inputs,
+            texts=[[self._row(chunk) for chunk in each[:most]] for each in chunks],
+            own_tokens=[(_length(each[:most]), _length(each[most:])) for each in chunks],
+            empty=_Chunk(self._empty, [1.0] * self.length),
         )
 
-    def _row(self, chunk: Sequence[int]) -> list[int]:
-        row = [self._start, *chunk, self._end]
-        return row + [self._pad] * (self.length - len(row))
+    def _chunks(self, prompt: str, weighting: str) -> list[_Chunk]:
+        fragments = fragments_of(prompt, weighting)
+        encodings = self._tokenizer.encode_batch(
+            [self._concepts.spell_out(fragment.text) for fragment in fragments], add_special_tokens=False
+        )
+        parts = [_Chunk([], [])]
+        for fragment, encoding in zip(fragments, encodings, strict=True):
+            if fragment.begins_chunk:
+                parts.append(_Chunk([], []))
+            parts[-1].ids.extend(encoding.ids)
+            parts[-1].weights.extend([fragment.weight] * len(encoding.ids))
+        if len(parts) > 1 and not parts[-1].ids:
+            parts.pop()
+        room = self.length - 2
+        return [
+            _Chunk(part.ids[cut], part.weights[cut]) for part in parts for cut in split(part.ids, room, self._comma)
+        ]
+
+    def _row(self, chunk: _Chunk) -> _Chunk:
+        """The chunk with start, end and padding."""
+        padding = self.length - 2 - len(chunk.ids)
+        return _Chunk(
+            [self._start, *chunk.ids, self._end, *[self._pad] * padding], [1.0, *chunk.weights, 1.0, *[1.0] * padding]
+        )
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Token ids and their weights."""
+
+    ids: list[int]
+    weights: list[float]
+
+
+def _length(chunks: Sequence[_Chunk]) -> int:
+    return sum(len(chunk.ids) for chunk in chunks)
 
 
 @dataclass(frozen=True)
 class _ChunkedTexts:
-    rows: list[list[list[int]]]
-    """Of each text, the token ids of its chunks."""
+    names: tuple[str, ...]
+    """Of the text encoder's inputs."""
+    texts: list[list[_Chunk]]
     own_tokens: list[tuple[int, int]]
-    empty: list[int]
-    """The token ids of the empty text."""
+    empty: _Chunk
+    """The chunk of an empty text."""
 
     @property
     def chunks(self) -> int:
-        return max(map(len, self.rows))
+        return max(map(len, self.texts))
 
-    def inputs(self, chunks: int) -> EncoderInputs:
-        rows = [row for each in self.rows for row in each + [self.empty] * (chunks - len(each))]
-        return {INPUT_IDS: np.array(rows, dtype=np.int32)}
+    def inputs(self, chunks: int, clip_skip: int) -> EncoderInputs:
+        ids = [row.ids for row in self._rows(chunks)]
+        columns = {INPUT_IDS: ids, CLIP_SKIP: [[clip_skip]] * len(ids)}
+        return {name: np.array(columns[name], dtype=np.int32) for name in self.names}
+
+    def weights(self, chunks: int) -> Array | None:
+        weights = np.array([row.weights for row in self._rows(chunks)], dtype=np.float32)
+        return None if (weights == 1.0).all() else weights
+
+    def _rows(self, chunks: int) -> list[_Chunk]:
+        return [row for each in self.texts for row in each + [self.empty] * (chunks - len(each))]
 
 
 class _TemplateTokenizer:
@@ -162,7 +211,7 @@ class _TemplateTokenizer:
             _own_tokens(bare.encode(around)) for around in (text.before, text.before + text.after)
         )
 
-    def encode(self, prompts: list[str]) -> _TemplateTexts:
+    def encode(self, prompts: list[str], _: str) -> _TemplateTexts:
         before, after = self._text.before, self._text.after
         encodings = self._tokenizer.encode_batch(
             [f"{before}{self._concepts.spell_out(prompt)}{after}" for prompt in prompts]
@@ -188,13 +237,16 @@ class _TemplateTexts:
     def chunks(self) -> int:
         return 1
 
-    def inputs(self, chunks: int) -> EncoderInputs:
+    def inputs(self, chunks: int, _: int) -> EncoderInputs:
         assert chunks == 1, "no family has both kinds of text encoders"
         columns = {
             INPUT_IDS: [each.ids for each in self.encodings],
             ATTENTION_MASK: [each.attention_mask for each in self.encodings],
         }
         return {name: np.array(columns[name], dtype=np.int32) for name in self.names}
+
+    def weights(self, _: int) -> Array | None:
+        return None
 
 
 class _Concepts:

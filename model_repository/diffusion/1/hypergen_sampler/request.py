@@ -62,6 +62,11 @@ class Limits:
     latent_channels: int
     vae_scale_factor: int
     schedulers: tuple[str, ...]
+    prompt_weightings: tuple[str, ...]
+    """The syntaxes of weights in prompts that a request may select."""
+    default_clip_skip: int
+    max_clip_skip: int
+    """0 if the text encoders have no such input."""
     loras: tuple[LoraVariant, ...]
     """The variants that a request may select; the first scale of a LoRA is its default."""
 
@@ -242,6 +247,10 @@ class Request:
     """[height, width], aligned with `image`; 255 is repainted, 0 is kept."""
     strength: float = 1.0
     """How much of `image` is replaced by noise; 1 is all of it. If no step remains, `image` is returned unchanged."""
+    prompt_weighting: str = "none"
+    """The syntax of weights in both prompts."""
+    clip_skip: int = 0
+    """So many of CLIP's last layers are left out, as diffusers counts them."""
     variant: LoraVariant = BASE
     """The unmodified checkpoint, or one of `Limits.loras`."""
 
@@ -274,12 +283,14 @@ def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
         guidance_start=guidance_start,
         guidance_end=_within("guidance_end", given.get("guidance_end", 1.0), guidance_start, 1.0),
         cache_interval=_within("cache_interval", given.get("cache_interval", 1), 1, limits.max_cache_interval),
-        scheduler=_scheduler(given.get("scheduler", ""), limits),
+        scheduler=_one_of("scheduler", given.get("scheduler", ""), ("", *limits.schedulers)),
         seed=_within("seed", given.get("seed", random_seed()), 0, MAX_SEED - num_images + 1),
         partial_images=_within("partial_images", given.get("partial_images", 0), 0, MAX_PARTIAL_IMAGES),
         image=given.get("image"),
         mask=given.get("mask"),
         strength=_strength(given, steps),
+        prompt_weighting=_one_of("prompt_weighting", given.get("prompt_weighting", "none"), limits.prompt_weightings),
+        clip_skip=_within("clip_skip", given.get("clip_skip", limits.default_clip_skip), 0, limits.max_clip_skip),
         variant=_variant(given, limits),
     )
 
@@ -352,7 +363,7 @@ def _variant(given: Mapping[str, Any], limits: Limits) -> LoraVariant:
     return known[scale]
 
 
-def _scheduler(name: str, limits: Limits) -> str:
-    if name and name not in limits.schedulers:
-        raise InvalidInputError("scheduler", f"must be one of {', '.join(limits.schedulers)}, not {name[:64]!r}")
-    return name
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise InvalidInputError(name, f"must be one of {', '.join(filter(None, known))}, not {value[:64]!r}")
+    return value
