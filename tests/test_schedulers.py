@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hypergen_export.checkpoints.checkpoint import open_checkpoint
@@ -280,6 +281,55 @@ async def test_an_override_whose_class_refuses_the_checkpoints_solver_takes_its_
     except (ValueError, NotImplementedError):
         pair.pipeline.scheduler = kind(**BETAS, **overrides)
     held(ours, by_diffusers(pair.pipeline, request_of(num_inference_steps=STEPS)))
+
+
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {"scheduler": "euler", "timestep_spacing": "trailing"},
+    {"scheduler": "euler", "sigmas": "karras"},
+    {"scheduler": "dpmpp_2m", "sigmas": "exponential"},
+    {"scheduler": "dpmpp_2m_karras", "sigmas": "exponential", "timestep_spacing": "linspace"},
+    {"scheduler": "dpmpp_2m_sde", "sigmas": "karras"},
+    {"scheduler": "dpmpp_sde", "sigmas": "karras"},
+    {"scheduler": "ddim", "eta": 0.6, "timestep_spacing": "trailing"},
+    {"scheduler": "ddim", "guidance_rescale": 0.7},
+    {"scheduler": "", "timestep_spacing": "trailing"},
+)
+
+
+@pytest.mark.parametrize("fields", OPTIONS, ids=lambda fields: " ".join(map(str, fields.values())))
+@pytest.mark.parametrize("family", ["sd-1", "sdxl"])
+async def test_options_of_a_scheduler_are_those_of_diffusers(
+    family: str, fields: dict[str, Any], plain_of: Mapping[str, Sampler]
+) -> None:
+    plain = plain_of[family]
+    pair = Pair(plain, pipeline_of(plain.checkpoint.folder))
+    request = request_of(num_inference_steps=STEPS, guidance_scale=3.0, **fields)
+    ours = await plain.generate(request)
+    pair.choose(request.scheduler)
+    spaced = {"timestep_spacing": request.timestep_spacing} if request.timestep_spacing else {}
+    sigmas = {f"use_{kind}_sigmas": kind == request.sigmas for kind in ("karras", "exponential") if request.sigmas}
+    pair.pipeline.scheduler = type(pair.pipeline.scheduler).from_config(
+        pair.pipeline.scheduler.config, **spaced, **sigmas
+    )
+    held(ours, by_diffusers(pair.pipeline, request))
+    plainly = request_of(num_inference_steps=STEPS, guidance_scale=3.0, scheduler=request.scheduler)
+    without, _ = await plain.generate(plainly)
+    assert np.abs(without - ours[0]).max() > 1e-3 * np.abs(without).max(), "the options change nothing"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"scheduler": "ddim", "sigmas": "karras"}, "sigmas: must be absent, as the scheduler has no choice"),
+        ({"scheduler": "euler", "eta": 0.5}, "eta: must be absent or 0, as the scheduler takes none"),
+        ({"scheduler": "euler_a", "sigmas": "exponential"}, "sigmas: must be absent"),
+    ],
+)
+async def test_an_option_that_a_scheduler_lacks_is_refused(
+    fields: dict[str, Any], words: str, plain_of: Mapping[str, Sampler]
+) -> None:
+    with pytest.raises(InvalidInputError, match=words):
+        await plain_of["sd-1"].generate(request_of(**fields))
 
 
 @pytest.mark.parametrize("name", sorted(CLASSES))

@@ -186,6 +186,9 @@ class TestGeneration:
         await choose_range(page, "guidance_end", "0.75")
         await choose_range(page, "cache_interval", "3")
         await page.get_by_label("Scheduler").select_option("euler")
+        await page.get_by_label("Sigmas").select_option("karras")
+        await page.get_by_label("Timesteps").select_option("trailing")
+        await choose_range(page, "guidance_rescale", "0.7")
         await page.get_by_label("Weights in prompts").select_option("a1111")
         await page.get_by_label("CLIP skip").select_option("2")
         await page.get_by_label("Seed", exact=True).fill("9223372036854775800")
@@ -204,6 +207,9 @@ class TestGeneration:
                 guidance_end=0.75,
                 cache_interval=3,
                 scheduler="euler",
+                sigmas="karras",
+                timestep_spacing="trailing",
+                guidance_rescale=0.7,
                 prompt_weighting="a1111",
                 clip_skip=2,
                 seed=9223372036854775800,

@@ -80,6 +80,9 @@ class Sampler:
         scheduler = self.schedulers.make(
             request.scheduler,
             steps=request.num_inference_steps,
+            timestep_spacing=request.timestep_spacing,
+            sigmas=request.sigmas,
+            eta=request.eta,
             image_tokens=self.architecture.image_tokens(*latent_init.shape[1:]),
             masked=request.mask is not None,
         )
@@ -182,6 +185,9 @@ def by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:
     }
     if request.negative_prompt is not None:
         fields["negative_prompt"] = request.negative_prompt
+    for name in ("eta", "guidance_rescale"):
+        if getattr(request, name):
+            fields[name] = getattr(request, name)
     interval = (request.guidance_start, request.guidance_end)
     if interval != (0.0, 1.0):
         fields = interval_arguments(pipeline, fields, *interval)

@@ -63,6 +63,8 @@ SELECTABLE: Mapping[str, SchedulerSpec] = {
     "deis": SchedulerSpec("DEISMultistepScheduler"),
     "dpmpp_2m": SchedulerSpec("DPMSolverMultistepScheduler"),
     "dpmpp_2m_karras": SchedulerSpec("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpmpp_2m_sde": SchedulerSpec("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpmpp_sde": SchedulerSpec("DPMSolverSinglestepScheduler"),
     "euler": SchedulerSpec("EulerDiscreteScheduler"),
     "euler_a": SchedulerSpec("EulerAncestralDiscreteScheduler"),
     "heun": SchedulerSpec("HeunDiscreteScheduler"),

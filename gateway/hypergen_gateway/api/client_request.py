@@ -12,6 +12,7 @@ from starlette.datastructures import Headers
 
 from hypergen_gateway.api.client_hints import read_client
 from hypergen_gateway.api.fields import ImageRequest, RequestBody, VariationForm
+from hypergen_gateway.api.scheduler_names import scheduler_of
 from hypergen_gateway.api.validation import check_limits, invalid, requested_size
 from hypergen_gateway.errors import InvalidRequestError
 from hypergen_gateway.generation.backend import GenerationRequest, ModelDescription
@@ -39,7 +40,15 @@ _STEPS_BY_QUALITY: dict[Quality, float] = {"low": 0.5, "medium": 1.0, "high": 1.
 # OpenAI's models that answer with links by default.
 _LINKING_MODELS = ("dall-e-2", "dall-e-3")
 # Fields that the sampler gets as they are.
-_UNCHANGED = ("negative_prompt", "guidance_start", "guidance_end", "cache_interval", "scheduler")
+_UNCHANGED = (
+    "negative_prompt",
+    "guidance_start",
+    "guidance_end",
+    "guidance_rescale",
+    "cache_interval",
+    "timestep_spacing",
+    "eta",
+)
 # Fields that hold files; the fingerprint covers their pixels instead.
 _FILES = {"image", "images", "mask"}
 
@@ -83,6 +92,7 @@ def to_generation_request(body: RequestBody, model: ModelDescription) -> Generat
     size = requested_size(body)
     width, height = (model.default_width, model.default_height) if size is None else nearest_size(size, model)
     seed = secrets.randbelow(_RANDOM_SEEDS - body.n) if body.seed in (None, -1) else body.seed
+    scheduler, sigmas = scheduler_of(body.scheduler)
     generation = GenerationRequest(
         prompt=body.prompt,
         num_images=body.n,
@@ -95,6 +105,8 @@ def to_generation_request(body: RequestBody, model: ModelDescription) -> Generat
         strength=_strength(body, model),
         prompt_weighting=_prompt_weighting(body, model),
         clip_skip=_clip_skip(body, model),
+        scheduler=scheduler,
+        sigmas=body.sigmas or sigmas,
         **_lora(body, model),
         **{name: getattr(body, name) for name in _UNCHANGED},
     )

@@ -183,7 +183,25 @@ class ImageFields(_Body):
         "clip skip is one more for 1.x and 2.x. The default is the checkpoint's or the server's, usually 0.",
     )
     scheduler: Annotated[str | None, Legal("one of {known_schedulers}")] = Field(
-        default=None, description="The scheduler, such as `euler` or `dpmpp_2m`; by default the model's own."
+        default=None,
+        description="The scheduler, such as `euler` or `dpmpp_2m`, or its name in stable-diffusion-webui, such as "
+        "`DPM++ 2M Karras`; by default the model's own.",
+    )
+    timestep_spacing: Literal["leading", "linspace", "trailing"] | None = Field(
+        default=None, description="How the scheduler spaces timesteps; by default as the model is configured."
+    )
+    sigmas: Literal["default", "karras", "exponential", "beta"] | None = Field(
+        default=None, description="How the scheduler spaces noise levels; `default` is the scheduler's own way."
+    )
+    eta: float | None = Field(
+        default=None, ge=0.0, le=1.0, description="DDIM's share of new noise in every step: 0, the default, is none."
+    )
+    guidance_rescale: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=1.0,
+        description="Corrects overexposure by strong guidance: how much of the guided output's deviation is that "
+        "of the output for the prompt alone. 0 by default.",
     )
     seed: Annotated[int, Field(ge=-1, le=MAX_SEED), _WHOLE, _SEEDS] | None = Field(
         default=None, description="Image i is generated from seed + i. Random by default, or if it is -1."

@@ -134,7 +134,7 @@ def check_limits(generation: GenerationRequest, body: RequestBody, model: ModelD
         "negative_prompt": not body.negative_prompt or model.has_negative_prompt,
         "guidance_end": body.guidance_end is None or (body.guidance_start or 0.0) <= body.guidance_end,
         "prompt_weighting": body.prompt_weighting is None or body.prompt_weighting in model.prompt_weightings,
-        "scheduler": body.scheduler is None or body.scheduler in model.schedulers,
+        "scheduler": generation.scheduler is None or generation.scheduler in model.schedulers,
         "seed": generation.seed + generation.num_images - 1 <= MAX_SEED,
     }
     for name, legal in is_legal.items():

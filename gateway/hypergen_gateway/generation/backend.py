@@ -38,6 +38,10 @@ class GenerationRequest:
     image: Pixels | None = None  # the init image, RGB [height, width, 3]
     mask: Pixels | None = None  # [height, width]; 255 is repainted, 0 stays as in `image`
     strength: float | None = None  # from 0 to 1, how much of `image` is replaced by noise; None: the model's default
+    timestep_spacing: str | None = None  # None: as the scheduler is configured
+    sigmas: str | None = None  # likewise
+    eta: float | None = None  # DDIM's; None: 0
+    guidance_rescale: float | None = None  # None: 0
     prompt_weighting: str | None = None  # the syntax of weights in both prompts; None: none
     clip_skip: int | None = None  # so many of CLIP's last layers are left out; None: the model's default
     lora: str | None = None  # the name of a LoRA that the model was exported with

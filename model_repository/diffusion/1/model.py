@@ -157,6 +157,9 @@ class TritonPythonModel:
         scheduler = self._schedulers.make(
             own.scheduler,
             steps=own.num_inference_steps,
+            timestep_spacing=own.timestep_spacing,
+            sigmas=own.sigmas,
+            eta=own.eta,
             image_tokens=self._architecture.image_tokens(*job.latent_init.shape[1:]),
             masked=masked,
         )

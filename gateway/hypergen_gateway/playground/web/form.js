@@ -11,9 +11,11 @@ const RANGES = {
   guidance_start: percent,
   guidance_end: percent,
   cache_interval: (value) => (value === "1" ? "in every step" : `in 1 of ${value} steps`),
+  eta: asItIs,
+  guidance_rescale: asItIs,
   strength: asItIs,
 };
-const TEXTS = ["prompt", "negative_prompt", "n", "scheduler", "prompt_weighting", "clip_skip", "seed", ...Object.keys(RANGES)];
+const TEXTS = ["prompt", "negative_prompt", "n", "scheduler", "sigmas", "timestep_spacing", "prompt_weighting", "clip_skip", "seed", ...Object.keys(RANGES)];
 const RATIOS = [[1, 1, "square"], [4, 3, "landscape"], [3, 4, "portrait"], [3, 2, "landscape"], [2, 3, "portrait"], [16, 9, "wide"], [9, 16, "tall"]];
 const SUGGESTIONS_SHOWN = 4;
 
@@ -59,6 +61,10 @@ export class Form {
       guidance_end: "1",
       cache_interval: "1",
       scheduler: "",
+      sigmas: "",
+      timestep_spacing: "",
+      eta: "0",
+      guidance_rescale: "0",
       prompt_weighting: "",
       clip_skip: "",
       seed: "",
@@ -103,6 +109,7 @@ export class Form {
     Object.assign(byId("guidance_scale"), { min: model.min_guidance_scale, max: model.max_guidance_scale });
     byId("guidance_scale").closest("[data-param]").hidden = model.min_guidance_scale === model.max_guidance_scale;
     byId("negative_prompt").closest("[data-param]").hidden = !model.negative_prompt;
+    byId("guidance_rescale").closest("[data-param]").hidden = !model.negative_prompt;
     Object.assign(byId("cache_interval"), { max: model.max_cache_interval });
     byId("cache-field").hidden = model.max_cache_interval === 1;
     byId("n").replaceChildren(...range(1, model.max_num_images).map((count) => new Option(count, count)));

@@ -3,10 +3,11 @@
 export const PARTIAL_IMAGES = 3;
 
 const NUMBERS = new Set([
-  "n", "num_inference_steps", "guidance_scale", "guidance_start", "guidance_end", "cache_interval", "clip_skip", "seed", "strength",
+  "n", "num_inference_steps", "guidance_scale", "guidance_start", "guidance_end", "cache_interval", "clip_skip", "eta",
+  "guidance_rescale", "seed", "strength",
 ]);
 // What a request says by leaving these out.
-const UNSAID = { guidance_start: "0", guidance_end: "1", cache_interval: "1" };
+const UNSAID = { guidance_start: "0", guidance_end: "1", cache_interval: "1", eta: "0", guidance_rescale: "0" };
 const JSON_NUMBER = /^-?(0|[1-9]\d*)(\.\d+)?$/;
 
 /**

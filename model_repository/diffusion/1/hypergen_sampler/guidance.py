@@ -27,6 +27,16 @@ def classifier_free_renormed(negative: torch.Tensor, positive: torch.Tensor, sca
     return guided * (_patch_norms(positive) / _patch_norms(guided))
 
 
+def rescaled(guided: torch.Tensor, positive: torch.Tensor, rescale: float) -> torch.Tensor:
+    """The guided output, partly with the deviation of the one for the prompt: diffusers' `rescale_noise_cfg`.
+
+    Lin et al., Common Diffusion Noise Schedules and Sample Steps are Flawed, 2023, section 3.4.
+    """
+    dims = list(range(1, guided.ndim))
+    factor = positive.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True)
+    return rescale * (guided * factor) + (1 - rescale) * guided
+
+
 def _patch_norms(output: torch.Tensor) -> torch.Tensor:
     """The norm [1, 1, h, w] over the channels of each 2 × 2 patch."""
     patches = torch.nn.functional.pixel_unshuffle(output, 2)

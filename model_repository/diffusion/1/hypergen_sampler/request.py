@@ -19,6 +19,8 @@ Pixels = npt.NDArray[np.uint8]
 
 MAX_SEED = 2**63 - 1
 MAX_PARTIAL_IMAGES = 3
+TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
+SIGMAS = ("default", "karras", "exponential", "beta")
 
 
 class InvalidInputError(ValueError):
@@ -150,6 +152,8 @@ class Architecture:
 
     def check(self, request: Request) -> None:
         """Raise InvalidInputError for options that this checkpoint does not support."""
+        if request.guidance_rescale and self.guidance != "classifier_free":
+            raise InvalidInputError("guidance_rescale", "must be absent or 0, as this model is not guided in this way")
         if GUIDANCE[self.guidance].combine is not None:
             return
         has_interval = (request.guidance_start, request.guidance_end) != (0.0, 1.0)
@@ -247,6 +251,13 @@ class Request:
     """[height, width], aligned with `image`; 255 is repainted, 0 is kept."""
     strength: float = 1.0
     """How much of `image` is replaced by noise; 1 is all of it. If no step remains, `image` is returned unchanged."""
+    timestep_spacing: str = ""
+    sigmas: str = ""
+    """How the scheduler spaces timesteps and sigmas; empty: as it is configured."""
+    eta: float = 0.0
+    """DDIM's: 0 is deterministic, 1 is DDPM."""
+    guidance_rescale: float = 0.0
+    """How much of the guided output's deviation is that of the output for the prompt."""
     prompt_weighting: str = "none"
     """The syntax of weights in both prompts."""
     clip_skip: int = 0
@@ -289,6 +300,10 @@ def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
         image=given.get("image"),
         mask=given.get("mask"),
         strength=_strength(given, steps),
+        timestep_spacing=_one_of("timestep_spacing", given.get("timestep_spacing", ""), ("", *TIMESTEP_SPACINGS)),
+        sigmas=_one_of("sigmas", given.get("sigmas", ""), ("", *SIGMAS)),
+        eta=_within("eta", given.get("eta", 0.0), 0.0, 1.0),
+        guidance_rescale=_within("guidance_rescale", given.get("guidance_rescale", 0.0), 0.0, 1.0),
         prompt_weighting=_one_of("prompt_weighting", given.get("prompt_weighting", "none"), limits.prompt_weightings),
         clip_skip=_within("clip_skip", given.get("clip_skip", limits.default_clip_skip), 0, limits.max_clip_skip),
         variant=_variant(given, limits),

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from hypergen_sampler.conditioning import DEEP_FEATURES, HIDDEN_STATES, MODEL_OUTPUT, Array, Conditioning
-from hypergen_sampler.guidance import GUIDANCE
+from hypergen_sampler.guidance import GUIDANCE, rescaled
 from hypergen_sampler.latent_init import LatentInit, initial_latents
 from hypergen_sampler.predicted_x0 import predicted_x0, preview_steps
 from hypergen_sampler.request import Architecture, NonFiniteLatentsError, Request
@@ -64,12 +64,12 @@ class Trajectory:
         self._cache_interval = request.cache_interval
         self._deep_features: Array | None = None
         self._conditions = conditions
-        self._guidance_scale = request.guidance_scale
+        self._guidance_scale, self._guidance_rescale = request.guidance_scale, request.guidance_rescale
         self._scheduler = scheduler
         generator = torch.Generator("cpu").manual_seed(request.seed)
         start = initial_latents(request, latent_init, self._scheduler, generator)
         self._latents, self._timesteps, self._mask_blend = start.latents, start.timesteps, start.kept
-        self._extra = step_arguments(self._scheduler, generator)
+        self._extra = step_arguments(self._scheduler, generator, request.eta)
         self._guided_steps = steps_between(request.guidance_start, request.guidance_end, self.steps)
         self._preview_steps = preview_steps(self.steps, request.partial_images)
         self._preview: torch.Tensor | None = None
@@ -158,7 +158,8 @@ class Trajectory:
         if len(output) == 1:
             return output
         assert self._guidance.combine is not None
-        return self._guidance.combine(output[:1], output[1:], self._guidance_scale)
+        guided = self._guidance.combine(output[:1], output[1:], self._guidance_scale)
+        return rescaled(guided, output[1:], self._guidance_rescale) if self._guidance_rescale else guided
 
     def _blend_mask(self, latents: torch.Tensor, next_timestep: torch.Tensor | None) -> torch.Tensor:
         return latents if self._mask_blend is None else self._mask_blend.apply(latents, self._scheduler, next_timestep)

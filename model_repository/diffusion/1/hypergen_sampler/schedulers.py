@@ -10,7 +10,8 @@ import copy
 import functools
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,12 @@ from hypergen_sampler.request import Architecture, InvalidInputError
 FrozenDict = diffusers.configuration_utils.FrozenDict
 
 _TRIAL_SHAPE = (1, 4, 8, 8)
+# How sigmas are spaced -> the entry of a configuration that says so.
+_SIGMAS = {
+    "karras": "use_karras_sigmas",
+    "exponential": "use_exponential_sigmas",
+    "beta": "use_beta_sigmas",
+}
 
 
 class Schedulers:
@@ -42,7 +49,7 @@ class Schedulers:
         self._always = {name: _made(config) for name, config in table["schedulers"].items()}
         self._under_a_mask = self._always | {name: _made(config) for name, config in table["inpainting"].items()}
         self._flow_sigmas, self._flow_shift = flow_sigmas, flow_shift
-        self._trial_errors: dict[tuple[str, bool, int], str] = {}
+        self._trial_errors: dict[tuple[Hashable, int], str] = {}
 
     @classmethod
     def read(cls, folder: Path, architecture: Architecture) -> Schedulers:
@@ -55,29 +62,79 @@ class Schedulers:
         """The names that `make` accepts."""
         return tuple(self._always)
 
-    def make(self, name: str, *, steps: int, image_tokens: int = 0, masked: bool = False) -> Any:
+    def make(  # noqa: PLR0913 - what a request says of its scheduler
+        self,
+        name: str,
+        *,
+        steps: int,
+        timestep_spacing: str = "",
+        sigmas: str = "",
+        eta: float = 0.0,
+        image_tokens: int = 0,
+        masked: bool = False,
+    ) -> Any:
         """Create a scheduler for one image, as it holds the state of sampling; the empty name is the checkpoint's own.
 
+        `timestep_spacing` and `sigmas` are empty for those of its configuration. `eta` is what `step` will be given;
         `image_tokens` are the tokens that the image has in a transformer.
 
         Raises:
-            InvalidInputError: the scheduler does not support this number of steps.
+            InvalidInputError: the scheduler does not support this number of steps, or what was chosen for it.
         """
-        scheduler = _copy((self._under_a_mask if masked else self._always)[name])
+        choice = _Choice(name, timestep_spacing, sigmas)
+        scheduler = _copy(self._pristine(choice, masked))
+        kind: Any = type(scheduler)
+        if eta and "eta" not in _accepted(kind):
+            raise InvalidInputError("eta", "must be absent or 0, as the scheduler takes none; ddim does")
         if isinstance(scheduler, FlowMatchEuler):
             scheduler.flow_sigmas, scheduler.flow_shift = self._flow_sigmas, self._flow_shift
             scheduler.image_tokens = image_tokens
-        key = (name, masked, steps)
+        key = ((choice, masked), steps)
         if key not in self._trial_errors:
             self._trial_errors[key] = _trial_run(_copy(scheduler), steps)
         if self._trial_errors[key]:
             raise InvalidInputError("num_inference_steps", f"the scheduler refuses {steps}: {self._trial_errors[key]}")
         return scheduler
 
+    def _pristine(self, choice: _Choice, masked: bool) -> Any:
+        named = (self._under_a_mask if masked else self._always)[choice.name]
+        overrides = choice.overrides
+        if not overrides:
+            return named
+        for key, name in (("timestep_spacing", "timestep_spacing"), (_SIGMAS["karras"], "sigmas")):
+            if key in overrides and key not in named.config:
+                raise InvalidInputError(
+                    name, "must be absent, as the scheduler has no choice of it; euler and dpmpp_2m do"
+                )
+        try:
+            return type(named).from_config({**named.config, **overrides})
+        except ImportError:
+            raise InvalidInputError(
+                "sigmas", f"must not be {choice.sigmas}, as the server lacks the package scipy"
+            ) from None
+        except ValueError as error:
+            raise InvalidInputError("sigmas", f"{choice.sigmas}: the scheduler refuses it: {error}") from None
 
-def step_arguments(scheduler: Any, generator: torch.Generator) -> dict[str, Any]:
-    """The optional arguments that `step` accepts, as in diffusers' `prepare_extra_step_kwargs` with eta 0."""
-    offered = {"eta": 0.0, "generator": generator}
+
+@dataclass(frozen=True)
+class _Choice:
+    """A scheduler by its name, and what a request changes of its configuration."""
+
+    name: str
+    timestep_spacing: str
+    sigmas: str
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Entries of the scheduler's configuration."""
+        spacing = {"timestep_spacing": self.timestep_spacing} if self.timestep_spacing else {}
+        sigmas = {entry: name == self.sigmas for name, entry in _SIGMAS.items()} if self.sigmas in _SIGMAS else {}
+        return {**spacing, **sigmas}
+
+
+def step_arguments(scheduler: Any, generator: torch.Generator, eta: float = 0.0) -> dict[str, Any]:
+    """The optional arguments that `step` accepts, as in diffusers' `prepare_extra_step_kwargs`."""
+    offered = {"eta": eta, "generator": generator}
     kind: Any = type(scheduler)
     return {name: value for name, value in offered.items() if name in _accepted(kind)}
 

@@ -13,7 +13,7 @@ from hypergen_sampler.bls import ComponentUnavailableError
 from hypergen_sampler.request import InvalidInputError, NonFiniteLatentsError, Pixels, QueueFullError
 from hypergen_sampler.stepping import ClientGoneError
 
-TEXTS = ("prompt", "negative_prompt", "scheduler", "prompt_weighting", "lora")
+TEXTS = ("prompt", "negative_prompt", "scheduler", "timestep_spacing", "sigmas", "prompt_weighting", "lora")
 ARRAYS = ("image", "mask")
 
 
