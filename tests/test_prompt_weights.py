@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CLIPTextModel
 
 from hypergen_sampler.request import InvalidInputError
 from support.chunks import ByChunks
+from support.miniature import save_miniature
 from support.parity import Pair, by_diffusers, held, request_of, sampler_of
 from support.pipelines import pipeline_of
 
@@ -63,13 +65,21 @@ def _restored(states: torch.Tensor, weights: tuple[float, ...]) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def pair_of(checkpoint_of: Callable[[str], Path]) -> Callable[[str], Pair]:
+def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
     @functools.cache
     def make(family: str) -> Pair:
-        folder = checkpoint_of(family)
+        folder = save_miniature(tmp_path_factory.mktemp("weights") / family, family=family)
+        _give_a_mean(folder / "text_encoder")
         return Pair(sampler_of(folder), pipeline_of(folder))
 
     return make
+
+
+def _give_a_mean(folder: Path) -> None:
+    """As a trained text encoder's hidden states have: those of a new one have none that could be restored."""
+    model = CLIPTextModel.from_pretrained(folder)
+    model.final_layer_norm.bias.data.fill_(0.5)
+    model.save_pretrained(folder)
 
 
 @pytest.mark.parametrize("prompt", [prompt for prompt in WEIGHTED if prompt != "a green cat"], ids=str)

@@ -28,6 +28,7 @@ SIZES = {
     "deep_channels": 320,
     "time_width": 320,
     "sizes_width": 1536,
+    "max_clip_skip": 12,
 }
 ALL = [each for family in FAMILIES for each in (*family.components, *with_deep_cache(family.components))]
 
@@ -88,10 +89,11 @@ def test_xls_vae_and_t5_alone_are_known_to_overflow_in_float16() -> None:
 
 def test_example_prompts_end_at_another_place_each() -> None:
     (text_encoder, *_) = STABLE_DIFFUSION
-    (ids,) = example_inputs(text_encoder, SIZES, batch=4, height=8, width=8)
+    ids, skipped = example_inputs(text_encoder, SIZES, batch=4, height=8, width=8)
     end = SIZES["vocabulary"] - 1
     assert [row.index(end) for row in ids.tolist()] == [1, 2, 3, 4]
     assert (ids[:, -1] == end).all()
+    assert skipped.tolist() == [[0], [1], [2], [3]]
 
 
 def test_examples_are_the_same_every_time_and_differ_within_the_batch() -> None:

@@ -118,7 +118,9 @@ def test_the_parameters_describe_the_architecture(tmp_path: Path, stated: dict[s
 
 
 def test_what_a_checkpoint_recommends_is_the_default(checkpoint_copy: Path) -> None:
-    found = parameters(checkpoint_copy, num_inference_steps=20, guidance_scale=3, width=96, height=72, max_size=256)
+    stated = {"num_inference_steps": 20, "guidance_scale": 3, "width": 96, "height": 72, "max_size": 256}
+    found = parameters(checkpoint_copy, **stated, clip_skip=1)
+    assert (found["default_clip_skip"], found["max_clip_skip"]) == ("1", "2")
     assert found["default_num_inference_steps"] == "20"
     assert found["default_guidance_scale"] == "3"
     assert (found["default_width"], found["default_height"]) == ("96", "72")

@@ -46,7 +46,7 @@ def test_a_component_runs_on_the_cpu_in_openvino(repository: Path, name: str) ->
     [
         (
             "text_encoder",
-            {"input_ids": ("TYPE_INT32", [16])},
+            {"input_ids": ("TYPE_INT32", [16]), "clip_skip": ("TYPE_INT32", [1])},
             {"encoder_hidden_states": ("TYPE_FP32", [16, 32])},
         ),
         (
@@ -94,7 +94,7 @@ def test_bfloat16_is_the_backends_hint() -> None:
 @pytest.mark.parametrize(
     ("name", "rows", "dims"),
     [
-        ("text_encoder", 2, {"input_ids": [16]}),
+        ("text_encoder", 2, {"input_ids": [16], "clip_skip": [1]}),
         ("unet", 2, {"sample": [4, 8, 8], "time": [16], "encoder_hidden_states": [16, 32]}),
         ("vae_decoder", 1, {"latents": [4, 8, 8]}),
     ],
@@ -131,7 +131,7 @@ def test_the_sampler_knows_its_checkpoint(repository: Path) -> None:
                 {
                     "encoder": "text_encoder",
                     "tokenizer": "tokenizer",
-                    "inputs": ["input_ids"],
+                    "inputs": ["input_ids", "clip_skip"],
                     "outputs": ["encoder_hidden_states"],
                     "segment": 0,
                     "before": "",
@@ -143,6 +143,10 @@ def test_the_sampler_knows_its_checkpoint(repository: Path) -> None:
         "denoiser": "unet",
         "denoiser_inputs": "encoder_hidden_states",
         "max_prompt_tokens": "224",
+        "prompt_weightings": "none,a1111",
+        "default_prompt_weighting": "none",
+        "default_clip_skip": "0",
+        "max_clip_skip": "2",
         "time_width": "16",
         "size_width": "0",
         "flip_sin_to_cos": "1",
@@ -168,7 +172,8 @@ def test_the_sampler_knows_its_checkpoint(repository: Path) -> None:
         "default_num_inference_steps": "50",
         "default_guidance_scale": "7.5",
         "min_guidance_scale": "1",
-        "schedulers": "ddim,ddpm,deis,dpmpp_2m,dpmpp_2m_karras,euler,euler_a,heun,lcm,pndm,tcd,unipc",
+        "schedulers": "ddim,ddpm,deis,dpmpp_2m,dpmpp_2m_karras,dpmpp_2m_sde,dpmpp_sde,euler,euler_a,heun,lcm,pndm,tcd,"
+        "unipc",
         "default_scheduler": "pndm",
         "latent_channels": "4",
         "vae_scale_factor": "8",

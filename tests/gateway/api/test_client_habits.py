@@ -18,7 +18,7 @@ from PIL import Image
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.generation.backend import GeneratedImage, GenerationRequest
-from support.fake_backend import FakeBackend, in_memory
+from support.fake_backend import MODEL, FakeBackend, in_memory
 from support.image_files import file_of, hole, photo, ramp
 from support.wire import data_url, error_of, form, part
 
@@ -433,6 +433,31 @@ class TestLongPrompts:
 
     async def test_capabilities_tell_the_limit(self, client: httpx.AsyncClient) -> None:
         assert (await client.get("/v1/capabilities")).json()["max_prompt_tokens"] == 75
+
+
+class TestDefaultsOfTheServer:
+    async def test_they_are_for_requests_that_do_not_say(self, backend: FakeBackend) -> None:
+        backend.description = replace(MODEL, prompt_weightings=("none", "a1111"), max_clip_skip=2)
+        bodies = [{}, {"prompt_weighting": "none", "clip_skip": 0}]
+        async with in_memory(create_app(Config(prompt_weighting="a1111", clip_skip=1), backend)) as client:
+            for body in bodies:
+                assert (await client.post(GENERATIONS, json={"prompt": "a", **body})).status_code == 200
+            told = (await client.get("/v1/capabilities")).json()
+        sent = [(generation.prompt_weighting, generation.clip_skip) for generation in backend.generations]
+        assert sent == [("a1111", 1), (None, 0)]
+        assert (told["default_prompt_weighting"], told["default_clip_skip"]) == ("a1111", 1)
+
+    async def test_a_model_without_them_is_served_all_the_same(self, backend: FakeBackend) -> None:
+        async with in_memory(create_app(Config(prompt_weighting="a1111", clip_skip=1), backend)) as client:
+            assert (await client.post(GENERATIONS, json={"prompt": "a"})).status_code == 200
+        (generation,) = backend.generations
+        assert (generation.prompt_weighting, generation.clip_skip) == (None, None)
+
+    async def test_a_scheduler_is_known_by_other_names(self, client: httpx.AsyncClient, backend: FakeBackend) -> None:
+        for body in ({"scheduler": "Euler a Karras"}, {"scheduler": "Euler a Karras", "sigmas": "exponential"}):
+            assert (await client.post(GENERATIONS, json={"prompt": "a", **body})).status_code == 200
+        sent = [(generation.scheduler, generation.sigmas) for generation in backend.generations]
+        assert sent == [("euler_a", "karras"), ("euler_a", "exponential")]
 
 
 class ShyBackend(FakeBackend):
