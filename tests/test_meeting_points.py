@@ -76,7 +76,8 @@ def test_an_export_brings_the_files_that_the_sampler_opens(exported: Path) -> No
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_the_sampler_calls_components_by_their_tensors(family: Family) -> None:
     """Text encoders, the denoiser and its inputs are named by parameters, which the exporter takes from its table."""
-    named = {name for file in ("bls", "conditioning", "lora", "prompts") for name in strings_of(PACKAGE / f"{file}.py")}
+    files = ("bls", "conditioning", "lora", "prompts", "references")
+    named = {name for file in files for name in strings_of(PACKAGE / f"{file}.py")}
     for component in with_deep_cache(family.components):
         by_parameters = component.is_denoiser or component in family.text_encoders
         assert component.name in named or by_parameters

@@ -11,7 +11,6 @@ import functools
 from collections import Counter
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -106,22 +105,43 @@ async def test_an_image_from_an_image_equals_the_one_of_diffusers(
     held(await pair.sampler.generate(request), image_by_diffusers(pipeline, request), TOLERANCE_FROM_IMAGE)
 
 
-async def test_a_packed_mask_keeps_the_pixels_of_the_vae_around_it(pair_of: Any) -> None:
-    """A latent pixel of FLUX.2 is four of its VAE's, which a mask covers one by one."""
+@pytest.mark.parametrize("family", ["flux2-klein", "flux2-klein-base"])
+@pytest.mark.parametrize("sizes", [[(96, 64)], [(96, 64), (64, 80)]], ids=["one", "two"])
+async def test_an_image_with_references_equals_the_one_of_diffusers(
+    family: str, sizes: list[tuple[int, int]], pair_of: Any
+) -> None:
+    pair = pair_of(family)
+    references = tuple(input_image(*size) for size in sizes)
+    request = request_of(width=80, height=96, references=references, guidance_scale=SCALES[family][0])
+    held(await pair.sampler.generate(request), image_by_diffusers(pair.pipeline, request), TOLERANCE_FROM_IMAGE)
+
+
+async def test_images_share_calls_if_their_references_have_as_many_tokens(pair_of: Any) -> None:
+    """What is seen at each token is the image's own."""
     pair = pair_of("flux2-klein")
-    image, covered = input_image(96, 64), np.zeros((64, 96), dtype=np.uint8)
-    covered[8:40, 24:] = 255  # from the second row and the fourth column of the VAE's pixels on
-    latents, _ = await pair.sampler.generate(request_of(width=96, height=64, image=image, mask=covered))
-    mean = pair.sampler.run("vae_encoder", image=image[None])["mean"][0]
-    is_kept = np.abs(unpacked(latents) - unpacked(mean)).max(axis=0) < 1e-5
-    expected = np.ones((8, 12), dtype=bool)
-    expected[1:5, 3:] = False
-    np.testing.assert_array_equal(is_kept, expected)
+    references = [(), (input_image(96, 64),), (input_image(64, 96)[::-1].copy(),), (input_image(64, 64),) * 2]
+    requests = [
+        request_of(references=images, num_inference_steps=steps, seed=steps)
+        for images, steps in zip(references, (3, 4, 5, 6), strict=True)
+    ]
+    loop = pair.sampler.loop()
+    pair.sampler.rows_of_calls.clear()
+    results = await asyncio.gather(*(pair.sampler.generate(request, loop) for request in requests))
+    assert Counter(pair.sampler.rows_of_calls) == Counter({2: 4, 1: 3 + 1 + 6})
+    for ours, request in zip(results, requests, strict=True):
+        held(ours, image_by_diffusers(pair.pipeline, request), TOLERANCE_FROM_IMAGE)
 
 
-def unpacked(latents: Any) -> Any:
-    """[4 × C, h, w] -> [C, 2 h, 2 w], as Flux2KleinPipeline does."""
-    return diffusers.Flux2KleinPipeline._unpatchify_latents(torch.from_numpy(latents)[None])[0].numpy()
+@pytest.mark.parametrize(("steps", "strength", "references"), [(6, 0.6, ()), (4, 1.0, (input_image(80, 64),))])
+async def test_an_inpainted_image_is_seen_as_the_first_reference(
+    steps: int, strength: float, references: tuple[Any, ...], pair_of: Any
+) -> None:
+    pair = pair_of("flux2-klein")
+    request = request_of(
+        num_inference_steps=steps, strength=strength, image=input_image(), mask=mask(), references=references
+    )
+    pipeline = pipeline_from_image("flux2-klein", pair.pipeline, masked=True)
+    held(await pair.sampler.generate(request), image_by_diffusers(pipeline, request), TOLERANCE_FROM_IMAGE)
 
 
 async def test_a_model_without_guidance_refuses_a_scale(pair_of: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ async def test_images_of_other_prompts_at_once_equal_those_of_diffusers(served: 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["image to image", "inpainting"])
 async def test_edits_equal_those_of_diffusers(served: Served, masked: bool) -> None:
-    """What the mask keeps is the input image itself. FLUX.2-klein has no such pipeline; its mask alone is checked."""
+    """What the mask keeps is the input image itself. FLUX.2-klein has no pipeline without a mask."""
     scale, image = SCALES[served.family], input_image()
     covered = np.zeros((64, 64), dtype=np.uint8)
     covered[16:48, 16:48] = 255
@@ -92,7 +93,7 @@ async def test_edits_equal_those_of_diffusers(served: Served, masked: bool) -> N
     if masked:
         assert (ours[covered == 0] == image[covered == 0]).all()
     assert np.abs(ours.astype(int) - image.astype(int)).mean() > 1, "nothing was edited"
-    if served.family not in FROM_IMAGE:
+    if served.family not in FROM_IMAGE and not masked:
         return
     pipeline = pipeline_from_image(served.family, served.pipeline, masked=masked)
     request = request_of(prompt="a cat", image=image, mask=covered if masked else None, **given)
@@ -100,6 +101,54 @@ async def test_edits_equal_those_of_diffusers(served: Served, masked: bool) -> N
     levels = np.abs(ours.astype(int) - theirs.astype(int))[covered == 255 if masked else ...]
     print(f"{served.family}: at most {levels.max()}/255, mean {levels.mean():.5f}")
     assert levels.max() <= 1
+
+
+@pytest.mark.parametrize("served", ["flux2-klein"], indirect=True)
+async def test_edits_with_references_equal_those_of_diffusers(served: Served) -> None:
+    """None, one and two, in other sizes, at once: those of as many tokens share calls."""
+    images = [input_image(128, 80), input_image(64, 96), input_image(80, 128)[:, ::-1].copy()]
+    references = [(), (images[0],), (images[2],), (images[1], images[0])]
+    given: list[dict[str, Any]] = [
+        {"prompt": f"{number} cats", "seed": number, "num_inference_steps": 5} for number, _ in enumerate(references)
+    ]
+    before = served.server.counts_of("transformer")
+    results = await asyncio.gather(
+        *(edit(served.server, files, "96x64", **fields) for files, fields in zip(references, given, strict=True))
+    )
+    rows, calls = (now - then for now, then in zip(served.server.counts_of("transformer"), before, strict=True))
+    assert rows == 4 * 5
+    assert calls <= 4 * 5
+    for ours, files, fields in zip(results, references, given, strict=True):
+        theirs = image_by_diffusers(served.pipeline, request_of(**fields, references=files, width=96, height=64))[1]
+        levels = np.abs(ours.astype(int) - theirs.astype(int))
+        print(f"{len(files)} references: at most {levels.max()}/255, mean {levels.mean():.5f}")
+        assert levels.max() <= 1
+
+
+async def edit(server: Server, references: tuple[Pixels, ...], size: str, *, prompt: str, **fields: Any) -> Pixels:
+    """The result for these images, by OpenAI's client; without any, that of a generation."""
+    files: Any = [file_of(Image.fromarray(image)) for image in references]
+    async with server.async_client() as client:
+        if not files:
+            answer = await client.images.generate(prompt=prompt, size=cast(Any, size), extra_body=fields)
+        else:
+            answer = await client.images.edit(image=files, prompt=prompt, size=cast(Any, size), extra_body=fields)
+    assert answer.data is not None
+    return pixels_of(answer.data[0])
+
+
+@pytest.mark.parametrize("served", ["flux2-klein"], indirect=True)
+async def test_an_edit_has_the_size_of_its_first_image_and_counts_all(served: Served) -> None:
+    files: Any = [file_of(Image.fromarray(input_image(*size))) for size in [(100, 75), (64, 64)]]
+    async with served.server.async_client() as client:
+        answer = await client.images.edit(image=files, prompt="a cat", extra_body={"num_inference_steps": 1})
+        assert answer.data is not None
+        assert pixels_of(answer.data[0]).shape == (75, 100, 3)
+        assert answer.usage is not None
+        assert answer.usage.input_tokens_details.image_tokens == (96 * 64 + 64 * 64) // 64
+        with pytest.raises(openai.BadRequestError, match=r"5 images\. The model takes at most 4") as refusal:
+            await client.images.edit(image=files[:1] * 5, prompt="a cat")
+    assert refusal.value.param == "image"
 
 
 async def test_the_images_of_a_request_share_calls(served: Served) -> None:

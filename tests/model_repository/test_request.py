@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,9 @@ PARAMETERS = {
     "max_batch_size": "16",
     "latent_channels": "4",
     "vae_scale_factor": "8",
+    "max_references": "0",
+    "max_reference_pixels": "6144",
+    "max_reference_side": "128",
     "schedulers": "ddim,euler",
     **ARCHITECTURE,
     "denoiser_inputs": "encoder_hidden_states,text_embeds,size_embeds",
@@ -150,6 +154,51 @@ def test_an_image_says_its_size_itself_and_keeps_to_the_limits() -> None:
     for shape in [(48, 20, 3), (8, 64, 3), (64, 136, 3)]:
         with pytest.raises(InvalidInputError, match=r"^(width|height): "):
             check_request({"prompt": "x", "image": pixels(*shape)}, LIMITS)
+
+
+WITH_REFERENCES = Limits.from_model_config(model_config(max_references="2"))
+
+
+def test_references_are_cut_out_of_their_bytes_in_order() -> None:
+    images = [np.random.default_rng(seed).integers(0, 256, (16, 8 * seed, 3), dtype=np.uint8) for seed in (1, 2)]
+    given = {
+        "prompt": "a",
+        "references": np.concatenate([image.reshape(-1) for image in images]),
+        "reference_sizes": np.array([image.shape[:2] for image in images], dtype=np.int32),
+    }
+    request = check_request(given, WITH_REFERENCES)
+    assert [np.array_equal(*pair) for pair in zip(request.references, images, strict=True)] == [True, True]
+    assert request.image is None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "size", "masked", "problem"),
+    [
+        ([[16, 8]], 16 * 8 * 3 - 1, False, "references: must have 384 bytes as their sizes say, not 383"),
+        ([[16, 8]] * 3, 3 * 16 * 8 * 3, False, "references: must be of 1 to 2 images, not 3"),
+        ([[16, 8]] * 2, 2 * 16 * 8 * 3, True, "references: must be of 1 to 1 images, not 2"),
+        ([], 0, False, "references: must be of 1 to 2 images, not 0"),
+        ([[16, 12]], 16 * 12 * 3, False, "reference_sizes: must be multiples of 8 up to 128, and 6144 in product"),
+        ([[96, 96]], 96 * 96 * 3, False, "reference_sizes: must be multiples of 8 up to 128, and 6144 in product"),
+        ([[136, 8]], 136 * 8 * 3, False, "reference_sizes: must be multiples of 8 up to 128, and 6144 in product"),
+        ([[-16, -8]], 16 * 8 * 3, False, "reference_sizes: must be multiples of 8 up to 128, and 6144 in product"),
+        ([[2**30, 8]], 8, False, "reference_sizes: must be multiples of 8 up to 128, and 6144 in product"),
+    ],
+)
+def test_references_that_do_not_fit_are_refused(sizes: Any, size: int, masked: bool, problem: str) -> None:
+    given: dict[str, Any] = {"prompt": "a", "references": np.zeros(size, dtype=np.uint8)}
+    given["reference_sizes"] = np.array(sizes, dtype=np.int32).reshape(-1, 2)
+    if masked:
+        given |= {"image": pixels(32, 64, 3), "mask": pixels(32, 64)}
+    with pytest.raises(InvalidInputError, match=re.escape(problem)):
+        check_request(given, WITH_REFERENCES)
+
+
+@pytest.mark.parametrize("name", ["references", "reference_sizes"])
+def test_a_model_that_takes_no_references_refuses_them(name: str) -> None:
+    given = {"references": np.zeros(384, dtype=np.uint8), "reference_sizes": np.array([[16, 8]], dtype=np.int32)}
+    with pytest.raises(InvalidInputError, match="references: must be absent, as this model takes none"):
+        check_request({"prompt": "a", name: given[name]}, LIMITS)
 
 
 def test_the_default_strength_is_that_of_diffusers_pipelines() -> None:

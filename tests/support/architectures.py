@@ -37,6 +37,8 @@ PARAMETERS: Mapping[str, str] = {
     "patch_size": "1",
     "latent_patch_size": "1",
     "encodes_mode": "0",
+    "reference_position_step": "0",
+    "token_width": "0",
     "zeros_for_no_negative_prompt": "0",
 }
 

@@ -46,6 +46,10 @@ MODEL = ModelDescription(
     max_clip_skip=0,
     default_clip_skip=0,
     max_active_images=4,
+    max_references=0,
+    max_reference_pixels=0,
+    max_reference_side=4096,
+    preferred_reference_sizes=(),
     suggestions=(),
 )
 

@@ -29,7 +29,7 @@ from hypergen_export.conversion.loading import load_module
 from hypergen_export.conversion.tokenizer import text_parameters, write_tokenizer
 from hypergen_export.conversion.wrappers import wrap
 from hypergen_sampler.conditioning import Array, Conditioning, conditioning_of, merge, texts_of
-from hypergen_sampler.latent_init import ImagePosterior, LatentInit
+from hypergen_sampler.latent_init import ImagePosterior, LatentInit, references_of
 from hypergen_sampler.prompts import PromptTokenizers
 from hypergen_sampler.request import Architecture, Request
 from hypergen_sampler.sampling import DenoiserInputs, Trajectory
@@ -75,8 +75,10 @@ class Sampler:
     async def generate(self, request: Request, loop: StepLoop | None = None) -> tuple[Array, Pixels]:
         """The final latents [C, h, w] and the image."""
         self.architecture.check(request)
-        conditions = conditioning_of(request, self.encode(request), self.architecture)
         latent_init = self.latent_init(request)
+        given = [self.run("vae_encoder", image=image[None])["mean"][0] for image in request.references]
+        references = references_of(request, latent_init.original, given)
+        conditions = conditioning_of(request, self.encode(request), self.architecture, references)
         scheduler = self.schedulers.make(
             request.scheduler,
             steps=request.num_inference_steps,
@@ -102,7 +104,7 @@ class Sampler:
             request.mask,
             respaces_timesteps=self.architecture.is_latent_consistency,
             starts_from_mode=bool(self.architecture.encodes_mode),
-            patch_size=self.architecture.latent_patch_size,
+            interpolates_mask=self.architecture.latent_patch_size > 1,
         )
 
     def loop(self) -> StepLoop:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import (
+    Flux2KleinInpaintPipeline,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
     FluxPipeline,
@@ -24,20 +25,24 @@ from hypergen_sampler.conditioning import Array
 from hypergen_sampler.request import Request
 from support.parity import Pixels
 
-# Family -> diffusers' pipelines for an input image, without and with a mask. FLUX.2-klein has none without a mask, and
-# its inpainting also shows the model the input image as a reference.
+# Family -> diffusers' pipelines for an input image, without and with a mask.
 FROM_IMAGE: Mapping[str, tuple[Any, Any]] = {
     "flux1-dev": (FluxImg2ImgPipeline, FluxInpaintPipeline),
     "stable-diffusion-3": (StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline),
     "qwen-image": (QwenImageImg2ImgPipeline, QwenImageInpaintPipeline),
     "z-image": (ZImageImg2ImgPipeline, ZImageInpaintPipeline),
 }
+# Further families that diffusers has only inpainting of.
+INPAINTING: Mapping[str, Any] = {
+    **{family: inpainting for family, (_, inpainting) in FROM_IMAGE.items()},
+    "flux2-klein": Flux2KleinInpaintPipeline,
+}
 _FLUX1 = (FluxPipeline, FluxImg2ImgPipeline, FluxInpaintPipeline)
 
 
 def pipeline_from_image(family: str, pipeline: Any, *, masked: bool) -> Any:
     """The pipeline for image-to-image, or for inpainting, with the same modules."""
-    made = FROM_IMAGE[family][masked](**pipeline.components)
+    made = (INPAINTING[family] if masked else FROM_IMAGE[family][0])(**pipeline.components)
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -91,6 +96,11 @@ def _given(request: Request) -> dict[str, Any]:
         given |= {"image": PILImage.fromarray(request.image), "strength": request.strength}
     if request.mask is not None:
         given["mask_image"] = PILImage.fromarray(request.mask)
+    references = [PILImage.fromarray(image) for image in request.references]
+    if references and request.image is None:
+        given["image"] = references
+    elif references:
+        (given["image_reference"],) = references
     return given
 
 

@@ -110,11 +110,12 @@ class Checkpoint:
     def sizes(self) -> Sizes:
         """The sizes that tensor axes refer to by name, and how many pixels wide and high a latent pixel is."""
         sampling = self.family.sampling
-        vae = self.config("vae")
+        vae, sizes = self.config("vae"), self.family.read_sizes(self)
         return {
             "vae_scale_factor": 2 ** (self.family.vae_levels(vae) - 1) * sampling.latent_patch_size,
             "patch_size": sampling.patch_size,
-            **self.family.read_sizes(self),
+            "token_width": sizes["latent_channels"] * sampling.patch_size**2,
+            **sizes,
         }
 
 

@@ -12,9 +12,9 @@ FLOAT, INT, BYTE = "FP32", "INT32", "UINT8"
 # Axes that vary between requests. Every other name in `Tensor.axes` is fixed by the checkpoint (`Sizes`).
 # `text_tokens` is the prompt's length: in families that mask padding at most the size `tokens`, in those that read it
 # in chunks a multiple of it. `templated_tokens` has `template_tokens` more, for which the text encoder returns no
-# hidden states.
+# hidden states. `reference_tokens` are those of all reference images, of which there may be none.
 IMAGE_AXES = frozenset({"height", "width", "latent_height", "latent_width"})
-FREE_AXES = IMAGE_AXES | {"text_tokens", "templated_tokens"}
+FREE_AXES = IMAGE_AXES | {"text_tokens", "templated_tokens", "reference_tokens"}
 
 Sizes = Mapping[str, int]
 
@@ -36,10 +36,20 @@ class Tensor:
         """The shape for Triton: -1 for a free axis."""
         return tuple(-1 if axis in FREE_AXES else self._size(axis, sizes) for axis in self.axes)
 
-    def shape(
-        self, sizes: Sizes, *, batch: int, height: int, width: int, text_tokens: int | None = None
+    def shape(  # noqa: PLR0913 - the free axes
+        self,
+        sizes: Sizes,
+        *,
+        batch: int,
+        height: int,
+        width: int,
+        text_tokens: int | None = None,
+        reference_tokens: int = 0,
     ) -> tuple[int, ...]:
-        """The shape for `batch` samples whose latents are `height` × `width`, with `tokens` of a prompt by default."""
+        """The shape for `batch` samples whose latents are `height` × `width`.
+
+        By default with `tokens` of a prompt and without reference images.
+        """
         factor = sizes["vae_scale_factor"]
         tokens = sizes.get("tokens", 0) if text_tokens is None else text_tokens
         free = {
@@ -49,6 +59,7 @@ class Tensor:
             "width": width * factor,
             "text_tokens": tokens,
             "templated_tokens": tokens + sizes.get("template_tokens", 0),
+            "reference_tokens": reference_tokens,
         }
         return (batch, *(self._size(axis, {**sizes, **free}) for axis in self.axes))
 

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint
+from hypergen_export.checkpoints.family import References
 from hypergen_export.errors import BrokenCheckpointError
 
 # Z-Image's transformer pads prompts to multiples of it anyway.
@@ -21,6 +22,10 @@ _FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
 # Few-step models such as Turbo and Lightning are published with an Euler scheduler and trailing timesteps. Many models
 # that need the usual number of steps are too, so one of these words must also occur in the checkpoint's names.
 _EULER = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
+# As many images as an edit of OpenAI's API may have.
+_MAX_REFERENCES = 16
+# Wide enough for a reference image of one megapixel that is eight times as wide as high, as diffusers takes them.
+_MAX_REFERENCE_SIDE = 4096
 _DISTILLED = re.compile(r"turbo|lightning|hyper[-_ ]?sd|dmd|flash|distill|(?<![0-9])[1-8][-_ ]?steps?", re.IGNORECASE)
 
 
@@ -35,11 +40,13 @@ def checkpoint_parameters(checkpoint: Checkpoint) -> dict[str, str]:
             **_prompt_syntax(checkpoint),
         }
         suggestions = _suggestions(checkpoint.defaults)
+        references = _references(checkpoint)
     except (KeyError, TypeError, ValueError) as error:
         raise BrokenCheckpointError(f"{checkpoint.folder}: a default is missing or invalid ({error})") from error
     return {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in parameters.items()} | {
         "family": checkpoint.family.name,
         **_architecture(checkpoint),
+        **references,
         "suggestions": suggestions,
         "size_factor": str(factor * sizes["patch_size"]),
         "vae_scale_factor": str(factor),
@@ -178,6 +185,37 @@ def _distilled_word(checkpoint: Checkpoint) -> str:
     """The word in the checkpoint's names that says that it is distilled; empty if there is none."""
     match = next(filter(None, map(_DISTILLED.search, checkpoint.names)), None)
     return match[0] if match else ""
+
+
+def _references(checkpoint: Checkpoint) -> dict[str, str]:
+    """The parameters of reference images; none are taken if `max_references` is 0."""
+    references = checkpoint.family.references or References(count=0, pixels=0, position_step=0)
+    return {
+        "max_references": str(max_references(checkpoint)),
+        "max_reference_pixels": str(references.pixels),
+        "max_reference_side": str(_MAX_REFERENCE_SIDE),
+        "preferred_reference_sizes": ",".join(references.sizes),
+        "reference_position_step": str(references.position_step),
+        "token_width": str(checkpoint.sizes["token_width"]),
+    }
+
+
+def max_reference_tokens(checkpoint: Checkpoint) -> int:
+    """The tokens of all reference images of a request; 0 if there are none."""
+    sizes, references = checkpoint.sizes, checkpoint.family.references
+    token = sizes["vae_scale_factor"] * sizes["patch_size"]
+    return max_references(checkpoint) * references.pixels // token**2 if references else 0
+
+
+def max_references(checkpoint: Checkpoint) -> int:
+    """The number of reference images that a request may have. Raises ValueError."""
+    references = checkpoint.family.references
+    if references is None:
+        return 0
+    count = int(checkpoint.defaults.get("max_references", references.count))
+    if not 1 <= count <= _MAX_REFERENCES:
+        raise ValueError(f"max_references: must be from 1 to {_MAX_REFERENCES}, not {count}")
+    return count
 
 
 def _suggestions(stored: Mapping[str, Any]) -> str:

@@ -76,6 +76,20 @@ class Sampling:
     encodes_mode: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class References:
+    """Reference images, whose tokens the denoiser is given beside those of the image that it generates.
+
+    A request may have up to `count`. Each has at most `pixels`, or one of `sizes` (WIDTHxHEIGHT), that with the nearest
+    ratio. On the first axis of positions, they are at once, twice, … `position_step`.
+    """
+
+    count: int
+    pixels: int
+    sizes: tuple[str, ...] = ()
+    position_step: int
+
+
 class Configs(Protocol):
     """Read access to a checkpoint's configs."""
 
@@ -100,8 +114,8 @@ class Family:
     `num_inference_steps` and `guidance_scale` are the defaults of diffusers' pipeline or of the published checkpoint's
     card, for checkpoints that are not distilled; `distilled_steps` are the steps of those that are. `default_side` is
     that of images in pixels, 0 if the denoiser's config states it. `accepted_classes` are further classes that an
-    index may name for a module. `vae_levels` reads from the VAE's config on how many sizes it works, each half
-    of the one before.
+    index may name for a module. `references` if the denoiser takes reference images. `vae_levels` reads from the VAE's
+    config on how many sizes it works, each half of the one before.
     """
 
     name: str
@@ -115,6 +129,7 @@ class Family:
     guidance_scale: float
     distilled_steps: int = 4
     sampling: Sampling = Sampling()
+    references: References | None = None
     default_side: int = 0
     is_named_by: Callable[[Config], bool] = lambda _: True
     vae_levels: Callable[[Config], int] = lambda vae: len(vae["block_out_channels"])

@@ -63,6 +63,14 @@ def _time(spec: _Spec) -> torch.Tensor:
     return embedding
 
 
+def _reference_positions(spec: _Spec) -> torch.Tensor:
+    """Two images, the second one a column of tokens, in rows of five."""
+    tokens = torch.arange(spec.shape[1])
+    half = (tokens >= spec.shape[1] // 2).to(tokens.dtype)
+    positions = torch.stack([10 + 10 * half, tokens // (5 - 4 * half), tokens % (5 - 4 * half)], dim=-1)
+    return positions.to(torch.int32).repeat(spec.shape[0], 1, 1)
+
+
 def _sinusoids(spec: _Spec) -> torch.Tensor:
     return torch.sin(torch.rand(spec.shape, generator=spec.generator) * 2 * math.pi)
 
@@ -80,22 +88,38 @@ VALUES: Mapping[str, Callable[[_Spec], torch.Tensor]] = {
     "clip_skip": _clip_skip,
     "time": _time,
     "sinusoids": _sinusoids,
+    "reference_positions": _reference_positions,
     "pixel": _pixel,
 }
 
 
 def example_inputs(  # noqa: PLR0913 - the free axes
-    component: Component, sizes: Sizes, *, batch: int, height: int, width: int, text_tokens: int | None = None
+    component: Component,
+    sizes: Sizes,
+    *,
+    batch: int,
+    height: int,
+    width: int,
+    text_tokens: int | None = None,
+    reference_tokens: int = 0,
 ) -> tuple[torch.Tensor, ...]:
     """The component's inputs for `batch` samples, in the component's order.
 
-    The latents are `height` × `width` of the denoiser's tokens; prompts have `text_tokens` where their length is free.
+    The latents are `height` × `width` of the denoiser's tokens; prompts have `text_tokens` and reference images
+    `reference_tokens` where their number is free.
     """
     generator = torch.Generator().manual_seed(batch * 10_000 + height * 100 + width)
     patch = sizes.get("patch_size", 1)
 
     def fill(tensor: Tensor) -> torch.Tensor:
-        shape = tensor.shape(sizes, batch=batch, height=height * patch, width=width * patch, text_tokens=text_tokens)
+        shape = tensor.shape(
+            sizes,
+            batch=batch,
+            height=height * patch,
+            width=width * patch,
+            text_tokens=text_tokens,
+            reference_tokens=reference_tokens,
+        )
         return VALUES[tensor.example](_Spec(shape, sizes, generator))
 
     return tuple(fill(tensor) for tensor in component.inputs)

@@ -22,7 +22,7 @@ from hypergen_export.errors import ConversionError, first_line
 # as one operator) and 23 (Attention as one too) took 14 and 63 ms.
 OPSET = 18
 # No batch of 1 and no multiples of the levels' factors: torch would specialise the graph to such values.
-_EXAMPLE = {"batch": 3, "height": 14, "width": 10, "text_tokens": 40}
+_EXAMPLE = {"batch": 3, "height": 14, "width": 10, "text_tokens": 40, "reference_tokens": 35}
 
 
 def capture(component: Component, wrapped: torch.nn.Module, sizes: Sizes) -> ExportedProgram:

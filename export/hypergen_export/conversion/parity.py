@@ -29,10 +29,10 @@ Outputs = list[list[Array]]
 _ROUNDING = {"float16": 0.01, "bfloat16": 0.05}
 _LEVELS = 255  # of an image
 
-# Batches and sizes that differ from the trace's: even and odd, wide and tall.
+# Batches and sizes that differ from the trace's: even and odd, wide and tall, without and with reference images.
 _SHAPES = (
     {"batch": 1, "height": 8, "width": 12, "text_tokens": 24},
-    {"batch": 4, "height": 11, "width": 9, "text_tokens": 70},
+    {"batch": 4, "height": 11, "width": 9, "text_tokens": 70, "reference_tokens": 63},
 )
 
 

@@ -51,6 +51,10 @@ class Capabilities(BaseModel):
     max_num_images: int
     schedulers: tuple[str, ...]
     edits: bool = Field(description="Whether edits and variations are supported.")
+    max_references: int = Field(
+        description="How many input images an edit may have as references for the prompt. 0 if the model takes none: "
+        "edits start from their input images."
+    )
     suggestions: tuple[str, ...] = Field(description="Prompts that work well with the model.")
 
 
@@ -81,5 +85,6 @@ def of_model(model: ModelDescription, id_: str, sizes: SizePolicy) -> Capabiliti
         max_num_images=model.max_num_images,
         schedulers=model.schedulers,
         edits="vae_encoder" in model.components,
+        max_references=model.max_references,
         suggestions=model.suggestions,
     )

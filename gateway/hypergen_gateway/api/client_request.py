@@ -84,6 +84,7 @@ def init_image_options(body: RequestBody, model: ModelDescription) -> InitImageO
         size=requested_size(body),
         count=body.n,
         keep_originals=strength is not None and strength * _num_inference_steps(body, model) < 1,
+        are_references=strength is None and model.max_references > 0,
     )
 
 
@@ -183,7 +184,8 @@ def _fingerprint(route: str, body: RequestBody, sub_requests: Sequence[SubReques
     """A digest of what was read rather than of the bytes: a form's boundary differs in every request."""
     digest = hashlib.sha256(f"{route}\n{body.model_dump_json(exclude=_FILES)}".encode())
     for sub_request in sub_requests:
-        arrays = [sub_request.generation.image, sub_request.generation.mask]
+        generation = sub_request.generation
+        arrays = [generation.image, generation.mask, generation.references, generation.reference_sizes]
         if (compositing := sub_request.compositing) is not None:  # in a size that the model does not see
             digest.update(repr(compositing.size).encode())
             arrays += [compositing.kept, compositing.mask]

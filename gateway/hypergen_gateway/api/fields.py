@@ -242,7 +242,8 @@ _STRENGTH = Field(
     ge=0.0,
     le=1.0,
     description="How much of the input image is replaced: 1 keeps nothing; 0, or less than one step, returns it "
-    "unchanged.",
+    "unchanged. Without it, a model that takes references (`max_references` of `/v1/capabilities`) is shown the images "
+    "of an edit as such, and generates from noise.",
 )
 
 
@@ -273,7 +274,7 @@ class EditForm(_EditFields):
     image: Annotated[Uploads, _IMAGE] = Field(
         validation_alias=AliasChoices("image", "images"),
         description="PNG, JPEG, WebP, AVIF or GIF, less than 50 MB each; also as `image[]`. Image i starts from "
-        "input image i mod k.",
+        "input image i mod k, unless the model takes all of them as references.",
     )
     mask: Annotated[Upload | None, _MASK] = Field(
         default=None, description="A PNG of the first image's size: its transparent pixels are regenerated."

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from hypergen_gateway.generation.backend import Pixels
+from hypergen_gateway.generation.backend import GenerationRequest, Pixels
 from hypergen_gateway.generation.images import FormatName
 from hypergen_gateway.generation.request import ClientRequest, Quality
 from hypergen_gateway.generation.service import EncodedImage
@@ -161,9 +161,9 @@ def image_event(request: ClientRequest, encoded: EncodedImage, number: int) -> P
 def usage(images: Sequence[EncodedImage]) -> Usage:
     """The input and output tokens of images of one request."""
     text_tokens = images[0].image.prompt_tokens
-    inputs = [encoded.sub_request.generation.image for encoded in images]
+    inputs = [encoded.sub_request.generation for encoded in images]
     # Images that start from the same init image share it.
-    image_tokens = sum(_tokens(pixels) for pixels in {id(pixels): pixels for pixels in inputs}.values())
+    image_tokens = sum(_input_tokens(generation) for generation in {id(each.image): each for each in inputs}.values())
     output_tokens = sum(_tokens(encoded.image.pixels) for encoded in images)
     return Usage(
         input_tokens=text_tokens + image_tokens,
@@ -191,8 +191,13 @@ def server_timing(images: Sequence[EncodedImage]) -> str:
     return ", ".join(f"{name};dur={max(durations):.1f}" for name, durations in phases.items())
 
 
-def _tokens(pixels: Pixels | None) -> int:
-    return 0 if pixels is None else pixels.shape[0] * pixels.shape[1] // _PIXELS_PER_TOKEN
+def _input_tokens(generation: GenerationRequest) -> int:
+    references = sum(pixels // _PIXELS_PER_TOKEN for pixels in generation.reference_pixels)
+    return references + (0 if generation.image is None else _tokens(generation.image))
+
+
+def _tokens(pixels: Pixels) -> int:
+    return pixels.shape[0] * pixels.shape[1] // _PIXELS_PER_TOKEN
 
 
 def _common_size(images: Sequence[EncodedImage]) -> str | None:

@@ -16,6 +16,7 @@ MAX_SEED = 2**63 - 1
 Lines = tuple[str, ...]
 Int64 = int  # other integers of a request are 32 bits wide
 Pixels = NDArray[np.uint8]
+Sides = NDArray[np.int32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ class GenerationRequest:
     partial_images: int = 0  # previews of each image, at evenly spaced steps
     image: Pixels | None = None  # the init image, RGB [height, width, 3]
     mask: Pixels | None = None  # [height, width]; 255 is repainted, 0 stays as in `image`
+    references: Pixels | None = None  # the bytes of all reference images, one after another, each RGB
+    reference_sizes: Sides | None = None  # [images, 2]: height and width of each
     strength: float | None = None  # from 0 to 1, how much of `image` is replaced by noise; None: the model's default
     timestep_spacing: str | None = None  # None: as the scheduler is configured
     sigmas: str | None = None  # likewise
@@ -46,6 +49,11 @@ class GenerationRequest:
     clip_skip: int | None = None  # so many of CLIP's last layers are left out; None: the model's default
     lora: str | None = None  # the name of a LoRA that the model was exported with
     lora_scale: float | None = None  # one of its scales; None: its default
+
+    @property
+    def reference_pixels(self) -> list[int]:
+        """Height times width of each reference image."""
+        return [] if self.reference_sizes is None else self.reference_sizes.prod(axis=1).tolist()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +121,10 @@ class ModelDescription:
     max_clip_skip: int  # 0: the text encoders have no such input
     default_clip_skip: int
     max_active_images: int
+    max_references: int  # reference images of a request; 0: the model takes none
+    max_reference_pixels: int  # height times width of one
+    max_reference_side: int
+    preferred_reference_sizes: tuple[str, ...]  # WIDTHxHEIGHT that they are scaled to; empty if they may have any
     suggestions: Lines  # prompts that suit the model; empty for most
 
     @property

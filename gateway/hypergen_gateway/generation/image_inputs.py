@@ -1,20 +1,22 @@
-"""Uploaded images to init images and masks in a size that the model generates, and compositing the result.
+"""Uploaded images to init images, masks and references in sizes that the model takes, and compositing the result.
 
 As in OpenAI's API, transparent pixels of a mask are repainted. Blocks, so it is called in a thread.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from hypergen_gateway.errors import InvalidRequestError
-from hypergen_gateway.generation.backend import ModelDescription, Pixels
+from hypergen_gateway.generation.backend import ModelDescription, Pixels, Sides
 from hypergen_gateway.generation.images import decode
+from hypergen_gateway.generation.references import reference_size, to_reference
 from hypergen_gateway.generation.sizes import Box, Size, SizePolicy, crop_box, nearest_size
 
 # Pixels less opaque than this are repainted.
@@ -51,16 +53,20 @@ class Compositing:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class InitImage:
-    """An image that generation starts from, in a size that the model generates."""
+    """What images are generated from: an image to start from, reference images, or both."""
 
-    image: Pixels  # RGB [height, width, 3]
-    mask: Pixels | None  # [height, width]; 255 is repainted, 0 stays
+    size: Size  # that the model generates
+    image: Pixels | None = None  # RGB [height, width, 3] of `size`
+    mask: Pixels | None = None  # [height, width]; 255 is repainted, 0 stays
     compositing: Compositing
+    references: Pixels | None = None  # as in `GenerationRequest`
+    reference_sizes: Sides | None = None
 
     @property
     def nbytes(self) -> int:
         """The memory it takes."""
-        return sum(array.nbytes for array in (self.image, self.mask, self.compositing.kept) if array is not None)
+        arrays = (self.image, self.mask, self.compositing.kept, self.references)
+        return sum(array.nbytes for array in arrays if array is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,36 +74,73 @@ class InitImageOptions:
     """How uploads become init images: at most `count`, scaled to `size`, or each in its own size if that is None.
 
     `keep_originals` is for a strength that may leave no step to take: the image is then returned unchanged.
+    `are_references`: without a mask, the uploads are reference images.
     """
 
     size: Size | None
     count: int
     keep_originals: bool = False
+    are_references: bool = False
 
 
 def read_init_images(
     uploads: Uploads, options: InitImageOptions, model: ModelDescription, sizes: SizePolicy
 ) -> list[InitImage]:
-    """The first `count` uploads as init images. All are decoded, so that a broken one is always reported.
+    """The first `count` uploads as init images, or all together if the model sees them as references.
+
+    All are decoded, so that a broken one is always reported.
 
     The first image's own size is legal whatever the policy, as it is the size of the response by default.
 
     Raises:
         InvalidRequestError: `param` is the field of the images, the mask or the size.
     """
-    init_images = []
-    for number, file in enumerate(uploads.images):
-        image = decode(file, uploads.images_param)
-        if number == 0 and options.size not in (None, image.size):
-            sizes.check(options.size, model)
-        mask = None
-        if number == 0 and uploads.mask is not None:
-            mask = _read_mask(uploads.mask, image)
-        elif image.mode == "RGBA":
-            mask = _transparency(image)
+    images = (decode(file, uploads.images_param) for file in uploads.images)
+    first = next(images)
+    if options.size not in (None, first.size):
+        sizes.check(options.size, model)
+    mask = _read_mask(uploads.mask, first) if uploads.mask is not None else _own_mask(first)
+    if model.max_references and (options.are_references or mask is not None):
+        _check_number(uploads, model)
+        seen = images if mask is not None else itertools.chain([first], images)
+        references = [to_reference(_flatten(image), uploads.images_param, model) for image in seen]
+        return [_with_references(first, mask, references, options, model)]
+    init_images = [_init_image(_flatten(first), mask, options, model)]
+    for number, image in enumerate(images, start=1):
         if number < options.count:
-            init_images.append(_init_image(_flatten(image), mask, options, model))
+            init_images.append(_init_image(_flatten(image), _own_mask(image), options, model))
     return init_images
+
+
+def _check_number(uploads: Uploads, model: ModelDescription) -> None:
+    if len(uploads.images) > model.max_references:
+        param, most = uploads.images_param, model.max_references
+        raise InvalidRequestError(
+            f"Invalid value for '{param}': {len(uploads.images)} images. The model takes at most {most} as references.",
+            param,
+        )
+
+
+def _with_references(
+    first: Image.Image,
+    mask: Image.Image | None,
+    references: Sequence[Pixels],
+    options: InitImageOptions,
+    model: ModelDescription,
+) -> InitImage:
+    """An image to generate from references; with a mask, also from the first upload, which the model sees anyway."""
+    if mask is not None:
+        init_image = _init_image(_flatten(first), mask, options, model)
+    else:
+        generated = nearest_size(options.size or reference_size(first.size, model), model)
+        init_image = InitImage(size=generated, compositing=Compositing(size=options.size or first.size))
+    if not references:
+        return init_image
+    return replace(
+        init_image,
+        references=np.concatenate([image.reshape(-1) for image in references]),
+        reference_sizes=np.array([image.shape[:2] for image in references], dtype=np.int32),
+    )
 
 
 def _read_mask(file: BinaryIO, image: Image.Image) -> Image.Image:
@@ -112,6 +155,10 @@ def _read_mask(file: BinaryIO, image: Image.Image) -> Image.Image:
             "mask",
         )
     return repainted
+
+
+def _own_mask(image: Image.Image) -> Image.Image | None:
+    return _transparency(image) if image.mode == "RGBA" else None
 
 
 def _transparency(image: Image.Image) -> Image.Image | None:
@@ -134,10 +181,13 @@ def _init_image(
     if options.size is not None:
         image = ImageOps.fit(image, options.size, Image.Resampling.LANCZOS)
         mask = mask and ImageOps.fit(mask, options.size, Image.Resampling.BOX)
-    generated = nearest_size(image.size, model)
+    # A masked image is a reference, too, if the model takes any.
+    is_seen = mask is not None and model.max_references > 0
+    generated = nearest_size(reference_size(image.size, model) if is_seen else image.size, model)
     box = crop_box(generated, image.size)
     kept = np.asarray(image) if mask or options.keep_originals else None
     return InitImage(
+        size=generated,
         image=_fit_into(image, generated, box, Image.Resampling.LANCZOS),
         mask=_binary(mask and _fit_into(mask, generated, box, Image.Resampling.BOX)),
         compositing=Compositing(size=image.size, kept=kept, mask=_binary(mask)),

@@ -60,7 +60,10 @@ def _load(generation: GenerationRequest, model: ModelDescription) -> float:
     if generation.guidance_scale > model.min_guidance_scale and model.has_negative_prompt:  # two rows in guided steps
         end = 1.0 if generation.guidance_end is None else generation.guidance_end
         rows += end - (generation.guidance_start or 0.0)
-    return rows * depth * generation.width * generation.height
+    pixels = generation.width * generation.height
+    # The denoiser works on reference images as on its own. One that is inpainted is a reference, too.
+    seen = sum(generation.reference_pixels) + (pixels if generation.mask is not None and model.max_references else 0)
+    return rows * depth * (pixels + seen)
 
 
 class StepTimeModel:

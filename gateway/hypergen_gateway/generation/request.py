@@ -29,7 +29,7 @@ class Client:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SubRequest:
-    """Images that the backend generates together: of one size, from at most one init image."""
+    """Images that the backend generates together: of one size, from the same inputs."""
 
     generation: GenerationRequest
     first_index: int = 0
@@ -79,7 +79,8 @@ class ClientRequest:
     @property
     def nbytes(self) -> int:
         """The memory taken by the init images."""
-        inputs = [array for each in self.sub_requests for array in (each.generation.image, each.generation.mask)]
+        generations = [each.generation for each in self.sub_requests]
+        inputs = [array for each in generations for array in (each.image, each.mask, each.references)]
         compositings = [each.compositing for each in self.sub_requests if each.compositing is not None]
         kept = [array for each in compositings for array in (each.kept, each.mask)]
         # Several images may start from the same one.
@@ -109,8 +110,16 @@ def split(generation: GenerationRequest, init_images: Sequence[InitImage], size:
 
 
 def _start_from(init_image: InitImage, generation: GenerationRequest) -> SubRequest:
-    height, width, _ = init_image.image.shape
+    width, height = init_image.size
     return SubRequest(
-        generation=replace(generation, width=width, height=height, image=init_image.image, mask=init_image.mask),
+        generation=replace(
+            generation,
+            width=width,
+            height=height,
+            image=init_image.image,
+            mask=init_image.mask,
+            references=init_image.references,
+            reference_sizes=init_image.reference_sizes,
+        ),
         compositing=init_image.compositing,
     )

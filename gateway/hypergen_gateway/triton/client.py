@@ -61,7 +61,7 @@ CHANNEL_ARGS: list[tuple[str, int | str]] = [
     ("grpc.enable_http_proxy", 0),
 ]
 
-_DATATYPES = {"str": "BYTES", "int": "INT32", "Int64": "INT64", "float": "FP32", "Pixels": "UINT8"}
+_DATATYPES = {"str": "BYTES", "int": "INT32", "Int64": "INT64", "float": "FP32", "Pixels": "UINT8", "Sides": "INT32"}
 # Input tensors of `diffusion`: the fields of `GenerationRequest`. Absent fields are not sent.
 INPUT_TYPES: dict[str, str] = {
     field.name: _DATATYPES[str(field.type).removesuffix(" | None")] for field in dataclasses.fields(GenerationRequest)
@@ -75,7 +75,14 @@ OUTPUTS = ("image", "image_index", "step", "is_final", "seed", "prompt_tokens", 
 _OPTIONAL_OUTPUTS = {"truncated_tokens"}
 
 # Request fields of inputs with a different name.
-_PARAMS: Mapping[str, str] = {"num_images": "n", "width": "size", "height": "size", "lora": "lora_path"}
+_PARAMS: Mapping[str, str] = {
+    "num_images": "n",
+    "width": "size",
+    "height": "size",
+    "lora": "lora_path",
+    "references": "image",
+    "reference_sizes": "image",
+}
 
 # Long enough for gRPC to notice a lost Triton and stop using it.
 RETRY_SECONDS = 0.2

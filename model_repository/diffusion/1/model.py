@@ -20,8 +20,8 @@ import triton_python_backend_utils as pb_utils
 
 from hypergen_sampler.bls import Components
 from hypergen_sampler.composite import composite
-from hypergen_sampler.conditioning import Conditioning, conditioning_of, merge, texts_of
-from hypergen_sampler.latent_init import ImagePosterior, LatentInit
+from hypergen_sampler.conditioning import Array, Conditioning, conditioning_of, merge, texts_of
+from hypergen_sampler.latent_init import ImagePosterior, LatentInit, references_of
 from hypergen_sampler.metrics import SamplerMetrics
 from hypergen_sampler.prompts import PromptTokenizers, Tokens
 from hypergen_sampler.request import Architecture, Limits, Request, check_request
@@ -106,17 +106,20 @@ class TritonPythonModel:
         began = time.perf_counter()
         request = _with_copied_pixels(request)
         tokens = self._tokenize(texts_of(request, self._architecture), request.prompt_weighting, request.clip_skip)
-        texts, original = await asyncio.gather(self._encode_texts(request, tokens), self._encode_image(request))
+        texts, original, references = await asyncio.gather(
+            self._encode_texts(request, tokens), self._encode_image(request), self._encode_references(request)
+        )
+        seen = references_of(request, original, references)
         return _PreparedRequest(
             request=request,
-            conditions=conditioning_of(request, texts, self._architecture),
+            conditions=conditioning_of(request, texts, self._architecture, seen),
             latent_init=LatentInit(
                 shape=self._latent_shape(request),
                 original=original,
                 mask=request.mask,
                 respaces_timesteps=self._architecture.is_latent_consistency,
                 starts_from_mode=bool(self._architecture.encodes_mode),
-                patch_size=self._architecture.latent_patch_size,
+                interpolates_mask=self._architecture.latent_patch_size > 1,
             ),
             prompt_tokens=tokens.count,
             truncated_tokens=tokens.cut,
@@ -138,6 +141,10 @@ class TritonPythonModel:
         if request.image is None:
             return None
         return ImagePosterior(*await self._components.encode(request.image))
+
+    async def _encode_references(self, request: Request) -> list[Array]:
+        posteriors = await asyncio.gather(*(self._components.encode(image) for image in request.references))
+        return [mean for mean, _ in posteriors]
 
     async def _generate(self, job: _PreparedRequest, loop: StepLoop) -> None:
         """Send each image as soon as it is ready; the last one sent ends the stream."""
@@ -215,4 +222,5 @@ def _with_copied_pixels(request: Request) -> Request:
         request,
         image=None if request.image is None else request.image.copy(),
         mask=None if request.mask is None else request.mask.copy(),
+        references=tuple(image.copy() for image in request.references),
     )

@@ -24,6 +24,7 @@ SIZES = {
     "projection_width_2": 1280,
     "guidance_width": 256,
     "latent_channels": 4,
+    "token_width": 16,
     "vae_scale_factor": 8,
     "deep_channels": 320,
     "time_width": 320,

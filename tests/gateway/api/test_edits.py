@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from hypergen_gateway.generation.backend import Pixels
-from support.fake_backend import FakeBackend, until
+from support.fake_backend import MODEL, FakeBackend, until
 from support.image_files import file_of, hole, photo, ramp
 from support.wire import data_url, form, part
 
@@ -168,6 +169,55 @@ class TestForms:
             assert image.shape == (100, 100, 3)
             assert (image[20, 20].tolist(), image[99, 99].tolist()) == ([100, 100, 100], [255, 255, 0])
         assert events[-1]["usage"]["input_tokens_details"]["image_tokens"] == 13 * 13
+
+
+REFERRING = replace(MODEL, size_factor=16, max_references=2, max_reference_pixels=256 * 256)
+
+
+class TestReferences:
+    """Of a model that takes them."""
+
+    @pytest.fixture(autouse=True)
+    def _refer(self, backend: FakeBackend) -> None:
+        backend.description = REFERRING
+
+    async def test_all_images_are_references_of_every_result(
+        self, client: httpx.AsyncClient, backend: FakeBackend
+    ) -> None:
+        files = [("image[]", file_of(photo(64, 80))), ("image[]", file_of(photo(96, 64)))]
+        response = await client.post(EDITS, data={"prompt": "both of them", "n": "3", "seed": "5"}, files=files)
+        assert [image.shape for image in images_in(response)] == [(80, 64, 3)] * 3
+        (generation,) = backend.generations
+        assert (generation.num_images, generation.image, generation.strength) == (3, None, None)
+        assert generation.references is not None
+        assert same(generation.references, np.concatenate([ramp(64, 80).reshape(-1), ramp(96, 64).reshape(-1)]))
+        usage = response.json()["usage"]
+        assert usage["input_tokens_details"] == {"text_tokens": 3, "image_tokens": 8 * 10 + 12 * 8}
+        assert usage["output_tokens"] == 3 * 8 * 10
+
+    async def test_a_strength_starts_from_the_image_instead(
+        self, client: httpx.AsyncClient, backend: FakeBackend
+    ) -> None:
+        files = {"image": file_of(photo(64, 80))}
+        assert images_in(await client.post(EDITS, data={"prompt": "a", "strength": "0.5"}, files=files))
+        assert images_in(await client.post(VARIATIONS, data={"response_format": "b64_json"}, files=files))
+        for generation in backend.generations:
+            assert same(generation.image, ramp(64, 80))
+            assert generation.references is None
+
+    async def test_other_references_are_another_request(self, client: httpx.AsyncClient, backend: FakeBackend) -> None:
+        headers = {"Idempotency-Key": "one"}
+        for width, status in [(64, 200), (64, 200), (80, 400)]:
+            body = {"prompt": "a", "images": [data_url(file_of(photo(width, 64)))]}
+            assert (await client.post(EDITS, json=body, headers=headers)).status_code == status
+        assert len(backend.generations) == 1
+
+    async def test_too_many_are_refused_by_name(self, client: httpx.AsyncClient) -> None:
+        files = [("image[]", file_of(photo(64, 64))) for _ in range(3)]
+        error = (await client.post(EDITS, data={"prompt": "a"}, files=files)).json()["error"]
+        assert (error["param"], error["type"]) == ("image", "invalid_request_error")
+        assert "at most 2" in error["message"]
+        assert (await client.get("/v1/capabilities")).json()["max_references"] == 2
 
 
 class TestJson:

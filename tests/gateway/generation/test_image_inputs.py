@@ -11,29 +11,41 @@ import pytest
 from PIL import Image
 
 from hypergen_gateway.errors import InvalidRequestError
-from hypergen_gateway.generation.backend import ModelDescription
+from hypergen_gateway.generation.backend import ModelDescription, Pixels
 from hypergen_gateway.generation.image_inputs import InitImage, InitImageOptions, Uploads, read_init_images
 from hypergen_gateway.generation.sizes import SizePolicy
 from support.fake_backend import MODEL
 from support.image_files import file_of, hole, photo, ramp
 
+REFERRING = replace(MODEL, size_factor=16, max_references=3, max_reference_pixels=256 * 256)
 BUILT = replace(MODEL, sizes=("512x512", "768x512", "512x768"))
 
 
 def starts(
-    *images: bytes, mask: bytes | None = None, asked: Any = None, needed: int = 16, model: ModelDescription = MODEL
+    *images: bytes,
+    mask: bytes | None = None,
+    asked: Any = None,
+    needed: int = 16,
+    model: ModelDescription = MODEL,
+    are_references: bool = False,
 ) -> list[InitImage]:
     uploads = Uploads(
         images=[io.BytesIO(image) for image in images],
         mask=None if mask is None else io.BytesIO(mask),
         images_param="image",
     )
-    return read_init_images(uploads, InitImageOptions(size=asked, count=needed), model, SizePolicy())
+    options = InitImageOptions(size=asked, count=needed, are_references=are_references)
+    return read_init_images(uploads, options, model, SizePolicy())
+
+
+def image_of(start: InitImage) -> Pixels:
+    assert start.image is not None
+    return start.image
 
 
 def test_an_image_of_a_legal_size_arrives_pixel_by_pixel() -> None:
     (start,) = starts(file_of(photo(64, 48)))
-    assert np.array_equal(start.image, ramp(64, 48))
+    assert np.array_equal(image_of(start), ramp(64, 48))
     assert start.mask is None
     generated = np.full((48, 64, 3), 7, dtype=np.uint8)
     assert start.compositing.apply(generated) is generated
@@ -41,16 +53,16 @@ def test_an_image_of_a_legal_size_arrives_pixel_by_pixel() -> None:
 
 def test_another_image_is_native_in_a_legal_size_and_comes_back_in_its_own() -> None:
     (start,) = starts(file_of(photo(501, 333)))
-    assert start.image.shape == (336, 504, 3)
-    assert np.abs(start.image[::48, ::72].astype(int) - ramp(504, 336)[::48, ::72]).max() < 4
-    back = start.compositing.apply(start.image)
+    assert image_of(start).shape == (336, 504, 3)
+    assert np.abs(image_of(start)[::48, ::72].astype(int) - ramp(504, 336)[::48, ::72]).max() < 4
+    back = start.compositing.apply(image_of(start))
     assert back.shape == (333, 501, 3)
     assert np.abs(back.astype(int) - ramp(501, 333)).mean() < 1
 
 
 def test_with_a_size_the_image_is_cut_to_its_proportions_from_the_middle() -> None:
     (start,) = starts(file_of(photo(96, 48)), asked=(48, 48))
-    assert np.array_equal(start.image, ramp(96, 48)[:, 24:72])
+    assert np.array_equal(image_of(start), ramp(96, 48)[:, 24:72])
     assert start.compositing.size == (48, 48)
 
 
@@ -86,8 +98,8 @@ def test_the_transparent_part_of_an_image_is_its_mask_where_none_is_given() -> N
     (start,) = starts(file_of(image))
     assert start.mask is not None
     assert np.array_equal(start.mask > 0, np.asarray(hole().getchannel("A")) == 0)
-    assert start.image[20, 20].tolist() == [255, 255, 255]
-    assert start.image[0, 63].tolist() == ramp(64, 48)[0, 63].tolist()
+    assert image_of(start)[20, 20].tolist() == [255, 255, 255]
+    assert image_of(start)[0, 63].tolist() == ramp(64, 48)[0, 63].tolist()
 
 
 @pytest.mark.parametrize("alpha", [128, 255])
@@ -115,7 +127,7 @@ def test_a_mask_for_a_photograph_on_its_side_has_the_upright_size() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     (start,) = starts(file_of(photo(64, 48), exif=exif), mask=file_of(hole(48, 64)))
-    assert start.image.shape == (64, 48, 3)
+    assert image_of(start).shape == (64, 48, 3)
 
 
 @pytest.mark.parametrize(
@@ -143,3 +155,44 @@ def test_input_images_that_are_not_used_are_checked_all_the_same() -> None:
     assert len(starts(file_of(photo()), file_of(photo()), needed=1)) == 1
     with pytest.raises(InvalidRequestError):
         starts(file_of(photo()), b"rubbish", needed=1)
+
+
+def test_references_are_joined_in_order_and_the_first_says_the_size() -> None:
+    files = [file_of(photo(100, 75)), file_of(photo(64, 80))]
+    (start,) = starts(*files, model=REFERRING, are_references=True, needed=1)
+    assert (start.image, start.mask, start.size, start.compositing.size) == (None, None, (96, 64), (100, 75))
+    assert start.references is not None
+    assert start.reference_sizes is not None
+    assert start.reference_sizes.tolist() == [[64, 96], [80, 64]]
+    parts = [ramp(100, 75)[5:69, 2:98], ramp(64, 80)]
+    assert np.array_equal(start.references, np.concatenate([part.reshape(-1) for part in parts]))
+    assert start.nbytes == start.references.nbytes
+
+
+def test_the_size_of_the_result_may_be_another_than_that_of_the_references() -> None:
+    (start,) = starts(file_of(photo(100, 75)), model=REFERRING, are_references=True, asked=(200, 100))
+    assert (start.size, start.compositing.size) == ((208, 96), (200, 100))
+    assert start.reference_sizes is not None
+    assert start.reference_sizes.tolist() == [[64, 96]]
+
+
+def test_a_masked_image_is_started_from_and_the_others_are_references() -> None:
+    files = [file_of(photo(600, 400)), file_of(photo(64, 80))]
+    (start,) = starts(*files, mask=file_of(hole(600, 400)), model=REFERRING)
+    assert image_of(start).shape == (208, 304, 3)  # as large as a reference may be
+    assert start.mask is not None
+    assert start.reference_sizes is not None
+    assert start.reference_sizes.tolist() == [[80, 64]]
+
+
+def test_with_a_strength_images_are_started_from_one_by_one() -> None:
+    first, second = starts(file_of(photo(64, 48)), file_of(photo(64, 64)), model=REFERRING)
+    assert [image_of(each).shape for each in (first, second)] == [(48, 64, 3), (64, 64, 3)]
+    assert first.references is None
+
+
+@pytest.mark.parametrize("mask", [None, file_of(hole(64, 80))])
+def test_more_references_than_the_model_takes_are_refused(mask: bytes | None) -> None:
+    with pytest.raises(InvalidRequestError, match=r"'image': 4 images\. The model takes at most 3") as refusal:
+        starts(*[file_of(photo(64, 80))] * 4, mask=mask, model=REFERRING, are_references=True)
+    assert refusal.value.param == "image"

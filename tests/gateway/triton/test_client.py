@@ -125,6 +125,10 @@ class TestDescribe:
             max_clip_skip=12,
             default_clip_skip=0,
             max_active_images=32,
+            max_references=4,
+            max_reference_pixels=1048576,
+            max_reference_side=4096,
+            preferred_reference_sizes=("672x1568", "1024x1024"),
             suggestions=("a rocket, red", "a cat"),
         )
 

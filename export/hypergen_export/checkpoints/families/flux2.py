@@ -6,18 +6,20 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hypergen_export.checkpoints.components import Sizes
-from hypergen_export.checkpoints.families.tensors import HIDDEN_STATES, transformer, vae
+from hypergen_export.checkpoints.families.tensors import HIDDEN_STATES, REFERENCES, transformer, vae
 from hypergen_export.checkpoints.families.text_encoders import QWEN2_TOKENIZER, QWEN3_WITH_HEAD, qwen3
-from hypergen_export.checkpoints.family import Config, ConfigOverrides, Configs, Family, Sampling, TextInput
+from hypergen_export.checkpoints.family import Config, ConfigOverrides, Configs, Family, References, Sampling, TextInput
 
 _MAX_TOKENS = 512  # of Flux2KleinPipeline
 # The pipeline concatenates the hidden states of three layers, of which this is the last.
 _LAST_LAYER = 27
+# The pipeline takes any number; Black Forest Labs' own API of this model takes four.
+_REFERENCES = References(count=4, pixels=1024 * 1024, position_step=10)
 
 
 def _stated_inputs(config: Config) -> set[str]:
     guidance = {"guidance"} if config.get("guidance_embeds", True) else set[str]()
-    return {"encoder_hidden_states"} | guidance
+    return {"encoder_hidden_states", *(tensor.name for tensor in REFERENCES)} | guidance
 
 
 def _sizes(configs: Configs) -> Sizes:
@@ -47,10 +49,11 @@ def _check(configs: Mapping[str, Config], sizes: Sizes) -> Iterator[str]:
 def _klein(name: str, guidance: str, **rest: Any) -> Family:
     return Family(
         name=name,
+        references=_REFERENCES,
         pipelines={"Flux2KleinPipeline": ConfigOverrides()},
         components=(
             qwen3("tokens", "flux2_text_encoder"),
-            transformer("diffusers.Flux2Transformer2DModel", HIDDEN_STATES, wrapper="flux2"),
+            transformer("diffusers.Flux2Transformer2DModel", HIDDEN_STATES, *REFERENCES, wrapper="flux2"),
             *vae("diffusers.AutoencoderKLFlux2", "flux2"),
         ),
         # Padding is masked in the text encoder, but attended to in the transformer.

@@ -18,6 +18,11 @@ HIDDEN_STATES = Tensor(name="encoder_hidden_states", dtype=FLOAT, axes=("tokens"
 # Those of a prompt of any length, and which of them are the prompt's: the denoiser does not attend to padding.
 MASKED_HIDDEN_STATES = Tensor(name="encoder_hidden_states", dtype=FLOAT, axes=("text_tokens", "context_width"))
 TEXT_MASK = Tensor(name="text_mask", dtype=INT, axes=("text_tokens",), example="mask")
+# All tokens of all reference images, one after another, and where each is: image, row and column.
+REFERENCES = (
+    Tensor(name="references", dtype=FLOAT, axes=("reference_tokens", "token_width")),
+    Tensor(name="reference_positions", dtype=INT, axes=("reference_tokens", 3), example="reference_positions"),
+)
 POOLED = Tensor(name="text_embeds", dtype=FLOAT, axes=("pooled_width",))
 
 

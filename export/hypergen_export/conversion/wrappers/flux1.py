@@ -16,6 +16,7 @@ from hypergen_export.conversion.wrappers.rotary import (
     rotate,
     split_heads,
     unpack,
+    with_references,
 )
 
 # Positions of an axis: images of 16,384 pixels.
@@ -49,7 +50,9 @@ class Flux1(nn.Module):
     """sample [B, C, h, w], time [B, T], encoder_hidden_states [B, L, D], text_embeds [B, P] -> model_output as sample.
 
     A guidance-distilled model also takes guidance [B, T], the embedding of 1000 times the guidance scale. A token is
-    2 × 2 latent pixels. All L tokens of the prompt are attended to, padding included.
+    2 × 2 latent pixels. All L tokens of the prompt are attended to, padding included. FLUX.1-Kontext also takes N
+    tokens of reference images, none or more: references [B, N, 4 × C] and reference_positions [B, N, 3], the image
+    (1 for the first), row and column of each.
     """
 
     def __init__(self, transformer: Any) -> None:
@@ -60,30 +63,37 @@ class Flux1(nn.Module):
         self.transformer = transformer
         self.rotary = RotaryTables(transformer.config.axes_dims_rope, _THETA, _POSITIONS)
 
-    def forward(
+    def forward(  # noqa: PLR0913 - the denoiser's inputs
         self,
         sample: Tensor,
         time: Tensor,
         encoder_hidden_states: Tensor,
         text_embeds: Tensor,
         guidance: Tensor | None = None,
+        references: Tensor | None = None,
+        reference_positions: Tensor | None = None,
     ) -> Tensor:
         model = self.transformer
         dtype = model.x_embedder.weight.dtype
         height, width = sample.shape[2] // 2, sample.shape[3] // 2
-        rotary = self.rotary(*_positions(encoder_hidden_states.shape[1], height, width))
+        positions = _positions(encoder_hidden_states.shape[1], height, width)
+        tokens = pack(sample)
+        if references is not None and reference_positions is not None:
+            tokens = torch.cat([tokens, references], dim=1)
+            positions = with_references(positions, reference_positions)
+        rotary = self.rotary(*positions)
         # Called one by one, since diffusers would compute the sinusoids itself.
         embedders = model.time_text_embed
         embedding = embedders.timestep_embedder(time.to(dtype)) + embedders.text_embedder(text_embeds.to(dtype))
         if guidance is not None:
             embedding = embedding + embedders.guidance_embedder(guidance.to(dtype))
-        image = model.x_embedder(pack(sample).to(dtype))
+        image = model.x_embedder(tokens.to(dtype))
         text = model.context_embedder(encoder_hidden_states.to(dtype))
         for block in (*model.transformer_blocks, *model.single_transformer_blocks):
             text, image = block(
                 hidden_states=image, encoder_hidden_states=text, temb=embedding, image_rotary_emb=rotary
             )
-        output = model.proj_out(model.norm_out(image, embedding))
+        output = model.proj_out(model.norm_out(image[:, : height * width], embedding))
         return unpack(output, height, width).to(torch.float32)
 
 

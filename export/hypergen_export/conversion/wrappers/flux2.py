@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hypergen_export.conversion.wrappers.rotary import JointAttention, RotaryTables, attend, grid, rotate
+from hypergen_export.conversion.wrappers.rotary import (
+    JointAttention,
+    RotaryTables,
+    attend,
+    grid,
+    rotate,
+    with_references,
+)
 from hypergen_export.conversion.wrappers.vae import to_image, to_pixels
 
 # Positions of an axis: images of 16,384 pixels.
@@ -38,9 +45,11 @@ _PROCESSORS = {"Flux2Attention": JointAttention, "Flux2ParallelSelfAttention": _
 
 
 class Flux2(nn.Module):
-    """sample [B, C, h, w], time [B, T], encoder_hidden_states [B, L, D] -> model_output [B, C, h, w].
+    """sample [B, C, h, w], time [B, T], encoder_hidden_states [B, L, D], references -> model_output [B, C, h, w].
 
     A latent pixel is a token, 16 pixels wide and high. All L tokens of the prompt are attended to, padding included.
+    Reference images are N tokens, none or more: references [B, N, C] and reference_positions [B, N, 3], the image
+    (10 for the first, 20 for the second, …), row and column of each.
     """
 
     def __init__(self, transformer: Any) -> None:
@@ -52,15 +61,23 @@ class Flux2(nn.Module):
         config = transformer.config
         self.rotary = RotaryTables(config.axes_dims_rope, float(config.rope_theta), _POSITIONS)
 
-    def forward(self, sample: Tensor, time: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+    def forward(
+        self,
+        sample: Tensor,
+        time: Tensor,
+        encoder_hidden_states: Tensor,
+        references: Tensor,
+        reference_positions: Tensor,
+    ) -> Tensor:
         model = self.transformer
         dtype = model.x_embedder.weight.dtype
         height, width = sample.shape[2:]
         length = encoder_hidden_states.shape[1]
-        rotary = self.rotary(*_positions(length, height, width))
+        rotary = self.rotary(*with_references(_positions(length, height, width), reference_positions))
         # Called directly, since diffusers would cast the sinusoids to the dtype of the timestep.
         embedding = model.time_guidance_embed.timestep_embedder(time.to(dtype))
-        image = model.x_embedder(sample.flatten(2).transpose(1, 2).to(dtype))
+        tokens = torch.cat([sample.flatten(2).transpose(1, 2), references], dim=1)
+        image = model.x_embedder(tokens.to(dtype))
         text = model.context_embedder(encoder_hidden_states.to(dtype))
         modulation = (model.double_stream_modulation_img(embedding), model.double_stream_modulation_txt(embedding))
         for block in model.transformer_blocks:
@@ -75,7 +92,8 @@ class Flux2(nn.Module):
         single = model.single_stream_modulation(embedding)
         for block in model.single_transformer_blocks:
             joint = block(hidden_states=joint, encoder_hidden_states=None, temb_mod=single, image_rotary_emb=rotary)
-        output = model.proj_out(model.norm_out(joint[:, length:], embedding))
+        own = joint[:, length : length + height * width]
+        output = model.proj_out(model.norm_out(own, embedding))
         latents: Tensor = output.transpose(1, 2).unflatten(2, (height, width))
         return latents.to(torch.float32)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 
 class RotaryTables(nn.Module):
@@ -76,6 +76,16 @@ def grid(height: int, width: int) -> tuple[Tensor, Tensor]:
     rows = torch.arange(height)[:, None].expand(height, width).reshape(-1)
     columns = torch.arange(width)[None, :].expand(height, width).reshape(-1)
     return rows, columns
+
+
+def with_references(positions: Sequence[Tensor], references: Tensor) -> list[Tensor]:
+    """Positions [1, S] on each axis, followed by those of reference images: [B, S + N].
+
+    `references` [B, N, 3] are image, row and column; on further axes, they are at 0.
+    """
+    batch = references.shape[0]
+    added = pad(references.to(torch.int64), (0, len(positions) - references.shape[-1])).unbind(-1)
+    return [torch.cat([axis.expand(batch, -1), more], dim=1) for axis, more in zip(positions, added, strict=True)]
 
 
 class JointAttention:

@@ -16,6 +16,7 @@ import torch
 
 from hypergen_sampler.prompt_weights import WeightsOverflowError, weighted
 from hypergen_sampler.prompts import ATTENTION_MASK, Tokens
+from hypergen_sampler.references import REFERENCES, reference_tokens
 from hypergen_sampler.request import Architecture, InvalidInputError, Request
 
 Array = npt.NDArray[np.float32]
@@ -77,15 +78,25 @@ def _join_chunks(states: Array, chunks: int) -> Array:
     return states.reshape(rows // chunks, chunks * length, width)
 
 
-def conditioning_of(request: Request, texts: Conditioning, architecture: Architecture) -> Conditioning:
-    """The denoiser's inputs for this request, by name; `texts` are the merged encodings of `texts_of(request)`."""
+def conditioning_of(
+    request: Request, texts: Conditioning, architecture: Architecture, references: Sequence[Array] = ()
+) -> Conditioning:
+    """The denoiser's inputs for this request, by name.
+
+    `texts` are the merged encodings of `texts_of(request)`, `references` the latents [C, h, w] of its reference images.
+    """
     if architecture.guides(request) and _uses_zeros(request, architecture):
         texts = {name: np.concatenate([np.zeros_like(array), array]) for name, array in texts.items()}
     rows = len(texts[HIDDEN_STATES])
-    return {
-        name: texts[name] if name in texts else _repeat(_MADE[name](request, architecture), rows)
-        for name in architecture.denoiser_inputs
-    }
+    takes_references = REFERENCES in architecture.denoiser_inputs
+    tokens = reference_tokens(references, architecture) if takes_references else {}
+
+    def rows_of(name: str) -> npt.NDArray[Any]:
+        if name in texts:
+            return texts[name]
+        return _repeat(tokens[name] if name in tokens else _MADE[name](request, architecture), rows)
+
+    return {name: rows_of(name) for name in architecture.denoiser_inputs}
 
 
 def _uses_zeros(request: Request, architecture: Architecture) -> bool:
@@ -120,5 +131,5 @@ _MADE: Mapping[str, Callable[[Request, Architecture], Array]] = {
 }
 
 
-def _repeat(row: Array, rows: int) -> Array:
+def _repeat(row: npt.NDArray[Any], rows: int) -> npt.NDArray[Any]:
     return np.repeat(row[None], rows, axis=0)

@@ -7,6 +7,7 @@ numbers from an image's generator.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +40,9 @@ class LatentInit:
     schedule, as the pipelines of latent consistency models do. False: take only the last steps of the full schedule."""
     starts_from_mode: bool = False
     """Whether the input image's latents are the mode of its posterior, instead of a sample."""
-    patch_size: int = 1
-    """Width and height of a latent pixel in the VAE's: its channels are those of the VAE's pixels one after another."""
+    interpolates_mask: bool = False
+    """How much of a latent pixel a mask repaints. True: as much as it covers of the pixels at its middle, as in
+    Flux2KleinInpaintPipeline. False: all of it or nothing, as it covers its top left corner."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class MaskBlend:
     latents: torch.Tensor
     noise: torch.Tensor
     mask: torch.Tensor
-    """[1, 1 or C, h, w]; 1 is repainted."""
+    """[1, 1, h, w]; 1 is repainted."""
 
     def apply(self, latents: torch.Tensor, scheduler: Any, next_timestep: torch.Tensor | None) -> torch.Tensor:
         """`latents` with the kept part restored, free of noise if no timestep follows."""
@@ -70,6 +72,13 @@ class Start:
     latents: torch.Tensor
     timesteps: list[torch.Tensor]
     kept: MaskBlend | None = None
+
+
+def references_of(request: Request, original: ImagePosterior | None, references: Sequence[Array]) -> list[Array]:
+    """The latents of all reference images: an image that is inpainted is the first, before the `references` given."""
+    if original is None or request.mask is None:
+        return [*references]
+    return [original.mean, *references]
 
 
 def initial_latents(request: Request, latent_init: LatentInit, scheduler: Any, generator: torch.Generator) -> Start:
@@ -128,14 +137,10 @@ def _encoded(latent_init: LatentInit, generator: torch.Generator) -> torch.Tenso
 
 
 def _latent_mask(latent_init: LatentInit) -> torch.Tensor:
-    """[1, 1 or C, h, w]; a pixel of the VAE's latents is repainted if the mask covers its top left corner."""
     assert latent_init.mask is not None
     covered = torch.from_numpy((latent_init.mask >= 128).astype(np.float32))[None, None]
-    (channels, *size), patch = latent_init.shape, latent_init.patch_size
-    mask = torch.nn.functional.interpolate(covered, size=[side * patch for side in size])
-    if patch == 1:
-        return mask
-    return torch.nn.functional.pixel_unshuffle(mask, patch).repeat(1, channels // patch**2, 1, 1)
+    mode = "bilinear" if latent_init.interpolates_mask else "nearest"
+    return torch.nn.functional.interpolate(covered, size=latent_init.shape[1:], mode=mode)
 
 
 def _timesteps(scheduler: Any, num_inference_steps: int, **more: Any) -> list[torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,6 +64,11 @@ class Limits:
     """Rows of one denoiser call; an image under classifier-free guidance takes two."""
     latent_channels: int
     vae_scale_factor: int
+    max_references: int
+    """Reference images of a request; 0 if the denoiser takes none."""
+    max_reference_pixels: int
+    max_reference_side: int
+    """Width times height of a reference image, and its longer side."""
     schedulers: tuple[str, ...]
     prompt_weightings: tuple[str, ...]
     """The syntaxes of weights in prompts that a request may select."""
@@ -133,6 +139,10 @@ class Architecture:
     """Width and height of a latent pixel in those of the VAE."""
     encodes_mode: int
     """Whether image-to-image starts from the mode of the encoded image instead of a sample."""
+    reference_position_step: int
+    """The first axis of a reference image's positions: once, twice, … this number."""
+    token_width: int
+    """Length of a token of a reference image."""
     zeros_for_no_negative_prompt: int
     """An absent negative prompt is encoded as zeros (1) or as the empty text (0). A given one is always encoded."""
 
@@ -249,6 +259,8 @@ class Request:
     """The input image, [height, width, 3]."""
     mask: Pixels | None = None
     """[height, width], aligned with `image`; 255 is repainted, 0 is kept."""
+    references: tuple[Pixels, ...] = ()
+    """Images that the denoiser sees beside the one it generates, each [height, width, 3] in a size of its own."""
     strength: float = 1.0
     """How much of `image` is replaced by noise; 1 is all of it. If no step remains, `image` is returned unchanged."""
     timestep_spacing: str = ""
@@ -299,6 +311,7 @@ def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
         partial_images=_within("partial_images", given.get("partial_images", 0), 0, MAX_PARTIAL_IMAGES),
         image=given.get("image"),
         mask=given.get("mask"),
+        references=_references(given, limits),
         strength=_strength(given, steps),
         timestep_spacing=_one_of("timestep_spacing", given.get("timestep_spacing", ""), ("", *TIMESTEP_SPACINGS)),
         sigmas=_one_of("sigmas", given.get("sigmas", ""), ("", *SIGMAS)),
@@ -347,6 +360,30 @@ def _check_pixels(given: Mapping[str, Any], width: int, height: int) -> None:
         if name in given and given[name].shape != shape:
             problem = f"must be {list(shape)} as height and width say, not {list(given[name].shape)}"
             raise InvalidInputError(name, problem)
+
+
+def _references(given: Mapping[str, Any], limits: Limits) -> tuple[Pixels, ...]:
+    if "references" not in given and "reference_sizes" not in given:
+        return ()
+    pixels, sizes = given.get("references", np.empty(0, np.uint8)), given.get("reference_sizes", np.empty((0, 2)))
+    # A masked image is itself the first reference.
+    room = limits.max_references - ("mask" in given)
+    if not 0 < len(sizes) <= room:
+        legal = f"of 1 to {room} images" if room > 0 else "absent, as this model takes none"
+        raise InvalidInputError("references", f"must be {legal}, not {len(sizes)}")
+    shapes = [_reference_shape(height, width, limits) for height, width in sizes.tolist()]
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    if ends[-1] != len(pixels):
+        raise InvalidInputError("references", f"must have {ends[-1]} bytes as their sizes say, not {len(pixels)}")
+    return tuple(part.reshape(shape) for part, shape in zip(np.split(pixels, ends[:-1]), shapes, strict=True))
+
+
+def _reference_shape(height: int, width: int, limits: Limits) -> tuple[int, int, int]:
+    factor, longest, most = limits.size_factor, limits.max_reference_side, limits.max_reference_pixels
+    if any(side % factor or not 0 < side <= longest for side in (height, width)) or height * width > most:
+        legal = f"multiples of {factor} up to {longest}, and {most} in product"
+        raise InvalidInputError("reference_sizes", f"must be {legal}, not {height} and {width}")
+    return height, width, 3
 
 
 def _strength(given: Mapping[str, Any], steps: int) -> float:

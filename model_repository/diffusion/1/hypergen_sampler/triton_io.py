@@ -14,7 +14,7 @@ from hypergen_sampler.request import InvalidInputError, NonFiniteLatentsError, P
 from hypergen_sampler.stepping import ClientGoneError
 
 TEXTS = ("prompt", "negative_prompt", "scheduler", "timestep_spacing", "sigmas", "prompt_weighting", "lora")
-ARRAYS = ("image", "mask")
+ARRAYS = ("image", "mask", "references", "reference_sizes")
 
 
 @dataclass(frozen=True, kw_only=True)
