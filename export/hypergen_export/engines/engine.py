@@ -12,6 +12,9 @@ Size = tuple[int, int]
 
 # Each size is a profile, which adds build time and GPU memory.
 MAX_SIZES = 16
+# Sides of reference images where engines are built for sizes, in pixels: up to the longest that FLUX.1-Kontext prefers.
+# The VAE encoder reserves memory for a square of the longest.
+REFERENCE_SIDES = (64, 1568)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,7 @@ def size_parameters(sizes: Sequence[Size], limits: Mapping[str, str]) -> dict[st
         "default_height": str(height),
         "min_size": str(min(min(size) for size in sizes)),
         "max_size": str(max(max(size) for size in sizes)),
+        "max_reference_side": str(REFERENCE_SIDES[1]),
     }
 
 

@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from hypergen_export.checkpoints.checkpoint import SCHEDULER, Checkpoint, open_checkpoint
 from hypergen_export.checkpoints.components import Component
-from hypergen_export.checkpoints.defaults import checkpoint_parameters, longest_text, notices, text_padding
+from hypergen_export.checkpoints.defaults import (
+    checkpoint_parameters,
+    longest_text,
+    max_reference_tokens,
+    notices,
+    text_padding,
+)
 from hypergen_export.checkpoints.families.unet import with_deep_cache
 from hypergen_export.checkpoints.family import TextInput
 from hypergen_export.checkpoints.files import link_or_copy, on_one_file_system
@@ -210,6 +216,7 @@ class ExportTask:
             rows=self.request.rows,
             text_padding=text_padding(self.checkpoint),
             longest_text=longest_text(self.checkpoint),
+            reference_tokens=max_reference_tokens(self.checkpoint),
         )
 
     @cached_property

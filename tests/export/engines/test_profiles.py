@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from hypergen_export.checkpoints.families.flux2 import FLUX2
 from hypergen_export.engines.profiles import Shapes, graphs, largest_batch, profiles
 
 from ..conftest import COMPONENTS
@@ -16,6 +17,14 @@ SIZES = {
     "time_width": 320,
     "latent_channels": 4,
     "vae_scale_factor": 8,
+}
+FLUX2_SIZES = {
+    **SIZES,
+    "tokens": 512,
+    "latent_channels": 128,
+    "token_width": 128,
+    "vae_scale_factor": 16,
+    "patch_size": 1,
 }
 SHAPES = Shapes(sizes=SIZES, image_sizes=((512, 512), (768, 512)), rows=16, text_padding=77, longest_text=16 * 77)
 
@@ -62,3 +71,22 @@ def test_small_batches_of_every_size_have_a_cuda_graph() -> None:
 def test_no_graph_is_larger_than_a_batch_may_be() -> None:
     small = Shapes(sizes=SIZES, image_sizes=((512, 512),), rows=2)
     assert [graph.batch for graph in graphs(COMPONENTS["text_encoder"], small)] == [1, 2]
+
+
+def test_a_denoiser_has_a_profile_without_references_and_one_with_any_number_of_their_tokens() -> None:
+    sizes = ((1024, 1024), (512, 512))
+    shapes = Shapes(sizes=FLUX2_SIZES, image_sizes=sizes, rows=4, reference_tokens=4 * 4096)
+    found = profiles(FLUX2[0].denoiser, shapes)
+    bounds = [profile["references"] for profile in found]
+    tokens = [(each.smallest[1], each.usual[1], each.largest[1]) for each in bounds]
+    assert tokens == [(0, 0, 0), (1, 4096, 16384), (0, 0, 0), (1, 1024, 16384)]
+    assert [profile["reference_positions"].largest for profile in found[:2]] == [(4, 0, 3), (4, 16384, 3)]
+    assert {graph.inputs["references"] for graph in graphs(FLUX2[0].denoiser, shapes)} == {(0, 128)}
+
+
+def test_the_encoder_of_references_has_one_profile_for_every_size_of_them() -> None:
+    shapes = Shapes(sizes=FLUX2_SIZES, image_sizes=((1024, 1024), (2048, 512)), rows=4, reference_tokens=4096)
+    (encoder,) = (each for each in FLUX2[0].components if each.name == "vae_encoder")
+    (profile,) = profiles(encoder, shapes)
+    bounds = profile["image"]
+    assert (bounds.smallest, bounds.usual, bounds.largest) == ((1, 64, 64, 3), (1, 1024, 1024, 3), (1, 2048, 2048, 3))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hypergen_export.checkpoints.checkpoint import open_checkpoint
-from hypergen_export.checkpoints.defaults import longest_text
+from hypergen_export.checkpoints.defaults import longest_text, max_reference_tokens
 from hypergen_export.conversion.loading import load_module
 from hypergen_export.conversion.onnx import capture, write_onnx
 from hypergen_export.conversion.parity import compare
@@ -26,6 +26,7 @@ ENGINES = [
     ("flux1-dev", "transformer", "bfloat16"),
     ("flux2-klein", "transformer", "bfloat16"),
     ("flux2-klein", "vae_decoder", "bfloat16"),
+    ("flux2-klein", "vae_encoder", "bfloat16"),
     ("z-image", "text_encoder", "bfloat16"),
     ("z-image", "transformer", "float32"),
     ("z-image", "transformer", "bfloat16"),
@@ -54,9 +55,13 @@ def test_it_equals_torch_and_is_built(
     write_onnx(component, capture(component, wrapped, checkpoint.sizes), path)
     parity = compare(component, wrapped.float(), checkpoint.sizes, path, dtype)
     print(f"{family} {name} in {dtype}: {parity.difference:.2g} from torch in float32")
-    longest = longest_text(checkpoint)
     shapes = Shapes(
-        sizes=checkpoint.sizes, image_sizes=read_sizes("96x64"), rows=2, text_padding=32, longest_text=longest
+        sizes=checkpoint.sizes,
+        image_sizes=read_sizes("96x64"),
+        rows=2,
+        text_padding=32,
+        longest_text=longest_text(checkpoint),
+        reference_tokens=max_reference_tokens(checkpoint),
     )
     plan = tmp_path / "model.plan"
     build = Build(name=name, onnx=path, dtype=dtype, plan=plan, profiles=profiles(component, shapes), target=target)
