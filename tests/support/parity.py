@@ -155,7 +155,7 @@ def sampler_of(folder: Path) -> Sampler:
         write_tokenizer(checkpoint, text, files[text.tokenizer])
     parameters = checkpoint_parameters(checkpoint) | text_parameters(checkpoint, files)
     table = checkpoint_schedulers(checkpoint, int(parameters["default_num_inference_steps"]))
-    architecture = Architecture.from_model_config(model_config(parameters))
+    architecture = Architecture.from_model_config(model_config({**parameters, "max_reference_rows": "16"}))
     flow = {name: parameters[name] for name in ("flow_sigmas", "flow_shift")}
     components = with_deep_cache(checkpoint.family.components)
     modules = {each.name: wrap(each, load_module(checkpoint, each)) for each in components}

@@ -84,8 +84,9 @@ def profiles(component: Component, shapes: Shapes) -> tuple[Profile, ...]:
 
 def _profile(component: Component, shapes: Shapes, size: Size, reference_tokens: tuple[int, int, int]) -> Profile:
     """The profile of an image size, and of the fewest, usual and most tokens of reference images."""
-    largest, usual = largest_batch(component, shapes.rows), typical_batch(component, shapes.rows)
     fewest, many, most = reference_tokens
+    rows = reference_rows(shapes) if most else shapes.rows
+    largest, usual = largest_batch(component, rows), typical_batch(component, rows)
     return _bounds(
         input_shapes(component, shapes, size, 1, reference_tokens=fewest),
         input_shapes(component, shapes, size, usual, reference_tokens=many),
@@ -114,9 +115,24 @@ def _reference_tokens(component: Component, shapes: Shapes, size: Size) -> list[
     """
     if not any("reference_tokens" in tensor.axes for tensor in component.inputs):
         return [(0, 0, 0)]
-    token = shapes.sizes["vae_scale_factor"] * shapes.sizes["patch_size"]
-    own = (size[0] // token) * (size[1] // token)
+    own = _image_tokens(size, shapes.sizes)
     return [(0, 0, 0), (1, min(own, shapes.reference_tokens), shapes.reference_tokens)]
+
+
+def _image_tokens(size: Size, sizes: Sizes) -> int:
+    side = sizes["vae_scale_factor"] * sizes["patch_size"]
+    return (size[0] // side) * (size[1] // side)
+
+
+def reference_rows(shapes: Shapes) -> int:
+    """The maximum number of rows of a denoiser call with reference images.
+
+    So many that an engine reserves no more memory for them than for calls without, but at least a guided image's.
+    """
+    if not shapes.image_sizes or not shapes.reference_tokens:
+        return shapes.rows
+    own = max(_image_tokens(size, shapes.sizes) for size in shapes.image_sizes)
+    return max(_USUAL_ROWS, shapes.rows * own // (own + shapes.reference_tokens))
 
 
 def graphs(component: Component, shapes: Shapes) -> tuple[Graph, ...]:

@@ -32,7 +32,7 @@ from hypergen_export.checkpoints.hashes import ContentHashes
 from hypergen_export.checkpoints.lora import Lora
 from hypergen_export.checkpoints.weights import float32_bytes, stored_dtypes
 from hypergen_export.engines.engine import ENGINES, OPENVINO, TENSORRT, Size, check_dtype, choose_sizes, size_parameters
-from hypergen_export.engines.profiles import Shapes, profiles
+from hypergen_export.engines.profiles import Shapes, profiles, reference_rows
 from hypergen_export.engines.tensorrt import Build, Target, build_plan, local_target, onnx_files, write_plan_record
 from hypergen_export.errors import BadLoraError, BadOptionError, MissingDependencyError
 from hypergen_export.repository.cache_key import component_key, plan_key, repository_key, tokenizer_key, weight_files
@@ -377,7 +377,8 @@ def _write_configs(task: ExportTask, folder: Path) -> None:
     for component in task.components:
         text = component_config(component, options)
         (folder / component.name / "config.pbtxt").write_text(text, encoding="utf-8")
-    parameters = request.settings | own | size_parameters(task.sizes, own) | _lora_parameters(task)
+    own |= size_parameters(task.sizes, own) | {"max_reference_rows": str(reference_rows(task.shapes))}
+    parameters = request.settings | own | _lora_parameters(task)
     (folder / _SAMPLER / "config.pbtxt").write_text(sampler_config(template, parameters), encoding="utf-8")
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from hypergen_export.checkpoints.families.flux2 import FLUX2
-from hypergen_export.engines.profiles import Shapes, graphs, largest_batch, profiles
+from hypergen_export.engines.profiles import Shapes, graphs, largest_batch, profiles, reference_rows
 
 from ..conftest import COMPONENTS
 
@@ -80,8 +82,15 @@ def test_a_denoiser_has_a_profile_without_references_and_one_with_any_number_of_
     bounds = [profile["references"] for profile in found]
     tokens = [(each.smallest[1], each.usual[1], each.largest[1]) for each in bounds]
     assert tokens == [(0, 0, 0), (1, 4096, 16384), (0, 0, 0), (1, 1024, 16384)]
-    assert [profile["reference_positions"].largest for profile in found[:2]] == [(4, 0, 3), (4, 16384, 3)]
+    assert [profile["reference_positions"].largest for profile in found[:2]] == [(4, 0, 3), (2, 16384, 3)]
     assert {graph.inputs["references"] for graph in graphs(FLUX2[0].denoiser, shapes)} == {(0, 128)}
+
+
+def test_a_call_with_references_has_as_many_tokens_as_one_without() -> None:
+    shapes = Shapes(sizes=FLUX2_SIZES, image_sizes=((512, 512), (1024, 1024)), rows=16, reference_tokens=4096)
+    assert reference_rows(shapes) == 8
+    assert reference_rows(replace(shapes, rows=2)) == 2
+    assert reference_rows(replace(shapes, image_sizes=())) == 16  # engines that take any shape
 
 
 def test_the_encoder_of_references_has_one_profile_for_every_size_of_them() -> None:

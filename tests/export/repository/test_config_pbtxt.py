@@ -164,6 +164,7 @@ def test_the_sampler_knows_its_checkpoint(repository: Path) -> None:
         "max_references": "0",
         "max_reference_pixels": "0",
         "max_reference_side": "4096",
+        "max_reference_rows": "8",
         "preferred_reference_sizes": "",
         "reference_position_step": "0",
         "token_width": "4",

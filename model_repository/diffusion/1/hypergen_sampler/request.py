@@ -141,6 +141,8 @@ class Architecture:
     """Whether image-to-image starts from the mode of the encoded image instead of a sample."""
     reference_position_step: int
     """The first axis of a reference image's positions: once, twice, … this number."""
+    max_reference_rows: int
+    """Rows of a denoiser call with reference images, which takes more memory than one without."""
     token_width: int
     """Length of a token of a reference image."""
     zeros_for_no_negative_prompt: int

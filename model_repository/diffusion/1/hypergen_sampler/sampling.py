@@ -17,6 +17,7 @@ from hypergen_sampler.conditioning import DEEP_FEATURES, HIDDEN_STATES, MODEL_OU
 from hypergen_sampler.guidance import GUIDANCE, rescaled
 from hypergen_sampler.latent_init import LatentInit, initial_latents
 from hypergen_sampler.predicted_x0 import predicted_x0, preview_steps
+from hypergen_sampler.references import REFERENCES
 from hypergen_sampler.request import Architecture, NonFiniteLatentsError, Request
 from hypergen_sampler.schedulers import step_arguments
 
@@ -59,6 +60,7 @@ class Trajectory:
     ) -> None:
         self.steps_done = 0
         self._denoiser = architecture.denoiser
+        self._max_reference_rows = architecture.max_reference_rows
         self._guidance = GUIDANCE[architecture.guidance]
         self._variant = request.variant
         self._cache_interval = request.cache_interval
@@ -78,6 +80,12 @@ class Trajectory:
     def rows(self) -> int:
         """Rows of a denoiser batch that the next step takes."""
         return len(self._conditions[HIDDEN_STATES]) if self.steps_done in self._guided_steps else 1
+
+    @property
+    def max_rows(self) -> int | None:
+        """Rows of a denoiser call with this image, if fewer than usual."""
+        has_references = REFERENCES in self._conditions and self._conditions[REFERENCES].shape[1] > 0
+        return self._max_reference_rows if has_references else None
 
     @property
     def model(self) -> str:

@@ -274,7 +274,7 @@ class StepLoop:
         return sum(entry.trajectory.steps - entry.trajectory.steps_done for entry, _ in gone)
 
     def _batches(self) -> list[list[_QueueEntry]]:
-        """Split the active images into batches with the same model and input shapes, of at most `max_rows` rows."""
+        """Split the active images into batches of one model and equal input shapes, of the rows a call may have."""
         alike: dict[Hashable, list[_QueueEntry]] = defaultdict(list)
         for entry in self._active:
             alike[entry.trajectory.batch_key].append(entry)
@@ -283,8 +283,10 @@ class StepLoop:
     def _fill(self, entries: list[_QueueEntry]) -> Iterable[list[_QueueEntry]]:
         batch: list[_QueueEntry] = []
         rows = 0
+        # Equal for all, as their inputs have equal shapes.
+        most = min(self._max_rows, entries[0].trajectory.max_rows or self._max_rows)
         for entry in entries:
-            if rows + entry.trajectory.rows > self._max_rows:
+            if rows + entry.trajectory.rows > most:
                 yield batch
                 batch, rows = [], 0
             batch.append(entry)
