@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ TOLERANCE_FROM_IMAGE = 5e-5
 # Family -> a guidance scale that guides, and one that does not (none of FLUX.1-dev's is the identity).
 SCALES = {
     "flux1-dev": (3.5, 1.0),
+    "flux1-kontext": (2.5, 1.0),
     "flux1-schnell": (1.0, 1.0),
     "flux2-klein": (1.0, 1.0),
     "flux2-klein-base": (3.5, 1.0),
@@ -105,8 +107,15 @@ async def test_an_image_from_an_image_equals_the_one_of_diffusers(
     held(await pair.sampler.generate(request), image_by_diffusers(pipeline, request), TOLERANCE_FROM_IMAGE)
 
 
-@pytest.mark.parametrize("family", ["flux2-klein", "flux2-klein-base"])
-@pytest.mark.parametrize("sizes", [[(96, 64)], [(96, 64), (64, 80)]], ids=["one", "two"])
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("flux1-kontext", [(96, 64)]),
+        ("flux2-klein", [(96, 64)]),
+        ("flux2-klein", [(96, 64), (64, 80)]),
+        ("flux2-klein-base", [(96, 64), (64, 80)]),
+    ],
+)
 async def test_an_image_with_references_equals_the_one_of_diffusers(
     family: str, sizes: list[tuple[int, int]], pair_of: Any
 ) -> None:
@@ -128,19 +137,35 @@ async def test_images_share_calls_if_their_references_have_as_many_tokens(pair_o
     pair.sampler.rows_of_calls.clear()
     results = await asyncio.gather(*(pair.sampler.generate(request, loop) for request in requests))
     assert Counter(pair.sampler.rows_of_calls) == Counter({2: 4, 1: 3 + 1 + 6})
+    pair.sampler.rows_of_calls.clear()
+    narrow = replace(pair.sampler, architecture=replace(pair.sampler.architecture, max_reference_rows=1))
+    await asyncio.gather(*(narrow.generate(request, loop) for request in requests[1:3]))
+    assert Counter(pair.sampler.rows_of_calls) == Counter({1: 4 + 5})
     for ours, request in zip(results, requests, strict=True):
         held(ours, image_by_diffusers(pair.pipeline, request), TOLERANCE_FROM_IMAGE)
 
 
-@pytest.mark.parametrize(("steps", "strength", "references"), [(6, 0.6, ()), (4, 1.0, (input_image(80, 64),))])
+@pytest.mark.parametrize(
+    ("family", "steps", "strength", "references"),
+    [
+        ("flux1-kontext", 6, 0.6, ()),
+        ("flux2-klein", 6, 0.6, ()),
+        ("flux2-klein", 4, 1.0, (input_image(80, 64),)),
+    ],
+)
 async def test_an_inpainted_image_is_seen_as_the_first_reference(
-    steps: int, strength: float, references: tuple[Any, ...], pair_of: Any
+    family: str, steps: int, strength: float, references: tuple[Any, ...], pair_of: Any
 ) -> None:
-    pair = pair_of("flux2-klein")
+    pair = pair_of(family)
     request = request_of(
-        num_inference_steps=steps, strength=strength, image=input_image(), mask=mask(), references=references
+        guidance_scale=SCALES[family][0],
+        num_inference_steps=steps,
+        strength=strength,
+        image=input_image(),
+        mask=mask(),
+        references=references,
     )
-    pipeline = pipeline_from_image("flux2-klein", pair.pipeline, masked=True)
+    pipeline = pipeline_from_image(family, pair.pipeline, masked=True)
     held(await pair.sampler.generate(request), image_by_diffusers(pipeline, request), TOLERANCE_FROM_IMAGE)
 
 

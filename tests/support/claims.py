@@ -25,6 +25,7 @@ FAMILIES: Mapping[str, str] = {
     "lcm-sdxl": "Latent Consistency Models of SDXL",
     "tcd": "Trajectory Consistency Distillation",
     "flux1-dev": "FLUX.1-dev, FLUX.1-Krea",
+    "flux1-kontext": "FLUX.1-Kontext",
     "flux1-schnell": "FLUX.1-schnell",
     "flux2-klein": "FLUX.2-klein",
     "flux2-klein-base": "FLUX.2-klein-base",

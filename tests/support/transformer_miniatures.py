@@ -49,7 +49,7 @@ _DYNAMIC = {
 _BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
 
 
-def _flux1(folder: Path, *, has_guidance: bool) -> None:
+def _flux1(folder: Path, *, has_guidance: bool, pipeline: str = "FluxPipeline") -> None:
     transformer = diffusers.FluxTransformer2DModel(
         patch_size=1,
         in_channels=64,
@@ -71,7 +71,7 @@ def _flux1(folder: Path, *, has_guidance: bool) -> None:
     _write_scheduler(folder, _DYNAMIC if has_guidance else {**_FLOW, "shift": 1.0, "use_dynamic_shifting": False})
     _write_index(
         folder,
-        "FluxPipeline",
+        pipeline,
         {
             "text_encoder": ["transformers", "CLIPTextModel"],
             "text_encoder_2": ["transformers", "T5EncoderModel"],
@@ -224,6 +224,7 @@ def _qwen_image(folder: Path) -> None:
 
 MINIATURES: Mapping[str, Callable[[Path], None]] = {
     "flux1-dev": lambda folder: _flux1(folder, has_guidance=True),
+    "flux1-kontext": lambda folder: _flux1(folder, has_guidance=True, pipeline="FluxKontextPipeline"),
     "flux1-schnell": lambda folder: _flux1(folder, has_guidance=False),
     "flux2-klein": lambda folder: _klein(folder, is_distilled=True),
     "flux2-klein-base": lambda folder: _klein(folder, is_distilled=False),

@@ -11,6 +11,8 @@ from diffusers import (
     Flux2KleinInpaintPipeline,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
+    FluxKontextInpaintPipeline,
+    FluxKontextPipeline,
     FluxPipeline,
     QwenImageImg2ImgPipeline,
     QwenImageInpaintPipeline,
@@ -35,9 +37,11 @@ FROM_IMAGE: Mapping[str, tuple[Any, Any]] = {
 # Further families that diffusers has only inpainting of.
 INPAINTING: Mapping[str, Any] = {
     **{family: inpainting for family, (_, inpainting) in FROM_IMAGE.items()},
+    "flux1-kontext": FluxKontextInpaintPipeline,
     "flux2-klein": Flux2KleinInpaintPipeline,
 }
-_FLUX1 = (FluxPipeline, FluxImg2ImgPipeline, FluxInpaintPipeline)
+_KONTEXT = (FluxKontextPipeline, FluxKontextInpaintPipeline)
+_FLUX1 = (FluxPipeline, FluxImg2ImgPipeline, FluxInpaintPipeline, *_KONTEXT)
 
 
 def pipeline_from_image(family: str, pipeline: Any, *, masked: bool) -> Any:
@@ -59,6 +63,9 @@ def image_by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:
     }
     if isinstance(pipeline, _FLUX1) and not pipeline.transformer.config.guidance_embeds:
         arguments["max_sequence_length"] = 256  # as FLUX.1-schnell was published
+    if isinstance(pipeline, _KONTEXT):
+        # As sizes are asked for, instead of those of its training.
+        arguments |= {"max_area": request.width * request.height, "_auto_resize": False}
     if request.negative_prompt is not None:
         arguments["negative_prompt"] = request.negative_prompt
     if type(pipeline).__name__.startswith("QwenImage"):

@@ -28,7 +28,6 @@ _UNSUPPORTED_PIPELINES = {
     "ControlNet": _UNSUPPORTED_PARTS["controlnet"],
     "FluxControl": "its transformer takes a control image beside the latents",
     "FluxFill": "its transformer takes a mask and a masked image beside the latents (inpainting)",
-    "FluxKontext": "its transformer takes an image to edit beside the latents",
     "Inpaint": "it takes a mask and a masked image beside the prompt (inpainting)",
     "InstructPix2Pix": "its UNet takes an image to edit beside the latents",
     "Upscale": _UNSUPPORTED_PARTS["low_res_scheduler"],

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 
 from hypergen_export.checkpoints.checkpoint import open_checkpoint
-from hypergen_export.checkpoints.defaults import checkpoint_parameters, notices
+from hypergen_export.checkpoints.defaults import checkpoint_parameters, max_reference_tokens, notices
 from hypergen_export.errors import BrokenCheckpointError
 from support.miniature import save_miniature
 from support.pipelines import pipeline_of
@@ -197,7 +198,11 @@ def test_the_size_that_an_old_config_states_is_what_its_pipeline_makes_of_it(
 
 @pytest.mark.parametrize(
     ("family", "tokens", "steps", "scales"),
-    [("flux1-dev", 512, "28", ("0", "3.5", "20")), ("flux1-schnell", 256, "4", ("1", "1", "1"))],
+    [
+        ("flux1-dev", 512, "28", ("0", "3.5", "20")),
+        ("flux1-kontext", 512, "28", ("0", "2.5", "20")),
+        ("flux1-schnell", 256, "4", ("1", "1", "1")),
+    ],
 )
 def test_flux1_has_a_scale_without_identity_or_none(
     family: str, tokens: int, steps: str, scales: tuple[str, str, str], tmp_path: Path
@@ -208,6 +213,39 @@ def test_flux1_has_a_scale_without_identity_or_none(
     given = (found["min_guidance_scale"], found["default_guidance_scale"], found.get("max_guidance_scale", "20"))
     assert given == scales
     assert open_checkpoint(str(folder)).sizes["tokens"] == tokens
+
+
+@pytest.mark.parametrize(
+    ("family", "stated", "expected", "tokens"),
+    [
+        ("flux2-klein", {}, ("4", "1048576", ""), 4 * 4096),
+        ("flux2-klein", {"max_references": 2}, ("2", "1048576", ""), 2 * 4096),
+        ("flux1-kontext", {}, ("1", "1062400", "672x1568,"), 4150),
+        ("flux1-dev", {"max_references": 2}, ("0", "0", ""), 0),
+    ],
+)
+def test_references_are_limited_by_the_family_and_by_the_checkpoint(
+    family: str, stated: dict[str, int], expected: tuple[str, str, str], tokens: int, tmp_path: Path
+) -> None:
+    folder = save_transformer_miniature(tmp_path, family)
+    (folder / "hypergen_defaults.json").write_text(json.dumps(stated))
+    found = parameters(folder)
+    assert (found["max_references"], found["max_reference_pixels"]) == expected[:2]
+    assert found["preferred_reference_sizes"].startswith(expected[2])
+    assert max_reference_tokens(open_checkpoint(str(folder))) == tokens
+
+
+def test_kontext_prefers_the_sizes_of_diffusers(tmp_path: Path) -> None:
+    found = parameters(save_transformer_miniature(tmp_path, "flux1-kontext"))["preferred_reference_sizes"]
+    assert found == ",".join(f"{width}x{height}" for width, height in PREFERRED_KONTEXT_RESOLUTIONS)
+
+
+@pytest.mark.parametrize("count", [0, 17, "many"])
+def test_a_number_of_references_that_no_request_has_is_refused(count: object, tmp_path: Path) -> None:
+    folder = save_transformer_miniature(tmp_path, "flux2-klein")
+    (folder / "hypergen_defaults.json").write_text(json.dumps({"max_references": count}))
+    with pytest.raises(BrokenCheckpointError, match="a default is missing or invalid"):
+        parameters(folder)
 
 
 def test_a_t5_whose_vocabulary_is_sentencepieces_alone_is_refused(tmp_path: Path) -> None:

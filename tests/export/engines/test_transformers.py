@@ -24,6 +24,7 @@ pytest.importorskip("tensorrt_rtx")
 ENGINES = [
     ("flux1-dev", "text_encoder_2", "bfloat16"),
     ("flux1-dev", "transformer", "bfloat16"),
+    ("flux1-kontext", "transformer", "bfloat16"),
     ("flux2-klein", "transformer", "bfloat16"),
     ("flux2-klein", "vae_decoder", "bfloat16"),
     ("flux2-klein", "vae_encoder", "bfloat16"),

@@ -1,4 +1,4 @@
-"""FLUX.1-dev and -schnell; FLUX.1-Krea is a -dev with other weights."""
+"""FLUX.1-dev, -schnell and -Kontext; FLUX.1-Krea is a -dev with other weights."""
 
 from __future__ import annotations
 
@@ -6,15 +6,35 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hypergen_export.checkpoints.components import FLOAT, Sizes, Tensor
-from hypergen_export.checkpoints.families.tensors import HIDDEN_STATES, POOLED, transformer, vae
+from hypergen_export.checkpoints.families.tensors import HIDDEN_STATES, POOLED, REFERENCES, transformer, vae
 from hypergen_export.checkpoints.families.text_encoders import T5_TOKENIZER, clip_pooled, clip_tokens, t5
-from hypergen_export.checkpoints.family import Config, ConfigOverrides, Configs, Family, Sampling, TextInput
+from hypergen_export.checkpoints.family import Config, ConfigOverrides, Configs, Family, References, Sampling, TextInput
 
 _GUIDANCE = Tensor(name="guidance", dtype=FLOAT, axes=("guidance_width",), example="sinusoids")
 _EMBEDDING_WIDTH = 256  # of diffusers' CombinedTimestepGuidanceTextProjEmbeddings
 # All tokens are attended to, padding included. -schnell was published with 256 of them (its model card, and the
 # reference implementation), though FluxPipeline's default is 512 for both.
 _TOKENS, _TOKENS_SCHNELL = 512, 256
+_PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
+_KONTEXT_PIPELINES = ("FluxKontextPipeline", "FluxKontextInpaintPipeline")
+# FluxKontextPipeline's PREFERRED_KONTEXT_RESOLUTIONS, about a megapixel each: the model was trained on them.
+_KONTEXT_SIDES = (
+    (672, 1568),
+    (688, 1504),
+    (720, 1456),
+    (752, 1392),
+    (800, 1328),
+    (832, 1248),
+    (880, 1184),
+    (944, 1104),
+)
+_KONTEXT_SIZES = (*_KONTEXT_SIDES, (1024, 1024), *((long, short) for short, long in reversed(_KONTEXT_SIDES)))
+_KONTEXT_REFERENCES = References(
+    count=1,
+    pixels=max(width * height for width, height in _KONTEXT_SIZES),
+    sizes=tuple(f"{width}x{height}" for width, height in _KONTEXT_SIZES),
+    position_step=1,
+)
 # Channels of a transformer made for another pipeline -> what it takes beside the latents.
 _CHANNELS = {384: "a mask and a masked image", 128: "a control image"}
 
@@ -26,6 +46,10 @@ def _has_guidance(denoiser: Config) -> bool:
 def _stated_inputs(denoiser: Config) -> set[str]:
     guidance = {"guidance"} if _has_guidance(denoiser) else set[str]()
     return {"encoder_hidden_states", "text_embeds"} | guidance
+
+
+def _stated_kontext_inputs(denoiser: Config) -> set[str]:
+    return _stated_inputs(denoiser) | {tensor.name for tensor in REFERENCES}
 
 
 def _sizes(configs: Configs) -> Sizes:
@@ -60,11 +84,10 @@ def _check(configs: Mapping[str, Config], sizes: Sizes) -> Iterator[str]:
             yield f"its transformer has a {name} of {denoiser.get(name)}, its {encoder} gives {sizes[width]} features"
 
 
-def _flux1(name: str, guidance: str, *conditions: Tensor, **rest: Any) -> Family:
-    pipelines = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
+def _flux1(name: str, guidance: str, *conditions: Tensor, references: References | None = None, **rest: Any) -> Family:
     return Family(
         name=name,
-        pipelines=dict.fromkeys(pipelines, ConfigOverrides()),
+        pipelines=dict.fromkeys(_KONTEXT_PIPELINES if references else _PIPELINES, ConfigOverrides()),
         components=(
             clip_pooled("clip_tokens"),
             t5("text_encoder_2", "tokens", "prompt_2"),
@@ -75,10 +98,18 @@ def _flux1(name: str, guidance: str, *conditions: Tensor, **rest: Any) -> Family
             TextInput(encoder="text_encoder", tokens="clip_tokens", segment=None),
             TextInput(encoder="text_encoder_2", tokenizer="tokenizer_2", tokenizer_class=T5_TOKENIZER),
         ),
-        stated_inputs=_stated_inputs,
+        stated_inputs=_stated_kontext_inputs if references else _stated_inputs,
         read_sizes=_sizes,
         check=_check,
-        sampling=Sampling(guidance=guidance, is_flow=True, flow_sigmas="linear", flow_shift="linear", patch_size=2),
+        sampling=Sampling(
+            guidance=guidance,
+            is_flow=True,
+            flow_sigmas="linear",
+            flow_shift="linear",
+            patch_size=2,
+            encodes_mode=references is not None,
+        ),
+        references=references,
         default_side=1024,
         **rest,
     )
@@ -86,5 +117,14 @@ def _flux1(name: str, guidance: str, *conditions: Tensor, **rest: Any) -> Family
 
 FLUX1 = (
     _flux1("flux1-dev", "embedded", _GUIDANCE, num_inference_steps=28, guidance_scale=3.5),
+    _flux1(
+        "flux1-kontext",
+        "embedded",
+        _GUIDANCE,
+        *REFERENCES,
+        references=_KONTEXT_REFERENCES,
+        num_inference_steps=28,
+        guidance_scale=2.5,  # of its model card; the pipeline's default is 3.5
+    ),
     _flux1("flux1-schnell", "none", num_inference_steps=4, guidance_scale=1.0),
 )
