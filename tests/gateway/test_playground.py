@@ -335,6 +335,26 @@ class TestImages:
         assert generation.image[28, 4].tolist() == [255, 0, 0]
         assert generation.image[28, 84].tolist() == [0, 0, 255]
 
+    async def test_a_model_that_takes_references_is_shown_several_images_and_given_no_strength(
+        self, open_page: OpenPage, backend: FakeBackend, halves: Path, tmp_path: Path
+    ) -> None:
+        wider = replace(EMOJI, default_width=96, default_height=96, min_size=64, max_size=192)
+        backend.description = replace(wider, max_references=3, max_reference_pixels=192 * 192)
+        other = tmp_path / "other.png"
+        Image.new("RGB", (64, 72), "lime").save(other)
+        page = await open_page()
+        await page.keyboard.type("a fox")
+        await expect(page.locator("#others")).to_be_hidden()
+        await page.locator("#image").set_input_files(halves)
+        await page.locator("#others").set_input_files([other, other])
+        await expect(page.locator("#strength")).to_be_hidden()
+        await page.locator("#prompt").press("Enter")
+        await generated(page)
+        (generation,) = backend.generations
+        assert (generation.image, generation.strength) == (None, None)
+        assert generation.reference_sizes is not None
+        assert generation.reference_sizes.tolist() == [[64, 136], [72, 64], [72, 64]]
+
     async def test_what_is_painted_over_is_native_anew_and_nothing_else(
         self, open_page: OpenPage, backend: FakeBackend, halves: Path
     ) -> None:

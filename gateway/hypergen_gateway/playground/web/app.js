@@ -44,8 +44,9 @@ class Playground {
     this.form.clearErrors();
     this.#showRunning(generation);
     try {
-      const { image, mask, painting } = await this.start.read();
-      Object.assign(generation, { request: toRequest(settings, image, mask), painting });
+      const { files, painting, hasStrength } = await this.start.read();
+      if (!hasStrength) settings.strength = "";
+      Object.assign(generation, { request: toRequest(settings, files), painting });
       await this.#generateAll(generation, running.signal);
       say(summaryOf(generation));
     } catch (error) {

@@ -11,19 +11,20 @@ const UNSAID = { guidance_start: "0", guidance_end: "1", cache_interval: "1", et
 const JSON_NUMBER = /^-?(0|[1-9]\d*)(\.\d+)?$/;
 
 /**
- * The request for `settings` (texts by field name; those that change nothing are left out), starting from `image` if there is one.
+ * The request for `settings` (texts by field name; those that change nothing are left out), and for an `image` if there
+ * is one, its `mask` and the `others` that the prompt refers to.
  *
  * The seed is always sent, so that the request can be sent again for the same images. `fields` holds pairs of a name
  * and its value as JSON, where a number keeps every digit that was typed, and what is no number is left to the server
  * to refuse in its own words.
  */
-export function toRequest(settings, image = null, mask = null) {
+export function toRequest(settings, { image = null, mask = null, others = [] } = {}) {
   const given = { ...settings, seed: settings.seed || randomSeed() };
   const fields = Object.entries(given)
-    .filter(([name, text]) => text !== "" && text !== UNSAID[name] && (name !== "strength" || image))
+    .filter(([name, text]) => text !== "" && text !== UNSAID[name])
     .map(([name, text]) => [name, asJson(name, text)]);
   fields.push(["stream", "true"], ["partial_images", String(PARTIAL_IMAGES)]);
-  return { path: image ? "v1/images/edits" : "v1/images/generations", fields, image, mask };
+  return { path: image ? "v1/images/edits" : "v1/images/generations", fields, image, mask, others };
 }
 
 /** The body of a request, ready for fetch: JSON, or a form where it carries files. */
@@ -31,7 +32,8 @@ export function bodyOf(request) {
   if (!request.image) return { body: toJson(request.fields), headers: { "Content-Type": "application/json" } };
   const form = new FormData();
   for (const [name, value] of texts(request)) form.append(name, value);
-  form.append("image", request.image, "image.png");
+  form.append("image[]", request.image, "image.png");
+  for (const other of request.others) form.append("image[]", other, other.name);
   if (request.mask) form.append("mask", request.mask, "mask.png");
   return { body: form, headers: {} };
 }

@@ -21,7 +21,8 @@ export function toCurl(request, base, needsKey) {
   if (needsKey) lines.push('-H "Authorization: Bearer $HYPERGEN_API_KEY"');
   if (request.image) {
     for (const [name, value] of texts(request)) lines.push(`--form-string ${quoted(`${name}=${value}`)}`);
-    lines.push("-F image=@image.png");
+    if (request.others.length) lines.push(...namesOf(request).map((name) => `-F image[]=@${name}`));
+    else lines.push("-F image=@image.png");
     if (request.mask) lines.push("-F mask=@mask.png");
   } else {
     lines.push("-H 'Content-Type: application/json'", `--data-binary ${quoted(toJson(request.fields))}`);
@@ -43,7 +44,7 @@ export function toPython(request, base, needsKey) {
     "",
     `client = OpenAI(base_url=${JSON.stringify(new URL("v1", base).href)}, api_key=${key})`,
     `events = client.images.${method}(`,
-    ...(request.image ? ['    image=open("image.png", "rb"),'] : []),
+    ...(request.image ? [`    image=${toFiles(request)},`] : []),
     ...(request.mask ? ['    mask=open("mask.png", "rb"),'] : []),
     ...own.map(([name, value]) => `    ${name}=${toLiteral(value)},`),
     "    extra_body={",
@@ -56,6 +57,13 @@ export function toPython(request, base, needsKey) {
     "            file.write(base64.b64decode(event.b64_json))",
     "",
   ].join("\n");
+}
+
+const namesOf = (request) => ["image.png", ...request.others.map((_, index) => `other-${index}.png`)];
+
+function toFiles(request) {
+  const opened = namesOf(request).map((name) => `open("${name}", "rb")`);
+  return request.others.length ? `[${opened.join(", ")}]` : opened[0];
 }
 
 function quoted(text) {

@@ -1,4 +1,4 @@
-// The image to start from, and its mask. Both are sent in the size that is generated: what is seen is what is sent.
+// The image to start from, or to edit, and its mask. Both are sent in the size that is generated: what is seen is what is sent.
 
 import { byId } from "./dom.js";
 import { sides } from "./form.js";
@@ -17,6 +17,7 @@ export class Start {
   constructor(form, say) {
     this.form = form;
     this.say = say;
+    if (this.#refers) byId("image-label").textContent = "Edit an image";
     byId("image").addEventListener("change", () => byId("image").files[0] && this.choose(byId("image").files[0]));
     byId("clear-image").addEventListener("click", () => this.clear() || byId("image").focus());
     byId("paint").addEventListener("click", () => this.#paint());
@@ -40,25 +41,36 @@ export class Start {
   }
 
   /** Starts where a request did. */
-  async restore({ image, mask }, painting, size) {
+  async restore({ image, mask, others }, painting, size) {
     if (image) await this.choose(image, size);
     else this.clear();
     if (mask) this.#setMask(mask, painting);
+    byId("others").files = listOf(others);
   }
 
   /** Starts from nothing. */
   clear() {
-    byId("image").value = "";
+    byId("image").value = byId("others").value = "";
     this.#bitmap = this.#image = null;
     this.#size = "";
     this.#setMask(null, null);
     this.#show();
   }
 
-  /** The files to send, in the size of the settings. */
+  /** The files to send, in the size of the settings, and whether `strength` is for them. */
   async read() {
     await this.#fitToSize();
-    return { image: this.#image, mask: this.#mask, painting: this.#painting };
+    const files = { image: this.#image, mask: this.#mask, others: this.#image ? [...byId("others").files] : [] };
+    return { files, painting: this.#painting, hasStrength: this.#hasStrength };
+  }
+
+  // Whether the model is shown the images as references, rather than started from one.
+  get #refers() {
+    return this.form.model.max_references > 0;
+  }
+
+  get #hasStrength() {
+    return this.#image !== null && (!this.#refers || this.#mask !== null);
   }
 
   async #fitToSize() {
@@ -87,16 +99,26 @@ export class Start {
     if (Boolean(mask) !== Boolean(this.#mask)) this.form.write({ strength: mask ? "1" : "0.8" });
     [this.#mask, this.#painting] = [mask, painting];
     byId("clear-mask").hidden = !mask;
+    byId("strength-field").hidden = !this.#hasStrength;
     byId("paint").textContent = mask ? "Change the mask" : "Paint a mask";
     showPainting(byId("start-mask"), painting);
   }
 
   #show() {
     const shown = this.#image !== null;
-    byId("start").hidden = byId("strength-field").hidden = !shown;
+    byId("start").hidden = !shown;
+    byId("strength-field").hidden = !this.#hasStrength;
+    byId("others-field").hidden = !shown || this.form.model.max_references < 2;
     byId("image").hidden = shown;
     showBlob(byId("start-image"), this.#image);
   }
+}
+
+// Only a transfer makes the list that a file input holds.
+function listOf(files) {
+  const transfer = new DataTransfer();
+  for (const file of files) transfer.items.add(file);
+  return transfer.files;
 }
 
 function showPainting(canvas, painting) {
