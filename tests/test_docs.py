@@ -27,7 +27,7 @@ PAGES = [
 ]
 # What the file map lists: these folders with all rooms in them.
 MAPPED = ("gateway/hypergen_gateway", "export/hypergen_export", "model_repository/diffusion/1")
-COMMANDS = ("serve", "generate", "export", "conformance")
+COMMANDS = ("serve", "generate", "export", "estimate", "conformance")
 
 
 def page_id(page: Path) -> str:

@@ -18,6 +18,7 @@ import click
 from hypergen_export.checkpoints.lora import read_loras
 from hypergen_export.engines.engine import ENGINES, read_sizes
 from hypergen_export.errors import ExportError, InterruptedExportError
+from hypergen_export.repository.estimate import answer, read_memory
 from hypergen_export.repository.export import ExportRequest, ExportResult
 from hypergen_export.repository.export import export as build
 
@@ -114,6 +115,48 @@ def export(*, model: str, output: Path, dtype: str, sizes: str | None, loras: tu
     except OSError as error:  # an unreadable checkpoint, an incomplete installation
         _fail(f"{error.filename or model}: {error.strerror or error}", 1)
     click.echo(f"{output}: {_summary(result)} ({time.monotonic() - began:.1f} s)", err=True)
+
+
+@click.command(short_help="Estimate the GPU memory that a checkpoint needs, without building anything.")
+@click.argument("model", callback=_not_empty)
+@click.option(
+    "--gpu", metavar="24GB", callback=_not_empty, help="Memory of the GPU; exit code 1 if MODEL does not fit."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(list(_DTYPES)),
+    default="bfloat16",
+    show_default=True,
+    help="Precision of the engines.",
+)
+@click.option("--sizes", metavar="WxH,…", help="Image sizes to build engines for.  [default: the model's own size]")
+@click.option(
+    "--max-batch-size",
+    type=click.IntRange(1, 128),
+    default=4,
+    show_default=True,
+    help="Images per denoiser call.",
+)
+def estimate(*, model: str, gpu: str | None, dtype: str, sizes: str | None, max_batch_size: int) -> None:
+    """Estimate the GPU memory of MODEL's TensorRT engines from its configs and the headers of its weight files.
+
+    MODEL is a hub id, which is downloaded if it is not yet there, or a folder. Needs no GPU.
+    """
+    try:
+        given = answer(
+            model,
+            _DTYPES[dtype],
+            () if sizes is None else read_sizes(sizes),
+            max_batch_size,
+            None if gpu is None else read_memory(gpu),
+        )
+    except ExportError as error:
+        _fail(str(error), error.exit_code if error.exit_code != 1 else 2)
+    except OSError as error:
+        _fail(f"{error.filename or model}: {error.strerror or error}", 2)
+    for line in given.lines:
+        click.echo(line)
+    raise SystemExit(0 if given.fits else 1)
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:

@@ -63,7 +63,11 @@ FORMATS: Mapping[str, FormatName] = {"": "png", ".png": "png", ".jpg": "jpeg", "
 STANDARD_OUTPUT = Path("-")
 
 # Commands imported on demand: the exporter may not be installed, and serving needs no HTTP client.
-_LAZY_COMMANDS = {"export": "hypergen_export.cli", "conformance": "hypergen_gateway.conformance.command"}
+_LAZY_COMMANDS = {
+    "conformance": "hypergen_gateway.conformance.command",
+    "estimate": "hypergen_export.cli",
+    "export": "hypergen_export.cli",
+}
 
 
 class _LazyGroup(click.Group):

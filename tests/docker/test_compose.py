@@ -99,6 +99,12 @@ def test_export_understands_its_command() -> None:
     assert options["max_batch_size"] == 4
 
 
+def test_a_transformer_is_a_matter_of_variables() -> None:
+    names = {"HYPERGEN_MODEL": "Tongyi-MAI/Z-Image-Turbo", "HYPERGEN_DTYPE": "bfloat16"}
+    options = read_command(services(**names, HYPERGEN_EXPORT_SIZES="1024x1024")["export"]["command"])
+    assert (options["model"], options["dtype"], options["sizes"]) == (*names.values(), "1024x1024")
+
+
 def test_an_export_lands_where_triton_looks() -> None:
     command = services()["export"]["command"]
     output = Path(command[command.index("--output") + 1])

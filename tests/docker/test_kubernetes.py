@@ -96,6 +96,12 @@ VALUE_SETS: dict[str, dict[str, Any]] = {
         "networkPolicy": {"prometheusNamespace": "11"},
     },
     "numbered storage": {"repository": {"storageClass": "12"}},
+    "a transformer": {
+        "model": {"id": "Qwen/Qwen-Image", "dtype": "bfloat16", "sizes": ["1328x1328"], "maxBatchSize": 1},
+        "triton": {"resources": {"limits": {"memory": "96Gi"}}},
+        "export": {"resources": {"limits": {"memory": "160Gi"}}, "deadlineSeconds": 14400},
+        "repository": {"size": "200Gi"},
+    },
     "repository of somebody else": {
         "export": {"enabled": False},
         "repository": {"existingClaim": "models", "folder": "sdxl/l40s"},
@@ -312,6 +318,8 @@ def test_the_export_understands_its_arguments(manifests: dict[str, list[dict[str
     _, options = exported_by(manifests["gated model"])
     assert (options["model"], options["dtype"], options["engine"]) == ("acme/gated", "float16", "tensorrt")
     assert options["max_batch_size"] == 4
+    _, options = exported_by(manifests["a transformer"])
+    assert (options["model"], options["dtype"], options["sizes"]) == ("Qwen/Qwen-Image", "bfloat16", "1328x1328")
 
 
 def test_triton_serves_the_folder_that_the_export_writes(manifests: dict[str, list[dict[str, Any]]]) -> None:

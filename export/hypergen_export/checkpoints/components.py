@@ -84,7 +84,8 @@ class Component:
     `is_typed`: in bfloat16 its file is computed as it is typed, also by OpenVINO, instead of in float32 with a hint.
     `kept_layers` are the layers of a large module that are compared with torch: the end of a list's path -> indices.
     `computed_with`: endings of the names of large tensors whose values the wrapper needs, so that they are loaded.
-    `lora` is merged into the module's weights.
+    `unused` are beginnings of the names of the module's tensors that the component does not compute with, where these
+    count. `lora` is merged into the module's weights.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Component:
     is_typed: bool = False
     kept_layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
     computed_with: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     lora: Lora | None = None
 
     @property

@@ -16,7 +16,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hypergen_export.checkpoints.checkpoint import Checkpoint
 from hypergen_export.checkpoints.components import IMAGE_AXES, Component, Sizes
+from hypergen_export.checkpoints.defaults import longest_text, max_reference_tokens, text_padding
 from hypergen_export.engines.engine import REFERENCE_SIDES, Size
 
 Shape = tuple[int, ...]
@@ -61,6 +63,18 @@ class Shapes:
     text_padding: int | None = None
     longest_text: int | None = None
     reference_tokens: int = 0
+
+
+def shapes_of(checkpoint: Checkpoint, image_sizes: Sequence[Size], rows: int) -> Shapes:
+    """What a checkpoint's engines are built for: images of these sizes, and at most `rows` samples in a call."""
+    return Shapes(
+        sizes=checkpoint.sizes,
+        image_sizes=image_sizes,
+        rows=rows,
+        text_padding=text_padding(checkpoint),
+        longest_text=longest_text(checkpoint),
+        reference_tokens=max_reference_tokens(checkpoint),
+    )
 
 
 def largest_batch(component: Component, rows: int) -> int:

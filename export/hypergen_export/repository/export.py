@@ -20,10 +20,7 @@ from hypergen_export.checkpoints.checkpoint import SCHEDULER, Checkpoint, open_c
 from hypergen_export.checkpoints.components import Component
 from hypergen_export.checkpoints.defaults import (
     checkpoint_parameters,
-    longest_text,
-    max_reference_tokens,
     notices,
-    text_padding,
 )
 from hypergen_export.checkpoints.families.unet import with_deep_cache
 from hypergen_export.checkpoints.family import TextInput
@@ -32,10 +29,12 @@ from hypergen_export.checkpoints.hashes import ContentHashes
 from hypergen_export.checkpoints.lora import Lora
 from hypergen_export.checkpoints.weights import float32_bytes, stored_dtypes
 from hypergen_export.engines.engine import ENGINES, OPENVINO, TENSORRT, Size, check_dtype, choose_sizes, size_parameters
-from hypergen_export.engines.profiles import Shapes, profiles, reference_rows
+from hypergen_export.engines.memory import Model
+from hypergen_export.engines.profiles import Shapes, profiles, reference_rows, shapes_of
 from hypergen_export.engines.tensorrt import Build, Target, build_plan, local_target, onnx_files, write_plan_record
 from hypergen_export.errors import BadLoraError, BadOptionError, MissingDependencyError
 from hypergen_export.repository.cache_key import component_key, plan_key, repository_key, tokenizer_key, weight_files
+from hypergen_export.repository.estimate import table
 from hypergen_export.repository.staging import (
     PreviousExport,
     check_space,
@@ -126,6 +125,8 @@ def export(
             update_record(output, {**task.previous.record, "hashes": task.hashes.stored})
         return ExportResult()
     check_space(output, task.bytes_to_write)
+    for text in _estimate(task):
+        notify(text)
     with staged(output) as folder:
         parity = _write_repository(task, folder)
         record = _record(task, folder, parity)
@@ -135,6 +136,13 @@ def export(
         update_record(output, {**record, "hashes": task.hashes.stored})
     reused = tuple(component.name for component in task.reused)
     return ExportResult(converted=tuple(component.name for component in task.outdated), reused=reused)
+
+
+def _estimate(task: ExportTask) -> Iterator[str]:
+    """The GPU memory of the engines that are going to be built, where the weights' files state it."""
+    if task.target is None or any(task.checkpoint.weights(each.module).format != "safetensors" for each in task.own):
+        return iter(())
+    return table(Model(checkpoint=task.checkpoint, components=task.components, dtype=task.request.dtype), task.shapes)
 
 
 def _hash_weights(task: ExportTask) -> None:
@@ -210,14 +218,7 @@ class ExportTask:
     @property
     def shapes(self) -> Shapes:
         """The shapes that engines are built for."""
-        return Shapes(
-            sizes=self.checkpoint.sizes,
-            image_sizes=self.sizes,
-            rows=self.request.rows,
-            text_padding=text_padding(self.checkpoint),
-            longest_text=longest_text(self.checkpoint),
-            reference_tokens=max_reference_tokens(self.checkpoint),
-        )
+        return shapes_of(self.checkpoint, self.sizes, self.request.rows)
 
     @cached_property
     def keys(self) -> dict[str, str]:

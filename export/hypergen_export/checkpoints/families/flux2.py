@@ -52,7 +52,7 @@ def _klein(name: str, guidance: str, **rest: Any) -> Family:
         references=_REFERENCES,
         pipelines={"Flux2KleinPipeline": ConfigOverrides()},
         components=(
-            qwen3("tokens", "flux2_text_encoder"),
+            qwen3("tokens", "flux2_text_encoder", layers=_LAST_LAYER),
             transformer("diffusers.Flux2Transformer2DModel", HIDDEN_STATES, *REFERENCES, wrapper="flux2"),
             *vae("diffusers.AutoencoderKLFlux2", "flux2"),
         ),

@@ -34,6 +34,7 @@ _QWEN2_5_VL = Component(
     inputs=(input_ids("templated_tokens", "prompt"), attention_mask("templated_tokens")),
     outputs=(MASKED_HIDDEN_STATES,),
     tolerance=TOLERANCE,
+    unused=("visual.", "lm_head."),
     kept_layers={"language_model.layers": (0, 1), "visual.blocks": (0,)},
 )
 # Its convolutions are cut to the last slice, which the wrapper computes.

@@ -119,7 +119,8 @@ def _family(name: str, **rest: Any) -> Family:
 
 def _transformer(wrapper: str) -> Component:
     component = transformer("diffusers.SD3Transformer2DModel", _HIDDEN_STATES, POOLED, wrapper=wrapper)
-    return replace(component, computed_with=("pos_embed.pos_embed",))
+    # Of the table of positions, rows and columns are kept.
+    return replace(component, computed_with=("pos_embed.pos_embed",), unused=("pos_embed.pos_embed",))
 
 
 STABLE_DIFFUSION_3 = (

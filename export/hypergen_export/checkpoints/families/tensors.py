@@ -36,6 +36,7 @@ def vae(loader: str = "diffusers.AutoencoderKL", wrapper: str = "") -> tuple[Com
         inputs=(Tensor(name="latents", dtype=FLOAT, axes=LATENTS),),
         outputs=(IMAGE,),
         tolerance=1.0,  # one level of 255, as rounding may differ
+        unused=("encoder.", "quant_conv."),
     )
     encoder = Component(
         name="vae_encoder",
@@ -45,6 +46,7 @@ def vae(loader: str = "diffusers.AutoencoderKL", wrapper: str = "") -> tuple[Com
         inputs=(IMAGE,),
         outputs=(Tensor(name="mean", dtype=FLOAT, axes=LATENTS), Tensor(name="std", dtype=FLOAT, axes=LATENTS)),
         tolerance=TOLERANCE,
+        unused=("decoder.", "post_quant_conv."),
     )
     return decoder, encoder
 

@@ -14,8 +14,12 @@ T5_TOKENIZER = "transformers.T5Tokenizer"
 QWEN3, QWEN3_WITH_HEAD = "transformers.Qwen3Model", "transformers.Qwen3ForCausalLM"
 
 
-def qwen3(tokens: str, wrapper: str) -> Component:
-    """Qwen3, whose padding is masked; `tokens` is the axis of the prompt's tokens."""
+# More than any published Qwen3 has.
+_MOST_LAYERS = 200
+
+
+def qwen3(tokens: str, wrapper: str, layers: int = _MOST_LAYERS) -> Component:
+    """Qwen3, whose padding is masked; `tokens` is the axis of the prompt's tokens, `layers` how many are used."""
     return Component(
         name="text_encoder",
         module="text_encoder",
@@ -24,6 +28,7 @@ def qwen3(tokens: str, wrapper: str) -> Component:
         inputs=(input_ids(tokens, "prompt"), attention_mask(tokens)),
         outputs=(Tensor(name="encoder_hidden_states", dtype=FLOAT, axes=(tokens, "context_width")),),
         tolerance=TOLERANCE,
+        unused=("lm_head.", *(f"layers.{number}." for number in range(layers, _MOST_LAYERS))),
         kept_layers={"layers": (0, 1, 2, 3)},  # so many that FLUX.2's indices, modulo their number, are three layers
     )
 

@@ -1,0 +1,98 @@
+"""What `hypergen estimate` answers, and what an export says before it builds engines: which GPU memory they need."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from hypergen_export.checkpoints.checkpoint import open_checkpoint
+from hypergen_export.checkpoints.defaults import checkpoint_parameters
+from hypergen_export.engines.engine import TENSORRT, Size, check_dtype, choose_sizes
+from hypergen_export.engines.memory import FIXED_BYTES, Model
+from hypergen_export.engines.profiles import Shapes, shapes_of
+from hypergen_export.errors import BadOptionError
+
+# Graphics cards are sold in GB and have GiB.
+_UNITS = {"": 2**30, "G": 2**30, "GB": 2**30, "GIB": 2**30, "M": 2**20, "MB": 2**20, "MIB": 2**20}
+_SIDE_STEP = 256
+# Triton's TensorRT backend reads a plan into a string and copies that. The builder's peak is that of TensorRT-RTX.
+_COPIES_LOADED, _COPIES_BUILT = 2, 3
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The lines to print, and whether the model fits into the GPU that was asked for."""
+
+    lines: Sequence[str]
+    fits: bool
+
+
+def answer(model: str, dtype: str, sizes: Sequence[Size], max_batch_size: int, gpu: int | None) -> Answer:
+    """Estimate the engines of a checkpoint, and compare them with `gpu` bytes. Raises ExportError."""
+    check_dtype(TENSORRT, dtype)
+    checkpoint = open_checkpoint(model)
+    limits = checkpoint_parameters(checkpoint)
+    shapes = shapes_of(checkpoint, choose_sizes(TENSORRT, sizes, limits), 2 * max_batch_size)
+    engines = Model(checkpoint=checkpoint, components=checkpoint.family.components, dtype=dtype)
+    lines = list(table(engines, shapes))
+    if gpu is None:
+        return Answer(lines, fits=True)
+    fits = engines.total(shapes) <= gpu
+    return Answer([*lines, verdict(engines, shapes, gpu, int(limits["max_size"]))], fits)
+
+
+def table(engines: Model, shapes: Shapes) -> Iterator[str]:
+    """What each component needs, and all together."""
+    rows = [
+        (need.name, need.dtype, _gib(need.weights), _gib(need.activations), _gib(need.weights + need.activations))
+        for need in engines.needs(shapes)
+    ]
+    sizes = ", ".join(f"{width}x{height}" for width, height in shapes.image_sizes)
+    yield f"GPU memory for images of {sizes}, at most {shapes.rows // 2} in a denoiser call, in GiB:"
+    head = ("component", "precision", "weights", "activations", "together")
+    rest = [
+        ("CUDA and Triton (assumed)", "", "", "", _gib(FIXED_BYTES)),
+        ("total", "", "", "", _gib(engines.total(shapes))),
+    ]
+    for name, dtype, *figures in (head, *rows, *rest):
+        yield f"  {name:26}{dtype:10}" + "".join(f"{figure:>12}" for figure in figures)
+    largest = max(need.weights for need in engines.needs(shapes))
+    yield (
+        f"Host memory: {_gib(_COPIES_LOADED * largest)} GiB while Triton loads the largest engine, about "
+        f"{_gib(_COPIES_BUILT * largest)} GiB while it is built."
+    )
+    yield "Weights are exact; activations are an estimate. Nothing was built, and latency is not estimated."
+
+
+def verdict(engines: Model, shapes: Shapes, gpu: int, max_side: int) -> str:
+    """Whether that fits into `gpu` bytes, and what would at most."""
+    batch = engines.largest_batch(shapes, gpu)
+    if engines.total(shapes) <= gpu:
+        return f"It fits into {_gib(gpu)} GiB; the largest --max-batch-size that fits is {batch}."
+    if batch:
+        return f"It does not fit into {_gib(gpu)} GiB, but --max-batch-size {batch} does."
+    side = _largest_side(engines, shapes, gpu, max_side)
+    if side:
+        return f"It does not fit into {_gib(gpu)} GiB, but --sizes {side}x{side} --max-batch-size 1 does."
+    weights = sum(need.weights for need in engines.needs(shapes))
+    return f"It does not fit into {_gib(gpu)} GiB in any size: the weights alone need {_gib(weights)} GiB."
+
+
+def _largest_side(engines: Model, shapes: Shapes, gpu: int, max_side: int) -> int:
+    """The side of the largest square image that fits alone, 0 if none does."""
+    sides = range(_SIDE_STEP, max_side + 1, _SIDE_STEP)
+    squares = ((side, replace(shapes, image_sizes=((side, side),), rows=2)) for side in sides)
+    return max((side for side, square in squares if engines.total(square) <= gpu), default=0)
+
+
+def read_memory(text: str) -> int:
+    """Bytes of a GPU's memory as in 24GB. Raises BadOptionError."""
+    match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)\s*([A-Za-z]*)", text.strip(), re.ASCII)
+    if match is None or match[2].upper() not in _UNITS or float(match[1]) == 0:
+        raise BadOptionError(f"--gpu: must be an amount such as 24GB, not {text[:40]!r}")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f}"
