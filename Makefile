@@ -3,6 +3,7 @@
 # make quick             the tests that start no Triton, browser, Node or torch: under a minute
 # make check             lint, types and import rules
 # make production-check  what can be proved of production without a GPU and without Docker, as a table
+# make images            build the container images with podman and run them, as root; minutes
 # make audit             hold the installed packages against the known advisories
 # make bench             this project beside HyperGen 0.1 (PyTorch) and others on this machine; ARGS=--quick is shorter
 # make clients           run client libraries, each in an environment of its own, against the shipped model
@@ -12,7 +13,7 @@
 # PYTHON is the Python:  make serve PYTHON=/usr/bin/python3.12 (3.10, 3.11 or 3.12)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev serve test quick check production-check audit bench clients clean
+.PHONY: help setup setup-dev serve test quick check production-check images audit bench clients clean
 
 # The first of those that the embedded Triton runs on, 3.11 as the project is developed with it.
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.10 python3; do \
@@ -48,7 +49,10 @@ check: setup-dev
 
 production-check: setup-dev
 	@.ci/tools
-	@$(BIN)/pytest -n 2 --dist loadfile -q -m claim --claims $(ARGS)
+	@.ci/with-podman $(BIN)/pytest -n 2 --dist loadfile -q -m claim --claims --images $(ARGS)
+
+images: setup-dev
+	@.ci/with-podman $(BIN)/pytest -n 0 -q --images tests/images $(ARGS)
 
 audit: setup-dev
 	@.ci/audit

@@ -13,13 +13,18 @@ FROM ${PYTHON_IMAGE} AS build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 WORKDIR /src
 COPY docker/constraints.txt docker/
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml LICENSE ./
+# The requirements in a layer of their own, which a change of the sources leaves as it is: the packages are still empty.
+RUN mkdir -p model_repository/diffusion export/hypergen_export export/emoji/checkpoint gateway/hypergen_gateway \
+    && touch README.md \
+    && python -m venv /opt/hypergen \
+    && /opt/hypergen/bin/pip install --no-cache-dir --constraint docker/constraints.txt \
+        --extra-index-url "${TORCH_INDEX}" ".[all]"
 COPY model_repository model_repository
 COPY export export
 COPY gateway gateway
-RUN python -m venv /opt/hypergen \
-    && /opt/hypergen/bin/pip install --no-cache-dir --constraint docker/constraints.txt \
-        --extra-index-url "${TORCH_INDEX}" ".[all]" \
+COPY README.md ./
+RUN /opt/hypergen/bin/pip install --no-cache-dir --no-deps --force-reinstall . \
     && /opt/hypergen/bin/pip uninstall --yes pip
 
 FROM ${PYTHON_IMAGE}

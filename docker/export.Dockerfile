@@ -13,15 +13,20 @@ WORKDIR /src
 COPY docker/triton/check_plans.py docker/triton/
 RUN python3 docker/triton/check_plans.py --tensorrt "${TENSORRT}"
 COPY docker/constraints.txt docker/
-COPY pyproject.toml README.md LICENSE ./
-COPY model_repository model_repository
-COPY export export
-COPY gateway gateway
-RUN virtualenv /opt/hypergen \
+COPY pyproject.toml LICENSE ./
+# The requirements in a layer of their own, which a change of the sources leaves as it is: the packages are still empty.
+RUN mkdir -p model_repository/diffusion export/hypergen_export export/emoji/checkpoint gateway/hypergen_gateway \
+    && touch README.md \
+    && virtualenv /opt/hypergen \
     && /opt/hypergen/bin/pip install --no-cache-dir --constraint docker/constraints.txt \
         --extra-index-url "${TORCH_INDEX}" ".[export]" "tensorrt-cu13-bindings==${TENSORRT}" \
     && site=$(/opt/hypergen/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
-    && printf 'from tensorrt_bindings import *\nfrom tensorrt_bindings import __version__\n' >"${site}/tensorrt.py" \
+    && printf 'from tensorrt_bindings import *\nfrom tensorrt_bindings import __version__\n' >"${site}/tensorrt.py"
+COPY model_repository model_repository
+COPY export export
+COPY gateway gateway
+COPY README.md ./
+RUN /opt/hypergen/bin/pip install --no-cache-dir --no-deps --force-reinstall . \
     && /opt/hypergen/bin/pip uninstall --yes pip
 
 FROM ${TRITON_IMAGE}

@@ -8,12 +8,17 @@ ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 FROM ${PYTHON_IMAGE} AS build
 WORKDIR /src
 COPY docker/constraints.txt docker/
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml LICENSE ./
+# The requirements in a layer of their own, which a change of the sources leaves as it is: the packages are still empty.
+RUN mkdir -p model_repository/diffusion export/hypergen_export export/emoji/checkpoint gateway/hypergen_gateway \
+    && touch README.md \
+    && python -m venv /opt/hypergen \
+    && /opt/hypergen/bin/pip install --no-cache-dir --constraint docker/constraints.txt ".[otel,s3]"
 COPY model_repository model_repository
 COPY export export
 COPY gateway gateway
-RUN python -m venv /opt/hypergen \
-    && /opt/hypergen/bin/pip install --no-cache-dir --constraint docker/constraints.txt ".[otel,s3]" \
+COPY README.md ./
+RUN /opt/hypergen/bin/pip install --no-cache-dir --no-deps --force-reinstall . \
     && /opt/hypergen/bin/pip uninstall --yes setuptools pip
 
 FROM ${PYTHON_IMAGE}

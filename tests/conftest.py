@@ -18,6 +18,7 @@ from filelock import FileLock
 from hypergen_gateway.embedded.export_cache import ExportOptions, find_repository
 from support.claims import ClaimsTable, attach_claims
 from support.faults import FaultsTable
+from support.images_table import ImagesTable
 from support.kinds import mark_kinds, register_kinds
 from support.node_client import install_node_client
 from support.skips import SkipsFail, SkipsTable
@@ -28,6 +29,7 @@ DEEP_CACHED = ("lcm", "sdxl")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults", action="store_true", help="what the tests of faults saw, as a table")
+    parser.addoption("--images", action="store_true", help="build and run the container images, too")
     parser.addoption("--claims", action="store_true", help="which claims about production the tests have proved")
 
 
@@ -39,7 +41,9 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(SkipsTable(), "skips")
     # Tests may run in several processes; the one that waits for them hears of all.
     if config.getoption("--claims") and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(ClaimsTable(), "claims")
+        config.pluginmanager.register(ClaimsTable(config.getoption("--images")), "claims")
+    if config.getoption("--images") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(ImagesTable(), "images")
     if config.getoption("--faults") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(FaultsTable(), "faults")
 

@@ -23,7 +23,7 @@ def report(
 @pytest.fixture
 def table() -> ClaimsTable:
     """Every claim has a test that has passed."""
-    made = ClaimsTable()
+    made = ClaimsTable(with_images=True)
     for claim in CLAIMS:
         made.pytest_runtest_logreport(report(claim, "passed"))
     return made
@@ -64,3 +64,8 @@ def test_a_test_of_families_is_evidence_for_the_family_that_it_draws(
     family: str, claims: list[str], request: pytest.FixtureRequest
 ) -> None:
     assert families_of(request.node) == claims == ([family] if family in FAMILIES else [])
+
+
+def test_only_who_builds_the_images_claims_that_they_are_built() -> None:
+    assert "built" not in ClaimsTable().evidence
+    assert ClaimsTable(with_images=True).evidence["built"].verdict == "not proved"

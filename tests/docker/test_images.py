@@ -120,8 +120,17 @@ def test_every_requirement_is_pinned_within_what_the_project_asks_for() -> None:
 def test_only_a_cpu_build_of_torch_fits() -> None:
     assert pins()["torch"].local == "cpu"
     for name in ("cpu", "export", "triton"):
-        (install,) = [run for run in arguments(name, "RUN") if "pip install" in run]
+        install = next(run for run in arguments(name, "RUN") if "pip install" in run)
         assert '--extra-index-url "${TORCH_INDEX}"' in install
+
+
+@pytest.mark.parametrize("name", ["gateway", "cpu", "export"])
+def test_a_change_of_the_sources_installs_no_requirement_anew(name: str) -> None:
+    steps = instructions(name)
+    sources = steps.index(("COPY", "gateway gateway"))
+    requirements, project = (number for number, (_, rest) in enumerate(steps) if "pip install" in rest)
+    assert requirements < sources < project
+    assert "--no-deps" in steps[project][1]
 
 
 def test_the_python_of_the_images_has_a_stub_in_tritons_wheel() -> None:
