@@ -32,11 +32,12 @@ setup-dev: .venv/.dev
 serve: setup
 	@$(BIN)/hypergen serve $(ARGS)
 
-# Two processes with a thread each: threads of torch that wait for each other spin, and take the other's core.
+# Three processes on two cores, as tests of servers also wait; with a thread each, for threads of torch that wait for each
+# other spin, and take the other's core.
 test: setup-dev
 	@sh .ci/test-tools
 	@echo "Running the tests"
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile $(ARGS)
 
 quick: setup-dev
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q -m "not (triton or browser or node or java or export or torch or slow or gpu)" $(ARGS)

@@ -34,19 +34,29 @@ Array = npt.NDArray[np.float32]
 
 
 @pytest.fixture(params=["shipped", "sd-1", "sdxl"])
-def checkpoint(request: pytest.FixtureRequest, checkpoint_of: Callable[[str], Path]) -> Checkpoint:
-    return open_checkpoint(SHIPPED_MODEL if request.param == "shipped" else str(checkpoint_of(request.param)))
+def exported_unet(
+    request: pytest.FixtureRequest, family_of: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> tuple[Checkpoint, Path]:
+    """A checkpoint and its UNet's ONNX file."""
+    if request.param != "shipped":
+        folder, repository = family_of(request.param)
+        return open_checkpoint(str(folder)), repository / "unet" / "1" / "model.onnx"
+    checkpoint, onnx = open_checkpoint(SHIPPED_MODEL), tmp_path / "model.onnx"
+    with closing(Progress(4)) as progress:
+        convert(checkpoint, [Job(component=checkpoint.family.denoiser, dtype="float32", onnx=onnx)], progress, None)
+    return checkpoint, onnx
 
 
 @torch.no_grad()
 def test_a_unet_in_bfloat16_is_as_exact_as_torch_in_bfloat16_at_every_timestep(
-    checkpoint: Checkpoint, tmp_path: Path
+    exported_unet: tuple[Checkpoint, Path],
 ) -> None:
+    checkpoint, onnx = exported_unet
     unet = UNet2DConditionModel.from_pretrained(checkpoint.folder / "unet", torch_dtype=torch.float32).eval()
     given = _given(checkpoint)
     exact = _by_torch(unet, given)
     torchs_errors = _errors(_by_torch(unet.to(torch.bfloat16), given), exact)
-    errors = _errors(_by_openvino(checkpoint, given, tmp_path / "model.onnx"), exact)
+    errors = _errors(_by_openvino(checkpoint, given, onnx), exact)
     print(f"torch {np.round(torchs_errors, 4)}, OpenVINO {np.round(errors, 4)}")
     assert (errors <= ALLOWED * torchs_errors).all(), (errors / torchs_errors).round(2)
 
@@ -77,9 +87,6 @@ def _by_torch(unet: Any, given: dict[str, torch.Tensor]) -> Array:
 
 
 def _by_openvino(checkpoint: Checkpoint, given: dict[str, torch.Tensor], onnx: Path) -> Array:
-    (unet,) = (component for component in checkpoint.family.components if component.name == "unet")
-    with closing(Progress(4)) as progress:
-        convert(checkpoint, [Job(component=unet, dtype="float32", onnx=onnx)], progress, None)
     core = openvino.Core()
     compiled = core.compile_model(read_model(core, onnx), "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
     inputs = {name: tensor.numpy() for name, tensor in given.items()} | {
