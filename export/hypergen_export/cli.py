@@ -21,6 +21,8 @@ from hypergen_export.errors import ExportError, InterruptedExportError
 from hypergen_export.repository.estimate import answer, read_memory
 from hypergen_export.repository.export import ExportRequest, ExportResult
 from hypergen_export.repository.export import export as build
+from hypergen_export.repository.single_file import SingleFileOptions, default_cache_dir
+from hypergen_export.single_files.kinds import PREDICTION_TYPES
 
 _DTYPES = {
     "float32": "float32",
@@ -84,6 +86,21 @@ def _not_empty(_: click.Context, parameter: click.Parameter, value: Any) -> Any:
     show_envvar=True,
     help="Also export a shallow UNet, for requests with cache_interval (DeepCache).",
 )
+@click.option(
+    "--prediction-type",
+    type=click.Choice(PREDICTION_TYPES),
+    envvar="HYPERGEN_PREDICTION_TYPE",
+    show_envvar=True,
+    help="What the model of a single file predicts.  [default: as the file says]",
+)
+@click.option(
+    "--cache-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    callback=_not_empty,
+    envvar="HYPERGEN_CACHE_DIR",
+    show_envvar=True,
+    help="Folder for converted single files.  [default: ~/.cache/hypergen]",
+)
 @click.option("--model-id", callback=_not_empty, help="Model id in the API.  [default: MODEL]")
 @click.option(
     "--output",
@@ -93,7 +110,7 @@ def _not_empty(_: click.Context, parameter: click.Parameter, value: Any) -> Any:
     help="Folder for the Triton repository; a previous export there is replaced.",
 )
 def export(*, model: str, output: Path, dtype: str, sizes: str | None, loras: tuple[str, ...], **options: Any) -> None:
-    """Export MODEL, a diffusers checkpoint (hub id or folder), to a Triton model repository.
+    """Export MODEL to a Triton model repository: a diffusers checkpoint (hub id or folder), or a single file.
 
     `hypergen/emoji` is the checkpoint bundled with HyperGen.
     """
@@ -106,6 +123,10 @@ def export(*, model: str, output: Path, dtype: str, sizes: str | None, loras: tu
             dtype=_DTYPES[dtype],
             sizes=() if sizes is None else read_sizes(sizes),
             loras=read_loras(loras),
+            single_files=SingleFileOptions(
+                cache_dir=options.pop("cache_dir") or default_cache_dir(),
+                prediction_type=options.pop("prediction_type"),
+            ),
             **options,
         )
         with _interruptible():

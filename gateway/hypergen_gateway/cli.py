@@ -16,7 +16,7 @@ import re
 import secrets
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -136,6 +136,12 @@ def _triton_options(command: Callable[..., None]) -> Any:
         multiple=True,
         help="A LoRA (.safetensors file or its folder) that requests select with lora_path=NAME; repeatable.",
     )
+    @option(
+        "--prediction-type",
+        type=click.Choice(["epsilon", "v_prediction"]),
+        help="What the model of a single file predicts.",
+        show_default="as the file says",
+    )
     @option("--deep-cache", is_flag=True, help="Add a shallow UNet for requests with cache_interval (DeepCache).")
     @option(
         "--cache-dir",
@@ -167,10 +173,11 @@ def _triton_options(command: Callable[..., None]) -> Any:
 def _read_triton_options(model: str | None, given: dict[str, Any]) -> TritonOptions:
     url, device, loras = given.pop("triton_url"), given.pop("device"), given.pop("lora")
     deep_cache, max_batch_size = given.pop("deep_cache"), given.pop("max_batch_size")
+    prediction_type = given.pop("prediction_type")
     dtype = DTYPES[given.pop("dtype")]
     model = model or SHIPPED_MODEL
     if url is not None:
-        _check_triton_url(url, loras=loras, deep_cache=deep_cache)
+        _check_triton_url(url, {"--lora": loras, "--deep-cache": deep_cache, "--prediction-type": prediction_type})
         return TritonOptions(model=model, url=url, export=None)
     if device == "cuda" or dtype == "float16":
         raise click.UsageError(
@@ -187,6 +194,7 @@ def _read_triton_options(model: str | None, given: dict[str, Any]) -> TritonOpti
         cache_dir=cache_dir,
         loras=loras,
         deep_cache=deep_cache,
+        prediction_type=prediction_type,
     )
     return TritonOptions(model=model, url=None, export=export)
 
@@ -199,15 +207,15 @@ def _ensure_home(cache_dir: Path) -> None:
         os.environ["HOME"] = str(cache_dir.absolute())
 
 
-def _check_triton_url(url: str, *, loras: Sequence[str], deep_cache: bool) -> None:
+def _check_triton_url(url: str, of_export: Mapping[str, Any]) -> None:
+    """`of_export`: the options that apply to an export, which is made already."""
     if not is_grpc_address(url):
         raise click.UsageError(
             f"--triton-url must be HOST:PORT of Triton's gRPC, such as 127.0.0.1:8001 or [::1]:8001, not {url!r}."
         )
-    if loras:
-        raise click.UsageError("--triton-url serves an exported repository: pass --lora to 'hypergen export'.")
-    if deep_cache:
-        raise click.UsageError("--triton-url serves an exported repository: pass --deep-cache to 'hypergen export'.")
+    given = next((name for name, value in of_export.items() if value), None)
+    if given:
+        raise click.UsageError(f"--triton-url serves an exported repository: pass {given} to 'hypergen export'.")
 
 
 def _cpu_dtype() -> str:
@@ -305,7 +313,8 @@ def _cpu_dtype() -> str:
 @option("--reload", is_flag=True, help="Restart when the project's code changes.")
 @_triton_options
 def serve_command(*, triton: TritonOptions, model: str | None, reload: bool, **given: Any) -> None:
-    """Serve MODEL through the OpenAI images API: a diffusers checkpoint's hub id or folder, or an exported repository.
+    """Serve MODEL through the OpenAI images API: a diffusers checkpoint's hub id or folder, a single file
+    (.safetensors, .ckpt), or an exported repository.
 
     The default MODEL is the small checkpoint that ships with the project. Every option can be set by an environment
     variable; an empty variable counts as unset, except for keys and secrets, where it is an error.

@@ -258,11 +258,19 @@ async def _greeting(options: ServeOptions, backend: TritonBackend) -> str:
         *(["with an API key"] if options.gateway.needs_key else []),
         *(f"with the LoRA {lora.name} at {lora.scale:g}" for lora in description.loras),
     ]
+    made_from = f"\n{_describe(description)}" if description.base_model else ""
     return (
         f"Serving {model} on {url}/v1 ({', '.join(details)})"
+        f"{made_from}"
         f"\n\nPlayground: {url}"
         f"\n\nGenerate an image:\n{curl}\n{_format_suggestions(description.suggestions)}"
     )
+
+
+def _describe(model: ModelDescription) -> str:
+    """What a single file is made from, and what it can do."""
+    can = ["text to image", *(["image to image and inpainting"] if "vae_encoder" in model.components else [])]
+    return f"{model.base_model}: {', '.join(can)}; {model.default_width}x{model.default_height} by default"
 
 
 def _format_suggestions(prompts: Sequence[str]) -> str:

@@ -50,6 +50,7 @@ MODEL = ModelDescription(
     max_reference_pixels=0,
     max_reference_side=4096,
     preferred_reference_sizes=(),
+    base_model="",
     suggestions=(),
 )
 

@@ -47,6 +47,8 @@ def checkpoint_parameters(checkpoint: Checkpoint) -> dict[str, str]:
         "family": checkpoint.family.name,
         **_architecture(checkpoint),
         **references,
+        # Which a conversion from a single file has written.
+        "base_model": str(checkpoint.index.get("_base_model", "")),
         "suggestions": suggestions,
         "size_factor": str(factor * sizes["patch_size"]),
         "vae_scale_factor": str(factor),
@@ -183,7 +185,12 @@ def _few_steps_reason(checkpoint: Checkpoint) -> str:
 
 def _distilled_word(checkpoint: Checkpoint) -> str:
     """The word in the checkpoint's names that says that it is distilled; empty if there is none."""
-    match = next(filter(None, map(_DISTILLED.search, checkpoint.names)), None)
+    return next(filter(None, map(few_steps_word, checkpoint.names)), "")
+
+
+def few_steps_word(name: str) -> str:
+    """The word in a name that says that the model is distilled to a few steps; empty if there is none."""
+    match = _DISTILLED.search(name)
     return match[0] if match else ""
 
 

@@ -8,8 +8,10 @@ program.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -112,20 +114,43 @@ def read_stored(stored: StoredTensor) -> Tensor:
 
 def write_sources(path: Path, sources: Iterable[Source], dtype: torch.dtype) -> dict[str, StoredTensor]:
     """Write the values of the sources to a safetensors file, one tensor at a time; returns their places by name."""
-    sources = list(sources)
-    (name_of_type,) = (name for name, each in TYPES.items() if each == dtype)
-    ends = np.cumsum([0, *(int(np.prod(source.shape)) * dtype.itemsize for source in sources)]).tolist()
+    _write(path, [(source.name, dtype, source.shape, source.read) for source in sources], lambda _: None)
+    return stored_tensors(path)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, tuple[Tensor, torch.dtype]], report: Callable[[int], None]) -> None:
+    """Write tensors, each in its type, to a safetensors file, one at a time; `report` hears the bytes of each."""
+    _write(
+        path,
+        [(name, dtype, tuple(tensor.shape), partial(_same, tensor)) for name, (tensor, dtype) in tensors.items()],
+        report,
+    )
+
+
+def _write(
+    path: Path,
+    tensors: list[tuple[str, torch.dtype, tuple[int, ...], Callable[[], Tensor]]],
+    report: Callable[[int], None],
+) -> None:
+    """Write a safetensors file, reading each tensor when its turn comes."""
+    names = {dtype: name for name, dtype in TYPES.items()}
+    ends = np.cumsum([0, *(math.prod(shape) * dtype.itemsize for _, dtype, shape, _ in tensors)]).tolist()
     header = {
-        source.name: {"dtype": name_of_type, "shape": list(source.shape), "data_offsets": [begin, end]}
-        for source, begin, end in zip(sources, ends[:-1], ends[1:], strict=True)
+        name: {"dtype": names[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        for (name, dtype, shape, _), begin, end in zip(tensors, ends[:-1], ends[1:], strict=True)
     }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # as safetensors aligns the tensors
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for source in sources:
-            file.write(source.read().to(dtype).contiguous().view(torch.uint8).numpy().data)
-    return stored_tensors(path)
+        for _, dtype, _, read in tensors:
+            content = read().to(dtype).contiguous().view(torch.uint8).numpy()
+            file.write(content.data)
+            report(content.nbytes)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _address(tensor: Tensor) -> int:

@@ -10,7 +10,7 @@ import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,6 +35,7 @@ from hypergen_export.engines.tensorrt import Build, Target, build_plan, local_ta
 from hypergen_export.errors import BadLoraError, BadOptionError, MissingDependencyError
 from hypergen_export.repository.cache_key import component_key, plan_key, repository_key, tokenizer_key, weight_files
 from hypergen_export.repository.estimate import table
+from hypergen_export.repository.single_file import SingleFileOptions, convert_once, is_single_file
 from hypergen_export.repository.staging import (
     PreviousExport,
     check_space,
@@ -69,6 +70,7 @@ class ExportRequest:
 
     `sizes` are the image sizes to build, for engines that need them; empty for the checkpoint's default. `loras` are
     served beside the unmodified checkpoint. `deep_cache` adds a shallow UNet, for requests with `cache_interval`.
+    `single_files` applies if `model` is a single file.
     """
 
     model: str
@@ -80,6 +82,7 @@ class ExportRequest:
     model_id: str = ""
     loras: tuple[Lora, ...] = ()
     deep_cache: bool = False
+    single_files: SingleFileOptions = field(default_factory=SingleFileOptions)
 
     @property
     def rows(self) -> int:
@@ -116,7 +119,7 @@ def export(
     checkpoint.
     """
     output = request.output.expanduser().resolve()
-    task = _make_task(request, PreviousExport(output, read_record(output) or {}), target)
+    task = _make_task(request, PreviousExport(output, read_record(output) or {}), target, notify)
     for text in notices(task.checkpoint):
         notify(text)
     _hash_weights(task)
@@ -156,11 +159,13 @@ def _hash_weights(task: ExportTask) -> None:
             task.hashes.read(unknown, report)
 
 
-def _make_task(request: ExportRequest, previous: PreviousExport, target: Target | None) -> ExportTask:
+def _make_task(
+    request: ExportRequest, previous: PreviousExport, target: Target | None, notify: Callable[[str], None]
+) -> ExportTask:
     """The task of a request. Options are checked here, before any work is done, the cheapest check first."""
     engine = ENGINES[request.engine]
     check_dtype(engine, request.dtype)
-    checkpoint = open_checkpoint(request.model)
+    checkpoint = _open(request, notify)
     _check_loras(request, checkpoint)
     if request.deep_cache and checkpoint.family.denoiser.module != "unet":
         raise BadOptionError(f"--deep-cache: only for models with a UNet, and {request.model} has a transformer")
@@ -170,6 +175,15 @@ def _make_task(request: ExportRequest, previous: PreviousExport, target: Target 
     target = target or local_target()
     target.check_dtype(request.dtype)
     return ExportTask(checkpoint, request, previous, sizes, target)
+
+
+def _open(request: ExportRequest, notify: Callable[[str], None]) -> Checkpoint:
+    if not is_single_file(request.model):
+        if request.single_files.prediction_type:
+            raise BadOptionError("--prediction-type: only for single files; a folder's scheduler_config.json says it")
+        return open_checkpoint(request.model)
+    with _requires_export_extra():
+        return open_checkpoint(str(convert_once(request.model, request.single_files, notify)))
 
 
 def _check_loras(request: ExportRequest, checkpoint: Checkpoint) -> None:

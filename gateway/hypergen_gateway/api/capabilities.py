@@ -18,6 +18,7 @@ class Capabilities(BaseModel):
 
     object: Literal["capabilities"] = "capabilities"
     model: str
+    base_model: str = Field(description="What a single file is made from, such as `Stable Diffusion XL`; else empty.")
     default_size: str
     sizes: tuple[str, ...] = Field(
         description="All sizes that the model generates; empty if it generates every size within the limits."
@@ -62,6 +63,7 @@ def of_model(model: ModelDescription, id_: str, sizes: SizePolicy) -> Capabiliti
     """A model's capabilities, in the API's terms."""
     return Capabilities(
         model=id_,
+        base_model=model.base_model,
         default_size=f"{model.default_width}x{model.default_height}",
         sizes=model.sizes,
         size_factor=model.size_factor,

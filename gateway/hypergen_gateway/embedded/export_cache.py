@@ -55,6 +55,7 @@ class ExportOptions:
     cache_dir: Path
     loras: tuple[str, ...] = ()  # [NAME=]PATH[:SCALE], which the exporter reads
     deep_cache: bool = False
+    prediction_type: str | None = None
 
 
 def default_cache_dir() -> Path | None:
@@ -96,6 +97,8 @@ async def find_repository(model: str, options: ExportOptions) -> Path:
         _reject_plans(Path(model))
         if options.loras:
             raise EmbeddedError(f"{model} is exported already: pass --lora to 'hypergen export' with the checkpoint.")
+        if options.prediction_type:
+            raise EmbeddedError(f"{model} is exported already: pass --prediction-type to 'hypergen export'.")
         if options.deep_cache and not (Path(model) / "unet_shallow").is_dir():
             raise EmbeddedError(f"{model} has no shallow UNet: pass --deep-cache to 'hypergen export'.")
         return Path(model)
@@ -123,7 +126,9 @@ def _folder_name(model: str, options: ExportOptions) -> str:
     readable = re.sub(r"[^A-Za-z0-9.]+", "-", Path(model).name).strip("-.") or "model"
     loras = f"-lora-{_digest(*options.loras)}" if options.loras else ""
     deep_cache = "-deep-cache" if options.deep_cache else ""
-    return f"{readable}-{_digest(place)}-openvino-{options.dtype}-b{options.max_batch_size}{deep_cache}{loras}"
+    prediction = f"-{options.prediction_type}" if options.prediction_type else ""
+    suffix = f"{prediction}{deep_cache}{loras}"
+    return f"{readable}-{_digest(place)}-openvino-{options.dtype}-b{options.max_batch_size}{suffix}"
 
 
 def _digest(*texts: str) -> str:
@@ -203,6 +208,8 @@ async def _export(model: str, options: ExportOptions, output: Path, lock: int | 
             *("--max-batch-size", str(options.max_batch_size), "--output", str(output)),
             *(f"--lora={lora}" for lora in options.loras),
             *(["--deep-cache"] if options.deep_cache else []),
+            *("--cache-dir", str(options.cache_dir)),
+            *(["--prediction-type", options.prediction_type] if options.prediction_type else []),
             env=child_environment(os.environ),
             stdin=asyncio.subprocess.DEVNULL,
             pass_fds=() if lock is None else (lock,),

@@ -125,6 +125,7 @@ class ModelDescription:
     max_reference_pixels: int  # height times width of one
     max_reference_side: int
     preferred_reference_sizes: tuple[str, ...]  # WIDTHxHEIGHT that they are scaled to; empty if they may have any
+    base_model: str  # of a single file, for people; empty for others
     suggestions: Lines  # prompts that suit the model; empty for most
 
     @property

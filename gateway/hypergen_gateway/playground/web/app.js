@@ -235,7 +235,7 @@ async function main() {
   setUpKeyDialog();
   setUpCodeDialog();
   const model = await describe();
-  byId("model").textContent = model.model;
+  byId("model").textContent = model.base_model ? `${model.model} (${model.base_model})` : model.model;
   document.title = `${model.model} · HyperGen`;
   new Playground(model);
   byId("change-key").hidden = !storedKey();

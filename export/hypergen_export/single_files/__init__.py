@@ -1,0 +1,1 @@
+"""Checkpoints that are one file, as model sites distribute them, converted to diffusers' layout."""

@@ -1,0 +1,149 @@
+"""Write a single file as a folder in diffusers' layout: the same values, by diffusers' names."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hypergen_export.checkpoints.defaults import few_steps_word
+from hypergen_export.conversion.sources import write_tensors
+from hypergen_export.errors import BrokenCheckpointError, ExportError, UnsupportedModelError
+from hypergen_export.single_files.clip_vocabulary import write_clip_tokenizer
+from hypergen_export.single_files.kinds import SD_2, Kind, complete_names, kind_of
+from hypergen_export.single_files.modules import Module, modules_of
+from hypergen_export.single_files.prediction import Prediction, prediction_of
+from hypergen_export.single_files.reading import SingleFile, Tensors, read_single_file
+
+Report = Callable[[float], None]
+# Precisions that engines do not read, and one that holds all their values.
+_WIDER = {
+    torch.float8_e4m3fn: torch.bfloat16,
+    torch.float8_e5m2: torch.bfloat16,
+    torch.float64: torch.float32,
+}
+_EMA = "model_ema."
+# Tensors beside the modules: the schedule's tables, the trainer's state, and what no pipeline computes with.
+_NOT_OF_A_MODULE = re.compile(
+    r"(alphas_cumprod|betas|sqrt_|log_one_minus|posterior_|lvlb_weights|logvar|model_ema\.|denoiser\.|global_step|"
+    r"scale_factor|v_pred$|ztsnr$|.*\.position_ids$|.*logit_scale$|.*\.attn_mask$|.*text_projection(\.weight)?$|"
+    r"cond_stage_model\.model\.transformer\.resblocks\.23\.|first_stage_model\.loss\.|__).*"
+)
+_WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """What a file was converted to: its base model, and notices about it, one line each."""
+
+    base: str
+    notices: tuple[str, ...]
+
+
+def convert_single_file(path: Path, folder: Path, prediction_type: str | None, report: Report) -> Converted:
+    """Write the file's modules, configs and tokenizers to `folder`. Raises ExportError, OSError."""
+    try:
+        return _convert(read_single_file(path), folder, prediction_type, report)
+    except ExportError as error:
+        text = str(error)
+        raise type(error)(text if text.startswith(str(path)) else f"{path}: {text}") from error
+
+
+def _convert(file: SingleFile, folder: Path, prediction_type: str | None, report: Report) -> Converted:
+    tensors = {complete_names(name): tensor for name, tensor in file.tensors.items()}
+    kind = kind_of({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    _check_precisions(tensors)
+    modules, left = modules_of(kind, tensors)
+    _check_parts(kind, {module.name for module in modules})
+    prediction = prediction_of(file, _has_velocity(kind, file), prediction_type)
+    scheduler = _scheduler(kind, prediction, file.path.stem)
+    _write_modules(modules, folder, report)
+    for encoder in kind.text_encoders:
+        write_clip_tokenizer(folder / encoder.tokenizer, encoder.pad_token)
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    _write_json(folder / "model_index.json", _index(kind, modules, scheduler, file.path.stem))
+    return Converted(base=kind.title, notices=tuple(_notices(kind, left, prediction)))
+
+
+def _check_precisions(tensors: Tensors) -> None:
+    """Reject weights that are quantized: their values need a scale, which is stored beside them."""
+    for name, tensor in tensors.items():
+        if name.endswith((".scale_weight", "scaled_fp8", ".weight_scale")):
+            raise UnsupportedModelError(f"its weights are scaled fp8 ({name}), which is not supported")
+        if name.endswith("weight") and not tensor.is_floating_point():
+            raise UnsupportedModelError(f"its weights are quantized ({name} is {tensor.dtype}), which is not supported")
+
+
+def _check_parts(kind: Kind, found: set[str]) -> None:
+    missing = sorted({"vae", *(each.module for each in kind.text_encoders)} - found)
+    if missing:
+        raise BrokenCheckpointError(f"it is a {kind.title} model without {' and '.join(missing)}")
+
+
+def _write_modules(modules: list[Module], folder: Path, report: Report) -> None:
+    total = sum(tensor.nbytes for module in modules for tensor in module.tensors.values())
+    done = 0
+
+    def count(written: int) -> None:
+        nonlocal done
+        done += written
+        report(done / total)
+
+    for module in modules:
+        place = folder / module.name
+        place.mkdir(parents=True)
+        _write_json(place / "config.json", module.config)
+        widened = {name: (tensor, _WIDER.get(tensor.dtype, tensor.dtype)) for name, tensor in module.tensors.items()}
+        write_tensors(place / _WEIGHTS[module.loader.partition(".")[0]], widened, count)
+
+
+def _has_velocity(kind: Kind, file: SingleFile) -> bool:
+    """Stable Diffusion 2.x predicts velocity, but for its models of 512 pixels, such as SD-Turbo and inpainting."""
+    return kind.title == SD_2.title and not few_steps_word(file.path.stem)
+
+
+def _scheduler(kind: Kind, prediction: Prediction, name: str) -> dict[str, Any]:
+    scheduler = {**kind.scheduler, "prediction_type": prediction.type}
+    if few_steps_word(name) and kind.scheduler["_class_name"] == "EulerDiscreteScheduler":
+        scheduler["timestep_spacing"] = "trailing"
+    if prediction.is_zero_snr:
+        # The first step then is at the schedule's end, the pure noise that the model was trained on.
+        scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return scheduler
+
+
+def _index(kind: Kind, modules: list[Module], scheduler: dict[str, Any], name: str) -> dict[str, Any]:
+    return {
+        "_class_name": kind.pipeline,
+        "_name_or_path": name,
+        "_base_model": kind.title,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        **{module.name: module.loader.split(".") for module in modules},
+        **{each.tokenizer: ["transformers", "CLIPTokenizer"] for each in kind.text_encoders},
+        **kind.index,
+    }
+
+
+def _notices(kind: Kind, left: set[str], prediction: Prediction) -> Iterator[str]:
+    if prediction.said_by:
+        yield f"predicts {prediction.type}, as {prediction.said_by} says"
+    elif kind.title == SD_2.title:
+        yield f"taken for a model that predicts {prediction.type}, which the file does not say: see --prediction-type"
+    if any(name.startswith(_EMA) for name in left):
+        yield "has averaged weights (model_ema) too, which are not served: diffusers does not load them either"
+    unknown = sorted(name for name in left if not _NOT_OF_A_MODULE.fullmatch(name))
+    if unknown:
+        yield f"left out {len(unknown)} tensors that have no place in the model, for example {unknown[0]}"
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

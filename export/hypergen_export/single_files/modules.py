@@ -1,0 +1,172 @@
+"""The modules of a single file by diffusers' names, through diffusers' own conversion.
+
+Tensors stay views of the mapped file: conversion only renames, slices and transposes most of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from hypergen_export.errors import BrokenCheckpointError
+from hypergen_export.single_files.configs import Config, clip_config, unet_config, vae_config
+from hypergen_export.single_files.kinds import UNET, ClipEncoder, Kind
+from hypergen_export.single_files.reading import Tensors
+
+VAE = "first_stage_model."
+# Buffers that a module computes itself.
+_COMPUTED = ("position_ids",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Module:
+    """A module to be written: its folder, its class, its config, and its tensors by diffusers' names."""
+
+    name: str
+    loader: str
+    config: Config
+    tensors: Tensors
+
+
+def modules_of(kind: Kind, tensors: Tensors) -> tuple[list[Module], set[str]]:
+    """The modules that the file holds, and the names of the tensors that belong to none of them.
+
+    Raises BrokenCheckpointError for tensors that are missing, without the file's name.
+    """
+    with _NoCopies() as used:
+        modules = [_unet(kind, tensors)]
+        if any(name.startswith(VAE) for name in tensors):
+            modules.append(_vae(kind, tensors))
+        modules += [_clip(each, tensors) for each in kind.text_encoders if any(map(_starts(each.prefix), tensors))]
+    for module in modules:
+        _check_complete(module)
+        used.add_all(module.tensors.values())
+    return modules, {name for name, tensor in tensors.items() if not used.has(tensor)}
+
+
+def _unet(kind: Kind, tensors: Tensors) -> Module:
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    config = _config("its UNet", lambda: unet_config(kind, _shapes(tensors)))
+    own = {name: tensor for name, tensor in tensors.items() if name.startswith(UNET)}
+    return Module(
+        name="unet",
+        loader="diffusers.UNet2DConditionModel",
+        config=config,
+        tensors=convert_ldm_unet_checkpoint(own, config),
+    )
+
+
+def _vae(kind: Kind, tensors: Tensors) -> Module:
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    own = {name.removeprefix(VAE): tensor for name, tensor in tensors.items() if name.startswith(VAE)}
+    config = _config("its VAE", lambda: vae_config(kind, _shapes(own)))
+    converted = convert_ldm_vae_checkpoint({f"{VAE}{name}": tensor for name, tensor in own.items()}, config)
+    return Module(name="vae", loader="diffusers.AutoencoderKL", config=config, tensors=converted)
+
+
+def _clip(encoder: ClipEncoder, tensors: Tensors) -> Module:
+    from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_open_clip_checkpoint
+
+    own = {name: tensor for name, tensor in tensors.items() if name.startswith(encoder.prefix)}
+    if encoder.is_open_clip:
+        width = own[f"{encoder.prefix}token_embedding.weight"].shape[1]
+        model = SimpleNamespace(config=SimpleNamespace(hidden_size=width))
+        converted = convert_open_clip_checkpoint(model, own, prefix=encoder.prefix)
+    else:
+        converted = convert_ldm_clip_checkpoint(own)
+    converted = {name: tensor for name, tensor in converted.items() if not name.endswith(_COMPUTED)}
+    if not encoder.has_projection:
+        converted.pop("text_projection.weight", None)
+    config = _config(f"its {encoder.module}", lambda: clip_config(encoder, _shapes(converted)))
+    loader = "CLIPTextModelWithProjection" if encoder.has_projection else "CLIPTextModel"
+    return Module(name=encoder.module, loader=f"transformers.{loader}", config=config, tensors=converted)
+
+
+def _config(what: str, read: Callable[[], Config]) -> Config:
+    try:
+        return read()
+    except (KeyError, StopIteration, IndexError) as error:
+        missing = f": {error.args[0]}" if error.args else ""
+        raise BrokenCheckpointError(f"{what} lacks tensors{missing}") from error
+
+
+def _shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _starts(prefix: str) -> Callable[[str], bool]:
+    return lambda name: name.startswith(prefix)
+
+
+def _check_complete(module: Module) -> None:
+    """Compare a module's tensors with those that its class has. Raises BrokenCheckpointError."""
+    expected = {_bare(name): shape for name, shape in _expected(module)}
+    given = {_bare(name): tuple(tensor.shape) for name, tensor in module.tensors.items() if tensor is not None}
+    missing = sorted(expected.keys() - given.keys())
+    if missing:
+        raise BrokenCheckpointError(f"its {module.name} lacks {len(missing)} tensors, for example {missing[0]}")
+    wrong = sorted(name for name, shape in expected.items() if given[name] != shape)
+    if wrong:
+        shapes = f"{given[wrong[0]]} instead of {expected[wrong[0]]}"
+        raise BrokenCheckpointError(
+            f"its {module.name} has {len(wrong)} tensors of another shape, for example {wrong[0]}: {shapes}"
+        )
+    for name in [name for name in module.tensors if _bare(name) not in expected]:
+        del module.tensors[name]
+
+
+def _bare(name: str) -> str:
+    # transformers 5.6 and later have no such level in CLIPTextModel, and read both.
+    return name.removeprefix("text_model.")
+
+
+def _expected(module: Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    library, name = module.loader.split(".")
+    loader: Any = getattr(importlib.import_module(library), name)
+    with torch.device("meta"):
+        if library == "diffusers":
+            made = loader.from_config(module.config)
+        else:
+            made = loader(loader.config_class(**module.config))
+    for key, tensor in made.state_dict().items():
+        if not key.endswith(_COMPUTED):
+            yield key, tuple(tensor.shape)
+
+
+class _NoCopies(TorchFunctionMode):
+    """Let conversion return views where diffusers' code copies, and note which tensors were used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._used: set[int] = set()
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if function in (torch.Tensor.clone, torch.Tensor.contiguous):
+            return args[0]
+        if function is torch.cat:
+            if len(args[0]) == 1:
+                return args[0][0]
+            self.add_all(args[0])
+        return function(*args, **(kwargs or {}))
+
+    def add_all(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Note that these are used."""
+        self._used |= {_storage(tensor) for tensor in tensors if tensor is not None}
+
+    def has(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor, or a view of it, was used."""
+        return _storage(tensor) in self._used
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
