@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers import AutoencoderTiny, StableDiffusionImg2ImgPipeline
 from PIL import Image as PILImage
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint
@@ -60,6 +62,27 @@ def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
     @functools.cache
     def make(family: str) -> Pair:
         folder = save_miniature(tmp_path_factory.mktemp("families") / family, family=family)
+        return Pair(sampler_of(folder), pipeline_of(folder))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def with_tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Family -> as `pair_of`, with an AutoencoderTiny."""
+
+    @functools.cache
+    def make(family: str) -> Pair:
+        folder = save_miniature(tmp_path_factory.mktemp("tiny") / family, family=family)
+        shutil.rmtree(folder / "vae")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(2)
+            vae = AutoencoderTiny(encoder_block_out_channels=(16,) * 4, decoder_block_out_channels=(16,) * 4)
+        with torch.no_grad():
+            vae.decoder.layers[-1].weight.mul_(8)
+        vae.save_pretrained(folder / "vae")
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", "AutoencoderTiny"]}))
         return Pair(sampler_of(folder), pipeline_of(folder))
 
     return make
@@ -260,6 +283,20 @@ async def test_every_family_starts_from_an_image_as_its_pipeline_does(family: st
         mask=mask(72, 56) if masked else None,
     )
     await held_from_image(pair_of(family), request)
+
+
+@pytest.mark.parametrize("start", ["noise", "an image", "an image and a mask"])
+@pytest.mark.parametrize("family", ["sd-1", "sdxl-inpainting"])
+async def test_a_tiny_autoencoder_takes_the_place_of_the_vae(family: str, start: str, with_tiny_vae: Any) -> None:
+    pair = with_tiny_vae(family)
+    given = {"image": input_image(), "strength": 0.6} if start != "noise" else {}
+    masked = {"mask": mask()} if start.endswith("mask") else {}
+    request = request_of(scheduler="euler_a", guidance_scale=3.0, negative_prompt="a cat", **given, **masked)
+    if given:
+        await held_from_image(pair, request)
+    else:
+        pair.choose("euler_a")
+        held(await pair.sampler.generate(request), by_diffusers(pair.pipeline, request))
 
 
 async def test_images_of_one_request_are_those_of_its_seeds_in_a_row(pair_of: Any) -> None:

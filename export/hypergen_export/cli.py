@@ -87,6 +87,20 @@ def _not_empty(_: click.Context, parameter: click.Parameter, value: Any) -> Any:
     help="Also export a shallow UNet, for requests with cache_interval (DeepCache).",
 )
 @click.option(
+    "--vae",
+    callback=_not_empty,
+    envvar="HYPERGEN_VAE",
+    show_envvar=True,
+    help="VAE in place of the model's own: a folder, hub id or .safetensors file; also an AutoencoderTiny.",
+)
+@click.option(
+    "--text-encoder",
+    callback=_not_empty,
+    envvar="HYPERGEN_TEXT_ENCODER",
+    show_envvar=True,
+    help="Pipeline folder or hub id whose text encoders and tokenizers to use in place of the model's own.",
+)
+@click.option(
     "--prediction-type",
     type=click.Choice(PREDICTION_TYPES),
     envvar="HYPERGEN_PREDICTION_TYPE",

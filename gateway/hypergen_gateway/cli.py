@@ -137,6 +137,16 @@ def _triton_options(command: Callable[..., None]) -> Any:
         help="A LoRA (.safetensors file or its folder) that requests select with lora_path=NAME; repeatable.",
     )
     @option(
+        "--vae",
+        metavar="PATH|ID",
+        help="VAE in place of the model's own: a folder, hub id or .safetensors file; also an AutoencoderTiny.",
+    )
+    @option(
+        "--text-encoder",
+        metavar="PATH|ID",
+        help="Pipeline whose text encoders and tokenizers to use in place of the model's own.",
+    )
+    @option(
         "--prediction-type",
         type=click.Choice(["epsilon", "v_prediction"]),
         help="What the model of a single file predicts.",
@@ -173,11 +183,12 @@ def _triton_options(command: Callable[..., None]) -> Any:
 def _read_triton_options(model: str | None, given: dict[str, Any]) -> TritonOptions:
     url, device, loras = given.pop("triton_url"), given.pop("device"), given.pop("lora")
     deep_cache, max_batch_size = given.pop("deep_cache"), given.pop("max_batch_size")
-    prediction_type = given.pop("prediction_type")
+    parts = {name: given.pop(name) for name in ("prediction_type", "vae", "text_encoder")}
     dtype = DTYPES[given.pop("dtype")]
     model = model or SHIPPED_MODEL
     if url is not None:
-        _check_triton_url(url, {"--lora": loras, "--deep-cache": deep_cache, "--prediction-type": prediction_type})
+        given_parts = {f"--{name.replace('_', '-')}": value for name, value in parts.items()}
+        _check_triton_url(url, {"--lora": loras, "--deep-cache": deep_cache, **given_parts})
         return TritonOptions(model=model, url=url, export=None)
     if device == "cuda" or dtype == "float16":
         raise click.UsageError(
@@ -194,7 +205,7 @@ def _read_triton_options(model: str | None, given: dict[str, Any]) -> TritonOpti
         cache_dir=cache_dir,
         loras=loras,
         deep_cache=deep_cache,
-        prediction_type=prediction_type,
+        **parts,
     )
     return TritonOptions(model=model, url=None, export=export)
 

@@ -45,7 +45,12 @@ WEIGHTS = {
 }
 # Width of the text encoder of `wide`.
 WIDE = 256
-CONVERTED: Mapping[str, tuple[str, ...]] = {"sd-2": ("text_encoder", "unet"), "lcm-sdxl": ("unet",)}
+CONVERTED: Mapping[str, tuple[str, ...]] = {
+    "sd-2": ("text_encoder", "unet"),
+    "lcm-sdxl": ("unet",),
+    "sd-inpainting": ("unet", "vae_encoder"),
+    "sdxl-inpainting": ("unet", "vae_encoder"),
+}
 
 
 @pytest.fixture(scope="session")

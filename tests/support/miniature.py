@@ -10,7 +10,7 @@ show in the pixels.
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,8 @@ _UNET_XL = {
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 40 + 6 * 8,
 }
+# Latents, mask and the latents of the masked image.
+_MASKED_IMAGE = {"in_channels": 2 * LATENT_CHANNELS + 1}
 _GUIDANCE_EMBEDDED = {"time_cond_proj_dim": 32}
 
 
@@ -102,6 +104,8 @@ FAMILIES: Mapping[str, Family] = {
     "lcm": Family(scheduler=_LCM, unet=_UNET_1 | _GUIDANCE_EMBEDDED, pipeline="LatentConsistencyModelPipeline"),
     "tcd": Family(scheduler=_TCD, unet=_UNET_1),
     "sdxl": _xl(_EULER),
+    "sd-inpainting": Family(scheduler=_DDIM, unet=_UNET_1 | _MASKED_IMAGE, pipeline="StableDiffusionInpaintPipeline"),
+    "sdxl-inpainting": replace(_xl(_EULER, "", **_MASKED_IMAGE), pipeline="StableDiffusionXLInpaintPipeline"),
     "sdxl-turbo": _xl(_TRAILING_ANCESTRAL, "stabilityai/sdxl-turbo"),
     "sdxl-lightning": _xl(_TRAILING, "ByteDance/SDXL-Lightning"),
     "lcm-sdxl": _xl(_LCM, "", **_GUIDANCE_EMBEDDED),
@@ -208,12 +212,11 @@ def _unet(kind: Family) -> UNet2DConditionModel:
     }
     model = UNet2DConditionModel(
         sample_size=SAMPLE_SIZE,
-        in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         layers_per_block=1,
         block_out_channels=(16, 32),
         norm_num_groups=8,
-        **{**blocks, **kind.unet},
+        **{"in_channels": LATENT_CHANNELS, **blocks, **kind.unet},
     ).eval()
     _amplify(model.conv_out, 2.0)
     for name, module in model.named_modules():

@@ -29,7 +29,7 @@ from hypergen_export.conversion.loading import load_module
 from hypergen_export.conversion.tokenizer import text_parameters, write_tokenizer
 from hypergen_export.conversion.wrappers import wrap
 from hypergen_sampler.conditioning import Array, Conditioning, conditioning_of, merge, texts_of
-from hypergen_sampler.latent_init import ImagePosterior, LatentInit, references_of
+from hypergen_sampler.latent_init import ImagePosterior, LatentInit, masked_image_of, references_of
 from hypergen_sampler.prompts import PromptTokenizers
 from hypergen_sampler.request import Architecture, Request
 from hypergen_sampler.sampling import DenoiserInputs, Trajectory
@@ -86,7 +86,7 @@ class Sampler:
             sigmas=request.sigmas,
             eta=request.eta,
             image_tokens=self.architecture.image_tokens(*latent_init.shape[1:]),
-            masked=request.mask is not None,
+            masked=request.mask is not None or self.architecture.takes_masked_image,
         )
         image = Trajectory(request, conditions, latent_init, scheduler, self.architecture)
         latents = [sample async for sample in (loop or self.loop()).sample(image, lambda: False)][-1].latents
@@ -95,17 +95,24 @@ class Sampler:
     def latent_init(self, request: Request) -> LatentInit:
         factor = self.checkpoint.sizes["vae_scale_factor"]
         shape = (self.checkpoint.sizes["latent_channels"], request.height // factor, request.width // factor)
-        if request.image is None:
+        is_inpainting_model = self.architecture.takes_masked_image
+        if request.image is None and not is_inpainting_model:
             return LatentInit(shape)
-        answer = self.run("vae_encoder", image=request.image[None])
         return LatentInit(
             shape,
-            ImagePosterior(answer["mean"][0], answer["std"][0]),
+            None
+            if request.image is None
+            else self._posterior(request.image, np.ones(request.image.shape[:2], np.uint8)),
             request.mask,
+            masked_image=self._posterior(*masked_image_of(request)) if is_inpainting_model else None,
             respaces_timesteps=self.architecture.is_latent_consistency,
             starts_from_mode=bool(self.architecture.encodes_mode),
             interpolates_mask=self.architecture.latent_patch_size > 1,
         )
+
+    def _posterior(self, image: Pixels, kept: Pixels) -> ImagePosterior:
+        answer = self.run("vae_encoder", image=image[None], kept=kept[None, :, :, None])
+        return ImagePosterior(answer["mean"][0], answer["std"][0])
 
     def loop(self) -> StepLoop:
         return StepLoop(self.denoise, max_rows=16, max_active=8, max_waiting=8)
@@ -183,7 +190,7 @@ def by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:
         "prompt": request.prompt,
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": request.guidance_scale,
-        **_given(request),
+        **(_given_to_inpainting_model(request) if _is_inpainting_model(pipeline) else _given(request)),
     }
     if request.negative_prompt is not None:
         fields["negative_prompt"] = request.negative_prompt
@@ -210,6 +217,26 @@ def _given(request: Request) -> dict[str, Any]:
     if request.mask is None:
         return start
     return {**size, **start, "mask_image": PILImage.fromarray(request.mask)}
+
+
+def _is_inpainting_model(pipeline: Any) -> bool:
+    """Whether its UNet takes a mask and a masked image, without which diffusers does not call it."""
+    is_one: bool = getattr(getattr(pipeline, "unet", None), "config", {}).get("in_channels") == 9
+    return is_one
+
+
+def _given_to_inpainting_model(request: Request) -> dict[str, Any]:
+    """Without a mask everything is repainted; without an image its pixels do not matter, then."""
+    size = (request.height, request.width)
+    image = np.full((*size, 3), 90, np.uint8) if request.image is None else request.image
+    covered = np.full(size, 255, np.uint8) if request.mask is None else request.mask
+    return {
+        "width": request.width,
+        "height": request.height,
+        "image": PILImage.fromarray(image),
+        "mask_image": PILImage.fromarray(covered),
+        "strength": request.strength,
+    }
 
 
 def held(ours: tuple[Array, Pixels], theirs: tuple[Array, Pixels], tolerance: float = TOLERANCE) -> None:
@@ -243,9 +270,14 @@ def mask(width: int = 64, height: int = 64) -> Pixels:
 async def held_from_image(pair: Pair, request: Request) -> None:
     """Our image-to-image or inpainting against the pipeline of diffusers that its own text-to-image one stands for."""
     pipelines = IMAGE_TO_IMAGE if request.mask is None else INPAINTING
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pipeline = pipelines[type(pair.pipeline).__name__].from_pipe(pair.pipeline)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = pair.pipeline
+    if not _is_inpainting_model(pipeline):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pipeline = pipelines[type(pair.pipeline).__name__].from_pipe(
+                pair.pipeline,
+                vae=pair.pipeline.vae,  # also one that its type hints leave out
+            )
+        pipeline.set_progress_bar_config(disable=True)
     pair.choose(request.scheduler, pipeline)
     held(await pair.sampler.generate(request), by_diffusers(pipeline, request), TOLERANCE_FROM_IMAGE)

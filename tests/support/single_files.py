@@ -13,7 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,11 @@ MINIATURES: Mapping[str, Miniature] = {
     "sdxl": _sdxl(),
     "sdxl-v": _sdxl(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"),
     "ssd-1b": _sdxl(unet=_UNET_SSD),
+    "sd-1-inpainting": replace(_sd_1(in_channels=9), pipeline="StableDiffusionInpaintPipeline"),
+    "sd-2-inpainting": replace(
+        _sd_2("epsilon"), pipeline="StableDiffusionInpaintPipeline", unet={**_UNET_2, "in_channels": 9}
+    ),
+    "sdxl-inpainting": _sdxl("StableDiffusionXLInpaintPipeline", {**_UNET_XL, "in_channels": 9}),
 }
 
 

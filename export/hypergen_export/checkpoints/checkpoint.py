@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from hypergen_export.checkpoints.components import Sizes
-from hypergen_export.checkpoints.detection import check_classes, check_configs, find_family
+from hypergen_export.checkpoints.detection import check_classes, check_configs, find_family, with_stated_vae
 from hypergen_export.checkpoints.family import ConfigOverrides, Family
 from hypergen_export.checkpoints.hub import find_snapshot
 from hypergen_export.checkpoints.weights import (
@@ -47,17 +47,33 @@ _PACKAGE = Path(__file__).parents[1]
 _SHIPPED_FOLDERS = (_PACKAGE / "bundled" / "emoji", _PACKAGE.parent / "emoji" / "checkpoint")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Replacement:
+    """A module or tokenizer that is not the checkpoint's own: its folder, and its class as "library.Class"."""
+
+    folder: Path
+    loader: str
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder in diffusers' layout and its family. `index` is its model_index.json."""
+    """A folder in diffusers' layout and its family. `index` is its model_index.json.
+
+    `replaced`: subfolders that lie elsewhere, such as a VAE in place of the checkpoint's own.
+    """
 
     folder: Path
     family: Family
     index: Mapping[str, Any]
+    replaced: Mapping[str, Path] = field(default_factory=dict)
+
+    def folder_of(self, part: str) -> Path:
+        """The folder of a module or tokenizer."""
+        return self.replaced.get(part, self.folder / part)
 
     def config(self, module: str) -> Mapping[str, Any]:
         """The module's config.json; that of a CLIP text encoder is completed with transformers' defaults."""
-        config = read_json(self.folder / module / "config.json")
+        config = read_json(self.folder_of(module) / "config.json")
         if not self.family.modules.get(module, "").startswith("transformers.CLIPText"):
             return config
         # The config of a complete CLIP model contains that of its text encoder.
@@ -66,16 +82,16 @@ class Checkpoint:
 
     def tokenizer_length(self, tokenizer: str) -> int | None:
         """The length that the tokenizer's config states, if any."""
-        stated = read_json(self.folder / tokenizer / "tokenizer_config.json").get("model_max_length")
+        stated = read_json(self.folder_of(tokenizer) / "tokenizer_config.json").get("model_max_length")
         # transformers writes 10**30 for "no limit".
         return int(stated) if stated else None
 
     def weights(self, module: str) -> Weights:
         """The files that hold the module's weights."""
-        files = sorted(entry.name for entry in (self.folder / module).iterdir())
-        chosen = select_weights(files)
+        folder = self.folder_of(module)
+        chosen = select_weights(sorted(entry.name for entry in folder.iterdir()))
         if chosen is None:
-            raise BrokenCheckpointError(f"{self.folder / module}: no weights (*.safetensors or *.bin) here")
+            raise BrokenCheckpointError(f"{folder}: no weights (*.safetensors or *.bin) here")
         return chosen
 
     @cached_property
@@ -89,7 +105,8 @@ class Checkpoint:
         """Names of the checkpoint: its folder, its id in the hub's cache, and the checkpoints it was made from."""
         cached = (part for part in self.folder.parts if part.startswith("models--"))
         made_from = (self.index.get("_name_or_path"), self.denoiser_config.get("_name_or_path"))
-        return (self.folder.name, *cached, *(str(name) for name in made_from if name))
+        denoiser = self.folder_of(self.family.denoiser.module)
+        return (self.folder.name, denoiser.name, *cached, *(str(name) for name in made_from if name))
 
     @property
     def denoiser_config(self) -> Mapping[str, Any]:
@@ -119,20 +136,22 @@ class Checkpoint:
         }
 
 
-def open_checkpoint(model: str) -> Checkpoint:
-    """Find `model` and check that it can be converted.
+def open_checkpoint(model: str, replaced: Mapping[str, Replacement] | None = None) -> Checkpoint:
+    """Find `model` and check that it can be converted, with the replaced parts in place of its own.
 
     Raises:
         UnknownModelError, NotADiffusersPipelineError, UnsupportedModelError, BrokenCheckpointError
     """
-    folder = _find_folder(model)
+    replaced = replaced or {}
+    folder = find_folder(model)
     index_path = folder / INDEX
     if not index_path.is_file():
         raise NotADiffusersPipelineError(f"{model}: not a diffusers pipeline: it has no {INDEX}")
-    index = read_json(index_path)
+    index = {**read_json(index_path), **{part: each.loader.split(".") for part, each in replaced.items()}}
     family = find_family(model, index, lambda module: read_json(folder / module / "config.json"))
+    family = with_stated_vae(family, index)
     check_classes(model, index, family)
-    checkpoint = Checkpoint(folder, family, index)
+    checkpoint = Checkpoint(folder, family, index, {part: each.folder for part, each in replaced.items()})
     _check_files(checkpoint)
     configs = {module: checkpoint.config(module) for module in family.modules}
     check_configs(model, family, configs, _readable_sizes(checkpoint))
@@ -153,7 +172,8 @@ def read_json(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _find_folder(model: str) -> Path:
+def find_folder(model: str) -> Path:
+    """The folder of a checkpoint: a path, a hub id, or the bundled model. Raises UnknownModelError."""
     if model == SHIPPED_MODEL:
         return _shipped_folder()
     folder = Path(model).expanduser()
@@ -175,13 +195,13 @@ def _shipped_folder() -> Path:
 
 def _check_files(checkpoint: Checkpoint) -> None:
     for module in (*checkpoint.family.modules, *checkpoint.family.tokenizers):
-        if not (checkpoint.folder / module).is_dir():
-            raise BrokenCheckpointError(f"{checkpoint.folder / module}: missing")
+        if not checkpoint.folder_of(module).is_dir():
+            raise BrokenCheckpointError(f"{checkpoint.folder_of(module)}: missing")
     for module in checkpoint.family.modules:
         checkpoint.config(module)
-        _check_weights(checkpoint.folder / module, checkpoint.weights(module))
+        _check_weights(checkpoint.folder_of(module), checkpoint.weights(module))
     for text in checkpoint.family.text:
-        _check_tokenizer(checkpoint.folder / text.tokenizer, text.tokenizer_class)
+        _check_tokenizer(checkpoint.folder_of(text.tokenizer), text.tokenizer_class)
     _ = checkpoint.scheduler, checkpoint.defaults
 
 

@@ -47,13 +47,19 @@ def checkpoint_parameters(checkpoint: Checkpoint) -> dict[str, str]:
         "family": checkpoint.family.name,
         **_architecture(checkpoint),
         **references,
-        # Which a conversion from a single file has written.
-        "base_model": str(checkpoint.index.get("_base_model", "")),
+        "base_model": _base_model(checkpoint),
         "suggestions": suggestions,
         "size_factor": str(factor * sizes["patch_size"]),
         "vae_scale_factor": str(factor),
         "latent_channels": str(sizes["latent_channels"]),
     }
+
+
+def _base_model(checkpoint: Checkpoint) -> str:
+    """What a single file was made from: its conversion says it, or it replaces the transformer of a pipeline."""
+    if checkpoint.family.denoiser.module in checkpoint.replaced:
+        return checkpoint.family.name
+    return str(checkpoint.index.get("_base_model", ""))
 
 
 def _architecture(checkpoint: Checkpoint) -> dict[str, str]:

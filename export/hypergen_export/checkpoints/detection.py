@@ -6,12 +6,14 @@ Works on parsed files; does not access the disk.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from hypergen_export.checkpoints.components import Sizes
 from hypergen_export.checkpoints.families import FAMILIES
 from hypergen_export.checkpoints.family import Config, Family
 from hypergen_export.errors import UnsupportedModelError
 
+_KL, _TINY = "diffusers.AutoencoderKL", "diffusers.AutoencoderTiny"
 # Entry of the index -> why the pipeline is not supported.
 _UNSUPPORTED_PARTS = {
     "transformer": "its denoiser is a transformer of another architecture",
@@ -63,6 +65,22 @@ def find_family(model: str, index: Config, read_config: Callable[[str], Config])
     complaint = f"needs {' and '.join(extra)}" if extra else f"does not take {' and '.join(absent)}"
     kind = "UNet" if families[0].denoiser.module == "unet" else "transformer"
     raise UnsupportedModelError(f"{model}: its {kind} {complaint}, which is not supported for {pipeline}")
+
+
+def with_stated_vae(family: Family, index: Config) -> Family:
+    """The family with the tiny autoencoder that the index names, if its own VAE has one for such latents.
+
+    An AutoencoderTiny gives latents, not a distribution of them: nothing is drawn for an input image.
+    """
+    if _class_name(index, "vae") != _TINY or family.modules.get("vae") != _KL:
+        return family
+    components = tuple(
+        replace(each, loader=_TINY, wrapper=f"{each.name}_tiny", overflows_float16=False)
+        if each.module == "vae"
+        else each
+        for each in family.components
+    )
+    return replace(family, components=components, sampling=replace(family.sampling, encodes_mode=True))
 
 
 def check_classes(model: str, index: Config, family: Family) -> None:

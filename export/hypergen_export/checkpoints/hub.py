@@ -40,6 +40,33 @@ def find_snapshot(model: str) -> Path:
         raise UnknownModelError(f"{model}: {local}, and the hub cannot provide it ({first_line(error)})") from error
 
 
+def find_module_snapshot(module: str) -> Path:
+    """The folder of a hub id's snapshot that is one module, such as a VAE. Raises UnknownModelError."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise MissingDependencyError(f"{module}: the hub needs: pip install 'hypergen-triton[export]'") from error
+    try:
+        folder = Path(huggingface_hub.snapshot_download(module, local_files_only=True))
+        if (folder / "config.json").is_file() and not _missing_of_module(folder):
+            return folder
+    except (OSError, ValueError):
+        pass  # not cached
+    try:
+        names = [file.rfilename for file in huggingface_hub.HfApi().model_info(module).siblings or []]
+        weights = select_weights(name for name in names if "/" not in name)
+        return Path(
+            huggingface_hub.snapshot_download(
+                module,
+                allow_patterns=["config.json", *(weights.files if weights else ()), "vae/*.json", "vae/*.safetensors"],
+            )
+        )
+    except Exception as error:  # the hub client and its transports raise many kinds
+        raise UnknownModelError(
+            f"{module}: no such folder, and the hub cannot provide it ({first_line(error)})"
+        ) from error
+
+
 def required_files(names: Iterable[str]) -> list[str]:
     """The files of a hub repository that an export needs, or that show why it cannot be exported."""
     names = list(names)

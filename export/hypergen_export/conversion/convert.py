@@ -111,7 +111,7 @@ def _compare(checkpoint: Checkpoint, job: Job, files: WeightFiles) -> Parity:
     component, sizes = job.component, checkpoint.sizes
     check_links(job.onnx)
     weights = checkpoint.weights(component.module)
-    if not component.kept_layers or float32_bytes(checkpoint.folder / component.module, weights) < _LARGE_BYTES:
+    if not component.kept_layers or float32_bytes(checkpoint.folder_of(component.module), weights) < _LARGE_BYTES:
         expected = torch_outputs(component, _load_all(checkpoint, job).float(), sizes)
         return compare_outputs(component, expected, sizes, job.onnx, job.dtype)
     light = _load(checkpoint, job, component.kept_layers)

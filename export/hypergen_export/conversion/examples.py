@@ -79,6 +79,10 @@ def _pixel(spec: _Spec) -> torch.Tensor:
     return torch.randint(0, 256, spec.shape, generator=spec.generator, dtype=torch.uint8)
 
 
+def _kept(spec: _Spec) -> torch.Tensor:
+    return torch.randint(0, 2, spec.shape, generator=spec.generator, dtype=torch.uint8)
+
+
 VALUES: Mapping[str, Callable[[_Spec], torch.Tensor]] = {
     "normal": _normal,
     "prompt": partial(_prompt, "vocabulary"),
@@ -90,6 +94,7 @@ VALUES: Mapping[str, Callable[[_Spec], torch.Tensor]] = {
     "sinusoids": _sinusoids,
     "reference_positions": _reference_positions,
     "pixel": _pixel,
+    "kept": _kept,
 }
 
 

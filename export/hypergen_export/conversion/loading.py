@@ -24,7 +24,7 @@ State = dict[str, torch.Tensor]
 
 def load_module(checkpoint: Checkpoint, component: Component) -> torch.nn.Module:
     """The torch module of `component`. Raises BrokenCheckpointError."""
-    folder = checkpoint.folder / component.module
+    folder = checkpoint.folder_of(component.module)
     weights = checkpoint.weights(component.module)
     library, name = component.loader.split(".")
     loader: Any = getattr(importlib.import_module(library), name)
@@ -53,7 +53,7 @@ def load_placeholders(checkpoint: Checkpoint, component: Component) -> tuple[tor
 
     Every tensor is read once, to check its values. Raises BrokenCheckpointError.
     """
-    folder = checkpoint.folder / component.module
+    folder = checkpoint.folder_of(component.module)
     placeholders = Placeholders()
     library, name = component.loader.split(".")
     try:

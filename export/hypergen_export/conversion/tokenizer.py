@@ -36,7 +36,7 @@ def write_tokenizer(checkpoint: Checkpoint, text: TextInput, path: Path) -> None
     """
     length = checkpoint.sizes[text.tokens]
     theirs = _load(checkpoint, text)
-    _check_vocabulary(theirs, checkpoint.folder / text.tokenizer, _vocabulary_size(checkpoint, text))
+    _check_vocabulary(theirs, checkpoint.folder_of(text.tokenizer), _vocabulary_size(checkpoint, text))
     ours = _with_padding(theirs, length)
     before, after = template_of(checkpoint, text)
     for prompt in _PROBES:
@@ -58,7 +58,7 @@ def template_of(checkpoint: Checkpoint, text: TextInput) -> tuple[str, str]:
         return before, after
     before, found, after = _as_given(_load(checkpoint, text), text, _SENTINEL).partition(_SENTINEL)
     if not found:
-        raise BrokenCheckpointError(f"{checkpoint.folder / text.tokenizer}: its chat template leaves out the prompt")
+        raise BrokenCheckpointError(f"{checkpoint.folder_of(text.tokenizer)}: its chat template leaves out the prompt")
     return before, after
 
 
@@ -132,7 +132,7 @@ def _check_vocabulary(theirs: Any, folder: Path, vocabulary_size: int) -> None:
 def _load(checkpoint: Checkpoint, text: TextInput) -> Any:
     import transformers
 
-    folder = checkpoint.folder / text.tokenizer
+    folder = checkpoint.folder_of(text.tokenizer)
     loader = getattr(transformers, f"{text.tokenizer_class.partition('.')[2]}Fast")
     try:
         return loader.from_pretrained(folder, local_files_only=True)

@@ -94,7 +94,7 @@ class Model:
 
 def used_tensors(checkpoint: Checkpoint, component: Component) -> Mapping[str, Shape]:
     """Name -> shape of the tensors in the checkpoint that the component computes with. Raises BrokenCheckpointError."""
-    folder, weights = checkpoint.folder / component.module, checkpoint.weights(component.module)
+    folder, weights = checkpoint.folder_of(component.module), checkpoint.weights(component.module)
     if weights.format != "safetensors":
         raise BrokenCheckpointError(f"{folder}: only safetensors state what is in them, and these weights are pickled")
     stored = (tensor for file in tensor_files(folder, weights) for tensor in stored_tensors(file).values())
@@ -150,8 +150,11 @@ def _per_token(tensors: Mapping[str, Shape]) -> list[Shape]:
 
 
 def _outermost(component: str, tensors: Mapping[str, Shape]) -> list[Shape]:
-    """The convolutions of the block that works on the most pixels."""
-    matches = ((_OUTERMOST[component].match(name), shape) for name, shape in tensors.items() if len(shape) >= 4)
+    """The convolutions of the block that works on the most pixels; an AutoencoderTiny's are of one width."""
+    convolutions = {name: shape for name, shape in tensors.items() if len(shape) >= 4}
+    matches = ((_OUTERMOST[component].match(name), shape) for name, shape in convolutions.items())
     found = [(int(match[1]), shape) for match, shape in matches if match]
+    if not found:
+        return list(convolutions.values())
     last = max(block for block, _ in found)
     return [shape for block, shape in found if block == last]

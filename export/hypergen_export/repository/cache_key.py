@@ -35,7 +35,7 @@ _CONVERSION = (
 
 def component_key(checkpoint: Checkpoint, component: Component, hashes: ContentHashes, dtype: str = "float32") -> str:
     """Key of a component's ONNX file: its dtype, the module's files, the merged LoRA, the sources that convert them."""
-    folder = checkpoint.folder / component.module
+    folder = checkpoint.folder_of(component.module)
     return _digest(
         component.name,
         component.wrapper,
@@ -49,7 +49,7 @@ def component_key(checkpoint: Checkpoint, component: Component, hashes: ContentH
 
 def weight_files(checkpoint: Checkpoint, module: str) -> list[Path]:
     """The files that hold the module's weights."""
-    return [checkpoint.folder / module / name for name in checkpoint.weights(module).files]
+    return [checkpoint.folder_of(module) / name for name in checkpoint.weights(module).files]
 
 
 def plan_key(onnx_key: str, *build_inputs: Any) -> str:
@@ -59,7 +59,7 @@ def plan_key(onnx_key: str, *build_inputs: Any) -> str:
 
 def tokenizer_key(checkpoint: Checkpoint, text: TextInput) -> str:
     """Key of the tokenizer's file for the sampler."""
-    files = (path for path in (checkpoint.folder / text.tokenizer).iterdir() if path.is_file())
+    files = (path for path in checkpoint.folder_of(text.tokenizer).iterdir() if path.is_file())
     return _digest(
         repr(text),
         text_padding(checkpoint),

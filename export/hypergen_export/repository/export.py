@@ -16,7 +16,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hypergen_export.checkpoints.checkpoint import SCHEDULER, Checkpoint, open_checkpoint
+from hypergen_export.checkpoints.checkpoint import (
+    SCHEDULER,
+    Checkpoint,
+    Replacement,
+    find_folder,
+    open_checkpoint,
+    read_json,
+)
 from hypergen_export.checkpoints.components import Component
 from hypergen_export.checkpoints.defaults import (
     checkpoint_parameters,
@@ -32,10 +39,16 @@ from hypergen_export.engines.engine import ENGINES, OPENVINO, TENSORRT, Size, ch
 from hypergen_export.engines.memory import Model
 from hypergen_export.engines.profiles import Shapes, profiles, reference_rows, shapes_of
 from hypergen_export.engines.tensorrt import Build, Target, build_plan, local_target, onnx_files, write_plan_record
-from hypergen_export.errors import BadLoraError, BadOptionError, MissingDependencyError
+from hypergen_export.errors import BadLoraError, BadOptionError, BrokenCheckpointError, MissingDependencyError
 from hypergen_export.repository.cache_key import component_key, plan_key, repository_key, tokenizer_key, weight_files
 from hypergen_export.repository.estimate import table
-from hypergen_export.repository.single_file import SingleFileOptions, convert_once, is_single_file
+from hypergen_export.repository.replacements import text_replacements, vae_replacement
+from hypergen_export.repository.single_file import (
+    SingleFileOptions,
+    convert_once,
+    convert_transformer_once,
+    is_single_file,
+)
 from hypergen_export.repository.staging import (
     PreviousExport,
     check_space,
@@ -70,7 +83,7 @@ class ExportRequest:
 
     `sizes` are the image sizes to build, for engines that need them; empty for the checkpoint's default. `loras` are
     served beside the unmodified checkpoint. `deep_cache` adds a shallow UNet, for requests with `cache_interval`.
-    `single_files` applies if `model` is a single file.
+    `single_files` applies if `model` or `vae` is a single file. `vae` and `text_encoder` replace the checkpoint's own.
     """
 
     model: str
@@ -83,6 +96,8 @@ class ExportRequest:
     loras: tuple[Lora, ...] = ()
     deep_cache: bool = False
     single_files: SingleFileOptions = field(default_factory=SingleFileOptions)
+    vae: str | None = None
+    text_encoder: str | None = None
 
     @property
     def rows(self) -> int:
@@ -165,7 +180,7 @@ def _make_task(
     """The task of a request. Options are checked here, before any work is done, the cheapest check first."""
     engine = ENGINES[request.engine]
     check_dtype(engine, request.dtype)
-    checkpoint = _open(request, notify)
+    checkpoint = open_request(request, notify)
     _check_loras(request, checkpoint)
     if request.deep_cache and checkpoint.family.denoiser.module != "unet":
         raise BadOptionError(f"--deep-cache: only for models with a UNet, and {request.model} has a transformer")
@@ -177,13 +192,46 @@ def _make_task(
     return ExportTask(checkpoint, request, previous, sizes, target)
 
 
-def _open(request: ExportRequest, notify: Callable[[str], None]) -> Checkpoint:
-    if not is_single_file(request.model):
-        if request.single_files.prediction_type:
-            raise BadOptionError("--prediction-type: only for single files; a folder's scheduler_config.json says it")
-        return open_checkpoint(request.model)
-    with _requires_export_extra():
-        return open_checkpoint(str(convert_once(request.model, request.single_files, notify)))
+def open_request(request: ExportRequest, notify: Callable[[str], None]) -> Checkpoint:
+    """The checkpoint, converted from a single file if it is one, with the parts that replace its own.
+
+    Raises ExportError.
+    """
+    if is_single_file(request.model):
+        with _requires_export_extra():
+            return _open_single_file(request, notify)
+    if request.single_files.prediction_type:
+        raise BadOptionError("--prediction-type: only for single files; a folder's scheduler says it")
+    return open_checkpoint(request.model, _replacements(request, {}, notify))
+
+
+def _open_single_file(request: ExportRequest, notify: Callable[[str], None]) -> Checkpoint:
+    base = request.text_encoder and find_folder(request.text_encoder)
+    if base and (base / "transformer" / "config.json").is_file():
+        config = read_json(base / "transformer" / "config.json")
+        folder = convert_transformer_once(request.model, config, request.single_files, notify)
+        transformer = Replacement(folder=folder, loader=f"diffusers.{config['_class_name']}")
+        own_vae = read_json(base / "vae" / "config.json")
+        vae = {"vae": vae_replacement(request.vae, own_vae, request.single_files, notify)} if request.vae else {}
+        return open_checkpoint(str(base), {"transformer": transformer, **vae})
+    converted = convert_once(request.model, request.single_files, notify)
+    replaced = _replacements(request, converted.vae, notify)
+    absent = [module for module in converted.missing if module not in replaced]
+    if absent:
+        option = "--vae" if absent == ["vae"] else "--text-encoder"
+        raise BrokenCheckpointError(f"{request.model}: it has no {' and no '.join(absent)}: see {option}")
+    return open_checkpoint(str(converted.folder), replaced)
+
+
+def _replacements(
+    request: ExportRequest, own_vae: Mapping[str, Any], notify: Callable[[str], None]
+) -> dict[str, Replacement]:
+    replaced = text_replacements(request.text_encoder) if request.text_encoder else {}
+    if request.vae:
+        own = own_vae or read_json(find_folder(request.model) / "vae" / "config.json")
+        with _requires_export_extra():
+            replaced["vae"] = vae_replacement(request.vae, own, request.single_files, notify)
+    return replaced
 
 
 def _check_loras(request: ExportRequest, checkpoint: Checkpoint) -> None:
@@ -301,7 +349,7 @@ class ExportTask:
         return sum(map(self._bytes_of, self.outdated))
 
     def _bytes_of(self, component: Component) -> int:
-        folder, weights = self.checkpoint.folder / component.module, self.checkpoint.weights(component.module)
+        folder, weights = self.checkpoint.folder_of(component.module), self.checkpoint.weights(component.module)
         full = float32_bytes(folder, weights)
         plan = full if self.target else 0
         is_linked = weights.format == "safetensors" and not component.lora

@@ -21,6 +21,9 @@ from hypergen_export.errors import OutputRefusedError, UnsupportedModelError
 from hypergen_export.repository.staging import check_space, staged
 
 Notify = Callable[[str], None]
+Report = Callable[[float], None]
+# Writes to a folder, and returns what is recorded beside it.
+Convert = Callable[[Path, Report], dict[str, Any]]
 _RECORD = "single_file.json"
 _FORMATS = (".safetensors", ".ckpt")
 _UNREAD = {
@@ -49,6 +52,15 @@ class SingleFileOptions:
         return self.cache_dir / "checkpoints"
 
 
+@dataclass(frozen=True, kw_only=True)
+class SingleFileFolder:
+    """A converted file: its folder, the modules that it lacks, and what its kind says about its VAE."""
+
+    folder: Path
+    missing: tuple[str, ...]
+    vae: Mapping[str, Any]
+
+
 def is_single_file(model: str) -> bool:
     """Whether `model` is a checkpoint in one file. Raises UnsupportedModelError for a format that is not read."""
     path = Path(model).expanduser()
@@ -59,18 +71,62 @@ def is_single_file(model: str) -> bool:
     return path.suffix in _FORMATS
 
 
-def convert_once(model: str, options: SingleFileOptions, notify: Notify) -> Path:
+def convert_once(model: str, options: SingleFileOptions, notify: Notify) -> SingleFileFolder:
     """The folder of a single file, converted unless it was before. Raises ExportError."""
     path = Path(model).expanduser()
-    hashes = ContentHashes(_known_hashes(options.folder))
-    _hash(hashes, path)
-    output = options.folder / f"{path.stem[:60]}-{_key(path, hashes, options)}"
-    with _locked(output, notify):
-        if not (output / _RECORD).is_file():
-            _convert(path, output, hashes, options)
+    said = path.with_suffix(".yaml").read_bytes() if path.with_suffix(".yaml").is_file() else b""
+
+    def convert(folder: Path, report: Report) -> dict[str, Any]:
+        from hypergen_export.single_files.folder import convert_single_file
+
+        return asdict(convert_single_file(path, folder, options.prediction_type, report))
+
+    output = _once(path, (options.prediction_type, said), convert, options, notify)
     record = _read(output)
     for text in (f"a {record['base']} model", *record["notices"]):
         notify(text)
+    return SingleFileFolder(folder=output, missing=tuple(record["missing"]), vae=record["vae"])
+
+
+def convert_vae_once(file: str, own: Mapping[str, Any], options: SingleFileOptions, notify: Notify) -> Path:
+    """The folder of a VAE in one file; `own` are entries of the replaced VAE's config, which weights do not say."""
+    path = Path(file).expanduser()
+
+    def convert(folder: Path, report: Report) -> dict[str, Any]:
+        from hypergen_export.single_files.vae import convert_vae
+
+        convert_vae(path, folder, own, report)
+        return {}
+
+    return _once(path, ("vae", sorted(own.items())), convert, options, notify)
+
+
+def convert_transformer_once(model: str, base: Mapping[str, Any], options: SingleFileOptions, notify: Notify) -> Path:
+    """The folder of a transformer in one file; `base` is the config of its pipeline's own. Raises ExportError."""
+    path = Path(model).expanduser()
+
+    def convert(folder: Path, report: Report) -> dict[str, Any]:
+        from hypergen_export.single_files.transformer import convert_transformer
+
+        return {"notices": convert_transformer(path, folder, base, report)}
+
+    output = _once(path, ("transformer", json.dumps(base, sort_keys=True)), convert, options, notify)
+    for text in _read(output)["notices"]:
+        notify(text)
+    return output
+
+
+def _once(path: Path, said: Any, convert: Convert, options: SingleFileOptions, notify: Notify) -> Path:
+    """The folder that `convert` writes, under a key of the file's content and of what is said about it."""
+    hashes = ContentHashes(_known_hashes(options.folder))
+    _hash(hashes, path)
+    output = options.folder / f"{path.stem[:60]}-{_key(path, hashes, said)}"
+    with _locked(output, notify):
+        if not (output / _RECORD).is_file():
+            _convert(path, output, hashes, convert)
+        elif hashes.has_new_hashes:
+            # A file that was hashed just after it was written is hashed again, until its times can be relied on.
+            _write_record(output, {**_read(output), "hashes": hashes.stored})
     return output
 
 
@@ -83,9 +139,8 @@ def _hash(hashes: ContentHashes, path: Path) -> None:
             hashes.read(unknown, report)
 
 
-def _convert(path: Path, output: Path, hashes: ContentHashes, options: SingleFileOptions) -> None:
+def _convert(path: Path, output: Path, hashes: ContentHashes, convert: Convert) -> None:
     from hypergen_export.conversion.progress import Progress
-    from hypergen_export.single_files.folder import convert_single_file
 
     check_space(output, path.stat().st_size)
     with (
@@ -93,26 +148,32 @@ def _convert(path: Path, output: Path, hashes: ContentHashes, options: SingleFil
         contextlib.closing(Progress(1)) as progress,
         progress.stage(f"{path.name}: convert to diffusers' layout") as report,
     ):
-        converted = convert_single_file(path, folder, options.prediction_type, report)
-        record = {"file": path.name, "sha256": hashes(path), "hashes": hashes.stored, **asdict(converted)}
-        (folder / _RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        record = {**convert(folder, report), "file": path.name, "sha256": hashes(path), "hashes": hashes.stored}
+        _write_record(folder, record)
 
 
-def _key(path: Path, hashes: ContentHashes, options: SingleFileOptions) -> str:
+def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    new = folder / f".{_RECORD}"
+    new.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    new.replace(folder / _RECORD)
+
+
+def _key(path: Path, hashes: ContentHashes, said: Any) -> str:
     """Changes with the content, what is said about it, and the code that converts it."""
-    beside = path.with_suffix(".yaml")
-    sources = sorted((file.name, file.read_bytes()) for file in _ROOM.rglob("*") if file.is_file())
-    digest = hashlib.sha256(repr((hashes(path), path.stem, options.prediction_type, version("diffusers"))).encode())
-    for name, content in (*sources, ("", beside.read_bytes() if beside.is_file() else b"")):
-        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    digest = hashlib.sha256(repr((hashes(path), path.stem, said, version("diffusers"))).encode())
+    for file in sorted(file for file in _ROOM.rglob("*") if file.suffix in (".py", ".gz")):
+        content = file.read_bytes()
+        digest.update(f"{file.name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()[:16]
 
 
 def _known_hashes(folder: Path) -> dict[str, str]:
-    """The hashes of large files that earlier conversions have stored."""
-    return {
-        stamp: known for file in folder.glob(f"*/{_RECORD}") for stamp, known in _read(file.parent)["hashes"].items()
-    }
+    """The hashes of large files that finished conversions have stored."""
+    known: dict[str, str] = {}
+    for file in folder.glob(f"[!.]*/{_RECORD}"):
+        with contextlib.suppress(OutputRefusedError):
+            known |= _read(file.parent).get("hashes", {})
+    return known
 
 
 def _read(folder: Path) -> Mapping[str, Any]:

@@ -55,25 +55,26 @@ def unet_config(kind: Kind, shapes: Shapes) -> Config:
     }
 
 
-def vae_config(kind: Kind, shapes: Shapes) -> Config:
-    """The config of an AutoencoderKL; `shapes` by the names of latent diffusion, without a prefix."""
+def vae_config(own: Mapping[str, Any], shapes: Shapes) -> Config:
+    """The config of an AutoencoderKL; `shapes` by the names of latent diffusion, without a prefix.
+
+    `own` are the entries that weights do not say, such as `scaling_factor`.
+    """
     levels = _count(r"encoder\.down\.(\d+)\.", shapes)
     return {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
         "block_out_channels": [shapes[f"encoder.down.{each}.block.0.conv1.weight"][0] for each in range(levels)],
         "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "force_upcast": kind.force_upcast,
         "in_channels": shapes["encoder.conv_in.weight"][1],
         "latent_channels": shapes["decoder.conv_in.weight"][1],
         "layers_per_block": _count(r"encoder\.down\.0\.block\.(\d+)\.", shapes),
         "norm_num_groups": 32,
         "out_channels": shapes["decoder.conv_out.weight"][0],
-        "sample_size": kind.side,
-        "scaling_factor": kind.scaling_factor,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "use_post_quant_conv": "post_quant_conv.weight" in shapes,
         "use_quant_conv": "quant_conv.weight" in shapes,
+        **own,
     }
 
 

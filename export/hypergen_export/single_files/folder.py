@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from hypergen_export.checkpoints.defaults import few_steps_word
 from hypergen_export.conversion.sources import write_tensors
-from hypergen_export.errors import BrokenCheckpointError, ExportError, UnsupportedModelError
+from hypergen_export.errors import ExportError, UnsupportedModelError
 from hypergen_export.single_files.clip_vocabulary import write_clip_tokenizer
 from hypergen_export.single_files.kinds import SD_2, Kind, complete_names, kind_of
 from hypergen_export.single_files.modules import Module, modules_of
@@ -39,10 +39,15 @@ _WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": 
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """What a file was converted to: its base model, and notices about it, one line each."""
+    """What a file was converted to: its base model, and notices about it, one line each.
+
+    `missing` are the modules that it lacks, `vae` the entries of a VAE's config that its kind has.
+    """
 
     base: str
     notices: tuple[str, ...]
+    missing: tuple[str, ...]
+    vae: Mapping[str, Any]
 
 
 def convert_single_file(path: Path, folder: Path, prediction_type: str | None, report: Report) -> Converted:
@@ -57,20 +62,25 @@ def convert_single_file(path: Path, folder: Path, prediction_type: str | None, r
 def _convert(file: SingleFile, folder: Path, prediction_type: str | None, report: Report) -> Converted:
     tensors = {complete_names(name): tensor for name, tensor in file.tensors.items()}
     kind = kind_of({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    _check_precisions(tensors)
+    check_precisions(tensors)
     modules, left = modules_of(kind, tensors)
-    _check_parts(kind, {module.name for module in modules})
     prediction = prediction_of(file, _has_velocity(kind, file), prediction_type)
     scheduler = _scheduler(kind, prediction, file.path.stem)
     _write_modules(modules, folder, report)
-    for encoder in kind.text_encoders:
+    for encoder in (each for each in kind.text_encoders if (folder / each.module).is_dir()):
         write_clip_tokenizer(folder / encoder.tokenizer, encoder.pad_token)
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     _write_json(folder / "model_index.json", _index(kind, modules, scheduler, file.path.stem))
-    return Converted(base=kind.title, notices=tuple(_notices(kind, left, prediction)))
+    found = {module.name for module in modules}
+    return Converted(
+        base=kind.title,
+        notices=tuple(_notices(kind, left, prediction)),
+        missing=tuple(sorted({"vae", *(each.module for each in kind.text_encoders)} - found)),
+        vae={"scaling_factor": kind.scaling_factor, "force_upcast": kind.force_upcast},
+    )
 
 
-def _check_precisions(tensors: Tensors) -> None:
+def check_precisions(tensors: Tensors) -> None:
     """Reject weights that are quantized: their values need a scale, which is stored beside them."""
     for name, tensor in tensors.items():
         if name.endswith((".scale_weight", "scaled_fp8", ".weight_scale")):
@@ -79,13 +89,8 @@ def _check_precisions(tensors: Tensors) -> None:
             raise UnsupportedModelError(f"its weights are quantized ({name} is {tensor.dtype}), which is not supported")
 
 
-def _check_parts(kind: Kind, found: set[str]) -> None:
-    missing = sorted({"vae", *(each.module for each in kind.text_encoders)} - found)
-    if missing:
-        raise BrokenCheckpointError(f"it is a {kind.title} model without {' and '.join(missing)}")
-
-
 def _write_modules(modules: list[Module], folder: Path, report: Report) -> None:
+    """Write each module to a subfolder."""
     total = sum(tensor.nbytes for module in modules for tensor in module.tensors.values())
     done = 0
 
@@ -95,11 +100,15 @@ def _write_modules(modules: list[Module], folder: Path, report: Report) -> None:
         report(done / total)
 
     for module in modules:
-        place = folder / module.name
-        place.mkdir(parents=True)
-        _write_json(place / "config.json", module.config)
-        widened = {name: (tensor, _WIDER.get(tensor.dtype, tensor.dtype)) for name, tensor in module.tensors.items()}
-        write_tensors(place / _WEIGHTS[module.loader.partition(".")[0]], widened, count)
+        write_module(module, folder / module.name, count)
+
+
+def write_module(module: Module, folder: Path, report: Callable[[int], None]) -> None:
+    """Write a module's config and weights; `report` hears the bytes of each tensor."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "config.json", module.config)
+    typed = {name: (tensor, _WIDER.get(tensor.dtype, tensor.dtype)) for name, tensor in module.tensors.items()}
+    write_tensors(folder / _WEIGHTS[module.loader.partition(".")[0]], typed, report)
 
 
 def _has_velocity(kind: Kind, file: SingleFile) -> bool:

@@ -107,23 +107,28 @@ SDXL = Kind(
     index={"force_zeros_for_empty_prompt": True},
     force_upcast=True,
 )
-# Number of the UNet's input channels -> what makes the kind another one.
+# Of a UNet that takes a mask and a masked image beside four channels of latents, and its pipelines.
+_INPAINTING_CHANNELS = 9
 _INPAINTING = {
     "StableDiffusionPipeline": "StableDiffusionInpaintPipeline",
     "StableDiffusionXLPipeline": "StableDiffusionXLInpaintPipeline",
 }
-_EDITING = {
-    "StableDiffusionPipeline": "StableDiffusionInstructPix2PixPipeline",
-    "StableDiffusionXLPipeline": "StableDiffusionXLInstructPix2PixPipeline",
+# Number of the UNet's input channels -> why it is not supported.
+_OTHER_CHANNELS = {
+    5: "its UNet takes a depth map",
+    7: "it is an upscaler",
+    8: "its UNet takes an image to edit beside the latents (InstructPix2Pix)",
 }
-_OTHER_CHANNELS = {5: "its UNet takes a depth map", 7: "it is an upscaler"}
 _REFINER_CONTEXT = 1280
 # Name of a tensor -> what a file with it is, and what to do.
 _OTHERS = {
     r"lora_(unet|te|te1|te2|transformer)_.*|.*\.lora_(A|B|up|down)\..*": "it is a LoRA: pass it with --lora",
     r"control_model\..*|controlnet_.*|input_hint_block\..*": "it is a ControlNet, which is not supported",
     r"emb_params|string_to_param": "it is a textual inversion, not a model",
-    r"(encoder|decoder)\.(conv_in|down|up|mid)[._].*": "it is a VAE, not a whole model",
+    r"(encoder|decoder)\.(conv_in|down|up|mid)[._].*": "it is a VAE, not a whole model: see --vae",
+    r"(model\.diffusion_model\.)?(double_blocks|joint_blocks|transformer_blocks|layers|noise_refiner)\.\d+\..*": (
+        "it is a transformer alone: pass the folder of its pipeline with --text-encoder"
+    ),
     r"(down_blocks|up_blocks|mid_block)\..*": "it is one module in diffusers' layout; give the pipeline's folder",
     r"edm_mean": "it is Playground v2.5, whose schedule (EDM) is not supported",
 }
@@ -152,12 +157,9 @@ def kind_of(shapes: Shapes) -> Kind:
         return kind
     if channels in _OTHER_CHANNELS:
         raise UnsupportedModelError(f"{_OTHER_CHANNELS[channels]}, which is not supported")
-    pipeline = {8: _EDITING, 9: _INPAINTING}.get(channels, {}).get(kind.pipeline)
-    if pipeline is None:
+    if channels != _INPAINTING_CHANNELS:
         raise UnsupportedModelError(f"its UNet takes {channels} channels, which is not supported")
-    if channels == 8:
-        return replace(kind, title=f"InstructPix2Pix of {kind.title}", pipeline=pipeline)
-    return replace(kind, title=f"{kind.title} inpainting", pipeline=pipeline, side=min(kind.side, 1024))
+    return replace(kind, title=f"{kind.title} inpainting", pipeline=_INPAINTING[kind.pipeline])
 
 
 def _base(shapes: Shapes) -> Kind:

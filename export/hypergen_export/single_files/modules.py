@@ -39,13 +39,13 @@ def modules_of(kind: Kind, tensors: Tensors) -> tuple[list[Module], set[str]]:
 
     Raises BrokenCheckpointError for tensors that are missing, without the file's name.
     """
-    with _NoCopies() as used:
+    with NoCopies() as used:
         modules = [_unet(kind, tensors)]
         if any(name.startswith(VAE) for name in tensors):
             modules.append(_vae(kind, tensors))
         modules += [_clip(each, tensors) for each in kind.text_encoders if any(map(_starts(each.prefix), tensors))]
     for module in modules:
-        _check_complete(module)
+        checked(module)
         used.add_all(module.tensors.values())
     return modules, {name for name, tensor in tensors.items() if not used.has(tensor)}
 
@@ -64,11 +64,17 @@ def _unet(kind: Kind, tensors: Tensors) -> Module:
 
 
 def _vae(kind: Kind, tensors: Tensors) -> Module:
+    own = {name.removeprefix(VAE): tensor for name, tensor in tensors.items() if name.startswith(VAE)}
+    said = {"force_upcast": kind.force_upcast, "sample_size": kind.side, "scaling_factor": kind.scaling_factor}
+    return converted_vae(own, said)
+
+
+def converted_vae(tensors: Tensors, own: Mapping[str, Any]) -> Module:
+    """An AutoencoderKL of tensors by the names of latent diffusion; `own` are entries of its config."""
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-    own = {name.removeprefix(VAE): tensor for name, tensor in tensors.items() if name.startswith(VAE)}
-    config = _config("its VAE", lambda: vae_config(kind, _shapes(own)))
-    converted = convert_ldm_vae_checkpoint({f"{VAE}{name}": tensor for name, tensor in own.items()}, config)
+    config = _config("its VAE", lambda: vae_config(own, _shapes(tensors)))
+    converted = convert_ldm_vae_checkpoint({f"{VAE}{name}": tensor for name, tensor in tensors.items()}, config)
     return Module(name="vae", loader="diffusers.AutoencoderKL", config=config, tensors=converted)
 
 
@@ -106,8 +112,8 @@ def _starts(prefix: str) -> Callable[[str], bool]:
     return lambda name: name.startswith(prefix)
 
 
-def _check_complete(module: Module) -> None:
-    """Compare a module's tensors with those that its class has. Raises BrokenCheckpointError."""
+def checked(module: Module) -> Module:
+    """The module without superfluous tensors. Raises BrokenCheckpointError if its class has others, or other shapes."""
     expected = {_bare(name): shape for name, shape in _expected(module)}
     given = {_bare(name): tuple(tensor.shape) for name, tensor in module.tensors.items() if tensor is not None}
     missing = sorted(expected.keys() - given.keys())
@@ -121,6 +127,7 @@ def _check_complete(module: Module) -> None:
         )
     for name in [name for name in module.tensors if _bare(name) not in expected]:
         del module.tensors[name]
+    return module
 
 
 def _bare(name: str) -> str:
@@ -141,7 +148,7 @@ def _expected(module: Module) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield key, tuple(tensor.shape)
 
 
-class _NoCopies(TorchFunctionMode):
+class NoCopies(TorchFunctionMode):
     """Let conversion return views where diffusers' code copies, and note which tensors were used."""
 
     def __init__(self) -> None:
@@ -157,6 +164,8 @@ class _NoCopies(TorchFunctionMode):
             if len(args[0]) == 1:
                 return args[0][0]
             self.add_all(args[0])
+        if function is torch.split and isinstance(args[1], tuple):
+            args = (args[0], _in_proportion(args[1], args[0].shape[0]))
         return function(*args, **(kwargs or {}))
 
     def add_all(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -166,6 +175,11 @@ class _NoCopies(TorchFunctionMode):
     def has(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor, or a view of it, was used."""
         return _storage(tensor) in self._used
+
+
+def _in_proportion(sizes: tuple[int, ...], length: int) -> list[int]:
+    """Sizes that add up to `length`: diffusers' code has those of FLUX.1's published width."""
+    return [size * length // sum(sizes) for size in sizes]
 
 
 def _storage(tensor: torch.Tensor) -> int:

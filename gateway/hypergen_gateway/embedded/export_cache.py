@@ -56,6 +56,18 @@ class ExportOptions:
     loras: tuple[str, ...] = ()  # [NAME=]PATH[:SCALE], which the exporter reads
     deep_cache: bool = False
     prediction_type: str | None = None
+    vae: str | None = None
+    text_encoder: str | None = None
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """The exporter's options for the checkpoint's parts, as given."""
+        given = {
+            "--prediction-type": self.prediction_type,
+            "--vae": self.vae,
+            "--text-encoder": self.text_encoder,
+        }
+        return {name: value for name, value in given.items() if value}
 
 
 def default_cache_dir() -> Path | None:
@@ -97,8 +109,8 @@ async def find_repository(model: str, options: ExportOptions) -> Path:
         _reject_plans(Path(model))
         if options.loras:
             raise EmbeddedError(f"{model} is exported already: pass --lora to 'hypergen export' with the checkpoint.")
-        if options.prediction_type:
-            raise EmbeddedError(f"{model} is exported already: pass --prediction-type to 'hypergen export'.")
+        if options.parts:
+            raise EmbeddedError(f"{model} is exported already: pass {next(iter(options.parts))} to 'hypergen export'.")
         if options.deep_cache and not (Path(model) / "unet_shallow").is_dir():
             raise EmbeddedError(f"{model} has no shallow UNet: pass --deep-cache to 'hypergen export'.")
         return Path(model)
@@ -122,13 +134,19 @@ def _reject_plans(repository: Path) -> None:
 
 def _folder_name(model: str, options: ExportOptions) -> str:
     """A readable name, distinct for distinct checkpoints and LoRAs; the exporter reuses common components."""
-    place = str(Path(model).resolve()) if Path(model).exists() else model
+    place = _place(model)
     readable = re.sub(r"[^A-Za-z0-9.]+", "-", Path(model).name).strip("-.") or "model"
     loras = f"-lora-{_digest(*options.loras)}" if options.loras else ""
     deep_cache = "-deep-cache" if options.deep_cache else ""
-    prediction = f"-{options.prediction_type}" if options.prediction_type else ""
-    suffix = f"{prediction}{deep_cache}{loras}"
+    parts = (
+        f"-{_digest(*(f'{name}={_place(value)}' for name, value in options.parts.items()))}" if options.parts else ""
+    )
+    suffix = f"{parts}{deep_cache}{loras}"
     return f"{readable}-{_digest(place)}-openvino-{options.dtype}-b{options.max_batch_size}{suffix}"
+
+
+def _place(model: str) -> str:
+    return str(Path(model).resolve()) if Path(model).exists() else model
 
 
 def _digest(*texts: str) -> str:
@@ -209,7 +227,7 @@ async def _export(model: str, options: ExportOptions, output: Path, lock: int | 
             *(f"--lora={lora}" for lora in options.loras),
             *(["--deep-cache"] if options.deep_cache else []),
             *("--cache-dir", str(options.cache_dir)),
-            *(["--prediction-type", options.prediction_type] if options.prediction_type else []),
+            *(f"{name}={value}" for name, value in options.parts.items()),
             env=child_environment(os.environ),
             stdin=asyncio.subprocess.DEVNULL,
             pass_fds=() if lock is None else (lock,),

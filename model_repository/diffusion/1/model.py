@@ -15,13 +15,14 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
 
 from hypergen_sampler.bls import Components
 from hypergen_sampler.composite import composite
 from hypergen_sampler.conditioning import Array, Conditioning, conditioning_of, merge, texts_of
-from hypergen_sampler.latent_init import ImagePosterior, LatentInit, references_of
+from hypergen_sampler.latent_init import ImagePosterior, LatentInit, masked_image_of, references_of
 from hypergen_sampler.metrics import SamplerMetrics
 from hypergen_sampler.prompts import PromptTokenizers, Tokens
 from hypergen_sampler.request import Architecture, Limits, Request, check_request
@@ -106,8 +107,11 @@ class TritonPythonModel:
         began = time.perf_counter()
         request = _with_copied_pixels(request)
         tokens = self._tokenize(texts_of(request, self._architecture), request.prompt_weighting, request.clip_skip)
-        texts, original, references = await asyncio.gather(
-            self._encode_texts(request, tokens), self._encode_image(request), self._encode_references(request)
+        texts, original, masked_image, references = await asyncio.gather(
+            self._encode_texts(request, tokens),
+            self._encode_image(request),
+            self._encode_masked_image(request),
+            self._encode_references(request),
         )
         seen = references_of(request, original, references)
         return _PreparedRequest(
@@ -117,6 +121,7 @@ class TritonPythonModel:
                 shape=self._latent_shape(request),
                 original=original,
                 mask=request.mask,
+                masked_image=masked_image,
                 respaces_timesteps=self._architecture.is_latent_consistency,
                 starts_from_mode=bool(self._architecture.encodes_mode),
                 interpolates_mask=self._architecture.latent_patch_size > 1,
@@ -140,7 +145,13 @@ class TritonPythonModel:
     async def _encode_image(self, request: Request) -> ImagePosterior | None:
         if request.image is None:
             return None
-        return ImagePosterior(*await self._components.encode(request.image))
+        kept = np.ones(request.image.shape[:2], np.uint8) if self._architecture.takes_masked_image else None
+        return ImagePosterior(*await self._components.encode(request.image, kept))
+
+    async def _encode_masked_image(self, request: Request) -> ImagePosterior | None:
+        if not self._architecture.takes_masked_image:
+            return None
+        return ImagePosterior(*await self._components.encode(*masked_image_of(request)))
 
     async def _encode_references(self, request: Request) -> list[Array]:
         posteriors = await asyncio.gather(*(self._components.encode(image) for image in request.references))
@@ -160,7 +171,7 @@ class TritonPythonModel:
     async def _generate_image(self, job: _PreparedRequest, index: int, loop: StepLoop) -> ImageOutput:
         """Generate one image, and send its previews as they become ready."""
         own = replace(job.request, seed=job.request.seed + index)
-        masked = own.mask is not None
+        masked = own.mask is not None or self._architecture.takes_masked_image
         scheduler = self._schedulers.make(
             own.scheduler,
             steps=own.num_inference_steps,

@@ -49,6 +49,9 @@ def test_the_miniature_is_a_stable_diffusion(checkpoint: Checkpoint) -> None:
         "time_width": 16,
         "sizes_width": 0,
         "latent_channels": 4,
+        "masked_channels": 5,
+        "token_width": 4,
+        "max_clip_skip": 2,
         "vae_scale_factor": 8,
         "patch_size": 1,
     }
@@ -77,14 +80,13 @@ def test_another_family_is_unsupported_and_the_known_ones_are_named(checkpoint_c
 
 
 def test_a_part_of_another_class_is_unsupported(checkpoint_copy: Path) -> None:
-    edit_json(checkpoint_copy / "model_index.json", vae=["diffusers", "AutoencoderTiny"])
-    assert "diffusers.AutoencoderTiny" in refusal(UnsupportedModelError, checkpoint_copy)
+    edit_json(checkpoint_copy / "model_index.json", vae=["diffusers", "AsymmetricAutoencoderKL"])
+    assert "diffusers.AsymmetricAutoencoderKL" in refusal(UnsupportedModelError, checkpoint_copy)
 
 
 @pytest.mark.parametrize(
     ("module", "changes", "said"),
     [
-        ("unet", {"in_channels": 9}, "inpainting"),
         ("unet", {"in_channels": 8}, "8 channels (an image to edit)"),
         ("unet", {"in_channels": 16}, "16 channels, its VAE gives 4"),
         ("unet", {"addition_embed_type": "text_time"}, "needs size_embeds and text_embeds"),
@@ -251,8 +253,7 @@ def test_xls_sizes_are_those_of_both_text_encoders(xl_copy: Path) -> None:
             {"_class_name": "StableDiffusionXLControlNetPipeline", "controlnet": ["diffusers", "ControlNetModel"]},
             "it needs a control image beside the prompt (ControlNet)",
         ),
-        ({"_class_name": "StableDiffusionInpaintPipeline"}, "inpainting"),
-        ({"_class_name": "StableDiffusionXLInpaintPipeline"}, "inpainting"),
+        ({"_class_name": "StableDiffusionXLControlNetInpaintPipeline"}, "ControlNet"),
         ({"_class_name": "StableDiffusionInstructPix2PixPipeline"}, "an image to edit"),
         ({"_class_name": "StableDiffusionUpscalePipeline"}, "it is an upscaler"),
         (
@@ -283,7 +284,7 @@ def test_an_unsupported_pipeline_is_rejected_with_the_reason(
     [
         ({"addition_embed_type": None}, "does not take size_embeds and text_embeds"),
         ({"projection_class_embeddings_input_dim": 40 + 5 * 8}, "other size conditioning than six numbers"),
-        ({"in_channels": 9}, "an inpainting model"),
+        ({"in_channels": 5}, "a depth map"),
     ],
 )
 def test_an_xl_unet_of_another_kind_is_unsupported(xl_copy: Path, changes: dict[str, object], said: str) -> None:
@@ -295,6 +296,15 @@ def test_an_xl_unet_of_another_kind_is_unsupported(xl_copy: Path, changes: dict[
 def test_a_missing_second_part_is_named(xl_copy: Path, part: str) -> None:
     shutil.rmtree(xl_copy / part)
     assert part in refusal(BrokenCheckpointError, xl_copy)
+
+
+@pytest.mark.parametrize(("channels", "family"), [(4, "stable-diffusion"), (9, "stable-diffusion-inpainting")])
+def test_an_inpainting_pipeline_is_told_by_the_channels_of_its_unet(
+    channels: int, family: str, checkpoint_copy: Path
+) -> None:
+    edit_json(checkpoint_copy / "model_index.json", _class_name="StableDiffusionInpaintPipeline")
+    edit_json(checkpoint_copy / "unet" / "config.json", in_channels=channels)
+    assert open_checkpoint(str(checkpoint_copy)).family.name == family
 
 
 def test_a_unet_that_pools_the_prompt_by_itself_is_supported(checkpoint_copy: Path) -> None:

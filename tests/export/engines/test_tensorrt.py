@@ -188,7 +188,7 @@ def graph_of(family: str, name: str) -> tuple[Any, ...]:
         "unet": tuple(sorted(kind.unet.items())),
         "unet_shallow": kind.unet.get("up_block_types", ("CrossAttnUpBlock2D",))[-1:],
         "vae_decoder": (kind.scaling_factor,),
-        "vae_encoder": (kind.scaling_factor,),
+        "vae_encoder": (kind.scaling_factor, kind.unet.get("in_channels")),
     }
     return (name, *own.get(name, ()))
 

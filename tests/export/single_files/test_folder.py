@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -74,10 +75,10 @@ def output_of(folder: Path, module: str) -> torch.Tensor:
             pooled = encoded.text_embeds if name.endswith("Projection") else encoded.pooler_output
             return torch.cat([encoded.last_hidden_state.flatten(), pooled.flatten()])
         config = network.config
-        sample = torch.randn(1, config.in_channels, config.sample_size, config.sample_size, generator=random)
+        sample = torch.randn(1, config.in_channels, 8, 8, generator=random)
         states = torch.randn(1, 77, config.cross_attention_dim, generator=random)
         sizes = {"text_embeds": torch.randn(1, 64, generator=random), "time_ids": torch.arange(6)[None].float()}
-        noise: torch.Tensor = network(sample[..., :8, :8], 500, states, added_cond_kwargs=sizes).sample
+        noise: torch.Tensor = network(sample, 500, states, added_cond_kwargs=sizes).sample
         return noise
 
 
@@ -90,8 +91,10 @@ def assert_same_models(converted: Path, folder: Path) -> None:
 
 def scheduler_of(folder: Path) -> dict[str, Any]:
     index = json.loads((folder / "model_index.json").read_text())
-    scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
-    return {"_class_name": index["scheduler"][1], **scheduler.config}
+    kind = getattr(diffusers, index["scheduler"][1])
+    taken = inspect.signature(kind.__init__).parameters
+    config = kind.from_pretrained(folder / "scheduler").config
+    return {"_class_name": kind.__name__, **{name: value for name, value in config.items() if name in taken}}
 
 
 def assert_same_scheduler(converted: Path, folder: Path) -> None:
@@ -173,9 +176,6 @@ def without(file: Path, prefix: str, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("kind", "prefix", "named"),
     [
-        ("sd-1", "first_stage_model.", "without vae"),
-        ("sd-1", "cond_stage_model.", "without text_encoder"),
-        ("sdxl", "conditioner.", "without text_encoder and text_encoder_2"),
         ("sd-1", "model.diffusion_model.middle_block.1.proj_out.weight", "unet lacks 1 tensors"),
         ("sd-1", "model.diffusion_model.out.2.weight", "UNet lacks tensors: out.2.weight"),
         ("sd-1", "first_stage_model.decoder.mid.attn_1.k.bias", "vae lacks 1 tensors"),
@@ -223,7 +223,9 @@ def test_the_refiner_is_refused(file_of: File, tmp_path: Path) -> None:
         convert(tmp_path / "refiner.safetensors", tmp_path)
 
 
-@pytest.mark.parametrize(("channels", "named"), [(5, "depth map"), (7, "upscaler"), (6, "takes 6 channels")])
+@pytest.mark.parametrize(
+    ("channels", "named"), [(5, "depth map"), (7, "upscaler"), (8, "InstructPix2Pix"), (6, "takes 6 channels")]
+)
 def test_other_inputs_of_the_unet_are_refused(channels: int, named: str, file_of: File, tmp_path: Path) -> None:
     tensors = load_file(file_of("sd-1")) | {
         "model.diffusion_model.input_blocks.0.0.weight": torch.ones(32, channels, 3, 3)

@@ -129,6 +129,7 @@ class TestDescribe:
             max_reference_pixels=1048576,
             max_reference_side=4096,
             preferred_reference_sizes=("672x1568", "1024x1024"),
+            base_model="Stable Diffusion 1.x",
             suggestions=("a rocket, red", "a cat"),
         )
 

@@ -23,11 +23,18 @@ REFERENCES = (
     Tensor(name="references", dtype=FLOAT, axes=("reference_tokens", "token_width")),
     Tensor(name="reference_positions", dtype=INT, axes=("reference_tokens", 3), example="reference_positions"),
 )
+# Where it is 0, the image is blank: the input of an inpainting model's encoder.
+_KEPT = Tensor(name="kept", dtype=BYTE, axes=("height", "width", 1), example="kept")
 POOLED = Tensor(name="text_embeds", dtype=FLOAT, axes=("pooled_width",))
 
 
-def vae(loader: str = "diffusers.AutoencoderKL", wrapper: str = "") -> tuple[Component, Component]:
-    """The decoder and the encoder; `wrapper` is appended to their names to select a wrapper of their own."""
+def vae(
+    loader: str = "diffusers.AutoencoderKL", wrapper: str = "", *, masked: bool = False
+) -> tuple[Component, Component]:
+    """The decoder and the encoder; `wrapper` is appended to their names to select a wrapper of their own.
+
+    `masked`: the encoder is given which pixels are kept.
+    """
     decoder = Component(
         name="vae_decoder",
         module="vae",
@@ -43,7 +50,7 @@ def vae(loader: str = "diffusers.AutoencoderKL", wrapper: str = "") -> tuple[Com
         module="vae",
         loader=loader,
         wrapper=wrapper and f"vae_encoder_{wrapper}",
-        inputs=(IMAGE,),
+        inputs=(IMAGE, _KEPT) if masked else (IMAGE,),
         outputs=(Tensor(name="mean", dtype=FLOAT, axes=LATENTS), Tensor(name="std", dtype=FLOAT, axes=LATENTS)),
         tolerance=TOLERANCE,
         unused=("decoder.", "post_quant_conv."),

@@ -26,14 +26,17 @@ _GUIDANCE = Tensor(name="timestep_cond", dtype=FLOAT, axes=("guidance_width",))
 _SIZES = Tensor(name="size_embeds", dtype=FLOAT, axes=("sizes_width",), example="sinusoids")
 _DEEP = Tensor(name="deep_features", dtype=FLOAT, axes=("deep_channels", "latent_height", "latent_width"))
 
+_MASKED_IMAGE = Tensor(name="masked_image", dtype=FLOAT, axes=("masked_channels", "latent_height", "latent_width"))
+
 _DEFAULT_CONTEXT_WIDTH = 1280  # the default of UNet2DConditionModel
 # Input channels of a UNet with four latent channels -> what the additional channels contain.
 _CHANNELS = {
     5: "a depth map",
     7: "an image to upscale",
     8: "an image to edit",
-    9: "a mask and a masked image: an inpainting model",
 }
+# With four latent channels: beside the latents a mask and the latents of the masked image.
+_INPAINTING_CHANNELS = 9
 
 
 # So many layers before the one that is used by default give the hidden states.
@@ -92,14 +95,24 @@ _TEXT_ENCODERS_XL = (
         kept_layers={"encoder.layers": (0, -1)},
     ),
 )
+
+
 # diffusers' XL pipeline also decodes in float32 ("make sure the VAE is in float32 mode, as it overflows"). It is the
 # only one of these pipelines that uses a mean and a standard deviation per latent channel.
-_VAE_XL = tuple(replace(component, overflows_float16=True) for component in vae(wrapper="per_channel"))
+def _vae_xl(*, masked: bool = False) -> tuple[Component, ...]:
+    return tuple(replace(each, overflows_float16=True) for each in vae(wrapper="per_channel", masked=masked))
+
 
 STABLE_DIFFUSION = (_CLIP, _unet(_JOINED_STATES), *vae())
 LATENT_CONSISTENCY = (_CLIP, _unet(_JOINED_STATES, _GUIDANCE), *vae())
-STABLE_DIFFUSION_XL = (*_TEXT_ENCODERS_XL, _unet(_JOINED_STATES, POOLED, _SIZES), *_VAE_XL)
-LATENT_CONSISTENCY_XL = (*_TEXT_ENCODERS_XL, _unet(_JOINED_STATES, POOLED, _SIZES, _GUIDANCE), *_VAE_XL)
+STABLE_DIFFUSION_XL = (*_TEXT_ENCODERS_XL, _unet(_JOINED_STATES, POOLED, _SIZES), *_vae_xl())
+LATENT_CONSISTENCY_XL = (*_TEXT_ENCODERS_XL, _unet(_JOINED_STATES, POOLED, _SIZES, _GUIDANCE), *_vae_xl())
+STABLE_DIFFUSION_INPAINTING = (_CLIP, _unet(_JOINED_STATES, _MASKED_IMAGE), *vae(masked=True))
+STABLE_DIFFUSION_XL_INPAINTING = (
+    *_TEXT_ENCODERS_XL,
+    _unet(_JOINED_STATES, POOLED, _SIZES, _MASKED_IMAGE),
+    *_vae_xl(masked=True),
+)
 
 # 1,200 tokens of CLIP: TensorRT wants a bound, and with this one cross-attention is smaller than self-attention.
 _MAX_CHUNKS = 16
@@ -114,7 +127,8 @@ def _stated_inputs(unet: Config) -> set[str]:
     # "text" is pooled from encoder_hidden_states inside the UNet and needs no input of its own.
     added = {None: set[str](), "text": set[str](), "text_time": {"text_embeds", "size_embeds"}}
     guidance = {"timestep_cond"} if unet.get("time_cond_proj_dim") is not None else set[str]()
-    return {"encoder_hidden_states"} | guidance | added.get(kind, {f"added conditions ({kind})"})
+    masked = {"masked_image"} if unet.get("in_channels") == _INPAINTING_CHANNELS else set[str]()
+    return {"encoder_hidden_states"} | guidance | masked | added.get(kind, {f"added conditions ({kind})"})
 
 
 def _sizes(configs: Configs) -> Sizes:
@@ -128,6 +142,7 @@ def _sizes(configs: Configs) -> Sizes:
         "tokens": clip_tokens(configs, "tokenizer", text_encoder),
         "max_clip_skip": int(text_encoder["num_hidden_layers"]),
         "latent_channels": int(configs.config("vae")["latent_channels"]),
+        "masked_channels": int(configs.config("vae")["latent_channels"]) + 1,
         "deep_channels": width,
         "time_width": width,
         # Six numbers are embedded one by one: original height and width, two crop offsets, target height and width.
@@ -155,7 +170,7 @@ def _check(configs: Mapping[str, Config], sizes: Sizes) -> Iterator[str]:
     unet = configs["unet"]
     encoders = [config for module, config in configs.items() if module.startswith("text_encoder")]
     given, expected = unet.get("in_channels"), sizes["latent_channels"]
-    if given != expected:
+    if given not in (expected, expected + sizes["masked_channels"]):
         carried = f" ({_CHANNELS[given]})" if given in _CHANNELS else ""
         yield f"its UNet takes {given} channels{carried}, its VAE gives {expected}"
     if unet.get("time_embedding_type", "positional") != "positional":
@@ -197,11 +212,16 @@ _OVERRIDES_SD = ConfigOverrides(
 )
 _OVERRIDES_LCM = ConfigOverrides(inpainting={"steps_offset": 1, "skip_prk_steps": True})
 # A checkpoint saved from an image-to-image pipeline has the same components; its index names another class.
-_PIPELINES = dict.fromkeys(("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"), _OVERRIDES_SD)
+_PIPELINES = dict.fromkeys(
+    ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"), _OVERRIDES_SD
+)
 _PIPELINES_LCM = dict.fromkeys(
     ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"), _OVERRIDES_LCM
 )
-_PIPELINES_XL = dict.fromkeys(("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"), ConfigOverrides())
+_PIPELINES_XL = dict.fromkeys(
+    ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
+    ConfigOverrides(),
+)
 
 # 1.x, 2.x, SD-Turbo, and LCM and TCD models without a guidance embedding are one family: their configs, weights and
 # schedulers differ, their tensors do not. The same holds for XL, XL-Turbo and XL-Lightning.
@@ -210,6 +230,17 @@ UNETS = (
         name="stable-diffusion",
         pipelines=_PIPELINES,
         components=STABLE_DIFFUSION,
+        text=_TEXT,
+        stated_inputs=_stated_inputs,
+        read_sizes=_sizes,
+        check=_check,
+        num_inference_steps=50,
+        guidance_scale=7.5,
+    ),
+    Family(
+        name="stable-diffusion-inpainting",
+        pipelines=_PIPELINES,
+        components=STABLE_DIFFUSION_INPAINTING,
         text=_TEXT,
         stated_inputs=_stated_inputs,
         read_sizes=_sizes,
@@ -239,6 +270,17 @@ UNETS = (
         check=_check,
         num_inference_steps=50,
         guidance_scale=5.0,
+    ),
+    Family(
+        name="stable-diffusion-xl-inpainting",
+        pipelines=_PIPELINES_XL,
+        components=STABLE_DIFFUSION_XL_INPAINTING,
+        text=_TEXT_XL,
+        stated_inputs=_stated_inputs,
+        read_sizes=_sizes_xl,
+        check=_check,
+        num_inference_steps=50,
+        guidance_scale=7.5,
     ),
     Family(
         name="latent-consistency-xl",

@@ -22,7 +22,7 @@ from hypergen_export.conversion.wrappers.qwen_image import QwenImage, QwenImageV
 from hypergen_export.conversion.wrappers.stable_diffusion_3 import StableDiffusion3
 from hypergen_export.conversion.wrappers.t5 import T5
 from hypergen_export.conversion.wrappers.unet import FeatureExportingUNet, ShallowUNet, UNet
-from hypergen_export.conversion.wrappers.vae import VaeDecoder, VaeEncoder
+from hypergen_export.conversion.wrappers.vae import TinyVaeDecoder, TinyVaeEncoder, VaeDecoder, VaeEncoder
 from hypergen_export.conversion.wrappers.z_image import ZImage
 
 # Component.wrapper, or the component's name -> wrapper of its module.
@@ -50,6 +50,8 @@ WRAPPERS: Mapping[str, Callable[[Any], nn.Module]] = {
     "vae_encoder_per_channel": functools.partial(VaeEncoder, per_channel=True),
     "vae_decoder_shifted": functools.partial(VaeDecoder, shifted=True),
     "vae_encoder_shifted": functools.partial(VaeEncoder, shifted=True),
+    "vae_decoder_tiny": TinyVaeDecoder,
+    "vae_encoder_tiny": TinyVaeEncoder,
     "vae_decoder_flux2": Flux2VaeDecoder,
     "vae_encoder_flux2": Flux2VaeEncoder,
     "vae_decoder_qwen_image": QwenImageVaeDecoder,

@@ -26,17 +26,47 @@ class VaeDecoder(nn.Module):
 
 
 class VaeEncoder(nn.Module):
-    """image [B, H, W, 3] uint8 -> mean and std [B, C, h, w] of the posterior, in the scheduler's scale."""
+    """image [B, H, W, 3] uint8 -> mean and std [B, C, h, w] of the posterior, in the scheduler's scale.
+
+    For inpainting models also `kept` [B, H, W, 1]: where it is 0, the image is blank, which no uint8 is.
+    """
 
     def __init__(self, vae: Any, *, per_channel: bool = False, shifted: bool = False) -> None:
         super().__init__()
         self.vae = vae
         self.scale, self.shift = _scale_and_shift(vae.config, per_channel, shifted)
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        posterior = self.vae.encode(to_pixels(image).to(self.vae.dtype), return_dict=False)[0]
+    def forward(self, image: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        pixels = _blank(to_pixels(image), kept)
+        posterior = self.vae.encode(pixels.to(self.vae.dtype), return_dict=False)[0]
         mean, std = posterior.mean.to(torch.float32), posterior.std.to(torch.float32)
         return (mean - self.shift) * self.scale, std * self.scale
+
+
+class TinyVaeDecoder(nn.Module):
+    """latents [B, C, h, w] in the scheduler's scale -> image [B, H, W, 3] uint8, by an AutoencoderTiny."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+        self.scale = float(vae.config.scaling_factor)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return to_image(self.vae.decode((latents / self.scale).to(self.vae.dtype), return_dict=False)[0])
+
+
+class TinyVaeEncoder(nn.Module):
+    """image [B, H, W, 3] uint8 -> its latents [B, C, h, w] in the scheduler's scale, and zeros: they are exact."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+        self.scale = float(vae.config.scaling_factor)
+
+    def forward(self, image: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        pixels = _blank(to_pixels(image), kept)
+        latents = self.vae.encode(pixels.to(self.vae.dtype), return_dict=False)[0].to(torch.float32) * self.scale
+        return latents, latents * 0
 
 
 def to_image(decoded: Tensor) -> Tensor:
@@ -49,6 +79,10 @@ def to_pixels(image: Tensor) -> Tensor:
     """An image [B, H, W, 3] uint8 as the VAE's input [B, 3, H, W] in -1 … 1."""
     # Cast first: the only operator that TensorRT has for uint8 is the cast.
     return image.to(torch.float32).permute(0, 3, 1, 2) / 255 * 2 - 1
+
+
+def _blank(pixels: Tensor, kept: Tensor | None) -> Tensor:
+    return pixels if kept is None else pixels * kept.to(torch.float32).clamp(max=1).permute(0, 3, 1, 2)
 
 
 def _scale_and_shift(config: Any, per_channel: bool, shifted: bool) -> tuple[float | Tensor, float | Tensor]:

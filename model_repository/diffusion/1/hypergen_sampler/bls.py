@@ -49,9 +49,15 @@ class Components:
         inputs = {"sample": rows.sample, "time": self._architecture.embed_timesteps(rows.timestep), **rows.conditions}
         return _outputs(rows.model, _request(rows.model, inputs, rows.outputs).exec(), rows.outputs)
 
-    async def encode(self, image: npt.NDArray[np.uint8]) -> tuple[Array, Array]:
-        """Encode an image [H, W, 3]; returns the mean and standard deviation [C, h, w] of its latents."""
-        answer = await _call("vae_encoder", {"image": image[None]}, ["mean", "std"])
+    async def encode(
+        self, image: npt.NDArray[np.uint8], kept: npt.NDArray[np.uint8] | None = None
+    ) -> tuple[Array, Array]:
+        """Encode an image [H, W, 3]; returns the mean and standard deviation [C, h, w] of its latents.
+
+        `kept` [H, W] is an input of the encoders of inpainting models: where it is 0, the image is blank.
+        """
+        inputs = {"image": image[None], **({} if kept is None else {"kept": kept[None, :, :, None]})}
+        answer = await _call("vae_encoder", inputs, ["mean", "std"])
         return answer["mean"][0], answer["std"][0]
 
     async def decode(self, latents: Array) -> npt.NDArray[np.uint8]:

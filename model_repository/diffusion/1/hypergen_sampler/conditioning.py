@@ -28,6 +28,9 @@ DEEP_FEATURES = "deep_features"
 HIDDEN_STATES = "encoder_hidden_states"
 POOLED = "text_embeds"
 TEXT_MASK = "text_mask"
+# Of inpainting models: the mask and the latents of the image without what is repainted [1 + C, h, w]. Its posterior is
+# sampled, so it differs between the images of a request.
+MASKED_IMAGE = "masked_image"
 
 
 def texts_of(request: Request, architecture: Architecture) -> list[str]:
@@ -84,6 +87,7 @@ def conditioning_of(
     """The denoiser's inputs for this request, by name.
 
     `texts` are the merged encodings of `texts_of(request)`, `references` the latents [C, h, w] of its reference images.
+    Without those inputs that each image has of its own (`Start.conditions`).
     """
     if architecture.guides(request) and _uses_zeros(request, architecture):
         texts = {name: np.concatenate([np.zeros_like(array), array]) for name, array in texts.items()}
@@ -96,7 +100,7 @@ def conditioning_of(
             return texts[name]
         return _repeat(tokens[name] if name in tokens else _MADE[name](request, architecture), rows)
 
-    return {name: rows_of(name) for name in architecture.denoiser_inputs}
+    return {name: rows_of(name) for name in architecture.denoiser_inputs if name != MASKED_IMAGE}
 
 
 def _uses_zeros(request: Request, architecture: Architecture) -> bool:

@@ -7,14 +7,14 @@ numbers from an image's generator.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from hypergen_sampler.conditioning import Array
+from hypergen_sampler.conditioning import MASKED_IMAGE, Array
 from hypergen_sampler.flow import FlowMatchEuler
 from hypergen_sampler.request import InvalidInputError, Pixels, Request
 
@@ -25,6 +25,14 @@ class ImagePosterior:
 
     mean: Array
     std: Array
+
+
+def masked_image_of(request: Request) -> tuple[Pixels, Pixels]:
+    """The image [H, W, 3] for an inpainting model, and which of its pixels are kept [H, W]: 1, else 0."""
+    size = (request.height, request.width)
+    image = np.zeros((*size, 3), np.uint8) if request.image is None else request.image
+    kept = np.zeros(size, np.uint8) if request.mask is None else (request.mask < 128).astype(np.uint8)
+    return image, kept
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,8 @@ class LatentInit:
     interpolates_mask: bool = False
     """How much of a latent pixel a mask repaints. True: as much as it covers of the pixels at its middle, as in
     Flux2KleinInpaintPipeline. False: all of it or nothing, as it covers its top left corner."""
+    masked_image: ImagePosterior | None = None
+    """For inpainting models: the image without what is repainted, which is all of it if there is no mask."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,8 @@ class Start:
     latents: torch.Tensor
     timesteps: list[torch.Tensor]
     kept: MaskBlend | None = None
+    conditions: Mapping[str, Array] = field(default_factory=dict)
+    """Inputs of the denoiser [C, h, w] that are this image's own."""
 
 
 def references_of(request: Request, original: ImagePosterior | None, references: Sequence[Array]) -> list[Array]:
@@ -89,15 +101,42 @@ def initial_latents(request: Request, latent_init: LatentInit, scheduler: Any, g
     Raises:
         InvalidInputError: the scheduler rejects the steps or an input image, or the strength leaves too few steps.
     """
+    if latent_init.masked_image is not None:
+        return _inpainting_model(request, latent_init, scheduler, generator)
     if latent_init.original is None:
         timesteps = _timesteps(scheduler, request.num_inference_steps)
         noise = torch.randn((1, *latent_init.shape), generator=generator)
         return Start(noise * scheduler.init_noise_sigma, timesteps)
-    if not hasattr(scheduler, "add_noise"):
-        raise InvalidInputError("image", "must be absent, as this scheduler starts from noise alone; name another one")
+    _check_adds_noise(scheduler)
     if latent_init.mask is None:
         return _image_to_image(request, latent_init, scheduler, generator)
     return _inpainting(request, latent_init, scheduler, generator)
+
+
+def _check_adds_noise(scheduler: Any) -> None:
+    if not hasattr(scheduler, "add_noise"):
+        raise InvalidInputError("image", "must be absent, as this scheduler starts from noise alone; name another one")
+
+
+def _inpainting_model(request: Request, latent_init: LatentInit, scheduler: Any, generator: torch.Generator) -> Start:
+    """As diffusers' inpainting pipelines with a UNet of nine channels, which needs no blending.
+
+    Without a mask everything is repainted: an input image then only gives the first latents.
+    """
+    assert latent_init.masked_image is not None
+    timesteps = _last_timesteps(scheduler, request)
+    if not timesteps:
+        return Start(torch.zeros((1, *latent_init.shape)), [])
+    if request.strength == 1.0:
+        latents = torch.randn((1, *latent_init.shape), generator=generator) * scheduler.init_noise_sigma
+    else:
+        _check_adds_noise(scheduler)
+        original = _encoded(latent_init, generator)
+        noise = torch.randn(original.shape, generator=generator)
+        latents = scheduler.add_noise(original, noise, timesteps[0][None])
+    masked_image = _latents_of(latent_init.masked_image, latent_init, generator)
+    condition = torch.cat([_latent_mask(latent_init), masked_image], dim=1)
+    return Start(latents, timesteps, conditions={MASKED_IMAGE: condition[0].numpy()})
 
 
 def _image_to_image(request: Request, latent_init: LatentInit, scheduler: Any, generator: torch.Generator) -> Start:
@@ -118,8 +157,9 @@ def _inpainting(request: Request, latent_init: LatentInit, scheduler: Any, gener
         return Start(latents, [])
     noise = torch.randn(latents.shape, generator=generator)
     # Keeps the generator in step with diffusers, which also samples the latents of the masked image. Only inpainting
-    # UNets (nine channels) use those.
-    torch.randn(latents.shape, generator=generator)
+    # models use those.
+    if not latent_init.starts_from_mode:
+        torch.randn(latents.shape, generator=generator)
     kept = MaskBlend(latents, noise, _latent_mask(latent_init))
     if request.strength == 1.0:
         return Start(noise * scheduler.init_noise_sigma, timesteps, kept)
@@ -127,17 +167,22 @@ def _inpainting(request: Request, latent_init: LatentInit, scheduler: Any, gener
 
 
 def _encoded(latent_init: LatentInit, generator: torch.Generator) -> torch.Tensor:
-    """The latents [1, C, h, w] of the input image: a sample of its posterior, or its mode."""
+    """The latents [1, C, h, w] of the input image."""
     assert latent_init.original is not None
-    mean = torch.from_numpy(latent_init.original.mean)[None]
+    return _latents_of(latent_init.original, latent_init, generator)
+
+
+def _latents_of(posterior: ImagePosterior, latent_init: LatentInit, generator: torch.Generator) -> torch.Tensor:
+    """A sample of a posterior, or its mode."""
+    mean, std = torch.from_numpy(posterior.mean)[None], torch.from_numpy(posterior.std)[None]
     if latent_init.starts_from_mode:
         return mean
-    std = torch.from_numpy(latent_init.original.std)[None]
     return mean + std * torch.randn(mean.shape, generator=generator)
 
 
 def _latent_mask(latent_init: LatentInit) -> torch.Tensor:
-    assert latent_init.mask is not None
+    if latent_init.mask is None:
+        return torch.ones((1, 1, *latent_init.shape[1:]))
     covered = torch.from_numpy((latent_init.mask >= 128).astype(np.float32))[None, None]
     mode = "bilinear" if latent_init.interpolates_mask else "nearest"
     return torch.nn.functional.interpolate(covered, size=latent_init.shape[1:], mode=mode)

@@ -199,6 +199,11 @@ class Architecture:
         return Sinusoid(width=width, flip_sin_to_cos=bool(self.flip_sin_to_cos), freq_shift=self.freq_shift)
 
     @property
+    def takes_masked_image(self) -> bool:
+        """Whether this is an inpainting model: its UNet is given the mask and the masked image beside the latents."""
+        return "masked_image" in self.denoiser_inputs
+
+    @property
     def is_latent_consistency(self) -> bool:
         """Whether diffusers uses its latent consistency pipelines for this checkpoint; it has none for XL."""
         return "timestep_cond" in self.denoiser_inputs and "text_embeds" not in self.denoiser_inputs

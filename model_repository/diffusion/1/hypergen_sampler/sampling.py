@@ -65,12 +65,14 @@ class Trajectory:
         self._variant = request.variant
         self._cache_interval = request.cache_interval
         self._deep_features: Array | None = None
-        self._conditions = conditions
         self._guidance_scale, self._guidance_rescale = request.guidance_scale, request.guidance_rescale
         self._scheduler = scheduler
         generator = torch.Generator("cpu").manual_seed(request.seed)
         start = initial_latents(request, latent_init, self._scheduler, generator)
         self._latents, self._timesteps, self._mask_blend = start.latents, start.timesteps, start.kept
+        rows = len(conditions[HIDDEN_STATES])
+        own = {name: np.repeat(array[None], rows, axis=0) for name, array in start.conditions.items()}
+        self._conditions = {**conditions, **own}
         self._extra = step_arguments(self._scheduler, generator, request.eta)
         self._guided_steps = steps_between(request.guidance_start, request.guidance_end, self.steps)
         self._preview_steps = preview_steps(self.steps, request.partial_images)
