@@ -102,6 +102,7 @@ class TestCapabilities:
         assert body == {
             "object": "capabilities",
             "model": "acme/tiny-emoji",
+            "base_model": "",
             "default_size": "64x64",
             "sizes": ["64x64", "64x96"],
             "size_factor": 8,
@@ -125,6 +126,7 @@ class TestCapabilities:
             "max_num_images": 10,
             "schedulers": ["ddim", "euler", "euler_a"],
             "edits": True,
+            "max_references": 0,
             "suggestions": ["a rocket", "a dog", "a cat", "a fox", "an owl", "a bee"],
         }
 

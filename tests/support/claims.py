@@ -19,6 +19,8 @@ FAMILIES: Mapping[str, str] = {
     "sd-2": "Stable Diffusion 2.x",
     "sd-turbo": "SD-Turbo",
     "sdxl": "Stable Diffusion XL",
+    "sd-inpainting": "Stable Diffusion 1.x inpainting",
+    "sdxl-inpainting": "Stable Diffusion XL inpainting",
     "sdxl-turbo": "SDXL-Turbo",
     "sdxl-lightning": "SDXL-Lightning",
     "lcm": "Latent Consistency Models",
