@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
+from hypergen_export.checkpoints.embeddings import read_embeddings
 from hypergen_export.checkpoints.lora import read_loras
 from hypergen_export.engines.engine import ENGINES, read_sizes
 from hypergen_export.errors import ExportError, InterruptedExportError
@@ -80,6 +81,24 @@ def _not_empty(_: click.Context, parameter: click.Parameter, value: Any) -> Any:
     help="LoRA (.safetensors file, or a folder with one) to serve beside MODEL, merged at SCALE; repeatable.",
 )
 @click.option(
+    "--embedding",
+    "embeddings",
+    metavar="[NAME=]PATH",
+    multiple=True,
+    callback=_not_empty,
+    envvar="HYPERGEN_EMBEDDING",
+    show_envvar=True,
+    help="Textual inversion (.safetensors, .pt, .bin) that prompts name; repeatable.",
+)
+@click.option(
+    "--embedding-dir",
+    type=click.Path(path_type=Path),
+    callback=_not_empty,
+    envvar="HYPERGEN_EMBEDDING_DIR",
+    show_envvar=True,
+    help="Folder of textual inversions, each named as its file.",
+)
+@click.option(
     "--deep-cache",
     is_flag=True,
     envvar="HYPERGEN_DEEP_CACHE",
@@ -141,6 +160,7 @@ def export(*, model: str, output: Path, dtype: str, sizes: str | None, loras: tu
                 cache_dir=options.pop("cache_dir") or default_cache_dir(),
                 prediction_type=options.pop("prediction_type"),
             ),
+            embeddings=read_embeddings(options.pop("embeddings"), options.pop("embedding_dir")),
             **options,
         )
         with _interruptible():

@@ -37,6 +37,10 @@ class BadLoraError(ExportError):
     """A LoRA that is missing, unreadable, or made for another model."""
 
 
+class BadEmbeddingError(ExportError):
+    """A textual inversion that is missing, unreadable, or made for another model."""
+
+
 class OutputRefusedError(ExportError):
     """The output folder cannot be written, or holds something else."""
 

@@ -152,6 +152,18 @@ def _triton_options(command: Callable[..., None]) -> Any:
         help="What the model of a single file predicts.",
         show_default="as the file says",
     )
+    @option(
+        "--embedding",
+        metavar="[NAME=]PATH",
+        multiple=True,
+        help="A textual inversion (.safetensors, .pt, .bin) that prompts name; repeatable.",
+    )
+    @option(
+        "--embedding-dir",
+        type=click.Path(path_type=Path),
+        help="Folder of textual inversions, each named as its file.",
+        show_default="none",
+    )
     @option("--deep-cache", is_flag=True, help="Add a shallow UNet for requests with cache_interval (DeepCache).")
     @option(
         "--cache-dir",
@@ -183,12 +195,14 @@ def _triton_options(command: Callable[..., None]) -> Any:
 def _read_triton_options(model: str | None, given: dict[str, Any]) -> TritonOptions:
     url, device, loras = given.pop("triton_url"), given.pop("device"), given.pop("lora")
     deep_cache, max_batch_size = given.pop("deep_cache"), given.pop("max_batch_size")
+    embeddings, embedding_dir = given.pop("embedding"), given.pop("embedding_dir")
     parts = {name: given.pop(name) for name in ("prediction_type", "vae", "text_encoder")}
     dtype = DTYPES[given.pop("dtype")]
     model = model or SHIPPED_MODEL
     if url is not None:
-        given_parts = {f"--{name.replace('_', '-')}": value for name, value in parts.items()}
-        _check_triton_url(url, {"--lora": loras, "--deep-cache": deep_cache, **given_parts})
+        of_export = {f"--{name.replace('_', '-')}": value for name, value in parts.items()}
+        of_export |= {"--lora": loras, "--embedding": embeddings, "--embedding-dir": embedding_dir}
+        _check_triton_url(url, of_export | {"--deep-cache": deep_cache})
         return TritonOptions(model=model, url=url, export=None)
     if device == "cuda" or dtype == "float16":
         raise click.UsageError(
@@ -206,6 +220,8 @@ def _read_triton_options(model: str | None, given: dict[str, Any]) -> TritonOpti
         loras=loras,
         deep_cache=deep_cache,
         **parts,
+        embeddings=embeddings,
+        embedding_dir=embedding_dir,
     )
     return TritonOptions(model=model, url=None, export=export)
 

@@ -247,6 +247,16 @@ def test_loras_belong_to_an_export(tmp_path: Path) -> None:
     assert f"{tmp_path} is exported already: pass --lora to 'hypergen export'" in result.output
 
 
+@pytest.mark.parametrize("option", ["--embedding=toy=toy.pt", "--embedding-dir=toys"])
+def test_textual_inversions_belong_to_an_export(option: str, tmp_path: Path) -> None:
+    name = option[: option.index("=")]
+    assert f"pass {name} to 'hypergen export'" in refusal(serve("--triton-url", "127.0.0.1:1", option))
+    (tmp_path / "diffusion").mkdir()
+    (tmp_path / "diffusion" / "config.pbtxt").touch()
+    result = serve(str(tmp_path), "--host=127.0.0.1", f"--port={free_port()}", option)
+    assert f"{tmp_path} is exported already: pass --embedding to 'hypergen export'" in result.output
+
+
 def test_what_is_exported_without_a_shallow_unet_gets_none(tmp_path: Path) -> None:
     assert "pass --deep-cache to 'hypergen export'" in refusal(serve("--triton-url", "127.0.0.1:8001", "--deep-cache"))
     (tmp_path / "diffusion").mkdir()

@@ -121,6 +121,7 @@ class TestCapabilities:
             "max_prompt_tokens": 75,
             "prompt_weightings": ["none", "a1111"],
             "default_prompt_weighting": "none",
+            "embeddings": [],
             "max_clip_skip": 12,
             "default_clip_skip": 0,
             "max_num_images": 10,

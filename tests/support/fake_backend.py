@@ -43,6 +43,7 @@ MODEL = ModelDescription(
     max_cache_interval=1,
     prompt_weightings=("none",),
     default_prompt_weighting="none",
+    embeddings=(),
     max_clip_skip=0,
     default_clip_skip=0,
     max_active_images=4,

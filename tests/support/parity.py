@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,9 +21,12 @@ from diffusers import (
 from PIL import Image as PILImage
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hypergen_export.checkpoints.components import Component
 from hypergen_export.checkpoints.defaults import checkpoint_parameters
+from hypergen_export.checkpoints.embeddings import Embedding
 from hypergen_export.checkpoints.families.unet import with_deep_cache
 from hypergen_export.checkpoints.schedulers import checkpoint_schedulers
+from hypergen_export.conversion.embeddings import extend
 from hypergen_export.conversion.examples import as_kwargs
 from hypergen_export.conversion.loading import load_module
 from hypergen_export.conversion.tokenizer import text_parameters, write_tokenizer
@@ -155,8 +158,8 @@ class Pair:
         pipeline.scheduler = called_by_diffusers(scheduler, self._own) if scheduler else self._own
 
 
-def sampler_of(folder: Path) -> Sampler:
-    checkpoint = open_checkpoint(str(folder))
+def sampler_of(folder: Path, embeddings: tuple[Embedding, ...] = ()) -> Sampler:
+    checkpoint = replace(open_checkpoint(str(folder)), embeddings=embeddings)
     files = {text.tokenizer: folder / f"{text.tokenizer}.json" for text in checkpoint.family.text}
     for text in checkpoint.family.text:
         write_tokenizer(checkpoint, text, files[text.tokenizer])
@@ -165,9 +168,16 @@ def sampler_of(folder: Path) -> Sampler:
     architecture = Architecture.from_model_config(model_config({**parameters, "max_reference_rows": "16"}))
     flow = {name: parameters[name] for name in ("flow_sigmas", "flow_shift")}
     components = with_deep_cache(checkpoint.family.components)
-    modules = {each.name: wrap(each, load_module(checkpoint, each)) for each in components}
+    modules = {each.name: wrap(each, _module_of(checkpoint, each)) for each in components}
     tokenize = PromptTokenizers(folder, architecture.text_inputs)
     return Sampler(checkpoint, architecture, tokenize, schedulers_in(table, **flow), modules)
+
+
+def _module_of(checkpoint: Checkpoint, component: Component) -> torch.nn.Module:
+    module = load_module(checkpoint, component)
+    if checkpoint.embeddings and component.module in checkpoint.text_encoders:
+        extend(checkpoint, component.module, module)
+    return module
 
 
 def request_of(**changes: Any) -> Request:

@@ -15,6 +15,7 @@ from typing import Any
 
 from hypergen_export.checkpoints.components import Sizes
 from hypergen_export.checkpoints.detection import check_classes, check_configs, find_family, with_stated_vae
+from hypergen_export.checkpoints.embeddings import Embedding
 from hypergen_export.checkpoints.family import ConfigOverrides, Family
 from hypergen_export.checkpoints.hub import find_snapshot
 from hypergen_export.checkpoints.weights import (
@@ -60,16 +61,23 @@ class Checkpoint:
     """A folder in diffusers' layout and its family. `index` is its model_index.json.
 
     `replaced`: subfolders that lie elsewhere, such as a VAE in place of the checkpoint's own.
+    `embeddings` are textual inversions that its tokenizers and text encoders are to know.
     """
 
     folder: Path
     family: Family
     index: Mapping[str, Any]
     replaced: Mapping[str, Path] = field(default_factory=dict)
+    embeddings: tuple[Embedding, ...] = ()
 
     def folder_of(self, part: str) -> Path:
         """The folder of a module or tokenizer."""
         return self.replaced.get(part, self.folder / part)
+
+    @property
+    def text_encoders(self) -> frozenset[str]:
+        """The modules of the text encoders."""
+        return frozenset(component.module for component in self.family.text_encoders)
 
     def config(self, module: str) -> Mapping[str, Any]:
         """The module's config.json; that of a CLIP text encoder is completed with transformers' defaults."""

@@ -21,6 +21,7 @@ from hypergen_export.checkpoints.checkpoint import Checkpoint
 from hypergen_export.checkpoints.components import Component
 from hypergen_export.checkpoints.weights import float32_bytes
 from hypergen_export.conversion.cutting import cut
+from hypergen_export.conversion.embeddings import extend
 from hypergen_export.conversion.linking import WeightFiles, check_links
 from hypergen_export.conversion.loading import load_module, load_placeholders
 from hypergen_export.conversion.merging import merge_lora
@@ -97,6 +98,7 @@ def _load(checkpoint: Checkpoint, job: Job, kept_layers: Mapping[str, Sequence[i
     module, placeholders = load_placeholders(checkpoint, component)
     if component.lora:
         merge_lora(component.module, module, component.lora, placeholders)
+    _embed(checkpoint, component, module)
     if kept_layers:
         cut(module, kept_layers)
     placeholders.cast(module, job.torch_dtype)
@@ -124,6 +126,11 @@ def _compare(checkpoint: Checkpoint, job: Job, files: WeightFiles) -> Parity:
         return compare_outputs(component, expected, sizes, path, job.dtype)
 
 
+def _embed(checkpoint: Checkpoint, component: Component, module: torch.nn.Module) -> None:
+    if checkpoint.embeddings and component.module in checkpoint.text_encoders:
+        extend(checkpoint, component.module, module)
+
+
 def _free(module: torch.nn.Module) -> None:
     """Free the memory of the weights: traced programs refer to the parameters, too."""
     for parameter in module.parameters():
@@ -136,6 +143,7 @@ def _load_all(checkpoint: Checkpoint, job: Job) -> torch.nn.Module:
     module = load_module(checkpoint, component)
     if component.lora:
         merge_lora(component.module, module, component.lora)
+    _embed(checkpoint, component, module)
     return wrap(component, module.to(job.torch_dtype))
 
 

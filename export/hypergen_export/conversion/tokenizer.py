@@ -9,7 +9,7 @@ from typing import Any
 from hypergen_export.checkpoints.checkpoint import Checkpoint
 from hypergen_export.checkpoints.defaults import text_padding
 from hypergen_export.checkpoints.family import TextInput
-from hypergen_export.errors import BrokenCheckpointError, ParityMissedError, first_line
+from hypergen_export.errors import BadEmbeddingError, BrokenCheckpointError, ParityMissedError, first_line
 
 # Empty, short, too long, not ASCII, and with case, whitespace and special tokens.
 _PROBES = (
@@ -37,6 +37,7 @@ def write_tokenizer(checkpoint: Checkpoint, text: TextInput, path: Path) -> None
     length = checkpoint.sizes[text.tokens]
     theirs = _load(checkpoint, text)
     _check_vocabulary(theirs, checkpoint.folder_of(text.tokenizer), _vocabulary_size(checkpoint, text))
+    _add_embeddings(theirs, checkpoint, text)
     ours = _with_padding(theirs, length)
     before, after = template_of(checkpoint, text)
     for prompt in _PROBES:
@@ -49,6 +50,29 @@ def write_tokenizer(checkpoint: Checkpoint, text: TextInput, path: Path) -> None
         padding = ours.padding | {"length": None, "pad_to_multiple_of": multiple}
         ours.enable_padding(**padding)
     ours.save(str(path))
+
+
+def _add_embeddings(theirs: Any, checkpoint: Checkpoint, text: TextInput) -> None:
+    """Add the tokens of textual inversions, in the order of their vectors in the text encoder.
+
+    Raises BadEmbeddingError.
+    """
+    if not checkpoint.embeddings:
+        return
+    from hypergen_export.conversion.embeddings import vectors_of
+
+    if len(theirs) != _vocabulary_size(checkpoint, text):
+        raise BadEmbeddingError(f"{checkpoint.folder_of(text.tokenizer)}: its ids and its text encoder's do not agree")
+    for embedding in checkpoint.embeddings:
+        tokens = embedding.tokens(len(vectors_of(checkpoint, embedding)[_module_of(checkpoint, text)]))
+        if theirs.add_tokens(tokens) != len(tokens):
+            raise BadEmbeddingError(
+                f"{embedding.file}: {embedding.name} is a word of the tokenizer; give it another name"
+            )
+
+
+def _module_of(checkpoint: Checkpoint, text: TextInput) -> str:
+    return next(each.module for each in checkpoint.family.text_encoders if each.name == text.encoder)
 
 
 def template_of(checkpoint: Checkpoint, text: TextInput) -> tuple[str, str]:

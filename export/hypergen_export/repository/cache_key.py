@@ -18,6 +18,7 @@ _PACKAGE = Path(__file__).parents[1]
 # Sources, or folders of them, that determine a component's plan, its merged LoRA and its ONNX file. All sources are in
 # the repository's key.
 _PLAN = ("engines/profiles.py", "engines/tensorrt.py")
+_EMBEDDING = ("checkpoints/embeddings.py", "conversion/embeddings.py")
 _MERGING = ("checkpoints/lora.py", "conversion/merging.py")
 _CONVERSION = (
     "checkpoints/components.py",
@@ -44,6 +45,7 @@ def component_key(checkpoint: Checkpoint, component: Component, hashes: ContentH
         _contents([folder / "config.json", *_sources(_CONVERSION)]),
         [(path.name, hashes(path)) for path in weight_files(checkpoint, component.module)],
         *_lora_parts(component),
+        *_embedding_parts(checkpoint, component),
     )
 
 
@@ -65,6 +67,7 @@ def tokenizer_key(checkpoint: Checkpoint, text: TextInput) -> str:
         text_padding(checkpoint),
         dict(checkpoint.sizes),
         _contents([*files, _PACKAGE / "conversion" / "tokenizer.py"]),
+        *_embeddings(checkpoint),
     )
 
 
@@ -78,6 +81,16 @@ def _lora_parts(component: Component) -> list[Any]:
     if component.lora is None:
         return []
     return [component.lora.sha256, component.lora.scale, _contents(_sources(_MERGING))]
+
+
+def _embedding_parts(checkpoint: Checkpoint, component: Component) -> list[Any]:
+    """Key parts of the embeddings that a text encoder knows."""
+    return _embeddings(checkpoint) if component.module in checkpoint.text_encoders else []
+
+
+def _embeddings(checkpoint: Checkpoint) -> list[Any]:
+    given = [(embedding.name, embedding.sha256) for embedding in checkpoint.embeddings]
+    return [given, _contents(_sources(_EMBEDDING))] if given else []
 
 
 def _sources(names: Iterable[str]) -> list[Path]:

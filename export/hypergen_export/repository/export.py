@@ -10,7 +10,7 @@ import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +29,7 @@ from hypergen_export.checkpoints.defaults import (
     checkpoint_parameters,
     notices,
 )
+from hypergen_export.checkpoints.embeddings import Embedding
 from hypergen_export.checkpoints.families.unet import with_deep_cache
 from hypergen_export.checkpoints.family import TextInput
 from hypergen_export.checkpoints.files import link_or_copy, on_one_file_system
@@ -84,6 +85,7 @@ class ExportRequest:
     `sizes` are the image sizes to build, for engines that need them; empty for the checkpoint's default. `loras` are
     served beside the unmodified checkpoint. `deep_cache` adds a shallow UNet, for requests with `cache_interval`.
     `single_files` applies if `model` or `vae` is a single file. `vae` and `text_encoder` replace the checkpoint's own.
+    `embeddings` are textual inversions that prompts may name.
     """
 
     model: str
@@ -98,6 +100,7 @@ class ExportRequest:
     single_files: SingleFileOptions = field(default_factory=SingleFileOptions)
     vae: str | None = None
     text_encoder: str | None = None
+    embeddings: tuple[Embedding, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -113,6 +116,7 @@ class ExportRequest:
             "dtype": self.dtype,
             "device": ENGINES[self.engine].device,
             "max_batch_size": str(self.rows),
+            "embeddings": ",".join(embedding.name for embedding in self.embeddings),
             "max_cache_interval": str(_MAX_CACHE_INTERVAL if self.deep_cache else 1),
         }
 
@@ -180,7 +184,11 @@ def _make_task(
     """The task of a request. Options are checked here, before any work is done, the cheapest check first."""
     engine = ENGINES[request.engine]
     check_dtype(engine, request.dtype)
-    checkpoint = open_request(request, notify)
+    checkpoint = replace(open_request(request, notify), embeddings=request.embeddings)
+    if request.embeddings and max(text.max_chunks for text in checkpoint.family.text) == 1:
+        raise BadOptionError(
+            f"--embedding: only for models with CLIP alone, and {request.model} has another text encoder"
+        )
     _check_loras(request, checkpoint)
     if request.deep_cache and checkpoint.family.denoiser.module != "unet":
         raise BadOptionError(f"--deep-cache: only for models with a UNet, and {request.model} has a transformer")

@@ -47,6 +47,7 @@ class Capabilities(BaseModel):
     )
     prompt_weightings: tuple[str, ...] = Field(description="The legal values of `prompt_weighting`.")
     default_prompt_weighting: str
+    embeddings: tuple[str, ...] = Field(description="Words that stand for textual inversions in prompts.")
     max_clip_skip: int = Field(description="0 if the model's text encoders do not skip layers.")
     default_clip_skip: int
     max_num_images: int
@@ -82,6 +83,7 @@ def of_model(model: ModelDescription, id_: str, sizes: SizePolicy) -> Capabiliti
         max_prompt_tokens=model.max_prompt_tokens,
         prompt_weightings=model.prompt_weightings,
         default_prompt_weighting=model.default_prompt_weighting,
+        embeddings=model.embeddings,
         max_clip_skip=model.max_clip_skip,
         default_clip_skip=model.default_clip_skip,
         max_num_images=model.max_num_images,

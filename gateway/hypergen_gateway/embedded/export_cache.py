@@ -58,6 +58,8 @@ class ExportOptions:
     prediction_type: str | None = None
     vae: str | None = None
     text_encoder: str | None = None
+    embeddings: tuple[str, ...] = ()  # [NAME=]PATH, likewise
+    embedding_dir: Path | None = None
 
     @property
     def parts(self) -> dict[str, str]:
@@ -111,6 +113,10 @@ async def find_repository(model: str, options: ExportOptions) -> Path:
             raise EmbeddedError(f"{model} is exported already: pass --lora to 'hypergen export' with the checkpoint.")
         if options.parts:
             raise EmbeddedError(f"{model} is exported already: pass {next(iter(options.parts))} to 'hypergen export'.")
+        if options.embeddings or options.embedding_dir:
+            raise EmbeddedError(
+                f"{model} is exported already: pass --embedding to 'hypergen export' with the checkpoint."
+            )
         if options.deep_cache and not (Path(model) / "unet_shallow").is_dir():
             raise EmbeddedError(f"{model} has no shallow UNet: pass --deep-cache to 'hypergen export'.")
         return Path(model)
@@ -137,6 +143,8 @@ def _folder_name(model: str, options: ExportOptions) -> str:
     place = _place(model)
     readable = re.sub(r"[^A-Za-z0-9.]+", "-", Path(model).name).strip("-.") or "model"
     loras = f"-lora-{_digest(*options.loras)}" if options.loras else ""
+    given = [*options.embeddings, *([str(options.embedding_dir)] if options.embedding_dir else [])]
+    loras += f"-embeddings-{_digest(*given)}" if given else ""
     deep_cache = "-deep-cache" if options.deep_cache else ""
     parts = (
         f"-{_digest(*(f'{name}={_place(value)}' for name, value in options.parts.items()))}" if options.parts else ""
@@ -225,6 +233,8 @@ async def _export(model: str, options: ExportOptions, output: Path, lock: int | 
             *(sys.executable, "-c", _EXPORTER, model, "--engine", "openvino", "--dtype", options.dtype),
             *("--max-batch-size", str(options.max_batch_size), "--output", str(output)),
             *(f"--lora={lora}" for lora in options.loras),
+            *(f"--embedding={embedding}" for embedding in options.embeddings),
+            *([f"--embedding-dir={options.embedding_dir}"] if options.embedding_dir else []),
             *(["--deep-cache"] if options.deep_cache else []),
             *("--cache-dir", str(options.cache_dir)),
             *(f"{name}={value}" for name, value in options.parts.items()),

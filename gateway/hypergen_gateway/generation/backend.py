@@ -118,6 +118,7 @@ class ModelDescription:
     max_cache_interval: int  # 1: the model has no shallow UNet
     prompt_weightings: tuple[str, ...]  # the syntaxes of weights in prompts that a request may select
     default_prompt_weighting: str
+    embeddings: tuple[str, ...]  # words of textual inversions that prompts may contain
     max_clip_skip: int  # 0: the text encoders have no such input
     default_clip_skip: int
     max_active_images: int

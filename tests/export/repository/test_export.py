@@ -14,8 +14,11 @@ import openvino
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from transformers import CLIPTextModel
 
 from hypergen_export.checkpoints.checkpoint import open_checkpoint
+from hypergen_export.checkpoints.embeddings import read_embeddings
 from hypergen_export.checkpoints.families.unet import STABLE_DIFFUSION
 from hypergen_export.checkpoints.hashes import LARGE
 from hypergen_export.checkpoints.lora import read_loras
@@ -329,9 +332,34 @@ def test_the_scale_is_in_the_weights(with_loras: tuple[ExportRequest, ExportResu
     assert 1e-3 < np.abs(half - base).mean() < np.abs(more - base).mean()
 
 
-def hidden_states(path: Path) -> Array:
+def hidden_states(path: Path, first: int = 0) -> Array:
+    """Those of sixteen token ids in a row."""
     compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return np.asarray(compiled([np.arange(16, dtype=np.int32)[None]])[0])
+    return np.asarray(compiled([(np.arange(16, dtype=np.int32) + first)[None], np.zeros((1, 1), np.int32)])[0])
+
+
+def test_a_textual_inversion_converts_the_text_encoder_alone(
+    request_again: ExportRequest, checkpoint_folder: Path, tmp_path: Path
+) -> None:
+    vectors = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))[:2]
+    save_file({"emb_params": vectors}, tmp_path / "toy.safetensors")
+    embeddings = read_embeddings([str(tmp_path / "toy.safetensors")], None)
+    request = replace(request_again, embeddings=embeddings)
+    before = hidden_states(request.output / "text_encoder" / "1" / "model.onnx")
+    assert export(request) == ExportResult(converted=("text_encoder",), reused=NAMES[1:])
+    assert sampler_parameter(request.output, "embeddings") == "toy"
+    tokenizer = Tokenizer.from_file(str(request.output / "diffusion" / "tokenizer.json"))
+    last = tokenizer.get_vocab_size() - 1
+    assert [tokenizer.token_to_id(token) for token in ("toy", "toy_1")] == [last - 1, last]
+    path = request.output / "text_encoder" / "1" / "model.onnx"
+    np.testing.assert_allclose(hidden_states(path), before, atol=1e-5)
+    model = CLIPTextModel.from_pretrained(checkpoint_folder / "text_encoder")
+    weight = torch.cat([model.get_input_embeddings().weight, vectors])
+    model.set_input_embeddings(torch.nn.Embedding.from_pretrained(weight))
+    ids = np.arange(16, dtype=np.int32) + last - 15
+    with torch.no_grad():
+        expected = model(torch.from_numpy(ids)[None].long()).last_hidden_state.numpy()
+    np.testing.assert_allclose(hidden_states(path, last - 15), expected, atol=1e-4)
 
 
 def test_removing_and_adding_a_lora_converts_nothing(

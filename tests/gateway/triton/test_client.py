@@ -122,6 +122,7 @@ class TestDescribe:
             max_cache_interval=10,
             prompt_weightings=("none", "a1111"),
             default_prompt_weighting="none",
+            embeddings=(),
             max_clip_skip=12,
             default_clip_skip=0,
             max_active_images=32,

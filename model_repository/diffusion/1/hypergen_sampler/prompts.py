@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,7 +269,8 @@ class _Concepts:
             return prompt
         named = self._in_full.keys() & set(self._tokenizer.encode(prompt, add_special_tokens=False).tokens)
         for token in sorted(named):
-            prompt = prompt.replace(token, self._in_full[token])
+            # In any case, as CLIP's tokenizers read them.
+            prompt = re.sub(re.escape(token), lambda _, full=self._in_full[token]: full, prompt, flags=re.IGNORECASE)  # type: ignore[misc]
         return prompt
 
 
