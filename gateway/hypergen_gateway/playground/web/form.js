@@ -115,7 +115,7 @@ export class Form {
     byId("n").replaceChildren(...range(1, model.max_num_images).map((count) => new Option(count, count)));
     byId("scheduler").replaceChildren(new Option("model’s own", ""), ...model.schedulers.map((name) => new Option(name, name)));
     byId("text-fields").hidden = model.prompt_weightings.length === 1;
-    const own = [`server’s own (${model.default_prompt_weighting})`, `server’s own (${model.default_clip_skip})`];
+    const own = [model.default_prompt_weighting, model.default_clip_skip].map((value) => `default (${value})`);
     byId("prompt_weighting").replaceChildren(new Option(own[0], ""), ...model.prompt_weightings.map((name) => new Option(name, name)));
     byId("clip_skip").replaceChildren(new Option(own[1], ""), ...range(0, model.max_clip_skip).map((count) => new Option(count, count)));
     const fits = model.size_policy === "fit";
