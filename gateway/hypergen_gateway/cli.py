@@ -286,7 +286,7 @@ def _cpu_dtype() -> str:
 )
 @option(
     "--prompt-weighting",
-    type=click.Choice(["none", "a1111"]),
+    type=click.Choice(["none", "a1111", "compel"]),
     help="Syntax of weights in prompts of requests that do not say, if the model reads any.",
     show_default="none",
 )

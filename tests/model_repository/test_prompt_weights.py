@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hypergen_sampler.prompt_weights import Fragment, WeightsOverflowError, fragments_of, weighted
+from hypergen_sampler.prompt_weights import Fragment, MeanRestored, WeightsOverflowError, fragments_of
 
 UP, DOWN = 1.1, 1 / 1.1
 
@@ -78,7 +78,7 @@ def test_thousands_of_brackets_are_parsed(prompt: str) -> None:
 def test_a_row_keeps_its_mean_and_unweighted_rows_their_values() -> None:
     states = np.random.default_rng(0).normal(0.5, 1.0, (2, 4, 8)).astype(np.float32)
     weights = np.array([[1.0, 1.5, 0.5, 1.0], [1.0, 1.0, 1.0, 1.0]], dtype=np.float32)
-    made = weighted(states, weights)
+    made = MeanRestored(weights).apply(states)
     assert np.array_equal(made[1], states[1])
     assert made[0].mean() == pytest.approx(states[0].mean(), rel=1e-5)
     scaled = states[0] * weights[0][:, None]
@@ -88,4 +88,4 @@ def test_a_row_keeps_its_mean_and_unweighted_rows_their_values() -> None:
 @pytest.mark.parametrize("weight", [float("inf"), 3e38, 0.0])
 def test_weights_without_a_finite_result_are_an_error(weight: float) -> None:
     with pytest.raises(WeightsOverflowError):
-        weighted(np.full((1, 3, 2), 9.0, dtype=np.float32), np.full((1, 3), weight, dtype=np.float32))
+        MeanRestored(np.full((1, 3), weight, dtype=np.float32)).apply(np.full((1, 3, 2), 9.0, dtype=np.float32))

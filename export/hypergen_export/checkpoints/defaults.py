@@ -135,7 +135,7 @@ def _prompt_syntax(checkpoint: Checkpoint) -> dict[str, str | int]:
     if not 0 <= clip_skip <= largest:
         raise ValueError(f"clip_skip: must be from 0 to {largest}, not {clip_skip}")
     return {
-        "prompt_weightings": "none,a1111" if _max_chunks(checkpoint) > 1 else "none",
+        "prompt_weightings": "none,a1111,compel" if _max_chunks(checkpoint) > 1 else "none",
         "default_prompt_weighting": "none",
         "default_clip_skip": clip_skip,
         "max_clip_skip": largest,

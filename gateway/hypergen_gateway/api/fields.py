@@ -174,8 +174,8 @@ class ImageFields(_Body):
     prompt_weighting: Annotated[str | None, Legal("{legal_prompt_weightings}")] = Field(
         default=None,
         description="The syntax of weights in both prompts: `none` takes them as plain text; `a1111` reads "
-        "`(word:1.3)`, `((word))`, `[word]` and `BREAK` as stable-diffusion-webui does. The default is the server's, "
-        "usually `none`.",
+        "`(word:1.3)`, `((word))`, `[word]` and `BREAK` as stable-diffusion-webui does, `compel` `word++` and "
+        "`(a few words)1.3` as compel does. The default is the server's, usually `none`.",
     )
     clip_skip: Annotated[int, Field(ge=0), _WHOLE, ModelLimit("max_clip_skip"), _SKIPS] | None = Field(
         default=None,

@@ -91,11 +91,12 @@ def test_xls_vae_and_t5_alone_are_known_to_overflow_in_float16() -> None:
 
 def test_example_prompts_end_at_another_place_each() -> None:
     (text_encoder, *_) = STABLE_DIFFUSION
-    ids, skipped = example_inputs(text_encoder, SIZES, batch=4, height=8, width=8)
+    ids, mask, skipped = example_inputs(text_encoder, SIZES, batch=4, height=8, width=8)
     end = SIZES["vocabulary"] - 1
     assert [row.index(end) for row in ids.tolist()] == [1, 2, 3, 4]
     assert (ids[:, -1] == end).all()
     assert skipped.tolist() == [[0], [1], [2], [3]]
+    assert len(set(map(tuple, mask.tolist()))) == 4
 
 
 def test_examples_are_the_same_every_time_and_differ_within_the_batch() -> None:

@@ -34,8 +34,8 @@ def noise(*shape: int) -> torch.Tensor:
 def test_the_text_encoder_gives_the_pipelines_prompt_embeddings(pipeline: Any) -> None:
     expected, _ = pipeline.encode_prompt("a red rocket", "cpu", 1, False)
     ids = pipeline.tokenizer("a red rocket", padding="max_length", max_length=16, return_tensors="pt").input_ids
-    none_skipped = torch.zeros(1, 1, dtype=torch.int32)
-    torch.testing.assert_close(TextEncoder(pipeline.text_encoder)(ids.to(torch.int32), none_skipped), expected)
+    rest = (torch.ones(1, 16, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32))
+    torch.testing.assert_close(TextEncoder(pipeline.text_encoder)(ids.to(torch.int32), *rest), expected)
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 7), (5, 13), (3, 4), (8, 12)])

@@ -46,7 +46,11 @@ def test_a_component_runs_on_the_cpu_in_openvino(repository: Path, name: str) ->
     [
         (
             "text_encoder",
-            {"input_ids": ("TYPE_INT32", [16]), "clip_skip": ("TYPE_INT32", [1])},
+            {
+                "input_ids": ("TYPE_INT32", [16]),
+                "attention_mask": ("TYPE_INT32", [16]),
+                "clip_skip": ("TYPE_INT32", [1]),
+            },
             {"encoder_hidden_states": ("TYPE_FP32", [16, 32])},
         ),
         (
@@ -94,7 +98,7 @@ def test_bfloat16_is_the_backends_hint() -> None:
 @pytest.mark.parametrize(
     ("name", "rows", "dims"),
     [
-        ("text_encoder", 2, {"input_ids": [16], "clip_skip": [1]}),
+        ("text_encoder", 2, {"input_ids": [16], "attention_mask": [16], "clip_skip": [1]}),
         ("unet", 2, {"sample": [4, 8, 8], "time": [16], "encoder_hidden_states": [16, 32]}),
         ("vae_decoder", 1, {"latents": [4, 8, 8]}),
     ],
@@ -131,7 +135,7 @@ def test_the_sampler_knows_its_checkpoint(repository: Path) -> None:
                 {
                     "encoder": "text_encoder",
                     "tokenizer": "tokenizer",
-                    "inputs": ["input_ids", "clip_skip"],
+                    "inputs": ["input_ids", "attention_mask", "clip_skip"],
                     "outputs": ["encoder_hidden_states"],
                     "segment": 0,
                     "before": "",
@@ -143,7 +147,7 @@ def test_the_sampler_knows_its_checkpoint(repository: Path) -> None:
         "denoiser": "unet",
         "denoiser_inputs": "encoder_hidden_states",
         "max_prompt_tokens": "224",
-        "prompt_weightings": "none,a1111",
+        "prompt_weightings": "none,a1111,compel",
         "default_prompt_weighting": "none",
         "default_clip_skip": "0",
         "max_clip_skip": "2",

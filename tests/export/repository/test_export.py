@@ -335,7 +335,8 @@ def test_the_scale_is_in_the_weights(with_loras: tuple[ExportRequest, ExportResu
 def hidden_states(path: Path, first: int = 0) -> Array:
     """Those of sixteen token ids in a row."""
     compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return np.asarray(compiled([(np.arange(16, dtype=np.int32) + first)[None], np.zeros((1, 1), np.int32)])[0])
+    ids, mask = (np.arange(16, dtype=np.int32) + first)[None], np.ones((1, 16), dtype=np.int32)
+    return np.asarray(compiled([ids, mask, np.zeros((1, 1), dtype=np.int32)])[0])
 
 
 def test_a_textual_inversion_converts_the_text_encoder_alone(

@@ -14,6 +14,7 @@ from hypergen_export.checkpoints.families.tensors import (
     SAMPLE,
     TIME,
     TOLERANCE,
+    attention_mask,
     input_ids,
     vae,
 )
@@ -78,7 +79,7 @@ _CLIP = Component(
     name="text_encoder",
     module="text_encoder",
     loader="transformers.CLIPTextModel",
-    inputs=(input_ids("tokens", "prompt"), _CLIP_SKIP),
+    inputs=(input_ids("tokens", "prompt"), attention_mask("tokens"), _CLIP_SKIP),
     outputs=(_states_of("text_width"),),
     tolerance=TOLERANCE,
 )
@@ -89,7 +90,7 @@ _TEXT_ENCODERS_XL = (
         module="text_encoder_2",
         loader="transformers.CLIPTextModelWithProjection",
         wrapper="pooled_text_encoder",
-        inputs=(input_ids("tokens", "prompt_2"), _CLIP_SKIP),
+        inputs=(input_ids("tokens", "prompt_2"), attention_mask("tokens"), _CLIP_SKIP),
         outputs=(_states_of("text_width_2"), POOLED),
         tolerance=TOLERANCE,
         kept_layers={"encoder.layers": (0, -1)},

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class TextEncoder(nn.Module):
-    """input_ids [B, L], clip_skip [B, 1] -> encoder_hidden_states [B, L, D], normalised.
+    """input_ids and attention_mask [B, L], clip_skip [B, 1] -> encoder_hidden_states [B, L, D], normalised.
 
     They are the output of the last layer but `clip_skip`.
     """
@@ -18,8 +18,8 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.text_encoder = text_encoder
 
-    def forward(self, input_ids: Tensor, clip_skip: Tensor) -> Tensor:
-        output = self.text_encoder(input_ids.to(torch.int64), output_hidden_states=True)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, clip_skip: Tensor) -> Tensor:
+        output = self.text_encoder(input_ids.to(torch.int64), attention_mask, output_hidden_states=True)
         states = _skipped(output.hidden_states, clip_skip)
         # transformers normalises the last layer's output alone, diffusers' pipelines also that of an earlier one.
         hidden_states: Tensor = _final_norm(self.text_encoder)(states)
@@ -27,7 +27,7 @@ class TextEncoder(nn.Module):
 
 
 class PenultimateTextEncoder(nn.Module):
-    """input_ids [B, L], clip_skip [B, 1] -> encoder_hidden_states [B, L, D].
+    """input_ids and attention_mask [B, L], clip_skip [B, 1] -> encoder_hidden_states [B, L, D].
 
     They are the input of the last layer, or of one `clip_skip` layers before it.
     """
@@ -36,13 +36,13 @@ class PenultimateTextEncoder(nn.Module):
         super().__init__()
         self.text_encoder = text_encoder
 
-    def forward(self, input_ids: Tensor, clip_skip: Tensor) -> Tensor:
-        output = self.text_encoder(input_ids.to(torch.int64), output_hidden_states=True)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, clip_skip: Tensor) -> Tensor:
+        output = self.text_encoder(input_ids.to(torch.int64), attention_mask, output_hidden_states=True)
         return _skipped(output.hidden_states[:-1], clip_skip).to(torch.float32)
 
 
 class PooledTextEncoder(nn.Module):
-    """input_ids [B, L], clip_skip [B, 1] -> encoder_hidden_states as above, and text_embeds [B, P].
+    """input_ids and attention_mask [B, L], clip_skip [B, 1] -> encoder_hidden_states as above, and text_embeds [B, P].
 
     The latter are the projected pooled output, whatever is skipped.
     """
@@ -51,8 +51,8 @@ class PooledTextEncoder(nn.Module):
         super().__init__()
         self.text_encoder = text_encoder
 
-    def forward(self, input_ids: Tensor, clip_skip: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.text_encoder(input_ids.to(torch.int64), output_hidden_states=True)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, clip_skip: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.text_encoder(input_ids.to(torch.int64), attention_mask, output_hidden_states=True)
         states = _skipped(output.hidden_states[:-1], clip_skip)
         return states.to(torch.float32), output.text_embeds.to(torch.float32)
 

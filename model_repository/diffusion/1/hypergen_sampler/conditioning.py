@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hypergen_sampler.prompt_weights import WeightsOverflowError, weighted
+from hypergen_sampler.prompt_weights import Weights, WeightsOverflowError
 from hypergen_sampler.prompts import ATTENTION_MASK, Tokens
 from hypergen_sampler.references import REFERENCES, reference_tokens
 from hypergen_sampler.request import Architecture, InvalidInputError, Request
@@ -64,14 +64,15 @@ def merge(
         (mask,) = (given[ATTENTION_MASK] for given in tokens.inputs if ATTENTION_MASK in given)
         merged[TEXT_MASK] = mask[:, -states.shape[1] :]
     if POOLED in architecture.denoiser_inputs:
-        pooled = [answer[POOLED][:: tokens.chunks] for answer in answers if POOLED in answer]
+        rows = len(states) * tokens.chunks  # without those of weights
+        pooled = [answer[POOLED][: rows : tokens.chunks] for answer in answers if POOLED in answer]
         merged[POOLED] = np.concatenate(pooled, axis=-1)
     return merged
 
 
-def _weighted(states: Array, weights: Array | None) -> Array:
+def _weighted(states: Array, weights: Weights | None) -> Array:
     try:
-        return states if weights is None else weighted(states, weights)
+        return states if weights is None else weights.apply(states)
     except WeightsOverflowError:
         raise InvalidInputError("prompt", "has weights, or its negative prompt has, that are too large") from None
 

@@ -7,6 +7,7 @@ the hidden states are joined along the tokens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 COMMA = ",</w>"
@@ -26,3 +27,21 @@ def split(ids: Sequence[int], room: int, comma: int | None) -> Iterator[slice]:
         yield slice(first, end)
         first, last_comma = end, None
     yield slice(first, len(ids))
+
+
+def split_at_sentences(tokens: Sequence[str], room: int) -> Iterator[slice]:
+    """The chunks of at most `room` tokens as compel cuts them: after a sentence, else a phrase, else a word."""
+    first = 0
+    while len(tokens) - first > room:
+        length = next(filter(None, (_last(tokens[first : first + room], ends) for ends in _ENDS)), room)
+        yield slice(first, first + length)
+        first += length
+    yield slice(first, len(tokens))
+
+
+_ENDS = (re.compile(r"\.</w>"), re.compile(r"[.,;:]</w>"), re.compile(r".*</w>", re.DOTALL))
+
+
+def _last(tokens: Sequence[str], ends: re.Pattern[str]) -> int:
+    """How many tokens there are up to the last one that matches; 0 if none does."""
+    return next((position for position in range(len(tokens), 0, -1) if ends.fullmatch(tokens[position - 1])), 0)

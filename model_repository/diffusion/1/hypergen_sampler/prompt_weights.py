@@ -1,4 +1,4 @@
-r"""Weights of a prompt's parts, in the syntax of AUTOMATIC1111's stable-diffusion-webui.
+r"""Weights of a prompt's parts, in the syntax of AUTOMATIC1111's stable-diffusion-webui, and what weights do.
 
 `(word)` is 1.1 times as strong, `[word]` 1.1 times weaker, `(word:1.3)` 1.3 times as strong; brackets nest, and `\(` is
 a bracket of the text. `BREAK` ends a chunk. There are no errors: an opening bracket without a closing one reaches to
@@ -10,11 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-NONE, A1111 = "none", "a1111"
+from hypergen_sampler.compel_syntax import parts_of
+
+NONE, A1111, COMPEL = "none", "a1111", "compel"
 
 Array = npt.NDArray[np.float32]
 
@@ -38,23 +41,82 @@ class Fragment:
 
 
 def fragments_of(prompt: str, weighting: str) -> list[Fragment]:
-    """The parts of a prompt; at least one."""
-    return _Parser().parse(prompt) if weighting == A1111 else [Fragment(prompt)]
-
-
-def weighted(states: Array, weights: Array) -> Array:
-    """Hidden states [B, L, D] times the weights [B, L] of their tokens, each row with the mean that it had.
+    """The parts of a prompt; at least one.
 
     Raises:
-        WeightsOverflowError: weights are too large, or cancel each other.
+        UnsupportedOperatorError: compel has an operator there that is not supported.
     """
-    with np.errstate(all="ignore"):
-        scaled = states * weights[..., None]
-        scaled *= states.mean(axis=(1, 2), keepdims=True) / scaled.mean(axis=(1, 2), keepdims=True)
-    made = np.where((weights == 1.0).all(axis=1)[:, None, None], states, scaled)
-    if not np.isfinite(made).all():
+    match weighting:
+        case "a1111":
+            return _Parser().parse(prompt)
+        case "compel":
+            return [Fragment(text, weight) for text, weight in parts_of(prompt)]
+        case _:
+            return [Fragment(prompt)]
+
+
+class Weights(Protocol):
+    """What weights do to hidden states."""
+
+    def apply(self, states: Array) -> Array:
+        """The weighted hidden states [B, L, D].
+
+        Raises:
+            WeightsOverflowError: weights are too large, or cancel each other.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class MeanRestored:
+    """stable-diffusion-webui's: hidden states times the weights [B, L] of their tokens, with the mean of each row."""
+
+    weights: Array
+
+    def apply(self, states: Array) -> Array:
+        with np.errstate(all="ignore"):
+            scaled = states * self.weights[..., None]
+            scaled *= states.mean(axis=(1, 2), keepdims=True) / scaled.mean(axis=(1, 2), keepdims=True)
+        return _finite(np.where((self.weights == 1.0).all(axis=1)[:, None, None], states, scaled))
+
+
+@dataclass(frozen=True)
+class AwayFromEmpty:
+    """compel's: away from the hidden states of an empty prompt, by the weights [B, L] of their tokens.
+
+    B rows of hidden states are followed by those of an empty chunk, then by rows in which a part with a weight below 1
+    is masked: (row, share) of each. A row becomes the mean of itself and of these, by their shares; where a part is in
+    another chunk of the prompt, itself takes the share. `totals` [B] are the sums of shares, its own 1 included.
+    """
+
+    weights: Array
+    masked: tuple[tuple[int, float], ...]
+    totals: Array
+
+    def apply(self, states: Array) -> Array:
+        rows = len(self.weights)
+        empty = states[rows]
+        with np.errstate(all="ignore"):
+            made = self._away(states[:rows], empty, self.weights)
+            base, left = made.copy(), self.totals.copy()
+            mixed = np.zeros_like(made)
+            for (row, share), other in zip(self.masked, states[rows + 1 :], strict=True):
+                mixed[row] += np.float32(share) * self._away(other, empty, self.weights[row])
+                left[row] -= np.float32(share)
+            made = (left[:, None, None] * base + mixed) / self.totals[:, None, None]
+        is_own = (self.totals == 1.0)[:, None, None]
+        return _finite(np.where(is_own, base, made))
+
+    @staticmethod
+    def _away(states: Array, empty: Array, weights: Array) -> Array:
+        away: Array = np.where(weights[..., None] == 1.0, states, empty + (states - empty) * weights[..., None])
+        return away
+
+
+def _finite(states: Array) -> Array:
+    if not np.isfinite(states).all():
         raise WeightsOverflowError
-    return made
+    return states
 
 
 @dataclass

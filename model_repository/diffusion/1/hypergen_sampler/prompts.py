@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,15 +14,22 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
-from hypergen_sampler.prompt_chunks import COMMA, split
-from hypergen_sampler.prompt_weights import NONE, Array, fragments_of
-from hypergen_sampler.request import TextInput
+from hypergen_sampler.compel_syntax import UnsupportedOperatorError
+from hypergen_sampler.prompt_chunks import COMMA, split, split_at_sentences
+from hypergen_sampler.prompt_weights import COMPEL, NONE, AwayFromEmpty, Fragment, MeanRestored, Weights, fragments_of
+from hypergen_sampler.request import InvalidInputError, TextInput
 
 EncoderInputs = Mapping[str, npt.NDArray[np.int32]]
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
 CLIP_SKIP = "clip_skip"
+
+_NO_PART = -1
+# Each takes further rows of the text encoder.
+_MAX_MASKED = 64
+# compel's: a weight of 0 would have an infinite share.
+_LEAST = 1e-5
 
 
 @dataclass(frozen=True)
@@ -30,8 +38,8 @@ class Tokens:
 
     inputs: list[EncoderInputs]
     """The inputs [B, …] of each text encoder by name: `chunks` rows of one text, then those of the next."""
-    weights: list[Array | None]
-    """The weights [B, L] of each text encoder's tokens; None if all are 1."""
+    weights: list[Weights | None]
+    """What to do to the hidden states of each text encoder; for some weights there are further rows after those."""
     count: int
     """Number of tokens of all texts, without start, end, padding and template."""
     cut: int
@@ -86,8 +94,8 @@ class _Texts(Protocol):
         """The text encoder's inputs with `chunks` rows for each text."""
         ...
 
-    def weights(self, chunks: int) -> Array | None:
-        """The weights of their tokens."""
+    def weights(self, chunks: int) -> Weights | None:
+        """What to do to their hidden states."""
         ...
 
 
@@ -129,45 +137,77 @@ class _ChunkTokenizer:
             names=self._text.inputs,
             texts=[[self._row(chunk) for chunk in each[:most]] for each in chunks],
             own_tokens=[(_length(each[:most]), _length(each[most:])) for each in chunks],
-            empty=_Chunk(self._empty, [1.0] * self.length),
+            empty=_Chunk(self._empty, [1.0] * self.length, [_NO_PART] * self.length),
+            weighting=weighting,
         )
 
     def _chunks(self, prompt: str, weighting: str) -> list[_Chunk]:
-        fragments = fragments_of(prompt, weighting)
+        fragments = _fragments(prompt, weighting)
         encodings = self._tokenizer.encode_batch(
             [self._concepts.spell_out(fragment.text) for fragment in fragments], add_special_tokens=False
         )
-        parts = [_Chunk([], [])]
-        for fragment, encoding in zip(fragments, encodings, strict=True):
+        sections = [_Chunk([], [], [])]
+        for part, (fragment, encoding) in enumerate(zip(fragments, encodings, strict=True)):
             if fragment.begins_chunk:
-                parts.append(_Chunk([], []))
-            parts[-1].ids.extend(encoding.ids)
-            parts[-1].weights.extend([fragment.weight] * len(encoding.ids))
-        if len(parts) > 1 and not parts[-1].ids:
-            parts.pop()
+                sections.append(_Chunk([], [], []))
+            sections[-1].ids.extend(encoding.ids)
+            sections[-1].weights.extend([fragment.weight] * len(encoding.ids))
+            sections[-1].parts.extend([part] * len(encoding.ids))
+        if len(sections) > 1 and not sections[-1].ids:
+            sections.pop()
+        return [section.cut(each) for section in sections for each in self._cuts(section.ids, weighting)]
+
+    def _cuts(self, ids: list[int], weighting: str) -> Iterator[slice]:
         room = self.length - 2
-        return [
-            _Chunk(part.ids[cut], part.weights[cut]) for part in parts for cut in split(part.ids, room, self._comma)
-        ]
+        if weighting != COMPEL:
+            return split(ids, room, self._comma)
+        return split_at_sentences([self._tokenizer.id_to_token(token) or "" for token in ids], room)
 
     def _row(self, chunk: _Chunk) -> _Chunk:
         """The chunk with start, end and padding."""
         padding = self.length - 2 - len(chunk.ids)
         return _Chunk(
-            [self._start, *chunk.ids, self._end, *[self._pad] * padding], [1.0, *chunk.weights, 1.0, *[1.0] * padding]
+            [self._start, *chunk.ids, self._end, *[self._pad] * padding],
+            [1.0, *chunk.weights, 1.0, *[1.0] * padding],
+            [_NO_PART, *chunk.parts, _NO_PART, *[_NO_PART] * padding],
         )
+
+
+def _fragments(prompt: str, weighting: str) -> list[Fragment]:
+    try:
+        fragments = fragments_of(prompt, weighting)
+    except UnsupportedOperatorError as operator:
+        raise InvalidInputError(
+            "prompt", f"has, or its negative prompt has, {operator}, which is not supported"
+        ) from None
+    if weighting == COMPEL and sum(fragment.weight < 1 for fragment in fragments) > _MAX_MASKED:
+        raise InvalidInputError("prompt", f"must have at most {_MAX_MASKED} parts with weights below 1")
+    return fragments
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Token ids and their weights."""
+    """Token ids, their weights, and the numbers of the prompt's parts that they belong to."""
 
     ids: list[int]
     weights: list[float]
+    parts: list[int]
+
+    def cut(self, where: slice) -> _Chunk:
+        return _Chunk(self.ids[where], self.weights[where], self.parts[where])
 
 
 def _length(chunks: Sequence[_Chunk]) -> int:
     return sum(len(chunk.ids) for chunk in chunks)
+
+
+@dataclass(frozen=True)
+class _Masked:
+    """A row in which a part of the prompt is masked, and its share of the row without."""
+
+    row: int
+    mask: list[int]
+    share: float
 
 
 @dataclass(frozen=True)
@@ -178,22 +218,71 @@ class _ChunkedTexts:
     own_tokens: list[tuple[int, int]]
     empty: _Chunk
     """The chunk of an empty text."""
+    weighting: str
 
     @property
     def chunks(self) -> int:
         return max(map(len, self.texts))
 
     def inputs(self, chunks: int, clip_skip: int) -> EncoderInputs:
-        ids = [row.ids for row in self._rows(chunks)]
-        columns = {INPUT_IDS: ids, CLIP_SKIP: [[clip_skip]] * len(ids)}
+        rows = [row.ids for row in self._rows(chunks)]
+        masks = [[1] * len(row) for row in rows]
+        if self._are_weighted and self.weighting == COMPEL:
+            masked = self._masked(chunks)
+            masks += [masks[0], *(each.mask for each in masked)]
+            rows += [self.empty.ids, *(rows[each.row] for each in masked)]
+        columns = {INPUT_IDS: rows, ATTENTION_MASK: masks, CLIP_SKIP: [[clip_skip]] * len(rows)}
         return {name: np.array(columns[name], dtype=np.int32) for name in self.names}
 
-    def weights(self, chunks: int) -> Array | None:
+    def weights(self, chunks: int) -> Weights | None:
+        if not self._are_weighted:
+            return None
         weights = np.array([row.weights for row in self._rows(chunks)], dtype=np.float32)
-        return None if (weights == 1.0).all() else weights
+        if self.weighting != COMPEL:
+            return MeanRestored(weights)
+        masked = tuple((each.row, each.share) for each in self._masked(chunks))
+        totals = np.repeat([1.0 + sum(share for _, share in self._weakened(text)) for text in self.texts], chunks)
+        return AwayFromEmpty(weights, masked, totals.astype(np.float32))
+
+    @property
+    def _are_weighted(self) -> bool:
+        return any(weight != 1.0 for text in self.texts for chunk in text for weight in chunk.weights)
 
     def _rows(self, chunks: int) -> list[_Chunk]:
         return [row for each in self.texts for row in each + [self.empty] * (chunks - len(each))]
+
+    def _masked(self, chunks: int) -> list[_Masked]:
+        return [
+            _Masked(number * chunks + index, mask, share)
+            for number, text in enumerate(self.texts)
+            for part, share in self._weakened(text)
+            for index, mask in _masks_without(text, part)
+        ]
+
+    @staticmethod
+    def _weakened(text: list[_Chunk]) -> list[tuple[int, float]]:
+        """The parts with weights below 1, and what share the prompt without each has, as in compel."""
+        tokens = (zip(chunk.parts, chunk.weights, strict=True) for chunk in text)
+        weights = dict(pair for chunk in tokens for pair in chunk if pair[0] != _NO_PART)
+        return [
+            (part, math.tan((1.0 - max(weight, _LEAST)) * math.pi / 2))
+            for part, weight in weights.items()
+            if weight < 1
+        ]
+
+
+def _masks_without(text: list[_Chunk], part: int) -> Iterator[tuple[int, list[int]]]:
+    """The chunks that a part is in, each with a mask of everything from its first token to its last.
+
+    Each chunk's start and last position are never masked, but the end of a chunk that the part goes on after is.
+    """
+    places = [
+        (index, column) for index, chunk in enumerate(text) for column, one in enumerate(chunk.parts) if one == part
+    ]
+    for index in range(places[0][0], places[-1][0] + 1):
+        columns = range(1, len(text[index].ids) - 1)
+        inside = [places[0] <= (index, column) <= places[-1] for column in columns]
+        yield index, [1, *(0 if masked else 1 for masked in inside), 1]
 
 
 class _TemplateTokenizer:
@@ -246,7 +335,7 @@ class _TemplateTexts:
         }
         return {name: np.array(columns[name], dtype=np.int32) for name in self.names}
 
-    def weights(self, _: int) -> Array | None:
+    def weights(self, _: int) -> Weights | None:
         return None
 
 
