@@ -14,6 +14,7 @@ from support.compose_file import ROOT
 STANDIN = Path(__file__).parent / "standin"
 PYTHON = "localhost/hypergen-standin-python:3.11"
 TRITON = "localhost/hypergen-standin-triton"
+NO_CACHES = shutil.ignore_patterns("__pycache__")
 MIRROR = "http://deb.debian.org/debian"
 PACKAGES = "ca-certificates,libpython3.11,python-is-python3,python3,python3-venv"
 # NvInferVersion.h: what getInferLibVersion() returns for 11.1.0 is 110100.
@@ -67,11 +68,12 @@ def fill_context(context: Path) -> None:
     shutil.copy(installation.server, server / "bin")
     shutil.copytree(installation.library_folders[0], server / "lib")
     shutil.copytree(installation.caches, server / "caches")
-    backends = Path(shutil.copytree(installation.backends, server / "backends"))
+    backends = Path(shutil.copytree(installation.backends, server / "backends", ignore=NO_CACHES))
     Path(shutil.copy(installation.stub, backends / "python")).chmod(0o755)
-    package = ROOT / "gateway" / "hypergen_gateway"
-    shutil.copytree(package / "embedded" / "backends", backends, dirs_exist_ok=True)
-    shutil.copytree(package, context / "hypergen_gateway", ignore=shutil.ignore_patterns("__pycache__"))
+    # It imports itself as a part of our package, of which nothing else is needed.
+    ours = Path("hypergen_gateway", "embedded", "backends")
+    for target in (backends, context / ours):
+        shutil.copytree(ROOT / "gateway" / ours, target, dirs_exist_ok=True, ignore=NO_CACHES)
     shutil.copy(STANDIN / "nvidia_entrypoint.sh", context)
     major, minor, patch = default_of("export", "TENSORRT").split(".")[:3]
     source = LIBNVINFER.format(major=major, minor=minor, patch=patch)

@@ -27,6 +27,8 @@ from images.podman import build, output_of, podman
 from support.compose_file import FILE, ROOT, read_compose
 
 START_SECONDS = 900
+# More than any service starts, and fewer than conmon may have.
+PROCESSES = 2**15
 FLAGS = {"read_only": "--read-only", "init": "--init"}
 VALUES = {"shm_size": "--shm-size"}
 LISTS = {"cap_drop": "--cap-drop", "security_opt": "--security-opt", "tmpfs": "--tmpfs", "ports": "--publish"}
@@ -163,7 +165,7 @@ class Project:
 def limits(stated: Mapping[str, str | int]) -> dict[str, int]:
     """The limits as far as this process may set them. Where some are given, podman would raise two others, too."""
     found = {}
-    for name, limit in {"nofile": -1, "nproc": -1, **stated}.items():
+    for name, limit in {"nofile": -1, "nproc": PROCESSES, **stated}.items() if stated else ():
         _, hard = resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))
         known = [each for each in (int(limit), hard) if each != resource.RLIM_INFINITY]
         found[name] = min(known, default=-1)

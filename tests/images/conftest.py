@@ -13,7 +13,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -57,27 +57,29 @@ def ran(record_property: Callable[[str, object], None]) -> Ran:
 
 @dataclass(frozen=True)
 class Images:
-    """The built images: their tags, and build arguments and seconds of the builds."""
+    """The images of compose.yaml, built when they are first asked for: build arguments, and seconds of the builds."""
 
-    tags: dict[str, str]
+    project: Project
     arguments: dict[str, str]
-    seconds: dict[str, float]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def tag(self, name: str) -> str:
+        """The image of a service."""
+        if name not in self.seconds:
+            began = time.monotonic()
+            self.project.build(name, self.arguments)
+            self.seconds[name] = time.monotonic() - began
+        return self.project.image(name)
 
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Images:
-    """All four, built as compose.yaml says."""
+    """All four, on the bases that can be had."""
     scratch = tmp_path_factory.mktemp("bases")
     python = python_image(scratch)
     triton = os.environ.get("TRITON_IMAGE") or triton_image(scratch, python)
     arguments = {"PYTHON_IMAGE": python, "TRITON_IMAGE": triton, "TORCH_INDEX": torch_index()}
-    project = Project.read("hypergen-images", {})
-    seconds = {}
-    for name in IMAGES:
-        began = time.monotonic()
-        project.build(name, arguments)
-        seconds[name] = time.monotonic() - began
-    return Images({name: project.image(name) for name in IMAGES}, arguments, seconds)
+    return Images(Project.read("hypergen-images", {}), arguments)
 
 
 def torch_index() -> str:

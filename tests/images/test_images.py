@@ -37,8 +37,8 @@ true
 @pytest.mark.parametrize("name", IMAGES)
 def test_an_image_adds_no_compiler_cache_or_tests(images: Images, name: str, ran: Ran) -> None:
     base = images.arguments["PYTHON_IMAGE" if name in ("gateway", "cpu") else "TRITON_IMAGE"]
-    assert set(run(images.tags[name], LOOK).splitlines()) <= set(run(base, LOOK).splitlines())
-    size = inspect_image(images.tags[name])["Size"]
+    assert set(run(images.tag(name), LOOK).splitlines()) <= set(run(base, LOOK).splitlines())
+    size = inspect_image(images.tag(name))["Size"]
     ran(name, "build", f"{size / 1e6:,.0f} MB", images.seconds[name])
 
 
@@ -49,11 +49,11 @@ def run(image: str, script: str, *options: str) -> str:
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_an_image_runs_as_its_own_user_and_as_one_that_it_does_not_know(images: Images, name: str) -> None:
-    own, group = output_of("image", "inspect", "--format", "{{.Config.User}}", images.tags[name]).split(":")
-    assert run(images.tags[name], "id -u; id -g").split() == [own, group]
+    own, group = output_of("image", "inspect", "--format", "{{.Config.User}}", images.tag(name)).split(":")
+    assert run(images.tag(name), "id -u; id -g").split() == [own, group]
     folders = {"cpu": "/cache", "export": "/models /hub", "gateway": "/tmp", "triton": "/tmp"}[name]
     writes = f"for folder in {folders}; do touch $folder/written || exit 1; done; id -u"
-    assert run(images.tags[name], writes, "--user", FOREIGN) == FOREIGN.partition(":")[0]
+    assert run(images.tag(name), writes, "--user", FOREIGN) == FOREIGN.partition(":")[0]
 
 
 @pytest.mark.parametrize("user", ["10001:10001", FOREIGN])
@@ -62,7 +62,7 @@ def test_the_gateway_serves_from_a_file_system_that_cannot_be_written_to(images:
     options = ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--tmpfs", "/tmp"]
     command = ["serve", "--triton-url", "127.0.0.1:8001", "--api-key", "sk-images"]
     with removed(name):
-        output_of("run", "--detach", "--user", user, "--name", name, *options, images.tags["gateway"], *command)
+        output_of("run", "--detach", "--user", user, "--name", name, *options, images.tag("gateway"), *command)
         while podman("healthcheck", "run", name).returncode != 0:
             assert output_of("inspect", "--format", "{{.State.Status}}", name) == "running", podman("logs", name).stderr
             assert time.monotonic() - began < 60
@@ -108,7 +108,7 @@ def test_triton_refuses_plans_of_another_machine_before_it_starts(images: Images
     began = time.monotonic()
     write_repository(tmp_path / "repository")
     tmp_path.chmod(0o755)
-    done = podman("run", "--rm", "--network", "none", "--volume", f"{tmp_path}:/models:ro", images.tags["triton"])
+    done = podman("run", "--rm", "--network", "none", "--volume", f"{tmp_path}:/models:ro", images.tag("triton"))
     assert done.returncode == 1
     assert "check_plans: no NVIDIA GPU found: was the container given one?" in done.stderr
     ran("triton", "check_plans with a plan, no GPU", "refused in one line", time.monotonic() - began)
@@ -119,7 +119,7 @@ def test_a_drain_ends_when_triton_is_idle(images: Images, tmp_path: Path, ran: R
     project = Project.read(
         "hypergen-drain", {"COMPOSE_FILE": str(STANDIN / "compose.yaml"), "HYPERGEN_CHECKPOINTS": str(tmp_path)}
     )
-    assert project.image("triton") == images.tags["triton"]
+    assert project.image("triton") == images.tag("triton")
     try:
         project.up("triton")
         project.wait_for("triton", "service_healthy")
@@ -154,7 +154,7 @@ def test_the_charts_export_runs_once_and_as_any_user(images: Images, tmp_path: P
 
     def export() -> str:
         entry_point = ["--entrypoint", "/opt/nvidia/nvidia_entrypoint.sh"]
-        done = podman("run", "--rm", *options, *entry_point, images.tags["export"], "flock", *words)
+        done = podman("run", "--rm", *options, *entry_point, images.tag("export"), "flock", *words)
         assert done.returncode == 0, done.stderr
         return done.stderr
 
