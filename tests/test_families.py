@@ -12,8 +12,7 @@ import functools
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,17 +21,9 @@ import torch
 from diffusers import AutoencoderTiny, StableDiffusionImg2ImgPipeline
 from PIL import Image as PILImage
 
-from hypergen_export.checkpoints.checkpoint import Checkpoint
-from hypergen_export.checkpoints.components import Component
-from hypergen_export.checkpoints.families.unet import with_deep_cache
-from hypergen_export.checkpoints.lora import Lora, read_loras
-from hypergen_export.conversion.loading import load_module
-from hypergen_export.conversion.merging import merge_lora
-from hypergen_export.conversion.wrappers import wrap
 from hypergen_sampler.conditioning import texts_of
 from hypergen_sampler.request import InvalidInputError, Request
 from support.guidance_interval import guided_steps
-from support.loras import Weights, lora_weights, save_by_diffusers, save_by_kohya
 from support.miniature import FAMILIES, save_miniature
 from support.parity import (
     PROMPT,
@@ -379,41 +370,3 @@ def test_tokens_beyond_what_the_text_encoders_read_are_counted(
     sampler = pair_of(family).sampler
     request = request_of(**{"prompt": "a red rocket on blue", **changes})
     assert sampler.tokenize(texts_of(request, sampler.architecture)).cut == cut
-
-
-def by_kohya(folder: Path, weights: dict[str, Weights]) -> Path:
-    return save_by_kohya(folder / "kohya.safetensors", weights, alpha=4.0)
-
-
-@pytest.mark.parametrize(
-    ("family", "save"), [("sd-1", save_by_diffusers), ("sdxl", save_by_diffusers), ("sdxl", by_kohya)]
-)
-async def test_a_merged_lora_generates_as_diffusers_pipeline_does_with_it(
-    family: str, save: Callable[[Path, dict[str, Weights]], Path], pair_of: Any, tmp_path: Path
-) -> None:
-    plain: Sampler = pair_of(family).sampler
-    checkpoint = plain.checkpoint
-    encoders = [each.module for each in checkpoint.family.text_encoders]
-    file = save(tmp_path, lora_weights(checkpoint.folder, "unet", *encoders))
-    (lora,) = read_loras([f"{file}:0.5"])
-    merged = {each.name: wrap(each, merged_module(checkpoint, each, lora)) for each in changed_by(lora, checkpoint)}
-    assert merged.keys() == {"unet", "unet_shallow", *encoders}
-    pipeline = pipeline_of(checkpoint.folder)
-    pipeline.load_lora_weights(str(file))
-    pipeline.fuse_lora(lora_scale=0.5)
-    request = request_of(guidance_scale=5.0, negative_prompt="a green cat", cache_interval=2)
-    ours = await dataclasses.replace(plain, modules=plain.modules | merged).generate(request)
-    held(ours, by_diffusers(pipeline, request))
-    base, _ = await plain.generate(request)
-    assert np.abs(base - ours[0]).mean() > 0.01 * np.abs(base).max(), "the LoRA changes nothing"
-
-
-def changed_by(lora: Lora, checkpoint: Checkpoint) -> list[Component]:
-    components = with_deep_cache(checkpoint.family.components)
-    return [component for component in components if component.module in lora.modules]
-
-
-def merged_module(checkpoint: Checkpoint, component: Component, lora: Lora) -> torch.nn.Module:
-    module = load_module(checkpoint, component)
-    merge_lora(component.module, module, lora)
-    return module

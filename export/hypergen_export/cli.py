@@ -78,7 +78,16 @@ def _not_empty(_: click.Context, parameter: click.Parameter, value: Any) -> Any:
     callback=_not_empty,
     envvar="HYPERGEN_LORA",
     show_envvar=True,
-    help="LoRA (.safetensors file, or a folder with one) to serve beside MODEL, merged at SCALE; repeatable.",
+    help="LoRA (.safetensors file, or a folder with one) to serve beside MODEL, by default at SCALE; repeatable.",
+)
+@click.option(
+    "--lora-rank",
+    type=click.IntRange(0, 1024),
+    default=0,
+    show_default=True,
+    envvar="HYPERGEN_LORA_RANK",
+    show_envvar=True,
+    help="Least columns for LoRAs, of which each takes as many as its rank.",
 )
 @click.option(
     "--embedding",

@@ -58,6 +58,9 @@ DTYPES = {
     "fp16": "float16",
 }
 
+# Columns of the rank pool for a folder of LoRAs: four of the usual rank.
+FOLDER_RANK = 64
+
 # File formats by file name extension; standard output has none.
 FORMATS: Mapping[str, FormatName] = {"": "png", ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 STANDARD_OUTPUT = Path("-")
@@ -134,7 +137,18 @@ def _triton_options(command: Callable[..., None]) -> Any:
         "--lora",
         metavar="[NAME=]PATH[:SCALE]",
         multiple=True,
-        help="A LoRA (.safetensors file or its folder) that requests select with lora_path=NAME; repeatable.",
+        help="A LoRA (.safetensors file or its folder) that requests name in loras or lora_path; repeatable.",
+    )
+    @option(
+        "--lora-rank",
+        type=click.IntRange(0, 1024),
+        default=0,
+        help="Least columns for LoRAs, of which each takes as many as its rank.",
+    )
+    @option(
+        "--lora-dir",
+        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        help="Folder of LoRA files, which are served as they come and go, without a restart.",
     )
     @option(
         "--vae",
@@ -196,12 +210,14 @@ def _read_triton_options(model: str | None, given: dict[str, Any]) -> TritonOpti
     url, device, loras = given.pop("triton_url"), given.pop("device"), given.pop("lora")
     deep_cache, max_batch_size = given.pop("deep_cache"), given.pop("max_batch_size")
     embeddings, embedding_dir = given.pop("embedding"), given.pop("embedding_dir")
+    lora_rank, lora_dir = given.pop("lora_rank"), given.pop("lora_dir")
     parts = {name: given.pop(name) for name in ("prediction_type", "vae", "text_encoder")}
     dtype = DTYPES[given.pop("dtype")]
     model = model or SHIPPED_MODEL
     if url is not None:
         of_export = {f"--{name.replace('_', '-')}": value for name, value in parts.items()}
-        of_export |= {"--lora": loras, "--embedding": embeddings, "--embedding-dir": embedding_dir}
+        of_export |= {"--lora": loras, "--lora-rank": lora_rank, "--lora-dir": lora_dir}
+        of_export |= {"--embedding": embeddings, "--embedding-dir": embedding_dir}
         _check_triton_url(url, of_export | {"--deep-cache": deep_cache})
         return TritonOptions(model=model, url=url, export=None)
     if device == "cuda" or dtype == "float16":
@@ -218,6 +234,8 @@ def _read_triton_options(model: str | None, given: dict[str, Any]) -> TritonOpti
         max_batch_size=max_batch_size,
         cache_dir=cache_dir,
         loras=loras,
+        lora_rank=lora_rank or (FOLDER_RANK if lora_dir else 0),
+        lora_dir=lora_dir,
         deep_cache=deep_cache,
         **parts,
         embeddings=embeddings,
@@ -304,6 +322,7 @@ def _cpu_dtype() -> str:
     multiple=True,
     help="Another name by which clients can look up the model, such as gpt-image-1; repeatable.",
 )
+@option("--prompt-loras", is_flag=True, help="Let prompts select LoRAs as in web UIs: <lora:NAME:SCALE>.")
 @option(
     "--max-queue-size",
     type=click.IntRange(0, MAX_QUEUE_SIZE),

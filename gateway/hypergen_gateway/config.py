@@ -68,6 +68,8 @@ class Config:
     prompt_weighting: str | None = None
     # How many of CLIP's last layers are left out for requests that do not say; None: the checkpoint's own number.
     clip_skip: int | None = None
+    # Whether <lora:NAME:SCALE> in a prompt selects a LoRA, as in web UIs; otherwise it is text like any other.
+    prompt_loras: bool = False
     # Requests that may wait for a slot in Triton; more get a 429.
     max_queue_size: int = 100
     # Seconds from a complete request to its images. OpenAI's clients time out after 600 by default.

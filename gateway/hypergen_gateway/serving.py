@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import uvicorn
 
 from hypergen_gateway.app import create_app
+from hypergen_gateway.concurrency import cancel
 from hypergen_gateway.config import Config
 from hypergen_gateway.embedded.errors import EmbeddedError, ModelsNotLoadedError
 from hypergen_gateway.embedded.export_cache import ExportOptions, find_repository
 from hypergen_gateway.embedded.installation import find_installation
+from hypergen_gateway.embedded.lora_folder import LoraFolder, served_copy
 from hypergen_gateway.errors import UnavailableError
 from hypergen_gateway.generation.backend import GeneratedImage, GenerationRequest, ModelDescription
 from hypergen_gateway.http.addresses import listening, url_of
@@ -174,6 +176,9 @@ async def _connected(options: TritonOptions, request_timeout: float) -> AsyncIte
             backend = TritonBackend(triton.url, request_timeout=request_timeout, retry_seconds=RESTART_SECONDS)
             triton.at_work = lambda: backend.at_work
         stack.push_async_callback(backend.close)
+        if options.export is not None and options.export.lora_dir is not None:
+            loras = LoraFolder(options.export.lora_dir, triton.repository, backend)
+            stack.push_async_callback(cancel, asyncio.create_task(loras.follow()))
         yield backend
 
 
@@ -193,11 +198,14 @@ async def _embedded(options: TritonOptions) -> AsyncIterator[EmbeddedTriton]:
     repository = await find_repository(options.model, options.export)
     began = time.monotonic()
     console.info("Starting Triton …")
+    # LoRAs of a folder are written into the served repository, which another server may share.
+    served = contextlib.nullcontext(repository) if options.export.lora_dir is None else served_copy(repository)
     try:
-        async with embedded_triton(repository) as triton:
-            seconds = time.monotonic() - began
-            console.info(f"Triton is ready after {seconds:.1f} s: gRPC on {triton.url}, {triton.metrics_url}")
-            yield triton
+        with served as folder:
+            async with embedded_triton(folder) as triton:
+                seconds = time.monotonic() - began
+                console.info(f"Triton is ready after {seconds:.1f} s: gRPC on {triton.url}, {triton.metrics_url}")
+                yield triton
     except ModelsNotLoadedError as error:
         if repository.parent != options.export.cache_dir:
             raise
@@ -239,7 +247,7 @@ def _complete(fields: dict[str, Any], description: ModelDescription, *, with_lor
         "guidance_scale": description.default_guidance_scale,
     }
     if with_lora:
-        defaults |= {"lora": description.loras[0].name, "lora_scale": description.loras[0].scale}
+        defaults |= {"lora": (description.loras[0].name,), "lora_scale": (description.loras[0].scale,)}
     return GenerationRequest(**(defaults | {name: value for name, value in fields.items() if value is not None}))
 
 

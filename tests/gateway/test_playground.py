@@ -26,7 +26,7 @@ from playwright.async_api import Browser, Page, expect
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.errors import InvalidRequestError, UnavailableError
-from hypergen_gateway.generation.backend import GenerationRequest
+from hypergen_gateway.generation.backend import GenerationRequest, Lora
 from hypergen_gateway.playground import FOLDER
 from support.browser import chromium, needs_chromium, opened
 from support.fake_backend import MODEL, FakeBackend, in_memory, on_loopback, until
@@ -43,6 +43,7 @@ EMOJI = replace(
     max_cache_interval=10,
     prompt_weightings=("none", "a1111"),
     max_clip_skip=12,
+    loras=(Lora(name="ink", scale=0.8), Lora(name="clay", scale=1.0, is_merged=True)),
     suggestions=("a rocket", "a dog", "a cat", "a fox", "an owl", "a bee"),
 )
 # What shells, Python and forms each want to take for their own.
@@ -128,6 +129,10 @@ class TestCapabilities:
             "schedulers": ["ddim", "euler", "euler_a"],
             "edits": True,
             "max_references": 0,
+            "loras": [
+                {"name": "ink", "default_scale": 0.8, "scales": []},
+                {"name": "clay", "default_scale": 1.0, "scales": [1.0]},
+            ],
             "suggestions": ["a rocket", "a dog", "a cat", "a fox", "an owl", "a bee"],
         }
 
@@ -188,6 +193,7 @@ class TestGeneration:
         await choose_range(page, "guidance_start", "0.2")
         await choose_range(page, "guidance_end", "0.75")
         await choose_range(page, "cache_interval", "3")
+        await page.get_by_label("LoRAs").fill("ink -0.25, clay")
         await page.get_by_label("Scheduler").select_option("euler")
         await page.get_by_label("Sigmas").select_option("karras")
         await page.get_by_label("Timesteps").select_option("trailing")
@@ -217,6 +223,8 @@ class TestGeneration:
                 clip_skip=2,
                 seed=9223372036854775800,
                 partial_images=3,
+                lora=("ink", "clay"),
+                lora_scale=(-0.25, 1.0),
             )
         ]
         # No digit of a seed above 2^53 is lost, and the image is the one that the server made.
@@ -873,7 +881,7 @@ class TestEverybody:
             await page.keyboard.press("Tab")
         wanted = [
             *("prompt", "others", "generate", "negative_prompt", "image", "size", "n", "num_inference_steps"),
-            *("guidance_scale", "guidance_start", "guidance_end", "cache_interval"),
+            *("guidance_scale", "guidance_start", "guidance_end", "loras", "cache_interval"),
             *("scheduler", "seed", "reset", "Download", "Start from this", "show-code"),
         ]
         assert [name for name in reached if name in wanted][: len(wanted)] == wanted

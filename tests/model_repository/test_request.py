@@ -21,6 +21,7 @@ PARAMETERS = {
     "max_size": "128",
     "sizes": "",
     "loras": "[]",
+    "lora_rank": "0",
     "default_num_inference_steps": "20",
     "max_num_inference_steps": "150",
     "default_guidance_scale": "3.5",
@@ -255,32 +256,67 @@ INK, SOFT_INK, CLAY = (
     {"name": "ink", "scale": 0.4, "models": {"unet": "unet.ink@0.4", "text_encoder": "text_encoder.ink@0.4"}},
     {"name": "clay", "scale": 1.0, "models": {"text_encoder_2": "text_encoder_2.clay@1"}},
 )
-WITH_LORAS = Limits.from_model_config(model_config(loras=json.dumps([INK, SOFT_INK, CLAY])))
+OIL, PEN = (
+    {"name": "oil", "scale": 0.5, "first": 0, "columns": 2},
+    {"name": "pen", "scale": -1.0, "first": 2, "columns": 1},
+)
+WITH_LORAS = Limits.from_model_config(model_config(loras=json.dumps([INK, SOFT_INK, CLAY, OIL, PEN]), lora_rank="4"))
 
 
 @pytest.mark.parametrize(
     ("given", "models"),
     [
         ({}, ["unet", "text_encoder", "text_encoder_2"]),
-        ({"lora": "ink"}, ["unet.ink@0.8", "text_encoder.ink@0.8", "text_encoder_2"]),
-        ({"lora": "ink", "lora_scale": 0.4}, ["unet.ink@0.4", "text_encoder.ink@0.4", "text_encoder_2"]),
-        ({"lora": "clay"}, ["unet", "text_encoder", "text_encoder_2.clay@1"]),
-        ({"lora": "ink", "lora_scale": 0.0}, ["unet", "text_encoder", "text_encoder_2"]),
+        ({"lora": ["ink"]}, ["unet.ink@0.8", "text_encoder.ink@0.8", "text_encoder_2"]),
+        ({"lora": ["ink"], "lora_scale": [0.4]}, ["unet.ink@0.4", "text_encoder.ink@0.4", "text_encoder_2"]),
+        ({"lora": ["clay", "oil"]}, ["unet", "text_encoder", "text_encoder_2.clay@1"]),
+        ({"lora": ["ink"], "lora_scale": [0.0]}, ["unet", "text_encoder", "text_encoder_2"]),
     ],
 )
-def test_a_lora_takes_the_place_of_what_it_changes(given: dict[str, Any], models: list[str]) -> None:
-    variant = check_request({"prompt": "x", **given}, WITH_LORAS).variant
-    assert [variant.model("unet"), variant.model("text_encoder"), variant.model("text_encoder_2")] == models
+def test_a_merged_lora_takes_the_place_of_what_it_changes(given: dict[str, Any], models: list[str]) -> None:
+    loras = check_request({"prompt": "x", **given}, WITH_LORAS).loras
+    assert [loras.model("unet"), loras.model("text_encoder"), loras.model("text_encoder_2")] == models
+
+
+@pytest.mark.parametrize(
+    ("given", "scales"),
+    [
+        ({}, (0, 0, 0, 0)),
+        ({"lora": ["oil"]}, (0.5, 0.5, 0, 0)),
+        ({"lora": ["pen", "oil"], "lora_scale": [0.25, -10.0]}, (-10, -10, 0.25, 0)),
+        ({"lora": ["oil", "clay", "oil"], "lora_scale": [1.0, 1.0, 0.25]}, (1.25, 1.25, 0, 0)),
+        ({"lora": ["pen"], "lora_scale": [0.0]}, (0, 0, 0, 0)),
+    ],
+)
+def test_loras_in_the_pool_have_their_scales_in_their_columns(given: dict[str, Any], scales: tuple[float, ...]) -> None:
+    assert check_request({"prompt": "x", **given}, WITH_LORAS).loras.scales == scales
 
 
 @pytest.mark.parametrize(
     ("given", "limits", "problem"),
     [
-        ({"lora": "oil"}, WITH_LORAS, "lora: must be one of ink, clay, not 'oil'"),
-        ({"lora": "oil"}, LIMITS, "lora: must be absent, as this model has none, not 'oil'"),
-        ({"lora": "ink", "lora_scale": 1.0}, WITH_LORAS, "lora_scale: must be 0, 0.4, 0.8, not 1"),
-        ({"lora": "ink", "lora_scale": float("nan")}, WITH_LORAS, "lora_scale: must be 0, 0.4, 0.8, not nan"),
-        ({"lora_scale": 1.0}, WITH_LORAS, "lora_scale: needs a lora"),
+        ({"lora": ["oil", "ash"]}, WITH_LORAS, "lora: must be one of ink, clay, oil, pen, not 'ash'"),
+        ({"lora": ["oil"]}, LIMITS, "lora: must be absent, as this model has none, not 'oil'"),
+        ({"lora": ["ink"], "lora_scale": [1.0]}, WITH_LORAS, "lora_scale: must be 0, 0.4, 0.8, not 1"),
+        ({"lora": ["ink"], "lora_scale": [float("nan")]}, WITH_LORAS, "lora_scale: must be 0, 0.4, 0.8, not nan"),
+        (
+            {"lora": ["oil"], "lora_scale": [float("nan")]},
+            WITH_LORAS,
+            "lora_scale: must be from -10.0 to 10.0, not nan",
+        ),
+        ({"lora": ["oil"], "lora_scale": [11.0]}, WITH_LORAS, "lora_scale: must be from -10.0 to 10.0, not 11.0"),
+        ({"lora_scale": [1.0]}, WITH_LORAS, "lora_scale: needs a lora"),
+        (
+            {"lora": ["oil", "pen"], "lora_scale": [1.0]},
+            WITH_LORAS,
+            "lora_scale: must have a value for each LoRA, not 1 for 2",
+        ),
+        ({"lora": ["oil"] * 33}, WITH_LORAS, "lora: must be at most 32, not 33"),
+        (
+            {"lora": ["ink", "oil", "clay"]},
+            WITH_LORAS,
+            "lora: must not combine ink and clay: each is merged into the weights by itself",
+        ),
     ],
 )
 def test_another_lora_or_scale_is_refused(given: dict[str, Any], limits: Limits, problem: str) -> None:

@@ -20,7 +20,7 @@ from diffusers import PNDMScheduler
 from hypergen_export.checkpoints.checkpoint import open_checkpoint
 from hypergen_sampler.conditioning import Array
 from hypergen_sampler.latent_init import LatentInit
-from hypergen_sampler.lora import BASE, LoraVariant
+from hypergen_sampler.lora import NO_LORAS, LoraSelection
 from hypergen_sampler.request import InvalidInputError, NonFiniteLatentsError, QueueFullError, Request
 from hypergen_sampler.sampling import DenoiserInputs, Trajectory, steps_between
 from hypergen_sampler.stepping import POLL_SECONDS, ClientGoneError, Denoiser, IterationStats, LatentsOutput, StepLoop
@@ -137,9 +137,9 @@ async def test_different_images_in_one_batch_come_out_as_they_would_alone(
 
 async def test_images_of_different_models_share_no_batch(unet: Any, image_of: Callable[..., Trajectory]) -> None:
     """Two LoRAs that change the UNet; one that does not, and is in a batch with the checkpoint as it is."""
-    ink = LoraVariant(name="ink", scale=1.0, models={"unet": "unet.ink@1"})
-    clay = LoraVariant(name="clay", scale=1.0, models={"unet": "unet.clay@1"})
-    words = LoraVariant(name="words", scale=1.0, models={"text_encoder": "text_encoder.words@1"})
+    ink = LoraSelection(models={"unet": "unet.ink@1"})
+    clay = LoraSelection(models={"unet": "unet.clay@1"})
+    words = LoraSelection(models={"text_encoder": "text_encoder.words@1"})
     calls: list[tuple[str, int]] = []
 
     def record(rows: DenoiserInputs) -> Mapping[str, Array]:
@@ -148,8 +148,8 @@ async def test_images_of_different_models_share_no_batch(unet: Any, image_of: Ca
         return answer
 
     loop = loop_on(record)
-    variants = [BASE, ink, words, clay, ink, BASE]
-    bodies = [{"seed": seed, "variant": variant, "num_inference_steps": 2} for seed, variant in enumerate(variants)]
+    selections = [NO_LORAS, ink, words, clay, ink, NO_LORAS]
+    bodies = [{"seed": seed, "loras": loras, "num_inference_steps": 2} for seed, loras in enumerate(selections)]
     await asyncio.gather(*(last(loop.sample(image_of(**fields), never)) for fields in bodies))
     assert Counter(calls) == Counter([("unet", 6), ("unet.ink@1", 4), ("unet.clay@1", 2)] * 2)
 
@@ -164,9 +164,9 @@ def test_a_share_of_the_steps_is_what_it_is_on_paper_in_float32_too() -> None:
 
 def test_a_lora_has_a_shallow_unet_of_its_own_where_it_changes_the_unet(image_of: Callable[..., Trajectory]) -> None:
     names = {"unet": "unet.ink@1", "unet_shallow": "unet_shallow.ink@1"}
-    ink = LoraVariant(name="ink", scale=1.0, models=names)
-    for variant, models in [(ink, list(names.values())), (BASE, list(names))]:
-        image = image_of(variant=variant, cache_interval=2)
+    ink = LoraSelection(models=names)
+    for loras, models in [(ink, list(names.values())), (NO_LORAS, list(names))]:
+        image = image_of(loras=loras, cache_interval=2)
         called = []
         for _ in range(4):
             rows = image.denoiser_inputs()

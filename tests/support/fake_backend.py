@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -63,6 +63,7 @@ class FakeBackend:
         self._clock = clock  # by which it says how long a picture took
         self.description: ModelDescription | HyperGenError = MODEL
         self.is_ready = True
+        self.rejected_loras: Mapping[str, str] = {}
         self.failure: Exception | None = None
         self.missing_images = 0
         self.open = asyncio.Event()  # while clear, no image is finished

@@ -11,7 +11,7 @@ import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
-from tritonclient.utils import np_to_triton_dtype
+from tritonclient.utils import deserialize_bytes_tensor, np_to_triton_dtype
 
 PARAMETERS = {
     "model_id": "acme/tiny-emoji",
@@ -141,14 +141,18 @@ _NUMBERS = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "UINT8": n
 
 
 def tensors_of(request: Any) -> dict[str, Any]:
-    """What each input of a request holds, decoded by the datatype that it declares: an image, or its one value."""
+    """What each input of a request holds, decoded by the datatype that it declares: an image, or its values."""
     values: dict[str, Any] = {}
     for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True):
-        if tensor.datatype == "BYTES":  # four bytes of length before the text
-            values[tensor.name] = raw[4:].decode()
-            continue
-        array = np.frombuffer(raw, _NUMBERS[tensor.datatype]).reshape(tensor.shape)
-        values[tensor.name] = array if array.ndim > 1 else array.item()
+        if tensor.datatype == "BYTES":
+            held = [text.decode() for text in deserialize_bytes_tensor(raw)]
+        else:
+            array = np.frombuffer(raw, _NUMBERS[tensor.datatype]).reshape(tensor.shape)
+            if array.ndim > 1:
+                values[tensor.name] = array
+                continue
+            held = array.tolist()
+        values[tensor.name] = tuple(held) if tensor.name in ("lora", "lora_scale") else held[0]
     return values
 
 

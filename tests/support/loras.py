@@ -57,6 +57,19 @@ def save_by_kohya(file: Path, weights: dict[str, Weights], alpha: float) -> Path
     return file
 
 
+def save_with_magnitudes(file: Path, checkpoint: Path, module: str) -> Path:
+    """A DoRA: low-rank weights and a norm for each output, which no rank pool can hold."""
+    stored: Weights = {}
+    base = _load(checkpoint, module)
+    for name, tensor in lora_weights(checkpoint, module)[module].items():
+        stored[f"{module}.{name}"] = tensor
+        path = name.partition(".lora_")[0]
+        weight = base.get_submodule(path).weight.detach()
+        stored[f"{module}.{path}.lora_magnitude_vector"] = 1.1 * torch.linalg.vector_norm(weight.flatten(1), dim=1)
+    save_file(stored, file)
+    return file
+
+
 def save_by_peft(folder: Path, checkpoint: Path, alpha: int, **settings: Any) -> Path:
     """As peft's `save_pretrained` writes a UNet that was trained alone; `settings` are peft's."""
     usual: dict[str, Any] = {"target_modules": TARGETS["unet"], "init_lora_weights": False}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,17 +23,19 @@ from diffusers import (
 from PIL import Image as PILImage
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hypergen_export.checkpoints.components import Component
+from hypergen_export.checkpoints.components import Component, LoraPool
 from hypergen_export.checkpoints.defaults import checkpoint_parameters
 from hypergen_export.checkpoints.embeddings import Embedding
 from hypergen_export.checkpoints.families.unet import with_deep_cache
+from hypergen_export.checkpoints.lora import Placement
 from hypergen_export.checkpoints.schedulers import checkpoint_schedulers
 from hypergen_export.conversion.embeddings import extend
 from hypergen_export.conversion.examples import as_kwargs
 from hypergen_export.conversion.loading import load_module
+from hypergen_export.conversion.pooling import Pooled, PoolWeights, add_pool
 from hypergen_export.conversion.tokenizer import text_parameters, write_tokenizer
 from hypergen_export.conversion.wrappers import wrap
-from hypergen_sampler.conditioning import Array, Conditioning, conditioning_of, merge, texts_of
+from hypergen_sampler.conditioning import Array, Conditioning, conditioning_of, merge, texts_of, with_lora_scales
 from hypergen_sampler.latent_init import ImagePosterior, LatentInit, masked_image_of, references_of
 from hypergen_sampler.prompts import PromptTokenizers
 from hypergen_sampler.request import Architecture, Request
@@ -71,6 +75,7 @@ class Sampler:
     tokenize: PromptTokenizers
     schedulers: Schedulers
     modules: dict[str, torch.nn.Module]
+    components: tuple[Component, ...]
     rows_of_calls: list[int] = field(default_factory=list)
     models_of_calls: list[str] = field(default_factory=list)
     _one_at_a_time: ClassVar[threading.Lock] = threading.Lock()
@@ -123,7 +128,10 @@ class Sampler:
     def encode(self, request: Request) -> Conditioning:
         tokens = self.tokenize(texts_of(request, self.architecture), request.prompt_weighting, request.clip_skip)
         encoders = [text.encoder for text in self.architecture.text_inputs]
-        answers = [self.run(encoder, **given) for encoder, given in zip(encoders, tokens.inputs, strict=True)]
+        answers = [
+            self.run(encoder, **with_lora_scales(given, request))
+            for encoder, given in zip(encoders, tokens.inputs, strict=True)
+        ]
         return merge(answers, tokens, self.architecture)
 
     def denoise(self, rows: DenoiserInputs) -> dict[str, Array]:
@@ -135,7 +143,7 @@ class Sampler:
         return {name: answer[name] for name in rows.outputs}
 
     def run(self, name: str, **inputs: npt.NDArray[Any]) -> dict[str, Any]:
-        (component,) = (each for each in with_deep_cache(self.checkpoint.family.components) if each.name == name)
+        (component,) = (each for each in self.components if each.name == name)
         tensors = tuple(torch.from_numpy(inputs[tensor.name]) for tensor in component.inputs)
         # The loop calls from several threads, and a wrapper keeps what it is given in itself: the engines have copies.
         with self._one_at_a_time, torch.no_grad():
@@ -158,7 +166,13 @@ class Pair:
         pipeline.scheduler = called_by_diffusers(scheduler, self._own) if scheduler else self._own
 
 
-def sampler_of(folder: Path, embeddings: tuple[Embedding, ...] = ()) -> Sampler:
+def sampler_of(
+    folder: Path,
+    embeddings: tuple[Embedding, ...] = (),
+    pool: LoraPool | None = None,
+    placements: Sequence[Placement] = (),
+) -> Sampler:
+    """The sampler of a checkpoint, with textual inversions, and LoRAs in a rank pool."""
     checkpoint = replace(open_checkpoint(str(folder)), embeddings=embeddings)
     files = {text.tokenizer: folder / f"{text.tokenizer}.json" for text in checkpoint.family.text}
     for text in checkpoint.family.text:
@@ -168,9 +182,26 @@ def sampler_of(folder: Path, embeddings: tuple[Embedding, ...] = ()) -> Sampler:
     architecture = Architecture.from_model_config(model_config({**parameters, "max_reference_rows": "16"}))
     flow = {name: parameters[name] for name in ("flow_sigmas", "flow_shift")}
     components = with_deep_cache(checkpoint.family.components)
-    modules = {each.name: wrap(each, _module_of(checkpoint, each)) for each in components}
+    if pool:
+        components = tuple(each.with_pool(pool) for each in components)
+        denoiser_inputs = (*architecture.denoiser_inputs, pool.scales.name)
+        architecture = replace(architecture, denoiser_inputs=denoiser_inputs)
+    modules = {each.name: _wrapped(checkpoint, each, placements) for each in components}
     tokenize = PromptTokenizers(folder, architecture.text_inputs)
-    return Sampler(checkpoint, architecture, tokenize, schedulers_in(table, **flow), modules)
+    return Sampler(checkpoint, architecture, tokenize, schedulers_in(table, **flow), modules, components)
+
+
+def _wrapped(checkpoint: Checkpoint, component: Component, placements: Sequence[Placement]) -> torch.nn.Module:
+    module = _module_of(checkpoint, component)
+    if component.pool is None:
+        return wrap(component, module)
+    with tempfile.TemporaryDirectory() as folder:
+        weights = PoolWeights(Path(folder))
+        weights.create(component.module, module, component.pool, torch.float32)
+        weights.fill(placements)
+        tensors = {name: source.read() for name, source in weights.sources().items()}
+    scales = add_pool(module, component.pool, tensors.__getitem__)
+    return Pooled(wrap(component, module), scales)
 
 
 def _module_of(checkpoint: Checkpoint, component: Component) -> torch.nn.Module:

@@ -74,6 +74,34 @@ class Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraPool:
+    """Low-rank branches beside a module's layers, which many LoRAs share: y = W x + up (scales ⊙ (down x)).
+
+    A LoRA of rank r occupies r of the `rank` columns. `lora_scales` [rank], an input of the component, holds an
+    image's scale in the columns of its LoRAs and zeros elsewhere, so images with different LoRAs share a call.
+    `kernels`: convolutions that read more than a pixel have a branch, too; the other layers always have one.
+    """
+
+    rank: int
+    kernels: bool = False
+
+    @property
+    def scales(self) -> Tensor:
+        """The input with an image's scales."""
+        return Tensor(name="lora_scales", dtype=FLOAT, axes=(self.rank,))
+
+
+# Beside the ONNX file of a component with a rank pool: the pool's weights.
+POOL_FILE = "lora_pool.safetensors"
+# The modules whose layers can have a rank pool.
+_POOLED = (
+    "diffusers.UNet2DConditionModel",
+    "transformers.CLIPTextModel",
+    "transformers.CLIPTextModelWithProjection",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Component:
     """One model of the Triton repository.
 
@@ -85,7 +113,8 @@ class Component:
     `kept_layers` are the layers of a large module that are compared with torch: the end of a list's path -> indices.
     `computed_with`: endings of the names of large tensors whose values the wrapper needs, so that they are loaded.
     `unused` are beginnings of the names of the module's tensors that the component does not compute with, where these
-    count. `lora` is merged into the module's weights.
+    count. `lora` is merged into the module's weights; LoRAs in the
+    `pool` are weights beside the module's.
     """
 
     name: str
@@ -101,6 +130,7 @@ class Component:
     computed_with: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     lora: Lora | None = None
+    pool: LoraPool | None = None
 
     @property
     def is_denoiser(self) -> bool:
@@ -110,6 +140,12 @@ class Component:
     def with_lora(self, lora: Lora) -> Component:
         """This component with the LoRA merged, as a further model of the repository."""
         return replace(self, name=f"{self.name}.{lora.label}", wrapper=self.wrapper or self.name, lora=lora)
+
+    def with_pool(self, pool: LoraPool) -> Component:
+        """This component with a rank pool, if its module can have one."""
+        if self.loader not in _POOLED:
+            return self
+        return replace(self, inputs=(*self.inputs, pool.scales), pool=pool)
 
     def weights_dtype(self, dtype: str) -> str:
         """The precision of this component in an export in `dtype`."""

@@ -7,6 +7,7 @@ pipeline) by its own prefix, kohya by a prefix per module. Merging is done in `c
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,12 +21,15 @@ from hypergen_export.errors import BadLoraError, BadOptionError
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _OTHER_CHARACTERS = re.compile(r"[^A-Za-z0-9_.-]+")
 _LARGEST_SCALE = 2.0
+_LARGEST_POOLED_RANK = 256
 
 # Files written by diffusers' `save_lora_weights` and by peft's `save_pretrained`.
 _USUAL_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 _PEFT_CONFIG = "adapter_config.json"
 # Metadata in which diffusers stores peft's settings, each prefixed with its module's name.
 _PEFT_METADATA = "lora_adapter_metadata"
+# Metadata in which kohya's and other trainers state the base model.
+_BASE_METADATA = ("ss_base_model_version", "modelspec.architecture")
 # peft does not store which module it trained; a module trained alone is the UNet.
 _PEFT_PREFIX = "base_model.model."
 # Prefix of a weight's name -> module.
@@ -51,6 +55,9 @@ _ENDINGS = tuple(
         r"\.lora(?:_linear_layer)?\.(?P<part>down|up)\.weight",
         r"(?:\.processor)?(?P<projection>\.to_(?:q|k|v|out))_lora\.(?P<part>down|up)\.weight",
         r"\.(?P<part>alpha)",
+        # LyCORIS: low-rank Hadamard and Kronecker products, which are sums of products of a row and a column, too.
+        r"\.(?P<part>hada_w[12]_[ab])",
+        r"\.(?P<part>lokr_w1|lokr_w2(?:_[ab])?)",
     )
 )
 _PARTS = {"A": "down", "B": "up", "magnitude_vector": "magnitude"}
@@ -58,8 +65,10 @@ _PARTS = {"A": "down", "B": "up", "magnitude_vector": "magnitude"}
 _OTHER_FORMATS = {
     re.compile(sign): kind
     for sign, kind in {
-        r"\.hada_(w\d|t\d)": "a LoHa (low-rank Hadamard product)",
-        r"\.lokr_(w\d|t\d)": "a LoKr (low-rank Kronecker product)",
+        r"\.hada_t\d": "a LoHa with a Tucker decomposition",
+        r"\.hada_w[12]_[ab]\.": "a LoHa of peft's format",
+        r"\.lokr_(t2|w1_[ab])": "a LoKr with a Tucker decomposition, or with a decomposed first factor",
+        r"\.lokr_\w+\.": "a LoKr of peft's format",
         r"\.(boft_\w+|oft_(blocks|diag|[RrSs])|rescale)\b": "an OFT (orthogonal fine-tuning)",
         r"\.([ab][12]|bm[12])\.weight$": "a GLoRA",
         r"\.(on_input|ia3_l)\b": "an IA3",
@@ -104,6 +113,53 @@ class Lora:
     def layers(self, module: str) -> Mapping[str, Mapping[str, str]]:
         """Layer name in the file -> part (down, up, mid, alpha, magnitude, bias) -> weight's name."""
         return self._layers.get(module, {})
+
+    @property
+    def stated_base(self) -> str:
+        """The kind of model that the file says it is made for, as trainers state it; empty if it says nothing."""
+        metadata = self._header.get("__metadata__", {})
+        stated = next((str(metadata[key]) for key in _BASE_METADATA if metadata.get(key)), "")
+        return stated[:64] if stated.isprintable() else ""
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether its change is a product of two matrices times the scale: what the rank pool can hold.
+
+        A DoRA's norms depend on the scale, and biases have no input. Of a large rank, a pool would be a second model.
+        Raises BadLoraError.
+        """
+        parts = {part for layers in self._layers.values() for layer in layers.values() for part in layer}
+        return parts.isdisjoint({"magnitude", "bias"}) and self.rank <= _LARGEST_POOLED_RANK
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of a layer. Raises BadLoraError."""
+        return max((self._rank_of(layer) for module in self._layers.values() for layer in module.values()), default=1)
+
+    @property
+    def changes_kernels(self) -> bool:
+        """Whether it changes, or may change, convolutions that read more than a pixel. Raises BadLoraError."""
+        layers = [layer for module in self._layers.values() for layer in module.values()]
+        kernels = [self._shape(layer[part])[2:] for layer in layers for part in ("down", "mid") if part in layer]
+        is_flat = any(part.startswith(("hada", "lokr")) for layer in layers for part in layer)
+        return is_flat or any(side != 1 for kernel in kernels for side in kernel)
+
+    def _rank_of(self, layer: Mapping[str, str]) -> int:
+        """The columns that a layer's change needs."""
+        shapes = {part: self._shape(weight) for part, weight in layer.items()}
+        try:
+            if "hada_w1_b" in shapes:
+                return shapes["hada_w1_b"][0] * shapes["hada_w2_b"][0]
+            if "lokr_w1" in shapes:
+                factor = shapes["lokr_w2_b"] if "lokr_w2_b" in shapes else [min(_sides(shapes["lokr_w2"]))]
+                return shapes["lokr_w1"][1] * factor[0]
+            return shapes["up"][1] if "up" in shapes else 1
+        except (KeyError, IndexError):  # incomplete, which is reported when it is read
+            return 1
+
+    def _shape(self, weight: str) -> list[int]:
+        shape: list[int] = self._header[weight]["shape"]
+        return shape
 
     def settings(self, module: str) -> Mapping[str, Any]:
         """peft's settings for a module; empty if the file has none. Raises BadLoraError."""
@@ -169,6 +225,19 @@ class Lora:
         raise BadLoraError(
             f"{self.file}: {weight} is not of a UNet or text encoder; the LoRA is made for another kind of model"
         )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A LoRA in the rank pool, and the first of its columns."""
+
+    lora: Lora
+    first: int
+
+
+def _sides(shape: list[int]) -> tuple[int, int]:
+    """Outputs and inputs of a factor, of a convolution's kernel all inputs."""
+    return shape[0], math.prod(shape[1:])
 
 
 def _read_settings(path: Path) -> Mapping[str, Any]:

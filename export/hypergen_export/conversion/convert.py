@@ -19,6 +19,7 @@ import transformers
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint
 from hypergen_export.checkpoints.components import Component
+from hypergen_export.checkpoints.lora import Placement
 from hypergen_export.checkpoints.weights import float32_bytes
 from hypergen_export.conversion.cutting import cut
 from hypergen_export.conversion.embeddings import extend
@@ -27,8 +28,9 @@ from hypergen_export.conversion.loading import load_module, load_placeholders
 from hypergen_export.conversion.merging import merge_lora
 from hypergen_export.conversion.onnx import Weights, capture, write_onnx
 from hypergen_export.conversion.parity import Parity, compare_outputs, torch_outputs
+from hypergen_export.conversion.pooling import Pooled, PoolScales, PoolWeights, add_pool
 from hypergen_export.conversion.progress import Progress
-from hypergen_export.conversion.sources import Placeholders
+from hypergen_export.conversion.sources import Placeholders, Source
 from hypergen_export.conversion.wrappers import wrap
 
 # Size in float32 from which a module is compared by its kept layers alone.
@@ -37,17 +39,29 @@ _LARGE_BYTES = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A component to convert to the file `onnx` with weights of `dtype`."""
+    """A component to convert to the file `onnx` with weights of `dtype`; `placements` are the LoRAs in its pool."""
 
     component: Component
     dtype: str
     onnx: Path
+    placements: Sequence[Placement] = ()
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """`dtype` as torch's."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
+
+    @property
+    def pool(self) -> PoolWeights:
+        """The files of the component's rank pool."""
+        return PoolWeights(self.onnx.parent)
+
+    def check_placements(self) -> None:
+        """Raise BadLoraError for LoRAs that do not fit, before anything is converted."""
+        tensors = self.pool.empty()
+        for placement in self.placements:
+            self.pool.place(placement, tensors)
 
 
 # Called after each component with a progress callback, to build an engine of the ONNX file.
@@ -66,7 +80,7 @@ def _convert(checkpoint: Checkpoint, job: Job, progress: Progress, finish: Finis
     component = job.component
     files = WeightFiles(job.onnx, casts=finish is not None)
     with progress.stage(f"{component.name}: load"):
-        light = _load(checkpoint, job)
+        light = _load(checkpoint, job, creates_pool=True)
     with progress.stage(f"{component.name}: capture"):
         program = capture(component, light.wrapped, checkpoint.sizes)
     with progress.stage(f"{component.name}: convert"):
@@ -74,6 +88,8 @@ def _convert(checkpoint: Checkpoint, job: Job, progress: Progress, finish: Finis
     del program, light
     with progress.stage(f"{component.name}: compare"):
         parity = _compare(checkpoint, job, files)
+        if component.pool:
+            job.pool.fill(job.placements)
     if finish:
         with progress.stage(f"{component.name}: build") as report:
             finish(job, report)
@@ -92,17 +108,40 @@ class _Light:
         return Weights(self.placeholders, files, job.torch_dtype)
 
 
-def _load(checkpoint: Checkpoint, job: Job, kept_layers: Mapping[str, Sequence[int]] | None = None) -> _Light:
+def _load(
+    checkpoint: Checkpoint,
+    job: Job,
+    kept_layers: Mapping[str, Sequence[int]] | None = None,
+    *,
+    creates_pool: bool = False,
+) -> _Light:
     """The component's module, cut to `kept_layers` if these are given."""
     component = job.component
     module, placeholders = load_placeholders(checkpoint, component)
+    if component.pool and creates_pool:
+        job.pool.create(component.module, module, component.pool, job.torch_dtype)
+        job.check_placements()
     if component.lora:
         merge_lora(component.module, module, component.lora, placeholders)
     _embed(checkpoint, component, module)
+    pool = _add_pool(module, job, placeholders.make)
     if kept_layers:
         cut(module, kept_layers)
     placeholders.cast(module, job.torch_dtype)
-    return _Light(wrap(component, module), placeholders)
+    return _Light(_wrap(component, module, pool), placeholders)
+
+
+def _add_pool(module: torch.nn.Module, job: Job, tensor: Callable[[Source], torch.Tensor]) -> PoolScales | None:
+    """Add the component's rank pool, if it has one, with tensors made of their sources."""
+    if job.component.pool is None:
+        return None
+    sources = job.pool.sources()
+    return add_pool(module, job.component.pool, lambda name: tensor(sources[name]))
+
+
+def _wrap(component: Component, module: torch.nn.Module, pool: PoolScales | None) -> torch.nn.Module:
+    wrapped = wrap(component, module)
+    return Pooled(wrapped, pool) if pool else wrapped
 
 
 def _compare(checkpoint: Checkpoint, job: Job, files: WeightFiles) -> Parity:
@@ -144,7 +183,8 @@ def _load_all(checkpoint: Checkpoint, job: Job) -> torch.nn.Module:
     if component.lora:
         merge_lora(component.module, module, component.lora)
     _embed(checkpoint, component, module)
-    return wrap(component, module.to(job.torch_dtype))
+    pool = _add_pool(module, job, lambda source: source.read().float())
+    return _wrap(component, module.to(job.torch_dtype), pool)
 
 
 @contextlib.contextmanager

@@ -41,7 +41,8 @@ class WeightFiles:
         linked = {name: stored for name, source in new.items() if (stored := self._linkable(source, dtype))}
         for file in {stored.file for stored in linked.values()}:
             # Files in the hub's cache are symbolic links.
-            link_or_copy(Path(os.path.realpath(file)), self._folder / file.name)
+            if file.parent != self._folder:  # a rank pool is written beside the ONNX file
+                link_or_copy(Path(os.path.realpath(file)), self._folder / file.name)
         self._placed |= linked
         written = [source for name, source in new.items() if name not in linked]
         if written:

@@ -76,12 +76,13 @@ def write_onnx(component: Component, program: ExportedProgram, path: Path, weigh
 
 
 def _should_fold(node: ir.Node) -> bool | None:
-    """Not for large weights, which would be copied into the file: by default their transpositions are folded.
+    """Not for weights outside the file, which would be copied into it: by default their transpositions are folded.
 
     Engines fold them when they load the file. None leaves the decision to the optimizer.
     """
-    tensors = (value.const_value for value in node.inputs if value is not None)
-    return False if any(tensor is not None and tensor.size > LARGEST_LOADED for tensor in tensors) else None
+    tensors = [value.const_value for value in node.inputs if value is not None and value.const_value is not None]
+    is_outside = any(isinstance(tensor, ir.ExternalTensor) or tensor.size > LARGEST_LOADED for tensor in tensors)
+    return False if is_outside else None
 
 
 def resize_in_float32(model: ir.Model) -> None:

@@ -19,7 +19,8 @@ _PACKAGE = Path(__file__).parents[1]
 # the repository's key.
 _PLAN = ("engines/profiles.py", "engines/tensorrt.py")
 _EMBEDDING = ("checkpoints/embeddings.py", "conversion/embeddings.py")
-_MERGING = ("checkpoints/lora.py", "conversion/merging.py")
+_MERGING = ("checkpoints/lora.py", "conversion/lora_changes.py", "conversion/merging.py", "conversion/layer_names.py")
+_POOLING = ("conversion/pooling.py", "conversion/layer_names.py")
 _CONVERSION = (
     "checkpoints/components.py",
     "checkpoints/families",
@@ -46,6 +47,7 @@ def component_key(checkpoint: Checkpoint, component: Component, hashes: ContentH
         [(path.name, hashes(path)) for path in weight_files(checkpoint, component.module)],
         *_lora_parts(component),
         *_embedding_parts(checkpoint, component),
+        *([repr(component.pool), _contents(_sources(_POOLING))] if component.pool else []),
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,7 @@ from hypergen_export.checkpoints.checkpoint import (
     open_checkpoint,
     read_json,
 )
-from hypergen_export.checkpoints.components import Component
+from hypergen_export.checkpoints.components import Component, LoraPool
 from hypergen_export.checkpoints.defaults import (
     checkpoint_parameters,
     notices,
@@ -34,7 +35,7 @@ from hypergen_export.checkpoints.families.unet import with_deep_cache
 from hypergen_export.checkpoints.family import TextInput
 from hypergen_export.checkpoints.files import link_or_copy, on_one_file_system
 from hypergen_export.checkpoints.hashes import ContentHashes
-from hypergen_export.checkpoints.lora import Lora
+from hypergen_export.checkpoints.lora import Lora, Placement
 from hypergen_export.checkpoints.weights import float32_bytes, stored_dtypes
 from hypergen_export.engines.engine import ENGINES, OPENVINO, TENSORRT, Size, check_dtype, choose_sizes, size_parameters
 from hypergen_export.engines.memory import Model
@@ -76,6 +77,8 @@ _GRAPH_BYTES = 64 * 2**20
 _STAGES_PER_COMPONENT = 4  # and one more if a plan is built
 # Quality already drops above about five.
 _MAX_CACHE_INTERVAL = 10
+# The rank pool's columns are a multiple of this, so that few other LoRAs need another export.
+_COLUMN_STEP = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,8 @@ class ExportRequest:
     """The options of an export. `max_batch_size` counts images; with guidance each takes two rows of a denoiser call.
 
     `sizes` are the image sizes to build, for engines that need them; empty for the checkpoint's default. `loras` are
-    served beside the unmodified checkpoint. `deep_cache` adds a shallow UNet, for requests with `cache_interval`.
+    served beside the unmodified checkpoint; `lora_rank` is the least number of columns of the rank pool, for more LoRAs
+    while serving. `deep_cache` adds a shallow UNet, for requests with `cache_interval`.
     `single_files` applies if `model` or `vae` is a single file. `vae` and `text_encoder` replace the checkpoint's own.
     `embeddings` are textual inversions that prompts may name.
     """
@@ -96,6 +100,7 @@ class ExportRequest:
     sizes: tuple[Size, ...] = ()
     model_id: str = ""
     loras: tuple[Lora, ...] = ()
+    lora_rank: int = 0
     deep_cache: bool = False
     single_files: SingleFileOptions = field(default_factory=SingleFileOptions)
     vae: str | None = None
@@ -192,6 +197,8 @@ def _make_task(
     _check_loras(request, checkpoint)
     if request.deep_cache and checkpoint.family.denoiser.module != "unet":
         raise BadOptionError(f"--deep-cache: only for models with a UNet, and {request.model} has a transformer")
+    if request.lora_rank and checkpoint.family.denoiser.module != "unet":
+        raise BadOptionError(f"--lora-rank: only for models with a UNet, and {request.model} has a transformer")
     sizes = choose_sizes(engine, request.sizes, checkpoint_parameters(checkpoint))
     if engine is OPENVINO:
         return ExportTask(checkpoint, request, previous, sizes, None)
@@ -265,15 +272,43 @@ class ExportTask:
 
     @cached_property
     def components(self) -> tuple[Component, ...]:
-        """The checkpoint's components, then for each LoRA the variants of the components that it changes."""
-        variants = (variant for lora in self.request.loras for variant in self.variants(lora).values())
+        """The checkpoint's components, then for each merged LoRA the variants of the components that it changes."""
+        variants = (variant for lora in self.merged for variant in self.variants(lora).values())
         return (*self.own, *variants)
 
     @cached_property
     def own(self) -> tuple[Component, ...]:
         """The components of the unmodified checkpoint."""
         components = self.checkpoint.family.components
-        return with_deep_cache(components) if self.request.deep_cache else components
+        components = with_deep_cache(components) if self.request.deep_cache else components
+        return tuple(component.with_pool(self.pool) for component in components) if self.pool else components
+
+    @cached_property
+    def pool(self) -> LoraPool | None:
+        """The rank pool; None if none is asked for."""
+        used = sum(placement.lora.rank for placement in self.placements)
+        rank = max(used, self.request.lora_rank)
+        if not rank:
+            return None
+        # Files that come later may change any layer.
+        kernels = bool(self.request.lora_rank) or any(each.lora.changes_kernels for each in self.placements)
+        return LoraPool(rank=-(-rank // _COLUMN_STEP) * _COLUMN_STEP, kernels=kernels)
+
+    @cached_property
+    def placements(self) -> tuple[Placement, ...]:
+        """The LoRAs in the rank pool, each once whatever its scales."""
+        pooled = {lora.name: lora for lora in reversed(self.request.loras) if self._is_pooled(lora)}
+        loras = tuple(reversed(pooled.values()))
+        firsts = itertools.accumulate((lora.rank for lora in loras), initial=0)
+        return tuple(Placement(lora, first) for lora, first in zip(loras, firsts, strict=False))
+
+    @property
+    def merged(self) -> tuple[Lora, ...]:
+        """The LoRAs that are merged into further models: those that a rank pool cannot hold."""
+        return tuple(lora for lora in self.request.loras if not self._is_pooled(lora))
+
+    def _is_pooled(self, lora: Lora) -> bool:
+        return self.checkpoint.family.denoiser.module == "unet" and lora.is_low_rank
 
     @cached_property
     def hashes(self) -> ContentHashes:
@@ -376,7 +411,14 @@ class ExportTask:
         if self.target is None:
             return component_key(self.checkpoint, component, self.hashes, self.weights_dtype(component))
         key = component_key(self.checkpoint, component, self.hashes)
-        return plan_key(key, self.weights_dtype(component), self.target, profiles(component, self.shapes))
+        shapes, pooled = profiles(component, self.shapes), self._pooled_parts(component)
+        return plan_key(key, self.weights_dtype(component), self.target, shapes, *pooled)
+
+    def _pooled_parts(self, component: Component) -> list[Any]:
+        """What a plan depends on beside its ONNX file: a rank pool's weights are inside it."""
+        if not component.pool:
+            return []
+        return [(placement.lora.sha256, placement.first) for placement in self.placements]
 
     def _is_available(self, component: Component, export: PreviousExport) -> bool:
         same: bool = export.component(component.name).get("key") == self.keys[component.name]
@@ -423,6 +465,8 @@ def _write_repository(task: ExportTask, folder: Path) -> dict[str, Any]:
     for component in task.reused:
         for file in version_folder(task.sources[component.name].folder, component).iterdir():
             link_or_copy(file, version_folder(folder, component) / file.name)
+    if task.target is None:
+        _fill_pools(task, folder)
     for text in task.checkpoint.family.text:
         _write_tokenizer(task, text, folder)
     _write_configs(task, folder)
@@ -431,6 +475,18 @@ def _write_repository(task: ExportTask, folder: Path) -> dict[str, Any]:
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(source, copy)
     return _convert(task, folder) if task.outdated else {}
+
+
+def _fill_pools(task: ExportTask, folder: Path) -> None:
+    """Write the LoRAs' weights to the pools of reused components. Raises BadLoraError."""
+    pooled = [component for component in task.reused if component.pool]
+    if not pooled:
+        return
+    with _requires_export_extra():
+        from hypergen_export.conversion.pooling import PoolWeights
+
+    for component in pooled:
+        PoolWeights(version_folder(folder, component)).fill(task.placements)
 
 
 def _write_configs(task: ExportTask, folder: Path) -> None:
@@ -448,6 +504,8 @@ def _write_configs(task: ExportTask, folder: Path) -> None:
     for component in task.components:
         text = component_config(component, options)
         (folder / component.name / "config.pbtxt").write_text(text, encoding="utf-8")
+    if task.pool:
+        own["denoiser_inputs"] += f",{task.pool.scales.name}"
     own |= size_parameters(task.sizes, own) | {"max_reference_rows": str(reference_rows(task.shapes))}
     parameters = request.settings | own | _lora_parameters(task)
     (folder / _SAMPLER / "config.pbtxt").write_text(sampler_config(template, parameters), encoding="utf-8")
@@ -464,16 +522,30 @@ def _write_schedulers(checkpoint: Checkpoint, steps: int, folder: Path) -> dict[
 
 
 def _lora_parameters(task: ExportTask) -> dict[str, str]:
-    """The sampler's parameters for LoRAs and their models, and the names of all component models."""
-    loras = [
+    """The sampler's parameters for LoRAs: columns of the rank pool or models, and the names of all component models."""
+    pooled = [
+        {
+            "name": lora.name,
+            "scale": lora.scale,
+            "first": first,
+            "columns": lora.rank,
+            "changes": sorted(lora.modules),
+        }
+        for first, lora in ((placement.first, placement.lora) for placement in task.placements)
+    ]
+    merged = [
         {
             "name": lora.name,
             "scale": lora.scale,
             "models": {component: variant.name for component, variant in task.variants(lora).items()},
         }
-        for lora in task.request.loras
+        for lora in task.merged
     ]
-    return {"loras": json.dumps(loras), "components": ",".join(component.name for component in task.components)}
+    return {
+        "loras": json.dumps(pooled + merged),
+        "lora_rank": str(task.pool.rank if task.pool else 0),
+        "components": ",".join(component.name for component in task.components),
+    }
 
 
 def _write_tokenizer(task: ExportTask, text: TextInput, folder: Path) -> None:
@@ -493,7 +565,13 @@ def _convert(task: ExportTask, folder: Path) -> dict[str, Any]:
         from hypergen_export.conversion.progress import Progress
 
     jobs = [
-        Job(component=c, dtype=task.weights_dtype(c), onnx=version_folder(folder, c) / _ONNX) for c in task.outdated
+        Job(
+            component=component,
+            dtype=task.weights_dtype(component),
+            onnx=version_folder(folder, component) / _ONNX,
+            placements=task.placements,
+        )
+        for component in task.outdated
     ]
     finish = functools.partial(_build, task.shapes, task.target) if task.target else None
     progress = Progress((_STAGES_PER_COMPONENT + bool(finish)) * len(jobs))

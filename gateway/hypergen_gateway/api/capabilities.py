@@ -10,6 +10,16 @@ from hypergen_gateway.generation.backend import ModelDescription
 from hypergen_gateway.generation.sizes import PolicyName, SizePolicy
 
 
+class LoraCapability(BaseModel):
+    """A LoRA that requests may name."""
+
+    name: str
+    default_scale: float
+    scales: tuple[float, ...] = Field(
+        description="The only scales at which it is served, as it is merged into the weights; empty if it has any."
+    )
+
+
 class Capabilities(BaseModel):
     """What the served model supports: the values that a request may have, and the defaults.
 
@@ -57,6 +67,7 @@ class Capabilities(BaseModel):
         description="How many input images an edit may have as references for the prompt. 0 if the model takes none: "
         "edits start from their input images."
     )
+    loras: tuple[LoraCapability, ...] = Field(description="The LoRAs for `loras` and `lora_path`.")
     suggestions: tuple[str, ...] = Field(description="Prompts that work well with the model.")
 
 
@@ -90,5 +101,17 @@ def of_model(model: ModelDescription, id_: str, sizes: SizePolicy) -> Capabiliti
         schedulers=model.schedulers,
         edits="vae_encoder" in model.components,
         max_references=model.max_references,
+        loras=_loras(model),
         suggestions=model.suggestions,
+    )
+
+
+def _loras(model: ModelDescription) -> tuple[LoraCapability, ...]:
+    scales: dict[str, list[float]] = {}
+    merged = {lora.name for lora in model.loras if lora.is_merged}
+    for lora in model.loras:
+        scales.setdefault(lora.name, []).append(lora.scale)
+    return tuple(
+        LoraCapability(name=name, default_scale=known[0], scales=tuple(known) if name in merged else ())
+        for name, known in scales.items()
     )

@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from starlette.datastructures import Headers
 
 from hypergen_gateway.api.client_hints import read_client
 from hypergen_gateway.api.fields import ImageRequest, RequestBody, VariationForm
+from hypergen_gateway.api.loras import requested_loras
 from hypergen_gateway.api.scheduler_names import scheduler_of
-from hypergen_gateway.api.validation import check_limits, invalid, requested_size
-from hypergen_gateway.errors import InvalidRequestError
+from hypergen_gateway.api.validation import check_limits, requested_size
 from hypergen_gateway.generation.backend import GenerationRequest, ModelDescription
 from hypergen_gateway.generation.image_inputs import InitImage, InitImageOptions
 from hypergen_gateway.generation.images import FileFormat
@@ -94,6 +93,7 @@ def to_generation_request(body: RequestBody, model: ModelDescription) -> Generat
     width, height = (model.default_width, model.default_height) if size is None else nearest_size(size, model)
     seed = secrets.randbelow(_RANDOM_SEEDS - body.n) if body.seed in (None, -1) else body.seed
     scheduler, sigmas = scheduler_of(body.scheduler)
+    names, scales = requested_loras(body, model)
     generation = GenerationRequest(
         prompt=body.prompt,
         num_images=body.n,
@@ -108,7 +108,8 @@ def to_generation_request(body: RequestBody, model: ModelDescription) -> Generat
         clip_skip=_clip_skip(body, model),
         scheduler=scheduler,
         sigmas=body.sigmas or sigmas,
-        **_lora(body, model),
+        lora=names,
+        lora_scale=scales,
         **{name: getattr(body, name) for name in _UNCHANGED},
     )
     check_limits(generation, body, model)
@@ -142,23 +143,6 @@ def _strength(body: RequestBody, model: ModelDescription) -> float | None:
     if isinstance(body, VariationForm) and body.strength is None:
         return max(_VARIATION_STRENGTH, 1 / _num_inference_steps(body, model))
     return body.strength
-
-
-def _lora(body: RequestBody, model: ModelDescription) -> dict[str, Any]:
-    """The LoRA and its scale; neither at scale 0, and a scale without a LoRA is ignored."""
-    if body.lora_path is None:
-        return {}
-    scales = [lora.scale for lora in model.loras if lora.name == body.lora_path]
-    if not scales:
-        raise invalid("lora_path", {"lora_path": body.lora_path}, model, type(body))
-    scale = scales[0] if body.lora_scale is None else body.lora_scale
-    if scale not in (0, *scales):
-        known = ", ".join(f"{one:g}" for one in scales)
-        raise InvalidRequestError(
-            f"Invalid value for 'lora_scale': {scale:g}. '{body.lora_path}' is served at {known}; 0 disables it.",
-            "lora_scale",
-        )
-    return {"lora": body.lora_path, "lora_scale": scale} if scale else {}
 
 
 def _wants_links(body: RequestBody, client: Client) -> bool:

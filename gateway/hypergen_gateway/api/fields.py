@@ -6,6 +6,8 @@ fields are ignored, as OpenAI adds some every year.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from hypergen_gateway.api.bodies import UploadedFile
 from hypergen_gateway.generation.backend import MAX_SEED
 
 MAX_IMAGES = 16
+MAX_LORAS = 32
 MAX_DEADLINE_MS = 2**31 - 1
 # Above this, a float no longer has all the digits that the client wrote.
 _EXACT = 2**53
@@ -98,6 +101,10 @@ References = Annotated[list[ImageReference], BeforeValidator(_listed), Field(min
 
 _INTERVALS = Legal("{legal_cache_intervals}")
 _SKIPS = Legal("{legal_clip_skips}")
+_LORAS = Legal(
+    f'a list of at most {MAX_LORAS} objects such as {{{{"name": "ink", "scale": 0.8}}}}, with scales from -10 to 10 '
+    "and names of {offered_loras}"
+)
 _NEGATIVE = Legal("{legal_negative_prompts}")
 _SCALES = Legal("{legal_guidance_scales}")
 _SEEDS = Legal(f"an integer from 0 to {MAX_SEED}, and so must be seed + n - 1; -1 is a random one")
@@ -105,6 +112,18 @@ _SEEDS = Legal(f"an integer from 0 to {MAX_SEED}, and so must be seed + n - 1; -
 
 class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+LoraScale = Annotated[float | None, Field(ge=-10.0, le=10.0)]
+
+
+class LoraReference(BaseModel):
+    """A LoRA that the server offers, and its scale."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    name: str
+    scale: LoraScale = None
 
 
 class ImageFields(_Body):
@@ -214,11 +233,16 @@ class ImageFields(_Body):
     lora_path: Annotated[str | None, Legal("{known_loras}")] = Field(
         default=None, description="The name of a LoRA that the server offers; by default none."
     )
-    lora_scale: float | None = Field(
+    lora_scale: LoraScale = Field(
         default=None,
-        ge=0.0,
-        le=2.0,
-        description="One of the scales at which that LoRA is served, by default the first; or 0.",
+        description="That LoRA's scale, by default the one it is served with; 0 disables it, and negative ones "
+        "subtract it. A LoRA that is merged into the weights has certain scales only: see `/v1/capabilities`.",
+    )
+    loras: Annotated[list[LoraReference], _LORAS] = Field(
+        default_factory=list,
+        max_length=MAX_LORAS,
+        description='LoRAs with their scales, such as `[{"name": "ink", "scale": 0.8}]`, beside `lora_path`. '
+        "Scales are as `lora_scale`; those of one LoRA are added.",
     )
 
 
@@ -316,8 +340,11 @@ def from_texts(form: dict[str, Any], kind: type[BaseModel]) -> dict[str, Any]:
     return {name: _from_text(value, kind, name) if isinstance(value, str) else value for name, value in form.items()}
 
 
-def _from_text(text: str, kind: type[BaseModel], name: str) -> str | int | float | bool:
+def _from_text(text: str, kind: type[BaseModel], name: str) -> Any:
     types = set(_types(kind.model_fields[name].annotation)) if name in kind.model_fields else set()
+    if LoraReference in types:
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(text)
     if bool in types:
         return _TRUTH.get(text, text)
     if types & {int, float} and _INTEGER.fullmatch(text):

@@ -21,6 +21,7 @@ from hypergen_gateway.api.responses import (
     CompletedEvent,
     Health,
     ImagesResponse,
+    LoraList,
     ModelList,
     ModelObject,
     PartialImageEvent,
@@ -182,6 +183,14 @@ OPERATIONS = (
         id="readCapabilities",
         summary="Describe what the served model supports (an extension of the API)",
         response=Capabilities,
+        errors=(500, 503),
+    ),
+    Operation(
+        method="get",
+        path="/v1/loras",
+        id="listLoras",
+        summary="List the LoRAs that requests may name (an extension of the API)",
+        response=LoraList,
         errors=(500, 503),
     ),
     Operation(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from hypergen_gateway.generation.backend import GenerationRequest, Pixels
+from hypergen_gateway.generation.backend import GenerationRequest, Lora, Pixels
 from hypergen_gateway.generation.images import FormatName
 from hypergen_gateway.generation.request import ClientRequest, Quality
 from hypergen_gateway.generation.service import EncodedImage
@@ -26,6 +26,24 @@ class ModelObject(BaseModel):
     object: Literal["model"] = "model"
     created: int = Field(default_factory=lambda: int(time.time()))
     owned_by: Literal["hypergen"] = "hypergen"
+
+
+class LoraObject(BaseModel):
+    """A LoRA file that the server has."""
+
+    object: Literal["lora"] = "lora"
+    name: str
+    default_scale: float | None = Field(default=None, description="None if it cannot be served.")
+    rank: int | None = Field(default=None, description="Columns of the rank pool; none if it is merged.")
+    changes: tuple[str, ...] = Field(default=(), description="The parts of the model that it changes.")
+    error: str | None = Field(default=None, description="Why it cannot be served.")
+
+
+class LoraList(BaseModel):
+    """The response of GET /v1/loras; an extension."""
+
+    object: Literal["list"] = "list"
+    data: list[LoraObject]
 
 
 class ModelList(BaseModel):
@@ -208,3 +226,13 @@ def _common_size(images: Sequence[EncodedImage]) -> str | None:
 
 def _to_text(size: Size) -> str:
     return f"{size[0]}x{size[1]}"
+
+
+def lora_list(loras: Sequence[Lora], rejected: Mapping[str, str]) -> LoraList:
+    """The LoRAs of a model, and those that it cannot serve, with the reason."""
+    by_name = {lora.name: lora for lora in reversed(loras)}
+    served = [
+        LoraObject(name=lora.name, default_scale=lora.scale, rank=lora.columns or None, changes=lora.changes)
+        for lora in by_name.values()
+    ]
+    return LoraList(data=[*reversed(served), *(LoraObject(name=name, error=why) for name, why in rejected.items())])

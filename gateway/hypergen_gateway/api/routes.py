@@ -22,6 +22,7 @@ from hypergen_gateway.api import capabilities, docs, responses
 from hypergen_gateway.api.bodies import media_type, read_form, read_json
 from hypergen_gateway.api.client_request import init_image_options, to_client_request
 from hypergen_gateway.api.fields import EditForm, EditRequest, ImageRequest, RequestBody, VariationForm, from_texts
+from hypergen_gateway.api.loras import with_prompt_loras
 from hypergen_gateway.api.openapi import describe_api
 from hypergen_gateway.api.responses import Health
 from hypergen_gateway.api.sse import EventStream, to_frame
@@ -81,6 +82,7 @@ class Endpoints:
             Route(f"{FILES_PATH}/{{name}}", self.read_file),
             Route("/v1/models/{id:path}", self.retrieve_model),
             Route("/v1/capabilities", self.capabilities),
+            Route("/v1/loras", self.list_loras),
             Route("/health", self.health),
             Route("/health/live", self.live),
             Route("/health/ready", self.ready),
@@ -136,6 +138,11 @@ class Endpoints:
         model = await self._describe()
         return _json(capabilities.of_model(model, await self._model_id(), self.config.size_policy))
 
+    async def list_loras(self, _: Request) -> Response:
+        """The LoRAs that requests may name, and files that cannot be served; an extension."""
+        model = await self.backend.describe()
+        return _json(responses.lora_list(model.loras, self.backend.rejected_loras))
+
     async def generate_images(self, request: Request) -> Response:
         """Images from a prompt."""
         payload = await read_json(request, ImageRequest.model_fields)
@@ -183,6 +190,8 @@ class Endpoints:
     async def _respond(
         self, request: Request, body: RequestBody, init_images: Sequence[InitImage], model: ModelDescription
     ) -> Response:
+        if self.config.prompt_loras:
+            body = with_prompt_loras(body)
         work = functools.partial(to_client_request, body, init_images, model, request.headers, request.url.path)
         nbytes = sum(init_image.nbytes for init_image in init_images)
         client_request = await run_in_thread_if_large(work, nbytes, quick=_QUICK_BYTES)

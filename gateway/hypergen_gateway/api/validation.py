@@ -201,8 +201,12 @@ def _legal_guidance_scales(model: ModelDescription) -> str:
 
 
 def _known_loras(model: ModelDescription) -> str:
+    return f"one of {_offered_loras(model)}" if model.loras else "absent, as the model is served without any LoRA"
+
+
+def _offered_loras(model: ModelDescription) -> str:
     names = dict.fromkeys(repr(lora.name) for lora in model.loras)
-    return f"one of {', '.join(names)}" if names else "absent, as the model is served without any LoRA"
+    return ", ".join(names) or "LoRAs, of which the model is served with none"
 
 
 def invalid(
@@ -217,6 +221,7 @@ def invalid(
         "known_schedulers": ", ".join(model.schedulers),
         "legal_sizes": sizes.legal(model),
         "known_loras": _known_loras(model),
+        "offered_loras": _offered_loras(model),
         "legal_cache_intervals": _legal_cache_intervals(model),
         "legal_clip_skips": _legal_clip_skips(model),
         "legal_prompt_weightings": _legal_prompt_weightings(model),

@@ -54,6 +54,8 @@ class ExportOptions:
     max_batch_size: int
     cache_dir: Path
     loras: tuple[str, ...] = ()  # [NAME=]PATH[:SCALE], which the exporter reads
+    lora_rank: int = 0  # columns for LoRAs; at least as many as `loras` need
+    lora_dir: Path | None = None  # whose files are served as they come and go
     deep_cache: bool = False
     prediction_type: str | None = None
     vae: str | None = None
@@ -109,8 +111,7 @@ async def find_repository(model: str, options: ExportOptions) -> Path:
     """
     if is_repository(model):
         _reject_plans(Path(model))
-        if options.loras:
-            raise EmbeddedError(f"{model} is exported already: pass --lora to 'hypergen export' with the checkpoint.")
+        _check_exported_loras(Path(model), options)
         if options.parts:
             raise EmbeddedError(f"{model} is exported already: pass {next(iter(options.parts))} to 'hypergen export'.")
         if options.embeddings or options.embedding_dir:
@@ -130,6 +131,14 @@ async def find_repository(model: str, options: ExportOptions) -> Path:
     return output
 
 
+def _check_exported_loras(repository: Path, options: ExportOptions) -> None:
+    if options.lora_dir and not any(repository.glob("*/1/lora_pool.safetensors")):
+        raise EmbeddedError(f"{repository} has no rank pool for LoRAs: pass --lora-rank to 'hypergen export'.")
+    given = {"--lora": options.loras, "--lora-rank": options.lora_rank and not options.lora_dir}
+    for name in (name for name, value in given.items() if value):
+        raise EmbeddedError(f"{repository} is exported already: pass {name} to 'hypergen export' with the checkpoint.")
+
+
 def _reject_plans(repository: Path) -> None:
     if any(repository.glob("*/*/model.plan")):
         raise EmbeddedError(
@@ -145,6 +154,7 @@ def _folder_name(model: str, options: ExportOptions) -> str:
     loras = f"-lora-{_digest(*options.loras)}" if options.loras else ""
     given = [*options.embeddings, *([str(options.embedding_dir)] if options.embedding_dir else [])]
     loras += f"-embeddings-{_digest(*given)}" if given else ""
+    loras += f"-rank-{options.lora_rank}" if options.lora_rank else ""
     deep_cache = "-deep-cache" if options.deep_cache else ""
     parts = (
         f"-{_digest(*(f'{name}={_place(value)}' for name, value in options.parts.items()))}" if options.parts else ""
@@ -235,6 +245,7 @@ async def _export(model: str, options: ExportOptions, output: Path, lock: int | 
             *(f"--lora={lora}" for lora in options.loras),
             *(f"--embedding={embedding}" for embedding in options.embeddings),
             *([f"--embedding-dir={options.embedding_dir}"] if options.embedding_dir else []),
+            *([f"--lora-rank={options.lora_rank}"] if options.lora_rank else []),
             *(["--deep-cache"] if options.deep_cache else []),
             *("--cache-dir", str(options.cache_dir)),
             *(f"{name}={value}" for name, value in options.parts.items()),

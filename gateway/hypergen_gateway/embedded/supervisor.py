@@ -57,6 +57,11 @@ class EmbeddedTriton:
         self.at_work: Callable[[], bool] = lambda: False
 
     @property
+    def repository(self) -> Path:
+        """The folder of the models."""
+        return self._launch.model_repository
+
+    @property
     def url(self) -> str:
         """HOST:PORT of gRPC, which does not change across restarts."""
         return f"127.0.0.1:{self._launch.ports.grpc}"

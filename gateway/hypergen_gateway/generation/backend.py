@@ -5,7 +5,7 @@ Does not depend on HTTP or Triton, so tests can replace either side.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 MAX_SEED = 2**63 - 1
 Lines = tuple[str, ...]
+Names = tuple[str, ...]
+Scales = tuple[float, ...]
 Int64 = int  # other integers of a request are 32 bits wide
 Pixels = NDArray[np.uint8]
 Sides = NDArray[np.int32]
@@ -47,8 +49,8 @@ class GenerationRequest:
     guidance_rescale: float | None = None  # None: 0
     prompt_weighting: str | None = None  # the syntax of weights in both prompts; None: none
     clip_skip: int | None = None  # so many of CLIP's last layers are left out; None: the model's default
-    lora: str | None = None  # the name of a LoRA that the model was exported with
-    lora_scale: float | None = None  # one of its scales; None: its default
+    lora: Names = ()  # of LoRAs that the model is served with
+    lora_scale: Scales = ()  # of each of them
 
     @property
     def reference_pixels(self) -> list[int]:
@@ -86,10 +88,13 @@ class GeneratedImage:
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """A LoRA that is merged into a model at this scale."""
+    """A LoRA that requests may name."""
 
     name: str
-    scale: float
+    scale: float  # the default, or that at which it is merged
+    is_merged: bool = False  # only this scale is served, and no two merged ones together
+    columns: int = 0  # of the rank pool
+    changes: tuple[str, ...] = ()  # the checkpoint's modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +111,7 @@ class ModelDescription:
     min_size: int
     max_size: int
     sizes: tuple[str, ...]  # WIDTHxHEIGHT that the engines were built for; empty if they accept any
-    loras: tuple[Lora, ...]  # one entry for each scale of each LoRA, its default first
+    loras: tuple[Lora, ...]  # of a merged LoRA one entry for each scale, its default first
     default_num_inference_steps: int
     default_guidance_scale: float
     max_prompt_tokens: int  # that the text encoders read, without start and end tokens
@@ -140,6 +145,9 @@ class ModelDescription:
 
 class Backend(Protocol):
     """Generates images. Methods raise only `HyperGenError` and never wait forever."""
+
+    rejected_loras: Mapping[str, str]
+    """Name -> reason, of LoRA files that are there but cannot be served."""
 
     async def describe(self) -> ModelDescription:
         """The model's description, or the last one read if it cannot be read now.

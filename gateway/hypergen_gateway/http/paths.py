@@ -24,6 +24,7 @@ ROUTES = (
     "/v1/images/variations",
     "/v1/models",
     "/v1/capabilities",
+    "/v1/loras",
     "/health",
     "/metrics",
 )

@@ -12,6 +12,7 @@ import logging
 import re
 import struct
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager, suppress
 from typing import Any
@@ -61,7 +62,16 @@ CHANNEL_ARGS: list[tuple[str, int | str]] = [
     ("grpc.enable_http_proxy", 0),
 ]
 
-_DATATYPES = {"str": "BYTES", "int": "INT32", "Int64": "INT64", "float": "FP32", "Pixels": "UINT8", "Sides": "INT32"}
+_DATATYPES = {
+    "str": "BYTES",
+    "int": "INT32",
+    "Int64": "INT64",
+    "float": "FP32",
+    "Pixels": "UINT8",
+    "Sides": "INT32",
+    "Names": "BYTES",
+    "Scales": "FP32",
+}
 # Input tensors of `diffusion`: the fields of `GenerationRequest`. Absent fields are not sent.
 INPUT_TYPES: dict[str, str] = {
     field.name: _DATATYPES[str(field.type).removesuffix(" | None")] for field in dataclasses.fields(GenerationRequest)
@@ -87,6 +97,18 @@ _PARAMS: Mapping[str, str] = {
 # Long enough for gRPC to notice a lost Triton and stop using it.
 RETRY_SECONDS = 0.2
 
+
+def to_lora(entry: Mapping[str, Any]) -> Lora:
+    """A LoRA as the exporter describes it. Raises KeyError, TypeError."""
+    return Lora(
+        name=entry["name"],
+        scale=entry["scale"],
+        is_merged="models" in entry,
+        columns=entry.get("columns", 0),
+        changes=tuple(entry.get("changes", ())),
+    )
+
+
 # Parsers of parameters in config.pbtxt, which are strings, by type of the field of `ModelDescription`.
 _PARSERS: dict[str, Callable[[str], object]] = {
     "str": str,
@@ -94,7 +116,7 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "float": float,
     "tuple[str, ...]": lambda text: tuple(name for name in text.split(",") if name),
     "Lines": lambda text: tuple(text.splitlines()),
-    "tuple[Lora, ...]": lambda text: tuple(Lora(name=one["name"], scale=one["scale"]) for one in json.loads(text)),
+    "tuple[Lora, ...]": lambda text: tuple(map(to_lora, json.loads(text))),
 }
 
 
@@ -102,6 +124,8 @@ class TritonBackend:
     """Generates images on the Triton server at `url` (HOST:PORT of its gRPC service). Belongs to one event loop.
 
     `url` may name several servers of the same model: `dns:///HOST:PORT`, or `ipv4:ADDRESS:PORT,ADDRESS:PORT`.
+
+    `loras` are those that are served instead of the ones in the sampler's parameters, once they have changed.
 
     `request_timeout` limits a whole generation, `call_timeout` every other call, in seconds. After a lost connection,
     requests are retried for `retry_seconds`, until Triton or another replica is available.
@@ -123,6 +147,9 @@ class TritonBackend:
         self._description: ModelDescription | None = None
         self._description_is_fresh = False
         self._streams = 0
+        self.loras: tuple[Lora, ...] | None = None
+        self.rejected_loras: Mapping[str, str] = {}
+        self._loras_in_use = Counter[str]()
         self._draining = set[asyncio.Future[None]]()
 
     @property
@@ -139,7 +166,13 @@ class TritonBackend:
             except HyperGenError:
                 if self._description is None:
                     raise
-        return self._description
+        if self.loras is None:
+            return self._description
+        return dataclasses.replace(self._description, loras=self.loras)
+
+    def uses(self, lora: str) -> bool:
+        """Whether a running request uses the LoRA."""
+        return self._loras_in_use[lora] > 0
 
     async def ready(self) -> bool:
         """Whether the server and all models that an image needs are ready."""
@@ -159,6 +192,15 @@ class TritonBackend:
         If Triton is lost, the request is sent again, as the same seeds give the same images, and images that were
         already yielded are skipped. The number of retries is limited, as the request may have caused the loss.
         """
+        self._loras_in_use.update(generation.lora)
+        try:
+            async with aclosing(self._retried(generation)) as images:
+                async for image in images:
+                    yield image
+        finally:
+            self._loras_in_use.subtract(generation.lora)
+
+    async def _retried(self, generation: GenerationRequest) -> AsyncGenerator[GeneratedImage, None]:
         received: set[tuple[int, int]] = set()
         retry = _RetryPolicy(self._retry_seconds)
         while True:
@@ -290,7 +332,7 @@ def _to_request(generation: GenerationRequest) -> Any:
     request = pb.ModelInferRequest(model_name=SAMPLER, id=current_request_id.get())
     for name, datatype in INPUT_TYPES.items():
         value = getattr(generation, name)
-        if value is not None:
+        if value is not None and not (isinstance(value, tuple) and not value):
             shape, content = _to_tensor(datatype, value)
             request.inputs.add(name=name, datatype=datatype, shape=shape)
             request.raw_input_contents.append(content)
@@ -298,11 +340,12 @@ def _to_request(generation: GenerationRequest) -> Any:
 
 
 def _to_tensor(datatype: str, value: Any) -> tuple[tuple[int, ...], bytes]:
-    """Shape and content of a tensor for an image or a single value."""
-    if isinstance(value, str):
-        text = value.encode()
-        return (1,), _LENGTH.pack(len(text)) + text
-    array = value if isinstance(value, np.ndarray) else np.array([value], dtype=triton_to_np_dtype(datatype))
+    """Shape and content of a tensor for an image, a single value or several."""
+    values = value if isinstance(value, tuple) else (value,)
+    if isinstance(values[0], str):
+        texts = [text.encode() for text in values]
+        return (len(texts),), b"".join(_LENGTH.pack(len(text)) + text for text in texts)
+    array = value if isinstance(value, np.ndarray) else np.array(values, dtype=triton_to_np_dtype(datatype))
     return array.shape, array.tobytes()
 
 

@@ -21,8 +21,9 @@ import triton_python_backend_utils as pb_utils
 
 from hypergen_sampler.bls import Components
 from hypergen_sampler.composite import composite
-from hypergen_sampler.conditioning import Array, Conditioning, conditioning_of, merge, texts_of
+from hypergen_sampler.conditioning import Array, Conditioning, conditioning_of, merge, texts_of, with_lora_scales
 from hypergen_sampler.latent_init import ImagePosterior, LatentInit, masked_image_of, references_of
+from hypergen_sampler.lora import LoraTable
 from hypergen_sampler.metrics import SamplerMetrics
 from hypergen_sampler.prompts import PromptTokenizers, Tokens
 from hypergen_sampler.request import Architecture, Limits, Request, check_request
@@ -68,6 +69,7 @@ class TritonPythonModel:
         self._schedulers = Schedulers.read(folder, self._architecture)
         self._tokenize = PromptTokenizers(folder, self._architecture.text_inputs)
         self._components = Components(self._architecture, self._limits.max_batch_size)
+        self._loras = LoraTable(folder, self._limits.loras)
         self._encode_text = TextCache(self._components.encode_text, TEXT_CACHE_BYTES)
         self._metrics = SamplerMetrics(self._limits.max_batch_size)
         self._loop: StepLoop | None = None
@@ -91,7 +93,7 @@ class TritonPythonModel:
     async def _serve(self, triton_request: pb_utils.InferenceRequest, loop: StepLoop) -> None:
         sender = triton_request.get_response_sender()
         try:
-            request = check_request(read_inputs(triton_request), self._limits)
+            request = check_request(read_inputs(triton_request), self._current_limits())
             self._architecture.check(request)
             loop.reserve(request.num_images)
             try:
@@ -102,6 +104,15 @@ class TritonPythonModel:
             sender.send(error_response(error), flags=FINAL)
             if not isinstance(error, Exception):
                 raise
+
+    def _current_limits(self) -> Limits:
+        """The limits with the LoRAs that are served now."""
+        loras, have_changed = self._loras.read()
+        if have_changed:
+            # A column of the rank pool may hold another LoRA than before.
+            self._encode_text.clear()
+            self._limits = replace(self._limits, loras=loras)
+        return self._limits
 
     async def _prepare(self, request: Request, sender: pb_utils.InferenceResponseSender) -> _PreparedRequest:
         began = time.perf_counter()
@@ -137,7 +148,7 @@ class TritonPythonModel:
         """The encoded texts: hidden states [T, L, D] and, for some families, pooled embeddings [T, P] or a mask."""
         text_inputs = self._architecture.text_inputs
         calls = [
-            self._encode_text(request.variant.model(text.encoder), given, text.outputs)
+            self._encode_text(request.loras.model(text.encoder), with_lora_scales(given, request), text.outputs)
             for text, given in zip(text_inputs, tokens.inputs, strict=True)
         ]
         return merge(await asyncio.gather(*calls), tokens, self._architecture)

@@ -144,11 +144,10 @@ def test_a_file_that_is_not_a_lora_for_this_kind_of_model_is_rejected(
 @pytest.mark.parametrize(
     ("weight", "kind"),
     [
-        ("lora_unet_x.hada_w1_a", "a LoHa"),
         ("lora_unet_x.hada_t1", "a LoHa"),
         ("base_model.model.x.hada_w2_b.default", "a LoHa"),
-        ("lora_unet_x.lokr_w1", "a LoKr"),
-        ("lora_unet_x.lokr_w2_a", "a LoKr"),
+        ("lora_unet_x.lokr_w1_a", "a LoKr"),
+        ("base_model.model.x.lokr_w2_b.default", "a LoKr"),
         ("lora_unet_x.lokr_t2", "a LoKr"),
         ("lora_unet_x.oft_blocks", "an OFT"),
         ("lora_unet_x.oft_diag", "an OFT"),

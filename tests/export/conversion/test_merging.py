@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hypergen_export.checkpoints.families.unet import STABLE_DIFFUSION_XL
 from hypergen_export.checkpoints.lora import read_loras
+from hypergen_export.conversion.layer_names import flat
 from hypergen_export.conversion.loading import load_module
+from hypergen_export.conversion.lora_changes import read_changes
 from hypergen_export.conversion.merging import merge_lora
 from hypergen_export.errors import BadLoraError
 from support.loras import TARGETS, Weights, lora_weights, save_by_diffusers, save_by_kohya, save_by_peft
@@ -136,6 +138,66 @@ def test_each_layer_of_kohyas_has_its_own_alpha_and_rank(
         deltas[path] = factor * product(down.float(), up.float())
     save_file(stored, tmp_path / "kohya.safetensors")
     held_to_closed_form(checkpoint, name, tmp_path / "kohya.safetensors", deltas)
+
+
+def test_a_file_for_another_model_says_for_which(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    stored = {"lora_unet_x.lora_down.weight": random(4, 8), "lora_unet_x.lora_up.weight": random(8, 4)}
+    save_file(stored, tmp_path / "xl.safetensors", metadata={"ss_base_model_version": "sdxl_base_v1-0"})
+    with pytest.raises(BadLoraError, match="the file says that it is for sdxl_base"):
+        merged(checkpoint, "unet", tmp_path / "xl.safetensors")
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))) * 0.1
+
+
+def hadamard(shape: torch.Size) -> tuple[Weights, torch.Tensor]:
+    """A LoHa of rank 3, and its change by LyCORIS's formula."""
+    outputs, inputs = shape[0], math.prod(shape[1:])
+    parts = {f"hada_w{n}_a": random(outputs, 3) * n for n in (1, 2)}
+    parts |= {f"hada_w{n}_b": random(3, inputs) + n for n in (1, 2)}
+    change = (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"])
+    return {**parts, "alpha": torch.tensor(1.5)}, 0.5 * change
+
+
+def kronecker(shape: torch.Size) -> tuple[Weights, torch.Tensor]:
+    """A LoKr with a decomposed second factor of rank 3."""
+    outputs, inputs, *kernel = shape
+    parts = {"lokr_w1": random(4, 2), "lokr_w2_a": random(outputs // 4, 3)}
+    parts["lokr_w2_b"] = random(3, inputs // 2 * math.prod(kernel))
+    second = (parts["lokr_w2_a"] @ parts["lokr_w2_b"]).reshape(outputs // 4, inputs // 2, *kernel)
+    first = parts["lokr_w1"].reshape(4, 2, *[1] * len(kernel))
+    return {**parts, "alpha": torch.tensor(1.5)}, 0.5 * torch.kron(first, second)
+
+
+def whole_kronecker(shape: torch.Size) -> tuple[Weights, torch.Tensor]:
+    """A LoKr of two whole factors, whose alpha LyCORIS ignores."""
+    outputs, inputs, *kernel = shape
+    parts = {"lokr_w1": random(4, 2), "lokr_w2": random(outputs // 4, inputs // 2, *kernel)}
+    first = parts["lokr_w1"].reshape(4, 2, *[1] * len(kernel))
+    return {**parts, "alpha": torch.tensor(1.5)}, torch.kron(first, parts["lokr_w2"])
+
+
+@pytest.mark.parametrize(("product_of", "rank"), [(hadamard, 9), (kronecker, 6), (whole_kronecker, None)])
+def test_products_of_lycoris_are_sums_of_rows_times_columns(
+    product_of: Callable[[torch.Size], tuple[Weights, torch.Tensor]],
+    rank: int | None,
+    weights: Layers,
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+) -> None:
+    base = load_module(checkpoint, COMPONENTS["unet"]).state_dict()
+    stored: Weights = {}
+    deltas: Weights = {}
+    for path in pairs(weights["unet"]):
+        parts, deltas[path] = product_of(base[f"{path}.weight"].shape)
+        stored |= {f"{kohya_name('unet', path)}.{part}": tensor.contiguous() for part, tensor in parts.items()}
+    save_file(stored, tmp_path / "lycoris.safetensors")
+    held_to_closed_form(checkpoint, "unet", tmp_path / "lycoris.safetensors", deltas)
+    (lora,) = read_loras([str(tmp_path / "lycoris.safetensors")])
+    assert rank is None or lora.rank == rank
+    for path, change in read_changes("unet", lora, {flat(path): path for path in deltas}, 1.0).items():
+        assert len(change.factors(base[f"{path}.weight"].shape)[0]) <= lora.rank
 
 
 @pytest.mark.parametrize("name", MODULES)

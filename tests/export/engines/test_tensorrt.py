@@ -27,9 +27,10 @@ from onnx import TensorProto, helper
 from tritonclient.grpc import model_config_pb2 as pb
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hypergen_export.checkpoints.components import LoraPool
 from hypergen_export.checkpoints.defaults import longest_text, text_padding
 from hypergen_export.checkpoints.families.unet import with_deep_cache
-from hypergen_export.checkpoints.lora import read_loras
+from hypergen_export.checkpoints.lora import Lora, Placement, read_loras
 from hypergen_export.conversion.convert import Job, convert
 from hypergen_export.conversion.loading import load_module
 from hypergen_export.conversion.onnx import capture, write_onnx
@@ -50,7 +51,7 @@ from hypergen_export.engines.tensorrt import (
 from hypergen_export.errors import BadOptionError, ConversionError, MissingDependencyError, NoGpuError
 from hypergen_export.repository.config_pbtxt import EngineOptions, component_config
 from hypergen_export.repository.export import ExportRequest, ExportResult, export, sampler_folder, sampler_sources
-from support.loras import lora_weights, save_by_diffusers
+from support.loras import lora_weights, save_by_diffusers, save_with_magnitudes
 from support.miniature import FAMILIES
 
 from ..conftest import COMPONENTS, CONVERTED, EXPORTED, Converted
@@ -275,10 +276,10 @@ def test_every_profile_takes_the_configurations_batches_and_no_larger_one(
             assert bounds["smallest"][0] <= bounds["usual"][0] <= bounds["largest"][0]
 
 
-def test_a_lora_has_plans_of_its_own(
+def test_a_merged_lora_has_plans_of_its_own(
     plans: Path, request_made: ExportRequest, target: Target, checkpoint_folder: Path, tmp_path: Path
 ) -> None:
-    file = save_by_diffusers(tmp_path, lora_weights(checkpoint_folder, "text_encoder"))
+    file = save_with_magnitudes(tmp_path / "words.safetensors", checkpoint_folder, "text_encoder")
     request = replace(request_made, output=plans.with_name("with-lora"), loras=read_loras([f"words={file}:0.5"]))
     name = "text_encoder.words@0.5"
     assert export(request, target) == ExportResult(converted=(name,), reused=NAMES)
@@ -428,6 +429,24 @@ def test_weights_that_are_linked_in_another_precision_are_built(
     plan = tmp_path / "model.plan"
     build_plan(
         Build(name="vae_decoder", onnx=path, dtype=dtype, plan=plan, profiles=found, target=target), lambda _: None
+    )
+    assert plan.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_rank_pool_is_built_with_its_loras(
+    dtype: str, checkpoint_folder: Path, checkpoint: Checkpoint, target: Target, tmp_path: Path
+) -> None:
+    file = save_by_diffusers(tmp_path / "words", lora_weights(checkpoint_folder, "text_encoder"))
+    component, path = COMPONENTS["text_encoder"].with_pool(LoraPool(rank=8)), tmp_path / "model.onnx"
+    job = Job(component=component, dtype=dtype, onnx=path, placements=[Placement(Lora(name="words", file=file), 4)])
+    with closing(Progress(5)) as progress:
+        convert(checkpoint, [job], progress, lambda *_: None)
+    found = profiles(component, shapes_of(checkpoint, SIZES[:1]))
+    assert found[0]["lora_scales"].usual[1:] == (8,)
+    plan = tmp_path / "model.plan"
+    build_plan(
+        Build(name="text_encoder", onnx=path, dtype=dtype, plan=plan, profiles=found, target=target), lambda _: None
     )
     assert plan.stat().st_size > 1000
 

@@ -35,7 +35,7 @@ from hypergen_export.repository.export import (
     sampler_sources,
 )
 from hypergen_export.repository.staging import PreviousExport
-from support.loras import lora_weights, save_by_diffusers
+from support.loras import save_with_magnitudes
 
 from ..conftest import WEIGHTS, Array, edit_json, leftovers
 
@@ -287,8 +287,9 @@ def test_a_safety_checker_that_is_not_run_is_reported_by_every_export(
 
 @pytest.fixture(scope="module")
 def words(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA that changes the text encoder alone, which takes seconds to convert."""
-    return save_by_diffusers(tmp_path_factory.mktemp("words"), lora_weights(checkpoint_folder, "text_encoder"))
+    """A LoRA that is merged and changes the text encoder alone, which takes seconds to convert."""
+    file = tmp_path_factory.mktemp("words") / "words.safetensors"
+    return save_with_magnitudes(file, checkpoint_folder, "text_encoder")
 
 
 @pytest.fixture(scope="module")

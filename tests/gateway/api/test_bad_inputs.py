@@ -103,7 +103,7 @@ WRONG_VALUES: list[tuple[str, Any, str]] = [
     ("seed", 1.5, "from 0 to 9223372036854775807"),
     ("seed", "1", "from 0 to 9223372036854775807"),
     ("lora_path", "/etc/passwd", "must be absent, as the model is served without any LoRA"),
-    ("lora_scale", 3, "from 0 to 2"),
+    ("lora_scale", 11, "from -10 to 10"),
 ]
 
 # body, param, words of the message

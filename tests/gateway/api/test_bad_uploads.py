@@ -97,7 +97,7 @@ WRONG_TEXTS = [
     ("strength", "1.01"), ("strength", "-0.1"), ("strength", "NaN"), ("strength", "Infinity"), ("strength", "1e999"),
     ("strength", "half"), ("strength", "0,5"), ("guidance_scale", "0"), ("guidance_scale", "21"),
     ("num_inference_steps", "0"), ("num_inference_steps", "151"), ("scheduler", "magic"), ("input_fidelity", "some"),
-    ("lora_scale", "3"),
+    ("lora_scale", "11"),
 ]  # fmt: skip
 
 # a JSON body but for its prompt, param, words of the message

@@ -84,6 +84,7 @@ async def test_it_is_there_without_a_model_and_tells_a_model_s_limits_when_there
         ("POST", "/v1/images/variations", {"files": {"image": file_of(photo())}}, "ImagesResponse"),
         ("GET", "/v1/models", {}, "ModelList"),
         ("GET", "/v1/capabilities", {}, "Capabilities"),
+        ("GET", "/v1/loras", {}, "LoraList"),
         ("GET", "/v1/models/acme/tiny-emoji", {}, "ModelObject"),
         ("GET", "/health", {}, "Health"),
         ("GET", "/health/ready", {}, "Health"),

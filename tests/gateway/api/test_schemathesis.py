@@ -36,6 +36,7 @@ BEYOND_WORDS: dict[str, Any] = {
     "background": "auto",
     "output_format": "webp",
     "lora_path": None,
+    "loras": [],
     "seed": 1,
 }
 BEYOND_WORDS |= {"guidance_start": 0.25, "guidance_end": 0.75}

@@ -11,6 +11,7 @@ from starlette.datastructures import Headers
 from hypergen_gateway.api.bodies import parse_json
 from hypergen_gateway.api.client_request import to_client_request, to_generation_request
 from hypergen_gateway.api.fields import ImageRequest
+from hypergen_gateway.api.loras import with_prompt_loras
 from hypergen_gateway.api.validation import validate
 from hypergen_gateway.errors import InvalidRequestError
 from hypergen_gateway.generation.backend import MAX_SEED, GenerationRequest, Lora, ModelDescription
@@ -170,34 +171,89 @@ def test_format_and_compression_say_which_file_is_made(fields: dict[str, Any], m
 
 
 WITH_LORAS = replace(
-    MODEL, loras=(Lora(name="ink", scale=0.8), Lora(name="ink", scale=0.4), Lora(name="clay", scale=1.0))
+    MODEL,
+    loras=(
+        Lora(name="ink", scale=0.8, is_merged=True),
+        Lora(name="ink", scale=0.4, is_merged=True),
+        Lora(name="clay", scale=1.0, is_merged=True),
+        Lora(name="oil", scale=0.5),
+        Lora(name="pen", scale=1.0),
+    ),
 )
 
 
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({}, (None, None)),
-        ({"lora_path": "ink"}, ("ink", 0.8)),
-        ({"lora_path": "ink", "lora_scale": None}, ("ink", 0.8)),
-        ({"lora_path": "ink", "lora_scale": 0.4}, ("ink", 0.4)),
-        ({"lora_path": "clay", "lora_scale": 1}, ("clay", 1.0)),
-        ({"lora_path": "ink", "lora_scale": 0}, (None, None)),
-        ({"lora_scale": 0.7}, (None, None)),
+        ({}, {}),
+        ({"lora_path": "ink"}, {"ink": 0.8}),
+        ({"lora_path": "ink", "lora_scale": None}, {"ink": 0.8}),
+        ({"lora_path": "ink", "lora_scale": 0.4}, {"ink": 0.4}),
+        ({"lora_path": "clay", "lora_scale": 1}, {"clay": 1.0}),
+        ({"lora_path": "ink", "lora_scale": 0}, {}),
+        ({"lora_scale": 0.7}, {}),
+        ({"lora_path": "oil", "lora_scale": -1.25}, {"oil": -1.25}),
+        ({"loras": []}, {}),
+        ({"loras": [{"name": "oil"}, {"name": "pen", "scale": -0.3}]}, {"oil": 0.5, "pen": -0.3}),
+        ({"loras": [{"name": "oil", "scale": 0}, {"name": "pen", "scale": 10}]}, {"pen": 10.0}),
+        ({"lora_path": "pen", "loras": [{"name": "ink"}]}, {"pen": 1.0, "ink": 0.8}),
     ],
 )
-def test_a_lora_is_asked_for_by_name_at_one_of_its_scales(fields: dict[str, Any], expected: tuple[Any, Any]) -> None:
+def test_loras_are_asked_for_by_name_at_their_scales(fields: dict[str, Any], expected: dict[str, float]) -> None:
     made = generation(WITH_LORAS, **fields)
-    assert (made.lora, made.lora_scale) == expected
+    assert dict(zip(made.lora, made.lora_scale, strict=True)) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "rest", "expected"),
+    [
+        ("a fox <lora:oil:0.8> at dusk", "a fox  at dusk", {"oil": 0.8}),
+        ("<lora:oil>a fox<lora:pen:-.5>", "a fox", {"oil": 0.5, "pen": -0.5}),
+        ("a fox <lora:oil:0>", "a fox", {}),
+        ("a <fox> lora:oil:1", "a <fox> lora:oil:1", {}),
+    ],
+)
+def test_a_prompt_may_name_loras(prompt: str, rest: str, expected: dict[str, float]) -> None:
+    body = with_prompt_loras(validate({"prompt": prompt}, ImageRequest, WITH_LORAS))
+    made = to_generation_request(body, WITH_LORAS)
+    assert made.prompt == rest
+    assert dict(zip(made.lora, made.lora_scale, strict=True)) == expected
+
+
+@pytest.mark.parametrize("tag", ["<lora:oil:>", "<lora:oil:nan>", "<lora:oil:11>", "<lora:oil:1e1>", "<lora:oil>" * 33])
+def test_a_tag_of_no_use_is_refused(tag: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        with_prompt_loras(validate({"prompt": f"a fox {tag}"}, ImageRequest, WITH_LORAS))
+    assert refused.value.param == "prompt"
+
+
+KNOWN = "'ink', 'clay', 'oil', 'pen'"
+LEGAL = (
+    'It must be a list of at most 32 objects such as {"name": "ink", "scale": 0.8}, '
+    f"with scales from -10 to 10 and names of {KNOWN}."
+)
 
 
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
-        ({"lora_path": "oil"}, "lora_path", "\"oil\". It must be one of 'ink', 'clay'."),
-        ({"lora_path": ""}, "lora_path", "It must be one of 'ink', 'clay'."),
-        ({"lora_path": "/srv/ink.safetensors", "lora_scale": 0}, "lora_path", "It must be one of 'ink', 'clay'."),
+        ({"lora_path": "ash"}, "lora_path", f'"ash". It must be one of {KNOWN}.'),
+        ({"lora_path": ""}, "lora_path", f"It must be one of {KNOWN}."),
+        ({"lora_path": "/srv/ink.safetensors", "lora_scale": 0}, "lora_path", f"It must be one of {KNOWN}."),
         ({"lora_path": "ink", "lora_scale": 1}, "lora_scale", "1. 'ink' is served at 0.8, 0.4; 0 disables it."),
+        ({"loras": [{"name": "oil"}, {"name": "ash", "scale": 0}]}, "loras", f'"ash". {LEGAL}'),
+        ({"loras": [{"name": "ink", "scale": 0.5}]}, "loras", "0.5. 'ink' is served at 0.8, 0.4; 0 disables it."),
+        (
+            {"lora_path": "clay", "loras": [{"name": "ink"}]},
+            "loras",
+            "'ink' cannot be combined with 'clay', as each of them is merged into a copy of the model.",
+        ),
+        ({"loras": [{"name": "oil", "scale": 11}]}, "loras", LEGAL),
+        ({"loras": [{"name": "oil", "weight": 1}]}, "loras", LEGAL),
+        ({"loras": [{"scale": 1}]}, "loras", LEGAL),
+        ({"loras": ["oil"]}, "loras", LEGAL),
+        ({"loras": "oil"}, "loras", LEGAL),
+        ({"loras": [{"name": "oil"}] * 33}, "loras", LEGAL),
     ],
 )
 def test_another_lora_or_scale_is_refused_with_those_that_are_there(

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openvino
@@ -22,6 +23,7 @@ from hypergen_gateway.embedded.backends.openvino.compilations import (
     ExactShapes,
 )
 from hypergen_gateway.embedded.backends.openvino.flattening import flatten_channel_scales
+from hypergen_gateway.embedded.backends.openvino.following import WeightsFollower, served_file, version
 
 CHANNELS, GROUPS = 6, 2
 PROPERTIES = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": "1"}
@@ -103,9 +105,9 @@ def test_no_call_after_the_warm_up_waits_for_a_compilation(file: Path, monkeypat
     warm = model.find({"x": image(2)})
     may_compile, compile_exact = threading.Event(), Compilations._compile_exact
 
-    def compile_when_allowed(self: Compilations, shapes: compilations.Shapes) -> Compilation:
+    def compile_when_allowed(self: Compilations, compiled: Any, shapes: compilations.Shapes) -> Compilation:
         may_compile.wait()
-        return compile_exact(self, shapes)
+        return compile_exact(self, compiled, shapes)
 
     monkeypatch.setattr(Compilations, "_compile_exact", compile_when_allowed)
     general = model.find({"x": image(3)})
@@ -135,6 +137,40 @@ def test_a_shape_that_cannot_be_compiled_is_served_by_the_general_compilation(
         time.sleep(0.01)
     assert all(model.find({"x": image(16)}) is general for _ in range(3))
     assert caplog.text.count("Not compiled") == 1
+
+
+def test_replaced_weights_are_served_while_the_earlier_ones_answer(tmp_path: Path) -> None:
+    served = tmp_path / "model.xml"
+
+    def save(model: openvino.Model) -> None:
+        openvino.save_model(model, tmp_path / "new.xml", compress_to_fp16=False)
+        (tmp_path / "new.bin").replace(served.with_suffix(".bin"))
+        (tmp_path / "new.xml").replace(served)
+
+    save(group_norm())
+    model = Compilations(served, PROPERTIES)
+    reading, may_read = threading.Event(), threading.Event()
+
+    def read_again() -> None:
+        reading.set()
+        may_read.wait()
+        model.read_again()
+
+    before = model.find({"x": image(2)}).infer({"x": image(2)}, ["y"])["y"].copy()
+    follower = WeightsFollower(served, version(served), read_again)
+    assert served_file(served).read_text() == version(served)
+    save(group_norm(silu=False))
+    reading.wait(60)
+    assert served_file(served).read_text() != version(served)
+    np.testing.assert_array_equal(model.find({"x": image(2)}).infer({"x": image(2)}, ["y"])["y"], before)
+    may_read.set()
+    ends = time.monotonic() + 60
+    while served_file(served).read_text() != version(served):
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    seen = model.find({"x": image(2)}).infer({"x": image(2)}, ["y"])["y"]
+    np.testing.assert_allclose(seen, run(group_norm(silu=False), image(2)), atol=1e-5)
+    follower.close()
 
 
 def test_a_large_model_is_compiled_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,8 +53,8 @@ FULL = GenerationRequest(
     prompt_weighting="a1111",
     clip_skip=2,
     seed=7,
-    lora="ink",
-    lora_scale=0.5,
+    lora=("ink", "clay"),
+    lora_scale=(0.5, -1.0),
 )
 
 
@@ -110,7 +110,7 @@ class TestDescribe:
             min_size=32,
             max_size=512,
             sizes=(),
-            loras=(Lora(name="ink", scale=0.5),),
+            loras=(Lora(name="ink", scale=0.5, is_merged=True),),
             default_num_inference_steps=20,
             default_guidance_scale=5.5,
             max_prompt_tokens=75,
@@ -404,7 +404,12 @@ class TestGenerate:
 
 def sent_of(generation: GenerationRequest) -> dict[str, Any]:
     """What must travel: every field that holds something and that the sampler takes."""
-    return {name: value for name, value in vars(generation).items() if value is not None and name in INPUT_TYPES}
+    given = {name: value for name, value in vars(generation).items() if name in INPUT_TYPES}
+    return {
+        name: value
+        for name, value in given.items()
+        if value is not None and not (isinstance(value, tuple) and value == ())
+    }
 
 
 CODE = grpc.StatusCode

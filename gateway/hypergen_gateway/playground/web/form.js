@@ -15,7 +15,7 @@ const RANGES = {
   guidance_rescale: asItIs,
   strength: asItIs,
 };
-const TEXTS = ["prompt", "negative_prompt", "n", "scheduler", "sigmas", "timestep_spacing", "prompt_weighting", "clip_skip", "seed", ...Object.keys(RANGES)];
+const TEXTS = ["prompt", "negative_prompt", "n", "loras", "scheduler", "sigmas", "timestep_spacing", "prompt_weighting", "clip_skip", "seed", ...Object.keys(RANGES)];
 const RATIOS = [[1, 1, "square"], [4, 3, "landscape"], [3, 4, "portrait"], [3, 2, "landscape"], [2, 3, "portrait"], [16, 9, "wide"], [9, 16, "tall"]];
 const SUGGESTIONS_SHOWN = 4;
 
@@ -60,6 +60,7 @@ export class Form {
       guidance_start: "0",
       guidance_end: "1",
       cache_interval: "1",
+      loras: "",
       scheduler: "",
       sigmas: "",
       timestep_spacing: "",
@@ -112,6 +113,9 @@ export class Form {
     byId("guidance_rescale").closest("[data-param]").hidden = !model.negative_prompt;
     Object.assign(byId("cache_interval"), { max: model.max_cache_interval });
     byId("cache-field").hidden = model.max_cache_interval === 1;
+    byId("loras-field").hidden = model.loras.length === 0;
+    byId("loras").placeholder = model.loras.slice(0, 2).map(({ name, default_scale: scale }) => `${name} ${scale}`).join(", ");
+    byId("loras-hint").textContent = `There are ${model.loras.map(({ name }) => name).join(", ")}. The number after a name is its scale.`;
     byId("n").replaceChildren(...range(1, model.max_num_images).map((count) => new Option(count, count)));
     byId("scheduler").replaceChildren(new Option("model’s own", ""), ...model.schedulers.map((name) => new Option(name, name)));
     byId("text-fields").hidden = model.prompt_weightings.length === 1;

@@ -55,7 +55,19 @@ export function seedOf(request, index) {
 }
 
 function asJson(name, text) {
+  if (name === "loras") return lorasAsJson(text);
   return NUMBERS.has(name) && JSON_NUMBER.test(text) ? text : JSON.stringify(text);
+}
+
+/** `ink 0.8, clay` as the field's objects. */
+function lorasAsJson(text) {
+  const loras = text.split(",").map((lora) => lora.trim()).filter(Boolean).map((lora) => {
+    const [name, scale] = lora.split(/[\s:=]+/);
+    const parts = [`"name": ${JSON.stringify(name)}`];
+    if (scale) parts.push(`"scale": ${JSON_NUMBER.test(scale) ? scale : JSON.stringify(scale)}`);
+    return `{${parts.join(", ")}}`;
+  });
+  return `[${loras.join(", ")}]`;
 }
 
 // Short enough to be read out; larger ones are legal.

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from hypergen_sampler.prompt_weights import Weights, WeightsOverflowError
-from hypergen_sampler.prompts import ATTENTION_MASK, Tokens
+from hypergen_sampler.prompts import ATTENTION_MASK, EncoderInputs, Tokens
 from hypergen_sampler.references import REFERENCES, reference_tokens
 from hypergen_sampler.request import Architecture, InvalidInputError, Request
 
@@ -31,6 +31,7 @@ TEXT_MASK = "text_mask"
 # Of inpainting models: the mask and the latents of the image without what is repainted [1 + C, h, w]. Its posterior is
 # sampled, so it differs between the images of a request.
 MASKED_IMAGE = "masked_image"
+LORA_SCALES = "lora_scales"
 
 
 def texts_of(request: Request, architecture: Architecture) -> list[str]:
@@ -129,10 +130,23 @@ def _guidance(request: Request, architecture: Architecture) -> Array:
     return architecture.guidance_embedding([1000 * request.guidance_scale]).reshape(-1)
 
 
+def _lora_scales(request: Request, _: Architecture) -> Array:
+    return np.array(request.loras.scales, dtype=np.float32)
+
+
+def with_lora_scales(inputs: EncoderInputs, request: Request) -> EncoderInputs:
+    """A text encoder's inputs [B, …] with the scales [B, R] of the request's LoRAs, if there is a rank pool."""
+    if not request.loras.scales:
+        return inputs
+    rows = len(next(iter(inputs.values())))
+    return {**inputs, LORA_SCALES: np.tile(np.array(request.loras.scales, dtype=np.float32), (rows, 1))}
+
+
 _MADE: Mapping[str, Callable[[Request, Architecture], Array]] = {
     "size_embeds": _size_embeds,
     "timestep_cond": _consistency_guidance,
     "guidance": _guidance,
+    LORA_SCALES: _lora_scales,
 }
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from hypergen_sampler.prompt_chunks import COMMA, split, split_at_sentences
 from hypergen_sampler.prompt_weights import COMPEL, NONE, AwayFromEmpty, Fragment, MeanRestored, Weights, fragments_of
 from hypergen_sampler.request import InvalidInputError, TextInput
 
-EncoderInputs = Mapping[str, npt.NDArray[np.int32]]
+EncoderInputs = Mapping[str, npt.NDArray[Any]]
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hypergen_sampler.guidance import GUIDANCE
-from hypergen_sampler.lora import BASE, LoraVariant, read_variants
+from hypergen_sampler.lora import NO_LORAS, LoraSelection, ServedLora, pool_scales, read_loras
 from hypergen_sampler.sinusoids import Sinusoid
 
 Pixels = npt.NDArray[np.uint8]
@@ -22,6 +22,8 @@ MAX_SEED = 2**63 - 1
 MAX_PARTIAL_IMAGES = 3
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 SIGMAS = ("default", "karras", "exponential", "beta")
+MAX_LORAS = 32
+MAX_LORA_SCALE = 10.0
 
 
 class InvalidInputError(ValueError):
@@ -75,8 +77,10 @@ class Limits:
     default_clip_skip: int
     max_clip_skip: int
     """0 if the text encoders have no such input."""
-    loras: tuple[LoraVariant, ...]
-    """The variants that a request may select; the first scale of a LoRA is its default."""
+    loras: tuple[ServedLora, ...]
+    """The LoRAs that a request may select; the first scale of a merged one is its default."""
+    lora_rank: int
+    """Columns of the rank pool; 0 if there is none."""
 
     @classmethod
     def from_model_config(cls, model_config: str) -> Limits:
@@ -217,7 +221,7 @@ def _parameters(cls: type, model_config: str) -> dict[str, Any]:
         "float": float,
         "str": str,
         "tuple[str, ...]": _names,
-        "tuple[LoraVariant, ...]": read_variants,
+        "tuple[ServedLora, ...]": read_loras,
         "tuple[TextInput, ...]": _text_inputs,
     }
     try:
@@ -281,8 +285,7 @@ class Request:
     """The syntax of weights in both prompts."""
     clip_skip: int = 0
     """So many of CLIP's last layers are left out, as diffusers counts them."""
-    variant: LoraVariant = BASE
-    """The unmodified checkpoint, or one of `Limits.loras`."""
+    loras: LoraSelection = NO_LORAS
 
 
 def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
@@ -326,7 +329,7 @@ def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
         guidance_rescale=_within("guidance_rescale", given.get("guidance_rescale", 0.0), 0.0, 1.0),
         prompt_weighting=_one_of("prompt_weighting", given.get("prompt_weighting", "none"), limits.prompt_weightings),
         clip_skip=_within("clip_skip", given.get("clip_skip", limits.default_clip_skip), 0, limits.max_clip_skip),
-        variant=_variant(given, limits),
+        loras=_loras(given, limits),
     )
 
 
@@ -402,24 +405,40 @@ def _strength(given: Mapping[str, Any], steps: int) -> float:
     return strength
 
 
-def _variant(given: Mapping[str, Any], limits: Limits) -> LoraVariant:
-    """The requested LoRA, at its default scale if none is given; a scale of 0 is the unmodified checkpoint."""
-    if "lora" not in given:
-        if "lora_scale" in given:
-            raise InvalidInputError("lora_scale", "needs a lora")
-        return BASE
-    known = {lora.scale: lora for lora in limits.loras if lora.name == given["lora"]}
+def _loras(given: Mapping[str, Any], limits: Limits) -> LoraSelection:
+    """The requested LoRAs, at their default scales if none are given; at a scale of 0 a LoRA changes nothing."""
+    names = given.get("lora", [])
+    if len(names) > MAX_LORAS:
+        raise InvalidInputError("lora", f"must be at most {MAX_LORAS}, not {len(names)}")
+    scales = given.get("lora_scale", [None] * len(names))
+    if len(scales) != len(names):
+        problem = f"must have a value for each LoRA, not {len(scales)} for {len(names)}" if names else "needs a lora"
+        raise InvalidInputError("lora_scale", problem)
+    chosen = [_lora(name, scale, limits) for name, scale in zip(names, scales, strict=True)]
+    merged = [lora for lora, scale in chosen if scale and not lora.columns]
+    if len(merged) > 1:
+        together = " and ".join(lora.name[:64] for lora in merged)
+        raise InvalidInputError("lora", f"must not combine {together}: each is merged into the weights by itself")
+    pooled = [(lora, scale) for lora, scale in chosen if lora.columns]
+    return LoraSelection(scales=pool_scales(limits.lora_rank, pooled), models=merged[0].models if merged else {})
+
+
+def _lora(name: str, scale: float | None, limits: Limits) -> tuple[ServedLora, float]:
+    """The LoRA of a name, and its scale."""
+    known = [lora for lora in limits.loras if lora.name == name]
     if not known:
         names = ", ".join(dict.fromkeys(lora.name for lora in limits.loras))
         legal = f"one of {names}" if names else "absent, as this model has none"
-        raise InvalidInputError("lora", f"must be {legal}, not {given['lora'][:64]!r}")
-    known[0.0] = BASE
-    scale = given.get("lora_scale", next(iter(known)))
-    if scale not in known:
-        raise InvalidInputError(
-            "lora_scale", f"must be {', '.join(f'{one:g}' for one in sorted(known))}, not {scale:g}"
-        )
-    return known[scale]
+        raise InvalidInputError("lora", f"must be {legal}, not {name[:64]!r}")
+    if scale is None:
+        return known[0], known[0].scale
+    if known[0].columns:
+        return known[0], _within("lora_scale", scale, -MAX_LORA_SCALE, MAX_LORA_SCALE)
+    found = next((lora for lora in known if scale in (lora.scale, 0)), None)
+    if found is None:
+        legal = ", ".join(f"{one:g}" for one in sorted({0.0, *(lora.scale for lora in known)}))
+        raise InvalidInputError("lora_scale", f"must be {legal}, not {scale:g}")
+    return found, scale
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:

@@ -62,7 +62,7 @@ class Trajectory:
         self._denoiser = architecture.denoiser
         self._max_reference_rows = architecture.max_reference_rows
         self._guidance = GUIDANCE[architecture.guidance]
-        self._variant = request.variant
+        self._loras = request.loras
         self._cache_interval = request.cache_interval
         self._deep_features: Array | None = None
         self._guidance_scale, self._guidance_rescale = request.guidance_scale, request.guidance_rescale
@@ -92,7 +92,7 @@ class Trajectory:
     @property
     def model(self) -> str:
         """The model that takes the next step."""
-        return self._variant.model(self._denoiser if self._reused is None else f"{self._denoiser}_shallow")
+        return self._loras.model(self._denoiser if self._reused is None else f"{self._denoiser}_shallow")
 
     @property
     def _reused(self) -> Array | None:

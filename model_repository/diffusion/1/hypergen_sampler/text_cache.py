@@ -46,6 +46,10 @@ class TextCache:
             self._make_room()
         return {name: np.stack([texts[key][name] for key in keys]) for name in outputs}
 
+    def clear(self) -> None:
+        """Forget all texts, since the text encoders have changed."""
+        self._held.clear()
+
     def _make_room(self) -> None:
         while sum(array.nbytes for rows in self._held.values() for array in rows.values()) > self._max_bytes:
             self._held.popitem(last=False)

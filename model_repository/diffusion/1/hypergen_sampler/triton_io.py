@@ -14,6 +14,7 @@ from hypergen_sampler.request import InvalidInputError, NonFiniteLatentsError, P
 from hypergen_sampler.stepping import ClientGoneError
 
 TEXTS = ("prompt", "negative_prompt", "scheduler", "timestep_spacing", "sigmas", "prompt_weighting", "lora")
+LISTS = ("lora", "lora_scale")
 ARRAYS = ("image", "mask", "references", "reference_sizes")
 
 
@@ -47,9 +48,14 @@ def read_inputs(request: pb_utils.InferenceRequest) -> dict[str, Any]:
 def _value(name: str, array: npt.NDArray[Any]) -> Any:
     if name in ARRAYS:
         return array
+    if name in LISTS:
+        return [_single(name, value) for value in array.reshape(-1)]
     if array.size != 1:
         raise InvalidInputError(name, f"must hold one value, not {array.size}")
-    value = array.reshape(-1)[0]
+    return _single(name, array.reshape(-1)[0])
+
+
+def _single(name: str, value: Any) -> Any:
     if name in TEXTS:
         return _text(name, value)
     # 0.7 is sent as the float32 0.699999988. The client meant the shortest decimal that rounds to this float32.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,15 @@ Array = npt.NDArray[Any]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
+@dataclass(frozen=True)
+class _Compiled:
+    """A model with its weights, compiled for any shape and, by rows, for exact shapes."""
+
+    model: Any
+    any: Compilation
+    exact: dict[int, Future[Compilation]] = field(default_factory=dict)
+
+
 class Compilations:
     """A model's compilations: one for any shape and, if the model is small, one for each of its exact shapes.
 
@@ -42,39 +52,49 @@ class Compilations:
     def __init__(self, file: Path, properties: Mapping[str, Any]) -> None:
         self._core = openvino.Core()
         self._properties = {**properties, "CPU_RUNTIME_CACHE_CAPACITY": str(KEPT_KERNELS)}
-        # Read once, as compilations of its clones share its weights, except those repacked for kernels.
-        self._model = read_model(self._core, file)
-        self._any = Compilation(self._compile(self._model))
+        self._file = file
+        self._compiled = self._read()
         self._choice = ExactShapes()
-        self._exact: dict[int, Future[Compilation]] = {}
         self._is_small = is_small(file)
         self._compiler = ThreadPoolExecutor(1, "compiler")
 
     def find(self, batch: Mapping[str, Array]) -> Compilation:
         """The fastest available compilation for arrays of these shapes, whose first axis is the rows."""
         shapes = {name: array.shape for name, array in batch.items()}
+        compiled, is_first = self._compiled, not self._choice.is_chosen
         if not (self._is_small and self._choice.includes(shapes)):
-            return self._any
+            return compiled.any
         rows = _rows(shapes)
-        if rows not in self._exact:
-            self._exact[rows] = self._compiler.submit(self._compile_exact, shapes)
-            if len(self._exact) == 1:
-                return self._exact[rows].result()
-        return self._exact[rows].result() if self._exact[rows].done() else self._any
+        if rows not in compiled.exact:
+            compiled.exact[rows] = self._compiler.submit(self._compile_exact, compiled, shapes)
+        exact = compiled.exact[rows]
+        return exact.result() if is_first or exact.done() else compiled.any
+
+    def read_again(self) -> None:
+        """Compile the model with the weights that its files hold now; until that is done, calls use the earlier ones.
+
+        Exact compilations follow when they are needed. Raises RuntimeError.
+        """
+        self._compiled = self._read()
 
     def close(self) -> None:
         """Stop compiling in the background."""
         self._compiler.shutdown(cancel_futures=True)
 
-    def _compile_exact(self, shapes: Shapes) -> Compilation:
+    def _read(self) -> _Compiled:
+        # Read once, as compilations of its clones share its weights, except those repacked for kernels.
+        model = read_model(self._core, self._file)
+        return _Compiled(model, Compilation(self._compile(model)))
+
+    def _compile_exact(self, compiled: _Compiled, shapes: Shapes) -> Compilation:
         """Compile for these shapes; returns the general compilation if that fails, for example for lack of memory."""
         try:
-            model = self._model.clone()
+            model = compiled.model.clone()
             model.reshape(dict(shapes))
             return ExactCompilation(self._compile(model), shapes)
         except RuntimeError:
             logger.exception("Not compiled for %s; the compilation for any shape serves them, too", shapes)
-            return self._any
+            return compiled.any
 
     def _compile(self, model: Any) -> Any:
         return self._core.compile_model(model, "CPU", self._properties).create_infer_request()
@@ -114,6 +134,11 @@ class ExactShapes:
 
     def __init__(self) -> None:
         self._usual: Shapes | None = None
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether the usual size is known."""
+        return self._usual is not None
 
     def includes(self, shapes: Shapes) -> bool:
         """Whether `shapes` get one. The first call sets the usual size."""

@@ -1,8 +1,9 @@
 """The Python-based Triton backend `openvino`, which runs the `model.onnx` of a model's version folder on the CPU.
 
 Replaces the native OpenVINO backend of NVIDIA's container, which the PyPI wheel lacks. Both read the same layout and
-parameters, so one repository runs on either: PERFORMANCE_HINT, NUM_STREAMS, INFERENCE_NUM_THREADS, HINT_BF16. Not
-specific to diffusion. Runs inside Triton's Python stub, in the environment that the gateway is installed in.
+parameters, so one repository runs on either: PERFORMANCE_HINT, NUM_STREAMS, INFERENCE_NUM_THREADS, HINT_BF16.
+FOLLOWED_WEIGHTS is ours: a file beside the model that may be replaced while it is served. Not specific to diffusion.
+Runs inside Triton's Python stub, in the environment that the gateway is installed in.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
 from hypergen_gateway.embedded.backends.openvino.compilations import Compilations
+from hypergen_gateway.embedded.backends.openvino.following import WeightsFollower, version
 
 PASSED_ON = ("PERFORMANCE_HINT", "NUM_STREAMS", "INFERENCE_NUM_THREADS")
 Array = npt.NDArray[Any]
@@ -33,12 +35,16 @@ class TritonPythonModel:
         """Compile the model. An error here keeps the model from becoming ready."""
         config = json.loads(args["model_config"])
         file = Path(args["model_repository"], args["model_version"], config["default_model_filename"] or "model.onnx")
+        followed = config["parameters"].get("FOLLOWED_WEIGHTS")
+        weights = file.with_name(followed["string_value"]) if followed else None
+        served = version(weights) if weights else ""
         try:
             self._compilations = Compilations(file, _properties(config["parameters"]))
         except RuntimeError as error:
             # The lines before the last one are locations in OpenVINO's source.
             reason = str(error).strip().rpartition("\n")[2]
             raise RuntimeError(f"{file} cannot be loaded by OpenVINO: {reason}") from None
+        self._follower = None if weights is None else WeightsFollower(weights, served, self._compilations.read_again)
         self._inputs = [entry["name"] for entry in config["input"]]
         self._outputs = [entry["name"] for entry in config["output"]]
 
@@ -55,6 +61,8 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Release the model's resources when Triton unloads it."""
+        if self._follower is not None:
+            self._follower.close()
         self._compilations.close()
 
     def _infer(self, parts: dict[str, list[Array]]) -> dict[str, Array]:
