@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -60,9 +60,11 @@ def test_every_component_computes_what_torch_computes(
     triton: Triton, checkpoint: Checkpoint, batch: int, figures: dict[str, str]
 ) -> None:
     width, height = (side // checkpoint.sizes["vae_scale_factor"] for side in SIZE)
-    for component in checkpoint.family.components:
+    for component, tokens in calls_of(checkpoint):
         rows = 1 if component.name.startswith("vae") else batch
-        inputs = example_inputs(component, checkpoint.sizes, batch=rows, height=height, width=width)
+        inputs = example_inputs(
+            component, checkpoint.sizes, batch=rows, height=height, width=width, reference_tokens=tokens
+        )
         module = wrap(component, load_module(checkpoint, component)).to("cuda")
         with torch.no_grad():
             given = {name: tensor.to("cuda") for name, tensor in as_kwargs(component, inputs).items()}
@@ -73,8 +75,17 @@ def test_every_component_computes_what_torch_computes(
         pairs = zip(component.outputs, (tensor.cpu().numpy() for tensor in expected), ours, strict=True)
         worst = max(distance(tensor, theirs, mine) for tensor, theirs, mine in pairs)
         is_image = any(tensor.dtype == BYTE for tensor in component.outputs)
-        figures[f"{component.name}, batch {rows}, against torch in float32"] = f"{worst:.2g} {'of 255' * is_image}"
+        named = component.name + (f" with {tokens} reference tokens" if tokens else "")
+        figures[f"{named}, batch {rows}, against torch in float32"] = f"{worst:.2g} {'of 255' * is_image}"
         assert worst <= (LEVELS if is_image else ROUNDING), component.name
+
+
+def calls_of(checkpoint: Checkpoint) -> Iterator[tuple[Component, int]]:
+    """Each component with the reference tokens to call it with: a denoiser that takes some also without any."""
+    for component in checkpoint.family.components:
+        yield component, 0
+        if any("reference_tokens" in tensor.axes for tensor in component.inputs):
+            yield component, 1024
 
 
 def infer(triton: Triton, component: Component, inputs: list[Any]) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hypergen_gateway.api.client_request import to_generation_request
@@ -114,3 +115,13 @@ def test_guidance_inside_the_unet_adds_no_row() -> None:
     model = replace(MODEL, guidance="embedded")
     generation = to_generation_request(ImageRequest(prompt="a fox", guidance_scale=8.0), model)
     assert load_of(generation, model) == 1.0
+
+
+def test_a_step_works_on_references_as_on_the_image_and_on_a_masked_image_twice() -> None:
+    model = replace(MODEL, max_references=4)
+    generation = to_generation_request(ImageRequest(prompt="a fox", guidance_scale=1.0), model)
+    sizes = np.array([[48, 64], [96, 64]], dtype=np.int32)
+    assert load_of(replace(generation, reference_sizes=sizes), model) == 1.0 + 1.0 + 2.0
+    masked = replace(generation, mask=np.zeros((48, 64), dtype=np.uint8))
+    assert load_of(masked, model) == 1.0 + 1.0
+    assert load_of(masked, MODEL) == 1.0
