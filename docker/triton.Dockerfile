@@ -10,9 +10,12 @@ FROM ${TRITON_IMAGE}
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 COPY docker/constraints.txt /opt/hypergen/
 # In a separate folder, since pip cannot replace Debian's packages. numpy is listed because this folder is searched first
-# and the image has numpy below 2.
+# and the image has numpy below 2. Searched by a .pth file, since some releases of Triton's Python stub ignore PYTHONPATH.
 RUN pip install --no-cache-dir --target /opt/hypergen/packages --constraint /opt/hypergen/constraints.txt \
         --extra-index-url "${TORCH_INDEX}" diffusers numpy tokenizers torch \
+    && site=$(python3 -c 'import site; print(site.getsitepackages()[0])') \
+    && install --directory "${site}" \
+    && echo 'import sys; sys.path.insert(0, "/opt/hypergen/packages")' >"${site}/hypergen.pth" \
     && install --directory --owner=1000 --group=0 --mode=775 /models
 COPY --chmod=755 docker/triton/check_plans.py docker/triton/drain.py /opt/hypergen/
 # The sampler needs one torch thread; more would only spin while waiting.
