@@ -373,9 +373,15 @@ class ExportTask:
 
     @property
     def outdated(self) -> list[Component]:
-        """Components to convert. LoRA variants are first, since a LoRA that does not fit fails only when merged."""
-        missing = (component for component in self.components if component.name not in self.sources)
-        return sorted(missing, key=lambda component: component.lora is None)
+        """Components to convert. Those that LoRAs change are first, since only then it shows if a LoRA does not fit."""
+        missing = [component for component in self.components if component.name not in self.sources]
+        changed = {module for placement in self.placements for module in placement.lora.modules}
+
+        def last(component: Component) -> tuple[bool, bool, bool]:
+            is_changed = component.module in changed
+            return component.lora is None, not is_changed, not (is_changed and component.is_denoiser)
+
+        return sorted(missing, key=last)
 
     def recorded(self, component: Component) -> Mapping[str, Any]:
         """A reused component's entry in the record of the export that it comes from."""
