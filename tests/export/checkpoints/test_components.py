@@ -89,6 +89,14 @@ def test_xls_vae_and_t5_alone_are_known_to_overflow_in_float16() -> None:
     }
 
 
+def test_what_takes_most_memory_in_a_transformer_family_is_computed_as_typed_and_compared_in_parts() -> None:
+    """Else an export in bfloat16 for OpenVINO would write its weights in float32."""
+    families = [family for family in FAMILIES if family.denoiser.module == "transformer"]
+    large = [each for family in families for each in family.components if each.module != "vae"]
+    rest = {each.wrapper for each in large if not (each.is_typed and each.kept_layers)}
+    assert rest == {"clip_pooled"}  # a quarter of a gigabyte
+
+
 def test_example_prompts_end_at_another_place_each() -> None:
     (text_encoder, *_) = STABLE_DIFFUSION
     ids, mask, skipped = example_inputs(text_encoder, SIZES, batch=4, height=8, width=8)

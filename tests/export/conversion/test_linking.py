@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -171,6 +171,28 @@ def test_of_a_large_unet_the_outer_levels_are_compared(
     assert parity.difference < 1e-5
     assert 0 < compared[0] < len(external(path))
     assert sorted(file.name for file in path.parent.iterdir()) == sorted(["model.onnx", WEIGHTS["unet"]])
+
+
+@pytest.mark.parametrize(("family", "encoder"), [("flux1-dev", "T5"), ("stable-diffusion-3", "CLIP-G")])
+def test_of_a_large_text_encoder_two_layers_are_compared(
+    family: str, encoder: str, checkpoint_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(str(checkpoint_of(family)))
+    (component,) = (each for each in checkpoint.family.components if each.name == "text_encoder_2")
+    monkeypatch.setattr(conversion, "_LARGE_BYTES", 0)
+    compared: list[int] = []
+
+    def count(component: Component, expected: Any, sizes: Any, path: Path, dtype: str) -> Parity:
+        compared.append(len(list(ir.load(path).graph)))
+        return compare_outputs(component, expected, sizes, path, dtype)
+
+    monkeypatch.setattr(conversion, "compare_outputs", count)
+    path, parity = write(checkpoint, component, tmp_path / "linked", "bfloat16")
+    print(f"{encoder}: {parity.difference:.2g} from torch in float32")
+    assert compared[0] < 0.8 * len(list(ir.load(path).graph)), "two of three layers"
+    types = {tensor.dtype.name for _, tensor in initializers(path) if tensor.size > 4096}
+    assert "BFLOAT16" in types
+    assert "FLOAT" not in types
 
 
 def test_a_place_that_is_not_the_tensors_is_an_error(wide: Checkpoint, tmp_path: Path) -> None:

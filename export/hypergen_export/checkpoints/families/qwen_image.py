@@ -35,6 +35,7 @@ _QWEN2_5_VL = Component(
     outputs=(MASKED_HIDDEN_STATES,),
     tolerance=TOLERANCE,
     unused=("visual.", "lm_head."),
+    is_typed=True,
     kept_layers={"language_model.layers": (0, 1), "visual.blocks": (0,)},
 )
 # Its convolutions are cut to the last slice, which the wrapper computes.

@@ -27,6 +27,8 @@ def _clip(name: str, suffix: str) -> Component:
             Tensor(name="text_embeds", dtype=FLOAT, axes=(f"projection_width{suffix}",)),
         ),
         tolerance=TOLERANCE,
+        is_typed=True,
+        kept_layers={"encoder.layers": (0, -1)},
     )
 
 

@@ -88,5 +88,6 @@ def transformer(loader: str, *conditions: Tensor, wrapper: str) -> Component:
         inputs=(SAMPLE, TIME, *conditions),
         outputs=(MODEL_OUTPUT,),
         tolerance=TOLERANCE,
+        is_typed=True,
         kept_layers=_KEPT_LAYERS,
     )

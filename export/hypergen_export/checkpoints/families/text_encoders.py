@@ -29,6 +29,7 @@ def qwen3(tokens: str, wrapper: str, layers: int = _MOST_LAYERS) -> Component:
         outputs=(Tensor(name="encoder_hidden_states", dtype=FLOAT, axes=(tokens, "context_width")),),
         tolerance=TOLERANCE,
         unused=("lm_head.", *(f"layers.{number}." for number in range(layers, _MOST_LAYERS))),
+        is_typed=True,
         kept_layers={"layers": (0, 1, 2, 3)},  # so many that FLUX.2's indices, modulo their number, are three layers
     )
 
@@ -64,4 +65,6 @@ def t5(name: str, tokens: str, example: str) -> Component:
         tolerance=TOLERANCE,
         # transformers clamps its activations in float16, and diffusers' documentation advises float32 for it.
         overflows_float16=True,
+        is_typed=True,
+        kept_layers={"block": (0, -1)},
     )
