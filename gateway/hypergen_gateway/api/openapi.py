@@ -348,7 +348,8 @@ def _limit(request: type[BaseModel], properties: JsonObject, model: ModelDescrip
             if limit.lower:
                 bounds["minimum"] = getattr(model, limit.lower)
     properties["size"]["examples"] = list(model.sizes) or [f"{model.default_width}x{model.default_height}"]
-    properties["scheduler"]["anyOf"][0]["enum"] = list(model.schedulers)
+    for name, values in {"scheduler": model.schedulers, "prompt_weighting": model.prompt_weightings}.items():
+        properties[name]["anyOf"][0]["enum"] = list(values)
     for name in ("num_inference_steps", "guidance_scale"):
         properties[name]["description"] += f" The model's own: {getattr(model, f'default_{name}'):g}."
 

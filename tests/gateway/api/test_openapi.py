@@ -71,6 +71,7 @@ async def test_it_is_there_without_a_model_and_tells_a_model_s_limits_when_there
     backend.description = replace(MODEL, max_num_images=4, sizes=("512x512",))
     fields = (await client.get("/openapi.json")).json()["components"]["schemas"]["ImageRequest"]["properties"]
     assert fields["scheduler"]["anyOf"][0]["enum"] == ["ddim", "euler", "euler_a"]
+    assert fields["prompt_weighting"]["anyOf"][0]["enum"] == ["none"]
     assert fields["n"]["anyOf"][0]["maximum"] == 4
     assert fields["size"]["examples"] == ["512x512"]
     assert "The model's own: 20." in fields["num_inference_steps"]["description"]
