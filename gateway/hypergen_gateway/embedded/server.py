@@ -42,6 +42,7 @@ HARMLESS = (
     "Unable to allocate pinned system memory",
     "failed to allocate pinned system memory",
     "HandleCancellation called even when the context was not cancelled",
+    "encountered epoll_wait error: Bad file descriptor",  # gRPC's, while Triton forks a model's process
 )
 # Environment variables that Triton and its models must not see.
 SECRETS = frozenset(

@@ -31,6 +31,11 @@ class TritonPythonModel:
         ('W1123 11:55:42.123456 42 server.cc:1] "careful"', logging.WARNING),
         ('E1123 11:55:42.123456 42 server.cc:1] "failed to load"', logging.ERROR),
         ('E1123 11:55:42.123456 42 server.cc:241] "CudaDriverHelper has not been initialized."', logging.DEBUG),
+        (
+            "E1123 11:55:42.123456 42 ev_epoll1_linux.cc:373] (event_engine) Epoll1Poller:0x55 encountered epoll_wait "
+            "error: Bad file descriptor",
+            logging.DEBUG,
+        ),
         ("Every other word of a model", logging.DEBUG),
         ("E", logging.DEBUG),
     ],
