@@ -6,6 +6,8 @@ Expected values are the examples of its `modules/prompt_parser.py` (`parse_promp
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
@@ -73,6 +75,23 @@ def test_without_a_syntax_a_prompt_is_text() -> None:
 def test_thousands_of_brackets_are_parsed(prompt: str) -> None:
     texts = [fragment.text for fragment in fragments_of(prompt, "a1111")]
     assert "".join(texts).count("a") == prompt.count("a")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        (" " * 30_000 + "x", None),
+        ("(a:" + "1" * 30_000, None),
+        ("a" + " " * 20_000 + "BREAK" + "\n" * 9_999 + "b", "ab"),
+    ],
+    ids=["spaces", "digits", "spaces around BREAK"],
+)
+def test_a_long_run_of_one_character_is_parsed_at_once(prompt: str, text: str | None) -> None:
+    """A search that starts again at each character takes half a minute, and holds up every other request."""
+    began = time.process_time()
+    made = "".join(fragment.text for fragment in fragments_of(prompt, "a1111"))
+    assert time.process_time() - began < 5, "it takes milliseconds"
+    assert made == (prompt.removeprefix("(") if text is None else text)
 
 
 def test_a_row_keeps_its_mean_and_unweighted_rows_their_values() -> None:

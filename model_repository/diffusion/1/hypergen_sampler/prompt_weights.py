@@ -23,8 +23,9 @@ Array = npt.NDArray[np.float32]
 
 _STRONGER = 1.1
 _WEAKER = 1 / _STRONGER
-_TOKENS = re.compile(r"\\[()\[\]\\]?|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]:]|[^\\()\[\]:]+")
-_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_TOKENS = re.compile(r"\\[()\[\]\\]?|:\s*(?P<weight>[+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\)|[()\[\]:]|[^\\()\[\]:]+")
+# Without the spaces around it: to look for them at each of thousands of spaces would take seconds.
+_BREAK = re.compile(r"\bBREAK\b")
 
 
 class WeightsOverflowError(ValueError):
@@ -150,8 +151,7 @@ class _Parser:
         elif token[0] == "\\":
             self.parts.append((token[1:], False))
         else:
-            first, *others = _BREAK.split(token)
-            self.parts += [(first, False), *((text, True) for text in others)]
+            self.parts += _split_at_breaks(token)
 
     def _close(self, starts: list[int], factor: float) -> None:
         self.ranges.append((starts.pop(), len(self.parts), factor))
@@ -177,3 +177,11 @@ class _Parser:
                 weights[first:end] *= factor
         made: list[float] = weights.tolist()
         return made
+
+
+def _split_at_breaks(text: str) -> list[tuple[str, bool]]:
+    """The texts between `BREAK`s, without the spaces beside them, and whether each is after one."""
+    texts = _BREAK.split(text)
+    texts[1:] = [each.lstrip() for each in texts[1:]]
+    texts[:-1] = [each.rstrip() for each in texts[:-1]]
+    return [(each, number > 0) for number, each in enumerate(texts)]
