@@ -54,6 +54,11 @@ def test_thousands_of_brackets_are_parsed(prompt: str) -> None:
     assert "".join(text for text, _ in parts_of(prompt)).count("a") == prompt.count("a")
 
 
+def test_a_weight_beyond_floating_point_is_infinite_which_its_use_refuses() -> None:
+    assert parts_of("cat" + "+" * 8000) == [("cat", float("inf"))]
+    assert parts_of("cat" + "-" * 8000) == [("cat", 0.0)]
+
+
 @pytest.mark.parametrize(
     ("text", "lengths"),
     [

@@ -6,6 +6,8 @@ and brackets nest. `\(` is a bracket of the text. What is no syntax is text.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -124,7 +126,9 @@ def _after_space(text: str, position: int) -> int:
 
 def _weight(text: str) -> float:
     if text[0] in "+-" and not text[-1].isdigit() and text[-1] != ".":
-        return float((_UP if text[0] == "+" else _DOWN) ** len(text))
+        with contextlib.suppress(OverflowError):
+            return float((_UP if text[0] == "+" else _DOWN) ** len(text))
+        return math.inf  # which has no finite result
     return float(text)
 
 
