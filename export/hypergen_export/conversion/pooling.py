@@ -207,6 +207,9 @@ def _place(module: str, placement: Placement, layers: Mapping[str, Any], tensors
             down, up = change.factors(layers["shapes"][path])
         except RuntimeError as error:
             raise does_not_fit(module, lora, f"the weights' shapes differ at {path}") from error
+        # An infinite number in a pool would be NaN in images that do not use the LoRA, too: their scale is 0.
+        if not (down.isfinite().all() and up.isfinite().all()):
+            raise BadLoraError(f"{lora.file}: its weights times alpha are not finite at {path}")
         all_down, all_up = _columns(path, tensors, slice(first, first + len(down)))
         if down.dim() == 2:
             all_down[:], all_up[:] = down.T, up.T

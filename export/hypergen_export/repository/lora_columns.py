@@ -35,6 +35,9 @@ def change_columns(repository: Path, request: Mapping[str, Any]) -> list[dict[st
         except BadLoraError as error:
             answers.append({"name": lora.name, "error": str(error).replace(f"{lora.file.parent}/", "")})
             continue
+        except Exception as error:  # a malformed file must not keep the others from being served
+            answers.append({"name": lora.name, "error": f"{lora.file.name}: is malformed ({type(error).__name__})"})
+            continue
         taken.append((first, lora.rank))
         answers.append({"name": lora.name, "first": first, "columns": lora.rank, "changes": sorted(lora.modules)})
     pools.write()
@@ -63,10 +66,12 @@ class _Pools:
         first = _find_gap(lora.rank, self._rank, taken)
         if first is None:
             raise BadLoraError(f"{lora.file}: needs {lora.rank} columns of the rank pool, and too few are free")
+        # An interrupted change may have left weights there.
+        self.clear(first, lora.rank)
         try:
             for pool, tensors in self._tensors.items():
                 pool.place(Placement(lora, first), tensors)
-        except BadLoraError:
+        except Exception:
             self.clear(first, lora.rank)
             raise
         return first

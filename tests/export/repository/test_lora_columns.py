@@ -1,0 +1,88 @@
+"""LoRAs that are put into a rank pool while it is served: a bad file spoils nothing for others."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from hypergen_export.checkpoints.components import LoraPool
+from hypergen_export.conversion.pooling import PoolWeights
+from hypergen_export.repository.lora_columns import change_columns
+
+RANK = 2
+
+
+class Unet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(4, 4)
+        self.two = nn.Linear(4, 4)
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> PoolWeights:
+    """The empty pool of a repository."""
+    folder = tmp_path / "repository" / "unet" / "1"
+    folder.mkdir(parents=True)
+    made = PoolWeights(folder)
+    made.create("unet", Unet(), LoraPool(rank=8, kernels=False), torch.float32)
+    made.fill([])
+    return made
+
+
+def save(file: Path, layer: str = "one", settings: Mapping[str, Any] | None = None) -> Path:
+    """A LoRA of one layer; `settings` are peft's, as diffusers stores them."""
+    weights = {f"unet.{layer}.lora_A.weight": torch.ones(RANK, 4), f"unet.{layer}.lora_B.weight": torch.ones(4, RANK)}
+    stored = {f"unet.{name}": value for name, value in (settings or {}).items()}
+    save_file(weights, file, metadata={"lora_adapter_metadata": json.dumps(stored)})
+    return file
+
+
+def without_shapes(file: Path) -> Path:
+    header = json.dumps({"unet.one.lora_A.weight": {"dtype": "F32", "data_offsets": [0, 4]}}).encode()
+    file.write_bytes(struct.pack("<Q", len(header)) + header + b"1234")
+    return file
+
+
+def add(pool: PoolWeights, *files: Path) -> list[dict[str, Any]]:
+    entries = [{"name": file.stem, "file": str(file)} for file in files]
+    return change_columns(pool.folder.parents[1], {"clear": [], "taken": [], "add": entries})
+
+
+@pytest.mark.parametrize("alpha", [float("inf"), float("nan"), 1e39])
+def test_a_lora_that_is_not_finite_never_reaches_the_pool(alpha: float, pool: PoolWeights, tmp_path: Path) -> None:
+    bad, good = save(tmp_path / "bad.safetensors", settings={"lora_alpha": alpha}), save(tmp_path / "good.safetensors")
+    rejected, added = add(pool, bad, good)
+    assert rejected == {"name": "bad", "error": "bad.safetensors: its weights times alpha are not finite at one"}
+    assert (added["name"], added["first"]) == ("good", 0)
+    assert all(tensor.isfinite().all() for tensor in load_file(pool.file).values())
+
+
+@pytest.mark.parametrize(
+    "settings", [{"lora_alpha": "x"}, {"alpha_pattern": [1]}, {"alpha_pattern": {"(": 1}}, None], ids=str
+)
+def test_a_malformed_file_does_not_keep_others_out(
+    settings: Mapping[str, Any] | None, pool: PoolWeights, tmp_path: Path
+) -> None:
+    file = tmp_path / "bad.safetensors"
+    bad = without_shapes(file) if settings is None else save(file, settings=settings)
+    rejected, added = add(pool, bad, save(tmp_path / "good.safetensors"))
+    assert rejected["error"].startswith("bad.safetensors: is malformed (")
+    assert str(tmp_path) not in rejected["error"]
+    assert added == {"name": "good", "first": 0, "columns": RANK, "changes": ["unet"]}
+
+
+def test_columns_are_empty_but_for_the_lora_that_has_them(pool: PoolWeights, tmp_path: Path) -> None:
+    """The first one was written, but the change was interrupted before it was served."""
+    add(pool, save(tmp_path / "a.safetensors", layer="one"))
+    add(pool, save(tmp_path / "b.safetensors", layer="two"))
+    held = {name for name, tensor in load_file(pool.file).items() if tensor.any()}
+    assert held == {"lora_pool.two.down", "lora_pool.two.up"}
