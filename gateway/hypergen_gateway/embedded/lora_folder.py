@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from hypergen_gateway.embedded.environment import child_environment
+from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.embedded.processes import die_with_parent
 from hypergen_gateway.triton.client import SAMPLER, TritonBackend, to_lora
 
@@ -48,11 +50,22 @@ Version = tuple[int, int]
 
 @contextlib.contextmanager
 def served_copy(repository: Path) -> Iterator[Path]:
-    """A copy of an exported repository, made of hard links beside it, whose files may be replaced."""
+    """A copy of an exported repository, made of hard links beside it, whose files may be replaced.
+
+    Raises:
+        EmbeddedError: there can be no copy beside it.
+    """
+    repository = repository.resolve()  # "." has no name and no parent
     for abandoned in repository.parent.glob(f".{repository.name}.loras-*"):
         with contextlib.suppress(OSError), _locked(abandoned):
             shutil.rmtree(abandoned, ignore_errors=True)
-    copy = Path(tempfile.mkdtemp(prefix=f".{repository.name}.loras-", dir=repository.parent))
+    try:
+        copy = Path(tempfile.mkdtemp(prefix=f".{repository.name}.loras-", dir=repository.parent))
+    except OSError as error:
+        raise EmbeddedError(
+            f"--lora-dir serves a copy of {repository}, made of links beside it, and {repository.parent} cannot be "
+            f"written to ({error.strerror})."
+        ) from error
     try:
         with _locked(copy):
             ignore = shutil.ignore_patterns(_RECORD)
@@ -105,6 +118,8 @@ class _File:
     name: str
     path: Path
     version: Version
+    problem: str = ""
+    """Why it cannot be served, as far as its name and kind say."""
 
 
 class LoraFolder:
@@ -136,21 +151,34 @@ class LoraFolder:
         settled = {name: file for name, file in found.items() if self._seen.get(name) == file}
         self._seen = found
         gone = [name for name, file in self._known.items() if found.get(name) != file]
-        new = [file for name, file in settled.items() if self._known.get(name) != file]
         if gone:
             self._remove(gone)
+        # What was rejected for lack of columns may fit now.
+        again = self._backend.rejected_loras.keys() if self._has_freed_columns() else ()
+        new = [file for name, file in settled.items() if self._known.get(name) != file or name in again]
         if new:
             await self._add(new)
 
     def _scan(self) -> dict[str, _File]:
-        files = {}
+        files: dict[str, _File] = {}
         for path in sorted(self._folder.glob("*.safetensors")):
             with contextlib.suppress(OSError):
                 status = path.stat()
                 name = _OTHER_CHARACTERS.sub("-", path.stem).strip("-")[:64]
-                if name and name not in files:
-                    files[name] = _File(name, path, (status.st_size, status.st_mtime_ns))
+                problem = ""
+                if not stat.S_ISREG(status.st_mode):
+                    problem = "it is not a file"
+                elif not name:
+                    problem = "its name must have a letter from a to z or a digit"
+                elif name in files:
+                    problem = f"its name in requests would be {name}, which {files[name].path.name} has"
+                name = path.name if problem else name
+                files[name] = _File(name, path, (status.st_size, status.st_mtime_ns), problem)
         return files
+
+    def _has_freed_columns(self) -> bool:
+        """Whether columns of removed LoRAs are used no more."""
+        return any(not self._backend.uses(name) for _, _, name in self._busy)
 
     def _remove(self, names: Sequence[str]) -> None:
         """No request may name them from now on; their columns stay as they are while requests use them."""
@@ -166,22 +194,29 @@ class LoraFolder:
 
     async def _add(self, files: Sequence[_File]) -> None:
         free = [(first, count) for first, count, name in self._busy if not self._backend.uses(name)]
-        self._busy = [each for each in self._busy if self._backend.uses(each[2])]
+        busy = [each for each in self._busy if self._backend.uses(each[2])]
         held = {entry["name"] for entry in self._entries}
         taken = [(entry["first"], entry["columns"]) for entry in self._entries if "columns" in entry]
         request = {
             "clear": free,
-            "taken": [*taken, *((first, count) for first, count, _ in self._busy)],
-            "add": [{"name": file.name, "file": str(file.path)} for file in files if file.name not in held],
+            "taken": [*taken, *((first, count) for first, count, _ in busy)],
+            "add": [
+                {"name": file.name, "file": str(file.path)}
+                for file in files
+                if file.name not in held and not file.problem
+            ],
         }
         answers = await self._change_columns(request)
+        self._busy = busy
         await self._wait_for_engines()
         placed = [{**answer, "scale": 1.0} for answer in answers if "error" not in answer]
         rejected = {answer["name"]: answer["error"] for answer in answers if "error" in answer}
         rejected |= {file.name: "another LoRA has this name" for file in files if file.name in held}
+        rejected |= {file.name: file.problem for file in files if file.problem}
         self._known |= {file.name: file for file in files}
         self._placed |= {str(answer["name"]) for answer in placed}
-        self._publish([*self._entries, *placed], {**self._backend.rejected_loras, **rejected})
+        earlier = {name: why for name, why in self._backend.rejected_loras.items() if name not in self._placed}
+        self._publish([*self._entries, *placed], {**earlier, **rejected})
         for name, why in rejected.items():
             logger.warning("LoRA %s: %s", name, why)
         if placed:
