@@ -69,3 +69,20 @@ def test_what_was_not_asked_for_the_longest_makes_room() -> None:
 
 def test_a_cache_too_small_for_one_call_answers_all_the_same() -> None:
     assert states(TextCache(Encoder(), 1), EMPTY, CAT) == [EMPTY, CAT]
+
+
+def test_what_is_encoded_while_the_encoders_change_is_not_kept() -> None:
+    encoder = Encoder()
+    cache = TextCache(encoder, 1000)
+    cat = {"input_ids": np.array([CAT], dtype=np.int32)}
+
+    async def change_meanwhile() -> None:
+        encoding = asyncio.create_task(cache("one", cat, STATES))
+        await asyncio.sleep(0)
+        assert encoder.asked == [("one", [CAT])]
+        cache.clear()
+        await encoding
+
+    asyncio.run(change_meanwhile())
+    assert states(cache, CAT) == [CAT]
+    assert len(encoder.asked) == 2

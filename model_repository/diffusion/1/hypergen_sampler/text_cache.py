@@ -31,24 +31,25 @@ class TextCache:
 
         Every call for the same encoder must name the same inputs and outputs.
         """
+        held = self._held  # what is encoded now is not for the cache after `clear`
         keys = [(encoder, *(row.tobytes() for row in rows)) for rows in zip(*inputs.values(), strict=True)]
         # Referenced here, too, as concurrent calls may evict them while new texts are encoded.
-        texts = {key: self._held[key] for key in keys if key in self._held}
+        texts = {key: held[key] for key in keys if key in held}
         new = list(dict.fromkeys(key for key in keys if key not in texts))
         if new:
             rows = [keys.index(key) for key in new]
             made = await self._encode(encoder, {name: array[rows] for name, array in inputs.items()}, outputs)
             texts |= {key: {name: made[name][row].copy() for name in outputs} for row, key in enumerate(new)}
         for key in keys:
-            self._held[key] = texts[key]
-            self._held.move_to_end(key)
+            held[key] = texts[key]
+            held.move_to_end(key)
         if new:
             self._make_room()
         return {name: np.stack([texts[key][name] for key in keys]) for name in outputs}
 
     def clear(self) -> None:
-        """Forget all texts, since the text encoders have changed."""
-        self._held.clear()
+        """Forget all texts, also those that are being encoded, since the text encoders have changed."""
+        self._held = OrderedDict()
 
     def _make_room(self) -> None:
         while sum(array.nbytes for rows in self._held.values() for array in rows.values()) > self._max_bytes:
