@@ -323,6 +323,8 @@ async def test_options_of_a_scheduler_are_those_of_diffusers(
         ({"scheduler": "ddim", "sigmas": "karras"}, "sigmas: must be absent, as the scheduler has no choice"),
         ({"scheduler": "euler", "eta": 0.5}, "eta: must be absent or 0, as the scheduler takes none"),
         ({"scheduler": "euler_a", "sigmas": "exponential"}, "sigmas: must be absent"),
+        ({"scheduler": "lcm", "timestep_spacing": "trailing"}, "timestep_spacing: must be absent"),
+        ({"scheduler": "tcd", "timestep_spacing": "linspace"}, "timestep_spacing: must be absent"),
     ],
 )
 async def test_an_option_that_a_scheduler_lacks_is_refused(

@@ -102,7 +102,9 @@ class Schedulers:
         if not overrides:
             return named
         for key, name in (("timestep_spacing", "timestep_spacing"), (_SIGMAS["karras"], "sigmas")):
-            if key in overrides and key not in named.config:
+            # Distilled models have timesteps of their own: their schedulers have the entry but do not read it.
+            is_unread = key not in named.config or "original_inference_steps" in named.config
+            if key in overrides and is_unread:
                 raise InvalidInputError(
                     name, "must be absent, as the scheduler has no choice of it; euler and dpmpp_2m do"
                 )
