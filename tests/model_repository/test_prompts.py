@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 from hypergen_sampler.prompts import PromptTokenizers
 from hypergen_sampler.request import TextInput
@@ -73,3 +73,25 @@ def test_what_reads_most_of_a_prompt_counts_its_tokens(tmp_path: Path) -> None:
     tokens = PromptTokenizers(tmp_path, texts)(["w0 w1 w2 w3 w4"])
     assert [given["input_ids"].shape for given in tokens.inputs] == [(1, 3), (1, 8)]
     assert (tokens.count, tokens.cut) == (5, 0)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "read"),
+    [
+        ("bad , badv2", "bad bad_1 , badv2 badv2_1 badv2_2"),
+        ("BADV2 bad", "badv2 badv2_1 badv2_2 bad bad_1"),
+        ("badv2 w0", "badv2 badv2_1 badv2_2 w0"),
+    ],
+)
+def test_a_concept_whose_name_begins_anothers_leaves_it_whole(prompt: str, read: str, tmp_path: Path) -> None:
+    concepts = ["bad", "bad_1", "badv2", "badv2_1", "badv2_2"]
+    tokenizer = Tokenizer(models.WordLevel({"[pad]": 0, "w0": 1, ",": 2}, unk_token="[pad]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_tokens([AddedToken(token, normalized=True) for token in concepts])
+    tokenizer.enable_truncation(12)
+    tokenizer.enable_padding(length=12, pad_id=0, pad_token="[pad]")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokens = PromptTokenizers(tmp_path, [replace(TEMPLATE, before="", after="")])([prompt])
+    ids = [token for token in tokens.inputs[0]["input_ids"][0].tolist() if token]
+    assert [tokenizer.id_to_token(token) for token in ids] == read.split()

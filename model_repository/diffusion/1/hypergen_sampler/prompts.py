@@ -351,16 +351,17 @@ class _Concepts:
         self._tokenizer.no_padding()
         added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
         self._in_full = {token: _in_full(token, added) for token in added if f"{token}_1" in added}
+        # The longest first and in any case, as CLIP's tokenizers read them: one may be the beginning of another.
+        longest_first = sorted(added, key=len, reverse=True)
+        self._any = re.compile("|".join(map(re.escape, longest_first)), re.IGNORECASE)
 
     def spell_out(self, prompt: str) -> str:
         """The prompt with each concept replaced by all of its tokens."""
         if not self._in_full:
             return prompt
         named = self._in_full.keys() & set(self._tokenizer.encode(prompt, add_special_tokens=False).tokens)
-        for token in sorted(named):
-            # In any case, as CLIP's tokenizers read them.
-            prompt = re.sub(re.escape(token), lambda _, full=self._in_full[token]: full, prompt, flags=re.IGNORECASE)  # type: ignore[misc]
-        return prompt
+        full = {token.casefold(): self._in_full[token] for token in named}
+        return self._any.sub(lambda match: full.get(match[0].casefold(), match[0]), prompt) if full else prompt
 
 
 def _in_full(token: str, added: set[str]) -> str:
