@@ -340,7 +340,9 @@ class ExportTask:
         """Key of the whole repository."""
         stated = {"defaults": self.checkpoint.defaults, "index": self.checkpoint.index}
         settings = self.request.settings | {name: repr(sorted(given.items())) for name, given in stated.items()}
-        settings |= {"sizes": repr(self.sizes)}
+        # Those in a rank pool are in no component's key.
+        loras = [(lora.name, lora.scale, lora.sha256) for lora in self.request.loras]
+        settings |= {"sizes": repr(self.sizes), "loras": repr(loras)}
         sources = [self.checkpoint.folder / SCHEDULER, sampler_folder() / "config.pbtxt", *sampler_sources()]
         return repository_key([*self.keys.values(), *self.tokenizer_keys.values()], settings, sources)
 

@@ -8,8 +8,11 @@ import pytest
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hypergen_export.checkpoints.hashes import ContentHashes
-from hypergen_export.checkpoints.lora import Lora
+from hypergen_export.checkpoints.lora import Lora, read_loras
 from hypergen_export.repository.cache_key import component_key, plan_key, repository_key, tokenizer_key
+from hypergen_export.repository.export import ExportRequest, ExportTask
+from hypergen_export.repository.staging import PreviousExport
+from support.loras import lora_weights, save_by_diffusers
 
 from ..conftest import COMPONENTS, edit_json
 
@@ -116,3 +119,19 @@ def test_a_merged_loras_content_and_scale_are_in_the_key(checkpoint: Checkpoint,
     given = [key("a.safetensors", 1), key("b.safetensors", 1), key("a.safetensors", 0.5)]
     assert len({component_key(checkpoint, COMPONENTS["unet"], ContentHashes()), *given}) == 4
     assert key("c.safetensors", 1) == given[0], "where the file lies is all the same"
+
+
+def test_content_name_and_scale_of_loras_in_the_pool_are_in_the_repositorys_key(
+    checkpoint: Checkpoint, checkpoint_folder: Path, tmp_path: Path
+) -> None:
+    one, other = (
+        save_by_diffusers(tmp_path / str(seed), lora_weights(checkpoint_folder, "unet", seed=seed)) for seed in (1, 2)
+    )
+
+    def task(*texts: str) -> ExportTask:
+        request = ExportRequest(model=str(checkpoint_folder), output=tmp_path / "out", loras=read_loras(texts))
+        return ExportTask(checkpoint, request, PreviousExport(tmp_path / "out", {}), (), None)
+
+    tasks = [task(f"ink={one}"), task(f"ink={other}"), task(f"clay={one}"), task(f"ink={one}:0.5")]
+    assert len({each.key for each in tasks}) == 4
+    assert len({str(each.keys) for each in tasks}) == 1, "no component is converted again"
