@@ -14,6 +14,8 @@ from hypergen_export.repository.single_file import Notify, SingleFileOptions, co
 _VAES = ("AutoencoderKL", "AutoencoderTiny")
 # Entries of a VAE's config that its weights do not say.
 _OWN = ("force_upcast", "scaling_factor", "shift_factor")
+# AutoencoderKL's own, for configs of early diffusers, which leave it out.
+_DEFAULT_SCALE = 0.18215
 _TEXT_PARTS = ("text_encoder", "tokenizer")
 
 
@@ -30,7 +32,7 @@ def vae_replacement(vae: str, own: Mapping[str, Any], options: SingleFileOptions
     kind = config.get("_class_name")
     if kind not in _VAES:
         raise BadOptionError(f"--vae: {vae} is {kind or 'no VAE'}, but only {' and '.join(_VAES)} are supported")
-    scale, expected = config.get("scaling_factor"), own.get("scaling_factor")
+    scale, expected = (each.get("scaling_factor") or _DEFAULT_SCALE for each in (config, own))
     if kind == "AutoencoderKL" and scale != expected:
         notify(f"its VAE is replaced by one with another scaling factor ({scale:g}, not {expected:g})")
     return Replacement(folder=folder, loader=f"diffusers.{kind}")

@@ -205,6 +205,11 @@ def test_a_vae_of_another_scale_is_told_and_one_of_other_channels_refused(file: 
     request = ExportRequest(model=str(folder), output=tmp_path / "out", vae=str(tmp_path / "scaled"))
     open_request(request, told.append)
     assert told == ["its VAE is replaced by one with another scaling factor (0.13025, not 0.18215)"]
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    del config["scaling_factor"]  # as in stabilityai/sd-vae-ft-mse, which diffusers 0.4 saved
+    (tmp_path / "scaled" / "config.json").write_text(json.dumps(config))
+    open_request(request, told.append)
+    assert len(told) == 1, "diffusers' default is the same"
     with pytest.raises(UnsupportedModelError, match="takes 4 channels, its VAE gives 16"):
         open_request(dataclasses.replace(request, vae=str(tmp_path / "wide")), lambda _: None)
     with pytest.raises(BadOptionError, match="is UNet2DConditionModel"):
