@@ -43,7 +43,7 @@ def read_single_file(path: Path) -> SingleFile:
         if reason:
             raise BrokenCheckpointError(f"{path}: the weights cannot be read ({reason})")
         return SingleFile(path=path, tensors=_flatten(_map_pickle(path)), metadata={})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise BrokenCheckpointError(f"{path}: the weights cannot be read ({first_line(error)})") from error
 
 

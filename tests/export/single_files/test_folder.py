@@ -295,3 +295,15 @@ def test_broken_files_are_refused(content: bytes, suffix: str, tmp_path: Path) -
     with pytest.raises((BrokenCheckpointError, NotADiffusersPipelineError), match="broken") as raised:
         convert(tmp_path / f"broken{suffix}", tmp_path)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "entry", [{"shape": [3]}, {"shape": [-1, 7]}, {"shape": "x"}, {"dtype": "F99"}, {"data_offsets": [4, 0]}]
+)
+def test_a_header_that_contradicts_itself_is_refused(entry: dict[str, Any], tmp_path: Path) -> None:
+    tensor = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | entry
+    header = json.dumps({"a.weight": tensor}).encode()
+    (tmp_path / "broken.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(BrokenCheckpointError, match=r"broken\.safetensors: the weights cannot be read") as raised:
+        convert(tmp_path / "broken.safetensors", tmp_path)
+    assert "\n" not in str(raised.value)
