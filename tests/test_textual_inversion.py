@@ -131,6 +131,8 @@ async def test_xls_two_text_encoders_have_their_own_vectors(
         ("sd-1", {"emb_params": torch.full((1, 32), torch.nan)}, "its vectors are not finite"),
         ("sd-1", {"a": noise(1, 32), "b": noise(1, 32)}, "not a textual inversion of a known format"),
         ("sd-1", {"a": torch.ones(2, 3, 32)}, "not a textual inversion of a known format"),
+        ("sd-1", {"emb_params": torch.zeros(0)}, "not a textual inversion of a known format"),
+        ("sd-1", {"string_to_param": noise(1, 32)}, "not a textual inversion of a known format"),
     ],
 )
 def test_a_file_for_another_model_is_one_clear_line(

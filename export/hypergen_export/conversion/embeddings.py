@@ -67,7 +67,8 @@ def _stored_vectors(embedding: Embedding) -> dict[str, Tensor]:
     if set(_OF_MODULE.values()) <= content.keys():
         found = {module: content[key] for module, key in _OF_MODULE.items()}
     elif "string_to_param" in content:  # stable-diffusion-webui's, pickled
-        found = {"text_encoder": next(iter(content["string_to_param"].values()), None)}
+        by_token = content["string_to_param"]
+        found = {"text_encoder": next(iter(by_token.values()), None) if isinstance(by_token, dict) else None}
     elif "emb_params" in content:
         found = {"text_encoder": content["emb_params"]}
     elif len(content) == 1:  # diffusers': the token and its vectors
@@ -78,7 +79,8 @@ def _stored_vectors(embedding: Embedding) -> dict[str, Tensor]:
 
 
 def _checked(embedding: Embedding, vectors: object) -> Tensor:
-    if not isinstance(vectors, Tensor) or vectors.ndim not in (1, 2) or not vectors.is_floating_point():
+    is_table = isinstance(vectors, Tensor) and vectors.ndim in (1, 2) and vectors.numel() > 0
+    if not isinstance(vectors, Tensor) or not is_table or not vectors.is_floating_point():
         raise BadEmbeddingError(f"{embedding.file}: not a textual inversion of a known format")
     rows = vectors.detach().float().reshape(-1, vectors.shape[-1])
     if not rows.isfinite().all():
