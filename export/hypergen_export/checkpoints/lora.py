@@ -158,7 +158,10 @@ class Lora:
             return 1
 
     def _shape(self, weight: str) -> list[int]:
-        shape: list[int] = self._header[weight]["shape"]
+        entry = self._header[weight]
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        if not isinstance(shape, list) or not all(isinstance(side, int) for side in shape):
+            raise BadLoraError(f"{self.file}: not a safetensors file ({weight} has no shape)")
         return shape
 
     def settings(self, module: str) -> Mapping[str, Any]:

@@ -43,7 +43,8 @@ class Change:
             return down.reshape(len(down), *inputs), self.factor * up.reshape(outputs, len(down))
         up, kernel = self.parts["up"], self._kernel()
         # A linear layer may be stored as a 1×1 convolution, and vice versa.
-        if _without_ones((len(up), *kernel.shape[1:])) != _without_ones((outputs, *inputs)):
+        fits = _without_ones((len(up), *kernel.shape[1:])) == _without_ones((outputs, *inputs))
+        if not fits or len(kernel) != up.shape[1]:
             raise RuntimeError("another shape")
         return kernel.reshape(len(kernel), *inputs), self.factor * up.flatten(1)
 

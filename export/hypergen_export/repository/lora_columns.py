@@ -66,7 +66,7 @@ class _Pools:
         first = _find_gap(lora.rank, self._rank, taken)
         if first is None:
             raise BadLoraError(f"{lora.file}: needs {lora.rank} columns of the rank pool, and too few are free")
-        # An interrupted change may have left weights there.
+        # Of a LoRA that was there before or whose change was interrupted, whichever layers this one changes.
         self.clear(first, lora.rank)
         try:
             for pool, tensors in self._tensors.items():

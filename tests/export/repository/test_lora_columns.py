@@ -38,9 +38,10 @@ def pool(tmp_path: Path) -> PoolWeights:
     return made
 
 
-def save(file: Path, layer: str = "one", settings: Mapping[str, Any] | None = None) -> Path:
+def save(file: Path, layer: str = "one", settings: Mapping[str, Any] | None = None, rank_up: int = RANK) -> Path:
     """A LoRA of one layer; `settings` are peft's, as diffusers stores them."""
-    weights = {f"unet.{layer}.lora_A.weight": torch.ones(RANK, 4), f"unet.{layer}.lora_B.weight": torch.ones(4, RANK)}
+    up = torch.ones(4, rank_up)
+    weights = {f"unet.{layer}.lora_A.weight": torch.ones(RANK, 4), f"unet.{layer}.lora_B.weight": up}
     stored = {f"unet.{name}": value for name, value in (settings or {}).items()}
     save_file(weights, file, metadata={"lora_adapter_metadata": json.dumps(stored)})
     return file
@@ -86,3 +87,9 @@ def test_columns_are_empty_but_for_the_lora_that_has_them(pool: PoolWeights, tmp
     add(pool, save(tmp_path / "b.safetensors", layer="two"))
     held = {name for name, tensor in load_file(pool.file).items() if tensor.any()}
     assert held == {"lora_pool.two.down", "lora_pool.two.up"}
+
+
+def test_factors_of_unequal_ranks_are_refused(pool: PoolWeights, tmp_path: Path) -> None:
+    rejected, added = add(pool, save(tmp_path / "bad.safetensors", rank_up=1), save(tmp_path / "good.safetensors"))
+    assert "shapes differ" in rejected["error"]
+    assert added["first"] == 0
