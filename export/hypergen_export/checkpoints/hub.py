@@ -48,7 +48,7 @@ def find_module_snapshot(module: str) -> Path:
         raise MissingDependencyError(f"{module}: the hub needs: pip install 'hypergen-triton[export]'") from error
     try:
         folder = Path(huggingface_hub.snapshot_download(module, local_files_only=True))
-        if (folder / "config.json").is_file() and not _missing_of_module(folder):
+        if not all(map(_missing_of_module, (folder, folder / "vae"))):
             return folder
     except (OSError, ValueError):
         pass  # not cached

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from hypergen_export.checkpoints.checkpoint import open_checkpoint
-from hypergen_export.checkpoints.hub import first_missing_file, required_files
+from hypergen_export.checkpoints.hub import find_module_snapshot, first_missing_file, required_files
 from hypergen_export.errors import UnknownModelError, UnsupportedModelError
 
 from ..conftest import edit_json
@@ -196,6 +196,18 @@ def test_a_complete_snapshot_is_used_without_asking_the_hub(
     hub = hub_of(checkpoint_copy, None)
     assert open_checkpoint("owner/model").folder == checkpoint_copy
     assert not hub.fetched
+
+
+@pytest.mark.parametrize("part", ["", "vae"], ids=["a module", "a pipeline"])
+def test_a_cached_vae_is_used_without_asking_the_hub(
+    part: str, checkpoint_copy: Path, hub_of: Callable[[Path, Path | None], FakeHub]
+) -> None:
+    here = checkpoint_copy if part else checkpoint_copy / "vae"
+    hub_of(here, None)
+    assert find_module_snapshot("owner/model") == here
+    (here / part / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UnknownModelError, match="the hub cannot provide it"):
+        find_module_snapshot("owner/model")
 
 
 def test_a_snapshot_of_another_pipeline_is_refused_for_what_it_is(
