@@ -223,6 +223,8 @@ def open_request(request: ExportRequest, notify: Callable[[str], None]) -> Check
 def _open_single_file(request: ExportRequest, notify: Callable[[str], None]) -> Checkpoint:
     base = request.text_encoder and find_folder(request.text_encoder)
     if base and (base / "transformer" / "config.json").is_file():
+        if request.single_files.prediction_type:
+            raise BadOptionError("--prediction-type: only for models with a UNet; a transformer's pipeline says it")
         config = read_json(base / "transformer" / "config.json")
         folder = convert_transformer_once(request.model, config, request.single_files, notify)
         transformer = Replacement(folder=folder, loader=f"diffusers.{config['_class_name']}")

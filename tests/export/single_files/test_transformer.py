@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hypergen_export.errors import BrokenCheckpointError, NotADiffusersPipelineError
+from hypergen_export.errors import BadOptionError, BrokenCheckpointError, NotADiffusersPipelineError
 from hypergen_export.repository.export import ExportRequest, open_request
 from hypergen_export.repository.single_file import SingleFileOptions
 from support.single_transformers import NAMES, save_transformer_file
@@ -47,6 +48,14 @@ def test_a_file_becomes_the_transformer_that_it_was_made_of(
         checkpoint.denoiser_config.items() >= {"guidance_embeds": family == "flux1-dev"}.items()
         or family[:5] != "flux1"
     )
+
+
+def test_what_a_transformer_predicts_is_no_option(checkpoint_of: Folder, tmp_path: Path) -> None:
+    folder = checkpoint_of("flux1-dev")
+    request = request_of(save_transformer_file(tmp_path / "a.safetensors", folder, {}, ""), folder, tmp_path)
+    velocity = replace(request, single_files=replace(request.single_files, prediction_type="v_prediction"))
+    with pytest.raises(BadOptionError, match="--prediction-type: only for models with a UNet"):
+        open_request(velocity, lambda _: None)
 
 
 def test_names_of_diffusers_stay(checkpoint_of: Folder, tmp_path: Path) -> None:
