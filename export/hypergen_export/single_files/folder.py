@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from hypergen_export.checkpoints.defaults import few_steps_word
 from hypergen_export.conversion.sources import write_tensors
 from hypergen_export.errors import ExportError, UnsupportedModelError
 from hypergen_export.single_files.clip_vocabulary import write_clip_tokenizer
-from hypergen_export.single_files.kinds import SD_2, Kind, complete_names, kind_of
+from hypergen_export.single_files.kinds import SD_2, VELOCITY, Kind, complete_names, kind_of
 from hypergen_export.single_files.modules import Module, modules_of
 from hypergen_export.single_files.prediction import Prediction, prediction_of
 from hypergen_export.single_files.reading import SingleFile, Tensors, read_single_file
@@ -28,6 +28,8 @@ _WIDER = {
     torch.float64: torch.float32,
 }
 _EMA = "model_ema."
+# Of the images on which Stable Diffusion 2.x learnt to predict velocity, in pixels.
+_SIDE_OF_VELOCITY = 768
 # Tensors beside the modules: the schedule's tables, the trainer's state, and what no pipeline computes with.
 _NOT_OF_A_MODULE = re.compile(
     r"(alphas_cumprod|betas|sqrt_|log_one_minus|posterior_|lvlb_weights|logvar|model_ema\.|denoiser\.|global_step|"
@@ -63,8 +65,10 @@ def _convert(file: SingleFile, folder: Path, prediction_type: str | None, report
     tensors = {complete_names(name): tensor for name, tensor in file.tensors.items()}
     kind = kind_of({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     check_precisions(tensors)
-    modules, left = modules_of(kind, tensors)
     prediction = prediction_of(file, _has_velocity(kind, file), prediction_type)
+    if kind.title == SD_2.title and prediction.type == VELOCITY:
+        kind = replace(kind, side=_SIDE_OF_VELOCITY)
+    modules, left = modules_of(kind, tensors)
     scheduler = _scheduler(kind, prediction, file.path.stem)
     _write_modules(modules, folder, report)
     for encoder in (each for each in kind.text_encoders if (folder / each.module).is_dir()):

@@ -119,6 +119,14 @@ def test_a_file_becomes_the_folder_that_it_was_made_of(
         assert (converted / tokenizer.parent.name / tokenizer.name).read_bytes() == tokenizer.read_bytes()
 
 
+@pytest.mark.parametrize(("kind", "side"), [("sd-2", 768), ("sd-2-base", 512)])
+def test_images_are_by_default_as_large_as_those_of_the_training(
+    kind: str, side: int, file_of: File, tmp_path: Path
+) -> None:
+    converted, _ = convert(file_of(kind), tmp_path, "epsilon" if kind == "sd-2-base" else None)
+    assert json.loads((converted / "unet" / "config.json").read_text())["sample_size"] == side // 8
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_stays(dtype: torch.dtype, folder_of: Folder, tmp_path: Path) -> None:
     file = save_single_file(tmp_path / "half.safetensors", folder_of("sd-1"), "sd-1", dtype)
