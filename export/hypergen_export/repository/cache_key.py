@@ -13,6 +13,7 @@ from hypergen_export.checkpoints.components import Component
 from hypergen_export.checkpoints.defaults import text_padding
 from hypergen_export.checkpoints.family import TextInput
 from hypergen_export.checkpoints.hashes import ContentHashes
+from hypergen_export.checkpoints.lora import Placement
 
 _PACKAGE = Path(__file__).parents[1]
 # Sources, or folders of them, that determine a component's plan, its merged LoRA and its ONNX file. All sources are in
@@ -59,6 +60,11 @@ def weight_files(checkpoint: Checkpoint, module: str) -> list[Path]:
 def plan_key(onnx_key: str, *build_inputs: Any) -> str:
     """Key of a TensorRT plan: its ONNX file, and `build_inputs`, everything else that the build depends on."""
     return _digest(onnx_key, repr(build_inputs), _contents(_sources(_PLAN)))
+
+
+def pool_parts(placements: Iterable[Placement]) -> list[Any]:
+    """Key parts of a plan that holds a rank pool's weights: the LoRAs, and the sources that read and place them."""
+    return [[(each.lora.sha256, each.first) for each in placements], _contents(_sources(_MERGING))]
 
 
 def tokenizer_key(checkpoint: Checkpoint, text: TextInput) -> str:

@@ -42,7 +42,14 @@ from hypergen_export.engines.memory import Model
 from hypergen_export.engines.profiles import Shapes, profiles, reference_rows, shapes_of
 from hypergen_export.engines.tensorrt import Build, Target, build_plan, local_target, onnx_files, write_plan_record
 from hypergen_export.errors import BadLoraError, BadOptionError, BrokenCheckpointError, MissingDependencyError
-from hypergen_export.repository.cache_key import component_key, plan_key, repository_key, tokenizer_key, weight_files
+from hypergen_export.repository.cache_key import (
+    component_key,
+    plan_key,
+    pool_parts,
+    repository_key,
+    tokenizer_key,
+    weight_files,
+)
 from hypergen_export.repository.estimate import table
 from hypergen_export.repository.replacements import text_replacements, vae_replacement
 from hypergen_export.repository.single_file import (
@@ -421,14 +428,9 @@ class ExportTask:
         if self.target is None:
             return component_key(self.checkpoint, component, self.hashes, self.weights_dtype(component))
         key = component_key(self.checkpoint, component, self.hashes)
-        shapes, pooled = profiles(component, self.shapes), self._pooled_parts(component)
+        # A rank pool's weights are inside the plan.
+        shapes, pooled = profiles(component, self.shapes), pool_parts(self.placements) if component.pool else []
         return plan_key(key, self.weights_dtype(component), self.target, shapes, *pooled)
-
-    def _pooled_parts(self, component: Component) -> list[Any]:
-        """What a plan depends on beside its ONNX file: a rank pool's weights are inside it."""
-        if not component.pool:
-            return []
-        return [(placement.lora.sha256, placement.first) for placement in self.placements]
 
     def _is_available(self, component: Component, export: PreviousExport) -> bool:
         same: bool = export.component(component.name).get("key") == self.keys[component.name]

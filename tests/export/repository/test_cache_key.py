@@ -8,8 +8,9 @@ import pytest
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hypergen_export.checkpoints.hashes import ContentHashes
-from hypergen_export.checkpoints.lora import Lora, read_loras
-from hypergen_export.repository.cache_key import component_key, plan_key, repository_key, tokenizer_key
+from hypergen_export.checkpoints.lora import Lora, Placement, read_loras
+from hypergen_export.repository import cache_key
+from hypergen_export.repository.cache_key import component_key, plan_key, pool_parts, repository_key, tokenizer_key
 from hypergen_export.repository.export import ExportRequest, ExportTask
 from hypergen_export.repository.staging import PreviousExport
 from support.loras import lora_weights, save_by_diffusers
@@ -135,3 +136,19 @@ def test_content_name_and_scale_of_loras_in_the_pool_are_in_the_repositorys_key(
     tasks = [task(f"ink={one}"), task(f"ink={other}"), task(f"clay={one}"), task(f"ink={one}:0.5")]
     assert len({each.key for each in tasks}) == 4
     assert len({str(each.keys) for each in tasks}) == 1, "no component is converted again"
+
+
+def test_a_plan_with_a_pool_depends_on_the_loras_and_on_what_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"one")
+    (tmp_path / "b.safetensors").write_bytes(b"two")
+
+    def key(file: str, first: int) -> str:
+        return plan_key("onnx", *pool_parts([Placement(Lora(name="ink", file=tmp_path / file), first)]))
+
+    given = {key("a.safetensors", 0), key("b.safetensors", 0), key("a.safetensors", 4)}
+    monkeypatch.setattr(cache_key, "_contents", lambda paths: sorted(path.name for path in paths))
+    names = str(pool_parts([]))
+    assert len(given) == 3
+    assert all(name in names for name in ("lora.py", "lora_changes.py", "layer_names.py"))
