@@ -182,7 +182,7 @@ def _triton_options(command: Callable[..., None]) -> Any:
     @option(
         "--cache-dir",
         type=click.Path(file_okay=False, path_type=Path),
-        help="Folder for exported models and linked images.",
+        help="Folder for exported models, converted single files and linked images.",
         show_default="~/.cache/hypergen",
     )
     @option(
