@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -54,8 +55,15 @@ class Converted:
 
 def convert_single_file(path: Path, folder: Path, prediction_type: str | None, report: Report) -> Converted:
     """Write the file's modules, configs and tokenizers to `folder`. Raises ExportError, OSError."""
-    try:
+    with named(path):
         return _convert(read_single_file(path), folder, prediction_type, report)
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Put the file's name before the block's errors."""
+    try:
+        yield
     except ExportError as error:
         text = str(error)
         raise type(error)(text if text.startswith(str(path)) else f"{path}: {text}") from error
@@ -70,7 +78,7 @@ def _convert(file: SingleFile, folder: Path, prediction_type: str | None, report
         kind = replace(kind, side=_SIDE_OF_VELOCITY)
     modules, left = modules_of(kind, tensors)
     scheduler = _scheduler(kind, prediction, file.path.stem)
-    _write_modules(modules, folder, report)
+    write_modules({folder / module.name: module for module in modules}, report)
     for encoder in (each for each in kind.text_encoders if (folder / each.module).is_dir()):
         write_clip_tokenizer(folder / encoder.tokenizer, encoder.pad_token)
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
@@ -93,9 +101,9 @@ def check_precisions(tensors: Tensors) -> None:
             raise UnsupportedModelError(f"its weights are quantized ({name} is {tensor.dtype}), which is not supported")
 
 
-def _write_modules(modules: list[Module], folder: Path, report: Report) -> None:
-    """Write each module to a subfolder."""
-    total = sum(tensor.nbytes for module in modules for tensor in module.tensors.values())
+def write_modules(modules: Mapping[Path, Module], report: Report) -> None:
+    """Write each module to its folder."""
+    total = sum(tensor.nbytes for module in modules.values() for tensor in module.tensors.values())
     done = 0
 
     def count(written: int) -> None:
@@ -103,11 +111,11 @@ def _write_modules(modules: list[Module], folder: Path, report: Report) -> None:
         done += written
         report(done / total)
 
-    for module in modules:
-        write_module(module, folder / module.name, count)
+    for folder, module in modules.items():
+        _write_module(module, folder, count)
 
 
-def write_module(module: Module, folder: Path, report: Callable[[int], None]) -> None:
+def _write_module(module: Module, folder: Path, report: Callable[[int], None]) -> None:
     """Write a module's config and weights; `report` hears the bytes of each tensor."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", module.config)

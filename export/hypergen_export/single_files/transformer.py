@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hypergen_export.errors import BrokenCheckpointError, ExportError, NotADiffusersPipelineError, UnsupportedModelError
-from hypergen_export.single_files.folder import check_precisions, write_module
+from hypergen_export.errors import BrokenCheckpointError, NotADiffusersPipelineError, UnsupportedModelError
+from hypergen_export.single_files.folder import check_precisions, named, write_modules
 from hypergen_export.single_files.kinds import UNET
 from hypergen_export.single_files.modules import Module, NoCopies, checked
 from hypergen_export.single_files.reading import Tensors, read_single_file
@@ -27,19 +27,9 @@ def convert_transformer(
 
     `base` is the config of the pipeline's own transformer. Raises ExportError, OSError.
     """
-    try:
+    with named(path):
         module, notices = _module(dict(read_single_file(path).tensors), base)
-    except ExportError as error:
-        text = str(error)
-        raise type(error)(text if text.startswith(str(path)) else f"{path}: {text}") from error
-    total, done = sum(tensor.nbytes for tensor in module.tensors.values()), 0
-
-    def count(written: int) -> None:
-        nonlocal done
-        done += written
-        report(done / total)
-
-    write_module(module, folder, count)
+    write_modules({folder: module}, report)
     return notices
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hypergen_export.errors import BrokenCheckpointError, ExportError, NotADiffusersPipelineError
+from hypergen_export.errors import BrokenCheckpointError, NotADiffusersPipelineError
 from hypergen_export.single_files.configs import Config, vae_config
-from hypergen_export.single_files.folder import write_module
+from hypergen_export.single_files.folder import named, write_modules
 from hypergen_export.single_files.modules import VAE, Module, checked, converted_vae
 from hypergen_export.single_files.reading import Tensors, read_single_file
 
@@ -19,19 +19,9 @@ def convert_vae(path: Path, folder: Path, own: Mapping[str, Any], report: Callab
 
     Raises ExportError, OSError.
     """
-    try:
+    with named(path):
         module = _module(dict(read_single_file(path).tensors), own)
-    except ExportError as error:
-        text = str(error)
-        raise type(error)(text if text.startswith(str(path)) else f"{path}: {text}") from error
-    total, done = sum(tensor.nbytes for tensor in module.tensors.values()), 0
-
-    def count(written: int) -> None:
-        nonlocal done
-        done += written
-        report(done / total)
-
-    write_module(module, folder, count)
+    write_modules({folder: module}, report)
 
 
 def _module(tensors: Tensors, own: Mapping[str, Any]) -> Module:
