@@ -602,6 +602,7 @@ class TestOpenFiles:
                 writer.write(LIVE)
                 assert await asyncio.wait_for(reader.readline(), 5) == b"HTTP/1.1 200 OK\r\n"
                 writer.close()
-        lines = [record for record in caplog.records if record.levelno >= logging.WARNING]
+        # Whatever else opens a file meanwhile complains in a line of its own, such as the removal of expired images.
+        lines = [record for record in caplog.records if "connection" in record.getMessage()]
         assert [line.getMessage() for line in lines] == ["No connection can be accepted: Too many open files"]
         assert not [line for line in lines if line.exc_info]

@@ -44,16 +44,20 @@ class PenultimateTextEncoder(nn.Module):
 class PooledTextEncoder(nn.Module):
     """input_ids and attention_mask [B, L], clip_skip [B, 1] -> encoder_hidden_states as above, and text_embeds [B, P].
 
-    The latter are the projected pooled output, whatever is skipped.
+    The latter are the projected pooled output, whatever is skipped. Stable Diffusion 3 has neither mask nor skips.
     """
 
     def __init__(self, text_encoder: Any) -> None:
         super().__init__()
         self.text_encoder = text_encoder
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, clip_skip: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, clip_skip: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         output = self.text_encoder(input_ids.to(torch.int64), attention_mask, output_hidden_states=True)
-        states = _skipped(output.hidden_states[:-1], clip_skip)
+        *_, states, _ = output.hidden_states
+        if clip_skip is not None:
+            states = _skipped(output.hidden_states[:-1], clip_skip)
         return states.to(torch.float32), output.text_embeds.to(torch.float32)
 
 
