@@ -7,3 +7,7 @@ class EmbeddedError(Exception):
 
 class ModelsNotLoadedError(EmbeddedError):
     """Triton exited at start because a model could not be loaded."""
+
+
+class TritonCrashedError(ModelsNotLoadedError):
+    """Triton was ended by a signal at start."""

@@ -25,7 +25,7 @@ from tritonclient.utils import InferenceServerException
 
 from hypergen_gateway.concurrency import run_with_timeout
 from hypergen_gateway.embedded.environment import absolute_folders, child_environment
-from hypergen_gateway.embedded.errors import EmbeddedError, ModelsNotLoadedError
+from hypergen_gateway.embedded.errors import EmbeddedError, ModelsNotLoadedError, TritonCrashedError
 from hypergen_gateway.embedded.installation import Installation
 from hypergen_gateway.embedded.processes import die_with_parent
 from hypergen_gateway.embedded.run_folder import RunFolder
@@ -209,7 +209,8 @@ class TritonServer:
             # A hanging model process would keep the output open.
             await asyncio.wait([self._reader], timeout=MODELS_STOP_SECONDS)
             code = self._process.returncode
-            raise ModelsNotLoadedError(f"Triton exited with code {code} at start: {self._reason()}")
+            kind = TritonCrashedError if code < 0 else ModelsNotLoadedError
+            raise kind(f"Triton exited with code {code} at start: {self._reason()}")
         if fault := monitor.check():
             raise EmbeddedError(f"{fault}: {self._reason()}")
 

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from hypergen_gateway.concurrency import cancel
-from hypergen_gateway.embedded.errors import EmbeddedError
+from hypergen_gateway.embedded.errors import EmbeddedError, TritonCrashedError
 from hypergen_gateway.embedded.installation import find_installation
 from hypergen_gateway.embedded.run_folder import remove_abandoned
 from hypergen_gateway.embedded.server import Launch, TritonServer, answers, free_ports, triton_client
@@ -73,7 +73,14 @@ class EmbeddedTriton:
 
     async def start(self) -> None:
         """Start Triton, wait until it is ready, and begin to watch it."""
-        self._watcher = asyncio.create_task(self._watch(await self._start_server()))
+        try:
+            server = await self._start_server()
+        except TritonCrashedError as error:
+            # On an overloaded machine it aborts if a model's process holds a lock of theirs for ten seconds.
+            logger.warning("%s; starting it once more", error)
+            await self._kill_server()
+            server = await self._start_server()
+        self._watcher = asyncio.create_task(self._watch(server))
 
     async def stop(self) -> None:
         """Stop watching and stop the server; also after a failed start."""
@@ -88,6 +95,11 @@ class EmbeddedTriton:
         self._server = await TritonServer.start(self._launch)
         await self._server.wait_ready(self._start_timeout)
         return self._server
+
+    async def _kill_server(self) -> None:
+        if self._server is not None:
+            await self._server.kill()
+            self._server = None
 
     async def _watch(self, server: TritonServer) -> None:
         while True:
@@ -115,9 +127,7 @@ class EmbeddedTriton:
         while True:
             try:
                 # Its remaining processes could not serve requests correctly.
-                if self._server is not None:
-                    await self._server.kill()
-                    self._server = None
+                await self._kill_server()
                 server = await self._start_server()
             except (EmbeddedError, OSError) as error:
                 logger.error("%s Retrying in %.0f s", error, pause)

@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 import pytest
 
+from hypergen_gateway.embedded import supervisor
 from hypergen_gateway.embedded.environment import absolute_folders, child_environment
 from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.embedded.installation import find_installation
@@ -231,6 +232,33 @@ class TestTemporaryFolder:
 
         run(make_repository(tmp_path / "repository"), look)
         assert seen_file.exists()
+
+
+def crash_at_start(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tritonserver be this script, which may go on to the real one."""
+    installation = find_installation()
+    server = folder / "tritonserver"
+    server.write_text(f'#!/bin/sh\n{script}\nexec {installation.server} "$@"\n')
+    server.chmod(0o755)
+    monkeypatch.setattr(supervisor, "find_installation", lambda: replace(installation, server=server))
+
+
+def test_a_start_that_crashes_is_tried_once_more(
+    seen_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crashed = tmp_path / "crashed"
+    crash_at_start(f"[ -e {crashed} ] || {{ touch {crashed}; kill -ABRT $$; }}", tmp_path, monkeypatch)
+    run(make_repository(tmp_path / "repository"))
+    assert crashed.exists()
+    assert seen_file.exists()
+
+
+def test_a_start_that_crashes_twice_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = tmp_path / "starts"
+    crash_at_start(f"echo started >>{starts}; kill -ABRT $$", tmp_path, monkeypatch)
+    with pytest.raises(EmbeddedError, match="exited with code -6 at start"):
+        run(make_repository(tmp_path / "repository"))
+    assert starts.read_text() == "started\n" * 2
 
 
 def error_with_stub(script: str, repository: Path, tmp_path: Path) -> str:
