@@ -251,4 +251,5 @@ def test_memory_is_flat_once_each_number_of_rows_was_seen(exported: Path) -> Non
     command = [sys.executable, "-c", MEMORY, str(file), *(str(size.get_length()) for size in sizes)]
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
     warm, after_a_thousand = map(float, ended.stdout.split())
-    assert after_a_thousand - warm < 4, f"{warm:.0f} MiB, then {after_a_thousand:.0f} MiB"
+    # The allocator's own share varies by up to 5 MiB beside other tests; a cache that grows takes hundreds.
+    assert after_a_thousand - warm < 16, f"{warm:.0f} MiB, then {after_a_thousand:.0f} MiB"
