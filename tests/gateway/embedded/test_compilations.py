@@ -229,7 +229,8 @@ def anonymous_mebibytes():
     return next(int(words[1]) for words in lines if words[0] == "Pss_Anon:") / 1024
 
 tokens, (channels, width, time_width) = 77, map(int, sys.argv[2:])
-unet = Compilations(Path(sys.argv[1]), {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": "2"})
+# One thread: when a second one first gets work, and memory of its own, depends on the machine's load.
+unet = Compilations(Path(sys.argv[1]), {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": "1"})
 infer(2)
 for rows in (*range(1, 17), *range(1, 17)):
     infer(rows)
@@ -251,5 +252,4 @@ def test_memory_is_flat_once_each_number_of_rows_was_seen(exported: Path) -> Non
     command = [sys.executable, "-c", MEMORY, str(file), *(str(size.get_length()) for size in sizes)]
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
     warm, after_a_thousand = map(float, ended.stdout.split())
-    # The allocator's own share varies by up to 5 MiB beside other tests; a cache that grows takes hundreds.
-    assert after_a_thousand - warm < 16, f"{warm:.0f} MiB, then {after_a_thousand:.0f} MiB"
+    assert after_a_thousand - warm < 4, f"{warm:.0f} MiB, then {after_a_thousand:.0f} MiB"
