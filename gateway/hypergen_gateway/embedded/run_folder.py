@@ -28,6 +28,7 @@ PREFIX = "hypergen-triton-"
 SHARED_MEMORY = Path("/dev/shm")
 KILL_SECONDS = 5.0
 OWN_BACKENDS = Path(__file__).parent / "backends"
+OWN_FOLDERS_FIRST = Path(__file__).with_name("own_folders_first.py")
 # Paths that need no quoting in a shell and can be an entry of a search path.
 PLAIN_PATH = re.compile(r"[A-Za-z0-9_./+@%=,-]+")
 USUAL_PLACES = ("/tmp", "/var/tmp")
@@ -134,6 +135,8 @@ class RunFolder:
         # As the stub reads none of Python's environment variables, PYTHONDONTWRITEBYTECODE would not reach it.
         lines = ["import sys; sys.dont_write_bytecode = True"]
         lines += map(_path_line, _link_all(self.path / "packages", import_path()))
+        shutil.copy(OWN_FOLDERS_FIRST, packages)
+        lines.append(f"import {OWN_FOLDERS_FIRST.stem}")
         (packages / "gateway.pth").write_text("".join(f"{line}\n" for line in lines))
 
 

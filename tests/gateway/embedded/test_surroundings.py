@@ -18,8 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import openvino
 import psutil
 import pytest
+from openvino import opset13 as ops
 
 from hypergen_gateway.embedded import supervisor
 from hypergen_gateway.embedded.environment import absolute_folders, child_environment
@@ -74,6 +77,20 @@ def make_repository(folder: Path) -> Path:
     (version / "model.py").write_text(MODEL)
     (folder / "telling" / "config.pbtxt").write_text('name: "telling"\nbackend: "python"\n')
     return folder
+
+
+def add_openvino_model(repository: Path) -> None:
+    """Add a model whose Python file is that of our backend."""
+    version = repository / "positive" / "1"
+    version.mkdir(parents=True)
+    x = ops.parameter([-1, 4], np.float32, name="x")
+    openvino.save_model(openvino.Model([ops.result(ops.relu(x), name="y")], [x], "positive"), version / "model.xml")
+    tensors = "".join(
+        f'{kind} {{ name: "{name}" data_type: TYPE_FP32 dims: 4 }} ' for kind, name in (("input", "x"), ("output", "y"))
+    )
+    (repository / "positive" / "config.pbtxt").write_text(
+        f'name: "positive" backend: "openvino" max_batch_size: 2 default_model_filename: "model.xml" {tensors}'
+    )
 
 
 def run(repository: Path, meanwhile: Callable[[], None] = lambda: None, *, seconds: float = 60.0) -> None:
@@ -190,6 +207,21 @@ class TestVariables:
             monkeypatch.setenv(name, value)
         run(make_repository(tmp_path / "repository"), seconds=15)
         assert seen_file.exists()
+
+    def test_models_are_triton_s_own_whatever_modules_lie_among_packages(
+        self, tmp_path: Path, seen_file: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It imports a model's file as `1.model` and a backend's as `model`, and searches their own folders last."""
+        repository, packages, trapped = (tmp_path / name for name in ("repository", "packages", "trapped"))
+        add_openvino_model(make_repository(repository))
+        (packages / "1").mkdir(parents=True)
+        for name in ("model", "1/model", "compilations"):
+            (packages / f"{name}.py").write_text(TRAP.format(str(trapped)))
+        (packages / "only_here.py").touch()
+        monkeypatch.setenv("PYTHONPATH", str(packages))
+        monkeypatch.syspath_prepend(packages)
+        assert seen_by_model(repository, seen_file)["has_package"]
+        assert not trapped.exists()
 
     def test_a_loader_still_finds_the_libraries_that_the_user_named(
         self, tmp_path: Path, seen_file: Path, monkeypatch: pytest.MonkeyPatch
