@@ -169,6 +169,31 @@ async def test_an_inpainted_image_is_seen_as_the_first_reference(
     held(await pair.sampler.generate(request), image_by_diffusers(pipeline, request), TOLERANCE_FROM_IMAGE)
 
 
+async def test_skip_layer_guidance_equals_that_of_diffusers_beside_images_without_it(pair_of: Any) -> None:
+    pair = pair_of("stable-diffusion-3")
+    guided = request_of(num_inference_steps=5, guidance_scale=3.5)
+    requests = [
+        replace(guided, skip_layer_guidance_scale=2.8, skip_layer_guidance_stop=0.6),  # in steps 1 and 2
+        replace(guided, seed=3, skip_layer_guidance_scale=1.5, skip_layer_guidance_start=0.5, negative_prompt="a cat"),
+        replace(guided, seed=4, num_inference_steps=3),
+        replace(guided, seed=5, num_inference_steps=2, guidance_scale=1.0),
+    ]
+    requests[1] = replace(requests[1], skip_layer_guidance_stop=1.0)  # in steps 3 and 4
+    loop = pair.sampler.loop()
+    pair.sampler.rows_of_calls.clear()
+    results = await asyncio.gather(*(pair.sampler.generate(request, loop) for request in requests))
+    assert pair.sampler.rows_of_calls == [2 + 2 + 2 + 1, 3 + 2 + 2 + 1, 3 + 2 + 2, 2 + 3, 2 + 3]
+    for ours, request in zip(results, requests, strict=True):
+        held(ours, image_by_diffusers(pair.pipeline, request), TOLERANCE)
+    plain = await pair.sampler.generate(guided)
+    assert np.abs(results[0][1].astype(int) - plain[1].astype(int)).mean() > 1, "it changes nothing"
+
+
+async def test_skip_layer_guidance_without_guidance_is_refused(pair_of: Any) -> None:
+    with pytest.raises(InvalidInputError, match=r"^skip_layer_guidance_scale: must be absent or 0 without"):
+        await pair_of("stable-diffusion-3").sampler.generate(request_of(skip_layer_guidance_scale=2.8))
+
+
 async def test_a_model_without_guidance_refuses_a_scale(pair_of: Any) -> None:
     pair = pair_of("flux2-klein")
     with pytest.raises(InvalidInputError, match=r"^guidance_scale: must be absent or 1"):

@@ -67,6 +67,9 @@ async def test_images_of_other_prompts_at_once_equal_those_of_diffusers(served: 
         {"prompt": "a red rocket", "seed": 1, "num_inference_steps": 6, "size": "96x64", "guidance_scale": scale},
         {"prompt": "a cat", "seed": 2, "num_inference_steps": 5, "size": "96x64", "guidance_scale": scale},
     ]
+    if served.family == "stable-diffusion-3":
+        skipping = {"skip_layer_guidance_scale": 2.8, "skip_layer_guidance_stop": 0.5}
+        bodies.append({**bodies[0], "seed": 4, **skipping})
     images = await generate_all(served.server, bodies)
     for image, fields in zip(images, bodies, strict=True):
         theirs = served.by_diffusers(fields)
@@ -170,7 +173,10 @@ def test_its_limits_are_stated(served: Served) -> None:
         assert guidance == [1.0, 1.0, False]
 
 
-@pytest.mark.parametrize(("field", "value"), [("guidance_scale", 2.0), ("negative_prompt", "a cat")])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("guidance_scale", 2.0), ("negative_prompt", "a cat"), ("skip_layer_guidance_scale", 2.8)],
+)
 async def test_what_a_model_has_no_use_for_is_refused(served: Served, field: str, value: object) -> None:
     if served.family in SMALLEST_SCALES:
         return

@@ -125,6 +125,8 @@ class TestCapabilities:
             "embeddings": [],
             "max_clip_skip": 12,
             "default_clip_skip": 0,
+            "max_skip_layer_guidance_scale": 0.0,
+            "default_skip_layer_guidance_scale": 0.0,
             "max_num_images": 10,
             "schedulers": ["ddim", "euler", "euler_a"],
             "edits": True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ PARAMETERS = {
     "prompt_weightings": "none,a1111",
     "default_clip_skip": "1",
     "max_clip_skip": "12",
+    "default_skip_layer_guidance_scale": "2.5",
+    "max_skip_layer_guidance_scale": "10",
     "max_num_images": "10",
     "max_active_images": "32",
     "max_waiting_images": "256",
@@ -112,6 +115,9 @@ def test_an_absent_seed_differs_from_request_to_request() -> None:
         ("eta", 1.1),
         ("eta", float("nan")),
         ("guidance_rescale", -0.1),
+        ("skip_layer_guidance_scale", 10.5),
+        ("skip_layer_guidance_start", -0.1),
+        ("skip_layer_guidance_stop", 0.005),
         ("prompt_weighting", "compel"),
         ("prompt_weighting", ""),
         ("clip_skip", -1),
@@ -127,6 +133,20 @@ def test_an_absent_seed_differs_from_request_to_request() -> None:
 def test_a_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(InvalidInputError, match=rf"^{name}: must be .*, not "):
         check_request({"prompt": "a rocket", name: value}, LIMITS)
+
+
+def test_skip_layer_guidance_is_by_default_the_models_in_guided_images() -> None:
+    guided = check_request({"prompt": "x"}, LIMITS)
+    assert (guided.skip_layer_guidance_scale, guided.skip_layer_guidance_start) == (2.5, 0.01)
+    assert check_request({"prompt": "x", "guidance_scale": 1.0}, LIMITS).skip_layer_guidance_scale == 0.0
+
+
+@pytest.mark.parametrize("name", ["scale", "start", "stop"])
+def test_skip_layer_guidance_is_refused_where_the_model_has_none(name: str) -> None:
+    limits = replace(LIMITS, max_skip_layer_guidance_scale=0.0)
+    assert check_request({"prompt": "x", "skip_layer_guidance_scale": 0.0}, limits).skip_layer_guidance_scale == 0.0
+    with pytest.raises(InvalidInputError, match=rf"^skip_layer_guidance_{name}: must be absent, as this model has no"):
+        check_request({"prompt": "x", f"skip_layer_guidance_{name}": 0.1}, limits)
 
 
 def test_the_last_images_seed_must_fit_too() -> None:

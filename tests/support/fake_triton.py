@@ -40,6 +40,8 @@ PARAMETERS = {
     "embeddings": "",
     "max_clip_skip": "12",
     "default_clip_skip": "0",
+    "max_skip_layer_guidance_scale": "10",
+    "default_skip_layer_guidance_scale": "0",
     "max_active_images": "32",
     "max_waiting_images": "256",
     "max_references": "4",

@@ -24,6 +24,7 @@ DATATYPES = {
     "guidance_start": "FP32",
     "guidance_end": "FP32",
     "cache_interval": "INT32",
+    "skip_layer_guidance_scale": "FP32",
     "strength": "FP32",
     "seed": "INT64",
     "image": "UINT8",

@@ -66,6 +66,11 @@ def image_by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:
     if isinstance(pipeline, _KONTEXT):
         # As sizes are asked for, instead of those of its training.
         arguments |= {"max_area": request.width * request.height, "_auto_resize": False}
+    if request.skip_layer_guidance_scale:
+        arguments |= {
+            "skip_guidance_layers": [1],  # the middle one of the miniature's
+            **{name: getattr(request, name) for name in vars(request) if name.startswith("skip_layer_guidance")},
+        }
     if request.negative_prompt is not None:
         arguments["negative_prompt"] = request.negative_prompt
     if type(pipeline).__name__.startswith("QwenImage"):

@@ -22,6 +22,8 @@ _FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
 # Few-step models such as Turbo and Lightning are published with an Euler scheduler and trailing timesteps. Many models
 # that need the usual number of steps are too, so one of these words must also occur in the checkpoint's names.
 _EULER = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
+# Three times what StableDiffusion3Pipeline's documentation advises.
+_MAX_SKIP_LAYER_GUIDANCE_SCALE = 10.0
 # As many images as an edit of OpenAI's API may have.
 _MAX_REFERENCES = 16
 # Wide enough for a reference image of one megapixel that is eight times as wide as high, as diffusers takes them.
@@ -126,7 +128,17 @@ def _default_steps_and_guidance(checkpoint: Checkpoint) -> dict[str, int | float
         "default_guidance_scale": max(_min_guidance_scale(checkpoint), float(stored.get("guidance_scale", scale))),
         "min_guidance_scale": _min_guidance_scale(checkpoint),
         **({"max_guidance_scale": 1.0} if checkpoint.family.sampling.guidance == "none" else {}),
+        **_skip_layer_guidance(checkpoint),
     }
+
+
+def _skip_layer_guidance(checkpoint: Checkpoint) -> dict[str, float]:
+    """Its default and largest scale; both are 0 if the denoiser cannot skip layers."""
+    largest = _MAX_SKIP_LAYER_GUIDANCE_SCALE if "skip" in checkpoint.family.denoiser_inputs else 0.0
+    scale = float(checkpoint.defaults.get("skip_layer_guidance_scale", 0.0))
+    if not 0 <= scale <= largest:
+        raise ValueError(f"skip_layer_guidance_scale: must be from 0 to {largest:g}, not {scale:g}")
+    return {"default_skip_layer_guidance_scale": scale, "max_skip_layer_guidance_scale": largest}
 
 
 def _prompt_syntax(checkpoint: Checkpoint) -> dict[str, str | int]:

@@ -83,6 +83,11 @@ def _kept(spec: _Spec) -> torch.Tensor:
     return torch.randint(0, 2, spec.shape, generator=spec.generator, dtype=torch.uint8)
 
 
+def _skip(spec: _Spec) -> torch.Tensor:
+    """Every second sample skips layers."""
+    return (torch.arange(spec.shape[0], dtype=torch.int32) % 2)[:, None]
+
+
 VALUES: Mapping[str, Callable[[_Spec], torch.Tensor]] = {
     "normal": _normal,
     "prompt": partial(_prompt, "vocabulary"),
@@ -95,6 +100,7 @@ VALUES: Mapping[str, Callable[[_Spec], torch.Tensor]] = {
     "reference_positions": _reference_positions,
     "pixel": _pixel,
     "kept": _kept,
+    "skip": _skip,
 }
 
 

@@ -84,6 +84,8 @@ _GRAPH_BYTES = 64 * 2**20
 _STAGES_PER_COMPONENT = 4  # and one more if a plan is built
 # Quality already drops above about five.
 _MAX_CACHE_INTERVAL = 10
+# Rows of a denoiser call that one image takes with skip-layer guidance.
+_ROWS_SKIPPING_LAYERS = 3
 # The rank pool's columns are a multiple of this, so that few other LoRAs need another export.
 _COLUMN_STEP = 8
 
@@ -516,6 +518,8 @@ def _write_configs(task: ExportTask, folder: Path) -> None:
     for component in task.components:
         text = component_config(component, options)
         (folder / component.name / "config.pbtxt").write_text(text, encoding="utf-8")
+    if task.shapes.rows < _ROWS_SKIPPING_LAYERS:
+        own |= dict.fromkeys(("default_skip_layer_guidance_scale", "max_skip_layer_guidance_scale"), "0")
     if task.pool:
         own["denoiser_inputs"] += f",{task.pool.scales.name}"
     own |= size_parameters(task.sizes, own) | {"max_reference_rows": str(reference_rows(task.shapes))}

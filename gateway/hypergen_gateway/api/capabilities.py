@@ -60,6 +60,8 @@ class Capabilities(BaseModel):
     embeddings: tuple[str, ...] = Field(description="Words that stand for textual inversions in prompts.")
     max_clip_skip: int = Field(description="0 if the model's text encoders do not skip layers.")
     default_clip_skip: int
+    max_skip_layer_guidance_scale: float = Field(description="0 if the model has no skip-layer guidance.")
+    default_skip_layer_guidance_scale: float
     max_num_images: int
     schedulers: tuple[str, ...]
     edits: bool = Field(description="Whether edits and variations are supported.")
@@ -97,6 +99,8 @@ def of_model(model: ModelDescription, id_: str, sizes: SizePolicy) -> Capabiliti
         embeddings=model.embeddings,
         max_clip_skip=model.max_clip_skip,
         default_clip_skip=model.default_clip_skip,
+        max_skip_layer_guidance_scale=model.max_skip_layer_guidance_scale,
+        default_skip_layer_guidance_scale=model.default_skip_layer_guidance_scale,
         max_num_images=model.max_num_images,
         schedulers=model.schedulers,
         edits="vae_encoder" in model.components,

@@ -27,7 +27,12 @@ from hypergen_gateway.api.fields import (
     model_limit,
 )
 from hypergen_gateway.errors import InvalidRequestError
-from hypergen_gateway.generation.backend import MAX_SEED, GenerationRequest, ModelDescription
+from hypergen_gateway.generation.backend import (
+    MAX_SEED,
+    SKIP_LAYER_GUIDANCE_STOP,
+    GenerationRequest,
+    ModelDescription,
+)
 from hypergen_gateway.generation.image_inputs import Uploads
 from hypergen_gateway.generation.sizes import Size, SizePolicy
 
@@ -133,6 +138,8 @@ def check_limits(generation: GenerationRequest, body: RequestBody, model: ModelD
         **{name: _is_within(getattr(body, name), limit, model) for name, limit in limits.items()},
         "negative_prompt": not body.negative_prompt or model.has_negative_prompt,
         "guidance_end": body.guidance_end is None or (body.guidance_start or 0.0) <= body.guidance_end,
+        "skip_layer_guidance_start": not body.skip_layer_guidance_start or model.max_skip_layer_guidance_scale > 0,
+        "skip_layer_guidance_stop": _is_legal_skip_stop(body, model),
         "prompt_weighting": body.prompt_weighting is None or body.prompt_weighting in model.prompt_weightings,
         "scheduler": generation.scheduler is None or generation.scheduler in model.schedulers,
         "seed": generation.seed + generation.num_images - 1 <= MAX_SEED,
@@ -147,6 +154,13 @@ def _is_within(value: float | None, limit: ModelLimit, model: ModelDescription) 
         return True
     lower = getattr(model, limit.lower) if limit.lower else value
     return bool(lower <= value <= getattr(model, limit.name))
+
+
+def _is_legal_skip_stop(body: RequestBody, model: ModelDescription) -> bool:
+    stop = body.skip_layer_guidance_stop
+    if not model.max_skip_layer_guidance_scale:
+        return not stop
+    return (body.skip_layer_guidance_start or 0.0) <= (SKIP_LAYER_GUIDANCE_STOP if stop is None else stop)
 
 
 def images_param(payload: Container[str]) -> str:
@@ -200,6 +214,15 @@ def _legal_guidance_scales(model: ModelDescription) -> str:
     return f"a number from {low:g} to {high:g}"
 
 
+def _legal_skip_layer_guidance(model: ModelDescription) -> dict[str, str]:
+    names = [f"legal_skip_layer_guidance_{name}" for name in ("scales", "starts", "stops")]
+    if not model.max_skip_layer_guidance_scale:
+        return dict.fromkeys(names, "absent or 0, as the model has no skip-layer guidance")
+    scales = f"a number from 0 to {model.max_skip_layer_guidance_scale:g}"
+    legal = (scales, "a number from 0 to 1", "a number from 'skip_layer_guidance_start' to 1")
+    return dict(zip(names, legal, strict=True))
+
+
 def _known_loras(model: ModelDescription) -> str:
     return f"one of {_offered_loras(model)}" if model.loras else "absent, as the model is served without any LoRA"
 
@@ -224,6 +247,7 @@ def invalid(
         "offered_loras": _offered_loras(model),
         "legal_cache_intervals": _legal_cache_intervals(model),
         "legal_clip_skips": _legal_clip_skips(model),
+        **_legal_skip_layer_guidance(model),
         "legal_prompt_weightings": _legal_prompt_weightings(model),
         "legal_guidance_scales": _legal_guidance_scales(model),
         "legal_negative_prompts": (

@@ -21,6 +21,10 @@ Pixels = NDArray[np.uint8]
 Sides = NDArray[np.int32]
 
 
+# The shares of the steps between which the sampler skips layers by default.
+SKIP_LAYER_GUIDANCE_START, SKIP_LAYER_GUIDANCE_STOP = 0.01, 0.2
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
     """A complete request for images, validated against the model. Image i has the seed `seed + i`."""
@@ -47,6 +51,9 @@ class GenerationRequest:
     sigmas: str | None = None  # likewise
     eta: float | None = None  # DDIM's; None: 0
     guidance_rescale: float | None = None  # None: 0
+    skip_layer_guidance_scale: float | None = None  # None: the model's default
+    skip_layer_guidance_start: float | None = None  # from 0 to 1: between these shares of the steps
+    skip_layer_guidance_stop: float | None = None  # None: as above
     prompt_weighting: str | None = None  # the syntax of weights in both prompts; None: none
     clip_skip: int | None = None  # so many of CLIP's last layers are left out; None: the model's default
     lora: Names = ()  # of LoRAs that the model is served with
@@ -126,6 +133,8 @@ class ModelDescription:
     embeddings: tuple[str, ...]  # words of textual inversions that prompts may contain
     max_clip_skip: int  # 0: the text encoders have no such input
     default_clip_skip: int
+    max_skip_layer_guidance_scale: float  # 0: the model has no skip-layer guidance
+    default_skip_layer_guidance_scale: float
     max_active_images: int
     max_references: int  # reference images of a request; 0: the model takes none
     max_reference_pixels: int  # height times width of one

@@ -10,7 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hypergen_gateway.generation.backend import GenerationRequest, ModelDescription
+from hypergen_gateway.generation.backend import (
+    SKIP_LAYER_GUIDANCE_START,
+    SKIP_LAYER_GUIDANCE_STOP,
+    GenerationRequest,
+    ModelDescription,
+)
 from hypergen_gateway.generation.request import ClientRequest
 
 # The decay of a measurement's weight with each newer one: the model remembers about ten requests.
@@ -59,11 +64,23 @@ def _load(generation: GenerationRequest, model: ModelDescription) -> float:
     rows = 1.0
     if generation.guidance_scale > model.min_guidance_scale and model.has_negative_prompt:  # two rows in guided steps
         end = 1.0 if generation.guidance_end is None else generation.guidance_end
-        rows += end - (generation.guidance_start or 0.0)
+        begin = generation.guidance_start or 0.0
+        rows += end - begin
+        rows += _skipping_share(generation, model, begin, end)  # and a third one in some of them
     pixels = generation.width * generation.height
     # The denoiser works on reference images as on its own. One that is inpainted is a reference, too.
     seen = sum(generation.reference_pixels) + (pixels if generation.mask is not None and model.max_references else 0)
     return rows * depth * (pixels + seen)
+
+
+def _skipping_share(generation: GenerationRequest, model: ModelDescription, begin: float, end: float) -> float:
+    """The share of the steps, of those from `begin` to `end`, that have skip-layer guidance."""
+    scale = generation.skip_layer_guidance_scale
+    if not (model.default_skip_layer_guidance_scale if scale is None else scale):
+        return 0.0
+    start, stop = generation.skip_layer_guidance_start, generation.skip_layer_guidance_stop
+    first = max(begin, SKIP_LAYER_GUIDANCE_START if start is None else start)
+    return max(0.0, min(end, SKIP_LAYER_GUIDANCE_STOP if stop is None else stop) - first)
 
 
 class StepTimeModel:

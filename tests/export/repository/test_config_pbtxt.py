@@ -151,6 +151,8 @@ def test_the_sampler_knows_its_checkpoint(repository: Path) -> None:
         "default_prompt_weighting": "none",
         "default_clip_skip": "0",
         "max_clip_skip": "2",
+        "default_skip_layer_guidance_scale": "0",
+        "max_skip_layer_guidance_scale": "0",
         "time_width": "16",
         "size_width": "0",
         "flip_sin_to_cos": "1",

@@ -46,7 +46,13 @@ def test_what_is_absent_comes_from_the_model() -> None:
 
 def test_what_is_given_arrives() -> None:
     made = generation(
-        replace(MODEL, max_cache_interval=10, prompt_weightings=("none", "a1111"), max_clip_skip=12),
+        replace(
+            MODEL,
+            max_cache_interval=10,
+            prompt_weightings=("none", "a1111"),
+            max_clip_skip=12,
+            max_skip_layer_guidance_scale=10.0,
+        ),
         negative_prompt="blurry",
         n=2,
         size="96x40",
@@ -60,6 +66,9 @@ def test_what_is_given_arrives() -> None:
         sigmas="karras",
         eta=0.5,
         guidance_rescale=0.7,
+        skip_layer_guidance_scale=2.8,
+        skip_layer_guidance_start=0.1,
+        skip_layer_guidance_stop=0.3,
         prompt_weighting="a1111",
         clip_skip=2,
         seed=9,
@@ -80,6 +89,9 @@ def test_what_is_given_arrives() -> None:
         sigmas="karras",
         eta=0.5,
         guidance_rescale=0.7,
+        skip_layer_guidance_scale=2.8,
+        skip_layer_guidance_start=0.1,
+        skip_layer_guidance_stop=0.3,
         prompt_weighting="a1111",
         clip_skip=2,
         seed=9,

@@ -102,11 +102,13 @@ def test_overhead_is_not_taken_for_rounds() -> None:
         ({"cache_interval": 3}, 2.0 * (1 + 0.25 + 0.25) / 3),
         ({"cache_interval": 2, "guidance_end": 0.5}, 1.5 * (1 + 0.25) / 2),
         ({"size": "128x96"}, 8.0),
+        ({"skip_layer_guidance_scale": 2.8, "guidance_start": 0.1, "skip_layer_guidance_stop": 0.3}, 2.1),
+        ({"skip_layer_guidance_scale": 2.8, "guidance_scale": 1.0}, 1.0),
     ],
 )
 def test_the_load_of_an_image_is_the_mean_over_its_steps(fields: dict[str, Any], load: float) -> None:
     """With time a line over load, requests of unequal steps then tell the truth, and are told it."""
-    model = replace(MODEL, max_cache_interval=10)
+    model = replace(MODEL, max_cache_interval=10, max_skip_layer_guidance_scale=10.0)
     body = validate({"prompt": "a fox"} | fields, ImageRequest, model)
     assert load_of(to_generation_request(body, model), model) == pytest.approx(load)
 

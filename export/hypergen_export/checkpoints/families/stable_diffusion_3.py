@@ -1,4 +1,7 @@
-"""Stable Diffusion 3 and 3.5, with and without T5."""
+"""Stable Diffusion 3 and 3.5, with and without T5.
+
+3.5 Medium, the only one with dual attention, has skip-layer guidance, as its card advises.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from hypergen_export.checkpoints.components import FLOAT, Component, Sizes, Tensor
-from hypergen_export.checkpoints.families.tensors import POOLED, TOLERANCE, input_ids, transformer, vae
+from hypergen_export.checkpoints.families.tensors import POOLED, SKIP, TOLERANCE, input_ids, transformer, vae
 from hypergen_export.checkpoints.families.text_encoders import T5_TOKENIZER, t5
 from hypergen_export.checkpoints.family import Config, ConfigOverrides, Configs, Family, Sampling, TextInput
 
@@ -102,6 +105,10 @@ def _check(configs: Mapping[str, Config], sizes: Sizes) -> Iterator[str]:
         yield f"its transformer has positions for {denoiser.get('pos_embed_max_size', 96)} tokens per side"
 
 
+def _inputs(denoiser: Config) -> set[str]:
+    return {_HIDDEN_STATES.name, POOLED.name, *({SKIP.name} if denoiser.get("dual_attention_layers") else ())}
+
+
 def _family(name: str, **rest: Any) -> Family:
     return Family(
         name=name,
@@ -109,7 +116,7 @@ def _family(name: str, **rest: Any) -> Family:
             ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
             ConfigOverrides(),
         ),
-        stated_inputs=lambda _: {"encoder_hidden_states", "text_embeds"},
+        stated_inputs=_inputs,
         check=_check,
         sampling=Sampling(is_flow=True, flow_shift="linear", patch_size=2),
         # Between the cards' scales: 3.5 for 3.5 Large, 4.5 for 3.5 Medium, 7 for 3.
@@ -119,30 +126,39 @@ def _family(name: str, **rest: Any) -> Family:
     )
 
 
-def _transformer(wrapper: str) -> Component:
-    component = transformer("diffusers.SD3Transformer2DModel", _HIDDEN_STATES, POOLED, wrapper=wrapper)
-    # Of the table of positions, rows and columns are kept.
-    return replace(component, computed_with=("pos_embed.pos_embed",), unused=("pos_embed.pos_embed",))
+def _transformer(wrapper: str, *, is_medium: bool) -> Component:
+    conditions = (_HIDDEN_STATES, POOLED, *((SKIP,) if is_medium else ()))
+    component = transformer("diffusers.SD3Transformer2DModel", *conditions, wrapper=wrapper)
+    return replace(
+        component,
+        # Of the table of positions, rows and columns are kept.
+        computed_with=("pos_embed.pos_embed",),
+        unused=("pos_embed.pos_embed",),
+        # One that can be skipped between those with and without dual attention.
+        kept_layers={"transformer_blocks": (0, 7, -1)} if is_medium else component.kept_layers,
+    )
 
 
-STABLE_DIFFUSION_3 = (
-    _family(
-        "stable-diffusion-3",
-        components=(
-            *_CLIPS,
-            t5("text_encoder_3", "tokens_3", "prompt_3"),
-            _transformer("stable_diffusion_3"),
-            *vae(wrapper="shifted"),
+def _families(suffix: str, *, is_medium: bool) -> tuple[Family, Family]:
+    """With and without T5."""
+    with_t5 = (*_CLIPS, t5("text_encoder_3", "tokens_3", "prompt_3"))
+    rest = vae(wrapper="shifted")
+    return (
+        _family(
+            f"stable-diffusion-{suffix}",
+            components=(*with_t5, _transformer("stable_diffusion_3", is_medium=is_medium), *rest),
+            text=(*_CLIP_TEXT, _T5_TEXT),
+            read_sizes=_sizes_with_t5,
+            is_named_by=_has_t5,
         ),
-        text=(*_CLIP_TEXT, _T5_TEXT),
-        read_sizes=_sizes_with_t5,
-        is_named_by=_has_t5,
-    ),
-    _family(
-        "stable-diffusion-3-without-t5",
-        components=(*_CLIPS, _transformer("stable_diffusion_3_without_t5"), *vae(wrapper="shifted")),
-        text=_CLIP_TEXT,
-        read_sizes=_sizes,
-        is_named_by=lambda index: not _has_t5(index),
-    ),
-)
+        _family(
+            f"stable-diffusion-{suffix}-without-t5",
+            components=(*_CLIPS, _transformer("stable_diffusion_3_without_t5", is_medium=is_medium), *rest),
+            text=_CLIP_TEXT,
+            read_sizes=_sizes,
+            is_named_by=lambda index: not _has_t5(index),
+        ),
+    )
+
+
+STABLE_DIFFUSION_3 = (*_families("3", is_medium=False), *_families("3.5-medium", is_medium=True))

@@ -25,6 +25,8 @@ REFERENCES = (
 )
 # Where it is 0, the image is blank: the input of an inpainting model's encoder.
 _KEPT = Tensor(name="kept", dtype=BYTE, axes=("height", "width", 1), example="kept")
+# Whether a row of the batch leaves out some layers.
+SKIP = Tensor(name="skip", dtype=INT, axes=(1,), example="skip")
 POOLED = Tensor(name="text_embeds", dtype=FLOAT, axes=("pooled_width",))
 
 

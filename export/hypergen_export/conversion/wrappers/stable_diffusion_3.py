@@ -15,9 +15,14 @@ from hypergen_export.errors import ConversionError
 _T5_TOKENS = 256
 
 
+# The layers that StableDiffusion3Pipeline's documentation skips in Stable Diffusion 3.5 Medium.
+_SKIPPED_LAYERS = (7, 8, 9)
+
+
 class StableDiffusion3(nn.Module):
     """sample [B, C, h, w], time [B, T], encoder_hidden_states [B, L, D], text_embeds [B, P] -> model_output as sample.
 
+    With skip [B, 1], rows where it is not 0 leave out some layers: of a shallow model, such as a cut one, the middle.
     `has_t5`: the prompt is also encoded by T5. Otherwise its hidden states are CLIP's alone, and are padded here.
     """
 
@@ -29,7 +34,14 @@ class StableDiffusion3(nn.Module):
         self.register_buffer("rows", rows, persistent=False)
         self.register_buffer("columns", columns, persistent=False)
 
-    def forward(self, sample: Tensor, time: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor) -> Tensor:
+    def forward(
+        self,
+        sample: Tensor,
+        time: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        skip: Tensor | None = None,
+    ) -> Tensor:
         model = self.transformer
         dtype = model.context_embedder.weight.dtype
         height, width = sample.shape[2] // 2, sample.shape[3] // 2
@@ -40,8 +52,14 @@ class StableDiffusion3(nn.Module):
         missing_features = model.config.joint_attention_dim - encoder_hidden_states.shape[2]
         states = pad(encoder_hidden_states, (0, missing_features, 0, self.missing_tokens))
         text = model.context_embedder(states.to(dtype))
-        for block in model.transformer_blocks:
+        depth = len(model.transformer_blocks)
+        skipped = _SKIPPED_LAYERS if depth > max(_SKIPPED_LAYERS) + 1 else (depth // 2,)
+        for index, block in enumerate(model.transformer_blocks):
+            earlier = text, image
             text, image = block(hidden_states=image, encoder_hidden_states=text, temb=embedding)
+            if skip is not None and index in skipped:
+                is_skipped = (skip != 0)[:, :, None]
+                text, image = torch.where(is_skipped, earlier[0], text), torch.where(is_skipped, earlier[1], image)
         output = model.proj_out(model.norm_out(image, embedding))
         return from_patches(output, height, width).to(torch.float32)
 

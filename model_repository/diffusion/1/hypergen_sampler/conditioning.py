@@ -32,6 +32,8 @@ TEXT_MASK = "text_mask"
 # sampled, so it differs between the images of a request.
 MASKED_IMAGE = "masked_image"
 LORA_SCALES = "lora_scales"
+# Whether a row leaves out the layers that skip-layer guidance is about.
+SKIP = "skip"
 
 
 def texts_of(request: Request, architecture: Architecture) -> list[str]:
@@ -134,6 +136,10 @@ def _lora_scales(request: Request, _: Architecture) -> Array:
     return np.array(request.loras.scales, dtype=np.float32)
 
 
+def _skip(_: Request, __: Architecture) -> npt.NDArray[np.int32]:
+    return np.zeros(1, dtype=np.int32)
+
+
 def with_lora_scales(inputs: EncoderInputs, request: Request) -> EncoderInputs:
     """A text encoder's inputs [B, …] with the scales [B, R] of the request's LoRAs, if there is a rank pool."""
     if not request.loras.scales:
@@ -142,11 +148,12 @@ def with_lora_scales(inputs: EncoderInputs, request: Request) -> EncoderInputs:
     return {**inputs, LORA_SCALES: np.tile(np.array(request.loras.scales, dtype=np.float32), (rows, 1))}
 
 
-_MADE: Mapping[str, Callable[[Request, Architecture], Array]] = {
+_MADE: Mapping[str, Callable[[Request, Architecture], npt.NDArray[Any]]] = {
     "size_embeds": _size_embeds,
     "timestep_cond": _consistency_guidance,
     "guidance": _guidance,
     LORA_SCALES: _lora_scales,
+    SKIP: _skip,
 }
 
 

@@ -27,6 +27,16 @@ def classifier_free_renormed(negative: torch.Tensor, positive: torch.Tensor, sca
     return guided * (_patch_norms(positive) / _patch_norms(guided))
 
 
+def away_from_skipped_layers(
+    guided: torch.Tensor, positive: torch.Tensor, skipped: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Skip-layer guidance: also away from the output for the prompt without some layers.
+
+    As in StableDiffusion3Pipeline; Hyung et al., Spatiotemporal Skip Guidance, 2024.
+    """
+    return guided + (positive - skipped) * scale
+
+
 def rescaled(guided: torch.Tensor, positive: torch.Tensor, rescale: float) -> torch.Tensor:
     """The guided output, partly with the deviation of the one for the prompt: diffusers' `rescale_noise_cfg`.
 

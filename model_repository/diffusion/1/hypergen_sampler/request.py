@@ -77,6 +77,9 @@ class Limits:
     default_clip_skip: int
     max_clip_skip: int
     """0 if the text encoders have no such input."""
+    default_skip_layer_guidance_scale: float
+    max_skip_layer_guidance_scale: float
+    """0 if the denoiser cannot skip layers, or a call has no room for the third row of an image."""
     loras: tuple[ServedLora, ...]
     """The LoRAs that a request may select; the first scale of a merged one is its default."""
     lora_rank: int
@@ -168,6 +171,8 @@ class Architecture:
 
     def check(self, request: Request) -> None:
         """Raise InvalidInputError for options that this checkpoint does not support."""
+        if request.skip_layer_guidance_scale and not self.guides(request):
+            raise InvalidInputError("skip_layer_guidance_scale", "must be absent or 0 without classifier-free guidance")
         if request.guidance_rescale and self.guidance != "classifier_free":
             raise InvalidInputError("guidance_rescale", "must be absent or 0, as this model is not guided in this way")
         if GUIDANCE[self.guidance].combine is not None:
@@ -281,6 +286,11 @@ class Request:
     """DDIM's: 0 is deterministic, 1 is DDPM."""
     guidance_rescale: float = 0.0
     """How much of the guided output's deviation is that of the output for the prompt."""
+    skip_layer_guidance_scale: float = 0.0
+    """How far to go away from the output of the denoiser without some layers."""
+    skip_layer_guidance_start: float = 0.01
+    skip_layer_guidance_stop: float = 0.2
+    """It applies between these fractions of all steps."""
     prompt_weighting: str = "none"
     """The syntax of weights in both prompts."""
     clip_skip: int = 0
@@ -300,6 +310,12 @@ def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
     given_steps = given.get("num_inference_steps", limits.default_num_inference_steps)
     steps = _within("num_inference_steps", given_steps, 1, limits.max_num_inference_steps)
     guidance_start = _within("guidance_start", given.get("guidance_start", 0.0), 0.0, 1.0)
+    guidance_scale = _within(
+        "guidance_scale",
+        given.get("guidance_scale", limits.default_guidance_scale),
+        limits.min_guidance_scale,
+        limits.max_guidance_scale,
+    )
     return Request(
         prompt=given["prompt"],
         negative_prompt=given.get("negative_prompt"),
@@ -307,12 +323,7 @@ def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
         width=width,
         height=height,
         num_inference_steps=steps,
-        guidance_scale=_within(
-            "guidance_scale",
-            given.get("guidance_scale", limits.default_guidance_scale),
-            limits.min_guidance_scale,
-            limits.max_guidance_scale,
-        ),
+        guidance_scale=guidance_scale,
         guidance_start=guidance_start,
         guidance_end=_within("guidance_end", given.get("guidance_end", 1.0), guidance_start, 1.0),
         cache_interval=_within("cache_interval", given.get("cache_interval", 1), 1, limits.max_cache_interval),
@@ -327,6 +338,7 @@ def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
         sigmas=_one_of("sigmas", given.get("sigmas", ""), ("", *SIGMAS)),
         eta=_within("eta", given.get("eta", 0.0), 0.0, 1.0),
         guidance_rescale=_within("guidance_rescale", given.get("guidance_rescale", 0.0), 0.0, 1.0),
+        **_skip_layer_guidance(given, limits, guidance_scale),
         prompt_weighting=_one_of("prompt_weighting", given.get("prompt_weighting", "none"), limits.prompt_weightings),
         clip_skip=_within("clip_skip", given.get("clip_skip", limits.default_clip_skip), 0, limits.max_clip_skip),
         loras=_loras(given, limits),
@@ -403,6 +415,22 @@ def _strength(given: Mapping[str, Any], steps: int) -> float:
     unasked = max(0.8, 1 / steps) if "image" in given and "mask" not in given else 1.0
     strength: float = _within("strength", given.get("strength", unasked), 0.0, 1.0)
     return strength
+
+
+def _skip_layer_guidance(given: Mapping[str, Any], limits: Limits, guidance_scale: float) -> dict[str, float]:
+    """Scale, start and stop of skip-layer guidance, with the interval of StableDiffusion3Pipeline by default."""
+    scale, start, stop = (f"skip_layer_guidance_{name}" for name in ("scale", "start", "stop"))
+    most = limits.max_skip_layer_guidance_scale
+    default = limits.default_skip_layer_guidance_scale if guidance_scale > limits.min_guidance_scale else 0.0
+    for name in (scale, start, stop):
+        if not most and given.get(name):
+            raise InvalidInputError(name, "must be absent, as this model has no skip-layer guidance")
+    first = _within(start, given.get(start, 0.01), 0.0, 1.0)
+    return {
+        scale: _within(scale, given.get(scale, default), 0.0, most),
+        start: first,
+        stop: _within(stop, given.get(stop, 0.2), first, 1.0),
+    }
 
 
 def _loras(given: Mapping[str, Any], limits: Limits) -> LoraSelection:

@@ -6,15 +6,17 @@ latents.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from hypergen_sampler.conditioning import DEEP_FEATURES, HIDDEN_STATES, MODEL_OUTPUT, Array, Conditioning
-from hypergen_sampler.guidance import GUIDANCE, rescaled
+from hypergen_sampler.conditioning import DEEP_FEATURES, HIDDEN_STATES, MODEL_OUTPUT, SKIP, Array, Conditioning
+from hypergen_sampler.guidance import GUIDANCE, away_from_skipped_layers, rescaled
 from hypergen_sampler.latent_init import LatentInit, initial_latents
 from hypergen_sampler.predicted_x0 import predicted_x0, preview_steps
 from hypergen_sampler.references import REFERENCES
@@ -24,7 +26,9 @@ from hypergen_sampler.schedulers import step_arguments
 
 @dataclass(frozen=True)
 class DenoiserInputs:
-    """The rows that one image adds to a batch: [R, C, h, w], [R] and [R, …], with R = 2 in a guided step, else 1.
+    """The rows that one image adds to a batch: [R, C, h, w], [R] and [R, …].
+
+    R is 1, in a guided step 2, and 3 in one that is also guided away from skipped layers.
 
     `model` is the denoiser's name in Triton, `outputs` are the outputs to request from it.
     """
@@ -75,13 +79,20 @@ class Trajectory:
         self._conditions = {**conditions, **own}
         self._extra = step_arguments(self._scheduler, generator, request.eta)
         self._guided_steps = steps_between(request.guidance_start, request.guidance_end, self.steps)
+        self._skip_scale = request.skip_layer_guidance_scale
+        self._skipping_steps = steps_within(
+            request.skip_layer_guidance_start, request.skip_layer_guidance_stop, self.steps if self._skip_scale else 0
+        )
         self._preview_steps = preview_steps(self.steps, request.partial_images)
         self._preview: torch.Tensor | None = None
 
     @property
     def rows(self) -> int:
         """Rows of a denoiser batch that the next step takes."""
-        return len(self._conditions[HIDDEN_STATES]) if self.steps_done in self._guided_steps else 1
+        if self.steps_done not in self._guided_steps:
+            return 1
+        guided = len(self._conditions[HIDDEN_STATES])
+        return guided + 1 if guided > 1 and self.steps_done in self._skipping_steps else guided
 
     @property
     def max_rows(self) -> int | None:
@@ -139,8 +150,7 @@ class Trajectory:
             model=self.model,
             sample=np.concatenate([scaled] * rows),
             timestep=np.full(rows, float(timestep), dtype=np.float32),
-            # In a step without guidance, only the last row is used: that of the prompt.
-            conditions={name: array[-rows:] for name, array in conditions.items()},
+            conditions={name: _rows_of(name, array, rows) for name, array in conditions.items()},
             outputs=(MODEL_OUTPUT, DEEP_FEATURES) if are_kept else (MODEL_OUTPUT,),
         )
 
@@ -168,8 +178,11 @@ class Trajectory:
         if len(output) == 1:
             return output
         assert self._guidance.combine is not None
-        guided = self._guidance.combine(output[:1], output[1:], self._guidance_scale)
-        return rescaled(guided, output[1:], self._guidance_rescale) if self._guidance_rescale else guided
+        negative, positive, skipped = output[:1], output[1:2], output[2:]
+        guided = self._guidance.combine(negative, positive, self._guidance_scale)
+        if len(skipped):
+            guided = away_from_skipped_layers(guided, positive, skipped, self._skip_scale)
+        return rescaled(guided, positive, self._guidance_rescale) if self._guidance_rescale else guided
 
     def _blend_mask(self, latents: torch.Tensor, next_timestep: torch.Tensor | None) -> torch.Tensor:
         return latents if self._mask_blend is None else self._mask_blend.apply(latents, self._scheduler, next_timestep)
@@ -181,6 +194,21 @@ def steps_between(start: float, end: float, steps: int) -> range:
     Rounds first, so that 0.7 of 10 steps is 7, although the product in float32 is slightly less.
     """
     return range(int(round(start * steps, 3)), int(round(end * steps, 3)))
+
+
+def steps_within(start: float, stop: float, steps: int) -> range:
+    """The steps that lie strictly between two fractions of all steps, as StableDiffusion3Pipeline counts them."""
+    return range(math.floor(round(start * steps, 3)) + 1, math.ceil(round(stop * steps, 3)))
+
+
+def _rows_of(name: str, array: npt.NDArray[Any], rows: int) -> npt.NDArray[Any]:
+    """The rows of a condition for a step of so many: without guidance that of the prompt, which is the last.
+
+    The third row is that of the prompt again, and skips layers.
+    """
+    if rows <= len(array):
+        return array[-rows:]
+    return np.concatenate([array, np.ones_like(array[-1:]) if name == SKIP else array[-1:]])
 
 
 def _to_array(latents: torch.Tensor) -> Array:
