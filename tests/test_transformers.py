@@ -149,11 +149,12 @@ async def test_images_share_calls_if_their_references_have_as_many_tokens(pair_o
     ("family", "steps", "strength", "references"),
     [
         ("flux1-kontext", 6, 0.6, ()),
+        ("flux1-kontext", 4, 1.0, (input_image(80, 64),)),  # it is seen in place of the inpainted one
         ("flux2-klein", 6, 0.6, ()),
         ("flux2-klein", 4, 1.0, (input_image(80, 64),)),
     ],
 )
-async def test_an_inpainted_image_is_seen_as_the_first_reference(
+async def test_an_inpainted_image_is_seen_as_diffusers_shows_it(
     family: str, steps: int, strength: float, references: tuple[Any, ...], pair_of: Any
 ) -> None:
     pair = pair_of(family)

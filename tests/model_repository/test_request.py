@@ -41,6 +41,7 @@ PARAMETERS = {
     "latent_channels": "4",
     "vae_scale_factor": "8",
     "max_references": "0",
+    "masked_image_yields": "0",
     "max_reference_pixels": "6144",
     "max_reference_side": "128",
     "schedulers": "ddim,euler",
@@ -213,6 +214,13 @@ def test_references_that_do_not_fit_are_refused(sizes: Any, size: int, masked: b
         given |= {"image": pixels(32, 64, 3), "mask": pixels(32, 64)}
     with pytest.raises(InvalidInputError, match=re.escape(problem)):
         check_request(given, WITH_REFERENCES)
+
+
+def test_a_masked_image_that_yields_leaves_room_for_a_reference() -> None:
+    limits = replace(WITH_REFERENCES, max_references=1, masked_image_yields=1)
+    given = {"references": np.zeros(384, dtype=np.uint8), "reference_sizes": np.array([[16, 8]], dtype=np.int32)}
+    masked = {"image": pixels(32, 64, 3), "mask": pixels(32, 64)}
+    assert len(check_request({"prompt": "a", **given, **masked}, limits).references) == 1
 
 
 @pytest.mark.parametrize("name", ["references", "reference_sizes"])

@@ -38,6 +38,7 @@ PARAMETERS: Mapping[str, str] = {
     "latent_patch_size": "1",
     "encodes_mode": "0",
     "reference_position_step": "0",
+    "masked_image_yields": "0",
     "max_reference_rows": "16",
     "token_width": "0",
     "zeros_for_no_negative_prompt": "0",

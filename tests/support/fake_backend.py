@@ -50,6 +50,7 @@ MODEL = ModelDescription(
     default_skip_layer_guidance_scale=0.0,
     max_active_images=4,
     max_references=0,
+    masked_image_yields=0,
     max_reference_pixels=0,
     max_reference_side=4096,
     preferred_reference_sizes=(),

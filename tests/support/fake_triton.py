@@ -45,6 +45,7 @@ PARAMETERS = {
     "max_active_images": "32",
     "max_waiting_images": "256",
     "max_references": "4",
+    "masked_image_yields": "0",
     "max_reference_pixels": "1048576",
     "max_reference_side": "4096",
     "preferred_reference_sizes": "672x1568,1024x1024",

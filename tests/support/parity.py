@@ -85,7 +85,7 @@ class Sampler:
         self.architecture.check(request)
         latent_init = self.latent_init(request)
         given = [self.run("vae_encoder", image=image[None])["mean"][0] for image in request.references]
-        references = references_of(request, latent_init.original, given)
+        references = references_of(request, latent_init.original, given, self.architecture)
         conditions = conditioning_of(request, self.encode(request), self.architecture, references)
         scheduler = self.schedulers.make(
             request.scheduler,

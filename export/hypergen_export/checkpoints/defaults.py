@@ -28,7 +28,8 @@ _MAX_SKIP_LAYER_GUIDANCE_SCALE = 10.0
 _MAX_REFERENCES = 16
 # Wide enough for a reference image of one megapixel that is eight times as wide as high, as diffusers takes them.
 _MAX_REFERENCE_SIDE = 4096
-_DISTILLED = re.compile(r"turbo|lightning|hyper[-_ ]?sd|dmd|flash|distill|(?<![0-9])[1-8][-_ ]?steps?", re.IGNORECASE)
+_STEPS = r"(?<![0-9])([1-8])[-_ ]?steps?"
+_DISTILLED = re.compile(rf"turbo|lightning|hyper[-_ ]?sd|dmd|flash|distill|{_STEPS}", re.IGNORECASE)
 
 
 def checkpoint_parameters(checkpoint: Checkpoint) -> dict[str, str]:
@@ -163,10 +164,18 @@ def _min_guidance_scale(checkpoint: Checkpoint) -> float:
 
 def _family_steps_and_guidance(checkpoint: Checkpoint) -> tuple[int, float]:
     family = checkpoint.family
+    names = " ".join(checkpoint.names)
+    steps, scale = family.read_card(checkpoint.denoiser_config, names) or (
+        family.num_inference_steps,
+        family.guidance_scale,
+    )
     takes_guidance = "timestep_cond" in family.denoiser_inputs
-    if not takes_guidance and _few_steps_reason(checkpoint):
-        return family.distilled_steps, _min_guidance_scale(checkpoint)
-    return family.num_inference_steps, family.guidance_scale
+    if takes_guidance or not _few_steps_reason(checkpoint):
+        return steps, scale
+    stated = re.search(_STEPS, names, re.IGNORECASE)
+    # A scale that the denoiser is given is no second row, and is distilled with it.
+    distilled_scale = scale if family.sampling.guidance == "embedded" else _min_guidance_scale(checkpoint)
+    return int(stated[1]) if stated else family.distilled_steps, distilled_scale
 
 
 def notices(checkpoint: Checkpoint) -> list[str]:
@@ -188,9 +197,9 @@ def _few_steps_reason(checkpoint: Checkpoint) -> str:
     scheduler = checkpoint.scheduler
     name = str(scheduler.get("_class_name"))
     if checkpoint.family.sampling.is_flow:
-        # All have one scheduler. Families without classifier-free guidance are distilled as a whole, or not at all.
+        # All have one scheduler. Families without guidance are distilled as a whole.
         word = _distilled_word(checkpoint)
-        return f"'{word}' in its name" if word and "classifier_free" in checkpoint.family.sampling.guidance else ""
+        return f"'{word}' in its name" if word and checkpoint.family.sampling.guidance != "none" else ""
     if name in _FEW_STEP_SCHEDULERS:
         return f"its scheduler is {name}"
     # v-prediction or a rescaled schedule: a many-step model trained to zero terminal SNR.
@@ -221,6 +230,7 @@ def _references(checkpoint: Checkpoint) -> dict[str, str]:
         "max_reference_side": str(_MAX_REFERENCE_SIDE),
         "preferred_reference_sizes": ",".join(references.sizes),
         "reference_position_step": str(references.position_step),
+        "masked_image_yields": str(int(references.yields)),
         "token_width": str(checkpoint.sizes["token_width"]),
     }
 

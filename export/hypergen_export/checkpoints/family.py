@@ -81,13 +81,15 @@ class References:
     """Reference images, whose tokens the denoiser is given beside those of the image that it generates.
 
     A request may have up to `count`. Each has at most `pixels`, or one of `sizes` (WIDTHxHEIGHT), that with the nearest
-    ratio. On the first axis of positions, they are at once, twice, … `position_step`.
+    ratio. On the first axis of positions, they are at once, twice, … `position_step`. A masked image is a reference,
+    too: the first one, or if it `yields`, only where no other is given.
     """
 
     count: int
     pixels: int
     sizes: tuple[str, ...] = ()
     position_step: int
+    yields: bool = False
 
 
 class Configs(Protocol):
@@ -112,7 +114,9 @@ class Family:
     `text` is how prompts are encoded, in the order of the denoiser's hidden states.
 
     `num_inference_steps` and `guidance_scale` are the defaults of diffusers' pipeline or of the published checkpoint's
-    card, for checkpoints that are not distilled; `distilled_steps` are the steps of those that are. `default_side` is
+    card, for checkpoints that are not distilled. `read_card` returns those of checkpoints with another card, told by
+    the denoiser's config and the checkpoint's names. `distilled_steps` are the steps of distilled checkpoints whose
+    names do not say them. `default_side` is
     that of images in pixels, 0 if the denoiser's config states it. `accepted_classes` are further classes that an
     index may name for a module. `references` if the denoiser takes reference images. `vae_levels` reads from the VAE's
     config on how many sizes it works, each half of the one before.
@@ -128,6 +132,7 @@ class Family:
     num_inference_steps: int
     guidance_scale: float
     distilled_steps: int = 4
+    read_card: Callable[[Config, str], tuple[int, float] | None] = lambda _config, _names: None
     sampling: Sampling = Sampling()
     references: References | None = None
     default_side: int = 0

@@ -137,6 +137,7 @@ class ModelDescription:
     default_skip_layer_guidance_scale: float
     max_active_images: int
     max_references: int  # reference images of a request; 0: the model takes none
+    masked_image_yields: int  # whether a masked image is a reference itself only where no other is given
     max_reference_pixels: int  # height times width of one
     max_reference_side: int
     preferred_reference_sizes: tuple[str, ...]  # WIDTHxHEIGHT that they are scaled to; empty if they may have any

@@ -101,7 +101,7 @@ def read_init_images(
         sizes.check(options.size, model)
     mask = _read_mask(uploads.mask, first) if uploads.mask is not None else _own_mask(first)
     if model.max_references and (options.are_references or mask is not None):
-        _check_number(uploads, model)
+        _check_number(uploads, model, mask is not None)
         seen = images if mask is not None else itertools.chain([first], images)
         references = [to_reference(_flatten(image), uploads.images_param, model) for image in seen]
         return [_with_references(first, mask, references, options, model)]
@@ -112,9 +112,10 @@ def read_init_images(
     return init_images
 
 
-def _check_number(uploads: Uploads, model: ModelDescription) -> None:
-    if len(uploads.images) > model.max_references:
-        param, most = uploads.images_param, model.max_references
+def _check_number(uploads: Uploads, model: ModelDescription, is_masked: bool) -> None:
+    most = model.max_references + (model.masked_image_yields if is_masked else 0)
+    if len(uploads.images) > most:
+        param = uploads.images_param
         raise InvalidRequestError(
             f"Invalid value for '{param}': {len(uploads.images)} images. The model takes at most {most} as references.",
             param,

@@ -69,8 +69,10 @@ def _load(generation: GenerationRequest, model: ModelDescription) -> float:
         rows += _skipping_share(generation, model, begin, end)  # and a third one in some of them
     pixels = generation.width * generation.height
     # The denoiser works on reference images as on its own. One that is inpainted is a reference, too.
-    seen = sum(generation.reference_pixels) + (pixels if generation.mask is not None and model.max_references else 0)
-    return rows * depth * (pixels + seen)
+    seen = generation.reference_pixels
+    if generation.mask is not None and model.max_references and not (seen and model.masked_image_yields):
+        seen = [pixels, *seen]
+    return rows * depth * (pixels + sum(seen))
 
 
 def _skipping_share(generation: GenerationRequest, model: ModelDescription, begin: float, end: float) -> float:

@@ -124,7 +124,7 @@ class TritonPythonModel:
             self._encode_masked_image(request),
             self._encode_references(request),
         )
-        seen = references_of(request, original, references)
+        seen = references_of(request, original, references, self._architecture)
         return _PreparedRequest(
             request=request,
             conditions=conditioning_of(request, texts, self._architecture, seen),

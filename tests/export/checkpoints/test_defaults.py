@@ -62,7 +62,7 @@ def test_trailing_timesteps_of_a_model_trained_to_zero_terminal_noise_are_no_sig
     [
         ("model_index.json", "stabilityai/sdxl-turbo"),
         ("unet/config.json", "/data/SDXL-Lightning/4step"),
-        ("model_index.json", "me/painter-2steps"),
+        ("model_index.json", "me/painter-flash"),
     ],
 )
 def test_trailing_euler_is_that_of_a_few_step_model_only_where_its_name_says_so_too(
@@ -213,6 +213,27 @@ def test_flux1_has_a_scale_without_identity_or_none(
     given = (found["min_guidance_scale"], found["default_guidance_scale"], found.get("max_guidance_scale", "20"))
     assert given == scales
     assert open_checkpoint(str(folder)).sizes["tokens"] == tokens
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "expected"),
+    [
+        ("stable-diffusion-3", "sd3.5-medium", ("40", "4.5")),
+        ("stable-diffusion-3-without-t5", "sd3-medium", ("28", "7")),
+        ("stable-diffusion-3-without-t5", "sd3-turbo", ("4", "1")),
+        ("flux1-dev", "FLUX.1-Krea-dev", ("28", "4.5")),
+        ("flux1-dev", "FLUX.1-dev-turbo", ("8", "3.5")),
+        ("flux1-dev", "flux-dev-schnell-4steps", ("4", "3.5")),
+        ("qwen-image", "Qwen-Image-2512", ("50", "4")),
+        ("qwen-image", "Qwen-Image-Lightning", ("8", "1")),
+        ("qwen-image", "Qwen-Image-Lightning-4steps-V2.0", ("4", "1")),
+        ("z-image", "Z-Image-Turbo", ("8", "0")),
+    ],
+)
+def test_variants_of_transformers_have_the_steps_and_scale_of_their_cards(
+    family: str, name: str, expected: tuple[str, str], tmp_path: Path
+) -> None:
+    assert steps_and_scale(parameters(save_transformer_miniature(tmp_path / name, family))) == expected
 
 
 @pytest.mark.parametrize(

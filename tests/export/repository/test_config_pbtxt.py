@@ -173,6 +173,7 @@ def test_the_sampler_knows_its_checkpoint(repository: Path) -> None:
         "max_reference_rows": "8",
         "preferred_reference_sizes": "",
         "reference_position_step": "0",
+        "masked_image_yields": "0",
         "token_width": "4",
         "engine": "openvino",
         "dtype": "float32",

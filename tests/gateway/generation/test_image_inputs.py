@@ -185,6 +185,16 @@ def test_a_masked_image_is_started_from_and_the_others_are_references() -> None:
     assert start.reference_sizes.tolist() == [[80, 64]]
 
 
+def test_a_reference_may_take_the_place_of_a_masked_image_that_yields() -> None:
+    kontext = replace(REFERRING, max_references=1, masked_image_yields=1)
+    files = [file_of(photo(96, 80)), file_of(photo(64, 80))]
+    (start,) = starts(*files, mask=file_of(hole(96, 80)), model=kontext)
+    assert start.reference_sizes is not None
+    assert start.reference_sizes.tolist() == [[80, 64]]
+    with pytest.raises(InvalidRequestError, match=r"'image': 2 images\. The model takes at most 1"):
+        starts(*files, model=kontext, are_references=True)
+
+
 def test_with_a_strength_images_are_started_from_one_by_one() -> None:
     first, second = starts(file_of(photo(64, 48)), file_of(photo(64, 64)), model=REFERRING)
     assert [image_of(each).shape for each in (first, second)] == [(48, 64, 3), (64, 64, 3)]

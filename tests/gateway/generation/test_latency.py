@@ -127,3 +127,6 @@ def test_a_step_works_on_references_as_on_the_image_and_on_a_masked_image_twice(
     masked = replace(generation, mask=np.zeros((48, 64), dtype=np.uint8))
     assert load_of(masked, model) == 1.0 + 1.0
     assert load_of(masked, MODEL) == 1.0
+    yielding = replace(model, masked_image_yields=1)
+    assert load_of(masked, yielding) == 1.0 + 1.0
+    assert load_of(replace(masked, reference_sizes=sizes), yielding) == 1.0 + 1.0 + 2.0

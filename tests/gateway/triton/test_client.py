@@ -132,6 +132,7 @@ class TestDescribe:
             default_skip_layer_guidance_scale=0.0,
             max_active_images=32,
             max_references=4,
+            masked_image_yields=0,
             max_reference_pixels=1048576,
             max_reference_side=4096,
             preferred_reference_sizes=("672x1568", "1024x1024"),

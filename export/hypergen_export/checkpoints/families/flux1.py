@@ -34,6 +34,7 @@ _KONTEXT_REFERENCES = References(
     pixels=max(width * height for width, height in _KONTEXT_SIZES),
     sizes=tuple(f"{width}x{height}" for width, height in _KONTEXT_SIZES),
     position_step=1,
+    yields=True,
 )
 # Channels of a transformer made for another pipeline -> what it takes beside the latents.
 _CHANNELS = {384: "a mask and a masked image", 128: "a control image"}
@@ -110,13 +111,21 @@ def _flux1(name: str, guidance: str, *conditions: Tensor, references: References
             encodes_mode=references is not None,
         ),
         references=references,
+        distilled_steps=8,
         default_side=1024,
         **rest,
     )
 
 
 FLUX1 = (
-    _flux1("flux1-dev", "embedded", _GUIDANCE, num_inference_steps=28, guidance_scale=3.5),
+    _flux1(
+        "flux1-dev",
+        "embedded",
+        _GUIDANCE,
+        num_inference_steps=28,
+        guidance_scale=3.5,
+        read_card=lambda _, names: (28, 4.5) if "krea" in names.lower() else None,
+    ),
     _flux1(
         "flux1-kontext",
         "embedded",

@@ -107,6 +107,7 @@ QWEN_IMAGE = (
         ),
         num_inference_steps=50,
         guidance_scale=4.0,
+        distilled_steps=8,  # of Qwen-Image-Lightning, whose other version has 4 in its name
         default_side=1024,
     ),
 )

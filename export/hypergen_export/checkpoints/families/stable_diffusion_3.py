@@ -109,7 +109,7 @@ def _inputs(denoiser: Config) -> set[str]:
     return {_HIDDEN_STATES.name, POOLED.name, *({SKIP.name} if denoiser.get("dual_attention_layers") else ())}
 
 
-def _family(name: str, **rest: Any) -> Family:
+def _family(name: str, *, is_medium: bool, **rest: Any) -> Family:
     return Family(
         name=name,
         pipelines=dict.fromkeys(
@@ -119,9 +119,10 @@ def _family(name: str, **rest: Any) -> Family:
         stated_inputs=_inputs,
         check=_check,
         sampling=Sampling(is_flow=True, flow_shift="linear", patch_size=2),
-        # Between the cards' scales: 3.5 for 3.5 Large, 4.5 for 3.5 Medium, 7 for 3.
-        num_inference_steps=28,
-        guidance_scale=4.5,
+        num_inference_steps=40 if is_medium else 28,
+        guidance_scale=4.5 if is_medium else 3.5,  # of 3.5 Medium and 3.5 Large
+        # 3, which does not normalise queries and keys.
+        read_card=lambda denoiser, _: None if denoiser.get("qk_norm") else (28, 7.0),
         **rest,
     )
 
@@ -146,6 +147,7 @@ def _families(suffix: str, *, is_medium: bool) -> tuple[Family, Family]:
     return (
         _family(
             f"stable-diffusion-{suffix}",
+            is_medium=is_medium,
             components=(*with_t5, _transformer("stable_diffusion_3", is_medium=is_medium), *rest),
             text=(*_CLIP_TEXT, _T5_TEXT),
             read_sizes=_sizes_with_t5,
@@ -153,6 +155,7 @@ def _families(suffix: str, *, is_medium: bool) -> tuple[Family, Family]:
         ),
         _family(
             f"stable-diffusion-{suffix}-without-t5",
+            is_medium=is_medium,
             components=(*_CLIPS, _transformer("stable_diffusion_3_without_t5", is_medium=is_medium), *rest),
             text=_CLIP_TEXT,
             read_sizes=_sizes,

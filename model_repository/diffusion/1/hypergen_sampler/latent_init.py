@@ -16,7 +16,7 @@ import torch
 
 from hypergen_sampler.conditioning import MASKED_IMAGE, Array
 from hypergen_sampler.flow import FlowMatchEuler
-from hypergen_sampler.request import InvalidInputError, Pixels, Request
+from hypergen_sampler.request import Architecture, InvalidInputError, Pixels, Request
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,14 @@ class Start:
     """Inputs of the denoiser [C, h, w] that are this image's own."""
 
 
-def references_of(request: Request, original: ImagePosterior | None, references: Sequence[Array]) -> list[Array]:
-    """The latents of all reference images: an image that is inpainted is the first, before the `references` given."""
-    if original is None or request.mask is None:
+def references_of(
+    request: Request, original: ImagePosterior | None, references: Sequence[Array], architecture: Architecture
+) -> list[Array]:
+    """The latents of all reference images: an image that is inpainted is the first, before the `references` given.
+
+    In some families it is one only where none is given, as in FluxKontextInpaintPipeline.
+    """
+    if original is None or request.mask is None or (references and architecture.masked_image_yields):
         return [*references]
     return [original.mean, *references]
 

@@ -68,6 +68,8 @@ class Limits:
     vae_scale_factor: int
     max_references: int
     """Reference images of a request; 0 if the denoiser takes none."""
+    masked_image_yields: int
+    """Whether a masked image is a reference itself only where no other is given."""
     max_reference_pixels: int
     max_reference_side: int
     """Width times height of a reference image, and its longer side."""
@@ -148,6 +150,8 @@ class Architecture:
     """Whether image-to-image starts from the mode of the encoded image instead of a sample."""
     reference_position_step: int
     """The first axis of a reference image's positions: once, twice, … this number."""
+    masked_image_yields: int
+    """Whether a masked image is a reference itself only where no other is given."""
     max_reference_rows: int
     """Rows of a denoiser call with reference images, which takes more memory than one without."""
     token_width: int
@@ -388,8 +392,8 @@ def _references(given: Mapping[str, Any], limits: Limits) -> tuple[Pixels, ...]:
     if "references" not in given and "reference_sizes" not in given:
         return ()
     pixels, sizes = given.get("references", np.empty(0, np.uint8)), given.get("reference_sizes", np.empty((0, 2)))
-    # A masked image is itself the first reference.
-    room = limits.max_references - ("mask" in given)
+    # A masked image may itself be the first reference.
+    room = limits.max_references - ("mask" in given and not limits.masked_image_yields)
     if not 0 < len(sizes) <= room:
         legal = f"of 1 to {room} images" if room > 0 else "absent, as this model takes none"
         raise InvalidInputError("references", f"must be {legal}, not {len(sizes)}")
