@@ -27,7 +27,7 @@ PAGES = [
 ]
 # What the file map lists: these folders with all rooms in them.
 MAPPED = ("gateway/hypergen_gateway", "export/hypergen_export", "model_repository/diffusion/1")
-COMMANDS = ("serve", "generate", "export", "estimate", "conformance")
+COMMANDS = ("serve", "generate", "export", "estimate", "passport", "conformance")
 
 
 def page_id(page: Path) -> str:
@@ -135,7 +135,7 @@ def documented(text: str) -> dict[str, list[str]]:
 def documented_options(command: str) -> dict[str, list[str]]:
     configuration = (DOCS / "configuration.md").read_text()
     found = documented(section(configuration, f"## `hypergen {command}`"))
-    if command == "generate":
+    if command in ("generate", "passport"):
         found |= documented(section(configuration, "### Model and Triton"))
     return found
 

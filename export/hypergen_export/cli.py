@@ -6,9 +6,10 @@ The gateway's command line loads this module, so it must not import torch or dif
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -17,11 +18,12 @@ import click
 
 from hypergen_export.checkpoints.embeddings import read_embeddings
 from hypergen_export.checkpoints.lora import read_loras
-from hypergen_export.engines.engine import ENGINES, read_sizes
-from hypergen_export.errors import ExportError, InterruptedExportError
+from hypergen_export.engines.engine import ENGINES, OPENVINO, read_sizes
+from hypergen_export.errors import BadOptionError, ExportError, InterruptedExportError
 from hypergen_export.repository.estimate import answer, read_memory
 from hypergen_export.repository.export import ExportRequest, ExportResult
 from hypergen_export.repository.export import export as build
+from hypergen_export.repository.passport import PassportMeasurement
 from hypergen_export.repository.single_file import SingleFileOptions, default_cache_dir
 from hypergen_export.single_files.kinds import PREDICTION_TYPES
 
@@ -141,7 +143,25 @@ def _not_empty(_: click.Context, parameter: click.Parameter, value: Any) -> Any:
     callback=_not_empty,
     envvar="HYPERGEN_CACHE_DIR",
     show_envvar=True,
-    help="Folder for converted single files.  [default: ~/.cache/hypergen]",
+    help="Folder for converted single files and passports.  [default: ~/.cache/hypergen]",
+)
+@click.option(
+    "--passport",
+    type=click.Choice(["off", "on"]),
+    help="Measure how far images are from those in float32: see 'hypergen passport'.  [default: off, or on with "
+    "--min-psnr]",
+)
+@click.option(
+    "--passport-prompts",
+    type=click.Path(path_type=Path),
+    callback=_not_empty,
+    help="Text file with a prompt per line for the passport.  [default: the model's own suggestions]",
+)
+@click.option(
+    "--min-psnr",
+    type=click.FloatRange(0, 100),
+    metavar="DB",
+    help="Export nothing if the mean PSNR of the passport's images is below.",
 )
 @click.option("--model-id", callback=_not_empty, help="Model id in the API.  [default: MODEL]")
 @click.option(
@@ -159,6 +179,7 @@ def export(*, model: str, output: Path, dtype: str, sizes: str | None, loras: tu
     began = time.monotonic()
     options["model_id"] = options["model_id"] or model
     try:
+        examine = _read_passport_options(options)
         request = ExportRequest(
             model=model,
             output=output,
@@ -173,12 +194,33 @@ def export(*, model: str, output: Path, dtype: str, sizes: str | None, loras: tu
             **options,
         )
         with _interruptible():
-            result = build(request, notify=lambda text: click.echo(f"{model}: {text}", err=True))
+            result = build(request, notify=functools.partial(_notify, model), examine=examine)
     except ExportError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:  # an unreadable checkpoint, an incomplete installation
         _fail(f"{error.filename or model}: {error.strerror or error}", 1)
     click.echo(f"{output}: {_summary(result)} ({time.monotonic() - began:.1f} s)", err=True)
+
+
+def _read_passport_options(options: dict[str, Any]) -> Callable[[Path], None]:
+    """Take the options of the passport out of `options`; what examines the repository. Raises BadOptionError."""
+    wanted, prompts, least = (options.pop(name) for name in ("passport", "passport_prompts", "min_psnr"))
+    if wanted == "off" and least is not None:
+        raise BadOptionError("--min-psnr: needs the passport that --passport off leaves out")
+    if prompts is not None and wanted != "on" and least is None:
+        raise BadOptionError("--passport-prompts: needs --passport on or --min-psnr")
+    if wanted != "on" and least is None:
+        return lambda _: None
+    if options["engine"] != OPENVINO.name:
+        raise BadOptionError(
+            f"--passport: {options['engine']} engines are measured where they run: start Triton with them, then "
+            "'hypergen passport DIR --measure --triton-url HOST:PORT'"
+        )
+    return PassportMeasurement(cache_dir=options["cache_dir"] or default_cache_dir(), prompts=prompts, min_psnr=least)
+
+
+def _notify(model: str, text: str) -> None:
+    click.echo(f"{model}: {text}", err=True)
 
 
 @click.command(short_help="Estimate the GPU memory that a checkpoint needs, without building anything.")

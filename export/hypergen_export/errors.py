@@ -57,6 +57,10 @@ class ParityMissedError(ExportError):
     """An exported component's outputs differ from torch's."""
 
 
+class PassportRefusedError(ExportError):
+    """An export's images are too far from those in float32, or could not be compared with them."""
+
+
 class MissingDependencyError(ExportError):
     """A package that the export needs is not installed."""
 

@@ -40,6 +40,11 @@ from hypergen_gateway.generation.sizes import LONGEST_SIDE
 from hypergen_gateway.http.addresses import PortUnavailableError, is_grpc_address
 from hypergen_gateway.observability.logs import LogFormat, set_up_logging
 from hypergen_gateway.options import A_WEEK, A_YEAR, Argument, KeyText, Number, Option, option
+from hypergen_gateway.passport.errors import PassportError
+from hypergen_gateway.passport.measure import FIELDS, Measured, PassportOptions, check_psnr, describe, find_passport
+from hypergen_gateway.passport.measure import measure as measure_passport
+from hypergen_gateway.passport.prompts import MAX_COUNT, read_prompts
+from hypergen_gateway.passport.table import description, sheet, table
 from hypergen_gateway.serving import (
     ServeOptions,
     TritonOptions,
@@ -426,6 +431,126 @@ def generate(*, triton: TritonOptions, output: Path, size: str | None, **given: 
     click.echo(summary, err=output == STANDARD_OUTPUT)
 
 
+@main.command(short_help="Show or measure how far a model's images are from those in float32.")
+@click.argument("model", cls=Argument, required=False, envvar="HYPERGEN_MODEL")
+@click.option("--measure", is_flag=True, help="Measure it, by images of this export and of a reference in float32.")
+@click.option(
+    "--prompts",
+    cls=Option,
+    type=click.Path(path_type=Path),
+    help="Text file with a prompt per line.",
+    show_default="the model's own suggestions",
+)
+@click.option(
+    "--count",
+    cls=Option,
+    type=click.IntRange(1, MAX_COUNT),
+    help="Prompts to take, spread over all.",
+    show_default="8, of a file all",
+)
+@click.option(
+    "--with",
+    "settings",
+    cls=Option,
+    metavar="FIELD=VALUE,…",
+    multiple=True,
+    help=f"Measure requests with these fields, too ({', '.join(FIELDS)}); repeatable.",
+)
+@click.option(
+    "--reference",
+    cls=Option,
+    metavar="MODEL",
+    help="Checkpoint, or repository in float32, to compare with.",
+    show_default="what the export was made of",
+)
+@click.option(
+    "--reference-url", cls=Option, metavar="HOST:PORT", help="gRPC address of a Triton that serves it in float32."
+)
+@click.option(
+    "--min-psnr",
+    cls=Option,
+    type=Number(0, 100),
+    metavar="DB",
+    help="Exit with code 1 if the mean PSNR of images as served is below.",
+)
+@click.option(
+    "--sheet",
+    "sheet_file",
+    cls=Option,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="PNG file for all images side by side.",
+)
+@_triton_options
+def passport(
+    *, triton: TritonOptions, measure: bool, min_psnr: float | None, sheet_file: Path | None, **given: Any
+) -> None:
+    """Show the passport of MODEL: how far its images are from those of its checkpoint in float32, at equal seeds.
+
+    MODEL is an exported repository, or a checkpoint with the options that it is served with. --measure generates the
+    images through Triton, first those of the export and then those in float32; it can be interrupted and started again.
+    With --triton-url the images are those of a running Triton, and MODEL is the folder of its repository.
+    """
+    options = _read_passport_options(triton, given)
+    if measure:
+        measured = run_until_signalled(measure_passport(options))
+        made, rows = measured.passport, measured.passport.summaries
+        if sheet_file is not None:
+            _write_sheet(sheet_file, measured)
+    elif options.is_specific or sheet_file is not None:
+        raise click.UsageError("Prompts, settings, a reference and a sheet are for --measure.")
+    elif triton.url is not None:
+        made, rows = None, run_until_signalled(describe(triton)).passport
+        if not rows:
+            raise PassportError(f"The model at {triton.url} has no passport.")
+    else:
+        made = find_passport(triton)
+        rows = made.summaries
+    click.echo("\n".join([*([description(made), ""] if made else []), table(rows)]))
+    if min_psnr is not None:
+        check_psnr(rows, made, min_psnr)
+
+
+def _read_passport_options(triton: TritonOptions, given: dict[str, Any]) -> PassportOptions:
+    cache_dir = triton.export.cache_dir if triton.export else given["cache_dir"] or default_cache_dir()
+    if cache_dir is None:
+        raise click.UsageError("This user has no home folder: pass --cache-dir.")
+    if given["reference"] is not None and given["reference_url"] is not None:
+        raise click.UsageError("--reference and --reference-url exclude each other.")
+    if given["reference_url"] is not None and not is_grpc_address(given["reference_url"]):
+        raise click.UsageError(f"--reference-url must be HOST:PORT of Triton's gRPC, not {given['reference_url']!r}.")
+    rows = triton.export.max_batch_size if triton.export else 8
+    return PassportOptions(
+        triton=triton,
+        export=ExportOptions(dtype="float32", max_batch_size=rows, cache_dir=cache_dir),
+        prompts=read_prompts(given["prompts"]) if given["prompts"] else (),
+        count=given["count"],
+        settings=tuple(_read_setting(text) for text in given["settings"]),
+        reference=given["reference"],
+        reference_url=given["reference_url"],
+    )
+
+
+def _read_setting(text: str) -> dict[str, int | float | str]:
+    """Parse `guidance_start=0.2,guidance_end=0.8`."""
+    setting: dict[str, int | float | str] = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if name not in FIELDS or not equals:
+            raise click.UsageError(f"--with must be FIELD=VALUE with {', '.join(FIELDS)}, not {part[:40]!r}.")
+        try:
+            setting[name] = FIELDS[name](value)
+        except ValueError:
+            raise click.UsageError(f"--with {name} must be a number, not {value[:40]!r}.") from None
+    return setting
+
+
+def _write_sheet(file: Path, measured: Measured) -> None:
+    try:
+        sheet(measured.images).save(file, format="PNG")
+    except OSError as error:
+        raise click.ClickException(f"--sheet: {click.format_filename(file)}: {error.strerror or error}") from error
+
+
 def _file_format(output: Path) -> FileFormat:
     suffix = output.suffix.lower()
     if suffix not in FORMATS:
@@ -481,7 +606,7 @@ def _one_line_errors() -> Iterator[None]:
         yield
     except ExportFailedError as error:
         raise SystemExit(error.exit_code) from error
-    except (HyperGenError, EmbeddedError, PortUnavailableError) as error:
+    except (HyperGenError, EmbeddedError, PassportError, PortUnavailableError) as error:
         raise click.ClickException(str(error)) from error
     except asyncio.CancelledError:
         raise SystemExit(130) from None

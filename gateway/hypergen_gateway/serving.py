@@ -82,7 +82,7 @@ async def serve(options: ServeOptions) -> None:
     raise_file_limit()
     # Bound before the engines are loaded, so that a busy port is reported at once.
     with listening(options.host, options.port) as listeners:
-        async with _connected(options.triton, options.gateway.request_timeout) as backend:
+        async with connected(options.triton, options.gateway.request_timeout) as backend:
             console.info(await _greeting(options, backend))
             await _serve_http(create_app(options.gateway, backend, _tracing()), listeners, options.gateway.keep_alive)
 
@@ -101,9 +101,9 @@ def _tracing() -> Tracing | None:
 
 async def generate_image(options: TritonOptions, fields: dict[str, Any]) -> GeneratedImage:
     """One image, without a gateway. `fields` holds fields of `GenerationRequest`; the model fills in the rest."""
-    async with _connected(options, GENERATE_SECONDS) as backend:
+    async with connected(options, GENERATE_SECONDS) as backend:
         try:
-            generation = _complete(
+            generation = complete(
                 fields, await backend.describe(), with_lora=bool(options.export and options.export.loras)
             )
         except UnavailableError as error:
@@ -167,7 +167,7 @@ def _end_at_once(number: signal.Signals) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _connected(options: TritonOptions, request_timeout: float) -> AsyncIterator[TritonBackend]:
+async def connected(options: TritonOptions, request_timeout: float) -> AsyncIterator[TritonBackend]:
     async with contextlib.AsyncExitStack() as stack:
         if options.url is not None:
             backend = TritonBackend(options.url, request_timeout=request_timeout)
@@ -239,7 +239,7 @@ async def _serve_http(app: Any, listeners: list[socket.socket], keep_alive: floa
         await server.serve(sockets=[Listener(fileno=listener.detach()) for listener in listeners])
 
 
-def _complete(fields: dict[str, Any], description: ModelDescription, *, with_lora: bool) -> GenerationRequest:
+def complete(fields: dict[str, Any], description: ModelDescription, *, with_lora: bool) -> GenerationRequest:
     defaults: dict[str, Any] = {
         "width": description.default_width,
         "height": description.default_height,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import openai
 import pytest
 from PIL import Image
 
-from support.running_server import HYPERGEN, Server, free_port, start_server, stop_server
+from support.running_server import HYPERGEN, Server, free_port, pixels_of, start_server, stop_server
 
 
 def hypergen(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -52,6 +54,43 @@ def test_generate_starts_a_triton_of_its_own(checkpoint: Path, cache_dir: Path, 
     result = hypergen("generate", "cat", "-o", str(file), *options)
     assert result.returncode == 0, result.stderr
     assert Image.open(file).size == (64, 64)
+
+
+def test_a_passport_compares_the_images_of_two_tritons(
+    server: Server, client: openai.OpenAI, exported: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts").write_text("a cat\na dog\n")
+    repository = tmp_path / "repository"
+    shutil.copytree(exported, repository)
+    options = ["--measure", "--triton-url", server.triton_url, "--reference-url", server.triton_url]
+    options += ["--prompts", str(tmp_path / "prompts"), "--with", "num_inference_steps=3", "--cache-dir", str(tmp_path)]
+    result = hypergen("passport", str(repository), *options)
+    assert result.returncode == 0, result.stderr
+
+    as_served, fewer = json.loads((repository / "passport.json").read_text())["settings"]
+    assert [(image["psnr"], image["latents_error"]) for image in as_served["images"]] == [(100, 0)] * 2
+    for seed, (prompt, image) in enumerate(zip(["a cat", "a dog"], fewer["images"], strict=True)):
+        all_steps, three = (
+            pixels_of(client.images.generate(prompt=prompt, extra_body={"seed": seed, **fields}).data[0])  # type: ignore[index]
+            for fields in ({}, {"num_inference_steps": 3})
+        )
+        error = np.square(all_steps.astype(float) - three).mean()
+        assert image["psnr"] == pytest.approx(10 * np.log10(255**2 / error))
+        assert image["latents_error"] > 0.01
+    assert hypergen("passport", str(repository)).stdout == result.stdout
+
+
+def test_an_export_is_measured_before_it_is_in_place(
+    checkpoint: Path, exported: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts").write_text("a cat\n")
+    output = exported.with_name("measured")
+    options = ["--output", str(output), "--cache-dir", str(cache_dir), "--min-psnr", "100"]
+    options += ["--passport-prompts", str(tmp_path / "prompts")]
+    result = hypergen("export", str(checkpoint), *options, HF_HUB_OFFLINE="1")
+    assert result.returncode == 0, result.stderr
+    assert "| as served |    100.0 |  100.0 | 1.0000 | 1.0000 |" in result.stderr
+    assert (output / "passport.json").is_file()
 
 
 def test_a_size_that_the_model_cannot_generate_is_said_in_one_line(server: Server, tmp_path: Path) -> None:

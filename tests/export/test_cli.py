@@ -147,6 +147,9 @@ def test_a_missing_package_is_named_with_what_installs_it(checkpoint_folder: Pat
     ("options", "words"),
     [
         (["--dtype", "fp16"], "--dtype float16: openvino supports float32 and bfloat16"),
+        (["--passport", "off", "--min-psnr", "30"], "--min-psnr: needs the passport that --passport off leaves out"),
+        (["--passport-prompts", "prompts"], "--passport-prompts: needs --passport on or --min-psnr"),
+        (["--engine", "tensorrt", "--passport", "on"], "hypergen passport DIR --measure --triton-url HOST:PORT"),
         (["--sizes", "64x64"], "--sizes: openvino takes any size"),
         (["--engine", "tensorrt", "--sizes", ""], "--sizes: must be a list of WIDTHxHEIGHT"),
         (["--engine", "tensorrt", "--sizes", "64x64,65x64"], "--sizes: 65x64 does not suit this model"),

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,7 +26,7 @@ from playwright.async_api import Browser, Page, expect
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
 from hypergen_gateway.errors import InvalidRequestError, UnavailableError
-from hypergen_gateway.generation.backend import GenerationRequest, Lora
+from hypergen_gateway.generation.backend import GenerationRequest, Lora, Quality
 from hypergen_gateway.playground import FOLDER
 from support.browser import chromium, needs_chromium, opened
 from support.fake_backend import MODEL, FakeBackend, in_memory, on_loopback, until
@@ -45,6 +45,17 @@ EMOJI = replace(
     max_clip_skip=12,
     loras=(Lora(name="ink", scale=0.8), Lora(name="clay", scale=1.0, is_merged=True)),
     suggestions=("a rocket", "a dog", "a cat", "a fox", "an owl", "a bee"),
+)
+MEASURED = Quality(
+    fields={"cache_interval": 2},
+    prompts=8,
+    psnr=31.25,
+    lowest_psnr=24.0,
+    ssim=0.9512,
+    lowest_ssim=0.9,
+    latents_error=0.05,
+    highest_latents_error=0.08,
+    time=0.74,
 )
 # What shells, Python and forms each want to take for their own.
 AWKWARD = '@"it\'s" $HOME `x` \\n <é> 🦊 {}%s'
@@ -98,7 +109,7 @@ class TestFiles:
 
 class TestCapabilities:
     async def test_they_are_what_the_model_says(self, client: httpx.AsyncClient, backend: FakeBackend) -> None:
-        backend.description = replace(EMOJI, sizes=("64x64", "64x96"))
+        backend.description = replace(EMOJI, sizes=("64x64", "64x96"), passport=(MEASURED,))
         body = (await client.get("/v1/capabilities")).json()
         assert body == {
             "object": "capabilities",
@@ -136,6 +147,7 @@ class TestCapabilities:
                 {"name": "clay", "default_scale": 1.0, "scales": [1.0]},
             ],
             "suggestions": ["a rocket", "a dog", "a cat", "a fox", "an owl", "a bee"],
+            "passport": [asdict(MEASURED)],
         }
 
     async def test_they_need_the_key(self, backend: FakeBackend) -> None:
@@ -263,6 +275,15 @@ class TestGeneration:
         await expect(page.get_by_label("Guidance", exact=True)).to_be_visible()
         for name in ("Guidance from", "Guidance to", "Deep features"):
             await expect(page.get_by_label(name)).to_be_hidden()
+
+    async def test_what_was_measured_of_the_model_is_a_table(self, open_page: OpenPage, backend: FakeBackend) -> None:
+        backend.description = replace(EMOJI, passport=(replace(MEASURED, fields={}), MEASURED))
+        page = await open_page()
+        await page.get_by_text("Quality beside float32").click()
+        rows = page.get_by_role("row")
+        await expect(rows).to_have_count(3)
+        await expect(rows.nth(1)).to_have_text(re.compile("as served.*31.3.*24.0.*0.951.*0.74"))
+        await expect(rows.nth(2)).to_have_text(re.compile("cache_interval 2"))
 
     async def test_previews_are_shown_while_it_generates(self, open_page: OpenPage, backend: FakeBackend) -> None:
         backend.finishing.clear()

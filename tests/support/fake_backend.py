@@ -56,6 +56,7 @@ MODEL = ModelDescription(
     preferred_reference_sizes=(),
     base_model="",
     suggestions=(),
+    passport=(),
 )
 
 

@@ -51,6 +51,7 @@ PARAMETERS = {
     "preferred_reference_sizes": "672x1568,1024x1024",
     "base_model": "Stable Diffusion 1.x",
     "suggestions": "a rocket, red\na cat",
+    "passport": "[]",
 }
 
 

@@ -122,6 +122,17 @@ class ExportRequest:
         return 2 * self.max_batch_size
 
     @property
+    def source(self) -> dict[str, Any]:
+        """What decides the images, apart from the engine: options with which the same can be exported in float32."""
+        return {
+            "model": _absolute(self.model),
+            "vae": self.vae and _absolute(self.vae),
+            "text_encoder": self.text_encoder and _absolute(self.text_encoder),
+            "prediction_type": self.single_files.prediction_type,
+            "embeddings": [f"{each.name}={each.file.absolute()}" for each in self.embeddings],
+        }
+
+    @property
     def settings(self) -> dict[str, str]:
         """The sampler's parameters that depend on the request alone."""
         return {
@@ -135,6 +146,12 @@ class ExportRequest:
         }
 
 
+def _absolute(place: str) -> str:
+    """A path that is valid in any folder; ids of the hub stay as they are."""
+    path = Path(place).expanduser()
+    return str(path.absolute()) if path.exists() else place
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExportResult:
     """The converted and the reused components; both are empty if everything was up to date."""
@@ -144,12 +161,15 @@ class ExportResult:
 
 
 def export(
-    request: ExportRequest, target: Target | None = None, notify: Callable[[str], None] = lambda _: None
+    request: ExportRequest,
+    target: Target | None = None,
+    notify: Callable[[str], None] = lambda _: None,
+    examine: Callable[[Path], None] = lambda _: None,
 ) -> ExportResult:
     """Write the Triton repository at `request.output`, unless it is up to date. Raises ExportError.
 
     TensorRT plans are built for `target`, by default for this machine. `notify` is called with each notice about the
-    checkpoint.
+    checkpoint; `examine` with the complete repository before it is put in place, which it prevents by an ExportError.
     """
     output = request.output.expanduser().resolve()
     task = _make_task(request, PreviousExport(output, read_record(output) or {}), target, notify)
@@ -159,6 +179,7 @@ def export(
     if task.is_up_to_date:
         if task.hashes.has_new_hashes:
             update_record(output, {**task.previous.record, "hashes": task.hashes.stored})
+        examine(output)
         return ExportResult()
     check_space(output, task.bytes_to_write)
     for text in _estimate(task):
@@ -167,9 +188,10 @@ def export(
         parity = _write_repository(task, folder)
         record = _record(task, folder, parity)
         write_record(folder, record)
+        examine(folder)
     # Linking the weights, here and in an export that was replaced, has changed their files' change times.
     if task.hashes.renew():
-        update_record(output, {**record, "hashes": task.hashes.stored})
+        update_record(output, {**(read_record(output) or record), "hashes": task.hashes.stored})
     reused = tuple(component.name for component in task.reused)
     return ExportResult(converted=tuple(component.name for component in task.outdated), reused=reused)
 
@@ -625,6 +647,7 @@ def _record(task: ExportTask, folder: Path, parity: Mapping[str, Any]) -> dict[s
     return {
         "key": task.key,
         "model": task.request.model,
+        "source": task.request.source,
         **task.request.settings,
         "target": asdict(task.target) if task.target else None,
         "versions": _versions(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Literal
 
 from pydantic import BaseModel, Field
@@ -18,6 +19,24 @@ class LoraCapability(BaseModel):
     scales: tuple[float, ...] = Field(
         description="The only scales at which it is served, as it is merged into the weights; empty if it has any."
     )
+
+
+class QualityCapability(BaseModel):
+    """How far images of a setting are from those of the model in float32 at equal seeds, as it was measured."""
+
+    fields: dict[str, int | float | str] = Field(
+        description="The request's fields beside the defaults; empty: images by default."
+    )
+    prompts: int = Field(description="How many images were compared. All other values are their mean or worst.")
+    psnr: float = Field(description="Peak signal-to-noise ratio in dB; 100 for equal images.")
+    lowest_psnr: float
+    ssim: float = Field(description="Structural similarity; 1 for equal images.")
+    lowest_ssim: float
+    latents_error: float | None = Field(
+        default=None, description="Error of the final latents, relative to their norm; absent if it is unknown."
+    )
+    highest_latents_error: float | None = None
+    time: float = Field(description="Time of an image divided by its time in float32, when this was measured.")
 
 
 class Capabilities(BaseModel):
@@ -71,6 +90,10 @@ class Capabilities(BaseModel):
     )
     loras: tuple[LoraCapability, ...] = Field(description="The LoRAs for `loras` and `lora_path`.")
     suggestions: tuple[str, ...] = Field(description="Prompts that work well with the model.")
+    passport: tuple[QualityCapability, ...] = Field(
+        description="The price of the model's precision, and of settings that leave out work, by `hypergen passport`; "
+        "empty if it was not measured."
+    )
 
 
 def of_model(model: ModelDescription, id_: str, sizes: SizePolicy) -> Capabilities:
@@ -107,6 +130,7 @@ def of_model(model: ModelDescription, id_: str, sizes: SizePolicy) -> Capabiliti
         max_references=model.max_references,
         loras=_loras(model),
         suggestions=model.suggestions,
+        passport=tuple(QualityCapability(**asdict(quality)) for quality in model.passport),
     )
 
 

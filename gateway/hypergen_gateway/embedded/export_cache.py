@@ -102,6 +102,11 @@ def is_repository(model: str) -> bool:
     return (Path(model) / "diffusion" / "config.pbtxt").is_file()
 
 
+def repository_path(model: str, options: ExportOptions) -> Path:
+    """The cached export of a checkpoint; it need not exist."""
+    return options.cache_dir / _folder_name(model, options)
+
+
 async def find_repository(model: str, options: ExportOptions) -> Path:
     """The repository to serve, exported first if necessary, with the exporter's progress on stderr.
 
@@ -121,7 +126,7 @@ async def find_repository(model: str, options: ExportOptions) -> Path:
         if options.deep_cache and not (Path(model) / "unet_shallow").is_dir():
             raise EmbeddedError(f"{model} has no shallow UNet: pass --deep-cache to 'hypergen export'.")
         return Path(model)
-    output = options.cache_dir / _folder_name(model, options)
+    output = repository_path(model, options)
     # A finished export can be used from a read-only volume.
     if not output.exists() and (reason := find_write_error(options.cache_dir)):
         raise EmbeddedError(f"Models cannot be stored in {options.cache_dir} ({reason}): see --cache-dir.")

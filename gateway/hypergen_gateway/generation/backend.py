@@ -19,6 +19,7 @@ Scales = tuple[float, ...]
 Int64 = int  # other integers of a request are 32 bits wide
 Pixels = NDArray[np.uint8]
 Sides = NDArray[np.int32]
+Latents = NDArray[np.float32]
 
 
 # The shares of the steps between which the sampler skips layers by default.
@@ -58,6 +59,7 @@ class GenerationRequest:
     clip_skip: int | None = None  # so many of CLIP's last layers are left out; None: the model's default
     lora: Names = ()  # of LoRAs that the model is served with
     lora_scale: Scales = ()  # of each of them
+    return_latents: bool | None = None  # whether the final latents come with each image
 
     @property
     def reference_pixels(self) -> list[int]:
@@ -91,6 +93,7 @@ class GeneratedImage:
     prompt_tokens: int  # of the prompt and the negative prompt, as read by the text encoder
     truncated_tokens: int = 0  # of both, cut off by the text encoder
     timings: Timings
+    latents: Latents | None = None  # [channels, height, width], as the scheduler left them, if requested
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +105,25 @@ class Lora:
     is_merged: bool = False  # only this scale is served, and no two merged ones together
     columns: int = 0  # of the rank pool
     changes: tuple[str, ...] = ()  # the checkpoint's modules
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """How far a model's images are from those in float32 at equal seeds: means over `prompts`, and the worst of each.
+
+    PSNR in dB, 100 for equal images; SSIM up to 1; the error of the final latents relative to their norm, None if it is
+    unknown. `time` is that of an image divided by the time in float32.
+    """
+
+    fields: Mapping[str, int | float | str]  # of the request, beside the model's defaults
+    prompts: int
+    psnr: float
+    lowest_psnr: float
+    ssim: float
+    lowest_ssim: float
+    latents_error: float | None
+    highest_latents_error: float | None
+    time: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +165,7 @@ class ModelDescription:
     preferred_reference_sizes: tuple[str, ...]  # WIDTHxHEIGHT that they are scaled to; empty if they may have any
     base_model: str  # of a single file, for people; empty for others
     suggestions: Lines  # prompts that suit the model; empty for most
+    passport: tuple[Quality, ...]  # as it was measured, for some settings; empty if it was not
 
     @property
     def has_negative_prompt(self) -> bool:

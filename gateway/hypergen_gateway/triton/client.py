@@ -33,7 +33,14 @@ from hypergen_gateway.errors import (
     QueueFullError,
     UnavailableError,
 )
-from hypergen_gateway.generation.backend import GeneratedImage, GenerationRequest, Lora, ModelDescription, Timings
+from hypergen_gateway.generation.backend import (
+    GeneratedImage,
+    GenerationRequest,
+    Lora,
+    ModelDescription,
+    Quality,
+    Timings,
+)
 from hypergen_gateway.http.request_id import current_request_id, current_trace
 
 logger = logging.getLogger(__name__)
@@ -71,6 +78,7 @@ _DATATYPES = {
     "Sides": "INT32",
     "Names": "BYTES",
     "Scales": "FP32",
+    "bool": "BOOL",
 }
 # Input tensors of `diffusion`: the fields of `GenerationRequest`. Absent fields are not sent.
 INPUT_TYPES: dict[str, str] = {
@@ -80,9 +88,13 @@ INPUT_TYPES: dict[str, str] = {
 # A BYTES tensor has the length of each text before it.
 _LENGTH = struct.Struct("<I")
 
-OUTPUTS = ("image", "image_index", "step", "is_final", "seed", "prompt_tokens", "truncated_tokens", "timings_ms")
-# Missing from samplers of earlier releases, which a gateway may use during a rolling update.
-_OPTIONAL_OUTPUTS = {"truncated_tokens"}
+OUTPUTS = (
+    *("image", "image_index", "step", "is_final", "seed", "prompt_tokens", "truncated_tokens", "timings_ms"),
+    "latents",
+)
+# The first is missing from samplers of earlier releases, which a gateway may use during a rolling update; the second
+# comes only if it is requested.
+_OPTIONAL_OUTPUTS = {"truncated_tokens", "latents"}
 
 # Request fields of inputs with a different name.
 _PARAMS: Mapping[str, str] = {
@@ -117,6 +129,7 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "tuple[str, ...]": lambda text: tuple(name for name in text.split(",") if name),
     "Lines": lambda text: tuple(text.splitlines()),
     "tuple[Lora, ...]": lambda text: tuple(map(to_lora, json.loads(text))),
+    "tuple[Quality, ...]": lambda text: tuple(Quality(**entry) for entry in json.loads(text)),
 }
 
 
@@ -265,7 +278,7 @@ class TritonBackend:
         except DeadlineExceededError as error:  # a hanging Triton is unavailable; no image was late
             message = "The image model is not responding. Try again later."
             raise UnavailableError(message, detail=f"no response within {self._call_timeout:g} s") from error
-        return _to_description({name: value.string_value for name, value in response.config.parameters.items()})
+        return to_description({name: value.string_value for name, value in response.config.parameters.items()})
 
     @contextmanager
     def _translate_errors(self) -> Iterator[None]:
@@ -368,10 +381,12 @@ def _to_image(response: Any) -> GeneratedImage:
         prompt_tokens=int(tensors["prompt_tokens"][0]),
         truncated_tokens=0 if truncated is None else int(truncated[0]),
         timings=Timings(queue=queue, encode_text=encode_text, denoise=denoise, decode=decode),
+        latents=tensors["latents"],
     )
 
 
-def _to_description(parameters: Mapping[str, str]) -> ModelDescription:
+def to_description(parameters: Mapping[str, str]) -> ModelDescription:
+    """The description that a sampler's parameters give. Raises InternalError."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(ModelDescription):
         try:

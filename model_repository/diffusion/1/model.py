@@ -216,6 +216,7 @@ class TritonPythonModel:
             prompt_tokens=job.prompt_tokens,
             truncated_tokens=job.truncated_tokens,
             timings=(output.waited, job.encode_seconds, output.took, time.perf_counter() - output.made),
+            latents=output.latents if job.request.return_latents and output.is_final else None,
         )
 
     def _latent_shape(self, request: Request) -> tuple[int, int, int]:

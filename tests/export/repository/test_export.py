@@ -23,7 +23,7 @@ from hypergen_export.checkpoints.families.unet import STABLE_DIFFUSION
 from hypergen_export.checkpoints.hashes import LARGE
 from hypergen_export.checkpoints.lora import read_loras
 from hypergen_export.checkpoints.weights import sha256
-from hypergen_export.errors import BadLoraError, BrokenCheckpointError, OutputRefusedError
+from hypergen_export.errors import BadLoraError, BrokenCheckpointError, OutputRefusedError, PassportRefusedError
 from hypergen_export.repository import export as exporting
 from hypergen_export.repository.config_pbtxt import read_config
 from hypergen_export.repository.export import (
@@ -78,6 +78,37 @@ def test_the_record_says_what_was_made_of_what_and_how_well(repository: Path, ch
     parity = {name: entry["parity"] for name, entry in record["components"].items()}
     assert tuple(parity) == NAMES
     assert all(0 <= entry["difference"] <= entry["tolerance"] for entry in parity.values())
+
+
+def test_the_record_says_what_is_to_be_exported_for_a_comparison(
+    request_again: ExportRequest, checkpoint_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(checkpoint_folder.parent)
+    relative = replace(request_again, model=checkpoint_folder.name, dtype="bfloat16")
+    export(relative)
+    source = json.loads((request_again.output / "hypergen.json").read_text())["source"]
+    assert source == {
+        "model": str(checkpoint_folder),
+        "vae": None,
+        "text_encoder": None,
+        "prediction_type": None,
+        "embeddings": [],
+    }
+
+
+def test_an_export_that_does_not_pass_its_examination_leaves_the_one_before(request_again: ExportRequest) -> None:
+    before = (request_again.output / "hypergen.json").read_bytes()
+    seen = []
+
+    def examine(folder: Path) -> None:
+        seen.append(json.loads((folder / "hypergen.json").read_text())["dtype"])
+        raise PassportRefusedError("too far")
+
+    with pytest.raises(PassportRefusedError):
+        export(replace(request_again, dtype="bfloat16"), examine=examine)
+    assert seen == ["bfloat16"]
+    assert (request_again.output / "hypergen.json").read_bytes() == before
+    assert leftovers(request_again.output.parent) == [request_again.output.name]
 
 
 def test_the_same_export_again_does_nothing(request_again: ExportRequest) -> None:

@@ -138,6 +138,7 @@ class TestDescribe:
             preferred_reference_sizes=("672x1568", "1024x1024"),
             base_model="Stable Diffusion 1.x",
             suggestions=("a rocket, red", "a cat"),
+            passport=(),
         )
 
     async def test_every_field_is_a_parameter_of_the_same_name(self) -> None:

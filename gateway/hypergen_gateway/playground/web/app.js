@@ -6,6 +6,7 @@ import { byId } from "./dom.js";
 import { Form } from "./form.js";
 import { History } from "./history.js";
 import { toBlob } from "./images.js";
+import { showPassport } from "./passport.js";
 import { PARTIAL_IMAGES, seedOf, toRequest } from "./request.js";
 import { Stage } from "./stage.js";
 import { Start } from "./start.js";
@@ -238,6 +239,7 @@ async function main() {
   byId("model").textContent = model.base_model ? `${model.model} (${model.base_model})` : model.model;
   document.title = `${model.model} · HyperGen`;
   new Playground(model);
+  showPassport(model.passport);
   byId("change-key").hidden = !storedKey();
   byId("change-key").addEventListener("click", () => askForKey(""));
   byId("form").inert = false;

@@ -300,6 +300,8 @@ class Request:
     clip_skip: int = 0
     """So many of CLIP's last layers are left out, as diffusers counts them."""
     loras: LoraSelection = NO_LORAS
+    return_latents: bool = False
+    """Whether the final latents come with each image."""
 
 
 def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
@@ -346,6 +348,7 @@ def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
         prompt_weighting=_one_of("prompt_weighting", given.get("prompt_weighting", "none"), limits.prompt_weightings),
         clip_skip=_within("clip_skip", given.get("clip_skip", limits.default_clip_skip), 0, limits.max_clip_skip),
         loras=_loras(given, limits),
+        return_latents=given.get("return_latents", False),
     )
 
 

@@ -24,6 +24,7 @@ class ImageOutput:
 
     `prompt_tokens` counts the tokens of prompt and negative prompt that the text encoders read, without start, end and
     padding; `truncated_tokens` counts the tokens cut off. `timings` in seconds: queue, encoding, denoising, decoding.
+    `latents` are the final ones, [C, h, w], if the request asks for them.
     """
 
     pixels: Pixels
@@ -34,6 +35,7 @@ class ImageOutput:
     prompt_tokens: int
     truncated_tokens: int
     timings: tuple[float, float, float, float]
+    latents: npt.NDArray[np.float32] | None = None
 
 
 def read_inputs(request: pb_utils.InferenceRequest) -> dict[str, Any]:
@@ -81,6 +83,8 @@ def response_of(output: ImageOutput) -> pb_utils.InferenceResponse:
         "truncated_tokens": np.array([output.truncated_tokens], dtype=np.int32),
         "timings_ms": np.array(output.timings, dtype=np.float32) * np.float32(1000),
     }
+    if output.latents is not None:
+        tensors["latents"] = output.latents
     return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor(name, array) for name, array in tensors.items()])
 
 

@@ -1,0 +1,265 @@
+"""Passports: what is measured of two lots of images, what is kept, and what is said when nothing can be."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from hypergen_gateway.cli import main
+from hypergen_gateway.generation.backend import Backend, GenerationRequest
+from hypergen_gateway.passport.errors import PassportError
+from hypergen_gateway.passport.measure import check_psnr, describe
+from hypergen_gateway.passport.prompts import PROMPTS, choose_prompts, read_prompts
+from hypergen_gateway.passport.record import (
+    ImageQuality,
+    Passport,
+    SettingQuality,
+    open_repository,
+    read_passport,
+    write_passport,
+)
+from hypergen_gateway.passport.samples import Sample, SampleStore, sample_all
+from hypergen_gateway.passport.similarity import psnr, relative_error, ssim
+from hypergen_gateway.passport.table import sheet
+from hypergen_gateway.serving import TritonOptions
+from support.fake_backend import FakeBackend
+from support.fake_triton import PARAMETERS, FakeTriton, serving
+
+REQUESTS = [
+    GenerationRequest(prompt=prompt, width=64, height=48, num_inference_steps=4, guidance_scale=2.0, seed=seed)
+    for seed, prompt in enumerate(["a rocket", "a dog", "a cat"])
+]
+
+
+def passport(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["passport", *map(str, arguments)], env={"HYPERGEN_MODEL": ""})
+
+
+def error_line(result: Result) -> str:
+    assert result.exit_code in (1, 2), (result.output, result.exception)
+    (line,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    return line
+
+
+def image_quality(prompt: str, value: float, seconds: float = 1.0) -> ImageQuality:
+    return ImageQuality(prompt=prompt, seed=0, psnr=value, ssim=value / 100, latents_error=1 / value, seconds=seconds)
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """What an export leaves, as far as a passport is concerned."""
+    folder = tmp_path / "repository"
+    config = model_config_pb2.ModelConfig(name="diffusion")
+    for name, value in PARAMETERS.items():
+        config.parameters[name].string_value = value
+    text = text_format.MessageToString(config)
+    (folder / "diffusion").mkdir(parents=True)
+    (folder / "diffusion" / "config.pbtxt").write_text(text)
+    files = {"diffusion/config.pbtxt": len(text), "unet/1/model.onnx": 3}
+    record = {"key": "k1", "engine": "openvino", "dtype": "bfloat16", "source": {"model": "acme/emoji"}, "files": files}
+    (folder / "hypergen.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.fixture
+def measured() -> Passport:
+    images = (image_quality("a rocket", 40.0), image_quality("a dog", 20.0, seconds=3.0))
+    fewer = (image_quality("a rocket", 10.0), image_quality("a dog", 30.0))
+    return Passport(
+        key="k1",
+        model="acme/emoji",
+        engine="openvino",
+        dtype="bfloat16",
+        reference="openvino float32",
+        reference_seconds=2.0,
+        measured="2026-01-01T00:00:00+00:00",
+        request={"width": 64, "height": 48, "num_inference_steps": 4, "guidance_scale": 2.0},
+        settings=(
+            SettingQuality(fields={}, images=images),
+            SettingQuality(fields={"guidance_start": 0.2, "guidance_end": 0.8}, images=fewer),
+        ),
+    )
+
+
+class TestSimilarity:
+    def test_psnr_is_that_of_the_mean_square_and_finite_for_equal_images(self) -> None:
+        image = np.zeros((16, 16, 3), np.uint8)
+        other = image.copy()
+        other[0, 0] = 255
+        assert psnr(other, image) == pytest.approx(10 * math.log10(256))
+        assert psnr(image, image) == 100
+
+    def test_ssim_is_one_for_equal_images_and_less_for_noise(self) -> None:
+        image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+        assert ssim(image, image) == pytest.approx(1)
+        assert ssim(image[::-1].copy(), image) < 0.1
+
+    def test_the_error_of_latents_is_relative(self) -> None:
+        assert relative_error(*np.array([[3.3, 4.4], [3, 4]], np.float32)) == pytest.approx(0.1, rel=1e-5)
+
+
+class TestPrompts:
+    def test_those_of_a_file_are_its_lines(self, tmp_path: Path) -> None:
+        (tmp_path / "prompts").write_text("\ufeff a fox \n\n an owl, é\r\n")
+        assert read_prompts(tmp_path / "prompts") == ("a fox", "an owl, é")
+
+    @pytest.mark.parametrize(
+        ("content", "says"),
+        [(b"", "no prompt"), (b" \n\n", "no prompt"), (b"\xff\xfe", "not UTF-8"), (b"x\n" * 1001, "at most 1000")],
+    )
+    def test_a_file_without_any_is_refused(self, tmp_path: Path, content: bytes, says: str) -> None:
+        (tmp_path / "prompts").write_bytes(content)
+        line = error_line(passport("hypergen/emoji", "--measure", "--prompts", tmp_path / "prompts"))
+        assert "--prompts" in line
+        assert says in line
+
+    def test_a_file_that_cannot_be_read_is_named_with_the_reason(self, tmp_path: Path) -> None:
+        for file, reason in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
+            line = error_line(passport("hypergen/emoji", "--measure", "--prompts", file))
+            assert str(file) in line
+            assert reason in line
+
+    def test_without_a_file_some_of_the_models_own_are_taken_and_others_for_models_without(self) -> None:
+        suggestions = [str(number) for number in range(16)]
+        assert choose_prompts((), suggestions, None) == tuple(suggestions[::2])
+        assert choose_prompts((), (), None) == PROMPTS
+        assert choose_prompts((), (), 100) == PROMPTS
+        assert choose_prompts(("a", "b", "c", "d"), suggestions, 2) == ("a", "c")
+        assert choose_prompts(tuple(suggestions), (), None) == tuple(suggestions)
+
+
+class TestSamples:
+    @pytest.fixture
+    def connect(self, backend: FakeBackend) -> Callable[[], Any]:
+        @asynccontextmanager
+        async def connected() -> AsyncIterator[Backend]:
+            yield backend
+
+        return connected
+
+    async def test_what_an_interrupted_measurement_has_generated_is_not_generated_again(
+        self, backend: FakeBackend, connect: Callable[[], Any], tmp_path: Path
+    ) -> None:
+        await sample_all(connect, REQUESTS[:2], SampleStore(tmp_path, "k1"), "test")
+        store = SampleStore(tmp_path, "k1")
+        samples = await sample_all(connect, REQUESTS, store, "test")
+        assert [request.prompt for request in backend.generations] == ["a rocket", "a dog", "a cat"]
+        assert [int(sample.pixels[0, 0, 0]) for sample in samples] == [0, 1, 2]
+        assert samples[0].seconds == pytest.approx(0.036, abs=0.03)
+        store.clear()
+        assert SampleStore(tmp_path, "k1").find(REQUESTS[0]) is None
+
+    async def test_exports_and_requests_do_not_share_samples(self, tmp_path: Path) -> None:
+        sample = Sample(pixels=np.zeros((4, 4, 3), np.uint8), latents=np.ones((1, 2, 2), np.float32), seconds=1.0)
+        SampleStore(tmp_path, "k1").keep(REQUESTS[0], sample)
+        found = SampleStore(tmp_path, "k1").find(REQUESTS[0])
+        assert found is not None
+        assert found.latents is not None
+        np.testing.assert_array_equal(found.latents, 1)
+        assert SampleStore(tmp_path, "k2").find(REQUESTS[0]) is None
+        assert SampleStore(tmp_path, "k1").find(replace(REQUESTS[0], cache_interval=2)) is None
+
+    def test_a_damaged_one_is_generated_again(self, tmp_path: Path) -> None:
+        sample = Sample(pixels=np.zeros((4, 4, 3), np.uint8), latents=None, seconds=1.0)
+        SampleStore(tmp_path, "k1").keep(REQUESTS[0], sample)
+        (file,) = (path for path in tmp_path.rglob("*") if path.is_file())
+        file.write_bytes(file.read_bytes()[:100])
+        assert SampleStore(tmp_path, "k1").find(REQUESTS[0]) is None
+
+
+class TestRecord:
+    def test_it_is_read_as_it_was_written_and_the_export_stays_as_the_exporter_knows_it(
+        self, repository: Path, measured: Passport
+    ) -> None:
+        opened = open_repository(repository)
+        assert read_passport(opened) is None
+        write_passport(opened, measured)
+        again = open_repository(repository)
+        assert read_passport(again) == measured
+        first, second = again.description.passport
+        assert first == measured.summaries[0]
+        assert (first.psnr, first.lowest_psnr, first.latents_error, first.time) == (30, 20, 0.0375, 0.5)
+        assert second.fields == {"guidance_start": 0.2, "guidance_end": 0.8}
+        size = (repository / "diffusion" / "config.pbtxt").stat().st_size
+        assert again.record["files"] == {"diffusion/config.pbtxt": size, "unet/1/model.onnx": 3}
+
+    def test_that_of_another_export_is_none(self, repository: Path, measured: Passport) -> None:
+        write_passport(open_repository(repository), replace(measured, key="k0"))
+        assert read_passport(open_repository(repository)) is None
+        assert "has no passport" in error_line(passport(repository))
+
+    @pytest.mark.parametrize(("content", "says"), [("{", "cannot be read"), ("[]", "not a passport")])
+    def test_a_damaged_one_is_said(self, repository: Path, content: str, says: str) -> None:
+        (repository / "passport.json").write_text(content)
+        assert says in error_line(passport(repository))
+
+
+class TestCommand:
+    def test_it_shows_the_passport_as_a_table_and_holds_it_to_a_threshold(
+        self, repository: Path, measured: Passport
+    ) -> None:
+        write_passport(open_repository(repository), measured)
+        shown = passport(repository, "--min-psnr", "30")
+        assert shown.exit_code == 0
+        assert "acme/emoji, openvino bfloat16, compared with openvino float32 over 2 prompts" in shown.output
+        assert (
+            "| as served                            |     30.0 |   20.0 | 0.3000 | 0.2000 |    3.8% |    5.0% | 0.50 |"
+            in shown.output
+        )
+        refused = passport(repository, "--min-psnr", "30.1")
+        line = error_line(refused)
+        assert refused.exit_code == 1
+        assert "PSNR is 30.0 dB on average over 2 prompts, below --min-psnr 30.1" in line
+        assert "lowest 20.0 dB for 'a dog'" in line
+
+    async def test_a_running_triton_is_asked_for_its_own(self, measured: Passport) -> None:
+        fake = FakeTriton()
+        async with serving(fake) as url:
+            fake.parameters["passport"] = json.dumps([asdict(quality) for quality in measured.summaries])
+            triton = TritonOptions(model="", url=url, export=None)
+            assert (await describe(triton)).passport == measured.summaries
+
+    def test_a_folder_without_one_says_how_to_measure_it(self, repository: Path) -> None:
+        line = error_line(passport(repository))
+        assert f"{repository} has no passport; 'hypergen passport {repository} --measure' measures it" in line
+
+    def test_what_was_not_exported_says_what_to_do(self, tmp_path: Path) -> None:
+        line = error_line(passport("hypergen/emoji", "--cache-dir", tmp_path))
+        assert "hypergen/emoji has not been exported with these options" in line
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        ("options", "says"),
+        [
+            (("--with", "size=64x64", "--measure"), "--with must be FIELD=VALUE with num_inference_steps,"),
+            (("--with", "cache_interval=two", "--measure"), "--with cache_interval must be a number"),
+            (("--count", "2"), "are for --measure"),
+            (("--min-psnr", "nan"), "--min-psnr"),
+            (("--reference", "a", "--reference-url", "b:1", "--measure"), "exclude each other"),
+            (("--reference-url", "nowhere", "--measure"), "HOST:PORT"),
+        ],
+    )
+    def test_options_that_mean_nothing_are_refused(self, repository: Path, options: Any, says: str) -> None:
+        assert says in error_line(passport(repository, *options))
+
+    def test_a_passport_without_images_as_served_has_no_threshold(self, measured: Passport) -> None:
+        with pytest.raises(PassportError, match="as served"):
+            check_psnr(measured.summaries[1:], measured, 1)
+
+
+def test_a_sheet_has_a_row_for_each_setting() -> None:
+    images = [np.full((32, 64, 3), shade, np.uint8) for shade in (10, 200)]
+    made = np.asarray(sheet({"float32": images, "as served": images[::-1]}))
+    assert made.shape[0] == 2 * 36
+    assert [made[16, -40, 0], made[52, -40, 0]] == [200, 10]
