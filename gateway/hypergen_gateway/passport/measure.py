@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -27,6 +28,8 @@ from hypergen_gateway.passport.record import (
 from hypergen_gateway.passport.samples import Sample, SampleStore, sample_all
 from hypergen_gateway.passport.table import name_of
 from hypergen_gateway.serving import GENERATE_SECONDS, TritonOptions, complete, connected
+
+logger = logging.getLogger(__name__)
 
 Fields = Mapping[str, int | float | str]
 # The fields that a setting may have: those that leave out work, or do it otherwise.
@@ -150,12 +153,20 @@ async def measure(options: PassportOptions) -> Measured:
     )
     passport = _passport(served, reference, plain[0], compared, shortest_time(theirs))
     if served.repository is not None:
-        write_passport(served.repository, passport)
+        _write(served.repository, passport)
     if served.key != reference.key:
         kept.clear()  # the next measurement is to be one
     names = [f"reference, {reference.name}", *map(name_of, settings)]
     images = ([sample.pixels for sample in samples] for samples in (theirs, *by_setting))
     return Measured(passport=passport, images=dict(zip(names, images, strict=True)))
+
+
+def _write(repository: Repository, passport: Passport) -> None:
+    """Write the passport; on a read-only volume it can at least be shown."""
+    try:
+        write_passport(repository, passport)
+    except PassportError as error:
+        logger.warning("%s", error)
 
 
 def _passport(
