@@ -17,6 +17,7 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from hypergen_gateway.errors import InternalError
 from hypergen_gateway.generation.backend import ModelDescription, Quality
 from hypergen_gateway.passport.errors import PassportError
 from hypergen_gateway.triton.client import SAMPLER, to_description
@@ -110,10 +111,15 @@ def open_repository(folder: Path) -> Repository:
         config = _read_config(folder)
     except (OSError, ValueError, text_format.ParseError) as error:
         raise PassportError(f"{folder}: not an exported repository ({error})") from error
-    if not (isinstance(record, dict) and {"key", "engine", "dtype", "source", "files"} <= record.keys()):
-        raise PassportError(f"{folder}: exported by an earlier version of HyperGen; export it again")
     parameters = {name: value.string_value for name, value in config.parameters.items()}
-    return Repository(folder=folder, record=record, description=to_description(parameters))
+    try:
+        description = to_description(parameters)
+        is_known = isinstance(record, dict) and {"key", "engine", "dtype", "source", "files"} <= record.keys()
+    except InternalError:  # a parameter is missing
+        is_known = False
+    if not is_known:
+        raise PassportError(f"{folder}: exported by an earlier version of HyperGen; export it again")
+    return Repository(folder=folder, record=record, description=description)
 
 
 def read_passport(repository: Repository) -> Passport | None:

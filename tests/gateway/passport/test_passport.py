@@ -199,6 +199,15 @@ class TestRecord:
         assert read_passport(open_repository(repository)) is None
         assert "has no passport" in error_line(passport(repository))
 
+    @pytest.mark.parametrize(
+        ("file", "part"), [("hypergen.json", '"source"'), ("diffusion/config.pbtxt", '"max_num_images"')]
+    )
+    def test_an_export_of_an_earlier_version_is_said(self, repository: Path, file: str, part: str) -> None:
+        text = (repository / file).read_text()
+        (repository / file).write_text(text.replace(part, '"another"'))
+        line = error_line(passport(repository))
+        assert f"{repository}: exported by an earlier version of HyperGen" in line
+
     @pytest.mark.parametrize(("content", "says"), [("{", "cannot be read"), ("[]", "not a passport")])
     def test_a_damaged_one_is_said(self, repository: Path, content: str, says: str) -> None:
         (repository / "passport.json").write_text(content)
