@@ -42,7 +42,18 @@ _MODULES = {
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
+    # OneTrainer's own format.
+    "clip_l.": "text_encoder",
+    "clip_g.": "text_encoder_2",
+    # As ComfyUI saves them.
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_h.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
 }
+# Likewise; transformers have the same prefix before other names.
+_COMFYUI_UNET = re.compile(
+    r"diffusion_model\.(?=(?:input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\.)"
+)
 # diffusers' `save_attn_procs` names the UNet's layers without a prefix.
 _UNET_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 # Endings of weights' names by peft (which may include the adapter's name), kohya and diffusers.
@@ -77,6 +88,7 @@ _OTHER_FORMATS = {
         r"\.diff(_b)?$": "a LyCORIS file of full differences",
         r"\.dora_scale$": "a DoRA of kohya's format",
         r"\.lora_embedding_": "a LoRA of token embeddings",
+        r"^bundle_emb\.": "a LoRA with textual inversions",
         r"^(lora_controlnet|control_model)": "a ControlNet",
         r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.": "a whole checkpoint",
         r"^(emb_params|string_to_param|clip_[lg])$": "a textual inversion",
@@ -222,6 +234,8 @@ class Lora:
         part = _PARTS.get(match["part"], match["part"])
         if layer.startswith(_UNET_BLOCKS):
             return "unet", layer, part
+        if original := _COMFYUI_UNET.match(layer):
+            return "unet", layer[original.end() :], part
         for prefix, module in _MODULES.items():
             if layer.startswith(prefix):
                 return module, layer.removeprefix(prefix), part

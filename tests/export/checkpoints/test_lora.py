@@ -119,6 +119,18 @@ def test_a_missing_file_and_an_ambiguous_folder_are_refused(tmp_path: Path) -> N
         (["lora_unet_x.lora_down.weight", "lora_unet_x.alpha", "lora_te_x.alpha"], "unet text_encoder"),
         (["lora_te1_x.lora_up.weight", "lora_te2_x.lora_up.weight"], "text_encoder text_encoder_2"),
         (["base_model.model.mid_block.x.lora_A.weight"], "unet"),
+        (
+            ["unet.input_blocks.4.1.x.lora_up.weight", "clip_l.x.alpha", "clip_g.x.alpha"],
+            "unet text_encoder text_encoder_2",
+        ),
+        (
+            [
+                "diffusion_model.output_blocks.1.x.lora_up.weight",
+                *(f"text_encoders.clip_{kind}.transformer.text_model.x.lora_up.weight" for kind in "lg"),
+            ],
+            "unet text_encoder text_encoder_2",
+        ),
+        (["text_encoders.clip_h.transformer.text_model.x.lora_up.weight"], "text_encoder"),
     ],
 )
 def test_the_names_of_the_weights_tell_what_it_changes(weights: list[str], modules: str, tmp_path: Path) -> None:
@@ -130,6 +142,8 @@ def test_the_names_of_the_weights_tell_what_it_changes(weights: list[str], modul
     [
         (["unet.conv_in.weight"], "not a LoRA: it contains unet.conv_in.weight"),
         (["transformer.x.lora_A.weight"], "is not of a UNet or text encoder"),
+        (["diffusion_model.double_blocks.0.x.lora_A.weight"], "is not of a UNet or text encoder"),
+        (["text_encoders.t5xxl.transformer.x.lora_A.weight"], "is not of a UNet or text encoder"),
         (["lora_te3_x.lora_down.weight"], "is not of a UNet or text encoder"),
         ([], "has no weights"),
     ],
@@ -164,6 +178,7 @@ def test_a_file_that_is_not_a_lora_for_this_kind_of_model_is_rejected(
         ("lora_unet_x.diff_b", "full differences"),
         ("lora_unet_x.dora_scale", "a DoRA of kohya's format"),
         ("base_model.model.x.lora_embedding_A", "token embeddings"),
+        ("bundle_emb.toy.string_to_param.*", "textual inversions"),
         ("lora_controlnet", "a ControlNet"),
         ("model.diffusion_model.input_blocks.0.0.weight", "a whole checkpoint"),
         ("emb_params", "a textual inversion"),

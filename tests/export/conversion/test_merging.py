@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -254,7 +255,7 @@ def test_a_text_encoders_layers_are_read_by_their_former_names(
 
 
 def test_xls_layers_are_read_by_their_authors_names_too(tmp_path: Path) -> None:
-    """As kohya trains XL: one flat list of blocks on the way down, and one on the way up."""
+    """One flat list of blocks on the way down, and one on the way up: kohya's, OneTrainer's and ComfyUI's names."""
     checkpoint = open_checkpoint(str(save_miniature(tmp_path / "xl", family="sdxl")))
     names = {
         "input_blocks_0_0": "conv_in",
@@ -290,7 +291,8 @@ def test_xls_layers_are_read_by_their_authors_names_too(tmp_path: Path) -> None:
         shape = base[f"{path}.weight"].shape
         down = torch.randn((3, *shape[1:]), generator=generator)
         up = torch.randn((shape[0], 3, *[1] * (len(shape) - 2)), generator=generator)
-        layer = f"lora_unet_{name}"
+        dotted = re.sub(r"_(?=\d)|(?<=\d)_", ".", name)
+        layer = (f"lora_unet_{name}", f"unet.{dotted}", f"diffusion_model.{dotted}")[number % 3]
         stored |= {**kohya_pair(layer, down, up), f"{layer}.alpha": torch.tensor(float(number + 1))}
         deltas[path] = (number + 1) / 3 * product(down, up)
     save_file(stored, tmp_path / "xl.safetensors")
