@@ -24,6 +24,11 @@ pytestmark = pytest.mark.claim("families")
 NAMES = ("ink", "clay", "oil")
 
 
+def columns_of(name: str) -> tuple[int, ...]:
+    """Not in a row, as in a pool whose LoRAs come and go."""
+    return tuple(range(NAMES.index(name), len(NAMES) * RANK, len(NAMES)))
+
+
 @dataclass(frozen=True)
 class Loras:
     """Our sampler with three LoRAs in its pool, and diffusers' pipeline with the same."""
@@ -33,10 +38,7 @@ class Loras:
 
     @staticmethod
     def select(scales: Mapping[str, float]) -> LoraSelection:
-        chosen = [
-            (ServedLora(name=name, scale=1.0, first=NAMES.index(name) * RANK, columns=RANK), scale)
-            for name, scale in scales.items()
-        ]
+        chosen = [(ServedLora(name=name, scale=1.0, columns=columns_of(name)), scale) for name, scale in scales.items()]
         return LoraSelection(scales=pool_scales(len(NAMES) * RANK, chosen))
 
 
@@ -53,8 +55,7 @@ def load(folder: Path, family: str, checkpoint: Path) -> Loras:
         for name, file in zip(NAMES, files, strict=True):
             pipeline.load_lora_weights(str(file), adapter_name=name)
     placements = [
-        Placement(Lora(name=name, file=file), first=i * RANK)
-        for i, (name, file) in enumerate(zip(NAMES, files, strict=True))
+        Placement(Lora(name=name, file=file), columns_of(name)) for name, file in zip(NAMES, files, strict=True)
     ]
     return Loras(
         sampler_of(checkpoint, pool=LoraPool(rank=len(NAMES) * RANK, kernels=True), placements=placements), pipeline

@@ -20,7 +20,7 @@ from hypergen_export.checkpoints.embeddings import read_embeddings
 from hypergen_export.checkpoints.lora import read_loras
 from hypergen_export.engines.engine import ENGINES, OPENVINO, read_sizes
 from hypergen_export.errors import BadOptionError, ExportError, InterruptedExportError
-from hypergen_export.repository.estimate import answer, read_memory
+from hypergen_export.repository.estimate import Question, answer, read_memory
 from hypergen_export.repository.export import ExportRequest, ExportResult
 from hypergen_export.repository.export import export as build
 from hypergen_export.repository.passport import PassportMeasurement
@@ -243,19 +243,27 @@ def _notify(model: str, text: str) -> None:
     show_default=True,
     help="Images per denoiser call.",
 )
-def estimate(*, model: str, gpu: str | None, dtype: str, sizes: str | None, max_batch_size: int) -> None:
+@click.option(
+    "--lora-rank",
+    type=click.IntRange(0, 1024),
+    default=0,
+    show_default=True,
+    help="Columns for LoRAs.",
+)
+def estimate(*, model: str, gpu: str | None, dtype: str, sizes: str | None, **options: Any) -> None:
     """Estimate the GPU memory of MODEL's TensorRT engines from its configs and the headers of its weight files.
 
     MODEL is a hub id, which is downloaded if it is not yet there, or a folder. Needs no GPU.
     """
     try:
-        given = answer(
-            model,
-            _DTYPES[dtype],
-            () if sizes is None else read_sizes(sizes),
-            max_batch_size,
-            None if gpu is None else read_memory(gpu),
+        question = Question(
+            model=model,
+            dtype=_DTYPES[dtype],
+            sizes=() if sizes is None else read_sizes(sizes),
+            gpu=None if gpu is None else read_memory(gpu),
+            **options,
         )
+        given = answer(question)
     except ExportError as error:
         _fail(str(error), error.exit_code if error.exit_code != 1 else 2)
     except OSError as error:

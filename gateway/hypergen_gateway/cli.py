@@ -63,9 +63,6 @@ DTYPES = {
     "fp16": "float16",
 }
 
-# Columns of the rank pool for a folder of LoRAs: four of the usual rank.
-FOLDER_RANK = 64
-
 # File formats by file name extension; standard output has none.
 FORMATS: Mapping[str, FormatName] = {"": "png", ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 STANDARD_OUTPUT = Path("-")
@@ -151,11 +148,6 @@ def _triton_options(command: Callable[..., None]) -> Any:
         help="Least columns for LoRAs, of which each takes as many as its rank.",
     )
     @option(
-        "--lora-dir",
-        type=click.Path(exists=True, file_okay=False, path_type=Path),
-        help="Folder of LoRA files, which are served as they come and go, without a restart.",
-    )
-    @option(
         "--vae",
         metavar="PATH|ID",
         help="VAE in place of the model's own: a folder, hub id or .safetensors file; also an AutoencoderTiny.",
@@ -215,7 +207,7 @@ def _read_triton_options(model: str | None, given: dict[str, Any]) -> TritonOpti
     url, device, loras = given.pop("triton_url"), given.pop("device"), given.pop("lora")
     deep_cache, max_batch_size = given.pop("deep_cache"), given.pop("max_batch_size")
     embeddings, embedding_dir = given.pop("embedding"), given.pop("embedding_dir")
-    lora_rank, lora_dir = given.pop("lora_rank"), given.pop("lora_dir")
+    lora_rank, lora_dir = given.pop("lora_rank"), given.pop("lora_dir", None)  # which one image has no use for
     parts = {name: given.pop(name) for name in ("prediction_type", "vae", "text_encoder")}
     dtype = DTYPES[given.pop("dtype")]
     model = model or SHIPPED_MODEL
@@ -239,7 +231,7 @@ def _read_triton_options(model: str | None, given: dict[str, Any]) -> TritonOpti
         max_batch_size=max_batch_size,
         cache_dir=cache_dir,
         loras=loras,
-        lora_rank=lora_rank or (FOLDER_RANK if lora_dir else 0),
+        lora_rank=lora_rank,
         lora_dir=lora_dir,
         deep_cache=deep_cache,
         **parts,
@@ -326,6 +318,11 @@ def _cpu_dtype() -> str:
     metavar="NAME",
     multiple=True,
     help="Another name by which clients can look up the model, such as gpt-image-1; repeatable.",
+)
+@option(
+    "--lora-dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of LoRA files, which are served as they come and go, without a restart.",
 )
 @option("--prompt-loras", is_flag=True, help="Let prompts select LoRAs as in web UIs: <lora:NAME:SCALE>.")
 @option(

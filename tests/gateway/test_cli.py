@@ -245,6 +245,16 @@ def test_loras_belong_to_an_export(tmp_path: Path) -> None:
     )
     assert result.exit_code == 1
     assert f"{tmp_path} is exported already: pass --lora to 'hypergen export'" in result.output
+    (tmp_path / "unet" / "1").mkdir(parents=True)
+    (tmp_path / "unet" / "1" / "lora_pool.safetensors").touch()
+    given = (str(tmp_path), "--host=127.0.0.1", f"--port={free_port()}", "--lora-dir", str(tmp_path))
+    assert "is exported already: pass --lora-rank to 'hypergen export'" in serve(*given, "--lora-rank=8").output
+
+
+def test_one_image_has_no_use_for_a_folder_of_loras(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["generate", "a fox", "--lora-dir", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "No such option" in result.output
 
 
 @pytest.mark.parametrize("option", ["--embedding=toy=toy.pt", "--embedding-dir=toys"])

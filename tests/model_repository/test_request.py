@@ -285,8 +285,8 @@ INK, SOFT_INK, CLAY = (
     {"name": "clay", "scale": 1.0, "models": {"text_encoder_2": "text_encoder_2.clay@1"}},
 )
 OIL, PEN = (
-    {"name": "oil", "scale": 0.5, "first": 0, "columns": 2},
-    {"name": "pen", "scale": -1.0, "first": 2, "columns": 1},
+    {"name": "oil", "scale": 0.5, "columns": [0, 1]},
+    {"name": "pen", "scale": -1.0, "columns": [2]},
 )
 WITH_LORAS = Limits.from_model_config(model_config(loras=json.dumps([INK, SOFT_INK, CLAY, OIL, PEN]), lora_rank="4"))
 

@@ -73,6 +73,9 @@ class Tensor:
         return axis if isinstance(axis, int) else sizes[axis]
 
 
+_COLUMN_STEP = 8
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoraPool:
     """Low-rank branches beside a module's layers, which many LoRAs share: y = W x + up (scales ⊙ (down x)).
@@ -84,6 +87,11 @@ class LoraPool:
 
     rank: int
     kernels: bool = False
+
+    @classmethod
+    def of_columns(cls, columns: int, *, kernels: bool) -> LoraPool:
+        """A pool of at least so many columns: a multiple of eight, so that few other LoRAs need another export."""
+        return cls(rank=-(-columns // _COLUMN_STEP) * _COLUMN_STEP, kernels=kernels)
 
     @property
     def scales(self) -> Tensor:

@@ -246,10 +246,10 @@ class Lora:
 
 @dataclass(frozen=True)
 class Placement:
-    """A LoRA in the rank pool, and the first of its columns."""
+    """A LoRA in the rank pool, and its columns: as many as its rank, in any places."""
 
     lora: Lora
-    first: int
+    columns: tuple[int, ...]
 
 
 def _sides(shape: list[int]) -> tuple[int, int]:

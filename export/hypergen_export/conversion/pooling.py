@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hypergen_export.checkpoints.components import POOL_FILE, LoraPool
-from hypergen_export.checkpoints.lora import Placement
+from hypergen_export.checkpoints.lora import Lora, Placement
 from hypergen_export.checkpoints.weights import stored_tensors
 from hypergen_export.conversion.layer_names import has_matrix, layer_names
 from hypergen_export.conversion.lora_changes import does_not_fit, read_changes
@@ -83,19 +83,23 @@ class PoolWeights:
 
     def place(self, placement: Placement, tensors: Mapping[str, Tensor]) -> None:
         """Set a LoRA's columns, if it changes the module. Raises BadLoraError."""
-        if self.module in placement.lora.modules:
-            _place(self.module, placement, self._layers, tensors)
+        if self.module not in placement.lora.modules:
+            return
+        for path, down, up in _read_factors(self.module, placement.lora, self._layers, self._dtype):
+            # A layer's own rank may be smaller than the file's largest one.
+            columns = list(placement.columns[: len(down)])
+            all_down, all_up = _columns_first(path, tensors)
+            all_down[columns], all_up[columns] = down, up.T.reshape(len(down), *all_up.shape[1:])
 
-    def clear(self, first: int, count: int, tensors: Mapping[str, Tensor]) -> None:
+    def clear(self, columns: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
         """Set columns to zero."""
         for path in self._layers["shapes"]:
-            for columns in _columns(path, tensors, slice(first, first + count)):
-                columns.zero_()
+            for view in _columns_first(path, tensors):
+                view[list(columns)] = 0.0
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace the file, in the precision that it has. Raises OSError."""
-        stored = next(iter(stored_tensors(self.file).values()))
-        self._write(tensors, TYPES[stored.dtype])
+        self._write(tensors, self._dtype)
 
     def sources(self) -> dict[str, Source]:
         """The weights by their names in the file."""
@@ -103,6 +107,10 @@ class PoolWeights:
             name: Source(name=name, shape=stored.shape, read=lambda stored=stored: read_stored(stored), stored=stored)  # type: ignore[misc]
             for name, stored in stored_tensors(self.file).items()
         }
+
+    @cached_property
+    def _dtype(self) -> torch.dtype:
+        return TYPES[next(iter(stored_tensors(self.file).values())).dtype]
 
     @cached_property
     def _layers(self) -> Mapping[str, Any]:
@@ -197,27 +205,36 @@ def _example(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator) * math.sqrt(_EXAMPLE_STRENGTH / summed)
 
 
-def _place(module: str, placement: Placement, layers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write a LoRA's columns. Raises BadLoraError."""
-    lora, first = placement.lora, placement.first
+def _read_factors(
+    module: str, lora: Lora, layers: Mapping[str, Any], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Path, down and up of each layer, of values that are finite as `dtype`. Raises BadLoraError."""
     for path, change in read_changes(module, lora, layers["names"], scale=1.0).items():
         if path not in layers["shapes"]:
             raise BadLoraError(f"{lora.file}: changes convolutions such as {path}, which have no rank pool here")
         try:
-            down, up = change.factors(layers["shapes"][path])
+            down, up = _balance(*change.factors(layers["shapes"][path]))
         except RuntimeError as error:
             raise does_not_fit(module, lora, f"the weights' shapes differ at {path}") from error
         # An infinite number in a pool would be NaN in images that do not use the LoRA, too: their scale is 0.
-        if not (down.isfinite().all() and up.isfinite().all()):
+        if not (down.to(dtype).isfinite().all() and up.to(dtype).isfinite().all()):
             raise BadLoraError(f"{lora.file}: its weights times alpha are not finite at {path}")
-        all_down, all_up = _columns(path, tensors, slice(first, first + len(down)))
-        if down.dim() == 2:
-            all_down[:], all_up[:] = down.T, up.T
-        else:
-            all_down[:], all_up[:] = down, up[:, :, None, None]
+        yield path, down, up
 
 
-def _columns(path: str, tensors: Mapping[str, Tensor], columns: slice) -> tuple[Tensor, Tensor]:
-    """Views of a layer's columns: of `down` and of `up`."""
+def _balance(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product of factors of about one size, for float16: alpha may make `up` overflow, or round it to zero.
+
+    They are multiplied by powers of two, which rounds nothing.
+    """
+    ratio = (up.abs().amax() / down.abs().amax()).item() if down.any() and up.any() else 1.0
+    if not 0 < ratio < math.inf:  # not finite, which is reported with its layer
+        return down, up
+    factor = 2.0 ** round(math.log2(ratio) / 2)
+    return down * factor, up / factor
+
+
+def _columns_first(path: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Views of a layer's `down` and `up` whose first axis is the pool's columns."""
     down, up = (tensors[name] for name in _names(path))
-    return (down[:, columns], up[columns]) if down.dim() == 2 else (down[columns], up[:, columns])
+    return (down.T, up) if down.dim() == 2 else (down, up.transpose(0, 1))

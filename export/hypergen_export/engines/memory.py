@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint
-from hypergen_export.checkpoints.components import Component, Sizes
+from hypergen_export.checkpoints.components import Component, LoraPool, Sizes
 from hypergen_export.checkpoints.weights import stored_tensors, tensor_files
 from hypergen_export.engines.profiles import Profile, Shapes, profiles
 from hypergen_export.errors import BrokenCheckpointError
@@ -39,6 +39,7 @@ _LIVE_CONVOLUTIONS = {"unet": 4.0, "vae_decoder": 1.7, "vae_encoder": 2.25}
 _SCORES = 2
 # Layers that work on a vector for each image instead of each token, and tables.
 _NOT_PER_TOKEN = re.compile(r"norm|modulation|(?:^|[._])mod[._]|embed|shared|time")
+_TABLE = re.compile(r"(token|position)_embedding\.")
 _OUTERMOST = {
     "vae_decoder": re.compile(r"decoder\.up_blocks\.(\d+)\."),
     "vae_encoder": re.compile(r"encoder\.down_blocks\.(0)\."),
@@ -87,7 +88,7 @@ class Model:
         return Need(
             name=component.name,
             dtype=dtype,
-            weights=sum(map(_elements, tensors.values())) * _ITEM_BYTES[dtype],
+            weights=(sum(map(_elements, tensors.values())) + _pool_elements(component, tensors)) * _ITEM_BYTES[dtype],
             activations=int(live * _ITEM_BYTES[dtype]),
         )
 
@@ -105,6 +106,19 @@ def used_tensors(checkpoint: Checkpoint, component: Component) -> Mapping[str, S
 def _elements(shape: Shape) -> int:
     """A three-dimensional convolution is cut to its last slice, as an image is one frame."""
     return math.prod(shape) // (shape[2] if len(shape) == 5 else 1)
+
+
+def _pool_elements(component: Component, tensors: Mapping[str, Shape]) -> int:
+    """The weights of a component's rank pool, in branches beside its linear layers and convolutions."""
+    if component.pool is None:
+        return 0
+    weights = (shape for name, shape in tensors.items() if name.endswith(".weight") and not _TABLE.search(name))
+    layers = [shape for shape in weights if len(shape) == 2 or (len(shape) == 4 and _has_branch(shape, component.pool))]
+    return sum(component.pool.rank * (outputs + math.prod(inputs)) for outputs, *inputs in layers)
+
+
+def _has_branch(convolution: Shape, pool: LoraPool) -> bool:
+    return pool.kernels or set(convolution[2:]) == {1}
 
 
 def _live_values(component: Component, tensors: Mapping[str, Shape], profile: Profile, sizes: Sizes) -> float:

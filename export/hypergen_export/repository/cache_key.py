@@ -64,7 +64,7 @@ def plan_key(onnx_key: str, *build_inputs: Any) -> str:
 
 def pool_parts(placements: Iterable[Placement]) -> list[Any]:
     """Key parts of a plan that holds a rank pool's weights: the LoRAs, and the sources that read and place them."""
-    return [[(each.lora.sha256, each.first) for each in placements], _contents(_sources(_MERGING))]
+    return [[(each.lora.sha256, each.columns) for each in placements], _contents(_sources(_MERGING))]
 
 
 def tokenizer_key(checkpoint: Checkpoint, text: TextInput) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hypergen_export.checkpoints.checkpoint import open_checkpoint
+from hypergen_export.checkpoints.components import LoraPool
 from hypergen_export.checkpoints.defaults import checkpoint_parameters
 from hypergen_export.engines.engine import TENSORRT, Size, check_dtype, choose_sizes
 from hypergen_export.engines.memory import FIXED_BYTES, Model
@@ -28,18 +29,35 @@ class Answer:
     fits: bool
 
 
-def answer(model: str, dtype: str, sizes: Sequence[Size], max_batch_size: int, gpu: int | None) -> Answer:
-    """Estimate the engines of a checkpoint, and compare them with `gpu` bytes. Raises ExportError."""
-    check_dtype(TENSORRT, dtype)
-    checkpoint = open_checkpoint(model)
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A checkpoint and the options of its export; `gpu` are the bytes of a GPU that it should fit into, if any."""
+
+    model: str
+    dtype: str
+    sizes: Sequence[Size] = ()
+    max_batch_size: int
+    lora_rank: int = 0
+    gpu: int | None = None
+
+
+def answer(question: Question) -> Answer:
+    """Estimate the engines of a checkpoint. Raises ExportError."""
+    check_dtype(TENSORRT, question.dtype)
+    checkpoint = open_checkpoint(question.model)
     limits = checkpoint_parameters(checkpoint)
-    shapes = shapes_of(checkpoint, choose_sizes(TENSORRT, sizes, limits), 2 * max_batch_size)
-    engines = Model(checkpoint=checkpoint, components=checkpoint.family.components, dtype=dtype)
+    sizes = choose_sizes(TENSORRT, question.sizes, limits)
+    shapes = shapes_of(checkpoint, sizes, 2 * question.max_batch_size)
+    components = checkpoint.family.components
+    if question.lora_rank:
+        pool = LoraPool.of_columns(question.lora_rank, kernels=True)
+        components = tuple(component.with_pool(pool) for component in components)
+    engines = Model(checkpoint=checkpoint, components=components, dtype=question.dtype)
     lines = list(table(engines, shapes))
-    if gpu is None:
+    if question.gpu is None:
         return Answer(lines, fits=True)
-    fits = engines.total(shapes) <= gpu
-    return Answer([*lines, verdict(engines, shapes, gpu, int(limits["max_size"]))], fits)
+    fits = engines.total(shapes) <= question.gpu
+    return Answer([*lines, verdict(engines, shapes, question.gpu, int(limits["max_size"]))], fits)
 
 
 def table(engines: Model, shapes: Shapes) -> Iterator[str]:

@@ -86,8 +86,6 @@ _STAGES_PER_COMPONENT = 4  # and one more if a plan is built
 _MAX_CACHE_INTERVAL = 10
 # Rows of a denoiser call that one image takes with skip-layer guidance.
 _ROWS_SKIPPING_LAYERS = 3
-# The rank pool's columns are a multiple of this, so that few other LoRAs need another export.
-_COLUMN_STEP = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,15 +323,15 @@ class ExportTask:
             return None
         # Files that come later may change any layer.
         kernels = bool(self.request.lora_rank) or any(each.lora.changes_kernels for each in self.placements)
-        return LoraPool(rank=-(-rank // _COLUMN_STEP) * _COLUMN_STEP, kernels=kernels)
+        return LoraPool.of_columns(rank, kernels=kernels)
 
     @cached_property
     def placements(self) -> tuple[Placement, ...]:
         """The LoRAs in the rank pool, each once whatever its scales."""
         pooled = {lora.name: lora for lora in reversed(self.request.loras) if self._is_pooled(lora)}
         loras = tuple(reversed(pooled.values()))
-        firsts = itertools.accumulate((lora.rank for lora in loras), initial=0)
-        return tuple(Placement(lora, first) for lora, first in zip(loras, firsts, strict=False))
+        columns = itertools.count()
+        return tuple(Placement(lora, tuple(itertools.islice(columns, lora.rank))) for lora in loras)
 
     @property
     def merged(self) -> tuple[Lora, ...]:
@@ -563,13 +561,12 @@ def _lora_parameters(task: ExportTask) -> dict[str, str]:
     """The sampler's parameters for LoRAs: columns of the rank pool or models, and the names of all component models."""
     pooled = [
         {
-            "name": lora.name,
-            "scale": lora.scale,
-            "first": first,
-            "columns": lora.rank,
-            "changes": sorted(lora.modules),
+            "name": placement.lora.name,
+            "scale": placement.lora.scale,
+            "columns": placement.columns,
+            "changes": sorted(placement.lora.modules),
         }
-        for first, lora in ((placement.first, placement.lora) for placement in task.placements)
+        for placement in task.placements
     ]
     merged = [
         {

@@ -60,10 +60,17 @@ def requested_loras(body: RequestBody, model: ModelDescription) -> tuple[tuple[s
     A scale without a LoRA is ignored, and a LoRA at a scale of 0.
 
     Raises:
-        InvalidRequestError: a LoRA is not served, not at that scale, or not together with another.
+        InvalidRequestError: a LoRA is not served, not at that scale, or not together with another, or they are too
+            many.
     """
     chosen = [(named, *_find(named, body, model)) for named in _named(body)]
     effective = [(named, lora, scale) for named, lora, scale in chosen if scale]
+    if len(effective) > MAX_LORAS:
+        raise InvalidRequestError(
+            f"Invalid value for 'loras': with 'lora_path', the request has {len(effective)} LoRAs, and at most "
+            f"{MAX_LORAS} are possible.",
+            "loras",
+        )
     _check_merged([(named, lora) for named, lora, _ in effective if lora.is_merged])
     return tuple(lora.name for _, lora, _ in effective), tuple(scale for _, _, scale in effective)
 

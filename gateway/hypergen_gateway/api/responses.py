@@ -35,6 +35,9 @@ class LoraObject(BaseModel):
     name: str
     default_scale: float | None = Field(default=None, description="None if it cannot be served.")
     rank: int | None = Field(default=None, description="Columns of the rank pool; none if it is merged.")
+    in_pool: bool | None = Field(
+        default=None, description="False: the next request that names it waits until it is there. None if it is merged."
+    )
     changes: tuple[str, ...] = Field(default=(), description="The parts of the model that it changes.")
     error: str | None = Field(default=None, description="Why it cannot be served.")
 
@@ -231,8 +234,15 @@ def _to_text(size: Size) -> str:
 def lora_list(loras: Sequence[Lora], rejected: Mapping[str, str]) -> LoraList:
     """The LoRAs of a model, and those that it cannot serve, with the reason."""
     by_name = {lora.name: lora for lora in reversed(loras)}
-    served = [
-        LoraObject(name=lora.name, default_scale=lora.scale, rank=lora.columns or None, changes=lora.changes)
-        for lora in by_name.values()
-    ]
+    served = [_lora(lora) for lora in by_name.values()]
     return LoraList(data=[*reversed(served), *(LoraObject(name=name, error=why) for name, why in rejected.items())])
+
+
+def _lora(lora: Lora) -> LoraObject:
+    return LoraObject(
+        name=lora.name,
+        default_scale=lora.scale,
+        rank=None if lora.is_merged else lora.columns,
+        in_pool=None if lora.is_merged else lora.in_pool,
+        changes=lora.changes,
+    )

@@ -27,6 +27,8 @@ from hypergen_gateway.embedded.processes import die_with_parent
 from hypergen_gateway.observability.logs import console
 
 SHIPPED_MODEL = "hypergen/emoji"
+# Columns of the rank pool for a folder of LoRAs: four of the usual rank.
+FOLDER_RANK = 64
 # `python -m hypergen_export` without the current folder, which Python would search for modules first: it may be the
 # checkpoint. Python 3.10 has no option for that.
 _EXPORTER = (
@@ -54,7 +56,7 @@ class ExportOptions:
     max_batch_size: int
     cache_dir: Path
     loras: tuple[str, ...] = ()  # [NAME=]PATH[:SCALE], which the exporter reads
-    lora_rank: int = 0  # columns for LoRAs; at least as many as `loras` need
+    lora_rank: int = 0  # least columns for LoRAs, as given
     lora_dir: Path | None = None  # whose files are served as they come and go
     deep_cache: bool = False
     prediction_type: str | None = None
@@ -62,6 +64,11 @@ class ExportOptions:
     text_encoder: str | None = None
     embeddings: tuple[str, ...] = ()  # [NAME=]PATH, likewise
     embedding_dir: Path | None = None
+
+    @property
+    def columns(self) -> int:
+        """The least columns for LoRAs; 0 if those that `loras` need are enough."""
+        return self.lora_rank or (FOLDER_RANK if self.lora_dir else 0)
 
     @property
     def parts(self) -> dict[str, str]:
@@ -139,7 +146,7 @@ async def find_repository(model: str, options: ExportOptions) -> Path:
 def _check_exported_loras(repository: Path, options: ExportOptions) -> None:
     if options.lora_dir and not any(repository.glob("*/1/lora_pool.safetensors")):
         raise EmbeddedError(f"{repository} has no rank pool for LoRAs: pass --lora-rank to 'hypergen export'.")
-    given = {"--lora": options.loras, "--lora-rank": options.lora_rank and not options.lora_dir}
+    given = {"--lora": options.loras, "--lora-rank": options.lora_rank}
     for name in (name for name, value in given.items() if value):
         raise EmbeddedError(f"{repository} is exported already: pass {name} to 'hypergen export' with the checkpoint.")
 
@@ -159,7 +166,7 @@ def _folder_name(model: str, options: ExportOptions) -> str:
     loras = f"-lora-{_digest(*options.loras)}" if options.loras else ""
     given = [*options.embeddings, *([str(options.embedding_dir)] if options.embedding_dir else [])]
     loras += f"-embeddings-{_digest(*given)}" if given else ""
-    loras += f"-rank-{options.lora_rank}" if options.lora_rank else ""
+    loras += f"-rank-{options.columns}" if options.columns else ""
     deep_cache = "-deep-cache" if options.deep_cache else ""
     parts = (
         f"-{_digest(*(f'{name}={_place(value)}' for name, value in options.parts.items()))}" if options.parts else ""
@@ -250,7 +257,7 @@ async def _export(model: str, options: ExportOptions, output: Path, lock: int | 
             *(f"--lora={lora}" for lora in options.loras),
             *(f"--embedding={embedding}" for embedding in options.embeddings),
             *([f"--embedding-dir={options.embedding_dir}"] if options.embedding_dir else []),
-            *([f"--lora-rank={options.lora_rank}"] if options.lora_rank else []),
+            *([f"--lora-rank={options.columns}"] if options.columns else []),
             *(["--deep-cache"] if options.deep_cache else []),
             *("--cache-dir", str(options.cache_dir)),
             *(f"{name}={value}" for name, value in options.parts.items()),

@@ -1,8 +1,11 @@
 """`--lora-dir`: LoRA files that come and go while the model is served.
 
-The embedded Triton serves a copy of the export, made of links, whose rank pool is written again when files change. The
-engines read it and go on serving meanwhile; then the sampler's table of LoRAs is replaced. A LoRA that goes leaves
-the table first, and its columns are free once no request uses them.
+The embedded Triton serves a copy of the export, made of links, whose rank pool is written again when other LoRAs are to
+be in it. The engines read it and go on serving meanwhile; then the sampler's table of LoRAs is replaced. A LoRA that
+goes leaves the table first, and its columns are free once no request uses them.
+
+Files for which the pool has no room are served all the same: a request that names one waits until it has taken the
+place of those that were not used for longest.
 """
 
 from __future__ import annotations
@@ -13,22 +16,27 @@ import fcntl
 import json
 import logging
 import os
-import re
 import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from hypergen_gateway.concurrency import run_with_timeout
 from hypergen_gateway.embedded.environment import child_environment
 from hypergen_gateway.embedded.errors import EmbeddedError
+from hypergen_gateway.embedded.lora_pool import LoraPool, Use
 from hypergen_gateway.embedded.processes import die_with_parent
+from hypergen_gateway.errors import InvalidRequestError, UnavailableError
+from hypergen_gateway.generation.backend import Lora
+from hypergen_gateway.storage.lora_files import requested_name
 from hypergen_gateway.triton.client import SAMPLER, TritonBackend, to_lora
 
 logger = logging.getLogger(__name__)
@@ -36,9 +44,13 @@ logger = logging.getLogger(__name__)
 SCAN_SECONDS = 1.0
 WAIT_SECONDS = 0.1
 RETRY_SECONDS = 10.0
+# Limits of one change: the exporter reads the files and writes the pools, then the engines read those.
+EXPORTER_SECONDS = 600.0
+ENGINES_SECONDS = 300.0
+# How long a request waits until its LoRAs are in the pool.
+REQUEST_SECONDS = 120.0
 POOL_FILE = "lora_pool.safetensors"
 _RECORD = "hypergen.json"
-_OTHER_CHARACTERS = re.compile(r"[^A-Za-z0-9_.-]+")
 # `python -m` without the current folder, as in `export_cache`.
 _COLUMNS = (
     "import sys; sys.path[:] = filter(None, sys.path); "
@@ -103,14 +115,6 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _configured_loras(repository: Path) -> list[Mapping[str, Any]]:
-    """The LoRAs that the exporter has put into the repository."""
-    text = (repository / SAMPLER / "config.pbtxt").read_text(encoding="utf-8")
-    config = text_format.Parse(text, model_config_pb2.ModelConfig())
-    loras: list[Mapping[str, Any]] = json.loads(config.parameters["loras"].string_value)
-    return loras
-
-
 @dataclass(frozen=True)
 class _File:
     """A LoRA file in the folder."""
@@ -122,6 +126,14 @@ class _File:
     """Why it cannot be served, as far as its name and kind say."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    """A request that waits until its LoRAs are in the pool; then `placed` is set and the pool keeps them."""
+
+    use: Use
+    placed: asyncio.Future[None]
+
+
 class LoraFolder:
     """Keeps the LoRAs of a served repository equal to the files of `folder`."""
 
@@ -129,42 +141,102 @@ class LoraFolder:
         self._folder = folder
         self._repository = repository
         self._backend = backend
-        self._entries: list[Mapping[str, Any]] = _configured_loras(repository)
-        self._seen: dict[str, _File] = {}
+        self._configured, self._pool = _read_sampler_config(repository)
+        self._seen: dict[_File, float] = {}
+        self._failed = set[str]()
         self._known: dict[str, _File] = {}
-        self._placed = set[str]()
-        self._busy: list[tuple[int, int, str]] = []
+        self._loras: dict[str, Lora] = {}
+        self._rejected: dict[str, str] = {}
+        self._waiting: list[_Waiting] = []
+        self._wake = asyncio.Event()
+        backend.hold_loras = self.hold
 
     async def follow(self) -> None:
         """Serve what the folder holds, and follow it until cancelled."""
         while True:
+            self._wake.clear()
             try:
                 await self._update()
-            except (OSError, ValueError, RuntimeError):
+            except Exception:  # whatever it is, the folder is followed on
                 logger.exception("The LoRAs in %s cannot be updated; trying again", self._folder)
                 await asyncio.sleep(RETRY_SECONDS)
-            await asyncio.sleep(SCAN_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                await run_with_timeout(self._wake.wait(), SCAN_SECONDS)
+
+    @contextlib.asynccontextmanager
+    async def hold(self, names: Iterable[str]) -> AsyncIterator[None]:
+        """Keep a request's LoRAs in the pool, those of the folder, and wait until they are there.
+
+        Raises:
+            InvalidRequestError: one is not served any more, or they do not fit into the pool together.
+            UnavailableError: they cannot be there in time.
+        """
+        use = Use(frozenset(names) - {entry["name"] for entry in self._configured})
+        if self._pool.has(use.names):
+            self._pool.begin(use)
+        else:
+            await self._wait_until_placed(use)
+        try:
+            yield
+        finally:
+            self._pool.end(use)
+            if self._waiting:
+                self._wake.set()
+
+    async def _wait_until_placed(self, use: Use) -> None:
+        waiting = _Waiting(use, asyncio.get_running_loop().create_future())
+        self._check(use)
+        self._waiting.append(waiting)
+        self._wake.set()
+        try:
+            await run_with_timeout(waiting.placed, REQUEST_SECONDS)
+        except TimeoutError as error:
+            raise UnavailableError(
+                f"The rank pool has had no room for {_listed(use.names)} in time. Try again later.",
+                retry_after=5.0,
+            ) from error
+        except BaseException:
+            self._pool.end(use)
+            raise
+        finally:
+            self._waiting.remove(waiting)
+
+    def _check(self, use: Use) -> None:
+        """Raise InvalidRequestError for LoRAs that cannot be in the pool together, however long a request waits."""
+        for name in sorted(use.names - self._loras.keys()):
+            why = self._rejected.get(name, "it is not served any more")
+            raise InvalidRequestError(f"Invalid value for 'loras': {name!r}: {why}.", "loras")
+        needed = sum(self._loras[name].columns for name in use.names)
+        if needed > len(self._pool.columns):
+            raise InvalidRequestError(
+                f"Invalid value for 'loras': {_listed(use.names)} have a rank of {needed} together, and the rank pool "
+                f"has {len(self._pool.columns)} columns.",
+                "loras",
+            )
 
     async def _update(self) -> None:
-        """Serve the files that have been as they are since the last scan: others may still be written."""
+        """Serve the files that have been as they are for a second: others may still be written."""
         found = await asyncio.to_thread(self._scan)
-        settled = {name: file for name, file in found.items() if self._seen.get(name) == file}
-        self._seen = found
-        gone = [name for name, file in self._known.items() if found.get(name) != file]
-        if gone:
-            self._remove(gone)
-        # What was rejected for lack of columns may fit now.
-        again = self._backend.rejected_loras.keys() if self._has_freed_columns() else ()
-        new = [file for name, file in settled.items() if self._known.get(name) != file or name in again]
-        if new:
-            await self._add(new)
+        now = time.monotonic()
+        self._seen = {file: self._seen.get(file, now) for file in found.values()}
+        settled = [file for file, since in self._seen.items() if now - since >= SCAN_SECONDS]
+        if gone := self._known.keys() - found.keys():
+            self._forget(gone)
+        # One that replaces another: that is served until this one is.
+        new = [file for file in settled if self._known.get(file.name) != file or file.name in self._failed]
+        wanted = self._make_room()
+        self._admit()
+        if new or wanted:
+            again = {file.name for file in new}
+            await self._add([file for file in wanted if file.name not in again], new)
+            self._admit()
 
     def _scan(self) -> dict[str, _File]:
         files: dict[str, _File] = {}
         for path in sorted(self._folder.glob("*.safetensors")):
             with contextlib.suppress(OSError):
                 status = path.stat()
-                name = _OTHER_CHARACTERS.sub("-", path.stem).strip("-")[:64]
+                name = requested_name(path)
                 problem = ""
                 if not stat.S_ISREG(status.st_mode):
                     problem = "it is not a file"
@@ -172,55 +244,99 @@ class LoraFolder:
                     problem = "its name must have a letter from a to z or a digit"
                 elif name in files:
                     problem = f"its name in requests would be {name}, which {files[name].path.name} has"
+                elif name in {entry["name"] for entry in self._configured}:
+                    problem = "another LoRA has this name"
                 name = path.name if problem else name
                 files[name] = _File(name, path, (status.st_size, status.st_mtime_ns), problem)
         return files
 
-    def _has_freed_columns(self) -> bool:
-        """Whether columns of removed LoRAs are used no more."""
-        return any(not self._backend.uses(name) for _, _, name in self._busy)
-
-    def _remove(self, names: Sequence[str]) -> None:
+    def _forget(self, names: Iterable[str]) -> None:
         """No request may name them from now on; their columns stay as they are while requests use them."""
-        # A file may have the name of a LoRA that is not the folder's.
-        leaving = [entry for entry in self._entries if entry["name"] in names and entry["name"] in self._placed]
-        self._placed -= set(names)
-        self._busy += [(entry["first"], entry["columns"], entry["name"]) for entry in leaving]
-        self._known = {name: file for name, file in self._known.items() if name not in names}
-        rejected = {name: why for name, why in self._backend.rejected_loras.items() if name not in names}
-        self._publish([entry for entry in self._entries if entry not in leaving], rejected)
+        leaving = sorted(self._loras.keys() & set(names))
+        for name in names:
+            self._pool.remove(name)
+            self._failed.discard(name)
+            for known in (self._known, self._loras, self._rejected):
+                known.pop(name, None)
+        self._publish()
         if leaving:
-            logger.info("LoRAs removed: %s", ", ".join(entry["name"] for entry in leaving))
+            logger.info("LoRAs removed: %s", ", ".join(leaving))
 
-    async def _add(self, files: Sequence[_File]) -> None:
-        free = [(first, count) for first, count, name in self._busy if not self._backend.uses(name)]
-        busy = [each for each in self._busy if self._backend.uses(each[2])]
-        held = {entry["name"] for entry in self._entries}
-        taken = [(entry["first"], entry["columns"]) for entry in self._entries if "columns" in entry]
+    def _make_room(self) -> list[_File]:
+        """The files that waiting requests need in the pool, the first one first; others leave it for them."""
+        wanted: dict[str, _File] = {}
+        kept = set[str]()
+        columns = 0
+        for waiting in self._waiting:
+            try:
+                self._check(waiting.use)
+            except InvalidRequestError as error:  # of files that have changed since
+                if not waiting.placed.done():
+                    waiting.placed.set_exception(error)
+                continue
+            kept |= waiting.use.names
+            missing = waiting.use.names - self._pool.held.keys() - wanted.keys()
+            columns += sum(self._loras[name].columns for name in missing)
+            evicted = self._pool.find_room(columns, keep=kept)
+            if evicted is None:
+                break
+            for name in evicted:
+                self._pool.remove(name)
+            wanted |= {name: self._known[name] for name in sorted(missing)}
+        if wanted:
+            self._publish()
+        return list(wanted.values())
+
+    def _admit(self) -> None:
+        """Let requests begin whose LoRAs are in the pool now."""
+        for waiting in self._waiting:
+            if self._pool.has(waiting.use.names) and not waiting.placed.done():
+                self._pool.begin(waiting.use)
+                waiting.placed.set_result(None)
+
+    async def _add(self, wanted: list[_File], new: list[_File]) -> None:
+        """Put files into the pool: those that requests wait for, then new ones as far as there is room."""
+        fine = [file for file in new if not file.problem]
         request = {
-            "clear": free,
-            "taken": [*taken, *((first, count) for first, count, _ in busy)],
-            "add": [
-                {"name": file.name, "file": str(file.path)}
-                for file in files
-                if file.name not in held and not file.problem
-            ],
+            "free": self._pool.free,
+            "add": [{"name": file.name, "file": str(file.path)} for file in (*wanted, *fine)],
         }
-        answers = await self._change_columns(request)
-        self._busy = busy
-        await self._wait_for_engines()
-        placed = [{**answer, "scale": 1.0} for answer in answers if "error" not in answer]
-        rejected = {answer["name"]: answer["error"] for answer in answers if "error" in answer}
-        rejected |= {file.name: "another LoRA has this name" for file in files if file.name in held}
-        rejected |= {file.name: file.problem for file in files if file.problem}
-        self._known |= {file.name: file for file in files}
-        self._placed |= {str(answer["name"]) for answer in placed}
-        earlier = {name: why for name, why in self._backend.rejected_loras.items() if name not in self._placed}
-        self._publish([*self._entries, *placed], {**earlier, **rejected})
+        self._known |= {file.name: file for file in new}
+        rejected = {file.name: file.problem for file in new if file.problem}
+        self._failed = {file.name for file in fine}
+        try:
+            answers = await run_with_timeout(self._change_columns(request), EXPORTER_SECONDS)
+            await run_with_timeout(self._wait_for_engines(), ENGINES_SECONDS)
+        except Exception:
+            late = self._failed - self._loras.keys()  # others are served as they were before
+            self._rejected |= rejected | dict.fromkeys(late, "it cannot be loaded now, as the log says; trying again")
+            self._publish()
+            raise
+        self._failed.clear()
+        for answer in answers:
+            rejected |= self._accept(answer)
+        self._rejected |= rejected
+        self._publish()
         for name, why in rejected.items():
             logger.warning("LoRA %s: %s", name, why)
-        if placed:
-            logger.info("LoRAs added: %s", ", ".join(str(answer["name"]) for answer in placed))
+        if added := [file.name for file in fine if file.name in self._loras]:
+            logger.info("LoRAs added: %s", ", ".join(added))
+
+    def _accept(self, answer: Mapping[str, Any]) -> dict[str, str]:
+        """Serve a LoRA as the exporter describes it; returns the reason if it cannot be served."""
+        name = answer["name"]
+        self._pool.remove(name)
+        self._loras.pop(name, None)
+        self._rejected.pop(name, None)
+        if "error" in answer:
+            return {name: answer["error"]}
+        if answer["rank"] > len(self._pool.columns):
+            needs = f"needs {answer['rank']} columns of the rank pool, which has {len(self._pool.columns)} for files"
+            return {name: f"{self._known[name].path.name}: {needs}"}
+        if answer["columns"]:
+            self._pool.place(name, tuple(answer["columns"]))
+        self._loras[name] = Lora(name=name, scale=1.0, columns=answer["rank"], changes=tuple(answer["changes"]))
+        return {}
 
     async def _change_columns(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Run the exporter, which writes the rank pools. Raises RuntimeError, ValueError."""
@@ -251,12 +367,29 @@ class LoraFolder:
             while not served.is_file() or served.read_text() != version:  # noqa: ASYNC110 - by another process
                 await asyncio.sleep(WAIT_SECONDS)
 
-    def _publish(self, entries: list[Mapping[str, Any]], rejected: Mapping[str, str]) -> None:
-        """Let requests name these LoRAs: first the sampler knows them, then the gateway."""
-        self._entries = entries
+    def _publish(self) -> None:
+        """Let requests name these LoRAs: first the sampler knows those in the pool, then the gateway all of them."""
+        held = self._pool.held
+        placed = [
+            {"name": name, "scale": self._loras[name].scale, "columns": columns} for name, columns in held.items()
+        ]
         table = self._repository / SAMPLER / "loras.json"
         new = table.with_suffix(".new")
-        new.write_text(json.dumps(entries), encoding="utf-8")
+        new.write_text(json.dumps([*self._configured, *placed]), encoding="utf-8")
         new.replace(table)
-        self._backend.loras = tuple(map(to_lora, entries))
-        self._backend.rejected_loras = dict(rejected)
+        own = [replace(lora, in_pool=name in held) for name, lora in self._loras.items()]
+        self._backend.loras = (*map(to_lora, self._configured), *own)
+        self._backend.rejected_loras = dict(self._rejected)
+
+
+def _read_sampler_config(repository: Path) -> tuple[list[Mapping[str, Any]], LoraPool]:
+    """The LoRAs that the exporter has put into the repository, and the columns that they leave."""
+    text = (repository / SAMPLER / "config.pbtxt").read_text(encoding="utf-8")
+    parameters = text_format.Parse(text, model_config_pb2.ModelConfig()).parameters
+    loras: list[Mapping[str, Any]] = json.loads(parameters["loras"].string_value)
+    taken = {column for entry in loras for column in entry.get("columns", ())}
+    return loras, LoraPool(frozenset(range(int(parameters["lora_rank"].string_value))) - taken)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, sorted(names)))

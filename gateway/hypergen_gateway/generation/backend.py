@@ -103,7 +103,8 @@ class Lora:
     name: str
     scale: float  # the default, or that at which it is merged
     is_merged: bool = False  # only this scale is served, and no two merged ones together
-    columns: int = 0  # of the rank pool
+    columns: int = 0  # of the rank pool that it takes
+    in_pool: bool = True  # otherwise the next request that names it waits until it is
     changes: tuple[str, ...] = ()  # the checkpoint's modules
 
 

@@ -12,9 +12,8 @@ import logging
 import re
 import struct
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, aclosing, contextmanager, nullcontext, suppress
 from typing import Any
 
 import grpc
@@ -38,6 +37,7 @@ from hypergen_gateway.generation.backend import (
     GenerationRequest,
     Lora,
     ModelDescription,
+    Names,
     Quality,
     Timings,
 )
@@ -116,7 +116,7 @@ def to_lora(entry: Mapping[str, Any]) -> Lora:
         name=entry["name"],
         scale=entry["scale"],
         is_merged="models" in entry,
-        columns=entry.get("columns", 0),
+        columns=len(entry.get("columns", ())),
         changes=tuple(entry.get("changes", ())),
     )
 
@@ -138,7 +138,8 @@ class TritonBackend:
 
     `url` may name several servers of the same model: `dns:///HOST:PORT`, or `ipv4:ADDRESS:PORT,ADDRESS:PORT`.
 
-    `loras` are those that are served instead of the ones in the sampler's parameters, once they have changed.
+    `loras` are those that are served instead of the ones in the sampler's parameters, once they have changed. Within
+    `hold_loras` the LoRAs of a request are in the rank pool and stay there.
 
     `request_timeout` limits a whole generation, `call_timeout` every other call, in seconds. After a lost connection,
     requests are retried for `retry_seconds`, until Triton or another replica is available.
@@ -162,7 +163,7 @@ class TritonBackend:
         self._streams = 0
         self.loras: tuple[Lora, ...] | None = None
         self.rejected_loras: Mapping[str, str] = {}
-        self._loras_in_use = Counter[str]()
+        self.hold_loras: Callable[[Names], AbstractAsyncContextManager[None]] = lambda _: nullcontext()
         self._draining = set[asyncio.Future[None]]()
 
     @property
@@ -183,10 +184,6 @@ class TritonBackend:
             return self._description
         return dataclasses.replace(self._description, loras=self.loras)
 
-    def uses(self, lora: str) -> bool:
-        """Whether a running request uses the LoRA."""
-        return self._loras_in_use[lora] > 0
-
     async def ready(self) -> bool:
         """Whether the server and all models that an image needs are ready."""
         triton, limit = self._service.triton, self._call_timeout
@@ -205,13 +202,9 @@ class TritonBackend:
         If Triton is lost, the request is sent again, as the same seeds give the same images, and images that were
         already yielded are skipped. The number of retries is limited, as the request may have caused the loss.
         """
-        self._loras_in_use.update(generation.lora)
-        try:
-            async with aclosing(self._retried(generation)) as images:
-                async for image in images:
-                    yield image
-        finally:
-            self._loras_in_use.subtract(generation.lora)
+        async with self.hold_loras(generation.lora), aclosing(self._retried(generation)) as images:
+            async for image in images:
+                yield image
 
     async def _retried(self, generation: GenerationRequest) -> AsyncGenerator[GeneratedImage, None]:
         received: set[tuple[int, int]] = set()

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hypergen_export.checkpoints.components import LoraPool
 from hypergen_export.cli import estimate
+from hypergen_export.conversion.loading import load_module
+from hypergen_export.conversion.pooling import PoolWeights
 from hypergen_export.engines import profiles
 from hypergen_export.engines.engine import Size
 from hypergen_export.engines.memory import FIXED_BYTES, Model, Need
@@ -60,6 +65,21 @@ def test_the_two_halves_of_a_vae_are_all_of_it(checkpoint_folder: Path) -> None:
     vae = diffusers.AutoencoderKL.from_pretrained(checkpoint_folder / "vae")
     found = needs(model)
     assert found["vae_decoder"].weights + found["vae_encoder"].weights == 2 * sum(p.numel() for p in vae.parameters())
+
+
+def test_a_rank_pool_counts_with_its_branches(checkpoint_folder: Path, tmp_path: Path) -> None:
+    model = model_of(checkpoint_folder)
+    pool = LoraPool.of_columns(20, kernels=True)
+    pooled = replace(model, components=tuple(each.with_pool(pool) for each in model.components))
+    plain, found = needs(model), needs(pooled)
+    for component in pooled.components:
+        expected = 0
+        if component.pool:
+            weights = PoolWeights(tmp_path)
+            module = load_module(model.checkpoint, component)
+            weights.create(component.module, module, component.pool, torch.bfloat16)
+            expected = 2 * sum(tensor.numel() for tensor in weights.empty().values())
+        assert found[component.name].weights - plain[component.name].weights == expected, component.name
 
 
 def test_parts_that_overflow_in_float16_have_twice_its_bytes(checkpoint_of: Callable[[str], Path]) -> None:

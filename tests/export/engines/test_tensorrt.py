@@ -439,7 +439,9 @@ def test_a_rank_pool_is_built_with_its_loras(
 ) -> None:
     file = save_by_diffusers(tmp_path / "words", lora_weights(checkpoint_folder, "text_encoder"))
     component, path = COMPONENTS["text_encoder"].with_pool(LoraPool(rank=8)), tmp_path / "model.onnx"
-    job = Job(component=component, dtype=dtype, onnx=path, placements=[Placement(Lora(name="words", file=file), 4)])
+    job = Job(
+        component=component, dtype=dtype, onnx=path, placements=[Placement(Lora(name="words", file=file), (4, 5, 6, 7))]
+    )
     with closing(Progress(5)) as progress:
         convert(checkpoint, [job], progress, lambda *_: None)
     found = profiles(component, shapes_of(checkpoint, SIZES[:1]))

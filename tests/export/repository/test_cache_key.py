@@ -145,7 +145,7 @@ def test_a_plan_with_a_pool_depends_on_the_loras_and_on_what_reads_them(
     (tmp_path / "b.safetensors").write_bytes(b"two")
 
     def key(file: str, first: int) -> str:
-        return plan_key("onnx", *pool_parts([Placement(Lora(name="ink", file=tmp_path / file), first)]))
+        return plan_key("onnx", *pool_parts([Placement(Lora(name="ink", file=tmp_path / file), (first,))]))
 
     given = {key("a.safetensors", 0), key("b.safetensors", 0), key("a.safetensors", 4)}
     monkeypatch.setattr(cache_key, "_contents", lambda paths: sorted(path.name for path in paths))

@@ -29,11 +29,14 @@ class Unet(nn.Module):
 
 @pytest.fixture
 def pool(tmp_path: Path) -> PoolWeights:
+    return empty_pool(tmp_path, torch.float32)
+
+
+def empty_pool(folder: Path, dtype: torch.dtype) -> PoolWeights:
     """The empty pool of a repository."""
-    folder = tmp_path / "repository" / "unet" / "1"
-    folder.mkdir(parents=True)
-    made = PoolWeights(folder)
-    made.create("unet", Unet(), LoraPool(rank=8, kernels=False), torch.float32)
+    made = PoolWeights(folder / "repository" / "unet" / "1")
+    made.folder.mkdir(parents=True)
+    made.create("unet", Unet(), LoraPool(rank=8, kernels=False), dtype)
     made.fill([])
     return made
 
@@ -55,7 +58,7 @@ def without_shapes(file: Path) -> Path:
 
 def add(pool: PoolWeights, *files: Path) -> list[dict[str, Any]]:
     entries = [{"name": file.stem, "file": str(file)} for file in files]
-    return change_columns(pool.folder.parents[1], {"clear": [], "taken": [], "add": entries})
+    return change_columns(pool.folder.parents[1], {"free": list(range(8)), "add": entries})
 
 
 @pytest.mark.parametrize("alpha", [float("inf"), float("nan"), 1e39])
@@ -63,7 +66,7 @@ def test_a_lora_that_is_not_finite_never_reaches_the_pool(alpha: float, pool: Po
     bad, good = save(tmp_path / "bad.safetensors", settings={"lora_alpha": alpha}), save(tmp_path / "good.safetensors")
     rejected, added = add(pool, bad, good)
     assert rejected == {"name": "bad", "error": "bad.safetensors: its weights times alpha are not finite at one"}
-    assert (added["name"], added["first"]) == ("good", 0)
+    assert (added["name"], added["columns"]) == ("good", [0, 1])
     assert all(tensor.isfinite().all() for tensor in load_file(pool.file).values())
 
 
@@ -80,7 +83,7 @@ def test_a_malformed_file_does_not_keep_others_out(
         ("bad.safetensors: is malformed (", "bad.safetensors: not a safetensors file (")
     )
     assert str(tmp_path) not in rejected["error"]
-    assert added == {"name": "good", "first": 0, "columns": RANK, "changes": ["unet"]}
+    assert added == {"name": "good", "rank": RANK, "columns": [0, 1], "changes": ["unet"]}
 
 
 def test_columns_are_empty_but_for_the_lora_that_has_them(pool: PoolWeights, tmp_path: Path) -> None:
@@ -94,4 +97,23 @@ def test_columns_are_empty_but_for_the_lora_that_has_them(pool: PoolWeights, tmp
 def test_factors_of_unequal_ranks_are_refused(pool: PoolWeights, tmp_path: Path) -> None:
     rejected, added = add(pool, save(tmp_path / "bad.safetensors", rank_up=1), save(tmp_path / "good.safetensors"))
     assert "shapes differ" in rejected["error"]
-    assert added["first"] == 0
+    assert added["columns"] == [0, 1]
+
+
+def test_a_file_without_room_is_described_and_the_pool_is_left_as_it_is(pool: PoolWeights, tmp_path: Path) -> None:
+    before = pool.file.stat()
+    request = {"free": [5], "add": [{"name": "a", "file": str(save(tmp_path / "a.safetensors"))}]}
+    (answer,) = change_columns(pool.folder.parents[1], request)
+    assert answer == {"name": "a", "rank": RANK, "columns": [], "changes": ["unet"]}
+    assert pool.file.stat() == before, "the engines would read it again"
+
+
+@pytest.mark.parametrize("alpha", [1e6, 1e-6])
+def test_a_large_or_small_alpha_keeps_its_product_in_float16(alpha: float, tmp_path: Path) -> None:
+    """alpha times the weights would be infinite, and NaN in every image, or zero."""
+    pool = empty_pool(tmp_path, torch.float16)
+    (added,) = add(pool, save(tmp_path / "a.safetensors", settings={"lora_alpha": alpha}))
+    assert added["columns"] == [0, 1]
+    tensors = pool.read()
+    product = tensors["lora_pool.one.down"] @ tensors["lora_pool.one.up"]
+    torch.testing.assert_close(product, torch.full((4, 4), alpha), rtol=2e-3, atol=0)

@@ -266,6 +266,11 @@ LEGAL = (
         ({"loras": ["oil"]}, "loras", LEGAL),
         ({"loras": "oil"}, "loras", LEGAL),
         ({"loras": [{"name": "oil"}] * 33}, "loras", LEGAL),
+        (
+            {"lora_path": "pen", "loras": [{"name": "oil"}] * 32},
+            "loras",
+            "with 'lora_path', the request has 33 LoRAs, and at most 32 are possible.",
+        ),
     ],
 )
 def test_another_lora_or_scale_is_refused_with_those_that_are_there(

@@ -6,10 +6,11 @@ The exporter's part runs in this process. Engines are stood in for by what they 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from hypergen_gateway.embedded import lora_folder
 from hypergen_gateway.embedded.backends.openvino import following
 from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.embedded.lora_folder import LoraFolder, served_copy
+from hypergen_gateway.errors import InvalidRequestError, UnavailableError
 from hypergen_gateway.triton.client import TritonBackend
 
 SECONDS = 20.0
@@ -40,6 +42,11 @@ class Unet(nn.Module):
 class Served:
     folder: Path
     backend: TritonBackend
+    table: Path
+    """What the sampler reads."""
+    failure: Path
+    """While it exists, the engine cannot read the pool."""
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     def add(self, name: str, rank: int = 2) -> Path:
         file = self.folder / f"{name}.safetensors"
@@ -50,6 +57,29 @@ class Served:
     @property
     def names(self) -> set[str]:
         return {lora.name for lora in self.backend.loras or ()}
+
+    @property
+    def columns(self) -> dict[str, list[int]]:
+        """Of the LoRAs in the pool."""
+        entries = json.loads(self.table.read_text()) if self.table.exists() else []
+        return {entry["name"]: entry["columns"] for entry in entries}
+
+    def hold(self, *names: str) -> AbstractAsyncContextManager[None]:
+        """As a running request does."""
+        return self.backend.hold_loras(names)
+
+    async def started(self, *names: str) -> asyncio.Event:
+        """A request that has begun, until the event is set."""
+        begun, end = asyncio.Event(), asyncio.Event()
+
+        async def run() -> None:
+            async with self.hold(*names):
+                begun.set()
+                await end.wait()
+
+        self.tasks.append(asyncio.create_task(run()))
+        await asyncio.wait_for(begun.wait(), SECONDS)
+        return end
 
     async def until(self, is_so: Callable[[], bool]) -> None:
         async def look() -> None:
@@ -64,38 +94,123 @@ async def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
     """A folder that is followed, with room for eight columns."""
     monkeypatch.setattr(lora_folder, "SCAN_SECONDS", 0.02)
     monkeypatch.setattr(lora_folder, "WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(lora_folder, "RETRY_SECONDS", 0.05)
     monkeypatch.setattr(following, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(following, "RETRY_SECONDS", 0.05)
     repository, folder = tmp_path / "repository", tmp_path / "loras"
     weights = PoolWeights(repository / "unet" / "1")
     for made in (folder, repository / "diffusion", weights.folder):
         made.mkdir(parents=True)
-    (repository / "diffusion" / "config.pbtxt").write_text('parameters { key: "loras" value { string_value: "[]" } }')
+    parameters = {"loras": "[]", "lora_rank": "8"}
+    lines = [f'parameters {{ key: "{name}" value {{ string_value: "{text}" }} }}' for name, text in parameters.items()]
+    (repository / "diffusion" / "config.pbtxt").write_text("\n".join(lines))
     weights.create("unet", Unet(), LoraPool(rank=8, kernels=False), torch.float32)
     weights.fill([])
 
     async def change(_: LoraFolder, request: Mapping[str, Any]) -> list[dict[str, Any]]:
         return change_columns(repository, request)
 
+    def read_again() -> None:
+        if (tmp_path / "engine fails").exists():
+            raise MemoryError
+
     monkeypatch.setattr(LoraFolder, "_change_columns", change)
-    engine = following.WeightsFollower(weights.file, following.version(weights.file), lambda: None)
+    engine = following.WeightsFollower(weights.file, following.version(weights.file), read_again)
     backend = TritonBackend("127.0.0.1:1")
     task = asyncio.create_task(LoraFolder(folder, repository, backend).follow())
-    yield Served(folder, backend)
+    yield Served(folder, backend, repository / "diffusion" / "loras.json", tmp_path / "engine fails")
     task.cancel()
     with suppress(asyncio.CancelledError):
         await task
     engine.close()
 
 
-async def test_a_lora_that_found_no_room_is_served_once_there_is_some(served: Served) -> None:
-    first = served.add("first", rank=6)
-    await served.until(lambda: served.names == {"first"})
-    served.add("second", rank=4)
-    await served.until(lambda: "second" in served.backend.rejected_loras)
-    assert "too few are free" in served.backend.rejected_loras["second"]
-    first.unlink()
-    await served.until(lambda: served.names == {"second"})
+async def test_the_least_recently_used_lora_gives_way_to_one_that_a_request_names(served: Served) -> None:
+    for name in "abc":
+        served.add(name, rank=3)
+    await served.until(lambda: served.names == {*"abc"})
+    assert served.columns.keys() == {*"ab"}
+    assert [lora.in_pool for lora in served.backend.loras or ()] == [True, True, False]
+    async with served.hold("a"):
+        pass
+    async with served.hold("c"):
+        assert served.columns.keys() == {*"ac"}
+    async with served.hold("b", "a"):
+        assert served.columns.keys() == {*"ab"}
+
+
+async def test_a_lora_in_use_stays_in_the_pool(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "abc":
+        served.add(name, rank=4)
+    await served.until(lambda: served.names == {*"abc"})
+    ends = [await served.started(name) for name in "ab"]
+    monkeypatch.setattr(lora_folder, "REQUEST_SECONDS", 0.1)
+    with pytest.raises(UnavailableError, match="no room for 'c' in time"):
+        async with served.hold("c"):
+            pass
+    monkeypatch.setattr(lora_folder, "REQUEST_SECONDS", SECONDS)
+    waiting = asyncio.create_task(served.started("c"))
+    await asyncio.sleep(0.1)
+    assert served.columns.keys() == {*"ab"}
+    ends[1].set()
+    (await waiting).set()
+    assert served.columns.keys() == {*"ac"}
+    ends[0].set()
+
+
+async def test_requests_that_need_more_columns_than_there_are_are_refused(served: Served) -> None:
+    served.add("large", rank=9)
+    for name in "ab":
+        served.add(name, rank=5)
+    await served.until(lambda: served.names == {*"ab"})
+    why = served.backend.rejected_loras["large"]
+    assert why == "large.safetensors: needs 9 columns of the rank pool, which has 8 for files"
+    with pytest.raises(InvalidRequestError, match="'a', 'b' have a rank of 10 together, and the rank pool has 8 col"):
+        async with served.hold("a", "b"):
+            pass
+
+
+async def test_a_file_replaced_under_steady_use_does_not_keep_its_former_columns(served: Served) -> None:
+    served.add("a", rank=2)
+    await served.until(lambda: served.columns == {"a": [0, 1]})
+    former = await served.started("a")
+    served.add("a", rank=3)
+    await served.until(lambda: served.columns["a"] == [2, 3, 4])  # always there
+    later = await served.started("a")
+    former.set()
+    served.add("b", rank=5)
+    await served.until(lambda: "b" in served.names)
+    async with served.hold("b"):
+        assert served.columns == {"a": [2, 3, 4], "b": [0, 1, 5, 6, 7]}
+    later.set()
+
+
+async def test_an_engine_that_cannot_read_the_pool_keeps_nothing_else_from_being_served(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora_folder, "ENGINES_SECONDS", 0.1)
+    served.failure.touch()
+    served.add("a")
+    await served.until(lambda: "a" in served.backend.rejected_loras)
+    assert served.backend.rejected_loras["a"] == "it cannot be loaded now, as the log says; trying again"
+    assert served.columns == {}
+    served.failure.unlink()
+    await served.until(lambda: served.columns == {"a": [0, 1]})
     assert served.backend.rejected_loras == {}
+
+
+@pytest.mark.parametrize("error", [KeyError("name"), AttributeError("x")], ids=repr)
+async def test_the_folder_is_followed_on_whatever_goes_wrong(
+    error: Exception, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: LoraFolder) -> dict[str, Any]:
+        raise error
+
+    with monkeypatch.context() as failing:
+        failing.setattr(LoraFolder, "_scan", fail)
+        await asyncio.sleep(0.1)
+    served.add("a")
+    await served.until(lambda: served.columns == {"a": [0, 1]})
 
 
 async def test_a_file_that_cannot_have_a_name_is_listed_with_the_reason(served: Served) -> None:

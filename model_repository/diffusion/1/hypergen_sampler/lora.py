@@ -20,9 +20,8 @@ class ServedLora:
     name: str
     scale: float
     """The default, or that of the merged models."""
-    first: int = 0
-    columns: int = 0
-    """Columns of the pool; 0 if it is merged."""
+    columns: tuple[int, ...] = ()
+    """Those of the pool that hold it; none if it is merged."""
     models: Mapping[str, str] = field(default_factory=dict)
     """Component -> the model that replaces it; contains only components that the LoRA changes."""
 
@@ -53,8 +52,8 @@ def read_loras(text: str) -> tuple[ServedLora, ...]:
 
 
 def _read(entry: Mapping[str, Any]) -> ServedLora:
-    known = {name: entry[name] for name in ("first", "columns", "models") if name in entry}
-    return ServedLora(name=entry["name"], scale=entry["scale"], **known)
+    placed = {"columns": tuple(entry["columns"])} if "columns" in entry else {"models": entry["models"]}
+    return ServedLora(name=entry["name"], scale=entry["scale"], **placed)
 
 
 class LoraTable:
@@ -85,6 +84,6 @@ def pool_scales(rank: int, chosen: Sequence[tuple[ServedLora, float]]) -> tuple[
     """The scale of each of the pool's columns for LoRAs and their scales; those of one LoRA are added."""
     scales = [0.0] * rank
     for lora, scale in chosen:
-        for column in range(lora.first, lora.first + lora.columns):
+        for column in lora.columns:
             scales[column] += scale
     return tuple(scales)

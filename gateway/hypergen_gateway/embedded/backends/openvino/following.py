@@ -13,11 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 POLL_SECONDS = 0.3
+# What could not be read is tried again after this time.
+RETRY_SECONDS = 10.0
 logger = logging.getLogger(__name__)
 
 
 class WeightsFollower:
-    """Calls `read_again`, which raises RuntimeError or OSError if it fails, whenever `file` has been replaced.
+    """Calls `read_again`, which raises an error if it fails, whenever `file` has been replaced.
 
     `served` is the version that was there before the model was read.
     """
@@ -37,15 +39,18 @@ class WeightsFollower:
         self._thread.join()
 
     def _follow(self) -> None:
-        while not self._stopped.wait(POLL_SECONDS):
+        seconds = POLL_SECONDS
+        while not self._stopped.wait(seconds):
+            seconds = POLL_SECONDS
             try:
                 found = version(self._file)
                 if found != self._served:
                     self._read_again()
                     self._served = found
                     self._tell()
-            except (RuntimeError, OSError):
+            except Exception:  # whatever it is, the file is followed on
                 logger.exception("%s cannot be read again; the earlier weights are served", self._file)
+                seconds = RETRY_SECONDS
 
     def _tell(self) -> None:
         new = self._file.with_name(f".{self._file.name}.served.new")
