@@ -324,6 +324,13 @@ def _cpu_dtype() -> str:
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder of LoRA files, which are served as they come and go, without a restart.",
 )
+@option(
+    "--lora-admin",
+    "lora_admins",
+    metavar="NAME",
+    multiple=True,
+    help="Name of a key in --api-key-file that may add and remove LoRAs by POST and DELETE /v1/loras; repeatable.",
+)
 @option("--prompt-loras", is_flag=True, help="Let prompts select LoRAs as in web UIs: <lora:NAME:SCALE>.")
 @option(
     "--max-queue-size",
@@ -374,7 +381,8 @@ def serve_command(*, triton: TritonOptions, model: str | None, reload: bool, **g
         raise click.UsageError("--link-bucket needs boto3: pip install 'hypergen-triton[s3]'.")
     link_folder = _find_link_folder(given.pop("cache_dir"))
     try:
-        gateway = Config(model_id=served_id, link_folder=link_folder, **given)
+        lora_dir = None if triton.export is None else triton.export.lora_dir
+        gateway = Config(model_id=served_id, link_folder=link_folder, lora_dir=lora_dir, **given)
     except ValueError as error:
         raise click.UsageError(f"{error}.") from error
     options = ServeOptions(host=host, port=port, triton=triton, gateway=gateway)

@@ -20,6 +20,7 @@ _POSITIVE = (
     "max_body_bytes",
     "max_upload_bytes",
     "max_json_upload_bytes",
+    "max_lora_bytes",
     "probe_timeout",
     "heartbeat_interval",
     "link_lifetime",
@@ -70,6 +71,11 @@ class Config:
     clip_skip: int | None = None
     # Whether <lora:NAME:SCALE> in a prompt selects a LoRA, as in web UIs; otherwise it is text like any other.
     prompt_loras: bool = False
+    # Folder of LoRA files, and the names of the API keys that may add and remove some.
+    lora_dir: Path | None = None
+    lora_admins: tuple[str, ...] = ()
+    # A LoRA of rank 256 for SDXL has 1.3 GB in float16; usual ones have a tenth of that.
+    max_lora_bytes: int = 2 << 30
     # Requests that may wait for a slot in Triton; more get a 429.
     max_queue_size: int = 100
     # Seconds from a complete request to its images. OpenAI's clients time out after 600 by default.
@@ -135,6 +141,8 @@ class Config:
     def _check_keys(self) -> None:
         if self.api_keys and self.api_key_file is not None:
             raise ValueError("--api-key and --api-key-file are mutually exclusive")
+        if self.lora_admins and (self.api_key_file is None or self.lora_dir is None):
+            raise ValueError("--lora-admin needs --lora-dir and --api-key-file, whose keys have names")
         try:
             _ = self.keys
         except BadKeysError as error:

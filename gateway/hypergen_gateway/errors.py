@@ -61,6 +61,13 @@ class AuthenticationError(InvalidRequestError):
         return {"WWW-Authenticate": "Bearer"}
 
 
+class PermissionDeniedError(InvalidRequestError):
+    """The API key is valid, but does not have this right."""
+
+    status = 403
+    code = "permission_denied"
+
+
 class CrossSiteError(InvalidRequestError):
     """A website that may not use this server sent a request through a visitor's browser."""
 

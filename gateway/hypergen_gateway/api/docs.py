@@ -140,7 +140,8 @@ def _responses(api: JsonObject, responses: JsonObject) -> str:
         for status, response in responses.items()
     )
     table = "<h3>Answers</h3>" + _table(["status", "", "type"], rows)
-    schema = responses["200"]["content"].get("application/json", {}).get("schema")
+    success = next(described for status, described in responses.items() if status.startswith("2"))
+    schema = success["content"].get("application/json", {}).get("schema")
     return table if schema is None else table + _response_fields(api, _resolve(api, schema))
 
 

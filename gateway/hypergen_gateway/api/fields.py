@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 from hypergen_gateway.api.bodies import UploadedFile
 from hypergen_gateway.generation.backend import MAX_SEED
+from hypergen_gateway.storage.lora_files import NAME
 
 MAX_IMAGES = 16
 MAX_LORAS = 32
@@ -345,6 +346,15 @@ class VariationForm(ImageFields):
     def partial_images(self) -> int:
         """Zero: only streams have previews."""
         return 0
+
+
+class LoraForm(BaseModel):
+    """The form of POST /v1/loras."""
+
+    name: str = Field(
+        pattern=f"^{NAME.pattern}$", description="The name for requests. A file that has it already is replaced."
+    )
+    file: Upload = Field(description="A LoRA in the format safetensors.")
 
 
 RequestBody: TypeAlias = ImageRequest | EditRequest | EditForm | VariationForm

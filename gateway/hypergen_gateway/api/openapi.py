@@ -16,12 +16,22 @@ from pydantic import BaseModel, Field
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from hypergen_gateway.api.capabilities import Capabilities
-from hypergen_gateway.api.fields import EditForm, EditRequest, ImageRequest, VariationForm, model_limit
+from hypergen_gateway.api.fields import (
+    EditForm,
+    EditRequest,
+    ImageFields,
+    ImageRequest,
+    LoraForm,
+    VariationForm,
+    model_limit,
+)
 from hypergen_gateway.api.responses import (
     CompletedEvent,
+    DeletedLora,
     Health,
     ImagesResponse,
     LoraList,
+    LoraObject,
     ModelList,
     ModelObject,
     PartialImageEvent,
@@ -64,6 +74,7 @@ class Operation:
     description: str = ""
     bodies: Mapping[str, type[BaseModel]] = field(default_factory=dict)  # by media type
     response: type[BaseModel] | None = None
+    status: int = 200
     streams: bool = False
     parameters: Sequence[JsonObject] = ()
     errors: Sequence[int] = ()
@@ -77,6 +88,7 @@ _JSON, _FORM, _SSE = "application/json", "multipart/form-data", "text/event-stre
 ERRORS: dict[int, str] = {
     400: "A field or the body is invalid; `param` names the field, and the message says which values are allowed.",
     401: "The API key is missing, malformed or wrong.",
+    403: "The API key may not do this.",
     404: "Not found.",
     410: "The link has expired.",
     413: "The body is too large.",
@@ -194,6 +206,27 @@ OPERATIONS = (
         errors=(500, 503),
     ),
     Operation(
+        method="post",
+        path="/v1/loras",
+        id="addLora",
+        summary="Add a LoRA, for keys with that right (an extension of the API)",
+        description="The file is stored in the folder of `--lora-dir`. Some seconds later `GET /v1/loras` lists it, "
+        "with an error if it cannot be served.",
+        bodies={_FORM: LoraForm},
+        response=LoraObject,
+        status=202,
+        errors=(*_BODY_ERRORS, 403, 404, 500),
+    ),
+    Operation(
+        method="delete",
+        path="/v1/loras/{name}",
+        id="removeLora",
+        summary="Remove a LoRA's file, for keys with that right (an extension of the API)",
+        response=DeletedLora,
+        parameters=(_parameter("name", "path", "A name from /v1/loras."),),
+        errors=(403, 404, 500),
+    ),
+    Operation(
         method="get",
         path=f"{FILES_PATH}/{{name}}",
         id="readFile",
@@ -267,7 +300,7 @@ def _operation(operation: Operation) -> JsonObject:
         "operationId": operation.id,
         "summary": operation.summary,
         "parameters": list(operation.parameters),
-        "responses": {"200": _success(operation), **{str(status): _error(status) for status in errors}},
+        "responses": {str(operation.status): _success(operation), **{str(status): _error(status) for status in errors}},
     }
     if operation.description:
         described["description"] = operation.description
@@ -282,7 +315,9 @@ def _operation(operation: Operation) -> JsonObject:
 
 
 def _success(operation: Operation) -> JsonObject:
-    headers = _headers("x-request-id", "openai-processing-ms", *(_IMAGE_HEADERS if operation.bodies else ()))
+    headers = _headers(
+        "x-request-id", "openai-processing-ms", *(_IMAGE_HEADERS if operation.response is ImagesResponse else ())
+    )
     if operation.response is None:
         file = {"schema": {"type": "string", "format": "binary"}}
         files = {f"image/{name}": file for name in ("png", "jpeg", "webp")}
@@ -323,7 +358,7 @@ def _schemas(model: ModelDescription | None) -> JsonObject:
     _, schema = models_json_schema(modes, ref_template="#/components/schemas/{model}")
     definitions: JsonObject = schema["$defs"]
     for request in requests:
-        if model is not None:
+        if model is not None and issubclass(request, ImageFields):
             _limit(request, definitions[request.__name__]["properties"], model)
     for name, described in definitions.items():
         _tidy(described)

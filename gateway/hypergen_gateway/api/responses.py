@@ -29,7 +29,7 @@ class ModelObject(BaseModel):
 
 
 class LoraObject(BaseModel):
-    """A LoRA file that the server has."""
+    """A LoRA that the server has."""
 
     object: Literal["lora"] = "lora"
     name: str
@@ -40,6 +40,14 @@ class LoraObject(BaseModel):
     )
     changes: tuple[str, ...] = Field(default=(), description="The parts of the model that it changes.")
     error: str | None = Field(default=None, description="Why it cannot be served.")
+
+
+class DeletedLora(BaseModel):
+    """A LoRA file that has been removed."""
+
+    object: Literal["lora"] = "lora"
+    name: str
+    deleted: Literal[True] = True
 
 
 class LoraList(BaseModel):

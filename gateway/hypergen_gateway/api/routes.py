@@ -21,7 +21,16 @@ from hypergen_gateway import playground
 from hypergen_gateway.api import capabilities, docs, responses
 from hypergen_gateway.api.bodies import media_type, read_form, read_json
 from hypergen_gateway.api.client_request import init_image_options, to_client_request
-from hypergen_gateway.api.fields import EditForm, EditRequest, ImageRequest, RequestBody, VariationForm, from_texts
+from hypergen_gateway.api.fields import (
+    EditForm,
+    EditRequest,
+    ImageRequest,
+    LoraForm,
+    RequestBody,
+    VariationForm,
+    from_texts,
+)
+from hypergen_gateway.api.lora_uploads import read_upload
 from hypergen_gateway.api.loras import with_prompt_loras
 from hypergen_gateway.api.openapi import describe_api
 from hypergen_gateway.api.responses import Health
@@ -29,7 +38,7 @@ from hypergen_gateway.api.sse import EventStream, to_frame
 from hypergen_gateway.api.validation import images_param, uploads_of_form, uploads_of_json, validate
 from hypergen_gateway.concurrency import run_in_thread_if_large, run_with_timeout
 from hypergen_gateway.config import Config
-from hypergen_gateway.errors import HyperGenError, ModelNotFoundError, NotFoundError
+from hypergen_gateway.errors import HyperGenError, ModelNotFoundError, NotFoundError, PermissionDeniedError
 from hypergen_gateway.generation.admission import Admission
 from hypergen_gateway.generation.backend import Backend, ModelDescription
 from hypergen_gateway.generation.image_inputs import InitImage, Uploads, read_init_images
@@ -44,6 +53,7 @@ from hypergen_gateway.http.middleware import BodyLimit
 from hypergen_gateway.http.paths import same_id
 from hypergen_gateway.observability.metrics import MEDIA_TYPE, Metrics
 from hypergen_gateway.storage.local import FILE_HEADERS, FILES_PATH, Links, LocalLinks
+from hypergen_gateway.storage.lora_files import LoraFiles
 
 T = TypeVar("T")
 Form = TypeVar("Form", EditForm, VariationForm)
@@ -74,6 +84,7 @@ class Endpoints:
                 BodyLimit, max_bytes=self.config.max_json_upload_bytes, max_form_bytes=self.config.max_upload_bytes
             ),
         ]
+        lora_uploads = [timeout, Middleware(BodyLimit, max_bytes=self.config.max_lora_bytes)]
         return [
             Route("/v1/models", self.list_models),
             Route("/v1/images/generations", self.generate_images, methods=["POST"], middleware=bodies),
@@ -82,7 +93,8 @@ class Endpoints:
             Route(f"{FILES_PATH}/{{name}}", self.read_file),
             Route("/v1/models/{id:path}", self.retrieve_model),
             Route("/v1/capabilities", self.capabilities),
-            Route("/v1/loras", self.list_loras),
+            Route("/v1/loras", self.loras, methods=["GET", "POST"], middleware=lora_uploads),
+            Route("/v1/loras/{name}", self.remove_lora, methods=["DELETE"]),
             Route("/health", self.health),
             Route("/health/live", self.live),
             Route("/health/ready", self.ready),
@@ -138,10 +150,35 @@ class Endpoints:
         model = await self._describe()
         return _json(capabilities.of_model(model, await self._model_id(), self.config.size_policy))
 
-    async def list_loras(self, _: Request) -> Response:
-        """The LoRAs that requests may name, and files that cannot be served; an extension."""
+    async def loras(self, request: Request) -> Response:
+        """The LoRAs that requests may name, and files that cannot be served; or one more. An extension."""
+        if request.method == "POST":
+            return await self._add_lora(request)
         model = await self.backend.describe()
         return _json(responses.lora_list(model.loras, self.backend.rejected_loras))
+
+    async def _add_lora(self, request: Request) -> Response:
+        """Store a LoRA's file, which is then served, or listed with the reason why not."""
+        files = self._lora_files(request)
+        async with read_form(request, LoraForm.model_fields) as form:
+            upload = await asyncio.to_thread(read_upload, form)
+            await asyncio.to_thread(files.save, upload.name, upload.file.file)
+        return _json(responses.LoraObject(name=upload.name), status=202)
+
+    async def remove_lora(self, request: Request) -> Response:
+        """Remove a LoRA's file. Requests that use it are not affected; an extension."""
+        name = request.path_params["name"]
+        if not await asyncio.to_thread(self._lora_files(request).remove, name):
+            raise NotFoundError("There is no such LoRA file. GET /v1/loras lists those that are served.", "name")
+        return _json(responses.DeletedLora(name=name))
+
+    def _lora_files(self, request: Request) -> LoraFiles:
+        """The folder of LoRAs, for a key that may change it."""
+        if self.config.lora_dir is None:
+            raise NotFoundError("This server has no folder for LoRAs; its operator can name one with --lora-dir.")
+        if getattr(request.state, "key_name", None) not in self.config.lora_admins:
+            raise PermissionDeniedError("This API key may not add or remove LoRAs; see --lora-admin.")
+        return LoraFiles(self.config.lora_dir)
 
     async def generate_images(self, request: Request) -> Response:
         """Images from a prompt."""

@@ -1,13 +1,73 @@
-"""The files of `--lora-dir`: the names that requests use for them."""
+"""The files of `--lora-dir`: the names that requests use for them, and those that clients add and remove."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import re
+import shutil
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+# Names that clients may give. They begin and end such that no file name means another one.
+NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,62}[A-Za-z0-9])?")
 _OTHER_CHARACTERS = re.compile(r"[^A-Za-z0-9_.-]+")
+_SUFFIX = ".safetensors"
+# The largest header that the format allows.
+_MAX_HEADER_BYTES = 100_000_000
 
 
 def requested_name(file: Path) -> str:
     """The name by which requests select a file; empty if no character of its name may be in one."""
     return _OTHER_CHARACTERS.sub("-", file.stem).strip("-")[:64]
+
+
+def is_safetensors(file: BinaryIO, size: int) -> bool:
+    """Whether a file begins as one of safetensors does: the length of a JSON object, and the object."""
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+        return False
+    try:
+        return isinstance(json.loads(file.read(length)), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+@dataclass(frozen=True)
+class LoraFiles:
+    """The folder. All methods block; they raise OSError."""
+
+    folder: Path
+
+    def save(self, name: str, file: BinaryIO) -> None:
+        """Write a file that is there as a whole or not at all. It replaces the one of that name."""
+        target = self._find(name) or self.folder / f"{name}{_SUFFIX}"
+        descriptor, path = tempfile.mkstemp(prefix=".upload-", dir=self.folder)
+        try:
+            with os.fdopen(descriptor, "wb") as new:
+                file.seek(0)
+                shutil.copyfileobj(file, new, 1 << 20)
+                new.flush()
+                os.fsync(new.fileno())
+            Path(path).replace(target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                Path(path).unlink()
+            raise
+
+    def remove(self, name: str) -> bool:
+        """Remove the file of a name; whether there was one."""
+        found = self._find(name)
+        if found is not None:
+            found.unlink(missing_ok=True)
+        return found is not None
+
+    def _find(self, name: str) -> Path | None:
+        """The file that requests name so, or that is listed under its whole name as it cannot be served."""
+        files = sorted(file for file in self.folder.glob(f"*{_SUFFIX}") if file.is_file())
+        served = next((file for file in files if requested_name(file) == name), None)
+        return served or next((file for file in files if file.name == name), None)
