@@ -83,8 +83,11 @@ class Placeholders:
         """Give the module's floating-point parameters and buffers a type, like `module.to(dtype)`."""
         for tensor in (*module.parameters(), *module.buffers()):
             source = self.find(tensor)
-            if tensor.is_floating_point() and tensor.dtype != dtype:
-                tensor.data = tensor.data.to(dtype) if source is None else self.make(source, dtype)
+            if source is not None and tensor.is_floating_point() and tensor.dtype != dtype:
+                tensor.data = self.make(source, dtype)
+        # Last, as it also makes new tensors of buffers: those that are views would keep a base of the former type, with
+        # which torch.export fails.
+        module.to(dtype)
 
     def load(self, module: torch.nn.Module) -> None:
         """Replace the placeholders that the module has by their values, in the precision of each."""
