@@ -158,21 +158,6 @@ def test_a_gateway_may_start_before_its_triton() -> None:
         assert stop_server(server) == 0
 
 
-def test_an_exported_repository_keeps_its_own_id(checkpoint: Path, exported: Path, tmp_path: Path) -> None:
-    repository = Path(shutil.copytree(exported, tmp_path / "rep2"))
-    config = repository / "diffusion" / "config.pbtxt"
-    text = config.read_text()
-    assert str(checkpoint) in text
-    config.write_text(text.replace(str(checkpoint), "my-painter"))
-    server = start_server("--cache-dir", str(tmp_path / "cache"), model=str(repository))
-    try:
-        with server.client() as client:
-            assert [model.id for model in client.models.list()] == ["my-painter"]
-        assert any(line.startswith("Serving my-painter on ") for line in server.lines)
-    finally:
-        assert stop_server(server) == 0
-
-
 @pytest.mark.parametrize("option", ["--device=cuda", "--dtype=float16", "--api-key="])
 def test_what_the_embedded_server_cannot_do_is_refused(option: str) -> None:
     assert one_line_error(hypergen("serve", option))

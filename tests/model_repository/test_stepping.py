@@ -21,7 +21,7 @@ from hypergen_export.checkpoints.checkpoint import open_checkpoint
 from hypergen_sampler.conditioning import Array
 from hypergen_sampler.latent_init import LatentInit
 from hypergen_sampler.lora import NO_LORAS, LoraSelection
-from hypergen_sampler.request import InvalidInputError, NonFiniteLatentsError, QueueFullError, Request
+from hypergen_sampler.request import InvalidInputError, NonFiniteError, QueueFullError, Request
 from hypergen_sampler.sampling import DenoiserInputs, Trajectory, steps_between
 from hypergen_sampler.stepping import POLL_SECONDS, ClientGoneError, Denoiser, IterationStats, LatentsOutput, StepLoop
 from support.architectures import architecture_of
@@ -354,7 +354,7 @@ async def test_an_image_whose_latents_are_not_finite_fails_and_leaves_the_others
     first, second, third = await asyncio.gather(
         *(last(loop.sample(image, never)) for image in images), return_exceptions=True
     )
-    assert isinstance(second, NonFiniteLatentsError)
+    assert isinstance(second, NonFiniteError)
     assert str(second) == "not finite: the latents after step 3 of 6"
     assert unet.rows_of_calls == [6, 6, 6, 4], "it takes no further step"
     for alone, together in zip(healthy, (first, third), strict=True):

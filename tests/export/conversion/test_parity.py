@@ -67,6 +67,6 @@ class _Enlarged(torch.nn.Module):
         super().__init__()
         self.decoder = decoder
 
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        image: torch.Tensor = self.decoder(latents.repeat(1, 1, 2, 2))
-        return image
+    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        outputs: tuple[torch.Tensor, torch.Tensor] = self.decoder(latents.repeat(1, 1, 2, 2))
+        return outputs

@@ -62,7 +62,11 @@ def test_a_component_runs_on_the_cpu_in_openvino(repository: Path, name: str) ->
             },
             {"model_output": ("TYPE_FP32", [4, -1, -1])},
         ),
-        ("vae_decoder", {"latents": ("TYPE_FP32", [4, -1, -1])}, {"image": ("TYPE_UINT8", [-1, -1, 3])}),
+        (
+            "vae_decoder",
+            {"latents": ("TYPE_FP32", [4, -1, -1])},
+            {"image": ("TYPE_UINT8", [-1, -1, 3]), "pixel_mean": ("TYPE_FP32", [1])},
+        ),
         (
             "vae_encoder",
             {"image": ("TYPE_UINT8", [-1, -1, 3])},

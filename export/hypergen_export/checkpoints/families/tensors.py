@@ -43,7 +43,7 @@ def vae(
         loader=loader,
         wrapper=wrapper and f"vae_decoder_{wrapper}",
         inputs=(Tensor(name="latents", dtype=FLOAT, axes=LATENTS),),
-        outputs=(IMAGE,),
+        outputs=(IMAGE, Tensor(name="pixel_mean", dtype=FLOAT, axes=(1,))),
         tolerance=1.0,  # one level of 255, as rounding may differ
         unused=("encoder.", "quant_conv."),
     )

@@ -108,14 +108,14 @@ def _positions(length: int, height: int, width: int) -> list[Tensor]:
 
 
 class Flux2VaeDecoder(nn.Module):
-    """latents [B, 4 × C, h, w], packed and normalised by the VAE's batch norm -> image [B, 16 h, 16 w, 3] uint8."""
+    """latents [B, 4 × C, h, w], packed and normalised by the VAE's batch norm -> as of `VaeDecoder`, 16 h × 16 w."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
         self.mean, self.std = _statistics(vae)
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         channels, height, width = latents.shape[1:]
         packed = (latents * self.std + self.mean).unflatten(1, (channels // 4, 2, 2))
         unpacked = packed.permute(0, 1, 4, 2, 5, 3).reshape(-1, channels // 4, 2 * height, 2 * width)

@@ -77,14 +77,14 @@ def _positions(length: int, height: int, width: int) -> list[Tensor]:
 
 
 class QwenImageVaeDecoder(nn.Module):
-    """latents [B, C, h, w], normalised per channel -> image [B, 8 h, 8 w, 3] uint8."""
+    """latents [B, C, h, w], normalised per channel -> what `VaeDecoder` gives."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = _for_one_frame(vae)
         self.mean, self.std = _statistics(vae)
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         frame = (latents * self.std + self.mean).to(self.vae.dtype)[:, :, None]
         # Called directly: `decode` keeps the features of the frames before.
         return to_image(self.vae.decoder(self.vae.post_quant_conv(frame))[:, :, 0])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class VaeDecoder(nn.Module):
-    """latents [B, C, h, w] in the scheduler's scale -> image [B, H, W, 3] uint8.
+    """latents [B, C, h, w] in the scheduler's scale -> image [B, H, W, 3] uint8 and its `pixel_mean` [B, 1].
 
     `per_channel`: use the mean and standard deviation per latent channel if the config states them. `shifted`: use the
     config's `shift_factor`.
@@ -20,7 +20,7 @@ class VaeDecoder(nn.Module):
         self.vae = vae
         self.scale, self.shift = _scale_and_shift(vae.config, per_channel, shifted)
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         unscaled = (latents / self.scale + self.shift).to(self.vae.dtype)
         return to_image(self.vae.decode(unscaled, return_dict=False)[0])
 
@@ -44,14 +44,14 @@ class VaeEncoder(nn.Module):
 
 
 class TinyVaeDecoder(nn.Module):
-    """latents [B, C, h, w] in the scheduler's scale -> image [B, H, W, 3] uint8, by an AutoencoderTiny."""
+    """As `VaeDecoder`, by an AutoencoderTiny."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
         self.scale = float(vae.config.scaling_factor)
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         return to_image(self.vae.decode((latents / self.scale).to(self.vae.dtype), return_dict=False)[0])
 
 
@@ -69,10 +69,14 @@ class TinyVaeEncoder(nn.Module):
         return latents, latents * 0
 
 
-def to_image(decoded: Tensor) -> Tensor:
-    """The VAE's output [B, 3, H, W] in -1 … 1 as an image [B, H, W, 3] uint8."""
-    unit = (decoded.to(torch.float32) * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-    return (unit * 255).round().to(torch.uint8)
+def to_image(decoded: Tensor) -> tuple[Tensor, Tensor]:
+    """The VAE's output [B, 3, H, W] in -1 … 1 as an image [B, H, W, 3] uint8, and the mean [B, 1] of its values.
+
+    Bytes do not tell a black image from one of infinities or NaN. Their mean does: it is not finite either.
+    """
+    decoded = decoded.to(torch.float32)
+    unit = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    return (unit * 255).round().to(torch.uint8), decoded.mean(dim=(1, 2, 3))[:, None]
 
 
 def to_pixels(image: Tensor) -> Tensor:

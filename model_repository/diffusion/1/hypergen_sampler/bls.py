@@ -12,7 +12,7 @@ import triton_python_backend_utils as pb_utils
 
 from hypergen_sampler.conditioning import Array
 from hypergen_sampler.prompts import EncoderInputs
-from hypergen_sampler.request import Architecture
+from hypergen_sampler.request import Architecture, NonFiniteError
 from hypergen_sampler.sampling import DenoiserInputs
 
 # Parts of Triton's error messages, as BLS has no error codes before 25.05.
@@ -61,8 +61,14 @@ class Components:
         return answer["mean"][0], answer["std"][0]
 
     async def decode(self, latents: Array) -> npt.NDArray[np.uint8]:
-        """Decode latents [C, h, w] to an image [H, W, 3]."""
-        answer = await _call("vae_decoder", {"latents": latents[None]}, ["image"])
+        """Decode latents [C, h, w] to an image [H, W, 3].
+
+        Raises:
+            NonFiniteError: pixels are infinite or NaN, which in bytes would be black or white.
+        """
+        answer = await _call("vae_decoder", {"latents": latents[None]}, ["image", "pixel_mean"])
+        if not np.isfinite(answer["pixel_mean"]).all():
+            raise NonFiniteError("not finite: the image that the VAE decoded")
         image: npt.NDArray[np.uint8] = answer["image"][0]
         return image
 

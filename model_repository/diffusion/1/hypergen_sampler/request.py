@@ -33,8 +33,8 @@ class InvalidInputError(ValueError):
         super().__init__(f"{name}: {problem}")
 
 
-class NonFiniteLatentsError(ArithmeticError):
-    """An image's latents are infinite or NaN, so the image would be black. The message is for the client."""
+class NonFiniteError(ArithmeticError):
+    """An image's latents or pixels are infinite or NaN, so it would be black. The message is for the client."""
 
 
 class QueueFullError(RuntimeError):

@@ -20,7 +20,7 @@ from hypergen_sampler.guidance import GUIDANCE, away_from_skipped_layers, rescal
 from hypergen_sampler.latent_init import LatentInit, initial_latents
 from hypergen_sampler.predicted_x0 import predicted_x0, preview_steps
 from hypergen_sampler.references import REFERENCES
-from hypergen_sampler.request import Architecture, NonFiniteLatentsError, Request
+from hypergen_sampler.request import Architecture, NonFiniteError, Request
 from hypergen_sampler.schedulers import step_arguments
 
 
@@ -158,7 +158,7 @@ class Trajectory:
         """Take one step of the scheduler with the denoiser's outputs for `denoiser_inputs`, each [R, C, h, w].
 
         Raises:
-            NonFiniteLatentsError: the latents became infinite or NaN, from which no later step recovers.
+            NonFiniteError: the latents became infinite or NaN, from which no later step recovers.
         """
         if self._cache_interval > 1 and DEEP_FEATURES in outputs:
             # Copied out of Triton's memory, without the rows of other images.
@@ -168,7 +168,7 @@ class Trajectory:
         step = self._scheduler.step(guided, timestep, sample, **self._extra)
         self.steps_done += 1
         if not step.prev_sample.isfinite().all():
-            raise NonFiniteLatentsError(f"not finite: the latents after step {self.steps_done} of {self.steps}")
+            raise NonFiniteError(f"not finite: the latents after step {self.steps_done} of {self.steps}")
         self._latents = self._blend_mask(step.prev_sample, None if self.finished else self._timesteps[self.steps_done])
         self._preview = None
         if self.steps_done in self._preview_steps:

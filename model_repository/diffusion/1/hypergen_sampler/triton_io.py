@@ -10,7 +10,7 @@ import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
 from hypergen_sampler.bls import ComponentUnavailableError
-from hypergen_sampler.request import InvalidInputError, NonFiniteLatentsError, Pixels, QueueFullError
+from hypergen_sampler.request import InvalidInputError, NonFiniteError, Pixels, QueueFullError
 from hypergen_sampler.stepping import ClientGoneError
 
 TEXTS = ("prompt", "negative_prompt", "scheduler", "timestep_spacing", "sigmas", "prompt_weighting", "lora")
@@ -100,7 +100,7 @@ def _triton_error(error: BaseException) -> pb_utils.TritonError:
         QueueFullError: pb_utils.TritonError.UNAVAILABLE,
         ComponentUnavailableError: pb_utils.TritonError.UNAVAILABLE,
         ClientGoneError: pb_utils.TritonError.CANCELLED,
-        NonFiniteLatentsError: pb_utils.TritonError.INTERNAL,
+        NonFiniteError: pb_utils.TritonError.INTERNAL,
     }
     code = codes.get(type(error))
     if code is not None:
