@@ -7,7 +7,7 @@ from typing import Any
 
 from hypergen_export.checkpoints.components import Sizes
 from hypergen_export.checkpoints.families.tensors import HIDDEN_STATES, REFERENCES, transformer, vae
-from hypergen_export.checkpoints.families.text_encoders import QWEN2_TOKENIZER, QWEN3_WITH_HEAD, qwen3
+from hypergen_export.checkpoints.families.text_encoders import QWEN2_TOKENIZER, QWEN3_WITH_HEAD, qwen3, unread_features
 from hypergen_export.checkpoints.family import Config, ConfigOverrides, Configs, Family, References, Sampling, TextInput
 
 _MAX_TOKENS = 512  # of Flux2KleinPipeline
@@ -38,10 +38,7 @@ def _check(configs: Mapping[str, Config], sizes: Sizes) -> Iterator[str]:
     if denoiser.get("in_channels") != sizes["latent_channels"] or denoiser.get("patch_size", 1) != 1:
         yield f"its transformer takes {denoiser.get('in_channels')} channels, its VAE gives {sizes['latent_channels']}"
     if denoiser.get("joint_attention_dim") != sizes["context_width"]:
-        yield (
-            f"its transformer reads {denoiser.get('joint_attention_dim')} features per token, its text encoder gives "
-            f"{sizes['context_width']}"
-        )
+        yield unread_features("transformer", denoiser.get("joint_attention_dim"), sizes)
     if int(text_encoder["num_hidden_layers"]) <= _LAST_LAYER:
         yield f"its text encoder has {text_encoder['num_hidden_layers']} layers, and layer {_LAST_LAYER} is used"
 

@@ -15,7 +15,7 @@ from hypergen_export.checkpoints.families.tensors import (
     transformer,
     vae,
 )
-from hypergen_export.checkpoints.families.text_encoders import QWEN2_TOKENIZER
+from hypergen_export.checkpoints.families.text_encoders import QWEN2_TOKENIZER, unread_features
 from hypergen_export.checkpoints.family import Config, ConfigOverrides, Configs, Family, Sampling, TextInput
 
 # Of QwenImagePipeline: the prompt's tokens, its template, and the tokens before the prompt.
@@ -68,11 +68,8 @@ def _check(configs: Mapping[str, Config], sizes: Sizes) -> Iterator[str]:
     channels = 4 * sizes["latent_channels"]
     if denoiser.get("patch_size", 2) != 2 or denoiser.get("in_channels", 64) != channels:
         yield f"its transformer takes {denoiser.get('in_channels')} channels per token, its VAE gives {channels}"
-    if denoiser.get("joint_attention_dim", 3584) != sizes["context_width"]:
-        yield (
-            f"its transformer reads {denoiser.get('joint_attention_dim')} features per token, its text encoder gives "
-            f"{sizes['context_width']}"
-        )
+    if (width := denoiser.get("joint_attention_dim", 3584)) != sizes["context_width"]:
+        yield unread_features("transformer", width, sizes)
     for option in ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
         if denoiser.get(option):
             yield f"its transformer has the option {option}"

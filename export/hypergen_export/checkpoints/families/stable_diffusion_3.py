@@ -11,7 +11,7 @@ from typing import Any
 
 from hypergen_export.checkpoints.components import FLOAT, Component, Sizes, Tensor
 from hypergen_export.checkpoints.families.tensors import POOLED, SKIP, TOLERANCE, input_ids, transformer, vae
-from hypergen_export.checkpoints.families.text_encoders import T5_TOKENIZER, t5
+from hypergen_export.checkpoints.families.text_encoders import T5_TOKENIZER, t5, unread_features
 from hypergen_export.checkpoints.family import Config, ConfigOverrides, Configs, Family, Sampling, TextInput
 
 _MAX_TOKENS = 256  # of T5, in StableDiffusion3Pipeline
@@ -94,7 +94,7 @@ def _check(configs: Mapping[str, Config], sizes: Sizes) -> Iterator[str]:
     # Without T5, the wrapper pads the hidden states.
     width = denoiser.get("joint_attention_dim", 4096)
     if sizes["context_width"] > width or ("tokens_3" in sizes and sizes["context_width"] != width):
-        yield f"its transformer reads {width} features per token, its text encoders give {sizes['context_width']}"
+        yield unread_features("transformer", width, sizes)
     if denoiser.get("pooled_projection_dim", 2048) != sizes["pooled_width"]:
         yield (
             f"its transformer reads {denoiser.get('pooled_projection_dim')} pooled features, its text encoders give "

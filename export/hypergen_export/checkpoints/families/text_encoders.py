@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hypergen_export.checkpoints.components import FLOAT, Component, Tensor
+from hypergen_export.checkpoints.components import FLOAT, Component, Sizes, Tensor
 from hypergen_export.checkpoints.families.tensors import HIDDEN_STATES, POOLED, TOLERANCE, attention_mask, input_ids
 from hypergen_export.checkpoints.family import Config, Configs
 
@@ -68,3 +68,8 @@ def t5(name: str, tokens: str, example: str) -> Component:
         is_typed=True,
         kept_layers={"block": (0, -1)},
     )
+
+
+def unread_features(denoiser: str, read: object, sizes: Sizes) -> str:
+    """Why a denoiser that reads so many features per token is not one for its checkpoint's text encoders."""
+    return f"its {denoiser} reads {read} features per token, its text encoders give {sizes['context_width']}"

@@ -18,7 +18,7 @@ from hypergen_export.checkpoints.families.tensors import (
     input_ids,
     vae,
 )
-from hypergen_export.checkpoints.families.text_encoders import clip_tokens
+from hypergen_export.checkpoints.families.text_encoders import clip_tokens, unread_features
 from hypergen_export.checkpoints.family import Config, ConfigOverrides, Configs, Family, Sampling, TextInput
 
 # Of all chunks of a prompt.
@@ -181,10 +181,7 @@ def _check(configs: Mapping[str, Config], sizes: Sizes) -> Iterator[str]:
     if unet.get("encoder_hid_dim") is not None or unet.get("encoder_hid_dim_type") is not None:
         yield "its UNet projects the encoder's hidden states (encoder_hid_dim)"
     if _context_widths(unet) != {sizes["context_width"]}:
-        yield (
-            f"its UNet reads {unet.get('cross_attention_dim')} features per token, its text encoders give "
-            f"{sizes['context_width']}"
-        )
+        yield unread_features("UNet", unet.get("cross_attention_dim"), sizes)
     if _size_numbers(unet, sizes) not in (None, 6):
         yield "its UNet takes other size conditioning than six numbers"
     if any(config.get("use_attention_mask") for config in encoders):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from hypergen_export.checkpoints.components import Sizes
 from hypergen_export.checkpoints.families.tensors import MASKED_HIDDEN_STATES, TEXT_MASK, transformer, vae
-from hypergen_export.checkpoints.families.text_encoders import QWEN2_TOKENIZER, QWEN3_WITH_HEAD, qwen3
+from hypergen_export.checkpoints.families.text_encoders import QWEN2_TOKENIZER, QWEN3_WITH_HEAD, qwen3, unread_features
 from hypergen_export.checkpoints.family import Config, ConfigOverrides, Configs, Family, Sampling, TextInput
 
 _MAX_TOKENS = 512  # of ZImagePipeline
@@ -30,10 +30,7 @@ def _check(configs: Mapping[str, Config], sizes: Sizes) -> Iterator[str]:
     if list(denoiser.get("all_patch_size", [2])) != [2] or list(denoiser.get("all_f_patch_size", [1])) != [1]:
         yield "its transformer has other patches than 2 × 2"
     if denoiser.get("cap_feat_dim") != sizes["context_width"]:
-        yield (
-            f"its transformer reads {denoiser.get('cap_feat_dim')} features per token, its text encoder gives "
-            f"{sizes['context_width']}"
-        )
+        yield unread_features("transformer", denoiser.get("cap_feat_dim"), sizes)
     if float(denoiser.get("t_scale", 1000.0)) != 1000.0:
         yield f"its transformer scales timesteps by {denoiser.get('t_scale')}"
     if denoiser.get("siglip_feat_dim") is not None:
