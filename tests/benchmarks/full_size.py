@@ -28,7 +28,7 @@ from typing import Any
 import openvino
 import psutil
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -37,6 +37,7 @@ from hypergen_export.conversion.examples import example_inputs
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.miniature import save_tokenizer
+from support.published import unet_1_5, unet_xl
 
 HYPERGEN = str(Path(sys.executable).parent / "hypergen")
 PROMPT = "a red rocket on a blue background"
@@ -98,12 +99,7 @@ ARCHITECTURES = {
         pipeline="StableDiffusionPipeline",
         modules={
             "text_encoder": lambda: _text_model(CLIPTextModel, **_CLIP_L),
-            "unet": lambda: UNet2DConditionModel(
-                sample_size=64,
-                cross_attention_dim=768,
-                attention_head_dim=8,
-                block_out_channels=(320, 640, 1280, 1280),
-            ),
+            "unet": unet_1_5,
             "vae": lambda: AutoencoderKL(sample_size=512, scaling_factor=0.18215, **_VAE),
         },
         tokenizers={"tokenizer": "<|endoftext|>"},
@@ -114,19 +110,7 @@ ARCHITECTURES = {
         modules={
             "text_encoder": lambda: _text_model(CLIPTextModel, **_CLIP_L),
             "text_encoder_2": lambda: _text_model(CLIPTextModelWithProjection, **_OPENCLIP_G),
-            "unet": lambda: UNet2DConditionModel(
-                sample_size=128,
-                cross_attention_dim=2048,
-                attention_head_dim=(5, 10, 20),
-                use_linear_projection=True,
-                block_out_channels=(320, 640, 1280),
-                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-                transformer_layers_per_block=(1, 2, 10),
-                addition_embed_type="text_time",
-                addition_time_embed_dim=256,
-                projection_class_embeddings_input_dim=1280 + 6 * 256,
-            ),
+            "unet": unet_xl,
             "vae": lambda: AutoencoderKL(sample_size=1024, scaling_factor=0.13025, **_VAE),
         },
         tokenizers={"tokenizer": "<|endoftext|>", "tokenizer_2": "!"},

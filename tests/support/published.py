@@ -120,13 +120,15 @@ def _z_image() -> Any:
     return diffusers.ZImageTransformer2DModel(dim=3840, n_layers=30, n_heads=30, n_kv_heads=30, cap_feat_dim=2560)
 
 
-def _unet_1_5() -> Any:
+def unet_1_5() -> Any:
+    """The UNet of Stable Diffusion 1.5."""
     return diffusers.UNet2DConditionModel(
         sample_size=64, cross_attention_dim=768, block_out_channels=(320, 640, 1280, 1280)
     )
 
 
-def _unet_xl() -> Any:
+def unet_xl() -> Any:
+    """The UNet of SDXL."""
     return diffusers.UNet2DConditionModel(
         sample_size=128,
         cross_attention_dim=2048,
@@ -150,10 +152,10 @@ _SD3_TEXT: Modules = {
 }
 # Name -> the miniature whose tokenizers, scheduler and index it has, and its modules.
 PUBLISHED: Mapping[str, tuple[str, Modules]] = {
-    "Stable Diffusion 1.5": ("sd-1", {"text_encoder": _clip_l, "unet": _unet_1_5, "vae": lambda: _vae(4)}),
+    "Stable Diffusion 1.5": ("sd-1", {"text_encoder": _clip_l, "unet": unet_1_5, "vae": lambda: _vae(4)}),
     "SDXL": (
         "sdxl",
-        {"text_encoder": _clip_l, "text_encoder_2": _clip_g, "unet": _unet_xl, "vae": lambda: _vae(4)},
+        {"text_encoder": _clip_l, "text_encoder_2": _clip_g, "unet": unet_xl, "vae": lambda: _vae(4)},
     ),
     "Stable Diffusion 3.5 Medium": (
         "stable-diffusion-3",
