@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import click
 
+from hypergen_export.checkpoints.components import QUANTIZED
 from hypergen_export.checkpoints.embeddings import read_embeddings
 from hypergen_export.checkpoints.lora import read_loras
 from hypergen_export.engines.engine import ENGINES, OPENVINO, read_sizes
@@ -34,6 +35,7 @@ _DTYPES = {
     "bf16": "bfloat16",
     "float16": "float16",
     "fp16": "float16",
+    **{dtype: dtype for dtype in QUANTIZED},
 }
 
 
@@ -58,7 +60,7 @@ def _not_empty(_: click.Context, parameter: click.Parameter, value: Any) -> Any:
     type=click.Choice(list(_DTYPES)),
     default="float32",
     show_default=True,
-    help="Precision of the engine; float16 with TensorRT only.",
+    help="Precision of the engine; float16 with TensorRT only, those that quantise (int…) with OpenVINO only.",
 )
 @click.option(
     "--sizes",

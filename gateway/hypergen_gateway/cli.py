@@ -61,6 +61,9 @@ DTYPES = {
     "bf16": "bfloat16",
     "float16": "float16",
     "fp16": "float16",
+    "int8": "int8",
+    "int8-weights": "int8-weights",
+    "int4-weights": "int4-weights",
 }
 
 # File formats by file name extension; standard output has none.
@@ -126,7 +129,7 @@ def _triton_options(command: Callable[..., None]) -> Any:
         "--dtype",
         type=click.Choice(list(DTYPES)),
         default="auto",
-        help="Precision of the engines; auto: bfloat16 if the CPU supports it, else float32.",
+        help="Precision of the engines; auto: bfloat16 if the CPU supports it, else float32. int…: quantised.",
     )
     @option(
         "--device",
@@ -219,7 +222,7 @@ def _read_triton_options(model: str | None, given: dict[str, Any]) -> TritonOpti
         return TritonOptions(model=model, url=url, export=None)
     if device == "cuda" or dtype == "float16":
         raise click.UsageError(
-            "The embedded Triton runs on the CPU, in float32 or bfloat16. For a GPU, build TensorRT engines with "
+            "The embedded Triton runs on the CPU, and not in float16. For a GPU, build TensorRT engines with "
             "'hypergen export --engine tensorrt', start Triton with them and pass its address as --triton-url."
         )
     cache_dir = given["cache_dir"] or default_cache_dir()

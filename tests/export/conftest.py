@@ -103,7 +103,7 @@ def _read_or_convert(folder: Path, checkpoint: Checkpoint, names: Sequence[str])
         components = [each for each in with_deep_cache(checkpoint.family.components) if each.name in names]
         jobs = [Job(component=each, dtype="float32", onnx=folder / f"{each.name}.onnx") for each in components]
         with closing(Progress(0)) as progress:
-            parity = convert(checkpoint, jobs, progress, finish=None)
+            parity = convert(checkpoint, jobs, progress)
         record.write_text(json.dumps({name: entry.difference for name, entry in parity.items()}))
     differences: dict[str, float] = json.loads(record.read_text())
     return differences

@@ -146,7 +146,7 @@ def test_a_missing_package_is_named_with_what_installs_it(checkpoint_folder: Pat
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--dtype", "fp16"], "--dtype float16: openvino supports float32 and bfloat16"),
+        (["--dtype", "fp16"], "--dtype float16: openvino supports float32, bfloat16, int8, int8-weights, int4-weights"),
         (["--passport", "off", "--min-psnr", "30"], "--min-psnr: needs the passport that --passport off leaves out"),
         (["--passport-prompts", "prompts"], "--passport-prompts: needs --passport on or --min-psnr"),
         (["--engine", "tensorrt", "--passport", "on"], "hypergen passport DIR --measure --triton-url HOST:PORT"),
@@ -164,7 +164,7 @@ def test_options_that_do_not_go_together(
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize("option", ["--max-batch-size=0", "--engine=abacus", "--dtype=int8"])
+@pytest.mark.parametrize("option", ["--max-batch-size=0", "--engine=abacus", "--dtype=int3"])
 def test_invalid_option_values(checkpoint_folder: Path, tmp_path: Path, option: str) -> None:
     finished = run(checkpoint_folder, option, "--output", tmp_path / "repository")
     assert finished.returncode == 2

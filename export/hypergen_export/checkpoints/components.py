@@ -8,6 +8,10 @@ from dataclasses import dataclass, field, replace
 from hypergen_export.checkpoints.lora import Lora
 
 FLOAT, INT, BYTE = "FP32", "INT32", "UINT8"
+# Precisions that quantise: in `int8` a denoiser's weights and activations, in the others weights alone.
+INT8, INT8_WEIGHTS, INT4_WEIGHTS = "int8", "int8-weights", "int4-weights"
+WEIGHTS_ONLY = (INT8_WEIGHTS, INT4_WEIGHTS)
+QUANTIZED = (INT8, *WEIGHTS_ONLY)
 
 # Axes that vary between requests. Every other name in `Tensor.axes` is fixed by the checkpoint (`Sizes`).
 # `text_tokens` is the prompt's length: in families that mask padding at most the size `tokens`, in those that read it
@@ -123,6 +127,9 @@ class Component:
     `unused` are beginnings of the names of the module's tensors that the component does not compute with, where these
     count. `lora` is merged into the module's weights; LoRAs in the
     `pool` are weights beside the module's.
+    `quantized` are the precisions of an export in which this component is quantised; in the other ones of `QUANTIZED`
+    it is computed in bfloat16. `unquantized` are regular expressions for the beginnings of names of weights that stay
+    as they are then.
     """
 
     name: str
@@ -139,6 +146,8 @@ class Component:
     unused: tuple[str, ...] = ()
     lora: Lora | None = None
     pool: LoraPool | None = None
+    quantized: tuple[str, ...] = ()
+    unquantized: tuple[str, ...] = ()
 
     @property
     def is_denoiser(self) -> bool:
@@ -155,6 +164,12 @@ class Component:
             return self
         return replace(self, inputs=(*self.inputs, pool.scales), pool=pool)
 
+    def is_quantized(self, dtype: str) -> bool:
+        """Whether this component is quantised in an export in `dtype`."""
+        return dtype in self.quantized
+
     def weights_dtype(self, dtype: str) -> str:
-        """The precision of this component in an export in `dtype`."""
-        return "float32" if self.overflows_float16 and dtype == "float16" else dtype
+        """The precision of this component's graph in an export in `dtype`; a graph is quantised from float32."""
+        if self.is_quantized(dtype) or (self.overflows_float16 and dtype == "float16"):
+            return "float32"
+        return "bfloat16" if dtype in QUANTIZED else dtype

@@ -39,12 +39,16 @@ _LARGE_BYTES = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A component to convert to the file `onnx` with weights of `dtype`; `placements` are the LoRAs in its pool."""
+    """A component to convert to the file `onnx` with weights of `dtype`.
+
+    `placements` are the LoRAs in its pool; `finish` builds an engine of the file, which is served itself without one.
+    """
 
     component: Component
     dtype: str
     onnx: Path
     placements: Sequence[Placement] = ()
+    finish: Finish | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -64,21 +68,20 @@ class Job:
             self.pool.place(placement, tensors)
 
 
-# Called after each component with a progress callback, to build an engine of the ONNX file.
-Finish = Callable[[Job, Callable[[float], None]], None]
+# Called after a component with a progress callback, to build an engine of the ONNX file; returns the engine's parity if
+# that is another than the file's.
+Finish = Callable[[Job, Callable[[float], None]], Parity | None]
 
 
-def convert(
-    checkpoint: Checkpoint, jobs: Sequence[Job], progress: Progress, finish: Finish | None
-) -> dict[str, Parity]:
-    """Write each job's ONNX, compare it with torch and call `finish`; returns each component's parity."""
+def convert(checkpoint: Checkpoint, jobs: Sequence[Job], progress: Progress) -> dict[str, Parity]:
+    """Write each job's ONNX, compare it with torch and finish the job; returns each component's parity."""
     with _quiet():
-        return {job.component.name: _convert(checkpoint, job, progress, finish) for job in jobs}
+        return {job.component.name: _convert(checkpoint, job, progress) for job in jobs}
 
 
-def _convert(checkpoint: Checkpoint, job: Job, progress: Progress, finish: Finish | None) -> Parity:
+def _convert(checkpoint: Checkpoint, job: Job, progress: Progress) -> Parity:
     component = job.component
-    files = WeightFiles(job.onnx, casts=finish is not None)
+    files = WeightFiles(job.onnx, casts=job.finish is not None)
     with progress.stage(f"{component.name}: load"):
         light = _load(checkpoint, job, creates_pool=True)
     with progress.stage(f"{component.name}: capture"):
@@ -90,10 +93,10 @@ def _convert(checkpoint: Checkpoint, job: Job, progress: Progress, finish: Finis
         parity = _compare(checkpoint, job, files)
         if component.pool:
             job.pool.fill(job.placements)
-    if finish:
-        with progress.stage(f"{component.name}: build") as report:
-            finish(job, report)
-    return parity
+    if job.finish is None:
+        return parity
+    with progress.stage(f"{component.name}: build") as report:
+        return job.finish(job, report) or parity
 
 
 @dataclass(frozen=True)

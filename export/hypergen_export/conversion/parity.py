@@ -30,7 +30,7 @@ _ROUNDING = {"float16": 0.01, "bfloat16": 0.05}
 _LEVELS = 255  # of an image
 
 # Batches and sizes that differ from the trace's: even and odd, wide and tall, without and with reference images.
-_SHAPES = (
+SHAPES = (
     {"batch": 1, "height": 8, "width": 12, "text_tokens": 24},
     {"batch": 4, "height": 11, "width": 9, "text_tokens": 70, "reference_tokens": 63},
 )
@@ -55,7 +55,7 @@ def compare(component: Component, wrapped: torch.nn.Module, sizes: Sizes, path: 
 def torch_outputs(component: Component, wrapped: torch.nn.Module, sizes: Sizes) -> Outputs:
     """What torch gives for the examples of `compare_outputs`; afterwards the module's memory can be freed."""
     with torch.no_grad():
-        results = [wrapped(**as_kwargs(component, example_inputs(component, sizes, **shape))) for shape in _SHAPES]
+        results = [wrapped(**as_kwargs(component, example_inputs(component, sizes, **shape))) for shape in SHAPES]
     return [[tensor.numpy() for tensor in (result if isinstance(result, tuple) else (result,))] for result in results]
 
 
@@ -71,7 +71,7 @@ def compare_outputs(
     engine = _openvino_float32(component, path)
     pairs = [
         pair
-        for shape, theirs in zip(_SHAPES, expected, strict=True)
+        for shape, theirs in zip(SHAPES, expected, strict=True)
         for pair in _pairs(component, theirs, engine([x.numpy() for x in example_inputs(component, sizes, **shape)]))
     ]
     # np.max propagates NaN; the built-in max does not.

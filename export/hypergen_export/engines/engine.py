@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hypergen_export.checkpoints.components import QUANTIZED, Component
 from hypergen_export.errors import BadOptionError
 
 # Width and height in pixels.
@@ -19,10 +20,14 @@ REFERENCE_SIDES = (64, 1568)
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """`name` is Triton's backend, `file` the file it loads; `any_size`: image sizes need not be known at export."""
+    """`name` is Triton's backend, `file` the file it loads, `quantized_file` that of a quantised component.
+
+    `any_size`: image sizes need not be known at export.
+    """
 
     name: str
     file: str
+    quantized_file: str
     device: str
     dtypes: tuple[str, ...]
     any_size: bool
@@ -31,13 +36,15 @@ class Engine:
 OPENVINO = Engine(
     name="openvino",
     file="model.onnx",
+    quantized_file="model.xml",
     device="cpu",
-    dtypes=("float32", "bfloat16"),
+    dtypes=("float32", "bfloat16", *QUANTIZED),
     any_size=True,
 )
 TENSORRT = Engine(
     name="tensorrt",
     file="model.plan",
+    quantized_file="model.plan",
     device="cuda",
     dtypes=("float32", "float16", "bfloat16"),
     any_size=False,
@@ -48,7 +55,12 @@ ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in (OPENVINO, TE
 def check_dtype(engine: Engine, dtype: str) -> None:
     """Reject a precision that the engine does not have. Raises BadOptionError."""
     if dtype not in engine.dtypes:
-        raise BadOptionError(f"--dtype {dtype}: {engine.name} supports {' and '.join(engine.dtypes)}")
+        raise BadOptionError(f"--dtype {dtype}: {engine.name} supports {', '.join(engine.dtypes)}")
+
+
+def model_file(engine: Engine, component: Component, dtype: str) -> str:
+    """The file that Triton loads for a component of an export in `dtype`."""
+    return engine.quantized_file if component.is_quantized(dtype) else engine.file
 
 
 def read_sizes(text: str) -> tuple[Size, ...]:

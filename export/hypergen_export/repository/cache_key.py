@@ -22,6 +22,7 @@ _PLAN = ("engines/profiles.py", "engines/tensorrt.py")
 _EMBEDDING = ("checkpoints/embeddings.py", "conversion/embeddings.py")
 _MERGING = ("checkpoints/lora.py", "conversion/lora_changes.py", "conversion/merging.py", "conversion/layer_names.py")
 _POOLING = ("conversion/pooling.py", "conversion/layer_names.py")
+_QUANTIZATION = ("engines/quantization.py", "engines/calibration.py")
 _CONVERSION = (
     "checkpoints/components.py",
     "checkpoints/families",
@@ -60,6 +61,11 @@ def weight_files(checkpoint: Checkpoint, module: str) -> list[Path]:
 def plan_key(onnx_key: str, *build_inputs: Any) -> str:
     """Key of a TensorRT plan: its ONNX file, and `build_inputs`, everything else that the build depends on."""
     return _digest(onnx_key, repr(build_inputs), _contents(_sources(_PLAN)))
+
+
+def quantized_key(onnx_key: str, dtype: str, *calibration: Any) -> str:
+    """Key of a quantised component: its ONNX file, and `calibration`, what else its ranges depend on."""
+    return _digest(onnx_key, dtype, repr(calibration), _contents(_sources(_QUANTIZATION)))
 
 
 def pool_parts(placements: Iterable[Placement]) -> list[Any]:

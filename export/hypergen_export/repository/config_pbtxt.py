@@ -10,7 +10,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from hypergen_export.checkpoints.components import Component, Tensor
-from hypergen_export.engines.engine import ENGINES, Size
+from hypergen_export.engines.engine import ENGINES, Size, model_file
 from hypergen_export.engines.profiles import Graph, Shapes, graphs, input_shapes, largest_batch, profiles, typical_batch
 
 
@@ -29,7 +29,7 @@ def component_config(component: Component, options: EngineOptions) -> str:
     config = pb.ModelConfig(
         name=component.name,
         backend=options.engine,
-        default_model_filename=ENGINES[options.engine].file,
+        default_model_filename=model_file(ENGINES[options.engine], component, options.dtype),
         max_batch_size=options.shapes.rows,
         input=[_describe(pb.ModelInput(), tensor, options.shapes) for tensor in component.inputs],
         output=[_describe(pb.ModelOutput(), tensor, options.shapes) for tensor in component.outputs],
@@ -60,7 +60,9 @@ def _configure_openvino(config: Any, component: Component, options: EngineOption
         config.dynamic_batching.SetInParent()
     config.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=1)
     # A file that is typed in bfloat16 is computed as it is typed: the hint would round the float32 parts of its graph.
-    bf16 = "YES" if options.dtype == "bfloat16" and not component.is_typed else "NO"
+    # What is not quantised is computed in bfloat16.
+    is_typed = component.is_typed and not component.is_quantized(options.dtype)
+    bf16 = "YES" if options.dtype != "float32" and not is_typed else "NO"
     _set_parameters(config, {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "HINT_BF16": bf16})
     if not any("height" in tensor.axes for tensor in component.inputs):
         _add_warm_up(config, component, options)

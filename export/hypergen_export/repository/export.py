@@ -25,7 +25,7 @@ from hypergen_export.checkpoints.checkpoint import (
     open_checkpoint,
     read_json,
 )
-from hypergen_export.checkpoints.components import Component, LoraPool
+from hypergen_export.checkpoints.components import INT8, QUANTIZED, Component, LoraPool
 from hypergen_export.checkpoints.defaults import (
     checkpoint_parameters,
     notices,
@@ -46,6 +46,7 @@ from hypergen_export.repository.cache_key import (
     component_key,
     plan_key,
     pool_parts,
+    quantized_key,
     repository_key,
     tokenizer_key,
     weight_files,
@@ -70,7 +71,8 @@ from hypergen_export.repository.staging import (
 )
 
 if TYPE_CHECKING:
-    from hypergen_export.conversion.convert import Job
+    from hypergen_export.conversion.convert import Finish, Job
+    from hypergen_export.conversion.parity import Parity
 
 _PACKAGE = Path(__file__).parents[1]
 # The sampler is inside the package in a wheel, and in model_repository in a source checkout.
@@ -179,6 +181,10 @@ def export(
             update_record(output, {**task.previous.record, "hashes": task.hashes.stored})
         examine(output)
         return ExportResult()
+    if any(map(task.is_quantized, task.outdated)):
+        with _requires_export_extra():
+            from hypergen_export.engines.quantization import require_nncf
+        require_nncf(request.dtype)
     check_space(output, task.bytes_to_write)
     for text in _estimate(task):
         notify(text)
@@ -186,6 +192,9 @@ def export(
         parity = _write_repository(task, folder)
         record = _record(task, folder, parity)
         write_record(folder, record)
+        for name in (each.name for each in task.outdated if task.is_quantized(each)):
+            error, limit = parity[name]["difference"], parity[name]["tolerance"]
+            notify(f"{name} in {request.dtype} differs from float32 by {error:.2g} of its output (limit {limit:g})")
         examine(folder)
     # Linking the weights, here and in an export that was replaced, has changed their files' change times.
     if task.hashes.renew():
@@ -228,12 +237,29 @@ def _make_task(
         raise BadOptionError(f"--deep-cache: only for models with a UNet, and {request.model} has a transformer")
     if request.lora_rank and checkpoint.family.denoiser.module != "unet":
         raise BadOptionError(f"--lora-rank: only for models with a UNet, and {request.model} has a transformer")
+    if request.dtype in QUANTIZED:
+        _check_quantized(request, checkpoint)
     sizes = choose_sizes(engine, request.sizes, checkpoint_parameters(checkpoint))
     if engine is OPENVINO:
         return ExportTask(checkpoint, request, previous, sizes, None)
     target = target or local_target()
     target.check_dtype(request.dtype)
     return ExportTask(checkpoint, request, previous, sizes, target)
+
+
+def _check_quantized(request: ExportRequest, checkpoint: Checkpoint) -> None:
+    """Reject what quantised weights do not allow. Raises BadOptionError."""
+    if not checkpoint.family.denoiser.is_quantized(request.dtype):
+        raise BadOptionError(
+            f"--dtype {request.dtype}: not for {checkpoint.family.name} models: choose int8-weights or int4-weights"
+        )
+    if request.lora_rank:
+        raise BadOptionError(
+            f"--lora-rank, --lora-dir: not with --dtype {request.dtype}, whose weights cannot change while they are "
+            "served; --lora merges each LoRA into weights of its own"
+        )
+    if request.deep_cache and request.dtype == INT8:
+        raise BadOptionError("--deep-cache: not with --dtype int8; use it with bfloat16, or fewer steps with int8")
 
 
 def open_request(request: ExportRequest, notify: Callable[[str], None]) -> Checkpoint:
@@ -339,7 +365,8 @@ class ExportTask:
         return tuple(lora for lora in self.request.loras if not self._is_pooled(lora))
 
     def _is_pooled(self, lora: Lora) -> bool:
-        return self.checkpoint.family.denoiser.module == "unet" and lora.is_low_rank
+        has_pool = self.checkpoint.family.denoiser.module == "unet" and self.request.dtype not in QUANTIZED
+        return has_pool and lora.is_low_rank
 
     @cached_property
     def hashes(self) -> ContentHashes:
@@ -446,13 +473,28 @@ class ExportTask:
         is_typed = self.target is not None or component.is_typed
         return component.weights_dtype(self.request.dtype) if is_typed else "float32"
 
+    def is_quantized(self, component: Component) -> bool:
+        """Whether the component is quantised, not served in its ONNX file."""
+        return component.is_quantized(self.request.dtype)
+
     def _key(self, component: Component) -> str:
+        if self.is_quantized(component):
+            key = component_key(self.checkpoint, component, self.hashes)
+            return quantized_key(key, self.request.dtype, *self._calibration)
         if self.target is None:
             return component_key(self.checkpoint, component, self.hashes, self.weights_dtype(component))
         key = component_key(self.checkpoint, component, self.hashes)
         # A rank pool's weights are inside the plan.
         shapes, pooled = profiles(component, self.shapes), pool_parts(self.placements) if component.pool else []
         return plan_key(key, self.weights_dtype(component), self.target, shapes, *pooled)
+
+    @cached_property
+    def _calibration(self) -> list[Any]:
+        """What ranges of activations depend on, beside the component itself."""
+        if self.request.dtype != INT8:
+            return []
+        encoders = [self._key(encoder) for encoder in self.checkpoint.family.text_encoders]
+        return [encoders, dict(self.checkpoint.scheduler), dict(self.checkpoint.defaults)]
 
     def _is_available(self, component: Component, export: PreviousExport) -> bool:
         same: bool = export.component(component.name).get("key") == self.keys[component.name]
@@ -605,14 +647,34 @@ def _convert(task: ExportTask, folder: Path) -> dict[str, Any]:
             dtype=task.weights_dtype(component),
             onnx=version_folder(folder, component) / _ONNX,
             placements=task.placements,
+            finish=_finish(task, component),
         )
         for component in task.outdated
     ]
-    finish = functools.partial(_build, task.shapes, task.target) if task.target else None
-    progress = Progress((_STAGES_PER_COMPONENT + bool(finish)) * len(jobs))
+    progress = Progress(sum(_STAGES_PER_COMPONENT + bool(job.finish) for job in jobs))
     with contextlib.closing(progress):
-        parity = convert(task.checkpoint, jobs, progress, finish)
+        parity = convert(task.checkpoint, jobs, progress)
     return {name: asdict(entry) for name, entry in parity.items()}
+
+
+def _finish(task: ExportTask, component: Component) -> Finish | None:
+    """How the engine of a component is built; None if its ONNX file is served."""
+    if task.target:
+        return functools.partial(_build, task.shapes, task.target)
+    return functools.partial(_quantize, task) if task.is_quantized(component) else None
+
+
+def _quantize(task: ExportTask, job: Job, report: Callable[[float], None]) -> Parity:
+    """Replace a component's ONNX file with its quantised graph."""
+    from hypergen_export.engines.calibration import denoiser_calls, example_calls
+    from hypergen_export.engines.quantization import quantize
+
+    component, dtype = job.component, task.request.dtype
+    if dtype != INT8:
+        return quantize(component, dtype, job.onnx, example_calls(component, task.checkpoint.sizes), report)
+    # Generating the images takes about half of the time.
+    calls = denoiser_calls(task.checkpoint, component, job.onnx, lambda share: report(share / 2))
+    return quantize(component, dtype, job.onnx, calls, lambda share: report(0.5 + share / 2))
 
 
 def _build(shapes: Shapes, target: Target, job: Job, report: Callable[[float], None]) -> None:

@@ -42,7 +42,7 @@ def write(
     path = folder / "model.onnx"
     finish = (lambda *_: None) if casts else None
     with closing(Progress(5)) as progress:
-        parity = convert(checkpoint, [Job(component=component, dtype=dtype, onnx=path)], progress, finish)
+        parity = convert(checkpoint, [Job(component=component, dtype=dtype, onnx=path, finish=finish)], progress)
     return path, parity[component.name]
 
 

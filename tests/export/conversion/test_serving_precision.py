@@ -43,7 +43,7 @@ def exported_unet(
         return open_checkpoint(str(folder)), repository / "unet" / "1" / "model.onnx"
     checkpoint, onnx = open_checkpoint(SHIPPED_MODEL), tmp_path / "model.onnx"
     with closing(Progress(4)) as progress:
-        convert(checkpoint, [Job(component=checkpoint.family.denoiser, dtype="float32", onnx=onnx)], progress, None)
+        convert(checkpoint, [Job(component=checkpoint.family.denoiser, dtype="float32", onnx=onnx)], progress)
     return checkpoint, onnx
 
 

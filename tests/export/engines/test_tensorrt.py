@@ -421,7 +421,7 @@ def test_weights_that_are_linked_in_another_precision_are_built(
 ) -> None:
     component, path = COMPONENTS["vae_decoder"], tmp_path / "model.onnx"
     with closing(Progress(5)) as progress:
-        convert(wide, [Job(component=component, dtype=dtype, onnx=path)], progress, lambda *_: None)
+        convert(wide, [Job(component=component, dtype=dtype, onnx=path, finish=lambda *_: None)], progress)
     assert (tmp_path / "diffusion_pytorch_model.safetensors").samefile(
         wide.folder / "vae" / "diffusion_pytorch_model.safetensors"
     )
@@ -439,11 +439,10 @@ def test_a_rank_pool_is_built_with_its_loras(
 ) -> None:
     file = save_by_diffusers(tmp_path / "words", lora_weights(checkpoint_folder, "text_encoder"))
     component, path = COMPONENTS["text_encoder"].with_pool(LoraPool(rank=8)), tmp_path / "model.onnx"
-    job = Job(
-        component=component, dtype=dtype, onnx=path, placements=[Placement(Lora(name="words", file=file), (4, 5, 6, 7))]
-    )
+    placements = [Placement(Lora(name="words", file=file), (4, 5, 6, 7))]
+    job = Job(component=component, dtype=dtype, onnx=path, placements=placements, finish=lambda *_: None)
     with closing(Progress(5)) as progress:
-        convert(checkpoint, [job], progress, lambda *_: None)
+        convert(checkpoint, [job], progress)
     found = profiles(component, shapes_of(checkpoint, SIZES[:1]))
     assert found[0]["lora_scales"].usual[1:] == (8,)
     plan = tmp_path / "model.plan"

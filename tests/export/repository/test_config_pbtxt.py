@@ -95,6 +95,9 @@ def test_bfloat16_is_the_backends_hint() -> None:
     options = EngineOptions(engine="openvino", dtype="bfloat16", shapes=shapes, default_size=(64, 64))
     text = component_config(component, options)
     assert parameters(text_format.Parse(text, pb.ModelConfig()))["HINT_BF16"] == "YES"
+    quantized = replace(component, is_typed=True, quantized=("bfloat16",))
+    config = text_format.Parse(component_config(quantized, options), pb.ModelConfig())
+    assert (config.default_model_filename, parameters(config)["HINT_BF16"]) == ("model.xml", "YES")
     typed = component_config(replace(component, is_typed=True), options)
     assert parameters(text_format.Parse(typed, pb.ModelConfig()))["HINT_BF16"] == "NO", "computed as the file is typed"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypergen_export.checkpoints.components import BYTE, FLOAT, INT, Component, Tensor
+from hypergen_export.checkpoints.components import BYTE, FLOAT, INT, WEIGHTS_ONLY, Component, Tensor
 
 LATENTS = ("latent_channels", "latent_height", "latent_width")
 IMAGE = Tensor(name="image", dtype=BYTE, axes=("height", "width", 3), example="pixel")
@@ -80,6 +80,24 @@ _KEPT_LAYERS = {
 }
 
 
+# Of a transformer's layers: what embeds and modulates, and the last one.
+_UNQUANTIZED = (
+    r"all_final_layer\.",
+    r"all_x_embedder\.",
+    r"cap_embedder\.",
+    r"context_embedder\.",
+    r"img_in\.",
+    r"norm_out\.",
+    r"pos_embed\.",
+    r"proj_out\.",
+    r"t_embedder\.",
+    r"time_text_embed\.",
+    r"time_guidance_embed\.",
+    r"txt_in\.",
+    r"x_embedder\.",
+)
+
+
 def transformer(loader: str, *conditions: Tensor, wrapper: str) -> Component:
     """A transformer as a denoiser."""
     return Component(
@@ -92,4 +110,6 @@ def transformer(loader: str, *conditions: Tensor, wrapper: str) -> Component:
         tolerance=TOLERANCE,
         is_typed=True,
         kept_layers=_KEPT_LAYERS,
+        quantized=WEIGHTS_ONLY,
+        unquantized=_UNQUANTIZED,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hypergen_export.checkpoints.components import FLOAT, Component, Sizes, Tensor
+from hypergen_export.checkpoints.components import FLOAT, WEIGHTS_ONLY, Component, Sizes, Tensor
 from hypergen_export.checkpoints.families.tensors import HIDDEN_STATES, POOLED, TOLERANCE, attention_mask, input_ids
 from hypergen_export.checkpoints.family import Config, Configs
 
@@ -31,6 +31,7 @@ def qwen3(tokens: str, wrapper: str, layers: int = _MOST_LAYERS) -> Component:
         unused=("lm_head.", *(f"layers.{number}." for number in range(layers, _MOST_LAYERS))),
         is_typed=True,
         kept_layers={"layers": (0, 1, 2, 3)},  # so many that FLUX.2's indices, modulo their number, are three layers
+        quantized=WEIGHTS_ONLY,
     )
 
 
@@ -67,6 +68,7 @@ def t5(name: str, tokens: str, example: str) -> Component:
         overflows_float16=True,
         is_typed=True,
         kept_layers={"block": (0, -1)},
+        quantized=WEIGHTS_ONLY,
     )
 
 

@@ -1,0 +1,165 @@
+"""Records what a denoiser is called with while its diffusers pipeline generates images, to quantise it with.
+
+The pipeline has the checkpoint's own text encoders, scheduler, steps and guidance scale; its denoiser is the ONNX file
+in OpenVINO. Importing this module imports torch and diffusers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hypergen_export.checkpoints.checkpoint import Checkpoint
+from hypergen_export.checkpoints.components import Component, Sizes
+from hypergen_export.checkpoints.defaults import checkpoint_parameters
+from hypergen_export.conversion.examples import as_kwargs, example_inputs
+from hypergen_export.conversion.loading import load_module, load_placeholders
+from hypergen_export.conversion.parity import SHAPES
+from hypergen_export.engines.quantization import Array, Call, Calls, compiled
+from hypergen_export.errors import ConversionError, first_line
+
+# For checkpoints that suggest none.
+_PROMPTS = (
+    "a photo of a lighthouse on a cliff at sunset",
+    "portrait of an old fisherman, oil painting",
+    "a red fox in a snowy forest, detailed fur",
+    "a bowl of fruit on a wooden table, studio light",
+    "a busy street in a rainy city at night, neon signs",
+    "pencil drawing of a sailing ship",
+    "an astronaut riding a horse",
+    "a small house with a green roof, flat vector art",
+)
+# Images that are generated; the calls of the last ones are held out to measure the error with.
+_IMAGES, _HELD_OUT = 8, 2
+# Of each image; a longer schedule passes through the same noise levels.
+_MOST_STEPS = 20
+# A layer's range is known after a few dozen calls, and NNCF reads each several times.
+_MOST_CALLS = 40
+# Family -> its pipeline that starts from noise, which need not be the one that an index names.
+_PIPELINES = {
+    "stable-diffusion": "StableDiffusionPipeline",
+    "latent-consistency": "LatentConsistencyModelPipeline",
+    "stable-diffusion-xl": "StableDiffusionXLPipeline",
+    "latent-consistency-xl": "StableDiffusionXLPipeline",
+}
+
+
+def denoiser_calls(checkpoint: Checkpoint, component: Component, onnx: Path, report: Callable[[float], None]) -> Calls:
+    """The calls of a UNet over the whole schedule of some images. Seeded: every export records the same.
+
+    Raises ConversionError, BrokenCheckpointError.
+    """
+    limits = checkpoint_parameters(checkpoint)
+    steps = min(_MOST_STEPS, int(limits["default_num_inference_steps"]))
+    prompts = _prompts(limits["suggestions"])
+    recorder = _Recorder(checkpoint, component, onnx)
+    pipeline = _pipeline(checkpoint, recorder.module)
+    recorded: list[list[Call]] = []
+    for seed, prompt in enumerate(prompts):
+        try:
+            pipeline(
+                prompt,
+                num_inference_steps=steps,
+                guidance_scale=float(limits["default_guidance_scale"]),
+                width=int(limits["default_width"]),
+                height=int(limits["default_height"]),
+                generator=torch.Generator().manual_seed(seed),
+                output_type="latent",
+            )
+        except Exception as error:  # diffusers documents no errors
+            raise ConversionError(f"{component.name}: no image to calibrate with ({first_line(error)})") from error
+        recorded.append(recorder.take())
+        report((seed + 1) / len(prompts))
+    calibration = [call for calls in recorded[:-_HELD_OUT] for call in calls]
+    held_out = [call for calls in recorded[-_HELD_OUT:] for call in calls]
+    return Calls(calibration=_spread(calibration), held_out=held_out)
+
+
+def example_calls(component: Component, sizes: Sizes) -> Calls:
+    """The examples that every export is compared with, for a component of which weights alone are quantised."""
+    inputs = (example_inputs(component, sizes, **shape) for shape in SHAPES)
+    named = [as_kwargs(component, tensors) for tensors in inputs]
+    return Calls(calibration=[], held_out=[{name: each.numpy() for name, each in call.items()} for call in named])
+
+
+def _prompts(suggestions: str) -> list[str]:
+    """So many as there are images, spread over those that the checkpoint suggests."""
+    given = suggestions.split("\n") if suggestions else list(_PROMPTS)
+    return [given[index * len(given) // _IMAGES] for index in range(_IMAGES)]
+
+
+def _spread(calls: list[Call]) -> list[Call]:
+    """At most so many calls that their number costs little, evenly over images and steps."""
+    count = min(_MOST_CALLS, len(calls))
+    return [calls[index * len(calls) // count] for index in range(count)]
+
+
+def _pipeline(checkpoint: Checkpoint, denoiser: torch.nn.Module) -> Any:
+    """The checkpoint's pipeline with this denoiser. The VAE has no weights: latents are not decoded."""
+    import diffusers
+
+    components = {component.module: component for component in checkpoint.family.components}
+    encoders = {module: load_module(checkpoint, components[module]) for module in checkpoint.text_encoders}
+    parts = {
+        **encoders,
+        **{
+            text.tokenizer: _tokenizer(checkpoint, text.tokenizer, text.tokenizer_class)
+            for text in checkpoint.family.text
+        },
+        checkpoint.family.denoiser.module: denoiser,
+        "vae": load_placeholders(checkpoint, components["vae"])[0],
+    }
+    absent = dict.fromkeys({"safety_checker", "feature_extractor", "image_encoder"} & checkpoint.index.keys())
+    loader = getattr(diffusers, _PIPELINES[checkpoint.family.name])
+    pipeline = loader.from_pretrained(checkpoint.folder, **parts, **absent, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _tokenizer(checkpoint: Checkpoint, name: str, loader: str) -> Any:
+    library, _, class_name = loader.partition(".")
+    tokenizer = getattr(importlib.import_module(library), class_name)
+    return tokenizer.from_pretrained(checkpoint.folder_of(name), local_files_only=True)
+
+
+class _Recorder:
+    """A UNet of diffusers whose `forward` records the component's inputs and runs its ONNX file."""
+
+    def __init__(self, checkpoint: Checkpoint, component: Component, onnx: Path) -> None:
+        self.module: Any = load_placeholders(checkpoint, component)[0]
+        self.module.forward = self._forward
+        self._names = [tensor.name for tensor in component.inputs]
+        self._engine = compiled(onnx, "bf16")
+        self._calls: list[Call] = []
+
+    def take(self) -> list[Call]:
+        """The calls since this was called last."""
+        calls, self._calls = self._calls, []
+        return calls
+
+    def _forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        timestep_cond: torch.Tensor | None = None,
+        added_cond_kwargs: Mapping[str, torch.Tensor] | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor]:
+        given: dict[str, Any] = {
+            "sample": sample,
+            "time": self.module.time_proj(timestep.reshape(-1).expand(len(sample))),
+            "encoder_hidden_states": encoder_hidden_states,
+            "timestep_cond": timestep_cond,
+        }
+        if added_cond_kwargs:
+            sizes = self.module.add_time_proj(added_cond_kwargs["time_ids"].flatten())
+            given |= {"text_embeds": added_cond_kwargs["text_embeds"], "size_embeds": sizes.reshape(len(sample), -1)}
+        call: dict[str, Array] = {name: np.array(given[name], dtype=np.float32) for name in self._names}
+        self._calls.append(call)
+        return (torch.from_numpy(np.array(self._engine(call)["model_output"])),)

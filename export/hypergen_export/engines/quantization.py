@@ -1,0 +1,197 @@
+"""A component's ONNX file becomes OpenVINO's IR with weights, and in int8 also activations, of eight or four bits.
+
+NNCF quantises. A graph of int8 has its scales from calls that were recorded while the model generated images, and is
+measured with the calls of other images; weights alone need no calls. Importing this module imports openvino and torch,
+but NNCF is imported only to quantise something.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import itertools
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import openvino
+
+# What openvino.convert_model does to a graph that read_model has read, without its telemetry.
+from openvino._offline_transformations import apply_moc_transformations
+
+from hypergen_export.checkpoints.components import INT4_WEIGHTS, INT8, INT8_WEIGHTS, Component
+from hypergen_export.conversion.parity import Parity
+from hypergen_export.engines.tensorrt import onnx_files
+from hypergen_export.errors import ConversionError, MissingDependencyError, ParityMissedError, first_line
+
+# Largest root mean square error of the outputs, relative to that of the outputs in float32. Too small to be caused by a
+# layer that lost its range, and above what rounding costs the models that were measured.
+TOLERANCES = {INT8: 0.15, INT8_WEIGHTS: 0.05, INT4_WEIGHTS: 0.3}
+# Weights of one output channel that share a scale of four bits, where their number allows it.
+_GROUP_SIZE, _SMALLEST_GROUP = 64, 16
+# NNCF reads all calls for the scales of SmoothQuant, for the ranges of activations and for the correction of biases.
+_PASSES = 3
+# How far SmoothQuant moves outliers of a linear layer's input into its weights. With NNCF's default of 0.95 the shipped
+# UNet's error is 0.048, with this one 0.040. Convolutions are not smoothed.
+_SMOOTHING = 0.5
+_LAYERS = ("Convolution", "GroupConvolution", "MatMul")
+
+Array = npt.NDArray[Any]
+Call = Mapping[str, Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calls:
+    """Inputs of a component: those that its ranges are taken from, and those that the error is measured with."""
+
+    calibration: Sequence[Call]
+    held_out: Sequence[Call]
+
+
+def require_nncf(dtype: str) -> None:
+    """Raise MissingDependencyError if NNCF is not installed."""
+    # Else it reports its use to its vendor.
+    os.environ.setdefault("NNCF_CI", "1")
+    try:
+        importlib.import_module("nncf")
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"{error.name} is not installed; --dtype {dtype} needs: pip install 'hypergen-triton[int8]'"
+        ) from error
+
+
+def quantize(component: Component, dtype: str, onnx: Path, calls: Calls, report: Callable[[float], None]) -> Parity:
+    """Replace a component's ONNX file with `model.xml` and `model.bin`; returns the error of its outputs.
+
+    `report` is called with the share that is done. Raises ConversionError, ParityMissedError.
+    """
+    expected = _outputs(component, onnx, "f32", calls.held_out)
+    quantized = onnx.with_suffix(".xml")
+    try:
+        with _quiet():
+            openvino.save_model(_quantized(component, dtype, onnx, calls, report), quantized, compress_to_fp16=False)
+    except Exception as error:  # NNCF documents no errors
+        raise ConversionError(f"{component.name}: NNCF failed ({first_line(error)})") from error
+    for file in onnx_files(onnx):
+        file.unlink()
+    return _check(component, dtype, _relative_error(expected, _outputs(component, quantized, "bf16", calls.held_out)))
+
+
+def compiled(file: Path, precision: str) -> Any:
+    """The model of a file, compiled with OpenVINO's name of a precision for what is not quantised."""
+    core = openvino.Core()
+    return core.compile_model(core.read_model(file), "CPU", {"INFERENCE_PRECISION_HINT": precision})
+
+
+def _quantized(component: Component, dtype: str, onnx: Path, calls: Calls, report: Callable[[float], None]) -> Any:
+    """The graph of an ONNX file, quantised by NNCF."""
+    import nncf
+
+    model, names = _read(component, onnx)
+    scope = nncf.IgnoredScope(names=names, validate=False)
+    if dtype == INT8:
+        return nncf.quantize(
+            model,
+            nncf.Dataset(calls.calibration, _counted(_PASSES * len(calls.calibration), report)),
+            # Ranges of activations after a SiLU are one-sided and get a zero point; those of weights have none.
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=len(calls.calibration),
+            model_type=nncf.ModelType.TRANSFORMER,
+            ignored_scope=scope,
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=_SMOOTHING, convolution=-1)
+            ),
+        )
+    if dtype == INT8_WEIGHTS:
+        return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM, ignored_scope=scope)
+    # Embeddings, convolutions and the last layer keep eight bits.
+    groups = nncf.AdvancedCompressionParameters(
+        group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST, min_adjusted_group_size=_SMALLEST_GROUP
+    )
+    return nncf.compress_weights(
+        model,
+        mode=nncf.CompressWeightsMode.INT4_ASYM,
+        ratio=1.0,
+        group_size=_GROUP_SIZE,
+        ignored_scope=scope,
+        advanced_parameters=groups,
+    )
+
+
+def _read(component: Component, onnx: Path) -> tuple[Any, list[str]]:
+    """The graph, and the names of its layers that are not to be quantised."""
+    model = openvino.Core().read_model(onnx)
+    # Before transpositions are folded, which renames the weights.
+    layers = (node for node in model.get_ordered_ops() if node.get_type_name() in _LAYERS)
+    names = [node.get_friendly_name() for node in layers if is_listed(component, _weights(node))]
+    apply_moc_transformations(model, False, False)
+    return model, names
+
+
+def is_listed(component: Component, name: str) -> bool:
+    """Whether these weights of a component stay as they are."""
+    return any(re.match(listed, name) for listed in component.unquantized)
+
+
+def _weights(layer: Any) -> str:
+    """The name of a layer's weights, as in the checkpoint; empty if they are computed."""
+    node = layer.input_value(1).get_node()
+    while node.get_type_name() in ("Convert", "Transpose", "Reshape"):
+        node = node.input_value(0).get_node()
+    # Tensors that are too small to be linked are named by their path in the wrapper.
+    name: str = node.get_friendly_name() if node.get_type_name() == "Constant" else ""
+    return re.sub(r"^(unet|transformer|text_encoder)\.", "", name)
+
+
+def _counted(expected: int, report: Callable[[float], None]) -> Callable[[Call], Call]:
+    """A function that returns each call as it is, and reports the share of them that was read."""
+    read = itertools.count(1)
+
+    def count(call: Call) -> Call:
+        report(min(1.0, next(read) / expected))
+        return call
+
+    return count
+
+
+def _outputs(component: Component, file: Path, precision: str, calls: Sequence[Call]) -> list[list[Array]]:
+    engine = compiled(file, precision)
+    results = (engine(call) for call in calls)
+    return [[np.array(result[tensor.name]) for tensor in component.outputs] for result in results]
+
+
+def _relative_error(expected: Sequence[Sequence[Array]], given: Sequence[Sequence[Array]]) -> float:
+    """The largest of the outputs: the root mean square of the error over all calls, relative to the output's own."""
+    return max(map(_relative_rms, zip(*expected, strict=True), zip(*given, strict=True)))
+
+
+def _relative_rms(expected: Sequence[Array], given: Sequence[Array]) -> float:
+    error = sum(float(np.square(ours - theirs).sum()) for theirs, ours in zip(expected, given, strict=True))
+    return math.sqrt(error / sum(float(np.square(theirs).sum()) for theirs in expected))
+
+
+def _check(component: Component, dtype: str, difference: float) -> Parity:
+    if not difference <= TOLERANCES[dtype]:  # NaN is no smaller
+        raise ParityMissedError(
+            f"{component.name}: in {dtype} it differs from float32 by {difference:.2g} of its outputs' root mean "
+            f"square, the limit is {TOLERANCES[dtype]:g}; use a precision of more bits"
+        )
+    return Parity(difference=difference, tolerance=TOLERANCES[dtype])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without NNCF's log and progress bars, which go to stdout."""
+    import nncf
+
+    nncf.set_log_level(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield

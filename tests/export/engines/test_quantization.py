@@ -1,0 +1,175 @@
+"""Eight and four bits: what is calibrated with, what stays as it is, and how far the result is from float32."""
+
+from __future__ import annotations
+
+import functools
+import math
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+import pytest
+import torch
+
+from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hypergen_export.checkpoints.components import INT4_WEIGHTS, INT8, INT8_WEIGHTS, QUANTIZED
+from hypergen_export.conversion.parity import Parity
+from hypergen_export.engines import calibration, quantization
+from hypergen_export.engines.quantization import TOLERANCES, Calls, is_listed, quantize, require_nncf
+from hypergen_export.errors import BadOptionError, MissingDependencyError, ParityMissedError
+from hypergen_export.repository.export import ExportRequest, export
+from hypergen_gateway.embedded.backends.openvino.compilations import Compilations
+from support.pipelines import pipeline_of
+
+from ..conftest import COMPONENTS
+
+UNET = COMPONENTS["unet"]
+PROPERTIES = {"INFERENCE_PRECISION_HINT": "f32"}
+# The weights of so few bits in an IR.
+BITS = {INT8: "i8", INT8_WEIGHTS: "u8", INT4_WEIGHTS: "u4"}
+
+
+@pytest.fixture(scope="module")
+def onnx(repository: Path) -> Path:
+    return repository / "unet" / "1" / "model.onnx"
+
+
+@pytest.fixture(scope="module")
+def calls(checkpoint: Checkpoint, onnx: Path) -> Calls:
+    shares: list[float] = []
+    recorded = calibration.denoiser_calls(checkpoint, UNET, onnx, shares.append)
+    assert shares[-1] == 1
+    return Calls(calibration=recorded.calibration[::5], held_out=recorded.held_out[::5])
+
+
+Quantized = Callable[[str], tuple[Path, Parity]]
+
+
+@pytest.fixture(scope="module")
+def quantized(onnx: Path, calls: Calls, tmp_path_factory: pytest.TempPathFactory) -> Quantized:
+    """The UNet's IR in a precision, and its error."""
+
+    @functools.cache
+    def make(dtype: str) -> tuple[Path, Parity]:
+        folder = Path(shutil.copytree(onnx.parent, tmp_path_factory.mktemp(dtype) / "1"))
+        shares: list[float] = []
+        parity = quantize(UNET, dtype, folder / "model.onnx", calls, shares.append)
+        assert shares == sorted(shares)
+        assert all(share <= 1 for share in shares)
+        return folder / "model.xml", parity
+
+    return make
+
+
+def weights(file: Path) -> Mapping[str, str]:
+    """Name -> type of the constants of an IR."""
+    nodes = openvino.Core().read_model(file).get_ordered_ops()
+    return {
+        node.get_friendly_name(): node.get_output_element_type(0).get_type_name()
+        for node in nodes
+        if node.get_type_name() == "Constant" and node.get_output_size() == 1
+    }
+
+
+def test_a_recorded_call_is_what_diffusers_calls_its_unet_with(checkpoint: Checkpoint, calls: Calls) -> None:
+    pipeline = pipeline_of(checkpoint.folder)
+    seen: list[dict[str, Any]] = []
+    forward = pipeline.unet.forward
+
+    def record(sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, **rest: Any) -> Any:
+        time = pipeline.unet.time_proj(timestep.expand(len(sample)))
+        seen.append({"sample": sample, "time": time, "encoder_hidden_states": encoder_hidden_states})
+        return forward(sample, timestep, encoder_hidden_states, **rest)
+
+    pipeline.unet.forward = record
+    prompt, steps, size = calibration._PROMPTS[0], calibration._MOST_STEPS, 8 * calls.held_out[0]["sample"].shape[-1]
+    generator = torch.Generator().manual_seed(0)
+    pipeline(prompt, num_inference_steps=steps, width=size, height=size, generator=generator, output_type="latent")
+    ours, theirs = calls.calibration[0], seen[0]
+    for name, array in ours.items():
+        np.testing.assert_allclose(array, theirs[name].numpy(), rtol=0, atol=1e-5)
+    # Two calls of each image, ten steps apart; later latents have passed through our UNet, in bfloat16.
+    np.testing.assert_array_equal(calls.calibration[1]["time"], seen[15]["time"].numpy())
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED)
+def test_a_quantised_unet_is_near_float32_and_small(dtype: str, quantized: Quantized) -> None:
+    file, parity = quantized(dtype)
+    print(f"{dtype}: {parity.difference:.4f}")
+    assert parity.difference < TOLERANCES[dtype] == parity.tolerance
+    assert sorted(path.name for path in file.parent.iterdir()) == ["model.bin", "model.xml"], "no weights are linked"
+    kinds = list(weights(file).values())
+    assert kinds.count(BITS[dtype]) > 10
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED)
+def test_the_layers_that_a_family_lists_keep_their_weights(dtype: str, quantized: Quantized) -> None:
+    kinds = weights(quantized(dtype)[0])
+    named = {name.removeprefix("unet."): kind for name, kind in kinds.items() if name.endswith(".weight")}
+    listed = {name: kind for name, kind in named.items() if is_listed(UNET, name)}
+    assert {"conv_in.weight", "conv_out.weight"} <= listed.keys()
+    assert set(listed.values()) == {"f32"}
+
+
+def test_the_backend_serves_it_for_any_rows_and_size(onnx: Path, calls: Calls, quantized: Quantized) -> None:
+    call = calls.held_out[0]
+    wide = {**call, "sample": np.concatenate([call["sample"]] * 2, axis=3)}
+    three = {name: np.concatenate([array, array[:1]]) for name, array in wide.items()}
+    ours, exact = (Compilations(file, PROPERTIES) for file in (quantized(INT8)[0], onnx))
+    for given in (call, three):
+        names = ["model_output"]
+        expected = np.array(exact.find(given).infer(given, names)["model_output"])
+        got = ours.find(given).infer(given, names)["model_output"]
+        assert got.shape == expected.shape
+        assert np.sqrt(np.square(got - expected).mean() / np.square(expected).mean()) < TOLERANCES[INT8]
+    ours.close()
+    exact.close()
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "transformer"])
+def test_a_transformers_weights_have_four_bits(
+    name: str, family_of: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    folder, repository = family_of("z-image")
+    checkpoint = open_checkpoint(str(folder))
+    component = next(each for each in checkpoint.family.components if each.name == name)
+    files = Path(shutil.copytree(repository / name / "1", tmp_path / "1"))
+    calls = calibration.example_calls(component, checkpoint.sizes)
+    parity = quantize(component, INT4_WEIGHTS, files / "model.onnx", calls, lambda _: None)
+    print(f"{name}: {parity.difference:.4f}")
+    assert 0 < parity.difference < TOLERANCES[INT4_WEIGHTS]
+    assert BITS[INT4_WEIGHTS] in weights(files / "model.xml").values()
+
+
+@pytest.mark.parametrize("difference", [0.4, math.nan])
+def test_a_model_that_loses_too_much_is_refused(difference: float) -> None:
+    with pytest.raises(ParityMissedError, match=r"^unet: in int4-weights it differs from float32 by .* limit is 0.3"):
+        quantization._check(UNET, INT4_WEIGHTS, difference)
+
+
+def test_without_nncf_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    with pytest.raises(MissingDependencyError, match=r"--dtype int8 needs: pip install 'hypergen-triton\[int8\]'$"):
+        require_nncf(INT8)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "reason"),
+    [
+        ("sd-1", {"lora_rank": 8}, r"^--lora-rank, --lora-dir: not with --dtype int8"),
+        ("sd-1", {"deep_cache": True}, r"^--deep-cache: not with --dtype int8"),
+        ("sd-1", {"engine": "tensorrt"}, r"^--dtype int8: tensorrt supports float32, float16, bfloat16$"),
+        ("sd-inpainting", {}, r"^--dtype int8: not for stable-diffusion-inpainting models: choose int8-weights or"),
+    ],
+)
+def test_what_it_cannot_be_combined_with_is_refused(
+    family: str, options: dict[str, Any], reason: str, checkpoint_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = str(open_checkpoint(str(checkpoint_of(family))).folder)
+    with pytest.raises(BadOptionError, match=reason):
+        export(ExportRequest(model=model, output=tmp_path / "out", dtype=INT8, **options))
+    assert not (tmp_path / "out").exists()
