@@ -52,7 +52,9 @@ def test_an_engine_that_takes_any_size_gets_none() -> None:
 def test_an_engine_rejects_other_dtypes_than_its_own() -> None:
     for dtype in ("float32", "float16", "bfloat16"):
         check_dtype(TENSORRT, dtype)
-    with pytest.raises(BadOptionError, match=r"--dtype float16: openvino supports float32, bfloat16, int8, int8-weights, int4"):
+    with pytest.raises(
+        BadOptionError, match=r"--dtype float16: openvino supports float32, bfloat16, int8, int8-weights, int4"
+    ):
         check_dtype(OPENVINO, "float16")
 
 

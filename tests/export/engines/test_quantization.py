@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,8 @@ from hypergen_export.conversion.parity import Parity
 from hypergen_export.engines import calibration, quantization
 from hypergen_export.engines.quantization import TOLERANCES, Calls, is_listed, quantize, require_nncf
 from hypergen_export.errors import BadOptionError, MissingDependencyError, ParityMissedError
-from hypergen_export.repository.export import ExportRequest, export
+from hypergen_export.repository.config_pbtxt import read_config
+from hypergen_export.repository.export import ExportRequest, ExportResult, export
 from hypergen_gateway.embedded.backends.openvino.compilations import Compilations
 from support.pipelines import pipeline_of
 
@@ -46,15 +50,41 @@ def calls(checkpoint: Checkpoint, onnx: Path) -> Calls:
     return Calls(calibration=recorded.calibration[::5], held_out=recorded.held_out[::5])
 
 
+@dataclass(frozen=True)
+class Int8:
+    """An export in int8 beside the components of one in float32, and what it said."""
+
+    request: ExportRequest
+    result: ExportResult
+    told: list[str]
+
+    @property
+    def unet(self) -> Path:
+        return self.request.output / "unet"
+
+
+@pytest.fixture(scope="module")
+def int8(checkpoint_folder: Path, repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Int8:
+    output = Path(shutil.copytree(repository, tmp_path_factory.mktemp("int8") / "repository"))
+    request = ExportRequest(model=str(checkpoint_folder), output=output, max_batch_size=4, dtype=INT8)
+    told: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "_MOST_CALLS", 8)
+        return Int8(request, export(request, notify=told.append), told)
+
+
 Quantized = Callable[[str], tuple[Path, Parity]]
 
 
 @pytest.fixture(scope="module")
-def quantized(onnx: Path, calls: Calls, tmp_path_factory: pytest.TempPathFactory) -> Quantized:
+def quantized(int8: Int8, onnx: Path, calls: Calls, tmp_path_factory: pytest.TempPathFactory) -> Quantized:
     """The UNet's IR in a precision, and its error."""
 
     @functools.cache
     def make(dtype: str) -> tuple[Path, Parity]:
+        if dtype == INT8:
+            record = json.loads((int8.request.output / "hypergen.json").read_text())
+            return int8.unet / "1" / "model.xml", Parity(**record["components"]["unet"]["parity"])
         folder = Path(shutil.copytree(onnx.parent, tmp_path_factory.mktemp(dtype) / "1"))
         shares: list[float] = []
         parity = quantize(UNET, dtype, folder / "model.onnx", calls, shares.append)
@@ -94,6 +124,16 @@ def test_a_recorded_call_is_what_diffusers_calls_its_unet_with(checkpoint: Check
         np.testing.assert_allclose(array, theirs[name].numpy(), rtol=0, atol=1e-5)
     # Two calls of each image, ten steps apart; later latents have passed through our UNet, in bfloat16.
     np.testing.assert_array_equal(calls.calibration[1]["time"], seen[15]["time"].numpy())
+
+
+def test_an_export_in_int8_quantises_the_unet_and_takes_over_the_rest(int8: Int8) -> None:
+    assert int8.result == ExportResult(converted=("unet",), reused=("text_encoder", "vae_decoder", "vae_encoder"))
+    (told,) = int8.told
+    assert re.fullmatch(r"unet in int8 differs from float32 by 0\.\d+ of its output \(limit 0\.15\)", told)
+    config = read_config((int8.unet / "config.pbtxt").read_text())
+    assert config.default_model_filename == "model.xml"
+    assert config.parameters["HINT_BF16"].string_value == "YES"
+    assert export(int8.request) == ExportResult(), "calibrated once"
 
 
 @pytest.mark.parametrize("dtype", QUANTIZED)
