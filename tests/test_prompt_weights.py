@@ -1,15 +1,10 @@
-"""Weighted prompts and skipped layers of CLIP, against diffusers' pipelines.
-
-What stable-diffusion-webui does to hidden states is spelled out by hand: its `FrozenCLIPEmbedderWithCustomWordsBase`
-multiplies those of each chunk by the weights of its tokens, and restores their mean.
-"""
+"""Weighted prompts and skipped layers of CLIP, against diffusers' pipelines (`ByWeightedChunks`) and compel."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,52 +12,18 @@ import torch
 from transformers import CLIPTextModel
 
 from hypergen_sampler.request import InvalidInputError
-from support.chunks import ByChunks
+from support.chunks import ByWeightedChunks, WeightedChunks
 from support.miniature import save_miniature
 from support.parity import Pair, by_diffusers, held, request_of, sampler_of
 from support.pipelines import pipeline_of
 
 # Prompt -> the texts of its chunks, with the weights of the first tokens after the start.
-WEIGHTED: Mapping[str, tuple[tuple[str, tuple[float, ...]], ...]] = {
+WEIGHTED: WeightedChunks = {
     "red (rocket:1.5) on ((blue)) [cat]": (("red rocket on blue cat", (1.0, 1.5, 1.0, 1.1 * 1.1, 1 / 1.1)),),
     "(red BREAK blue cat:1.3) on": (("red", (1.3,)), ("blue cat on", (1.3, 1.3, 1.0))),
     "cat " * 13 + "(cat rocket:0.4)": (("cat " * 14, (1.0,) * 13 + (0.4,)), ("rocket", (0.4,))),
     "a green cat": (("a green cat", ()),),
 }
-
-
-class ByWeightedChunks(ByChunks):
-    """diffusers' pipeline for the prompts of WEIGHTED; `clip_skip` as it counts."""
-
-    def __init__(self, pipeline: Any, clip_skip: int = 0) -> None:
-        self._weights = {text: weights for chunks in WEIGHTED.values() for text, weights in chunks}
-        self._clip_skip = clip_skip
-        super().__init__(pipeline, {prompt: tuple(text for text, _ in chunks) for prompt, chunks in WEIGHTED.items()})
-
-    def _encode(self, text: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The encoders' hidden states side by side: each restores a mean of its own."""
-        pairs = [("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")]
-        parts = [self._states(text, *pair) for pair in pairs if getattr(self._pipeline, pair[1], None) is not None]
-        _, pooled = super()._encode(text)
-        return torch.cat([_restored(states, self._weights.get(text, ())) for states in parts], dim=-1), pooled
-
-    def _states(self, text: str, tokenizer: str, encoder: str) -> torch.Tensor:
-        tokenize, model = getattr(self._pipeline, tokenizer), getattr(self._pipeline, encoder)
-        ids = tokenize(text, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        with torch.no_grad():
-            states = model(ids, output_hidden_states=True).hidden_states
-            if hasattr(self._pipeline, "text_encoder_2"):
-                last_but_one: torch.Tensor = states[-(self._clip_skip + 2)]
-                return last_but_one
-            normalised: torch.Tensor = model.final_layer_norm(states[-(self._clip_skip + 1)])
-            return normalised
-
-
-def _restored(states: torch.Tensor, weights: tuple[float, ...]) -> torch.Tensor:
-    factors = torch.ones(states.shape[1])
-    factors[1 : 1 + len(weights)] = torch.tensor(weights)
-    scaled = states * factors[None, :, None]
-    return scaled * (states.mean() / scaled.mean())
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +55,7 @@ async def test_a_weighted_prompt_equals_diffusers_of_weighted_hidden_states(
         request = request_of(
             prompt=positive, negative_prompt=negative, guidance_scale=5.0, prompt_weighting="a1111", clip_skip=1
         )
-        held(await pair.sampler.generate(request), by_diffusers(ByWeightedChunks(pair.pipeline, 1), request))
+        held(await pair.sampler.generate(request), by_diffusers(ByWeightedChunks(pair.pipeline, WEIGHTED, clip_skip=1), request))
 
 
 @pytest.mark.parametrize(("family", "clip_skip"), [("sd-1", 0), ("sd-1", 1), ("sd-1", 2), ("sd-2", 1), ("sdxl", 1)])
@@ -102,7 +63,8 @@ async def test_layers_are_skipped_as_by_diffusers(family: str, clip_skip: int, p
     pair = pair_of(family)
     request = request_of(prompt="a green cat", clip_skip=clip_skip)
     pair.choose("")
-    held(await pair.sampler.generate(request), by_diffusers(ByWeightedChunks(pair.pipeline, clip_skip), request))
+    reference = ByWeightedChunks(pair.pipeline, WEIGHTED, clip_skip=clip_skip)
+    held(await pair.sampler.generate(request), by_diffusers(reference, request))
 
 
 async def test_weights_beyond_all_numbers_are_refused(pair_of: Callable[[str], Pair]) -> None:
