@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hypergen_export.checkpoints.checkpoint import open_checkpoint
 from hypergen_export.checkpoints.embeddings import Embedding, read_embeddings
+from hypergen_export.checkpoints.lora import read_loras
 from hypergen_export.conversion.embeddings import vectors_of
 from hypergen_export.errors import BadEmbeddingError, BadOptionError, ExportError
 from support.chunks import ByChunks
+from support.loras import lora_weights, save_by_kohya
 from support.miniature import save_miniature
 from support.parity import Pair, by_diffusers, held, request_of, sampler_of
 from support.pipelines import pipeline_of
@@ -119,6 +121,35 @@ async def test_xls_two_text_encoders_have_their_own_vectors(
     held(
         await sampler_of(folder, read_embeddings([str(file)], None)).generate(request), by_diffusers(pipeline, request)
     )
+
+
+@pytest.mark.parametrize("family", ["sd-1", "sdxl"])
+async def test_embeddings_in_a_loras_file_are_read_as_files_of_their_own(
+    family: str, checkpoint_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As OneTrainer and kohya's trainers store them; stable-diffusion-webui's loader names the keys."""
+    folder, file = checkpoint_of(family), tmp_path / "ink.safetensors"
+    save_by_kohya(file, lora_weights(folder, "text_encoder"), 2.0)
+    vectors = (
+        {"clip_l": noise(3, 32), "clip_g": noise(3, 48)} if family == "sdxl" else {"string_to_param.*": noise(3, 32)}
+    )
+    bundled = {f"bundle_emb.ink-style.{name}": each for name, each in vectors.items()}
+    save_file({**load_file(file), **bundled, "bundle_emb.hat.clip_l": noise(1, 32), **second_of(family)}, file)
+    (lora,) = read_loras([f"ink={file}"])
+    assert lora.modules == {"text_encoder"}
+    embeddings = read_embeddings([], None, [lora, lora])
+    assert [each.name for each in embeddings] == ["hat", "ink-style"]
+    pipeline = pipeline_of(folder)
+    for name, count in (("ink-style", 3), ("hat", 1)):
+        for number, width in (("", 32), ("_2", 48))[: 1 + (family == "sdxl")]:
+            parts = {part: getattr(pipeline, part + number) for part in ("tokenizer", "text_encoder")}
+            pipeline.load_textual_inversion(noise(count, width), token=name, **parts)
+    request = request_of(prompt="a red cat, ink-style", negative_prompt="hat", guidance_scale=5.0)
+    held(await sampler_of(folder, embeddings).generate(request), by_diffusers(pipeline, request))
+
+
+def second_of(family: str) -> dict[str, torch.Tensor]:
+    return {"bundle_emb.hat.clip_g": noise(1, 48)} if family == "sdxl" else {}
 
 
 @pytest.mark.parametrize(

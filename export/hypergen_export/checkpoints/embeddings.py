@@ -1,4 +1,7 @@
-"""Textual inversions: the options `--embedding` and `--embedding-dir`. Reads no tensors and imports no torch."""
+"""Textual inversions: the options `--embedding` and `--embedding-dir`, and those in LoRA files.
+
+Reads no tensors and imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from hypergen_export.checkpoints.lora import Lora
 from hypergen_export.checkpoints.weights import sha256
-from hypergen_export.errors import BadEmbeddingError, BadOptionError
+from hypergen_export.errors import BadEmbeddingError, BadLoraError, BadOptionError
 
 # Any text that a prompt can contain as one word, and a list of names without quotes.
 _NAME = re.compile(r"[^\s,]{1,64}")
@@ -22,6 +26,8 @@ class Embedding:
 
     name: str
     file: Path
+    is_bundled: bool = False
+    """Whether the file is a LoRA's, which has the vectors under the embedding's name."""
 
     @cached_property
     def sha256(self) -> str:
@@ -33,10 +39,10 @@ class Embedding:
         return [self.name, *(f"{self.name}_{number}" for number in range(1, vectors))]
 
 
-def read_embeddings(texts: Iterable[str], folder: Path | None) -> tuple[Embedding, ...]:
-    """The embeddings that the options name: `[NAME=]PATH`, and every file in the folder.
+def read_embeddings(texts: Iterable[str], folder: Path | None, loras: Iterable[Lora] = ()) -> tuple[Embedding, ...]:
+    """The embeddings that the options name: `[NAME=]PATH`, every file in the folder, and those in LoRAs' files.
 
-    Raises BadOptionError, BadEmbeddingError.
+    Raises BadOptionError, BadEmbeddingError, BadLoraError.
     """
     found = [_read(text) for text in texts]
     if folder is not None:
@@ -45,12 +51,21 @@ def read_embeddings(texts: Iterable[str], folder: Path | None) -> tuple[Embeddin
         if not in_folder:
             raise BadEmbeddingError(f"{folder}: no such folder, or no embeddings in it ({', '.join(_SUFFIXES)})")
         found += in_folder
+    # A LoRA that is served at several scales is given several times.
+    found += [each for file in {lora.file: lora for lora in loras}.values() for each in _bundled(file)]
     by_name: dict[str, Embedding] = {}
     for embedding in found:
         # Tokenizers of CLIP know no case.
         if by_name.setdefault(embedding.name.lower(), embedding) is not embedding:
             raise BadOptionError(f"--embedding: {embedding.name} is the name of two files; give one another name")
     return tuple(found)
+
+
+def _bundled(lora: Lora) -> list[Embedding]:
+    for name in lora.embeddings:
+        if not _NAME.fullmatch(name):
+            raise BadLoraError(f"{lora.file}: the name of its embedding must be one word, not {name[:80]!r}")
+    return [Embedding(name=name, file=lora.file, is_bundled=True) for name in lora.embeddings]
 
 
 def _read(text: str) -> Embedding:

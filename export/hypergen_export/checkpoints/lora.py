@@ -30,6 +30,8 @@ _PEFT_CONFIG = "adapter_config.json"
 _PEFT_METADATA = "lora_adapter_metadata"
 # Metadata in which kohya's and other trainers state the base model.
 _BASE_METADATA = ("ss_base_model_version", "modelspec.architecture")
+# Embeddings that were trained along with the LoRA, as OneTrainer and kohya's trainers store them: the name follows.
+BUNDLED = "bundle_emb."
 # peft does not store which module it trained; a module trained alone is the UNet.
 _PEFT_PREFIX = "base_model.model."
 # Prefix of a weight's name -> module.
@@ -205,8 +207,14 @@ class Lora:
 
     @property
     def _weights(self) -> list[str]:
-        """The weights' names."""
-        return [name for name in self._header if name != "__metadata__"]
+        """The weights' names, without those of embeddings."""
+        return [name for name in self._header if name != "__metadata__" and not name.startswith(BUNDLED)]
+
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        """The names of the embeddings in the file. Raises BadLoraError."""
+        bundled = (name.removeprefix(BUNDLED) for name in self._header if name.startswith(BUNDLED))
+        return tuple(dict.fromkeys(name.partition(".")[0] for name in bundled))
 
     @cached_property
     def _layers(self) -> Mapping[str, Mapping[str, Mapping[str, str]]]:

@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint
 from hypergen_export.checkpoints.embeddings import Embedding
+from hypergen_export.checkpoints.lora import BUNDLED
 from hypergen_export.errors import BadEmbeddingError, first_line
 
 # Keys of SDXL's two text encoders in files of stable-diffusion-webui and of trainers.
@@ -90,6 +92,8 @@ def _checked(embedding: Embedding, vectors: object) -> Tensor:
 
 def _content(embedding: Embedding) -> Mapping[str, Any]:
     try:
+        if embedding.is_bundled:
+            return _bundled(embedding)
         if embedding.file.suffix == ".safetensors":
             content: Any = load_file(embedding.file)
         else:
@@ -99,3 +103,13 @@ def _content(embedding: Embedding) -> Mapping[str, Any]:
     if not isinstance(content, dict):
         raise BadEmbeddingError(f"{embedding.file}: not a textual inversion of a known format")
     return content
+
+
+def _bundled(embedding: Embedding) -> Mapping[str, Any]:
+    """The embedding's part of a LoRA's file, as a file of its own would have it."""
+    prefix = f"{BUNDLED}{embedding.name}."
+    with safe_open(embedding.file, "pt") as file:
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a dict
+        stored = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    of_webui = {token: vectors for token, vectors in stored.items() if token.startswith("string_to_param.")}
+    return {"string_to_param": of_webui} if of_webui else stored

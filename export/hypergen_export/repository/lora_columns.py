@@ -52,6 +52,10 @@ class _Pools:
         """Put a LoRA into free columns and return them; none if too few are free. Raises BadLoraError."""
         for module in sorted(lora.modules - self._modules):
             raise BadLoraError(f"{lora.file}: changes {module}, which this model does not have")
+        if lora.embeddings:
+            raise BadLoraError(
+                f"{lora.file}: teaches the word {lora.embeddings[0][:64]}, which only --lora can add to the model"
+            )
         if not lora.is_low_rank:
             raise BadLoraError(f"{lora.file}: is a DoRA, has biases or a rank above 256: only --lora can serve it")
         if lora.rank > len(self._free):
