@@ -61,6 +61,10 @@ class TritonOptions:
     export: ExportOptions | None
 
 
+class ClipSkipError(Exception):
+    """The default of `clip_skip` does not fit the model; `str()` is the message for the user."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
     """All settings of `hypergen serve`."""
@@ -77,7 +81,7 @@ async def serve(options: ServeOptions) -> None:
     An external Triton may start later than the gateway; until then, requests get a 503.
 
     Raises:
-        PortUnavailableError, ExportFailedError, EmbeddedError: before anything is served.
+        PortUnavailableError, ExportFailedError, EmbeddedError, ClipSkipError: before anything is served.
     """
     raise_file_limit()
     # Bound before the engines are loaded, so that a busy port is reported at once.
@@ -259,6 +263,7 @@ async def _greeting(options: ServeOptions, backend: TritonBackend) -> str:
     except UnavailableError as error:
         waiting = f"No model is available at {options.triton.url} yet ({error.detail}): until then requests get a 503"
         return f"Serving on {url}/v1, playground on {url}\n{waiting}"
+    _check_clip_skip(options.gateway, description)
     model = options.gateway.model_id or description.model_id
     curl = _curl_line(url, options.gateway, description.suggestions)
     details = [
@@ -275,9 +280,18 @@ async def _greeting(options: ServeOptions, backend: TritonBackend) -> str:
     )
 
 
+def _check_clip_skip(gateway: Config, model: ModelDescription) -> None:
+    """Raise ClipSkipError for a default that the model has too few layers for; one without such layers has none."""
+    most = model.max_clip_skip
+    if gateway.clip_skip is not None and 0 < most < gateway.clip_skip:
+        raise ClipSkipError(f"--clip-skip: must be from 0 to {most} for this model, not {gateway.clip_skip}")
+
+
 def _describe(model: ModelDescription) -> str:
     """What a single file is made from, and what it can do."""
     can = ["text to image", *(["image to image and inpainting"] if "vae_encoder" in model.components else [])]
+    if model.edits_by_instruction:
+        can = ["edits by instruction"]
     return f"{model.base_model}: {', '.join(can)}; {model.default_width}x{model.default_height} by default"
 
 

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import click
 import httpx
@@ -26,7 +27,8 @@ from hypergen_gateway.cli import main
 from hypergen_gateway.config import Config
 from hypergen_gateway.embedded.export_cache import default_cache_dir
 from hypergen_gateway.generation.backend import GeneratedImage, GenerationRequest
-from hypergen_gateway.serving import ServeOptions, TritonOptions
+from hypergen_gateway.serving import ClipSkipError, ServeOptions, TritonOptions
+from hypergen_gateway.serving import serve as run_server
 from support.fake_backend import FakeBackend, flat_image
 from support.fake_triton import FakeTriton, serving
 from support.running_server import HYPERGEN, Server, free_port, start_server, stop_server
@@ -459,6 +461,15 @@ async def test_the_command_that_is_printed_saves_an_image(how: str, tmp_path: Pa
                 assert wrong.stderr == "Incorrect API key.\n"
         finally:
             assert await asyncio.to_thread(stop_server, server) == 0
+
+
+async def test_more_skipped_layers_than_the_model_has_are_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hypergen_gateway.serving._serve_http", AsyncMock())
+    async with serving(FakeTriton()) as url:
+        options = {"host": "127.0.0.1", "port": free_port(), "triton": TritonOptions(model="", url=url, export=None)}
+        await run_server(ServeOptions(**options, gateway=Config(clip_skip=12)))
+        with pytest.raises(ClipSkipError, match=r"^--clip-skip: must be from 0 to 12 for this model, not 13"):
+            await run_server(ServeOptions(**options, gateway=Config(clip_skip=13)))
 
 
 def run_shell(command: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:

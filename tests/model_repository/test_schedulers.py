@@ -55,6 +55,14 @@ def test_overrides_reach_the_scheduler(schedulers: Schedulers) -> None:
     assert not schedulers.make("dpmpp_2m", steps=4).config.use_karras_sigmas
 
 
+def test_sigmas_that_need_another_package_are_refused_without_it(
+    schedulers: Schedulers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusers.schedulers.scheduling_euler_discrete.is_scipy_available", lambda: False)
+    with pytest.raises(InvalidInputError, match=r"^sigmas: must not be beta, as the server lacks the package scipy"):
+        schedulers.make("euler", steps=4, sigmas="beta")
+
+
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "_class_name": "DDIMScheduler"}
 
 
