@@ -115,9 +115,14 @@ def read_stored(stored: StoredTensor) -> Tensor:
     return torch.from_numpy(content).view(TYPES[stored.dtype]).reshape(stored.shape)
 
 
-def write_sources(path: Path, sources: Iterable[Source], dtype: torch.dtype) -> dict[str, StoredTensor]:
-    """Write the values of the sources to a safetensors file, one tensor at a time; returns their places by name."""
-    _write(path, [(source.name, dtype, source.shape, source.read) for source in sources], lambda _: None)
+def write_sources(
+    path: Path, sources: Iterable[Source], dtype: torch.dtype, report: Callable[[int], None] = lambda _: None
+) -> dict[str, StoredTensor]:
+    """Write the values of the sources to a safetensors file, one tensor at a time; returns their places by name.
+
+    `report` hears the bytes of each.
+    """
+    _write(path, [(source.name, dtype, source.shape, source.read) for source in sources], report)
     return stored_tensors(path)
 
 

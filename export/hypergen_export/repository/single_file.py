@@ -25,9 +25,10 @@ Report = Callable[[float], None]
 # Writes to a folder, and returns what is recorded beside it.
 Convert = Callable[[Path, Report], dict[str, Any]]
 _RECORD = "single_file.json"
-_FORMATS = (".safetensors", ".ckpt")
+_FORMATS = (".safetensors", ".ckpt", ".gguf")
+# What a file takes on the disk at most while it is converted, in its own size: 4-bit weights become bfloat16, twice.
+_GROWTH = {".gguf": 8}
 _UNREAD = {
-    ".gguf": "GGUF is not read; take the model's .safetensors file",
     ".pt": "a pickle of any kind; rename it to .ckpt if it is a checkpoint, or take its .safetensors file",
 }
 _ROOM = Path(__file__).parents[1] / "single_files"
@@ -142,7 +143,7 @@ def _hash(hashes: ContentHashes, path: Path) -> None:
 def _convert(path: Path, output: Path, hashes: ContentHashes, convert: Convert) -> None:
     from hypergen_export.conversion.progress import Progress
 
-    check_space(output, path.stat().st_size)
+    check_space(output, path.stat().st_size * _GROWTH.get(path.suffix, 1))
     with (
         staged(output) as folder,
         contextlib.closing(Progress(1)) as progress,

@@ -19,7 +19,8 @@ from hypergen_export.single_files.clip_vocabulary import write_clip_tokenizer
 from hypergen_export.single_files.kinds import SD_2, VELOCITY, Kind, complete_names, kind_of
 from hypergen_export.single_files.modules import Module, modules_of
 from hypergen_export.single_files.prediction import Prediction, prediction_of
-from hypergen_export.single_files.reading import SingleFile, Tensors, read_single_file
+from hypergen_export.single_files.quantized import dequantized
+from hypergen_export.single_files.reading import SingleFile, Tensors
 
 Report = Callable[[float], None]
 # Precisions that engines do not read, and one that holds all their values.
@@ -55,8 +56,8 @@ class Converted:
 
 def convert_single_file(path: Path, folder: Path, prediction_type: str | None, report: Report) -> Converted:
     """Write the file's modules, configs and tokenizers to `folder`. Raises ExportError, OSError."""
-    with named(path):
-        return _convert(read_single_file(path), folder, prediction_type, report)
+    with named(path), dequantized(path, folder, report) as (file, rest):
+        return _convert(file, folder, prediction_type, rest)
 
 
 @contextlib.contextmanager
@@ -93,10 +94,10 @@ def _convert(file: SingleFile, folder: Path, prediction_type: str | None, report
 
 
 def check_precisions(tensors: Tensors) -> None:
-    """Reject weights that are quantized: their values need a scale, which is stored beside them."""
+    """Reject weights that are quantized in a way that `dequantized` does not read."""
     for name, tensor in tensors.items():
-        if name.endswith((".scale_weight", "scaled_fp8", ".weight_scale")):
-            raise UnsupportedModelError(f"its weights are scaled fp8 ({name}), which is not supported")
+        if name.endswith((".scale_weight", ".weight_scale")):
+            raise UnsupportedModelError(f"its weights have scales of an unknown kind ({name}), which is not supported")
         if name.endswith("weight") and not tensor.is_floating_point():
             raise UnsupportedModelError(f"its weights are quantized ({name} is {tensor.dtype}), which is not supported")
 

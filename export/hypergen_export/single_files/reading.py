@@ -38,7 +38,7 @@ def read_single_file(path: Path) -> SingleFile:
     """Map the tensors of a .safetensors or .ckpt file. Raises BrokenCheckpointError, UnsupportedModelError."""
     try:
         if path.suffix == ".safetensors":
-            return SingleFile(path=path, tensors=_map_safetensors(path), metadata=_metadata(path))
+            return SingleFile(path=path, tensors=map_safetensors(path), metadata=_metadata(path))
         reason = wrong_content(path)
         if reason:
             raise BrokenCheckpointError(f"{path}: the weights cannot be read ({reason})")
@@ -47,7 +47,8 @@ def read_single_file(path: Path) -> SingleFile:
         raise BrokenCheckpointError(f"{path}: the weights cannot be read ({first_line(error)})") from error
 
 
-def _map_safetensors(path: Path) -> Tensors:
+def map_safetensors(path: Path) -> Tensors:
+    """The tensors of a .safetensors file by name, mapped. Raises ValueError, KeyError, OSError."""
     # Copy-on-write, since torch has no read-only tensors; nobody writes.
     content = np.memmap(path, np.uint8, mode="c")
     return {

@@ -14,7 +14,8 @@ from hypergen_export.errors import BrokenCheckpointError, NotADiffusersPipelineE
 from hypergen_export.single_files.folder import check_precisions, named, write_modules
 from hypergen_export.single_files.kinds import UNET
 from hypergen_export.single_files.modules import Module, NoCopies, checked
-from hypergen_export.single_files.reading import Tensors, read_single_file
+from hypergen_export.single_files.quantized import dequantized
+from hypergen_export.single_files.reading import Tensors
 
 # Tensors of all-in-one files that are taken from the pipeline's folder instead.
 _OTHER_PARTS = ("text_encoders.", "first_stage_model.", "vae.", "cond_stage_model.", "conditioner.")
@@ -27,9 +28,9 @@ def convert_transformer(
 
     `base` is the config of the pipeline's own transformer. Raises ExportError, OSError.
     """
-    with named(path):
-        module, notices = _module(dict(read_single_file(path).tensors), base)
-    write_modules({folder: module}, report)
+    with named(path), dequantized(path, folder, report) as (file, rest):
+        module, notices = _module(dict(file.tensors), base)
+        write_modules({folder: module}, rest)
     return notices
 
 

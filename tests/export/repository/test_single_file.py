@@ -26,7 +26,7 @@ from hypergen_export.errors import (
     UnsupportedModelError,
 )
 from hypergen_export.repository.export import ExportRequest, export, open_request
-from hypergen_export.repository.single_file import SingleFileOptions, convert_once, is_single_file
+from hypergen_export.repository.single_file import SingleFileOptions, convert_once
 from hypergen_export.single_files import folder as conversion
 from support.single_files import save_folder, save_single_file
 
@@ -110,9 +110,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 
 
 def test_the_exporter_refuses_what_it_does_not_read(checkpoint_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(UnsupportedModelError, match="GGUF is not read"):
-        is_single_file(str(tmp_path / "model.gguf"))
     (tmp_path / "model.txt").write_text("a model")
     with pytest.raises(NotADiffusersPipelineError, match="is a file"):
         export(ExportRequest(model=str(tmp_path / "model.txt"), output=tmp_path / "out"))
