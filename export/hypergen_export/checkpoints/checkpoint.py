@@ -14,8 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from hypergen_export.checkpoints.components import Sizes
-from hypergen_export.checkpoints.detection import check_classes, check_configs, find_family, with_stated_vae
+from hypergen_export.checkpoints.detection import (
+    check_classes,
+    check_configs,
+    check_preview_vae,
+    find_family,
+    with_preview_vae,
+    with_stated_vae,
+)
 from hypergen_export.checkpoints.embeddings import Embedding
+from hypergen_export.checkpoints.families.tensors import PREVIEW_DECODER
 from hypergen_export.checkpoints.family import ConfigOverrides, Family
 from hypergen_export.checkpoints.hub import find_snapshot
 from hypergen_export.checkpoints.weights import (
@@ -157,12 +165,15 @@ def open_checkpoint(model: str, replaced: Mapping[str, Replacement] | None = Non
         raise NotADiffusersPipelineError(f"{model}: not a diffusers pipeline: it has no {INDEX}")
     index = {**read_json(index_path), **{part: each.loader.split(".") for part, each in replaced.items()}}
     family = find_family(model, index, lambda module: read_json(folder / module / "config.json"))
-    family = with_stated_vae(family, index)
+    family = with_preview_vae(model, with_stated_vae(family, index), index)
     check_classes(model, index, family)
     checkpoint = Checkpoint(folder, family, index, {part: each.folder for part, each in replaced.items()})
     _check_files(checkpoint)
     configs = {module: checkpoint.config(module) for module in family.modules}
-    check_configs(model, family, configs, _readable_sizes(checkpoint))
+    sizes = _readable_sizes(checkpoint)
+    check_configs(model, family, configs, sizes)
+    if PREVIEW_DECODER.module in configs:
+        check_preview_vae(model, configs[PREVIEW_DECODER.module], sizes)
     return checkpoint
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from hypergen_export.checkpoints.components import Sizes
 from hypergen_export.checkpoints.families import FAMILIES
+from hypergen_export.checkpoints.families.tensors import PREVIEW_DECODER
 from hypergen_export.checkpoints.family import Config, Family
 from hypergen_export.errors import UnsupportedModelError
 
@@ -31,7 +32,6 @@ _UNSUPPORTED_PIPELINES = {
     "FluxControl": "its transformer takes a control image beside the latents",
     "FluxFill": "its transformer takes a mask and a masked image beside the latents (inpainting)",
     "Inpaint": "it takes a mask and a masked image beside the prompt (inpainting)",
-    "InstructPix2Pix": "its UNet takes an image to edit beside the latents",
     "Upscale": _UNSUPPORTED_PARTS["low_res_scheduler"],
     "Kandinsky": _UNSUPPORTED_PARTS["prior"],
 }
@@ -81,6 +81,28 @@ def with_stated_vae(family: Family, index: Config) -> Family:
         for each in family.components
     )
     return replace(family, components=components, sampling=replace(family.sampling, encodes_mode=True))
+
+
+def with_preview_vae(model: str, family: Family, index: Config) -> Family:
+    """The family with a decoder for previews, if the index has one. Raises UnsupportedModelError."""
+    if PREVIEW_DECODER.module not in index:
+        return family
+    if family.modules.get("vae") not in (_KL, _TINY):
+        raise UnsupportedModelError(f"{model}: --preview-vae is not supported for models with {family.modules['vae']}")
+    return replace(family, components=(*family.components, PREVIEW_DECODER))
+
+
+def check_preview_vae(model: str, config: Config, sizes: Sizes) -> None:
+    """Reject a decoder for previews whose latents are of another shape. Raises UnsupportedModelError."""
+    # The defaults are AutoencoderTiny's.
+    channels, blocks = config.get("latent_channels", 4), config.get("decoder_block_out_channels", (64,) * 4)
+    given = channels, 2 ** (len(blocks) - 1)
+    expected = sizes["latent_channels"], sizes["vae_scale_factor"]
+    if given != expected:
+        raise UnsupportedModelError(
+            f"{model}: --preview-vae decodes latents of {given[0]} channels to {given[1]} times their size, but the "
+            f"model's are of {expected[0]} channels and {expected[1]} times smaller"
+        )
 
 
 def check_classes(model: str, index: Config, family: Family) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint
 from hypergen_export.checkpoints.components import Component, LoraPool, Sizes
+from hypergen_export.checkpoints.families.tensors import PREVIEW_DECODER
 from hypergen_export.checkpoints.weights import stored_tensors, tensor_files
 from hypergen_export.engines.profiles import Profile, Shapes, profiles
 from hypergen_export.errors import BrokenCheckpointError
@@ -77,7 +78,8 @@ class Model:
 
     def largest_batch(self, shapes: Shapes, limit: int) -> int:
         """The most images in a denoiser call of which all engines fit into `limit` bytes; 0 if one does not."""
-        fitting = [images for images in BATCHES if self.total(replace(shapes, rows=2 * images)) <= limit]
+        rows = self.checkpoint.family.guided_rows
+        fitting = [images for images in BATCHES if self.total(replace(shapes, rows=rows * images)) <= limit]
         return max(fitting, default=0)
 
     def _need(self, component: Component, shapes: Shapes) -> Need:
@@ -124,9 +126,10 @@ def _has_branch(convolution: Shape, pool: LoraPool) -> bool:
 def _live_values(component: Component, tensors: Mapping[str, Shape], profile: Profile, sizes: Sizes) -> float:
     """Values that are alive at the same time in the largest call of a profile."""
     inputs = {name: bounds.largest for name, bounds in profile.items()}
-    if component.module == "vae":
-        rows, latent_pixels = _latents(component, inputs, sizes)
-        width = _LIVE_CONVOLUTIONS[component.name] * _widest(_outermost(component.name, tensors))
+    if component.module in ("vae", PREVIEW_DECODER.module):
+        kind = "vae_decoder" if "latents" in inputs else "vae_encoder"
+        rows, latent_pixels = _latents(inputs, sizes)
+        width = _LIVE_CONVOLUTIONS[kind] * _widest(_outermost(kind, tensors))
         return rows * max(latent_pixels * sizes["vae_scale_factor"] ** 2 * width, _SCORES * latent_pixels**2)
     if component.module == "unet":
         rows, _, height, width = inputs["sample"]
@@ -135,9 +138,9 @@ def _live_values(component: Component, tensors: Mapping[str, Shape], profile: Pr
     return _tokens(inputs, sizes) * live * _widest(_per_token(tensors))
 
 
-def _latents(component: Component, inputs: Mapping[str, Shape], sizes: Sizes) -> tuple[int, float]:
+def _latents(inputs: Mapping[str, Shape], sizes: Sizes) -> tuple[int, float]:
     """Rows of a VAE's call, and how many pixels the latents of a row have."""
-    if component.name == "vae_decoder":
+    if "latents" in inputs:
         rows, _, height, width = inputs["latents"]
         return rows, height * width
     rows, height, width, _ = inputs["image"]

@@ -1,4 +1,4 @@
-"""Parts that replace the checkpoint's own, or that a single file lacks: `--vae` and `--text-encoder`."""
+"""Parts beside the checkpoint's own or in place of them: `--vae`, `--preview-vae` and `--text-encoder`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,7 @@ def vae_replacement(vae: str, own: Mapping[str, Any], options: SingleFileOptions
 
     `own` is the config of the VAE that it replaces. Raises ExportError.
     """
-    if is_single_file(vae):
-        folder = convert_vae_once(vae, {name: own[name] for name in _OWN if name in own}, options, notify)
-    else:
-        folder = _module_folder(vae)
-    config = read_json(folder / "config.json")
+    folder, config = _vae("--vae", vae, {name: own[name] for name in _OWN if name in own}, options, notify)
     kind = config.get("_class_name")
     if kind not in _VAES:
         raise BadOptionError(f"--vae: {vae} is {kind or 'no VAE'}, but only {' and '.join(_VAES)} are supported")
@@ -36,6 +32,24 @@ def vae_replacement(vae: str, own: Mapping[str, Any], options: SingleFileOptions
     if kind == "AutoencoderKL" and scale != expected:
         notify(f"its VAE is replaced by one with another scaling factor ({scale:g}, not {expected:g})")
     return Replacement(folder=folder, loader=f"diffusers.{kind}")
+
+
+def preview_vae(vae: str, options: SingleFileOptions, notify: Notify) -> Replacement:
+    """The AutoencoderTiny at `vae`: a folder, hub id or single file. Raises ExportError."""
+    folder, config = _vae("--preview-vae", vae, {}, options, notify)
+    kind = config.get("_class_name")
+    if kind != "AutoencoderTiny":
+        raise BadOptionError(f"--preview-vae: {vae} is {kind or 'no VAE'}, but only AutoencoderTiny is supported")
+    return Replacement(folder=folder, loader=f"diffusers.{kind}")
+
+
+def _vae(
+    option: str, vae: str, own: Mapping[str, Any], options: SingleFileOptions, notify: Notify
+) -> tuple[Path, Mapping[str, Any]]:
+    """A VAE's folder and config."""
+    is_file = is_single_file(vae)
+    folder = convert_vae_once(vae, own, options, notify) if is_file else _module_folder(option, vae)
+    return folder, read_json(folder / "config.json")
 
 
 def text_replacements(text_encoder: str) -> dict[str, Replacement]:
@@ -56,10 +70,10 @@ def _text_parts(folder: Path) -> Iterator[tuple[str, Replacement]]:
             yield part, Replacement(folder=folder / part, loader=".".join(loader))
 
 
-def _module_folder(vae: str) -> Path:
+def _module_folder(option: str, vae: str) -> Path:
     folder = Path(vae).expanduser()
     if not folder.is_dir():
         if folder.exists() or vae.startswith((".", "/", "~")) or vae.count("/") != 1:
-            raise BadOptionError(f"--vae: {vae}: no such folder, single file, or hub id of the form owner/name")
+            raise BadOptionError(f"{option}: {vae}: no such folder, single file, or hub id of the form owner/name")
         folder = find_module_snapshot(vae)
     return folder / "vae" if (folder / "vae" / "config.json").is_file() else folder

@@ -61,6 +61,7 @@ class ExportOptions:
     deep_cache: bool = False
     prediction_type: str | None = None
     vae: str | None = None
+    preview_vae: str | None = None
     text_encoder: str | None = None
     embeddings: tuple[str, ...] = ()  # [NAME=]PATH, likewise
     embedding_dir: Path | None = None
@@ -76,6 +77,7 @@ class ExportOptions:
         given = {
             "--prediction-type": self.prediction_type,
             "--vae": self.vae,
+            "--preview-vae": self.preview_vae,
             "--text-encoder": self.text_encoder,
         }
         return {name: value for name, value in given.items() if value}

@@ -18,6 +18,9 @@ from hypergen_sampler.sampling import DenoiserInputs
 # Parts of Triton's error messages, as BLS has no error codes before 25.05.
 UNAVAILABLE = ("Server not ready", "is not healthy", "is not ready")
 
+# The decoder of previews, in repositories that have one.
+PREVIEW_DECODER = "preview_decoder"
+
 
 class ComponentError(RuntimeError):
     """A component model returned an error."""
@@ -60,13 +63,14 @@ class Components:
         answer = await _call("vae_encoder", inputs, ["mean", "std"])
         return answer["mean"][0], answer["std"][0]
 
-    async def decode(self, latents: Array) -> npt.NDArray[np.uint8]:
+    async def decode(self, latents: Array, *, is_preview: bool = False) -> npt.NDArray[np.uint8]:
         """Decode latents [C, h, w] to an image [H, W, 3].
 
         Raises:
             NonFiniteError: pixels are infinite or NaN, which in bytes would be black or white.
         """
-        answer = await _call("vae_decoder", {"latents": latents[None]}, ["image", "pixel_mean"])
+        model = PREVIEW_DECODER if is_preview and PREVIEW_DECODER in self._architecture.components else "vae_decoder"
+        answer = await _call(model, {"latents": latents[None]}, ["image", "pixel_mean"])
         if not np.isfinite(answer["pixel_mean"]).all():
             raise NonFiniteError("not finite: the image that the VAE decoded")
         image: npt.NDArray[np.uint8] = answer["image"][0]
