@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderTiny, StableDiffusionImg2ImgPipeline
+from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image as PILImage
 
 from hypergen_sampler.conditioning import texts_of
 from hypergen_sampler.request import InvalidInputError, Request
 from support.guidance_interval import guided_steps
-from support.miniature import FAMILIES, save_miniature
+from support.miniature import EDITING_FAMILIES, FAMILIES, save_miniature, save_tiny_vae
 from support.parity import (
     PROMPT,
     TOLERANCE_FROM_IMAGE,
@@ -66,12 +66,7 @@ def with_tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def make(family: str) -> Pair:
         folder = save_miniature(tmp_path_factory.mktemp("tiny") / family, family=family)
         shutil.rmtree(folder / "vae")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(2)
-            vae = AutoencoderTiny(encoder_block_out_channels=(16,) * 4, decoder_block_out_channels=(16,) * 4)
-        with torch.no_grad():
-            vae.decoder.layers[-1].weight.mul_(8)
-        vae.save_pretrained(folder / "vae")
+        save_tiny_vae(folder / "vae")
         index = json.loads((folder / "model_index.json").read_text())
         (folder / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", "AutoencoderTiny"]}))
         return Pair(sampler_of(folder), pipeline_of(folder))
@@ -288,6 +283,48 @@ async def test_a_tiny_autoencoder_takes_the_place_of_the_vae(family: str, start:
     else:
         pair.choose("euler_a")
         held(await pair.sampler.generate(request), by_diffusers(pair.pipeline, request))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"guidance_scale": 7.5, "image_guidance_scale": 1.5, "negative_prompt": "a green cat"},
+        {"guidance_scale": 3.0, "image_guidance_scale": 1.0, "width": 72, "height": 56},
+        {"guidance_scale": 1.0, "image_guidance_scale": 1.5},
+    ],
+    ids=["both scales", "no guidance by the image, another size", "no guidance"],
+)
+@pytest.mark.parametrize("family", EDITING_FAMILIES)
+async def test_an_edit_by_instruction_equals_diffusers(family: str, changes: dict[str, Any], pair_of: Any) -> None:
+    pair = pair_of(family)
+    request = request_of(**changes, image=input_image(changes.get("width", 64), changes.get("height", 64)))
+    pair.sampler.rows_of_calls.clear()
+    ours = await pair.sampler.generate(request)
+    held(ours, by_diffusers(pair.pipeline, request), TOLERANCE_FROM_IMAGE)
+    assert set(pair.sampler.rows_of_calls) == {3 if request.guidance_scale > 1 else 1}
+    other, _ = await pair.sampler.generate(dataclasses.replace(request, image=request.image[::-1].copy()))
+    assert np.abs(other - ours[0]).max() > 1e-3, "the UNet does not see the image"
+
+
+async def test_edits_by_instruction_share_batches_and_stay_their_own(pair_of: Any) -> None:
+    sampler = pair_of("instruct-pix2pix").sampler
+    requests = [
+        request_of(seed=seed, guidance_scale=scale, image_guidance_scale=1.5, guidance_end=end, image=image)
+        for seed, (scale, end, image) in enumerate(
+            [
+                (5.0, 1.0, input_image()),
+                (1.0, 1.0, input_image()[::-1].copy()),
+                (3.0, 0.5, input_image()[:, ::-1].copy()),
+            ]
+        )
+    ]
+    await assert_equal_together_and_alone(sampler, requests)
+    assert sampler.rows_of_calls == [7, 7, 5, 5]
+
+
+async def test_a_model_that_edits_needs_an_image(pair_of: Any) -> None:
+    with pytest.raises(InvalidInputError, match=r"^image: must be given, as this model edits images"):
+        await pair_of("instruct-pix2pix").sampler.generate(request_of(image_guidance_scale=1.5))
 
 
 async def test_images_of_one_request_are_those_of_its_seeds_in_a_row(pair_of: Any) -> None:

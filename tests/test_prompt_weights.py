@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from transformers import CLIPTextModel
 
 from hypergen_sampler.request import InvalidInputError
@@ -55,7 +54,10 @@ async def test_a_weighted_prompt_equals_diffusers_of_weighted_hidden_states(
         request = request_of(
             prompt=positive, negative_prompt=negative, guidance_scale=5.0, prompt_weighting="a1111", clip_skip=1
         )
-        held(await pair.sampler.generate(request), by_diffusers(ByWeightedChunks(pair.pipeline, WEIGHTED, clip_skip=1), request))
+        held(
+            await pair.sampler.generate(request),
+            by_diffusers(ByWeightedChunks(pair.pipeline, WEIGHTED, clip_skip=1), request),
+        )
 
 
 @pytest.mark.parametrize(("family", "clip_skip"), [("sd-1", 0), ("sd-1", 1), ("sd-1", 2), ("sd-2", 1), ("sdxl", 1)])

@@ -126,6 +126,13 @@ def _not_empty(_: click.Context, parameter: click.Parameter, value: Any) -> Any:
     help="VAE in place of the model's own: a folder, hub id or .safetensors file; also an AutoencoderTiny.",
 )
 @click.option(
+    "--preview-vae",
+    callback=_not_empty,
+    envvar="HYPERGEN_PREVIEW_VAE",
+    show_envvar=True,
+    help="AutoencoderTiny that decodes previews: a folder, hub id or .safetensors file.",
+)
+@click.option(
     "--text-encoder",
     callback=_not_empty,
     envvar="HYPERGEN_TEXT_ENCODER",
@@ -182,17 +189,18 @@ def export(*, model: str, output: Path, dtype: str, sizes: str | None, loras: tu
     options["model_id"] = options["model_id"] or model
     try:
         examine = _read_passport_options(options)
+        given = read_loras(loras)
         request = ExportRequest(
             model=model,
             output=output,
             dtype=_DTYPES[dtype],
             sizes=() if sizes is None else read_sizes(sizes),
-            loras=read_loras(loras),
+            loras=given,
             single_files=SingleFileOptions(
                 cache_dir=options.pop("cache_dir") or default_cache_dir(),
                 prediction_type=options.pop("prediction_type"),
             ),
-            embeddings=read_embeddings(options.pop("embeddings"), options.pop("embedding_dir")),
+            embeddings=read_embeddings(options.pop("embeddings"), options.pop("embedding_dir"), given),
             **options,
         )
         with _interruptible():

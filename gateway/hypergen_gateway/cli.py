@@ -46,6 +46,7 @@ from hypergen_gateway.passport.measure import measure as measure_passport
 from hypergen_gateway.passport.prompts import MAX_COUNT, read_prompts
 from hypergen_gateway.passport.table import description, sheet, table
 from hypergen_gateway.serving import (
+    ClipSkipError,
     ServeOptions,
     TritonOptions,
     generate_image,
@@ -156,6 +157,11 @@ def _triton_options(command: Callable[..., None]) -> Any:
         help="VAE in place of the model's own: a folder, hub id or .safetensors file; also an AutoencoderTiny.",
     )
     @option(
+        "--preview-vae",
+        metavar="PATH|ID",
+        help="AutoencoderTiny that decodes previews, which then cost little: a folder, hub id or .safetensors file.",
+    )
+    @option(
         "--text-encoder",
         metavar="PATH|ID",
         help="Pipeline whose text encoders and tokenizers to use in place of the model's own.",
@@ -211,7 +217,7 @@ def _read_triton_options(model: str | None, given: dict[str, Any]) -> TritonOpti
     deep_cache, max_batch_size = given.pop("deep_cache"), given.pop("max_batch_size")
     embeddings, embedding_dir = given.pop("embedding"), given.pop("embedding_dir")
     lora_rank, lora_dir = given.pop("lora_rank"), given.pop("lora_dir", None)  # which one image has no use for
-    parts = {name: given.pop(name) for name in ("prediction_type", "vae", "text_encoder")}
+    parts = {name: given.pop(name) for name in ("prediction_type", "vae", "preview_vae", "text_encoder")}
     dtype = DTYPES[given.pop("dtype")]
     model = model or SHIPPED_MODEL
     if url is not None:
@@ -614,7 +620,7 @@ def _one_line_errors() -> Iterator[None]:
         yield
     except ExportFailedError as error:
         raise SystemExit(error.exit_code) from error
-    except (HyperGenError, EmbeddedError, PassportError, PortUnavailableError) as error:
+    except (HyperGenError, EmbeddedError, PassportError, PortUnavailableError, ClipSkipError) as error:
         raise click.ClickException(str(error)) from error
     except asyncio.CancelledError:
         raise SystemExit(130) from None

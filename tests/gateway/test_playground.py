@@ -127,6 +127,8 @@ class TestCapabilities:
             "default_guidance_scale": 5.0,
             "min_guidance_scale": 1.0,
             "max_guidance_scale": 20.0,
+            "default_image_guidance_scale": 0.0,
+            "max_image_guidance_scale": 0.0,
             "negative_prompt": True,
             "guidance_interval": True,
             "max_cache_interval": 10,
@@ -273,8 +275,11 @@ class TestGeneration:
         backend.description = replace(EMOJI, guidance="embedded", max_cache_interval=1)
         page = await open_page()
         await expect(page.get_by_label("Guidance", exact=True)).to_be_visible()
-        for name in ("Guidance from", "Guidance to", "Deep features"):
+        for name in ("Guidance from", "Guidance to", "Deep features", "Image guidance"):
             await expect(page.get_by_label(name)).to_be_hidden()
+        backend.description = replace(EMOJI, default_image_guidance_scale=1.5, max_image_guidance_scale=20.0)
+        page = await open_page()
+        await expect(page.get_by_label("Image guidance")).to_have_value("1.5")
 
     async def test_what_was_measured_of_the_model_is_a_table(self, open_page: OpenPage, backend: FakeBackend) -> None:
         backend.description = replace(EMOJI, passport=(replace(MEASURED, fields={}), MEASURED))

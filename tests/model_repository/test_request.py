@@ -28,6 +28,8 @@ PARAMETERS = {
     "default_guidance_scale": "3.5",
     "min_guidance_scale": "1",
     "max_guidance_scale": "20",
+    "default_image_guidance_scale": "0",
+    "max_image_guidance_scale": "0",
     "max_cache_interval": "1",
     "prompt_weightings": "none,a1111",
     "default_clip_skip": "1",
@@ -247,6 +249,24 @@ def test_a_strength_out_of_range_is_refused(value: float) -> None:
 def test_what_belongs_to_an_image_is_refused_without_one(name: str, value: Any) -> None:
     with pytest.raises(InvalidInputError, match=f"^{name}: needs an image"):
         check_request({"prompt": "x", name: value}, LIMITS)
+
+
+EDITING = Limits.from_model_config(model_config(max_image_guidance_scale="20", default_image_guidance_scale="1.5"))
+
+
+def test_an_edit_by_instruction_has_a_scale_for_the_image_and_no_strength() -> None:
+    given: dict[str, Any] = {"prompt": "x", "image": pixels(32, 64, 3)}
+    assert check_request(given, EDITING).image_guidance_scale == 1.5
+    assert check_request(given | {"image_guidance_scale": 1.0}, EDITING).image_guidance_scale == 1.0
+    for name, value, words in (
+        ("image_guidance_scale", 0.9, "must be from 1.0 to 20.0, not 0.9"),
+        ("image_guidance_scale", float("nan"), "must be from 1.0 to 20.0"),
+        ("strength", 0.5, "must be absent, as this model edits by instruction"),
+    ):
+        with pytest.raises(InvalidInputError, match=f"^{name}: {words}"):
+            check_request(given | {name: value}, EDITING)
+    with pytest.raises(InvalidInputError, match=r"^image_guidance_scale: must be absent"):
+        check_request(given | {"image_guidance_scale": 1.5}, LIMITS)
 
 
 def test_guidance_ends_after_it_starts_and_unasked_lasts_throughout() -> None:

@@ -9,6 +9,7 @@ from hypergen_sampler.request import Architecture
 
 # A UNet of Stable Diffusion 1.x with classifier-free guidance.
 PARAMETERS: Mapping[str, str] = {
+    "components": "text_encoder,unet,vae_decoder",
     "text_inputs": json.dumps(
         [
             {

@@ -43,8 +43,8 @@ class ByChunks:
 class ByWeightedChunks(ByChunks):
     """As `ByChunks`, with the hidden states weighted as by the tool whose syntax a prompt is in.
 
-    stable-diffusion-webui's `FrozenCLIPEmbedderWithCustomWordsBase` multiplies those of each chunk by the weights of its
-    tokens, and restores their mean. compel moves those with a weight above 1 further away from those of an empty prompt.
+    stable-diffusion-webui's `FrozenCLIPEmbedderWithCustomWordsBase` multiplies those of each chunk by the weights of
+    its tokens, and restores their mean. compel moves those with a weight above 1 away from those of an empty prompt.
     `clip_skip` as diffusers counts it.
     """
 

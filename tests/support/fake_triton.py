@@ -34,6 +34,8 @@ PARAMETERS = {
     "min_guidance_scale": "1",
     "max_guidance_scale": "20",
     "guidance": "classifier_free",
+    "default_image_guidance_scale": "0",
+    "max_image_guidance_scale": "0",
     "max_cache_interval": "10",
     "prompt_weightings": "none,a1111",
     "default_prompt_weighting": "none",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -61,6 +61,8 @@ _UNET_XL = {
 }
 # Latents, mask and the latents of the masked image.
 _MASKED_IMAGE = {"in_channels": 2 * LATENT_CHANNELS + 1}
+# Latents, and those of the image that is edited by instruction.
+_EDITED_IMAGE = {"in_channels": 2 * LATENT_CHANNELS}
 _GUIDANCE_EMBEDDED = {"time_cond_proj_dim": 32}
 
 
@@ -110,6 +112,15 @@ FAMILIES: Mapping[str, Family] = {
     "sdxl-lightning": _xl(_TRAILING, "ByteDance/SDXL-Lightning"),
     "lcm-sdxl": _xl(_LCM, "", **_GUIDANCE_EMBEDDED),
 }
+# Models that edit by instruction, and do nothing else.
+EDITING_FAMILIES: Mapping[str, Family] = {
+    "instruct-pix2pix": Family(
+        scheduler=_EULER, unet=_UNET_1 | _EDITED_IMAGE, pipeline="StableDiffusionInstructPix2PixPipeline"
+    ),
+    "sdxl-instruct-pix2pix": replace(
+        _xl(_EULER, "", **_EDITED_IMAGE), pipeline="StableDiffusionXLInstructPix2PixPipeline"
+    ),
+}
 
 
 def save_miniature(
@@ -127,7 +138,7 @@ def save_miniature(
     """
     if prediction_type not in (None, *PREDICTION_TYPES):
         raise ValueError(f"prediction_type: {prediction_type!r} is none of {PREDICTION_TYPES}")
-    kind = FAMILIES[family]
+    kind = {**FAMILIES, **EDITING_FAMILIES}[family]
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = save_tokenizer(folder / "tokenizer", pad_token or kind.pad_token)
     with torch.random.fork_rng(devices=[]):
@@ -142,6 +153,17 @@ def save_miniature(
     config = {**_SCHEDULER, **kind.scheduler, **changes}
     _write_json(folder / "scheduler" / "scheduler_config.json", config)
     _write_json(folder / "model_index.json", _index(kind, config["_class_name"]))
+    return folder
+
+
+def save_tiny_vae(folder: Path) -> Path:
+    """Write an AutoencoderTiny for the miniatures' latents, with contrast."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        vae = AutoencoderTiny(encoder_block_out_channels=(16,) * 4, decoder_block_out_channels=(16,) * 4)
+    with torch.no_grad():
+        vae.decoder.layers[-1].weight.mul_(8)
+    vae.save_pretrained(folder)
     return folder
 
 

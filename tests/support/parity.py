@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -82,11 +82,21 @@ class Sampler:
 
     async def generate(self, request: Request, loop: StepLoop | None = None) -> tuple[Array, Pixels]:
         """The final latents [C, h, w] and the image."""
+        latents = (await self.outputs(request, loop))[-1]
+        return latents, self.run("vae_decoder", latents=latents[None])["image"][0]
+
+    async def outputs(self, request: Request, loop: StepLoop | None = None) -> list[Array]:
+        """The latents [C, h, w] of the previews and last the final ones."""
         self.architecture.check(request)
         latent_init = self.latent_init(request)
+        edited = latent_init.original if self.architecture.edits_by_instruction else None
+        if edited is not None:
+            latent_init = replace(latent_init, original=None)
         given = [self.run("vae_encoder", image=image[None])["mean"][0] for image in request.references]
         references = references_of(request, latent_init.original, given, self.architecture)
-        conditions = conditioning_of(request, self.encode(request), self.architecture, references)
+        conditions = conditioning_of(
+            request, self.encode(request), self.architecture, references, edited and edited.mean
+        )
         scheduler = self.schedulers.make(
             request.scheduler,
             steps=request.num_inference_steps,
@@ -97,8 +107,7 @@ class Sampler:
             masked=request.mask is not None or self.architecture.takes_masked_image,
         )
         image = Trajectory(request, conditions, latent_init, scheduler, self.architecture)
-        latents = [sample async for sample in (loop or self.loop()).sample(image, lambda: False)][-1].latents
-        return latents, self.run("vae_decoder", latents=latents[None])["image"][0]
+        return [output.latents async for output in (loop or self.loop()).sample(image, lambda: False)]
 
     def latent_init(self, request: Request) -> LatentInit:
         factor = self.checkpoint.sizes["vae_scale_factor"]
@@ -231,7 +240,7 @@ def by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:
         "prompt": request.prompt,
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": request.guidance_scale,
-        **(_given_to_inpainting_model(request) if _is_inpainting_model(pipeline) else _given(request)),
+        **_inputs_of(pipeline)(request),
     }
     if request.negative_prompt is not None:
         fields["negative_prompt"] = request.negative_prompt
@@ -247,6 +256,20 @@ def by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:
             return pipeline(**fields, generator=torch.Generator().manual_seed(request.seed), output_type=kind).images[0]
 
     return generate("latent").numpy(), np.asarray(generate("pil"))
+
+
+def _inputs_of(pipeline: Any) -> Callable[[Request], dict[str, Any]]:
+    """Size and images, as the kind of pipeline takes them."""
+    if type(pipeline).__name__ == "StableDiffusionInstructPix2PixPipeline":
+        return _given_to_edit  # which has the image's own size
+    if type(pipeline).__name__ == "StableDiffusionXLInstructPix2PixPipeline":
+        return lambda request: {**_given_to_edit(request), "width": request.width, "height": request.height}
+    return _given_to_inpainting_model if _is_inpainting_model(pipeline) else _given
+
+
+def _given_to_edit(request: Request) -> dict[str, Any]:
+    assert request.image is not None
+    return {"image": PILImage.fromarray(request.image), "image_guidance_scale": request.image_guidance_scale}
 
 
 def _given(request: Request) -> dict[str, Any]:

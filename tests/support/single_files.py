@@ -117,6 +117,7 @@ MINIATURES: Mapping[str, Miniature] = {
     "sd-2-inpainting": replace(
         _sd_2("epsilon"), pipeline="StableDiffusionInpaintPipeline", unet={**_UNET_2, "in_channels": 9}
     ),
+    "sd-1-instruct": replace(_sd_1(in_channels=8), pipeline="StableDiffusionInstructPix2PixPipeline"),
     "sdxl-inpainting": _sdxl("StableDiffusionXLInpaintPipeline", {**_UNET_XL, "in_channels": 9}),
 }
 

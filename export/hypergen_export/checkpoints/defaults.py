@@ -24,6 +24,7 @@ _FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
 _EULER = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 # Three times what StableDiffusion3Pipeline's documentation advises.
 _MAX_SKIP_LAYER_GUIDANCE_SCALE = 10.0
+_IMAGE_GUIDANCE_SCALE, _MAX_IMAGE_GUIDANCE_SCALE = 1.5, 20.0
 # As many images as an edit of OpenAI's API may have.
 _MAX_REFERENCES = 16
 # Wide enough for a reference image of one megapixel that is eight times as wide as high, as diffusers takes them.
@@ -40,6 +41,7 @@ def checkpoint_parameters(checkpoint: Checkpoint) -> dict[str, str]:
         parameters: dict[str, int | float | str] = {
             **_size_limits(checkpoint),
             **_default_steps_and_guidance(checkpoint),
+            **_image_guidance(checkpoint),
             **_prompt_syntax(checkpoint),
         }
         suggestions = _suggestions(checkpoint.defaults)
@@ -140,6 +142,16 @@ def _skip_layer_guidance(checkpoint: Checkpoint) -> dict[str, float]:
     if not 0 <= scale <= largest:
         raise ValueError(f"skip_layer_guidance_scale: must be from 0 to {largest:g}, not {scale:g}")
     return {"default_skip_layer_guidance_scale": scale, "max_skip_layer_guidance_scale": largest}
+
+
+def _image_guidance(checkpoint: Checkpoint) -> dict[str, int | float]:
+    """The guidance by the image that is edited by instruction; no other model has one. The default is diffusers'."""
+    if checkpoint.family.sampling.guidance != "classifier_free_with_image":
+        return {"default_image_guidance_scale": 0.0, "max_image_guidance_scale": 0.0}
+    default = float(checkpoint.defaults.get("image_guidance_scale", _IMAGE_GUIDANCE_SCALE))
+    if not 1.0 <= default <= _MAX_IMAGE_GUIDANCE_SCALE:
+        raise ValueError(f"image_guidance_scale: must be from 1 to {_MAX_IMAGE_GUIDANCE_SCALE:g}, not {default:g}")
+    return {"default_image_guidance_scale": default, "max_image_guidance_scale": _MAX_IMAGE_GUIDANCE_SCALE}
 
 
 def _prompt_syntax(checkpoint: Checkpoint) -> dict[str, str | int]:

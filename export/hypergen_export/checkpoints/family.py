@@ -151,6 +151,11 @@ class Family:
         return tuple(each.tokenizer for each in self.text)
 
     @property
+    def guided_rows(self) -> int:
+        """The most rows of a denoiser call that an image takes."""
+        return 3 if self.sampling.guidance == "classifier_free_with_image" else 2
+
+    @property
     def text_encoders(self) -> tuple[Component, ...]:
         """The text encoders, in the order of `text`."""
         by_name = {component.name: component for component in self.components}

@@ -47,7 +47,7 @@ def answer(question: Question) -> Answer:
     checkpoint = open_checkpoint(question.model)
     limits = checkpoint_parameters(checkpoint)
     sizes = choose_sizes(TENSORRT, question.sizes, limits)
-    shapes = shapes_of(checkpoint, sizes, 2 * question.max_batch_size)
+    shapes = shapes_of(checkpoint, sizes, checkpoint.family.guided_rows * question.max_batch_size)
     components = checkpoint.family.components
     if question.lora_rank:
         pool = LoraPool.of_columns(question.lora_rank, kernels=True)
@@ -67,7 +67,8 @@ def table(engines: Model, shapes: Shapes) -> Iterator[str]:
         for need in engines.needs(shapes)
     ]
     sizes = ", ".join(f"{width}x{height}" for width, height in shapes.image_sizes)
-    yield f"GPU memory for images of {sizes}, at most {shapes.rows // 2} in a denoiser call, in GiB:"
+    images = shapes.rows // engines.checkpoint.family.guided_rows
+    yield f"GPU memory for images of {sizes}, at most {images} in a denoiser call, in GiB:"
     head = ("component", "precision", "weights", "activations", "together")
     rest = [
         ("CUDA and Triton (assumed)", "", "", "", _gib(FIXED_BYTES)),
@@ -100,7 +101,8 @@ def verdict(engines: Model, shapes: Shapes, gpu: int, max_side: int) -> str:
 def _largest_side(engines: Model, shapes: Shapes, gpu: int, max_side: int) -> int:
     """The side of the largest square image that fits alone, 0 if none does."""
     sides = range(_SIDE_STEP, max_side + 1, _SIDE_STEP)
-    squares = ((side, replace(shapes, image_sizes=((side, side),), rows=2)) for side in sides)
+    rows = engines.checkpoint.family.guided_rows
+    squares = ((side, replace(shapes, image_sizes=((side, side),), rows=rows)) for side in sides)
     return max((side for side, square in squares if engines.total(square) <= gpu), default=0)
 
 

@@ -31,6 +31,7 @@ from hypergen_export.checkpoints.defaults import (
     notices,
 )
 from hypergen_export.checkpoints.embeddings import Embedding
+from hypergen_export.checkpoints.families.tensors import PREVIEW_DECODER
 from hypergen_export.checkpoints.families.unet import with_deep_cache
 from hypergen_export.checkpoints.family import TextInput
 from hypergen_export.checkpoints.files import link_or_copy, on_one_file_system
@@ -52,7 +53,7 @@ from hypergen_export.repository.cache_key import (
     weight_files,
 )
 from hypergen_export.repository.estimate import table
-from hypergen_export.repository.replacements import text_replacements, vae_replacement
+from hypergen_export.repository.replacements import preview_vae, text_replacements, vae_replacement
 from hypergen_export.repository.single_file import (
     SingleFileOptions,
     convert_once,
@@ -92,13 +93,13 @@ _ROWS_SKIPPING_LAYERS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRequest:
-    """The options of an export. `max_batch_size` counts images; with guidance each takes two rows of a denoiser call.
+    """The options of an export. `max_batch_size` counts images; with guidance each takes several rows of a call.
 
     `sizes` are the image sizes to build, for engines that need them; empty for the checkpoint's default. `loras` are
     served beside the unmodified checkpoint; `lora_rank` is the least number of columns of the rank pool, for more LoRAs
     while serving. `deep_cache` adds a shallow UNet, for requests with `cache_interval`.
     `single_files` applies if `model` or `vae` is a single file. `vae` and `text_encoder` replace the checkpoint's own.
-    `embeddings` are textual inversions that prompts may name.
+    `preview_vae` decodes previews. `embeddings` are textual inversions that prompts may name.
     """
 
     model: str
@@ -113,13 +114,9 @@ class ExportRequest:
     deep_cache: bool = False
     single_files: SingleFileOptions = field(default_factory=SingleFileOptions)
     vae: str | None = None
+    preview_vae: str | None = None
     text_encoder: str | None = None
     embeddings: tuple[Embedding, ...] = ()
-
-    @property
-    def rows(self) -> int:
-        """The maximum batch size of a component."""
-        return 2 * self.max_batch_size
 
     @property
     def source(self) -> dict[str, Any]:
@@ -129,7 +126,7 @@ class ExportRequest:
             "vae": self.vae and _absolute(self.vae),
             "text_encoder": self.text_encoder and _absolute(self.text_encoder),
             "prediction_type": self.single_files.prediction_type,
-            "embeddings": [f"{each.name}={each.file.absolute()}" for each in self.embeddings],
+            "embeddings": [f"{each.name}={each.file.absolute()}" for each in self.embeddings if not each.is_bundled],
         }
 
     @property
@@ -140,7 +137,6 @@ class ExportRequest:
             "engine": self.engine,
             "dtype": self.dtype,
             "device": ENGINES[self.engine].device,
-            "max_batch_size": str(self.rows),
             "embeddings": ",".join(embedding.name for embedding in self.embeddings),
             "max_cache_interval": str(_MAX_CACHE_INTERVAL if self.deep_cache else 1),
         }
@@ -285,7 +281,7 @@ def _open_single_file(request: ExportRequest, notify: Callable[[str], None]) -> 
         transformer = Replacement(folder=folder, loader=f"diffusers.{config['_class_name']}")
         own_vae = read_json(base / "vae" / "config.json")
         vae = {"vae": vae_replacement(request.vae, own_vae, request.single_files, notify)} if request.vae else {}
-        return open_checkpoint(str(base), {"transformer": transformer, **vae})
+        return open_checkpoint(str(base), {"transformer": transformer, **vae, **_preview_vae(request, notify)})
     converted = convert_once(request.model, request.single_files, notify)
     replaced = _replacements(request, converted.vae, notify)
     absent = [module for module in converted.missing if module not in replaced]
@@ -303,7 +299,14 @@ def _replacements(
         own = own_vae or read_json(find_folder(request.model) / "vae" / "config.json")
         with _requires_export_extra():
             replaced["vae"] = vae_replacement(request.vae, own, request.single_files, notify)
-    return replaced
+    return replaced | _preview_vae(request, notify)
+
+
+def _preview_vae(request: ExportRequest, notify: Callable[[str], None]) -> dict[str, Replacement]:
+    if not request.preview_vae:
+        return {}
+    with _requires_export_extra():
+        return {PREVIEW_DECODER.module: preview_vae(request.preview_vae, request.single_files, notify)}
 
 
 def _check_loras(request: ExportRequest, checkpoint: Checkpoint) -> None:
@@ -326,6 +329,16 @@ class ExportTask:
     previous: PreviousExport
     sizes: tuple[Size, ...]
     target: Target | None
+
+    @property
+    def rows(self) -> int:
+        """The maximum batch size of a component."""
+        return self.checkpoint.family.guided_rows * self.request.max_batch_size
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The sampler's parameters that depend on the options."""
+        return {**self.request.settings, "max_batch_size": str(self.rows)}
 
     @cached_property
     def components(self) -> tuple[Component, ...]:
@@ -381,7 +394,7 @@ class ExportTask:
     @property
     def shapes(self) -> Shapes:
         """The shapes that engines are built for."""
-        return shapes_of(self.checkpoint, self.sizes, self.request.rows)
+        return shapes_of(self.checkpoint, self.sizes, self.rows)
 
     @cached_property
     def keys(self) -> dict[str, str]:
@@ -397,7 +410,7 @@ class ExportTask:
     def key(self) -> str:
         """Key of the whole repository."""
         stated = {"defaults": self.checkpoint.defaults, "index": self.checkpoint.index}
-        settings = self.request.settings | {name: repr(sorted(given.items())) for name, given in stated.items()}
+        settings = self.settings | {name: repr(sorted(given.items())) for name, given in stated.items()}
         # Those in a rank pool are in no component's key.
         loras = [(lora.name, lora.scale, lora.sha256) for lora in self.request.loras]
         settings |= {"sizes": repr(self.sizes), "loras": repr(loras)}
@@ -585,7 +598,7 @@ def _write_configs(task: ExportTask, folder: Path) -> None:
     if task.pool:
         own["denoiser_inputs"] += f",{task.pool.scales.name}"
     own |= size_parameters(task.sizes, own) | {"max_reference_rows": str(reference_rows(task.shapes))}
-    parameters = request.settings | own | _lora_parameters(task)
+    parameters = task.settings | own | _lora_parameters(task)
     (folder / _SAMPLER / "config.pbtxt").write_text(sampler_config(template, parameters), encoding="utf-8")
 
 
@@ -707,7 +720,7 @@ def _record(task: ExportTask, folder: Path, parity: Mapping[str, Any]) -> dict[s
         "key": task.key,
         "model": task.request.model,
         "source": task.request.source,
-        **task.request.settings,
+        **task.settings,
         "target": asdict(task.target) if task.target else None,
         "versions": _versions(),
         "components": {

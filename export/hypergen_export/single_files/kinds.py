@@ -107,17 +107,15 @@ SDXL = Kind(
     index={"force_zeros_for_empty_prompt": True},
     force_upcast=True,
 )
-# Of a UNet that takes a mask and a masked image beside four channels of latents, and its pipelines.
-_INPAINTING_CHANNELS = 9
-_INPAINTING = {
-    "StableDiffusionPipeline": "StableDiffusionInpaintPipeline",
-    "StableDiffusionXLPipeline": "StableDiffusionXLInpaintPipeline",
+# Channels of a UNet that takes more than four of latents -> what its kind is called, and its pipeline's class.
+_WITH_IMAGE = {
+    8: ("editing by instruction", "InstructPix2PixPipeline"),
+    9: ("inpainting", "InpaintPipeline"),
 }
 # Number of the UNet's input channels -> why it is not supported.
 _OTHER_CHANNELS = {
     5: "its UNet takes a depth map",
     7: "it is an upscaler",
-    8: "its UNet takes an image to edit beside the latents (InstructPix2Pix)",
 }
 _REFINER_CONTEXT = 1280
 # Name of a tensor -> what a file with it is, and what to do.
@@ -157,9 +155,12 @@ def kind_of(shapes: Shapes) -> Kind:
         return kind
     if channels in _OTHER_CHANNELS:
         raise UnsupportedModelError(f"{_OTHER_CHANNELS[channels]}, which is not supported")
-    if channels != _INPAINTING_CHANNELS:
+    if channels not in _WITH_IMAGE:
         raise UnsupportedModelError(f"its UNet takes {channels} channels, which is not supported")
-    return replace(kind, title=f"{kind.title} inpainting", pipeline=_INPAINTING[kind.pipeline])
+    purpose, pipeline = _WITH_IMAGE[channels]
+    return replace(
+        kind, title=f"{kind.title} {purpose}", pipeline=f"{kind.pipeline.removesuffix('Pipeline')}{pipeline}"
+    )
 
 
 def _base(shapes: Shapes) -> Kind:

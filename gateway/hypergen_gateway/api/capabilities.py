@@ -67,6 +67,11 @@ class Capabilities(BaseModel):
         "negative prompt, the lowest legal scale."
     )
     max_guidance_scale: float = Field(description="`min_guidance_scale` if the model takes no guidance.")
+    default_image_guidance_scale: float
+    max_image_guidance_scale: float = Field(
+        description="0 if the model does not edit by instruction. One that does has no other requests than edits and "
+        "variations, which start from noise, without `strength`."
+    )
     negative_prompt: bool = Field(description="Whether `negative_prompt` is supported.")
     guidance_interval: bool = Field(description="Whether `guidance_start` and `guidance_end` are supported.")
     max_cache_interval: int = Field(description="1 if the model is served without `--deep-cache`.")
@@ -113,6 +118,8 @@ def of_model(model: ModelDescription, id_: str, sizes: SizePolicy) -> Capabiliti
         default_guidance_scale=model.default_guidance_scale,
         min_guidance_scale=model.min_guidance_scale,
         max_guidance_scale=model.max_guidance_scale,
+        default_image_guidance_scale=model.default_image_guidance_scale,
+        max_image_guidance_scale=model.max_image_guidance_scale,
         negative_prompt=model.has_negative_prompt,
         guidance_interval=model.has_negative_prompt,
         max_cache_interval=model.max_cache_interval,

@@ -41,6 +41,7 @@ _LINKING_MODELS = ("dall-e-2", "dall-e-3")
 # Fields that the sampler gets as they are.
 _UNCHANGED = (
     "negative_prompt",
+    "image_guidance_scale",
     "guidance_start",
     "guidance_end",
     "guidance_rescale",
@@ -140,8 +141,8 @@ def _clip_skip(body: RequestBody, model: ModelDescription) -> int | None:
 
 
 def _strength(body: RequestBody, model: ModelDescription) -> float | None:
-    """The strength of an edit or variation; None leaves it to the model."""
-    if isinstance(body, ImageRequest):
+    """The strength of an edit or variation; None leaves it to the model, or it has none."""
+    if isinstance(body, ImageRequest) or model.edits_by_instruction:
         return None
     if isinstance(body, VariationForm) and body.strength is None:
         return max(_VARIATION_STRENGTH, 1 / _num_inference_steps(body, model))

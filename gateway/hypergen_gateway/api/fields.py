@@ -102,6 +102,7 @@ References = Annotated[list[ImageReference], BeforeValidator(_listed), Field(min
 
 _INTERVALS = Legal("{legal_cache_intervals}")
 _SKIPS = Legal("{legal_clip_skips}")
+_IMAGE_SCALES = Legal("{legal_image_guidance_scales}")
 _LORAS = Legal(
     f'a list of at most {MAX_LORAS} objects such as {{{{"name": "ink", "scale": 0.8}}}}, with scales from -10 to 10 '
     "and names of {offered_loras}"
@@ -111,6 +112,7 @@ _SKIP_STARTS = Legal("{legal_skip_layer_guidance_starts}")
 _SKIP_STOPS = Legal("{legal_skip_layer_guidance_stops}")
 _NEGATIVE = Legal("{legal_negative_prompts}")
 _SCALES = Legal("{legal_guidance_scales}")
+_STRENGTHS = Legal("{legal_strengths}")
 _SEEDS = Legal(f"an integer from 0 to {MAX_SEED}, and so must be seed + n - 1; -1 is a random one")
 
 
@@ -175,6 +177,12 @@ class ImageFields(_Body):
         ge=0.0,
         description="How closely to follow the prompt. The lowest value, 1 for most models, disables guidance, which "
         "halves the work, unless the model is given the scale itself.",
+    )
+    image_guidance_scale: Annotated[float | None, ModelLimit("max_image_guidance_scale"), _IMAGE_SCALES] = Field(
+        default=None,
+        ge=1.0,
+        description="How closely an edit keeps to the input image, for models that edit by instruction; by default the "
+        "model's own, usually 1.5.",
     )
     guidance_start: float | None = Field(
         default=None,
@@ -295,7 +303,7 @@ _STRENGTH = Field(
 
 
 class _EditFields(_PromptFields):
-    strength: float | None = _STRENGTH
+    strength: Annotated[float | None, _STRENGTHS] = _STRENGTH
     input_fidelity: Literal["high", "low"] | None = Field(default=None, description="Accepted and ignored.")
 
 
@@ -334,7 +342,7 @@ class VariationForm(ImageFields):
     image: Annotated[Upload, _IMAGE] = Field(
         validation_alias=AliasChoices("image", "images"), description="PNG, JPEG, WebP, AVIF or GIF, less than 50 MB."
     )
-    strength: float | None = _STRENGTH
+    strength: Annotated[float | None, _STRENGTHS] = _STRENGTH
     stream: bool = Field(default=False, description="Variations cannot be streamed; `true` is rejected.")
 
     @property

@@ -133,6 +133,8 @@ def check_limits(generation: GenerationRequest, body: RequestBody, model: ModelD
     Raises:
         InvalidRequestError: a value is not legal for this model; `param` is the field.
     """
+    if isinstance(body, ImageRequest) and model.edits_by_instruction:
+        raise InvalidRequestError("The model edits images: send one to POST /v1/images/edits.", None)
     limits = {name: limit for name in type(body).model_fields if (limit := model_limit(type(body), name))}
     is_legal = {
         **{name: _is_within(getattr(body, name), limit, model) for name, limit in limits.items()},
@@ -140,6 +142,7 @@ def check_limits(generation: GenerationRequest, body: RequestBody, model: ModelD
         "guidance_end": body.guidance_end is None or (body.guidance_start or 0.0) <= body.guidance_end,
         "skip_layer_guidance_start": not body.skip_layer_guidance_start or model.max_skip_layer_guidance_scale > 0,
         "skip_layer_guidance_stop": _is_legal_skip_stop(body, model),
+        "strength": isinstance(body, ImageRequest) or body.strength is None or not model.edits_by_instruction,
         "prompt_weighting": body.prompt_weighting is None or body.prompt_weighting in model.prompt_weightings,
         "scheduler": generation.scheduler is None or generation.scheduler in model.schedulers,
         "seed": generation.seed + generation.num_images - 1 <= MAX_SEED,
@@ -223,6 +226,16 @@ def _legal_skip_layer_guidance(model: ModelDescription) -> dict[str, str]:
     return dict(zip(names, legal, strict=True))
 
 
+def _legal_image_guidance_scales(model: ModelDescription) -> str:
+    if not model.edits_by_instruction:
+        return "absent, as the model does not edit by instruction"
+    return f"a number from 1 to {model.max_image_guidance_scale:g}"
+
+
+def _legal_strengths(model: ModelDescription) -> str:
+    return "absent, as the model edits by instruction" if model.edits_by_instruction else "a number from 0 to 1"
+
+
 def _known_loras(model: ModelDescription) -> str:
     return f"one of {_offered_loras(model)}" if model.loras else "absent, as the model is served without any LoRA"
 
@@ -249,6 +262,8 @@ def invalid(
         "legal_clip_skips": _legal_clip_skips(model),
         **_legal_skip_layer_guidance(model),
         "legal_prompt_weightings": _legal_prompt_weightings(model),
+        "legal_image_guidance_scales": _legal_image_guidance_scales(model),
+        "legal_strengths": _legal_strengths(model),
         "legal_guidance_scales": _legal_guidance_scales(model),
         "legal_negative_prompts": (
             "a string of at most 32,000 characters"

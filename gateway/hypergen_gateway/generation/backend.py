@@ -37,6 +37,7 @@ class GenerationRequest:
     height: int
     num_inference_steps: int
     guidance_scale: float
+    image_guidance_scale: float | None = None  # of an edit by instruction; None: the model's default
     guidance_start: float | None = None  # from 0 to 1: the share of the steps after which guidance begins; None: 0
     guidance_end: float | None = None  # and after which it ends; None: 1
     cache_interval: int | None = None  # run the full UNet every so many steps (DeepCache); None: 1
@@ -150,6 +151,8 @@ class ModelDescription:
     min_guidance_scale: float  # at which guidance is the identity, if there is such a scale
     max_guidance_scale: float
     guidance: str  # the kind; see `has_negative_prompt`
+    default_image_guidance_scale: float
+    max_image_guidance_scale: float  # 0: see `edits_by_instruction`
     max_cache_interval: int  # 1: the model has no shallow UNet
     prompt_weightings: tuple[str, ...]  # the syntaxes of weights in prompts that a request may select
     default_prompt_weighting: str
@@ -175,6 +178,11 @@ class ModelDescription:
         Otherwise the denoiser is given the guidance scale (`embedded`), or there is no guidance (`none`).
         """
         return self.guidance not in ("embedded", "none")
+
+    @property
+    def edits_by_instruction(self) -> bool:
+        """Whether the model only edits images, as the prompt says, from noise alone."""
+        return self.max_image_guidance_scale > 0
 
 
 class Backend(Protocol):

@@ -62,10 +62,11 @@ def _load(generation: GenerationRequest, model: ModelDescription) -> float:
     interval = generation.cache_interval or 1
     depth = (1.0 + (interval - 1) * _SHALLOW) / interval
     rows = 1.0
-    if generation.guidance_scale > model.min_guidance_scale and model.has_negative_prompt:  # two rows in guided steps
+    if generation.guidance_scale > model.min_guidance_scale and model.has_negative_prompt:
         end = 1.0 if generation.guidance_end is None else generation.guidance_end
         begin = generation.guidance_start or 0.0
-        rows += end - begin
+        # A guided step has a row more, or two if it is guided by an image, too.
+        rows += (end - begin) * (2 if model.edits_by_instruction else 1)
         rows += _skipping_share(generation, model, begin, end)  # and a third one in some of them
     pixels = generation.width * generation.height
     # The denoiser works on reference images as on its own. One that is inpainted is a reference, too.

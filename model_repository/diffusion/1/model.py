@@ -118,16 +118,17 @@ class TritonPythonModel:
         began = time.perf_counter()
         request = _with_copied_pixels(request)
         tokens = self._tokenize(texts_of(request, self._architecture), request.prompt_weighting, request.clip_skip)
-        texts, original, masked_image, references = await asyncio.gather(
+        texts, encoded, masked_image, references = await asyncio.gather(
             self._encode_texts(request, tokens),
             self._encode_image(request),
             self._encode_masked_image(request),
             self._encode_references(request),
         )
+        edited, original = (encoded, None) if self._architecture.edits_by_instruction else (None, encoded)
         seen = references_of(request, original, references, self._architecture)
         return _PreparedRequest(
             request=request,
-            conditions=conditioning_of(request, texts, self._architecture, seen),
+            conditions=conditioning_of(request, texts, self._architecture, seen, edited and edited.mean),
             latent_init=LatentInit(
                 shape=self._latent_shape(request),
                 original=original,
@@ -203,7 +204,7 @@ class TritonPythonModel:
         return image
 
     async def _decode(self, output: LatentsOutput, job: _PreparedRequest, index: int) -> ImageOutput:
-        pixels = await self._components.decode(output.latents)
+        pixels = await self._components.decode(output.latents, is_preview=not output.is_final)
         if job.request.image is not None and job.request.mask is not None:
             # In a thread: milliseconds for a large image, which would block the event loop.
             pixels = await asyncio.to_thread(composite, pixels, job.request.image, job.request.mask)

@@ -79,6 +79,7 @@ WRONG_VALUES: list[tuple[str, Any, str]] = [
     ("guidance_scale", "7.5", "from 1 to 20"),
     ("guidance_scale", False, "from 1 to 20"),
     ("guidance_scale", 10**400, "from 1 to 20"),
+    ("image_guidance_scale", 1.5, "absent, as the model does not edit by instruction"),
     ("guidance_start", -0.1, "from 0 to 1"),
     ("guidance_start", 1.1, "from 0 to 1"),
     ("guidance_start", "0.5", "from 0 to 1"),

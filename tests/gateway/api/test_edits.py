@@ -33,6 +33,44 @@ def same(one: Pixels | None, other: Pixels) -> bool:
     return one is not None and np.array_equal(one, other)
 
 
+class TestByInstruction:
+    @pytest.fixture(autouse=True)
+    def served(self, backend: FakeBackend) -> None:
+        backend.description = replace(MODEL, default_image_guidance_scale=1.5, max_image_guidance_scale=20.0)
+
+    async def test_an_edit_starts_from_noise_and_keeps_to_the_image(
+        self, client: httpx.AsyncClient, backend: FakeBackend
+    ) -> None:
+        data = {"prompt": "make it blue", "image_guidance_scale": "1.2"}
+        images_in(await client.post(EDITS, data=data, files={"image": file_of(photo())}))
+        form = {"data": {"response_format": "b64_json"}, "files": {"image": file_of(photo())}}
+        images_in(await client.post(VARIATIONS, **form))
+        edit, variation = backend.generations
+        assert (edit.image_guidance_scale, edit.strength) == (1.2, None)
+        assert same(edit.image, ramp(64, 48))
+        assert (variation.prompt, variation.image_guidance_scale, variation.strength) == ("", None, None)
+
+    @pytest.mark.parametrize(
+        ("name", "value", "words"),
+        [
+            ("strength", "0.5", "It must be absent, as the model edits by instruction."),
+            ("image_guidance_scale", "0.5", "It must be a number from 1 to 20."),
+            ("image_guidance_scale", "21", "It must be a number from 1 to 20."),
+        ],
+    )
+    async def test_what_it_does_not_take_is_refused(
+        self, client: httpx.AsyncClient, name: str, value: str, words: str
+    ) -> None:
+        response = await client.post(EDITS, data={"prompt": "x", name: value}, files={"image": file_of(photo())})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, name)
+        assert words in response.json()["error"]["message"]
+
+    async def test_without_an_image_there_is_nothing_to_edit(self, client: httpx.AsyncClient) -> None:
+        response = await client.post("/v1/images/generations", json={"prompt": "a fox"})
+        assert response.status_code == 400
+        assert "send one to POST /v1/images/edits" in response.json()["error"]["message"]
+
+
 class TestForms:
     async def test_an_image_and_a_prompt_are_enough(self, client: httpx.AsyncClient, backend: FakeBackend) -> None:
         files = {"image": file_of(photo())}

@@ -121,6 +121,8 @@ class TestDescribe:
             max_num_inference_steps=150,
             min_guidance_scale=1.0,
             max_guidance_scale=20.0,
+            default_image_guidance_scale=0.0,
+            max_image_guidance_scale=0.0,
             guidance="classifier_free",
             max_cache_interval=10,
             prompt_weightings=("none", "a1111"),

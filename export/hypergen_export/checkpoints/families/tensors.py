@@ -27,37 +27,53 @@ REFERENCES = (
 _KEPT = Tensor(name="kept", dtype=BYTE, axes=("height", "width", 1), example="kept")
 # Whether a row of the batch leaves out some layers.
 SKIP = Tensor(name="skip", dtype=INT, axes=(1,), example="skip")
+# Of a model that edits by instruction: the latents of the image to edit, beside those that it denoises.
+IMAGE_LATENTS = Tensor(name="image_latents", dtype=FLOAT, axes=LATENTS)
 POOLED = Tensor(name="text_embeds", dtype=FLOAT, axes=("pooled_width",))
+_DECODED = (IMAGE, Tensor(name="pixel_mean", dtype=FLOAT, axes=(1,)))
 
 
 def vae(
-    loader: str = "diffusers.AutoencoderKL", wrapper: str = "", *, masked: bool = False
+    loader: str = "diffusers.AutoencoderKL", wrapper: str = "", *, encoder: str = "", masked: bool = False
 ) -> tuple[Component, Component]:
     """The decoder and the encoder; `wrapper` is appended to their names to select a wrapper of their own.
 
-    `masked`: the encoder is given which pixels are kept.
+    `encoder` instead of it to the encoder's. `masked`: the encoder is given which pixels are kept.
     """
+    encoder = encoder or wrapper
     decoder = Component(
         name="vae_decoder",
         module="vae",
         loader=loader,
         wrapper=wrapper and f"vae_decoder_{wrapper}",
         inputs=(Tensor(name="latents", dtype=FLOAT, axes=LATENTS),),
-        outputs=(IMAGE, Tensor(name="pixel_mean", dtype=FLOAT, axes=(1,))),
+        outputs=_DECODED,
         tolerance=1.0,  # one level of 255, as rounding may differ
         unused=("encoder.", "quant_conv."),
     )
-    encoder = Component(
+    return decoder, Component(
         name="vae_encoder",
         module="vae",
         loader=loader,
-        wrapper=wrapper and f"vae_encoder_{wrapper}",
+        wrapper=encoder and f"vae_encoder_{encoder}",
         inputs=(IMAGE, _KEPT) if masked else (IMAGE,),
         outputs=(Tensor(name="mean", dtype=FLOAT, axes=LATENTS), Tensor(name="std", dtype=FLOAT, axes=LATENTS)),
         tolerance=TOLERANCE,
         unused=("decoder.", "post_quant_conv."),
     )
-    return decoder, encoder
+
+
+# A small decoder for previews alone, beside the VAE's own.
+PREVIEW_DECODER = Component(
+    name="preview_decoder",
+    module="preview_vae",
+    loader="diffusers.AutoencoderTiny",
+    wrapper="vae_decoder_tiny",
+    inputs=(Tensor(name="latents", dtype=FLOAT, axes=LATENTS),),
+    outputs=_DECODED,
+    tolerance=1.0,
+    unused=("encoder.",),
+)
 
 
 def input_ids(tokens: str, example: str) -> Tensor:

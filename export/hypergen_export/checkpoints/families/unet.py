@@ -9,6 +9,7 @@ from typing import Any
 from hypergen_export.checkpoints.components import FLOAT, INT, QUANTIZED, WEIGHTS_ONLY, Component, Sizes, Tensor
 from hypergen_export.checkpoints.families.tensors import (
     HIDDEN_STATES,
+    IMAGE_LATENTS,
     MODEL_OUTPUT,
     POOLED,
     SAMPLE,
@@ -34,10 +35,11 @@ _DEFAULT_CONTEXT_WIDTH = 1280  # the default of UNet2DConditionModel
 _CHANNELS = {
     5: "a depth map",
     7: "an image to upscale",
-    8: "an image to edit",
 }
 # With four latent channels: beside the latents a mask and the latents of the masked image.
 _INPAINTING_CHANNELS = 9
+# Likewise, beside the latents those of the image that is edited by instruction.
+_EDITING_CHANNELS = 8
 
 
 # The layers of a UNet that eight bits cost most, measured on the shipped model: the convolutions beside residual blocks
@@ -114,8 +116,9 @@ _TEXT_ENCODERS_XL = (
 
 # diffusers' XL pipeline also decodes in float32 ("make sure the VAE is in float32 mode, as it overflows"). It is the
 # only one of these pipelines that uses a mean and a standard deviation per latent channel.
-def _vae_xl(*, masked: bool = False) -> tuple[Component, ...]:
-    return tuple(replace(each, overflows_float16=True) for each in vae(wrapper="per_channel", masked=masked))
+def _vae_xl(*, encoder: str = "per_channel", masked: bool = False) -> tuple[Component, ...]:
+    components = vae(wrapper="per_channel", encoder=encoder, masked=masked)
+    return tuple(replace(each, overflows_float16=True) for each in components)
 
 
 STABLE_DIFFUSION = (_CLIP, _unet(_JOINED_STATES), *vae())
@@ -123,10 +126,16 @@ LATENT_CONSISTENCY = (_CLIP, _unet(_JOINED_STATES, _GUIDANCE), *vae())
 STABLE_DIFFUSION_XL = (*_TEXT_ENCODERS_XL, _unet(_JOINED_STATES, POOLED, _SIZES), *_vae_xl())
 LATENT_CONSISTENCY_XL = (*_TEXT_ENCODERS_XL, _unet(_JOINED_STATES, POOLED, _SIZES, _GUIDANCE), *_vae_xl())
 STABLE_DIFFUSION_INPAINTING = (_CLIP, _unet(_JOINED_STATES, _MASKED_IMAGE), *vae(masked=True))
+INSTRUCT_PIX2PIX = (_CLIP, _unet(_JOINED_STATES, IMAGE_LATENTS), *vae(encoder="unscaled"))
 STABLE_DIFFUSION_XL_INPAINTING = (
     *_TEXT_ENCODERS_XL,
     _unet(_JOINED_STATES, POOLED, _SIZES, _MASKED_IMAGE),
     *_vae_xl(masked=True),
+)
+INSTRUCT_PIX2PIX_XL = (
+    *_TEXT_ENCODERS_XL,
+    _unet(_JOINED_STATES, POOLED, _SIZES, IMAGE_LATENTS),
+    *_vae_xl(encoder="unscaled"),
 )
 
 # 1,200 tokens of CLIP: TensorRT wants a bound, and with this one cross-attention is smaller than self-attention.
@@ -142,8 +151,9 @@ def _stated_inputs(unet: Config) -> set[str]:
     # "text" is pooled from encoder_hidden_states inside the UNet and needs no input of its own.
     added = {None: set[str](), "text": set[str](), "text_time": {"text_embeds", "size_embeds"}}
     guidance = {"timestep_cond"} if unet.get("time_cond_proj_dim") is not None else set[str]()
-    masked = {"masked_image"} if unet.get("in_channels") == _INPAINTING_CHANNELS else set[str]()
-    return {"encoder_hidden_states"} | guidance | masked | added.get(kind, {f"added conditions ({kind})"})
+    channels = {_INPAINTING_CHANNELS: {"masked_image"}, _EDITING_CHANNELS: {"image_latents"}}
+    images = channels.get(unet.get("in_channels", 0), set[str]())
+    return {"encoder_hidden_states"} | guidance | images | added.get(kind, {f"added conditions ({kind})"})
 
 
 def _sizes(configs: Configs) -> Sizes:
@@ -185,7 +195,7 @@ def _check(configs: Mapping[str, Config], sizes: Sizes) -> Iterator[str]:
     unet = configs["unet"]
     encoders = [config for module, config in configs.items() if module.startswith("text_encoder")]
     given, expected = unet.get("in_channels"), sizes["latent_channels"]
-    if given not in (expected, expected + sizes["masked_channels"]):
+    if given not in (expected, 2 * expected, expected + sizes["masked_channels"]):
         carried = f" ({_CHANNELS[given]})" if given in _CHANNELS else ""
         yield f"its UNet takes {given} channels{carried}, its VAE gives {expected}"
     if unet.get("time_embedding_type", "positional") != "positional":
@@ -234,6 +244,7 @@ _PIPELINES_XL = dict.fromkeys(
     ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
     ConfigOverrides(),
 )
+_EDITING = Sampling(guidance="classifier_free_with_image")
 
 # 1.x, 2.x, SD-Turbo, and LCM and TCD models without a guidance embedding are one family: their configs, weights and
 # schedulers differ, their tensors do not. The same holds for XL, XL-Turbo and XL-Lightning.
@@ -258,6 +269,18 @@ UNETS = (
         read_sizes=_sizes,
         check=_check,
         num_inference_steps=50,
+        guidance_scale=7.5,
+    ),
+    Family(
+        name="instruct-pix2pix",
+        pipelines={"StableDiffusionInstructPix2PixPipeline": ConfigOverrides()},
+        components=INSTRUCT_PIX2PIX,
+        text=_TEXT,
+        stated_inputs=_stated_inputs,
+        read_sizes=_sizes,
+        check=_check,
+        sampling=_EDITING,
+        num_inference_steps=100,
         guidance_scale=7.5,
     ),
     Family(
@@ -293,6 +316,19 @@ UNETS = (
         check=_check,
         num_inference_steps=50,
         guidance_scale=7.5,
+    ),
+    Family(
+        name="instruct-pix2pix-xl",
+        pipelines={"StableDiffusionXLInstructPix2PixPipeline": ConfigOverrides()},
+        components=INSTRUCT_PIX2PIX_XL,
+        text=_TEXT_XL,
+        stated_inputs=_stated_inputs,
+        read_sizes=_sizes_xl,
+        check=_check,
+        sampling=_EDITING,
+        is_named_by=lambda index: not index.get("is_cosxl_edit"),
+        num_inference_steps=100,
+        guidance_scale=5.0,
     ),
     Family(
         name="latent-consistency-xl",

@@ -50,6 +50,7 @@ WRAPPERS: Mapping[str, Callable[[Any], nn.Module]] = {
     "vae_encoder_per_channel": functools.partial(VaeEncoder, per_channel=True),
     "vae_decoder_shifted": functools.partial(VaeDecoder, shifted=True),
     "vae_encoder_shifted": functools.partial(VaeEncoder, shifted=True),
+    "vae_encoder_unscaled": functools.partial(VaeEncoder, scaled=False),
     "vae_decoder_tiny": TinyVaeDecoder,
     "vae_encoder_tiny": TinyVaeEncoder,
     "vae_decoder_flux2": Flux2VaeDecoder,

@@ -42,9 +42,9 @@ class UNet(nn.Module):
     """sample [B, C, h, w], time [B, T], encoder_hidden_states [B, L, D] -> model_output [B, C, h, w].
 
     Further inputs if the config requires them: timestep_cond [B, G], text_embeds [B, P], size_embeds [B, 6 × S],
-    masked_image [B, 1 + C, h, w], which are further channels of the sample; for a `ShallowUNet` also
-    deep_features [B, D, h, w]. `time` and `size_embeds` are sinusoidal embeddings of the timestep and of six sizes. The
-    caller computes them, since their angles would be rounded in bfloat16.
+    masked_image [B, 1 + C, h, w] or image_latents [B, C, h, w], which are further channels of the sample; for a
+    `ShallowUNet` also deep_features [B, D, h, w]. `time` and `size_embeds` are sinusoidal embeddings of the timestep
+    and of six sizes. The caller computes them, since their angles would be rounded in bfloat16.
     """
 
     def __init__(self, unet: Any) -> None:
@@ -65,6 +65,7 @@ class UNet(nn.Module):
         text_embeds: Tensor | None = None,
         size_embeds: Tensor | None = None,
         masked_image: Tensor | None = None,
+        image_latents: Tensor | None = None,
         deep_features: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         # Embeddings stay float32 until diffusers casts them.
@@ -74,7 +75,7 @@ class UNet(nn.Module):
             self._embeddings.size_embeds = size_embeds
         if deep_features is not None:
             self._deep.features = deep_features.to(dtype)
-        channels = sample if masked_image is None else torch.cat([sample, masked_image], dim=1)
+        channels = torch.cat([each for each in (sample, masked_image, image_latents) if each is not None], dim=1)
         model_output: Tensor = self.unet(
             channels.to(dtype),
             time[:, 0],

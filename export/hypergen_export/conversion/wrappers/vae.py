@@ -28,13 +28,14 @@ class VaeDecoder(nn.Module):
 class VaeEncoder(nn.Module):
     """image [B, H, W, 3] uint8 -> mean and std [B, C, h, w] of the posterior, in the scheduler's scale.
 
-    For inpainting models also `kept` [B, H, W, 1]: where it is 0, the image is blank, which no uint8 is.
+    For inpainting models also `kept` [B, H, W, 1]: where it is 0, the image is blank, which no uint8 is. Not `scaled`:
+    in the VAE's own scale, as models that edit by instruction are given an image.
     """
 
-    def __init__(self, vae: Any, *, per_channel: bool = False, shifted: bool = False) -> None:
+    def __init__(self, vae: Any, *, per_channel: bool = False, shifted: bool = False, scaled: bool = True) -> None:
         super().__init__()
         self.vae = vae
-        self.scale, self.shift = _scale_and_shift(vae.config, per_channel, shifted)
+        self.scale, self.shift = _scale_and_shift(vae.config, per_channel, shifted) if scaled else (1.0, 0.0)
 
     def forward(self, image: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
         pixels = _blank(to_pixels(image), kept)

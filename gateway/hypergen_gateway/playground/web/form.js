@@ -8,6 +8,7 @@ const percent = (value) => `${Math.round(value * 100)} %`;
 const RANGES = {
   num_inference_steps: asItIs,
   guidance_scale: asItIs,
+  image_guidance_scale: asItIs,
   guidance_start: percent,
   guidance_end: percent,
   cache_interval: (value) => (value === "1" ? "in every step" : `in 1 of ${value} steps`),
@@ -57,6 +58,7 @@ export class Form {
       size: model.default_size,
       num_inference_steps: model.default_num_inference_steps,
       guidance_scale: model.default_guidance_scale,
+      image_guidance_scale: model.default_image_guidance_scale,
       guidance_start: "0",
       guidance_end: "1",
       cache_interval: "1",
@@ -109,6 +111,9 @@ export class Form {
     Object.assign(byId("num_inference_steps"), { max: model.max_num_inference_steps });
     Object.assign(byId("guidance_scale"), { min: model.min_guidance_scale, max: model.max_guidance_scale });
     byId("guidance_scale").closest("[data-param]").hidden = model.min_guidance_scale === model.max_guidance_scale;
+    const imageScale = model.max_image_guidance_scale;
+    Object.assign(byId("image_guidance_scale"), { min: Math.min(imageScale, 1), max: imageScale });
+    byId("image_guidance_scale").closest("[data-param]").hidden = !imageScale;
     byId("negative_prompt").closest("[data-param]").hidden = !model.negative_prompt;
     byId("guidance_rescale").closest("[data-param]").hidden = !model.negative_prompt;
     Object.assign(byId("cache_interval"), { max: model.max_cache_interval });

@@ -70,6 +70,7 @@ export class Start {
   }
 
   get #hasStrength() {
+    if (this.form.model.max_image_guidance_scale) return false;
     return this.#image !== null && (!this.#refers || this.#mask !== null);
   }
 

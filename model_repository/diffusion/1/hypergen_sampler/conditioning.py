@@ -1,7 +1,7 @@
 """The denoiser's inputs beside latents and timestep: the prompt's embeddings, the image's size, the guidance scale.
 
 Follows diffusers' pipelines. Only the inputs that the checkpoint's denoiser has are computed. Every array has two rows
-with classifier-free guidance, the negative one first, else one.
+with classifier-free guidance, the negative one first, else one; three where guidance is by an image, too.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ TEXT_MASK = "text_mask"
 # Of inpainting models: the mask and the latents of the image without what is repainted [1 + C, h, w]. Its posterior is
 # sampled, so it differs between the images of a request.
 MASKED_IMAGE = "masked_image"
+# Of models that edit by instruction: the latents of the image to edit.
+IMAGE_LATENTS = "image_latents"
 LORA_SCALES = "lora_scales"
 # Whether a row leaves out the layers that skip-layer guidance is about.
 SKIP = "skip"
@@ -86,15 +88,23 @@ def _join_chunks(states: Array, chunks: int) -> Array:
 
 
 def conditioning_of(
-    request: Request, texts: Conditioning, architecture: Architecture, references: Sequence[Array] = ()
+    request: Request,
+    texts: Conditioning,
+    architecture: Architecture,
+    references: Sequence[Array] = (),
+    edited: Array | None = None,
 ) -> Conditioning:
     """The denoiser's inputs for this request, by name.
 
-    `texts` are the merged encodings of `texts_of(request)`, `references` the latents [C, h, w] of its reference images.
-    Without those inputs that each image has of its own (`Start.conditions`).
+    `texts` are the merged encodings of `texts_of(request)`, `references` the latents [C, h, w] of its reference images,
+    `edited` those of the image that is edited by instruction. Without those inputs that each image has of its own
+    (`Start.conditions`).
     """
     if architecture.guides(request) and _uses_zeros(request, architecture):
         texts = {name: np.concatenate([np.zeros_like(array), array]) for name, array in texts.items()}
+    if edited is not None and architecture.guides(request):
+        # Without both, with the image alone, with both.
+        texts = {name: array[[0, 0, 1]] for name, array in texts.items()}
     rows = len(texts[HIDDEN_STATES])
     takes_references = REFERENCES in architecture.denoiser_inputs
     tokens = reference_tokens(references, architecture) if takes_references else {}
@@ -102,6 +112,9 @@ def conditioning_of(
     def rows_of(name: str) -> npt.NDArray[Any]:
         if name in texts:
             return texts[name]
+        if name == IMAGE_LATENTS:
+            assert edited is not None
+            return np.stack([np.zeros_like(edited), edited, edited][-rows:])
         return _repeat(tokens[name] if name in tokens else _MADE[name](request, architecture), rows)
 
     return {name: rows_of(name) for name in architecture.denoiser_inputs if name != MASKED_IMAGE}

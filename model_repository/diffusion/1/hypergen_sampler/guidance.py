@@ -37,6 +37,13 @@ def away_from_skipped_layers(
     return guided + (positive - skipped) * scale
 
 
+def classifier_free_with_image(
+    neither: torch.Tensor, image: torch.Tensor, both: torch.Tensor, scale: float, image_scale: float
+) -> torch.Tensor:
+    """Classifier-free guidance by an image and an instruction (Brooks et al., InstructPix2Pix, 2023, section 3.2.1)."""
+    return neither + scale * (both - image) + image_scale * (image - neither)
+
+
 def rescaled(guided: torch.Tensor, positive: torch.Tensor, rescale: float) -> torch.Tensor:
     """The guided output, partly with the deviation of the one for the prompt: diffusers' `rescale_noise_cfg`.
 
@@ -59,11 +66,13 @@ class Guidance:
     """`combine` maps the outputs [1, C, h, w] for the negative prompt and the prompt, and the scale, to one output.
 
     `identity` is the scale at which it is the output for the prompt. None if an image never takes a second row: its
-    denoiser is given the scale, or takes none.
+    denoiser is given the scale, or takes none. `by_image`: the first row is without the image to edit, too, a row of
+    the negative prompt with it follows, and `combine` takes a second scale, that of the image.
     """
 
     identity: float
-    combine: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] | None = None
+    combine: Callable[..., torch.Tensor] | None = None
+    by_image: bool = False
 
 
 GUIDANCE: Mapping[str, Guidance] = {
@@ -71,5 +80,6 @@ GUIDANCE: Mapping[str, Guidance] = {
     "embedded": Guidance(identity=1.0),
     "classifier_free": Guidance(identity=1.0, combine=classifier_free),
     "classifier_free_renormed": Guidance(identity=1.0, combine=classifier_free_renormed),
+    "classifier_free_with_image": Guidance(identity=1.0, combine=classifier_free_with_image, by_image=True),
     "classifier_free_from_zero": Guidance(identity=0.0, combine=classifier_free_from_zero),
 }

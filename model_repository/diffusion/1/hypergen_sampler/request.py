@@ -57,6 +57,9 @@ class Limits:
     default_guidance_scale: float
     min_guidance_scale: float
     max_guidance_scale: float
+    default_image_guidance_scale: float
+    max_image_guidance_scale: float
+    """0 if the model does not edit by instruction."""
     max_cache_interval: int
     """1 if there is no shallow UNet."""
     max_num_images: int
@@ -121,6 +124,7 @@ class TextInput:
 class Architecture:
     """How this checkpoint's components are combined, which differs between families."""
 
+    components: tuple[str, ...]
     text_inputs: tuple[TextInput, ...]
     denoiser: str
     """The component that takes the steps; `NAME_shallow` takes the steps that reuse deep features."""
@@ -179,6 +183,8 @@ class Architecture:
             raise InvalidInputError("skip_layer_guidance_scale", "must be absent or 0 without classifier-free guidance")
         if request.guidance_rescale and self.guidance != "classifier_free":
             raise InvalidInputError("guidance_rescale", "must be absent or 0, as this model is not guided in this way")
+        if self.edits_by_instruction and request.image is None:
+            raise InvalidInputError("image", "must be given, as this model edits images")
         if GUIDANCE[self.guidance].combine is not None:
             return
         has_interval = (request.guidance_start, request.guidance_end) != (0.0, 1.0)
@@ -215,6 +221,11 @@ class Architecture:
     def takes_masked_image(self) -> bool:
         """Whether this is an inpainting model: its UNet is given the mask and the masked image beside the latents."""
         return "masked_image" in self.denoiser_inputs
+
+    @property
+    def edits_by_instruction(self) -> bool:
+        """Whether the denoiser is given the image to edit, and starts from noise alone."""
+        return "image_latents" in self.denoiser_inputs
 
     @property
     def is_latent_consistency(self) -> bool:
@@ -271,6 +282,8 @@ class Request:
     guidance_start: float = 0.0
     guidance_end: float = 1.0
     """Guidance applies from `guidance_start` to `guidance_end`, fractions of all steps (Kynkäänniemi et al., 2024)."""
+    image_guidance_scale: float = 0.0
+    """How closely to keep to the image that is edited by instruction."""
     cache_interval: int = 1
     """Run the full UNet every `cache_interval` steps (DeepCache: Ma et al., 2023)."""
     partial_images: int = 0
@@ -330,6 +343,7 @@ def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
         height=height,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
+        image_guidance_scale=_image_guidance_scale(given, limits),
         guidance_start=guidance_start,
         guidance_end=_within("guidance_end", given.get("guidance_end", 1.0), guidance_start, 1.0),
         cache_interval=_within("cache_interval", given.get("cache_interval", 1), 1, limits.max_cache_interval),
@@ -339,7 +353,7 @@ def check_request(given: Mapping[str, Any], limits: Limits) -> Request:
         image=given.get("image"),
         mask=given.get("mask"),
         references=_references(given, limits),
-        strength=_strength(given, steps),
+        strength=_strength(given, steps, limits),
         timestep_spacing=_one_of("timestep_spacing", given.get("timestep_spacing", ""), ("", *TIMESTEP_SPACINGS)),
         sigmas=_one_of("sigmas", given.get("sigmas", ""), ("", *SIGMAS)),
         eta=_within("eta", given.get("eta", 0.0), 0.0, 1.0),
@@ -415,10 +429,22 @@ def _reference_shape(height: int, width: int, limits: Limits) -> tuple[int, int,
     return height, width, 3
 
 
-def _strength(given: Mapping[str, Any], steps: int) -> float:
+def _image_guidance_scale(given: Mapping[str, Any], limits: Limits) -> float:
+    scale = given.get("image_guidance_scale")
+    if scale is None:
+        return limits.default_image_guidance_scale
+    if not limits.max_image_guidance_scale:
+        raise InvalidInputError("image_guidance_scale", "must be absent, as this model does not edit by instruction")
+    within: float = _within("image_guidance_scale", scale, 1.0, limits.max_image_guidance_scale)
+    return within
+
+
+def _strength(given: Mapping[str, Any], steps: int, limits: Limits) -> float:
     """The strength; by default 0.8 but at least one step, or 1 with a mask, as in diffusers' pipelines."""
     if "strength" in given and "image" not in given:
         raise InvalidInputError("strength", "needs an image to start from")
+    if "strength" in given and limits.max_image_guidance_scale:
+        raise InvalidInputError("strength", "must be absent, as this model edits by instruction, from noise alone")
     unasked = max(0.8, 1 / steps) if "image" in given and "mask" not in given else 1.0
     strength: float = _within("strength", given.get("strength", unasked), 0.0, 1.0)
     return strength

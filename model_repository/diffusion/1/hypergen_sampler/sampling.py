@@ -28,7 +28,7 @@ from hypergen_sampler.schedulers import step_arguments
 class DenoiserInputs:
     """The rows that one image adds to a batch: [R, C, h, w], [R] and [R, …].
 
-    R is 1, in a guided step 2, and 3 in one that is also guided away from skipped layers.
+    R is 1, in a guided step 2, and 3 in one that is also guided by an image or away from skipped layers.
 
     `model` is the denoiser's name in Triton, `outputs` are the outputs to request from it.
     """
@@ -69,7 +69,8 @@ class Trajectory:
         self._loras = request.loras
         self._cache_interval = request.cache_interval
         self._deep_features: Array | None = None
-        self._guidance_scale, self._guidance_rescale = request.guidance_scale, request.guidance_rescale
+        self._guidance_scales = [request.guidance_scale, request.image_guidance_scale][: 1 + self._guidance.by_image]
+        self._guidance_rescale = request.guidance_rescale
         self._scheduler = scheduler
         generator = torch.Generator("cpu").manual_seed(request.seed)
         start = initial_latents(request, latent_init, self._scheduler, generator)
@@ -178,8 +179,9 @@ class Trajectory:
         if len(output) == 1:
             return output
         assert self._guidance.combine is not None
-        negative, positive, skipped = output[:1], output[1:2], output[2:]
-        guided = self._guidance.combine(negative, positive, self._guidance_scale)
+        rows = len(self._conditions[HIDDEN_STATES])
+        guided: torch.Tensor = self._guidance.combine(*output[:rows].split(1), *self._guidance_scales)
+        positive, skipped = output[rows - 1 : rows], output[rows:]
         if len(skipped):
             guided = away_from_skipped_layers(guided, positive, skipped, self._skip_scale)
         return rescaled(guided, positive, self._guidance_rescale) if self._guidance_rescale else guided
