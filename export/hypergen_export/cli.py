@@ -22,7 +22,7 @@ from hypergen_export.checkpoints.lora import read_loras
 from hypergen_export.engines.engine import ENGINES, OPENVINO, read_sizes
 from hypergen_export.errors import BadOptionError, ExportError, InterruptedExportError
 from hypergen_export.repository.estimate import Question, answer, read_memory
-from hypergen_export.repository.export import ExportRequest, ExportResult
+from hypergen_export.repository.export import ExportRequest, ExportResult, open_request
 from hypergen_export.repository.export import export as build
 from hypergen_export.repository.passport import PassportMeasurement
 from hypergen_export.repository.single_file import SingleFileOptions, default_cache_dir
@@ -44,6 +44,49 @@ def _not_empty(_: click.Context, parameter: click.Parameter, value: Any) -> Any:
     if any(each in ("", Path()) for each in (value if isinstance(value, tuple) else (value,))):
         raise click.BadParameter("must not be empty.", param=parameter)
     return value
+
+
+def _of_parts(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say which files a checkpoint is made of."""
+    options = (
+        click.option(
+            "--vae",
+            callback=_not_empty,
+            envvar="HYPERGEN_VAE",
+            show_envvar=True,
+            help="VAE in place of the model's own: a folder, hub id or .safetensors file; also an AutoencoderTiny.",
+        ),
+        click.option(
+            "--preview-vae",
+            callback=_not_empty,
+            envvar="HYPERGEN_PREVIEW_VAE",
+            show_envvar=True,
+            help="AutoencoderTiny that decodes previews: a folder, hub id or .safetensors file.",
+        ),
+        click.option(
+            "--text-encoder",
+            callback=_not_empty,
+            envvar="HYPERGEN_TEXT_ENCODER",
+            show_envvar=True,
+            help="Pipeline folder or hub id whose text encoders and tokenizers to use in place of the model's own.",
+        ),
+        click.option(
+            "--prediction-type",
+            type=click.Choice(PREDICTION_TYPES),
+            envvar="HYPERGEN_PREDICTION_TYPE",
+            show_envvar=True,
+            help="What the model of a single file predicts.  [default: as the file says]",
+        ),
+        click.option(
+            "--cache-dir",
+            type=click.Path(file_okay=False, path_type=Path),
+            callback=_not_empty,
+            envvar="HYPERGEN_CACHE_DIR",
+            show_envvar=True,
+            help="Folder for converted single files and passports.  [default: ~/.cache/hypergen]",
+        ),
+    )
+    return functools.reduce(lambda wrapped, add: add(wrapped), reversed(options), command)
 
 
 @click.command(short_help="Export a checkpoint to a Triton model repository.")
@@ -118,42 +161,7 @@ def _not_empty(_: click.Context, parameter: click.Parameter, value: Any) -> Any:
     show_envvar=True,
     help="Also export a shallow UNet, for requests with cache_interval (DeepCache).",
 )
-@click.option(
-    "--vae",
-    callback=_not_empty,
-    envvar="HYPERGEN_VAE",
-    show_envvar=True,
-    help="VAE in place of the model's own: a folder, hub id or .safetensors file; also an AutoencoderTiny.",
-)
-@click.option(
-    "--preview-vae",
-    callback=_not_empty,
-    envvar="HYPERGEN_PREVIEW_VAE",
-    show_envvar=True,
-    help="AutoencoderTiny that decodes previews: a folder, hub id or .safetensors file.",
-)
-@click.option(
-    "--text-encoder",
-    callback=_not_empty,
-    envvar="HYPERGEN_TEXT_ENCODER",
-    show_envvar=True,
-    help="Pipeline folder or hub id whose text encoders and tokenizers to use in place of the model's own.",
-)
-@click.option(
-    "--prediction-type",
-    type=click.Choice(PREDICTION_TYPES),
-    envvar="HYPERGEN_PREDICTION_TYPE",
-    show_envvar=True,
-    help="What the model of a single file predicts.  [default: as the file says]",
-)
-@click.option(
-    "--cache-dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    callback=_not_empty,
-    envvar="HYPERGEN_CACHE_DIR",
-    show_envvar=True,
-    help="Folder for converted single files and passports.  [default: ~/.cache/hypergen]",
-)
+@_of_parts
 @click.option(
     "--passport",
     type=click.Choice(["off", "on"]),
@@ -196,10 +204,7 @@ def export(*, model: str, output: Path, dtype: str, sizes: str | None, loras: tu
             dtype=_DTYPES[dtype],
             sizes=() if sizes is None else read_sizes(sizes),
             loras=given,
-            single_files=SingleFileOptions(
-                cache_dir=options.pop("cache_dir") or default_cache_dir(),
-                prediction_type=options.pop("prediction_type"),
-            ),
+            single_files=_single_files(options),
             embeddings=read_embeddings(options.pop("embeddings"), options.pop("embedding_dir"), given),
             **options,
         )
@@ -260,18 +265,22 @@ def _notify(model: str, text: str) -> None:
     show_default=True,
     help="Columns for LoRAs.",
 )
+@_of_parts
 def estimate(*, model: str, gpu: str | None, dtype: str, sizes: str | None, **options: Any) -> None:
     """Estimate the GPU memory of MODEL's TensorRT engines from its configs and the headers of its weight files.
 
-    MODEL is a hub id, which is downloaded if it is not yet there, or a folder. Needs no GPU.
+    MODEL is a hub id, which is downloaded if it is not yet there, a folder, or a single file, which is converted into
+    the cache. Needs no GPU.
     """
     try:
+        limits = {name: options.pop(name) for name in ("max_batch_size", "lora_rank")}
+        request = ExportRequest(model=model, output=Path(), single_files=_single_files(options), **options)
         question = Question(
-            model=model,
+            checkpoint=open_request(request, functools.partial(_notify, model)),
             dtype=_DTYPES[dtype],
             sizes=() if sizes is None else read_sizes(sizes),
             gpu=None if gpu is None else read_memory(gpu),
-            **options,
+            **limits,
         )
         given = answer(question)
     except ExportError as error:
@@ -281,6 +290,12 @@ def estimate(*, model: str, gpu: str | None, dtype: str, sizes: str | None, **op
     for line in given.lines:
         click.echo(line)
     raise SystemExit(0 if given.fits else 1)
+
+
+def _single_files(options: dict[str, Any]) -> SingleFileOptions:
+    """Takes those of single files out of the options."""
+    cache_dir = options.pop("cache_dir") or default_cache_dir()
+    return SingleFileOptions(cache_dir=cache_dir, prediction_type=options.pop("prediction_type"))
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:

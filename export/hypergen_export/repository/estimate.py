@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from hypergen_export.checkpoints.checkpoint import open_checkpoint
+from hypergen_export.checkpoints.checkpoint import Checkpoint
 from hypergen_export.checkpoints.components import LoraPool
 from hypergen_export.checkpoints.defaults import checkpoint_parameters
 from hypergen_export.engines.engine import TENSORRT, Size, check_dtype, choose_sizes
@@ -33,7 +33,7 @@ class Answer:
 class Question:
     """A checkpoint and the options of its export; `gpu` are the bytes of a GPU that it should fit into, if any."""
 
-    model: str
+    checkpoint: Checkpoint
     dtype: str
     sizes: Sequence[Size] = ()
     max_batch_size: int
@@ -44,7 +44,7 @@ class Question:
 def answer(question: Question) -> Answer:
     """Estimate the engines of a checkpoint. Raises ExportError."""
     check_dtype(TENSORRT, question.dtype)
-    checkpoint = open_checkpoint(question.model)
+    checkpoint = question.checkpoint
     limits = checkpoint_parameters(checkpoint)
     sizes = choose_sizes(TENSORRT, question.sizes, limits)
     shapes = shapes_of(checkpoint, sizes, checkpoint.family.guided_rows * question.max_batch_size)

@@ -25,6 +25,7 @@ from hypergen_export.engines.tensorrt import Build, build_plan, rtx_target
 from hypergen_export.errors import BadOptionError
 from hypergen_export.repository.estimate import read_memory
 from support.published import publish
+from support.single_transformers import NAMES, save_transformer_file
 
 
 def model_of(folder: Path, dtype: str = "bfloat16") -> Model:
@@ -173,6 +174,14 @@ def test_what_cannot_be_estimated_is_one_line(checkpoint_folder: Path, arguments
     assert refused.exit_code == 2
     assert f"hypergen: {says}" in refused.output
     assert "Traceback" not in refused.output
+
+
+def test_a_single_file_needs_what_its_folder_needs(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = checkpoint_of("flux1-dev")
+    file = save_transformer_file(tmp_path / "flux.safetensors", folder, NAMES["flux1-dev"], "")
+    parts = ("--text-encoder", folder, "--cache-dir", tmp_path / "cache")
+    given, expected = (run(*arguments, "--sizes", "64x64") for arguments in ((file, *parts), (folder,)))
+    assert (given.exit_code, given.stdout) == (0, expected.stdout)
 
 
 def test_units_of_memory() -> None:
