@@ -57,7 +57,15 @@ VALUE_SETS: dict[str, dict[str, Any]] = {
         },
     },
     "OpenShift without a way to the hub": {
-        "model": {"id": "/checkpoints/flux", "checkpointsClaim": "checkpoints"},
+        "model": {
+            "id": "/checkpoints/flux.safetensors",
+            "checkpointsClaim": "checkpoints",
+            "loraRank": 64,
+            "vae": "/checkpoints/ae.safetensors",
+            "previewVae": "madebyollin/taef1",
+            "textEncoder": "/checkpoints/flux",
+            "embeddings": [{"name": "toy", "file": "/checkpoints/toy.safetensors"}],
+        },
         "export": {"env": [{"name": "HF_HUB_OFFLINE", "value": "1"}]},
         "repository": {"existingClaim": "models"},
         "security": {"fixedUsers": False},
@@ -126,6 +134,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "scaling that cannot share the volume": (
         {"triton": {"autoscaling": {"enabled": True}}},
         "/repository/accessMode",
+    ),
+    "an embedding out of its volume": (
+        {"model": {"embeddings": [{"name": "toy", "file": "/etc/toy.pt"}]}},
+        "/model/embeddings/0/file",
     ),
     "LoRAs from nowhere": ({"model": {"loras": [INK]}}, "/model/lorasClaim"),
     "a LoRA out of its volume": ({"model": {"loras": [INK | {"file": "../ink"}], "lorasClaim": "l"}}, "/loras/0/file"),
@@ -289,7 +301,11 @@ def test_a_checkpoint_of_ones_own_is_exported_without_the_hub(manifests: dict[st
     documents = manifests["OpenShift without a way to the hub"]
     path, claim = mounted_for_export(documents, "checkpoints")
     assert claim == {"claimName": "checkpoints", "readOnly": True}
-    assert exported_by(documents)[1]["model"] == f"{path}/flux"
+    _, options = exported_by(documents)
+    assert options["model"] == f"{path}/flux.safetensors"
+    assert (options["vae"], options["preview_vae"]) == (f"{path}/ae.safetensors", "madebyollin/taef1")
+    assert (options["text_encoder"], options["lora_rank"]) == (f"{path}/flux", 64)
+    assert options["embeddings"] == (f"toy={path}/toy.safetensors",)
     assert exporter(documents)["env"] == [{"name": "HF_HUB_OFFLINE", "value": "1"}]
     assert "PersistentVolumeClaim" not in {document["kind"] for document in documents}
 

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from hypergen_export.checkpoints.defaults import few_steps_word
 from hypergen_export.checkpoints.hashes import ContentHashes
 from hypergen_export.errors import OutputRefusedError, UnsupportedModelError
 from hypergen_export.repository.staging import check_space, staged
@@ -82,7 +83,9 @@ def convert_once(model: str, options: SingleFileOptions, notify: Notify) -> Sing
 
         return asdict(convert_single_file(path, folder, options.prediction_type, report))
 
-    output = _once(path, (options.prediction_type, said), convert, options, notify)
+    # The name decides the schedule of few-step models; which names do may change with a release.
+    said_by_name = few_steps_word(path.stem)
+    output = _once(path, (options.prediction_type, said, said_by_name), convert, options, notify)
     record = _read(output)
     for text in (f"a {record['base']} model", *record["notices"]):
         notify(text)

@@ -78,6 +78,14 @@ def test_what_a_file_is_told_to_predict_is_another_conversion(file: Path, tmp_pa
     assert '"prediction_type": "v_prediction"' in (velocity / "scheduler" / "scheduler_config.json").read_text()
 
 
+def test_a_name_that_says_something_else_is_another_conversion(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = converted(file, tmp_path)
+    monkeypatch.setattr("hypergen_export.repository.single_file.few_steps_word", lambda _: "turbo")
+    assert converted(file, tmp_path) != plain
+
+
 def test_starts_at_once_share_one_conversion(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, begun, waiting = [], threading.Event(), threading.Event()
     real = conversion.convert_single_file
