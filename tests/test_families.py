@@ -297,12 +297,13 @@ async def test_a_tiny_autoencoder_takes_the_place_of_the_vae(family: str, start:
 @pytest.mark.parametrize("family", EDITING_FAMILIES)
 async def test_an_edit_by_instruction_equals_diffusers(family: str, changes: dict[str, Any], pair_of: Any) -> None:
     pair = pair_of(family)
-    request = request_of(**changes, image=input_image(changes.get("width", 64), changes.get("height", 64)))
+    image = input_image(changes.get("width", 64), changes.get("height", 64))
+    request = request_of(**changes, image=image)
     pair.sampler.rows_of_calls.clear()
     ours = await pair.sampler.generate(request)
     held(ours, by_diffusers(pair.pipeline, request), TOLERANCE_FROM_IMAGE)
     assert set(pair.sampler.rows_of_calls) == {3 if request.guidance_scale > 1 else 1}
-    other, _ = await pair.sampler.generate(dataclasses.replace(request, image=request.image[::-1].copy()))
+    other, _ = await pair.sampler.generate(dataclasses.replace(request, image=image[::-1].copy()))
     assert np.abs(other - ours[0]).max() > 1e-3, "the UNet does not see the image"
 
 

@@ -20,8 +20,7 @@ import torch
 from diffusers import AutoencoderTiny
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from full_size import ARCHITECTURES, HYPERGEN
-
+from benchmarks.full_size import ARCHITECTURES, HYPERGEN
 from support.miniature import save_miniature
 
 DECODERS = ("vae_decoder", "preview_decoder")

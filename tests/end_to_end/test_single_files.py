@@ -15,7 +15,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import save_file
 
-from support.chunks import ByWeightedChunks, WeightedChunks
+from support.chunks import ByWeightedChunks, Syntax, WeightedChunks
 from support.running_server import KEY, Pixels, Server, generate, start_server, stop_server
 from support.single_files import save_folder, save_single_file
 
@@ -90,7 +90,7 @@ async def test_weights_skipped_layers_and_embeddings_equal_diffusers_of_their_hi
     fields: dict[str, Any] = {"negative_prompt": PLAIN[0], "num_inference_steps": 6}
     async with served.server.async_client() as client:
         ours = await generate(client, **body, **fields, guidance_scale=5.0, size="64x64", seed=5)
-    syntax = "compel" if body.get("prompt_weighting") == "compel" else "a1111"
+    syntax: Syntax = "compel" if body.get("prompt_weighting") == "compel" else "a1111"
     reference = ByWeightedChunks(served.pipeline, {**chunks, PLAIN[0]: (PLAIN,)}, syntax, body.get("clip_skip", 0))
     assert difference(ours, by_diffusers(reference, {"prompt": body["prompt"], **fields})) <= TOLERANCE
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock
@@ -466,10 +467,11 @@ async def test_the_command_that_is_printed_saves_an_image(how: str, tmp_path: Pa
 async def test_more_skipped_layers_than_the_model_has_are_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hypergen_gateway.serving._serve_http", AsyncMock())
     async with serving(FakeTriton()) as url:
-        options = {"host": "127.0.0.1", "port": free_port(), "triton": TritonOptions(model="", url=url, export=None)}
-        await run_server(ServeOptions(**options, gateway=Config(clip_skip=12)))
+        triton = TritonOptions(model="", url=url, export=None)
+        options = ServeOptions(host="127.0.0.1", port=free_port(), triton=triton, gateway=Config(clip_skip=12))
+        await run_server(options)
         with pytest.raises(ClipSkipError, match=r"^--clip-skip: must be from 0 to 12 for this model, not 13"):
-            await run_server(ServeOptions(**options, gateway=Config(clip_skip=13)))
+            await run_server(replace(options, gateway=Config(clip_skip=13)))
 
 
 def run_shell(command: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+Syntax: TypeAlias = Literal["a1111", "compel"]
 # Prompt -> the texts of its chunks, with the weights of the first tokens after the start.
 WeightedChunks: TypeAlias = Mapping[str, tuple[tuple[str, tuple[float, ...]], ...]]
 
@@ -48,9 +49,7 @@ class ByWeightedChunks(ByChunks):
     `clip_skip` as diffusers counts it.
     """
 
-    def __init__(
-        self, pipeline: Any, chunks: WeightedChunks, syntax: Literal["a1111", "compel"] = "a1111", clip_skip: int = 0
-    ) -> None:
+    def __init__(self, pipeline: Any, chunks: WeightedChunks, syntax: Syntax = "a1111", clip_skip: int = 0) -> None:
         self._weights = {text: weights for parts in chunks.values() for text, weights in parts}
         self._syntax = syntax
         self._clip_skip = clip_skip

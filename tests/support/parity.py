@@ -95,7 +95,7 @@ class Sampler:
         given = [self.run("vae_encoder", image=image[None])["mean"][0] for image in request.references]
         references = references_of(request, latent_init.original, given, self.architecture)
         conditions = conditioning_of(
-            request, self.encode(request), self.architecture, references, edited and edited.mean
+            request, self.encode(request), self.architecture, references, None if edited is None else edited.mean
         )
         scheduler = self.schedulers.make(
             request.scheduler,

@@ -97,8 +97,8 @@ def _read_fp8(file: SingleFile) -> tuple[SingleFile, list[Source]]:
     sources = [_scaled(name, file.tensors[name], file.tensors[scale]) for name, scale in scaled.items()]
     taken = {*scaled, *scaled.values()}
     # A scale beside weights that are not fp8 is not ComfyUI's: `check_precisions` rejects it.
-    beside = (lambda name: _BESIDE.fullmatch(name)) if scaled else (lambda _: None)
-    left = {name: tensor for name, tensor in file.tensors.items() if name not in taken and not beside(name)}
+    taken |= {name for name in file.tensors if scaled and _BESIDE.fullmatch(name)}
+    left = {name: tensor for name, tensor in file.tensors.items() if name not in taken}
     return replace(file, tensors=left), sources
 
 

@@ -124,11 +124,12 @@ class TritonPythonModel:
             self._encode_masked_image(request),
             self._encode_references(request),
         )
-        edited, original = (encoded, None) if self._architecture.edits_by_instruction else (None, encoded)
+        is_edited = self._architecture.edits_by_instruction
+        edited, original = (encoded, None) if is_edited else (None, encoded)
         seen = references_of(request, original, references, self._architecture)
         return _PreparedRequest(
             request=request,
-            conditions=conditioning_of(request, texts, self._architecture, seen, edited and edited.mean),
+            conditions=conditioning_of(request, texts, self._architecture, seen, edited.mean if edited else None),
             latent_init=LatentInit(
                 shape=self._latent_shape(request),
                 original=original,

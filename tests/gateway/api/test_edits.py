@@ -43,8 +43,8 @@ class TestByInstruction:
     ) -> None:
         data = {"prompt": "make it blue", "image_guidance_scale": "1.2"}
         images_in(await client.post(EDITS, data=data, files={"image": file_of(photo())}))
-        form = {"data": {"response_format": "b64_json"}, "files": {"image": file_of(photo())}}
-        images_in(await client.post(VARIATIONS, **form))
+        form = {"response_format": "b64_json"}
+        images_in(await client.post(VARIATIONS, data=form, files={"image": file_of(photo())}))
         edit, variation = backend.generations
         assert (edit.image_guidance_scale, edit.strength) == (1.2, None)
         assert same(edit.image, ramp(64, 48))
