@@ -46,6 +46,7 @@ DRAIN_SECONDS = 120
 RESTART_SECONDS = 30
 # The example prompt for models that suggest none.
 DEFAULT_PROMPT = "a lighthouse at dusk"
+EDIT_PROMPT = "make it snow"
 SUGGESTIONS_SHOWN = 5
 TRACE_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 # Enough for one image of the largest model on the slowest machine.
@@ -265,7 +266,7 @@ async def _greeting(options: ServeOptions, backend: TritonBackend) -> str:
         return f"Serving on {url}/v1, playground on {url}\n{waiting}"
     _check_clip_skip(options.gateway, description)
     model = options.gateway.model_id or description.model_id
-    curl = _curl_line(url, options.gateway, description.suggestions)
+    curl = _curl_line(url, options.gateway, description)
     details = [
         description.device,
         *(["with an API key"] if options.gateway.needs_key else []),
@@ -276,7 +277,8 @@ async def _greeting(options: ServeOptions, backend: TritonBackend) -> str:
         f"Serving {model} on {url}/v1 ({', '.join(details)})"
         f"{made_from}"
         f"\n\nPlayground: {url}"
-        f"\n\nGenerate an image:\n{curl}\n{_format_suggestions(description.suggestions)}"
+        f"\n\n{'Edit' if description.edits_by_instruction else 'Generate'} an image:\n{curl}\n"
+        f"{_format_suggestions(description.suggestions)}"
     )
 
 
@@ -302,19 +304,25 @@ def _format_suggestions(prompts: Sequence[str]) -> str:
     return "\nOther prompts:\n" + "".join(f"  {prompt}\n" for prompt in few) if few else ""
 
 
-def _curl_line(url: str, gateway: Config, prompts: Sequence[str]) -> str:
+def _curl_line(url: str, gateway: Config, model: ModelDescription) -> str:
     """A command that saves an image or prints the error, in any shell."""
+    prompts = model.suggestions
     decode = (
         # Without a response, curl or the shell has printed the reason.
         "import base64, json, sys; answer = json.loads(sys.stdin.read() or sys.exit(1)); "
         'sys.exit(answer["error"]["message"]) if "error" in answer else '
         'sys.stdout.buffer.write(base64.b64decode(answer["data"][0]["b64_json"]))'
     )
-    body = shlex.quote(json.dumps({"prompt": prompts[0] if prompts else DEFAULT_PROMPT}, ensure_ascii=False))
+    if model.edits_by_instruction:
+        prompt = shlex.quote(f"prompt={prompts[0] if prompts else EDIT_PROMPT}")
+        route, content = "edits", f"-F image=@input.png --form-string {prompt}"
+    else:
+        body = json.dumps({"prompt": prompts[0] if prompts else DEFAULT_PROMPT}, ensure_ascii=False)
+        route, content = "generations -H 'Content-Type: application/json'", f"-d {shlex.quote(body)}"
     return (
-        f"  curl -sS {url}/v1/images/generations -H 'Content-Type: application/json' \\\n"
+        f"  curl -sS {url}/v1/images/{route} \\\n"
         f"{_key_line(gateway)}"
-        f"    -d {body} \\\n"
+        f"    {content} \\\n"
         f"    | python3 -c '{decode}' > image.png"
     )
 

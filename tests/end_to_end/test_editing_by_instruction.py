@@ -71,6 +71,9 @@ def test_an_edit_is_that_of_diffusers_and_a_mask_keeps_the_rest(served: Served) 
         masked = client.images.edit(image=png(image), mask=png(mask), prompt=PROMPT, extra_body={**FIELDS, "seed": 5})
         with pytest.raises(openai.BadRequestError, match="The model edits images"):
             client.images.generate(prompt=PROMPT)
+    said = "\n".join(served.server.lines)
+    assert "/v1/images/edits" in said
+    assert "--form-string 'prompt=make it snow'" in said
     assert edit.data is not None
     assert masked.data is not None
     whole, part = pixels_of(edit.data[0]), pixels_of(masked.data[0])
