@@ -16,7 +16,7 @@ from hypergen_export.checkpoints.defaults import few_steps_word
 from hypergen_export.conversion.sources import write_tensors
 from hypergen_export.errors import ExportError, UnsupportedModelError
 from hypergen_export.single_files.clip_vocabulary import write_clip_tokenizer
-from hypergen_export.single_files.kinds import SD_2, VELOCITY, Kind, complete_names, kind_of
+from hypergen_export.single_files.kinds import SD_2, VELOCITY, Kind, Shapes, complete_names, kind_of
 from hypergen_export.single_files.modules import Module, modules_of
 from hypergen_export.single_files.prediction import Prediction, prediction_of
 from hypergen_export.single_files.quantized import dequantized
@@ -56,7 +56,7 @@ class Converted:
 
 def convert_single_file(path: Path, folder: Path, prediction_type: str | None, report: Report) -> Converted:
     """Write the file's modules, configs and tokenizers to `folder`. Raises ExportError, OSError."""
-    with named(path), dequantized(path, folder, report) as (file, rest):
+    with named(path), dequantized(path, folder, report, _kind) as (file, rest):
         return _convert(file, folder, prediction_type, rest)
 
 
@@ -72,7 +72,7 @@ def named(path: Path) -> Iterator[None]:
 
 def _convert(file: SingleFile, folder: Path, prediction_type: str | None, report: Report) -> Converted:
     tensors = {complete_names(name): tensor for name, tensor in file.tensors.items()}
-    kind = kind_of({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    kind = _kind(file.shapes)
     check_precisions(tensors)
     prediction = prediction_of(file, _has_velocity(kind, file), prediction_type)
     if kind.title == SD_2.title and prediction.type == VELOCITY:
@@ -91,6 +91,10 @@ def _convert(file: SingleFile, folder: Path, prediction_type: str | None, report
         missing=tuple(sorted({"vae", *(each.module for each in kind.text_encoders)} - found)),
         vae={"scaling_factor": kind.scaling_factor, "force_upcast": kind.force_upcast},
     )
+
+
+def _kind(shapes: Shapes) -> Kind:
+    return kind_of({complete_names(name): shape for name, shape in shapes.items()})
 
 
 def check_precisions(tensors: Tensors) -> None:

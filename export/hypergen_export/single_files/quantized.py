@@ -19,6 +19,7 @@ import torch
 
 from hypergen_export.conversion.sources import Source, write_sources
 from hypergen_export.errors import BrokenCheckpointError, MissingDependencyError, UnsupportedModelError, first_line
+from hypergen_export.single_files.kinds import Shapes
 from hypergen_export.single_files.reading import SingleFile, Tensors, map_safetensors, read_single_file
 
 Report = Callable[[float], None]
@@ -39,12 +40,16 @@ _UNREAD = {
 
 
 @contextlib.contextmanager
-def dequantized(path: Path, folder: Path, report: Report) -> Iterator[tuple[SingleFile, Report]]:
+def dequantized(
+    path: Path, folder: Path, report: Report, check: Callable[[Shapes], object] = lambda _: None
+) -> Iterator[tuple[SingleFile, Report]]:
     """The file with plain weights while the context lasts, and what hears of the rest of the work.
 
-    `folder` gets a temporary file if there is anything to dequantize. Raises ExportError, OSError.
+    `folder` gets a temporary file if there is anything to dequantize; `check` may refuse the tensors' shapes before.
+    Raises ExportError, OSError.
     """
     plain, sources = _read(path)
+    check(plain.shapes | {source.name: source.shape for source in sources})
     if not sources:
         yield plain, report
         return

@@ -12,7 +12,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
 
-from hypergen_export.errors import BrokenCheckpointError, UnsupportedModelError
+from hypergen_export.errors import BrokenCheckpointError, NotADiffusersPipelineError, UnsupportedModelError
 from hypergen_export.repository.export import ExportRequest, open_request
 from hypergen_export.repository.single_file import SingleFileOptions
 from hypergen_export.single_files import quantized
@@ -30,11 +30,15 @@ def original(checkpoint_of: Folder, tmp_path: Path) -> Tensors:
     return load_file(save_transformer_file(tmp_path / "original.safetensors", checkpoint_of(FLUX), NAMES[FLUX], ""))
 
 
+def request_of(file: Path, base: Path | None, place: Path) -> ExportRequest:
+    options = SingleFileOptions(cache_dir=place / f"cache-{file.name}")
+    text_encoder = None if base is None else str(base)
+    return ExportRequest(model=str(file), output=place / "out", single_files=options, text_encoder=text_encoder)
+
+
 def converted(file: Path, base: Path, place: Path) -> Tensors:
     """The transformer that a file becomes, by diffusers' names; nothing else is left in the cache."""
-    options = SingleFileOptions(cache_dir=place / f"cache-{file.name}")
-    request = ExportRequest(model=str(file), output=place / "out", single_files=options, text_encoder=str(base))
-    folder = open_request(request, lambda text: pytest.fail(text)).folder_of("transformer")
+    folder = open_request(request_of(file, base, place), lambda text: pytest.fail(text)).folder_of("transformer")
     assert {each.name for each in folder.iterdir()} == {
         "config.json",
         "diffusion_pytorch_model.safetensors",
@@ -88,6 +92,16 @@ def test_k_quants_and_shapes_of_more_axes_are_read(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["x.gguf"]
 
 
+def test_a_file_that_is_refused_is_not_dequantized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized, "write_sources", lambda *_: pytest.fail("dequantized"))
+    writer = gguf.GGUFWriter(tmp_path / "flux.gguf", "flux")
+    writer.add_tensor("double_blocks.0.img_attn.qkv.weight", torch.zeros(8, 34).byte().numpy(), raw_dtype=Kind.Q8_0)
+    write(writer)
+    request = request_of(tmp_path / "flux.gguf", None, tmp_path)
+    with pytest.raises(NotADiffusersPipelineError, match="pass the folder of its pipeline with --text-encoder"):
+        open_request(request, lambda _: None)
+
+
 def write(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -139,7 +153,7 @@ NVFP4 = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
 def test_what_is_not_read_is_one_line(stored: Tensors, words: str, checkpoint_of: Folder, tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
     save_file(stored, file)
-    request = ExportRequest(model=str(file), output=tmp_path / "out", text_encoder=str(checkpoint_of(FLUX)))
+    request = request_of(file, checkpoint_of(FLUX), tmp_path)
     with pytest.raises(UnsupportedModelError, match=rf"x\.safetensors: .*{words}") as raised:
         open_request(request, lambda _: None)
     assert "\n" not in str(raised.value)
@@ -148,9 +162,7 @@ def test_what_is_not_read_is_one_line(stored: Tensors, words: str, checkpoint_of
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\xff" * 16, b"<html>"])
 def test_a_broken_gguf_file_is_one_line(content: bytes, checkpoint_of: Folder, tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(content)
-    request = ExportRequest(
-        model=str(tmp_path / "x.gguf"), output=tmp_path / "out", text_encoder=str(checkpoint_of(FLUX))
-    )
+    request = request_of(tmp_path / "x.gguf", checkpoint_of(FLUX), tmp_path)
     with pytest.raises(BrokenCheckpointError, match=r"x\.gguf: the GGUF file cannot be read") as raised:
         open_request(request, lambda _: None)
     assert "\n" not in str(raised.value)
