@@ -90,7 +90,6 @@ _OTHER_FORMATS = {
         r"\.diff(_b)?$": "a LyCORIS file of full differences",
         r"\.dora_scale$": "a DoRA of kohya's format",
         r"\.lora_embedding_": "a LoRA of token embeddings",
-        r"^bundle_emb\.": "a LoRA with textual inversions",
         r"^(lora_controlnet|control_model)": "a ControlNet",
         r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.": "a whole checkpoint",
         r"^(emb_params|string_to_param|clip_[lg])$": "a textual inversion",
