@@ -71,8 +71,8 @@ def _unet(*conditions: Tensor) -> Component:
         outputs=(MODEL_OUTPUT,),
         tolerance=TOLERANCE,
         kept_layers={"down_blocks": (0, 1), "up_blocks": (-2, -1)},
-        # An inpainting pipeline needs input images, of which there are none to calibrate with.
-        quantized=WEIGHTS_ONLY if _MASKED_IMAGE in conditions else QUANTIZED,
+        # Pipelines that inpaint or edit need input images, of which there are none to calibrate with.
+        quantized=WEIGHTS_ONLY if {_MASKED_IMAGE, IMAGE_LATENTS} & {*conditions} else QUANTIZED,
         unquantized=_UNQUANTIZED,
     )
 
