@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hypergen_gateway.embedded.export_cache import ExportOptions, find_repository, is_repository, repository_path
+from hypergen_gateway.errors import UnavailableError
 from hypergen_gateway.generation.backend import GenerationRequest, ModelDescription, Pixels, Quality
 from hypergen_gateway.passport.errors import PassportError
 from hypergen_gateway.passport.prompts import choose_prompts
@@ -99,14 +100,13 @@ class _Side:
 def find_passport(options: TritonOptions) -> Passport:
     """The passport of a repository, or of the cached export of a checkpoint. Raises PassportError."""
     folder = _existing_repository(options)
-    how = f"hypergen passport {options.model} --measure"
     if folder is None:
         raise PassportError(
-            f"{options.model} has not been exported with these options; '{how}' exports and measures it"
+            f"{options.model} has not been exported with these options; --measure exports and measures it"
         )
     passport = read_passport(open_repository(folder))
     if passport is None:
-        raise PassportError(f"{options.model} has no passport; '{how}' measures it")
+        raise PassportError(f"{options.model} has no passport; --measure measures it")
     return passport
 
 
@@ -122,7 +122,10 @@ def _existing_repository(options: TritonOptions) -> Path | None:
 async def describe(options: TritonOptions) -> ModelDescription:
     """The description of the model that a running Triton serves. Raises UnavailableError."""
     async with connected(options, GENERATE_SECONDS) as backend:
-        return await backend.describe()
+        try:
+            return await backend.describe()
+        except UnavailableError as error:
+            raise UnavailableError(f"No model is available at {options.url} ({error.detail}).") from error
 
 
 async def measure(options: PassportOptions) -> Measured:

@@ -241,7 +241,11 @@ class TestCommand:
 
     def test_a_folder_without_one_says_how_to_measure_it(self, repository: Path) -> None:
         line = error_line(passport(repository))
-        assert f"{repository} has no passport; 'hypergen passport {repository} --measure' measures it" in line
+        assert f"{repository} has no passport; --measure measures it" in line
+
+    def test_a_triton_that_is_not_there_is_named(self, tmp_path: Path) -> None:
+        line = error_line(passport("--measure", "--triton-url", "127.0.0.1:1", "--cache-dir", tmp_path))
+        assert "No model is available at 127.0.0.1:1" in line
 
     def test_what_was_not_exported_says_what_to_do(self, tmp_path: Path) -> None:
         line = error_line(passport("hypergen/emoji", "--cache-dir", tmp_path))
