@@ -6,6 +6,9 @@ on a machine without a GPU, and what that costs; what it generates is noise. A c
     python tests/benchmarks/full_size.py sd-1.5
     python tests/benchmarks/full_size.py sdxl --folder /mnt/large --dtype bfloat16
     python tests/benchmarks/full_size.py sd-1.5 --deep-cache      also what a step costs of which less is computed
+    python tests/benchmarks/full_size.py FLUX.2-klein-4B --dtype bfloat16 --folder /mnt/large
+    python tests/benchmarks/full_size.py "Stable Diffusion 3.5 Medium" --dtype bfloat16 --without text_encoder_3
+    python tests/benchmarks/full_size.py FLUX.1-dev --dtype bfloat16 --holes
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ from hypergen_export.conversion.examples import example_inputs
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.miniature import save_tokenizer
-from support.published import unet_1_5, unet_xl
+from support.published import PUBLISHED, publish, unet_1_5, unet_xl
+from support.transformer_miniatures import MINIATURES, save_transformer_miniature
 
 HYPERGEN = str(Path(sys.executable).parent / "hypergen")
 PROMPT = "a red rocket on a blue background"
@@ -118,6 +122,12 @@ ARCHITECTURES = {
 }
 
 
+# Those that are published in bfloat16, in files of at most 5 GB.
+TRANSFORMERS = [name for name, (miniature, _) in PUBLISHED.items() if miniature in MINIATURES]
+# What an export imports, whatever the model.
+_IMPORTS = "import hypergen_export.conversion.convert, hypergen_export.conversion.wrappers, onnxscript, openvino"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cost:
     """Seconds, and the largest memory of a command and all its children together, in GB (resident, and private)."""
@@ -144,26 +154,50 @@ def main() -> None:
 
 def _report(folder: Path, options: argparse.Namespace) -> None:
     checkpoint, repository = folder / "checkpoint", folder / "repository"
-    parameters = save_checkpoint(checkpoint, ARCHITECTURES[options.architecture])
-    print(f"{options.architecture}: {', '.join(f'{name} {count / 1e6:,.0f} M' for name, count in parameters.items())}")
+    if options.architecture in TRANSFORMERS:
+        _publish(folder / "miniature", checkpoint, options)
+    else:
+        parameters = save_checkpoint(checkpoint, ARCHITECTURES[options.architecture])
+        counts = ", ".join(f"{name} {count / 1e6:,.0f} M" for name, count in parameters.items())
+        print(f"{options.architecture}: {counts}", flush=True)
+    largest = max(path.stat().st_size for path in checkpoint.rglob("*.safetensors")) / 1e9
+    imports = measure((sys.executable, "-c", _IMPORTS)).resident
 
     export = (sys.executable, "-m", "hypergen_export", str(checkpoint), "--output", str(repository))
     cost = measure([*export, "--dtype", options.dtype, *(["--deep-cache"] if options.deep_cache else [])])
     print(cost.output)
     _print_cost("export", cost)
+    above = cost.resident - imports
+    print(
+        f"{above:.2f} GB above imports ({imports:.2f} GB): {above / largest:.2f} of the largest file, {largest:.2f} GB"
+    )
     if options.deep_cache:
         _print_steps(open_checkpoint(str(checkpoint)), repository, options)
     shutil.rmtree(checkpoint)
-    for path in sorted(repository.glob("*/1/model.onnx*")):
-        print(f"{path.relative_to(repository)}: {path.stat().st_size / 1e9:,.2f} GB")
+    for path in sorted(repository.glob("*/1/*")):
+        if path.stat().st_size > 1e6:
+            linked = ", linked" if path.suffix == ".safetensors" and path.name != "model.onnx.safetensors" else ""
+            print(f"{path.relative_to(repository)}: {path.stat().st_size / 1e9:,.3f} GB{linked}")
     record = json.loads((repository / "hypergen.json").read_text())
     for name, entry in record["components"].items():
-        print(f"{name}: differs from torch by {entry['parity']['difference']:.1e}")
+        print(f"{name}: differs from torch by {entry['parity']['difference']:.1e}", flush=True)
+    if options.export_only or options.holes:
+        return
 
     image = (HYPERGEN, "generate", PROMPT, "--model", str(repository), "--output", str(folder / "image.png"))
     cost = measure([*image, "--steps", "1", "--size", options.size])
     print(cost.output)
     _print_cost(f"start and one image of {options.size} in one step", cost)
+
+
+def _publish(miniature: Path, checkpoint: Path, options: argparse.Namespace) -> None:
+    """The checkpoint with random weights, or with none in files that take no space."""
+    save_transformer_miniature(miniature, PUBLISHED[options.architecture][0])
+    began = time.monotonic()
+    publish(options.architecture, miniature, checkpoint, has_values=not options.holes, without=options.without or ())
+    files = sorted(checkpoint.glob("*/*.safetensors"))
+    sizes = ", ".join(f"{path.parent.name} {path.stat().st_size / 1e9:,.2f}" for path in files)
+    print(f"{options.architecture}, in GB: {sizes}; written in {time.monotonic() - began:,.0f} s", flush=True)
 
 
 def _print_steps(checkpoint: Checkpoint, repository: Path, options: argparse.Namespace) -> None:
@@ -258,12 +292,15 @@ def _print_cost(what: str, cost: Cost) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Export and serve a full-size architecture with random weights.")
-    parser.add_argument("architecture", choices=sorted(ARCHITECTURES))
+    parser.add_argument("architecture", choices=sorted([*ARCHITECTURES, *TRANSFORMERS]))
     parser.add_argument("--folder", type=Path, help="where to work; sdxl needs 25 GB there  [default: the system's]")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the engines")
     parser.add_argument("--size", default="512x512", help="of the image  [default: 512x512]")
     parser.add_argument("--checkpoint", type=Path, help="write the checkpoint there and do no more")
     parser.add_argument("--deep-cache", action="store_true", help="with a shallow UNet; time whole and shallow steps")
+    parser.add_argument("--without", action="append", help="of a transformer's checkpoint: a module that it may lack")
+    parser.add_argument("--holes", action="store_true", help="of a transformer: files without values; exports alone")
+    parser.add_argument("--export-only", action="store_true", help="do not serve")
     parser.add_argument("--keep", action="store_true", help="leave the repository there")
     return parser.parse_args()
 

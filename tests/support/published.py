@@ -1,7 +1,7 @@
 """Checkpoints with the architectures that are published, without their weights: configs, headers and empty files.
 
 Widths and depths are those of the published configs. The weight files have the right headers and lengths, and take no
-space on the disk.
+space on the disk, unless they are given random values.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import diffusers
 import torch
@@ -209,19 +210,35 @@ PUBLISHED: Mapping[str, tuple[str, Modules]] = {
 }
 
 
-def publish(name: str, miniature: Path, folder: Path) -> Path:
-    """Write the checkpoint `name` into the new `folder`, from the miniature that it is like."""
+# Bytes of a weight file, as transformers writes them.
+_LARGEST_SHARD = 5 * 10**9
+# Random numbers that large tensors repeat.
+_RANDOM_NUMBERS = 2**24
+
+
+def publish(name: str, miniature: Path, folder: Path, *, has_values: bool = False, without: Sequence[str] = ()) -> Path:
+    """Write the checkpoint `name` into the new `folder`, from the miniature that it is like.
+
+    With values, weights are random; otherwise they take no space. `without` are modules that a checkpoint may lack.
+    """
     shutil.copytree(miniature, folder)
+    index = json.loads((folder / "model_index.json").read_text())
     for module, make in PUBLISHED[name][1].items():
+        if module in without:
+            shutil.rmtree(folder / module)
+            index[module] = [None, None]
+            continue
         with torch.device("meta"):
-            replace_module(folder / module, make())
+            made = make()
+        replace_module(folder / module, made, has_values=has_values)
+    (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
 
-def replace_module(folder: Path, module: Any) -> None:
-    """Replace a module by one whose weights are named and not there: a file of the right length without blocks."""
+def replace_module(folder: Path, module: Any, *, has_values: bool = False) -> None:
+    """Replace a module by one whose weights are named and, without values, not there: files without blocks."""
     _write_config(folder, module)
-    _write_weights(folder, module)
+    _write_weights(folder, module, has_values=has_values)
 
 
 def _write_config(folder: Path, module: Any) -> None:
@@ -229,18 +246,67 @@ def _write_config(folder: Path, module: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config, default=str))
 
 
-def _write_weights(folder: Path, module: Any) -> None:
-    header, end = {}, 0
-    tied = getattr(module, "_tied_weights_keys", None) or ()
-    for name, tensor in module.state_dict().items():
-        if name in tied:
-            continue
-        length = 2 * math.prod(tensor.shape)
-        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [end, end + length]}
-        end += length
+def _write_weights(folder: Path, module: Any, *, has_values: bool) -> None:
     (file,) = folder.glob("*.safetensors")
-    text = json.dumps(header).encode()
     file.unlink()  # it may be a link to another checkpoint's
+    tied = getattr(module, "_tied_weights_keys", None) or ()
+    shards = _shards({name: tensor.shape for name, tensor in module.state_dict().items() if name not in tied})
+    if len(shards) == 1:
+        _write_file(file, shards[0], has_values=has_values)
+        return
+    places: dict[str, str] = {}
+    for number, shapes in enumerate(shards, start=1):
+        shard = file.with_stem(f"{file.stem}-{number:05}-of-{len(shards):05}")
+        _write_file(shard, shapes, has_values=has_values)
+        places |= dict.fromkeys(shapes, shard.name)
+    file.with_suffix(".safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def _shards(shapes: Mapping[str, torch.Size]) -> list[dict[str, torch.Size]]:
+    """The tensors of each file."""
+    shards: list[dict[str, torch.Size]] = [{}]
+    taken = 0
+    for name, shape in shapes.items():
+        length = 2 * math.prod(shape)
+        if shards[-1] and taken + length > _LARGEST_SHARD:
+            shards.append({})
+            taken = 0
+        shards[-1][name] = shape
+        taken += length
+    return shards
+
+
+def _write_file(file: Path, shapes: Mapping[str, torch.Size], *, has_values: bool) -> None:
+    """Tensors in bfloat16, one after another."""
+    header: dict[str, dict[str, Any]] = {}
+    end = 0
+    for name, shape in shapes.items():
+        length = 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end + length]}
+        end += length
+    text = json.dumps(header).encode()
     with file.open("wb") as opened:
         opened.write(len(text).to_bytes(8, "little") + text)
         opened.truncate(8 + len(text) + end)
+        for name, shape in shapes.items() if has_values else ():
+            begin = 8 + len(text) + header[name]["data_offsets"][0]
+            _write_values(opened, begin, name, shape)
+
+
+def _write_values(file: BinaryIO, begin: int, name: str, shape: torch.Size) -> None:
+    """Weights whose layers keep about the size of what goes through them; places in images stay zero."""
+    elements = math.prod(shape)
+    if name.endswith(("bias", "running_mean", "pos_embed")):
+        return
+    file.seek(begin)
+    scale = math.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.0
+    numbers = torch.ones(elements) if len(shape) < 2 else _random_numbers()[:elements] * scale
+    content = numbers.to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
+    for _ in range(elements // len(numbers)):
+        file.write(content)
+    file.write(content[: 2 * (elements % len(numbers))])
+
+
+@cache
+def _random_numbers() -> torch.Tensor:
+    return torch.randn(_RANDOM_NUMBERS, generator=torch.Generator().manual_seed(0))
