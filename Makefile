@@ -37,7 +37,7 @@ serve: setup
 test: setup-dev
 	@sh .ci/test-tools
 	@echo "Running the tests"
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 quick: setup-dev
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q -m "not (triton or browser or node or java or export or torch or slow or gpu)" $(ARGS)

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from hypergen_gateway.embedded.export_cache import ExportOptions, find_repository
+from hypergen_gateway.embedded.export_cache import SHIPPED_MODEL, ExportOptions, find_repository
 from support.claims import ClaimsTable, attach_claims
 from support.faults import FaultsTable
 from support.images_table import ImagesTable
 from support.kinds import mark_kinds, register_kinds
 from support.node_client import install_node_client
+from support.order import sort_by_length
 from support.skips import SkipsFail, SkipsTable
 
 # Families that are exported and served with a shallow UNet: one with attention in it, and one without.
@@ -53,6 +54,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mark_kinds(items)
     attach_claims(items)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        sort_by_length(items)
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +96,7 @@ def family_of(checkpoint_of: Callable[[str], Path], cache_dir: Path) -> Callable
     @functools.cache
     def make(family: str) -> tuple[Path, Path]:
         folder = checkpoint_of(family)
-        return folder, _export(folder, cache_dir)
+        return folder, _export(str(folder), cache_dir)
 
     return make
 
@@ -102,6 +105,12 @@ def family_of(checkpoint_of: Callable[[str], Path], cache_dir: Path) -> Callable
 def exported(family_of: Callable[[str], tuple[Path, Path]]) -> Path:
     """The miniature's repository in float32, where `hypergen serve` finds it."""
     return family_of("sd-1")[1]
+
+
+@pytest.fixture(scope="session")
+def shipped_repository(cache_dir: Path) -> Path:
+    """The repository of the model that ships with the project; `hypergen serve` takes its components from there."""
+    return _export(SHIPPED_MODEL, cache_dir)
 
 
 def _made_once(shared: Path, family: str) -> Path:
@@ -118,12 +127,12 @@ def _made_once(shared: Path, family: str) -> Path:
         return save_miniature(folder, family=family)
 
 
-def _export(checkpoint: Path, cache_dir: Path) -> Path:
-    deep_cache = checkpoint.name in DEEP_CACHED
-    options = ExportOptions(dtype="float32", max_batch_size=8, cache_dir=cache_dir, deep_cache=deep_cache)
+def _export(model: str, cache_dir: Path) -> Path:
+    name = Path(model).name
+    options = ExportOptions(dtype="float32", max_batch_size=8, cache_dir=cache_dir, deep_cache=name in DEEP_CACHED)
     # Whoever comes second finds it up to date.
-    with FileLock(cache_dir.with_name(f"{checkpoint.name}.export.lock")):
-        return asyncio.run(find_repository(str(checkpoint), options))
+    with FileLock(cache_dir.with_name(f"{name}.export.lock")):
+        return asyncio.run(find_repository(model, options))
 
 
 @pytest.fixture(scope="session")

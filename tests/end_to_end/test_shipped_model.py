@@ -38,7 +38,8 @@ needs_font = pytest.mark.skipif(not FONT.exists(), reason="needs Debian's fonts-
 
 
 @pytest.fixture(scope="module")
-def shipped(cache_dir: Path) -> Iterator[Server]:
+def shipped(shipped_repository: Path, cache_dir: Path) -> Iterator[Server]:
+    assert shipped_repository.parent == cache_dir
     running = start_server("--cache-dir", str(cache_dir), model="", key=None)
     yield running
     assert stop_server(running) == 0

@@ -23,7 +23,9 @@ from filelock import FileLock
 from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hypergen_export.checkpoints.components import Component
 from hypergen_export.checkpoints.families.unet import STABLE_DIFFUSION, with_deep_cache
+from hypergen_export.checkpoints.lora import Placement
 from hypergen_export.conversion.convert import Job, convert
+from hypergen_export.conversion.parity import Parity
 from hypergen_export.conversion.progress import Progress
 from hypergen_export.repository.export import ExportRequest, ExportResult, export
 from support.miniature import LATENT_CHANNELS, SAMPLE_SIZE, save_miniature
@@ -51,6 +53,8 @@ CONVERTED: Mapping[str, tuple[str, ...]] = {
     "sd-inpainting": ("unet", "vae_encoder"),
     "sdxl-inpainting": ("unet", "vae_encoder"),
 }
+# Those of them that are converted in half precision, by which the UNet with the most inputs is held.
+CONVERTED_DTYPES = {"lcm-sdxl": "float16"}
 
 
 @pytest.fixture(scope="session")
@@ -74,9 +78,10 @@ def repository(checkpoint_folder: Path, exported: Path, tmp_path_factory: pytest
 
 @dataclass(frozen=True)
 class Converted:
-    """Components of a family's miniature as ONNX in float32, and how far each differs from torch; both by name."""
+    """Components of a family's miniature as ONNX, and how far each differs from torch; both by name."""
 
     checkpoint: Checkpoint
+    dtype: str
     onnx: Mapping[str, Path]
     differences: Mapping[str, float]
 
@@ -88,31 +93,64 @@ def converted(shared: Path, checkpoint_of: Callable[[str], Path]) -> Callable[[s
     @functools.cache
     def make(family: str) -> Converted:
         checkpoint = open_checkpoint(str(checkpoint_of(family)))
-        folder = shared / "converted" / family
+        dtype = CONVERTED_DTYPES.get(family, "float32")
+        files = {name: shared / "converted" / family / f"{name}.onnx" for name in CONVERTED[family]}
         with FileLock(shared / f"{family}.converted.lock"):
-            differences = _read_or_convert(folder, checkpoint, CONVERTED[family])
-        return Converted(checkpoint, {name: folder / f"{name}.onnx" for name in differences}, differences)
+            record = shared / "converted" / f"{family}.json"
+            if not record.exists():
+                parity = {
+                    name: convert_component(checkpoint, component_of(checkpoint, name), file, dtype)
+                    for name, file in files.items()
+                }
+                record.write_text(json.dumps({name: entry.difference for name, entry in parity.items()}))
+        return Converted(checkpoint, dtype, files, json.loads(record.read_text()))
 
     return make
 
 
-def _read_or_convert(folder: Path, checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, float]:
-    record = folder / "differences.json"
-    if not record.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        components = [each for each in with_deep_cache(checkpoint.family.components) if each.name in names]
-        jobs = [Job(component=each, dtype="float32", onnx=folder / f"{each.name}.onnx") for each in components]
-        with closing(Progress(0)) as progress:
-            parity = convert(checkpoint, jobs, progress)
-        record.write_text(json.dumps({name: entry.difference for name, entry in parity.items()}))
-    differences: dict[str, float] = json.loads(record.read_text())
-    return differences
+def component_of(checkpoint: Checkpoint, name: str) -> Component:
+    """A component of the checkpoint's family, DeepCache's among them."""
+    (component,) = (each for each in with_deep_cache(checkpoint.family.components) if each.name == name)
+    return component
+
+
+def convert_component(
+    checkpoint: Checkpoint,
+    component: Component,
+    onnx: Path,
+    dtype: str = "float32",
+    *,
+    casts: bool = False,
+    placements: Sequence[Placement] = (),
+) -> Parity:
+    """Write the ONNX file, for an engine's builder if the graph may cast weights, and compare it with torch."""
+    onnx.parent.mkdir(parents=True, exist_ok=True)
+    finish = (lambda *_: None) if casts else None
+    job = Job(component=component, dtype=dtype, onnx=onnx, finish=finish, placements=placements)
+    with closing(Progress(0)) as progress:
+        return convert(checkpoint, [job], progress)[component.name]
 
 
 @pytest.fixture(scope="session")
-def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose modules have tensors above the size that is loaded."""
-    folder = save_miniature(tmp_path_factory.mktemp("wide") / "checkpoint")
+def wide_folder(shared: Path) -> Path:
+    """A checkpoint whose modules have tensors above the size that is loaded. Read only."""
+    folder = shared / "checkpoints" / "wide"
+    with FileLock(shared / "wide.lock"):
+        return folder if folder.exists() else _save_wide(folder)
+
+
+@pytest.fixture(scope="session")
+def wide_repository(shared: Path, wide_folder: Path) -> Path:
+    """Its export in float32. Read only."""
+    output = shared / "wide-repository"
+    with FileLock(shared / "wide-repository.lock"):
+        if not output.exists():
+            export(ExportRequest(model=str(wide_folder), output=output))
+    return output
+
+
+def _save_wide(folder: Path) -> Path:
+    save_miniature(folder)
     config = transformers.CLIPTextConfig.from_pretrained(folder / "text_encoder")
     config.update({"hidden_size": WIDE, "intermediate_size": 2 * WIDE})
     with torch.random.fork_rng(devices=[]):

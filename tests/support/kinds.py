@@ -28,6 +28,7 @@ BY_FIXTURE: Mapping[str, str] = {
     "converted": "export",
     "family_of": "export",
     "node": "node",
+    "shipped_repository": "export",
 }
 BY_PLACE: Mapping[str, str] = {
     "end_to_end": "triton",

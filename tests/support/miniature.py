@@ -64,6 +64,8 @@ _MASKED_IMAGE = {"in_channels": 2 * LATENT_CHANNELS + 1}
 # Latents, and those of the image that is edited by instruction.
 _EDITED_IMAGE = {"in_channels": 2 * LATENT_CHANNELS}
 _GUIDANCE_EMBEDDED = {"time_cond_proj_dim": 32}
+# Of XL's miniatures, `sdxl` alone shows that levels differ in depth: every block more takes seconds to export.
+_SHALLOW = {"transformer_layers_per_block": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +109,12 @@ FAMILIES: Mapping[str, Family] = {
     "tcd": Family(scheduler=_TCD, unet=_UNET_1),
     "sdxl": _xl(_EULER),
     "sd-inpainting": Family(scheduler=_DDIM, unet=_UNET_1 | _MASKED_IMAGE, pipeline="StableDiffusionInpaintPipeline"),
-    "sdxl-inpainting": replace(_xl(_EULER, "", **_MASKED_IMAGE), pipeline="StableDiffusionXLInpaintPipeline"),
+    "sdxl-inpainting": replace(
+        _xl(_EULER, "", **_MASKED_IMAGE, **_SHALLOW), pipeline="StableDiffusionXLInpaintPipeline"
+    ),
     "sdxl-turbo": _xl(_TRAILING_ANCESTRAL, "stabilityai/sdxl-turbo"),
     "sdxl-lightning": _xl(_TRAILING, "ByteDance/SDXL-Lightning"),
-    "lcm-sdxl": _xl(_LCM, "", **_GUIDANCE_EMBEDDED),
+    "lcm-sdxl": _xl(_LCM, "", **_GUIDANCE_EMBEDDED, **_SHALLOW),
 }
 # Models that edit by instruction, and do nothing else.
 EDITING_FAMILIES: Mapping[str, Family] = {

@@ -83,7 +83,7 @@ def _flux1(folder: Path, *, has_guidance: bool, pipeline: str = "FluxPipeline") 
     )
 
 
-def _klein(folder: Path, *, is_distilled: bool) -> None:
+def _klein(folder: Path, *, is_distilled: bool, layers: int = 28) -> None:
     transformer = diffusers.Flux2Transformer2DModel(
         patch_size=1,
         in_channels=128,
@@ -100,7 +100,7 @@ def _klein(folder: Path, *, is_distilled: bool) -> None:
         guidance_embeds=False,
     )
     save_qwen_tokenizer(folder / "tokenizer")
-    _save(folder / "text_encoder", _qwen3(transformers.Qwen3ForCausalLM, layers=28))
+    _save(folder / "text_encoder", _qwen3(transformers.Qwen3ForCausalLM, layers=layers))
     _save(folder / "transformer", transformer)
     _save(folder / "vae", _flux2_vae())
     _write_scheduler(folder, {**_DYNAMIC, "time_shift_type": "exponential"})
@@ -239,6 +239,12 @@ def save_transformer_miniature(folder: Path, family: str) -> Path:
     """Write the checkpoint into `folder` and return it."""
     folder.mkdir(parents=True, exist_ok=True)
     MINIATURES[family](folder)
+    return folder
+
+
+def save_shallow_klein(folder: Path) -> Path:
+    """FLUX.2-klein with a text encoder of seven layers, whose states 9, 18 and 27, counted round, are 1, 2 and 3."""
+    _klein(folder, is_distilled=True, layers=7)
     return folder
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from diffusers import (
     Flux2KleinInpaintPipeline,
+    Flux2KleinPipeline,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
     FluxKontextInpaintPipeline,
@@ -53,37 +54,13 @@ def pipeline_from_image(family: str, pipeline: Any, *, masked: bool) -> Any:
 
 def image_by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:
     """The final latents [C, h, w] in the sampler's layout, and the image."""
-    arguments: dict[str, Any] = {
-        "prompt": request.prompt,
-        **_given(request),
-        "num_inference_steps": request.num_inference_steps,
-        "guidance_scale": request.guidance_scale,
-        "generator": torch.Generator().manual_seed(request.seed),
-        "output_type": "np",
-    }
-    if isinstance(pipeline, _FLUX1) and not pipeline.transformer.config.guidance_embeds:
-        arguments["max_sequence_length"] = 256  # as FLUX.1-schnell was published
-    if isinstance(pipeline, _KONTEXT):
-        # As sizes are asked for, instead of those of its training.
-        arguments |= {"max_area": request.width * request.height, "_auto_resize": False}
-    if request.skip_layer_guidance_scale:
-        arguments |= {
-            "skip_guidance_layers": [1],  # the middle one of the miniature's
-            **{name: getattr(request, name) for name in vars(request) if name.startswith("skip_layer_guidance")},
-        }
-    if request.negative_prompt is not None:
-        arguments["negative_prompt"] = request.negative_prompt
-    if type(pipeline).__name__.startswith("QwenImage"):
-        # It guides only where a negative prompt is given; ours takes the empty one instead.
-        arguments["true_cfg_scale"] = arguments.pop("guidance_scale")
-        arguments["negative_prompt"] = request.negative_prompt or ""
     latents: list[torch.Tensor] = []
 
     def keep(_pipeline: Any, _step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
         latents[:] = [given["latents"]]
         return {}
 
-    image = pipeline(**arguments, callback_on_step_end=keep).images[0]
+    image = pipeline(**_arguments(pipeline, request), callback_on_step_end=keep).images[0]
     if isinstance(pipeline, StableDiffusion3InpaintPipeline):
         image = _decoded_with_shift(pipeline, latents[0])
     if type(pipeline).__name__.startswith("QwenImage"):
@@ -100,6 +77,37 @@ def _decoded_with_shift(pipeline: Any, latents: torch.Tensor) -> Any:
     with torch.no_grad():
         decoded = pipeline.vae.decode(latents / config.scaling_factor + config.shift_factor, return_dict=False)[0]
     return pipeline.image_processor.postprocess(decoded, output_type="np")[0]
+
+
+def _arguments(pipeline: Any, request: Request) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "prompt": request.prompt,
+        **_given(request),
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        "generator": torch.Generator().manual_seed(request.seed),
+        "output_type": "np",
+    }
+    if isinstance(pipeline, _FLUX1) and not pipeline.transformer.config.guidance_embeds:
+        arguments["max_sequence_length"] = 256  # as FLUX.1-schnell was published
+    if isinstance(pipeline, Flux2KleinPipeline | Flux2KleinInpaintPipeline):
+        states = pipeline.text_encoder.config.num_hidden_layers + 1
+        arguments["text_encoder_out_layers"] = tuple(index % states for index in (9, 18, 27))
+    if isinstance(pipeline, _KONTEXT):
+        # As sizes are asked for, instead of those of its training.
+        arguments |= {"max_area": request.width * request.height, "_auto_resize": False}
+    if request.skip_layer_guidance_scale:
+        arguments |= {
+            "skip_guidance_layers": [1],  # the middle one of the miniature's
+            **{name: getattr(request, name) for name in vars(request) if name.startswith("skip_layer_guidance")},
+        }
+    if request.negative_prompt is not None:
+        arguments["negative_prompt"] = request.negative_prompt
+    if type(pipeline).__name__.startswith("QwenImage"):
+        # It guides only where a negative prompt is given; ours takes the empty one instead.
+        arguments["true_cfg_scale"] = arguments.pop("guidance_scale")
+        arguments["negative_prompt"] = request.negative_prompt or ""
+    return arguments
 
 
 def _given(request: Request) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +19,24 @@ from hypergen_export.checkpoints.components import FLOAT, INT, Component, Tensor
 from hypergen_export.checkpoints.families.unet import STABLE_DIFFUSION
 from hypergen_export.checkpoints.lora import read_loras
 from hypergen_export.conversion import convert as conversion
-from hypergen_export.conversion.convert import Job, convert
 from hypergen_export.conversion.linking import check_links
 from hypergen_export.conversion.loading import load_module, load_placeholders
 from hypergen_export.conversion.merging import merge_lora
 from hypergen_export.conversion.parity import Parity, compare_outputs
-from hypergen_export.conversion.progress import Progress
 from hypergen_export.conversion.sources import LARGEST_LOADED
 from hypergen_export.conversion.wrappers import WRAPPERS
 from hypergen_export.errors import BrokenCheckpointError, ConversionError
 from support.loras import lora_weights, save_by_diffusers
 
-from ..conftest import COMPONENTS, WEIGHTS
+from ..conftest import COMPONENTS, WEIGHTS, component_of, convert_component
 
 
 def write(
     checkpoint: Checkpoint, component: Component, folder: Path, dtype: str = "float32", *, casts: bool = False
 ) -> tuple[Path, Parity]:
     """The ONNX file, for an engine builder if it may cast, and its parity."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.onnx"
-    finish = (lambda *_: None) if casts else None
-    with closing(Progress(5)) as progress:
-        parity = convert(checkpoint, [Job(component=component, dtype=dtype, onnx=path, finish=finish)], progress)
-    return path, parity[component.name]
+    return path, convert_component(checkpoint, component, path, dtype, casts=casts)
 
 
 def initializers(path: Path) -> Iterator[tuple[str, Any]]:
@@ -58,13 +51,15 @@ def external(path: Path) -> dict[str, ir.ExternalTensor]:
 
 @pytest.mark.parametrize("component", STABLE_DIFFUSION, ids=lambda component: component.name)
 def test_large_weights_stay_in_the_checkpoints_file_and_give_the_same_values(
-    component: Component, wide: Checkpoint, tmp_path: Path
+    component: Component, wide: Checkpoint, wide_repository: Path
 ) -> None:
-    path, parity = write(wide, component, tmp_path / "linked")
+    path = wide_repository / component.name / "1" / "model.onnx"
+    record = json.loads((wide_repository / "hypergen.json").read_text())
     weights = wide.folder / component.module / WEIGHTS[component.module]
     assert sorted(file.name for file in path.parent.iterdir()) == sorted(["model.onnx", weights.name])
     assert (path.parent / weights.name).samefile(weights)
-    assert parity.difference <= (1 if component.name == "vae_decoder" else 1e-5)
+    difference = record["components"][component.name]["parity"]["difference"]
+    assert difference <= (1 if component.name == "vae_decoder" else 1e-5)
     linked, stored = external(path), load_file(weights)
     assert {name for name, tensor in stored.items() if tensor.numel() > LARGEST_LOADED} >= linked.keys() != set()
     assert all(tensor.size <= LARGEST_LOADED for name, tensor in initializers(path) if name not in linked)
@@ -178,7 +173,7 @@ def test_of_a_large_text_encoder_two_layers_are_compared(
     family: str, encoder: str, checkpoint_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = open_checkpoint(str(checkpoint_of(family)))
-    (component,) = (each for each in checkpoint.family.components if each.name == "text_encoder_2")
+    component = component_of(checkpoint, "text_encoder_2")
     monkeypatch.setattr(conversion, "_LARGE_BYTES", 0)
     compared: list[int] = []
 

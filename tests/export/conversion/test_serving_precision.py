@@ -6,7 +6,6 @@ Float32 alone hides what an engine does to single operations in bfloat16, such a
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,6 @@ from diffusers import UNet2DConditionModel
 
 from hypergen_export.checkpoints.checkpoint import SHIPPED_MODEL, Checkpoint, open_checkpoint
 from hypergen_export.checkpoints.defaults import checkpoint_parameters
-from hypergen_export.conversion.convert import Job, convert
-from hypergen_export.conversion.progress import Progress
 from hypergen_gateway.embedded.backends.openvino.compilations import read_model
 from hypergen_sampler.sinusoids import Sinusoid
 
@@ -35,16 +32,11 @@ Array = npt.NDArray[np.float32]
 
 @pytest.fixture(params=["shipped", "sd-1", "sdxl"])
 def exported_unet(
-    request: pytest.FixtureRequest, family_of: Callable[[str], tuple[Path, Path]], tmp_path: Path
+    request: pytest.FixtureRequest, family_of: Callable[[str], tuple[Path, Path]], shipped_repository: Path
 ) -> tuple[Checkpoint, Path]:
     """A checkpoint and its UNet's ONNX file."""
-    if request.param != "shipped":
-        folder, repository = family_of(request.param)
-        return open_checkpoint(str(folder)), repository / "unet" / "1" / "model.onnx"
-    checkpoint, onnx = open_checkpoint(SHIPPED_MODEL), tmp_path / "model.onnx"
-    with closing(Progress(4)) as progress:
-        convert(checkpoint, [Job(component=checkpoint.family.denoiser, dtype="float32", onnx=onnx)], progress)
-    return checkpoint, onnx
+    model, repository = (SHIPPED_MODEL, shipped_repository) if request.param == "shipped" else family_of(request.param)
+    return open_checkpoint(str(model)), repository / "unet" / "1" / "model.onnx"
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Plans of the miniatures, built by TensorRT-RTX on the CPU, held against the configuration that Triton gets.
 
 Of 1.x a whole repository is exported in float16. Of the other families every component whose graph is its own is built
-from the ONNX that the tests of OpenVINO use, in float32 and for one size; these come with what DeepCache needs.
+from the ONNX that the tests of OpenVINO use, for one size and mostly in float32; these come with what DeepCache needs.
 
 Without a GPU no engine can be loaded again: what is compared is the network and the profiles that the builder was given
 and accepted, as the record beside each plan states them.
@@ -12,8 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,24 +20,15 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import torch
 from google.protobuf import text_format
 from onnx import TensorProto, helper
 from tritonclient.grpc import model_config_pb2 as pb
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hypergen_export.checkpoints.components import LoraPool
-from hypergen_export.checkpoints.defaults import longest_text, text_padding
-from hypergen_export.checkpoints.families.unet import with_deep_cache
+from hypergen_export.checkpoints.components import Component, LoraPool
 from hypergen_export.checkpoints.lora import Lora, Placement, read_loras
-from hypergen_export.conversion.convert import Job, convert
-from hypergen_export.conversion.loading import load_module
-from hypergen_export.conversion.onnx import capture, write_onnx
-from hypergen_export.conversion.parity import compare
-from hypergen_export.conversion.progress import Progress
-from hypergen_export.conversion.wrappers import wrap
-from hypergen_export.engines.engine import Size, read_sizes
-from hypergen_export.engines.profiles import Bounds, Shapes, profiles
+from hypergen_export.engines.engine import read_sizes
+from hypergen_export.engines.profiles import Bounds, shapes_of
 from hypergen_export.engines.tensorrt import (
     Build,
     Phases,
@@ -54,29 +44,31 @@ from hypergen_export.repository.export import ExportRequest, ExportResult, expor
 from support.loras import lora_weights, save_by_diffusers, save_with_magnitudes
 from support.miniature import FAMILIES
 
-from ..conftest import COMPONENTS, CONVERTED, EXPORTED, Converted
+from ..conftest import (
+    COMPONENTS,
+    CONVERTED,
+    CONVERTED_DTYPES,
+    EXPORTED,
+    WEIGHTS,
+    Converted,
+    component_of,
+    convert_component,
+)
+from .conftest import CAPABILITY, make_build
 
 pytest.importorskip("tensorrt_rtx")
 
 NAMES = tuple(COMPONENTS)
-# Ampere: an A10, an RTX 3090.
-CAPABILITY = "8.6"
 SIZES = read_sizes("64x64,96x64")
 ROWS = 4
 HALF_PRECISION = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 # Beside the whole repository of 1.x in float16. The UNet is the one that is told everything that any is told.
 IN_HALF_PRECISION = [
-    ("sd-1", "text_encoder", "float16"),
     ("sd-1", "text_encoder", "bfloat16"),
     ("sd-1", "vae_decoder", "bfloat16"),
     ("lcm-sdxl", "unet", "float16"),
 ]
 EVERY_ENGINE = [(family, name) for family, names in {"sd-1": NAMES, **EXPORTED, **CONVERTED}.items() for name in names]
-
-
-@pytest.fixture(scope="module")
-def target() -> Target:
-    return rtx_target(CAPABILITY)
 
 
 @pytest.fixture(scope="module")
@@ -108,63 +100,73 @@ class Engine:
     config: Any
 
 
+@dataclass(frozen=True)
+class Source:
+    """What an engine is built of: a component's file, with weights of `dtype`."""
+
+    checkpoint: Checkpoint
+    component: Component
+    onnx: Path
+    dtype: str
+
+
+@pytest.fixture(scope="module")
+def source_of(
+    checkpoint: Checkpoint,
+    family_of: Callable[[str], tuple[Path, Path]],
+    converted: Callable[[str], Converted],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str, str, str], Source]:
+    """Family, component and precision -> its file, which is written here only for 1.x in half precision."""
+
+    @functools.cache
+    def find(family: str, name: str, dtype: str) -> Source:
+        if family in CONVERTED:
+            found = converted(family)
+            assert found.dtype == dtype
+            return Source(found.checkpoint, component_of(found.checkpoint, name), found.onnx[name], dtype)
+        if dtype == "float32":
+            folder, repository = family_of(family)
+            opened = open_checkpoint(str(folder))
+            return Source(opened, component_of(opened, name), repository / name / "1" / "model.onnx", dtype)
+        path = tmp_path_factory.mktemp(f"{name}-{dtype}") / "model.onnx"
+        convert_component(checkpoint, COMPONENTS[name], path, dtype)
+        return Source(checkpoint, COMPONENTS[name], path, dtype)
+
+    return find
+
+
 @pytest.fixture(scope="module")
 def engine_of(
     request: pytest.FixtureRequest,
     target: Target,
-    family_of: Callable[[str], tuple[Path, Path]],
-    converted: Callable[[str], Converted],
+    source_of: Callable[[str, str, str], Source],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str, str], Engine]:
     """Family and component -> its engine, built once."""
-
-    def find_onnx(family: str, name: str) -> tuple[Checkpoint, Path]:
-        if family in CONVERTED:
-            found = converted(family)
-            return found.checkpoint, found.onnx[name]
-        folder, repository = family_of(family)
-        return open_checkpoint(str(folder)), repository / name / "1" / "model.onnx"
 
     @functools.cache
     def make(family: str, name: str) -> Engine:
         if family == "sd-1":
             return read_engine(request.getfixturevalue("plans") / name)
-        checkpoint, onnx_file = find_onnx(family, name)
         folder = tmp_path_factory.mktemp("engine") / name
-        build_engine(checkpoint, onnx_file, target, folder)
+        build_engine(source_of(family, name, CONVERTED_DTYPES.get(family, "float32")), target, folder)
         return read_engine(folder)
 
     return make
 
 
-def shapes_of(checkpoint: Checkpoint, sizes: Sequence[Size]) -> Shapes:
-    return Shapes(
-        sizes=checkpoint.sizes,
-        image_sizes=sizes,
-        rows=ROWS,
-        text_padding=text_padding(checkpoint),
-        longest_text=longest_text(checkpoint),
-    )
-
-
-def build_engine(checkpoint: Checkpoint, onnx_file: Path, target: Target, folder: Path) -> None:
+def build_engine(source: Source, target: Target, folder: Path) -> None:
     """Write the plan, its record and its configuration into `folder`, which has the component's name."""
-    (component,) = (each for each in with_deep_cache(checkpoint.family.components) if each.name == folder.name)
-    shapes = shapes_of(checkpoint, SIZES[1:])
-    (folder / "1").mkdir(parents=True)
-    build = Build(
-        name=component.name,
-        onnx=onnx_file,
-        dtype="float32",
-        plan=folder / "1" / "model.plan",
-        profiles=profiles(component, shapes),
-        target=target,
-    )
+    shapes = shapes_of(source.checkpoint, SIZES[1:], ROWS)
+    plan = folder / "1" / "model.plan"
+    plan.parent.mkdir(parents=True)
+    build = make_build(source.component, source.onnx, plan, shapes, target, dtype=source.dtype)
     began = time.monotonic()
     write_plan_record(build, build_plan(build, lambda _: None))
-    print(f"{checkpoint.family.name} {component.name}: built in {time.monotonic() - began:.1f} s")
-    options = EngineOptions(engine="tensorrt", dtype="float32", shapes=shapes, default_size=(64, 64))
-    (folder / "config.pbtxt").write_text(component_config(component, options))
+    print(f"{source.checkpoint.family.name} {folder.name}: built in {time.monotonic() - began:.1f} s")
+    options = EngineOptions(engine="tensorrt", dtype=source.dtype, shapes=shapes, default_size=(64, 64))
+    (folder / "config.pbtxt").write_text(component_config(source.component, options))
 
 
 def read_engine(folder: Path) -> Engine:
@@ -367,24 +369,17 @@ def _copy(source: Path, target: Path) -> None:
 
 
 @pytest.mark.claim("engines")
-@pytest.mark.parametrize("name", NAMES)
 def test_what_openvino_runs_is_built_in_float32_too(
-    name: str, repository: Path, checkpoint: Checkpoint, target: Target, tmp_path: Path
+    source_of: Callable[[str, str, str], Source], target: Target, tmp_path: Path
 ) -> None:
-    onnx_file = repository / name / "1" / "model.onnx"
-    shapes = shapes_of(checkpoint, SIZES)
-    build = Build(
-        name=name,
-        onnx=onnx_file,
-        dtype="float32",
-        plan=tmp_path / "model.plan",
-        profiles=profiles(COMPONENTS[name], shapes),
-        target=target,
-    )
+    """For two sizes; the other components are those of LCM, which are built for one."""
+    source = source_of("sd-1", "unet", "float32")
+    shapes = shapes_of(source.checkpoint, SIZES, ROWS)
+    build = make_build(source.component, source.onnx, tmp_path / "model.plan", shapes, target)
     shares: list[float] = []
     interface = build_plan(build, shares.append)
-    assert build.plan.stat().st_size > onnx_file.stat().st_size / 2
-    assert interface.inputs.keys() == {tensor.name for tensor in COMPONENTS[name].inputs}
+    assert build.plan.stat().st_size > source.onnx.stat().st_size / 2
+    assert interface.inputs.keys() == {tensor.name for tensor in source.component.inputs}
     assert shares == sorted(shares)
     assert 0 < shares[0] < 0.5 < shares[-1] <= 1
 
@@ -392,72 +387,64 @@ def test_what_openvino_runs_is_built_in_float32_too(
 @pytest.mark.claim("precision")
 @pytest.mark.parametrize(("family", "name", "dtype"), IN_HALF_PRECISION)
 def test_half_precision_is_inside_the_graph_and_not_in_its_interface(
-    family: str, name: str, dtype: str, checkpoint_of: Callable[[str], Path], target: Target, tmp_path: Path
+    family: str,
+    name: str,
+    dtype: str,
+    source_of: Callable[[str, str, str], Source],
+    engine_of: Callable[[str, str], Engine],
+    target: Target,
+    tmp_path: Path,
 ) -> None:
-    checkpoint = open_checkpoint(str(checkpoint_of(family)))
-    (component,) = (each for each in checkpoint.family.components if each.name == name)
-    wrapped = wrap(component, load_module(checkpoint, component).to(getattr(torch, dtype)))
-    path = tmp_path / "model.onnx"
-    write_onnx(component, capture(component, wrapped, checkpoint.sizes), path)
-    graph = onnx.load(path).graph
+    source = source_of(family, name, dtype)
+    graph = onnx.load(source.onnx).graph
     weights = [tensor.data_type for tensor in graph.initializer if np.prod(tensor.dims) > 100]
     weights = [kind for kind in weights if kind != TensorProto.BOOL]  # the text encoder's causal mask
     assert weights
     assert set(weights) == {HALF_PRECISION[dtype]}
     interface = [value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)]
     assert set(interface) <= {TensorProto.FLOAT, TensorProto.INT32, TensorProto.UINT8}
-    assert compare(component, wrapped.float(), checkpoint.sizes, path, dtype).difference < 0.05 * 255
-    shapes = Shapes(sizes=checkpoint.sizes, image_sizes=SIZES[:1], rows=2)
-    found = profiles(component, shapes)
-    plan = tmp_path / "model.plan"
-    build_plan(Build(name=name, onnx=path, dtype=dtype, plan=plan, profiles=found, target=target), lambda _: None)
-    assert plan.stat().st_size > 1000
+    if family in CONVERTED:
+        assert engine_of(family, name).record["dtype"] == dtype
+        return
+    shapes = shapes_of(source.checkpoint, SIZES[:1], ROWS)
+    build = make_build(source.component, source.onnx, tmp_path / "model.plan", shapes, target, dtype=dtype)
+    build_plan(build, lambda _: None)
+    assert build.plan.stat().st_size > 1000
 
 
 @pytest.mark.claim("engines")
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("text_encoder", "float32"), ("vae_decoder", "float16"), ("text_encoder", "bfloat16")]
+)
 def test_weights_that_are_linked_in_another_precision_are_built(
-    dtype: str, wide: Checkpoint, target: Target, tmp_path: Path
+    name: str, dtype: str, wide: Checkpoint, target: Target, tmp_path: Path
 ) -> None:
-    component, path = COMPONENTS["vae_decoder"], tmp_path / "model.onnx"
-    with closing(Progress(5)) as progress:
-        convert(wide, [Job(component=component, dtype=dtype, onnx=path, finish=lambda *_: None)], progress)
-    assert (tmp_path / "diffusion_pytorch_model.safetensors").samefile(
-        wide.folder / "vae" / "diffusion_pytorch_model.safetensors"
-    )
-    found = profiles(component, Shapes(sizes=wide.sizes, image_sizes=SIZES[:1], rows=2))
-    plan = tmp_path / "model.plan"
-    build_plan(
-        Build(name="vae_decoder", onnx=path, dtype=dtype, plan=plan, profiles=found, target=target), lambda _: None
-    )
-    assert plan.stat().st_size > 1000
+    component, path = COMPONENTS[name], tmp_path / "model.onnx"
+    convert_component(wide, component, path, dtype, casts=True)
+    weights = WEIGHTS[component.module]
+    assert (tmp_path / weights).samefile(wide.folder / component.module / weights)
+    build = make_build(component, path, tmp_path / "model.plan", shapes_of(wide, SIZES[:1], ROWS), target, dtype=dtype)
+    build_plan(build, lambda _: None)
+    assert build.plan.stat().st_size > 1000
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_rank_pool_is_built_with_its_loras(
-    dtype: str, checkpoint_folder: Path, checkpoint: Checkpoint, target: Target, tmp_path: Path
+    checkpoint_folder: Path, checkpoint: Checkpoint, target: Target, tmp_path: Path
 ) -> None:
     file = save_by_diffusers(tmp_path / "words", lora_weights(checkpoint_folder, "text_encoder"))
     component, path = COMPONENTS["text_encoder"].with_pool(LoraPool(rank=8)), tmp_path / "model.onnx"
     placements = [Placement(Lora(name="words", file=file), (4, 5, 6, 7))]
-    job = Job(component=component, dtype=dtype, onnx=path, placements=placements, finish=lambda *_: None)
-    with closing(Progress(5)) as progress:
-        convert(checkpoint, [job], progress)
-    found = profiles(component, shapes_of(checkpoint, SIZES[:1]))
-    assert found[0]["lora_scales"].usual[1:] == (8,)
-    plan = tmp_path / "model.plan"
-    build_plan(
-        Build(name="text_encoder", onnx=path, dtype=dtype, plan=plan, profiles=found, target=target), lambda _: None
-    )
-    assert plan.stat().st_size > 1000
+    convert_component(checkpoint, component, path, "bfloat16", casts=True, placements=placements)
+    shapes = shapes_of(checkpoint, SIZES[:1], ROWS)
+    build = make_build(component, path, tmp_path / "model.plan", shapes, target, dtype="bfloat16")
+    assert build.profiles[0]["lora_scales"].usual[1:] == (8,)
+    build_plan(build, lambda _: None)
+    assert build.plan.stat().st_size > 1000
 
 
 @pytest.mark.claim("precision")
-def test_bfloat16_is_resized_in_float32(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    component = COMPONENTS["vae_decoder"]
-    wrapped = wrap(component, load_module(checkpoint, component).to(torch.bfloat16))
-    write_onnx(component, capture(component, wrapped, checkpoint.sizes), tmp_path / "model.onnx")
-    graph = onnx.load(tmp_path / "model.onnx").graph
+def test_bfloat16_is_resized_in_float32(source_of: Callable[[str, str, str], Source]) -> None:
+    graph = onnx.load(source_of("sd-1", "vae_decoder", "bfloat16").onnx).graph
     makers = {output: node for node in graph.node for output in node.output}
     users = {name: node for node in graph.node for name in node.input}
     resizes = [node for node in graph.node if node.op_type == "Resize"]

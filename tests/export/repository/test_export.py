@@ -213,31 +213,23 @@ def test_hashes_computed_by_an_up_to_date_export_are_stored_in_it(
     assert sorted(path.name for path in request.output.iterdir() if path.name.startswith(".")) == []
 
 
-@pytest.fixture(scope="module")
-def linked(wide_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A checkpoint of which an export links the weights, and the export. Read only."""
-    folder = tmp_path_factory.mktemp("linked")
-    checkpoint = Path(shutil.copytree(wide_folder, folder / "checkpoint"))
-    export(ExportRequest(model=str(checkpoint), output=folder / "repository"))
-    return checkpoint, folder / "repository"
-
-
-def test_the_checkpoints_weights_are_in_the_repository_without_being_copied(linked: tuple[Path, Path]) -> None:
-    checkpoint, repository = linked
-    record = json.loads((repository / "hypergen.json").read_text())
+def test_the_checkpoints_weights_are_in_the_repository_without_being_copied(
+    wide_folder: Path, wide_repository: Path
+) -> None:
+    record = json.loads((wide_repository / "hypergen.json").read_text())
     for component in STABLE_DIFFUSION:
-        (weights,) = (checkpoint / component.module).glob("*.safetensors")
-        assert (repository / component.name / "1" / weights.name).samefile(weights)
+        (weights,) = (wide_folder / component.module).glob("*.safetensors")
+        assert (wide_repository / component.name / "1" / weights.name).samefile(weights)
         assert record["components"][component.name]["weights"] == {weights.name: sha256([weights])}
-    assert export(ExportRequest(model=str(checkpoint), output=repository)) == ExportResult()
+    assert export(ExportRequest(model=str(wide_folder), output=wide_repository)) == ExportResult()
 
 
 def test_an_export_whose_weights_were_overwritten_with_its_checkpoint_is_not_reused(
-    linked: tuple[Path, Path], wide_folder: Path, tmp_path: Path
+    wide_folder: Path, wide_repository: Path, tmp_path: Path
 ) -> None:
     """Whoever saves into the checkpoint writes to the linked files; the old weights are served from elsewhere then."""
-    checkpoint = Path(shutil.copytree(linked[0], tmp_path / "checkpoint"))
-    output = Path(shutil.copytree(linked[1], tmp_path / "repository"))
+    checkpoint = Path(shutil.copytree(wide_folder, tmp_path / "checkpoint"))
+    output = Path(shutil.copytree(wide_repository, tmp_path / "repository"))
     weights = checkpoint / "text_encoder" / "model.safetensors"
     place = output / "text_encoder" / "1" / weights.name
     place.unlink()
@@ -245,7 +237,7 @@ def test_an_export_whose_weights_were_overwritten_with_its_checkpoint_is_not_reu
     content = weights.read_bytes()
     weights.write_bytes(content[:-2] + bytes(2))
     assert sha256([place]) != sha256([wide_folder / "text_encoder" / weights.name])
-    again = ExportRequest(model=str(wide_folder), output=output, model_id=str(linked[0]))
+    again = ExportRequest(model=str(wide_folder), output=output, model_id="tiny/wide")
     assert export(again) == ExportResult(converted=("text_encoder",), reused=NAMES[1:])
     assert sha256([output / "text_encoder" / "1" / weights.name]) == sha256(
         [wide_folder / "text_encoder" / weights.name]
