@@ -76,13 +76,14 @@ def link_weights(model: ir.Model, placeholders: Placeholders, files: WeightFiles
     found = {value: _source(value, placeholders) for value in model.graph.initializers.values()}
     sources = {value: source for value, source in found.items() if source}
     files.place(sources.values(), dtype)
+    # All of them first: a placeholder may have the name that its own or another weight has in the checkpoint.
+    for value in sources:
+        del model.graph.initializers[str(value.name)]
     linked: dict[str, ir.Value] = {}
     for value, source in sources.items():
         if source.name not in linked:  # tied weights have two names
             linked[source.name] = _add_linked(model.graph, files.tensor(source), value)
         value.replace_all_uses_with(linked[source.name])
-        if value.name is not None and model.graph.initializers.get(value.name) is value:
-            del model.graph.initializers[value.name]
 
 
 def check_links(onnx: Path) -> None:

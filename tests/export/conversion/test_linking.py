@@ -290,6 +290,28 @@ def test_tied_weights_are_linked_once(with_others: Checkpoint, tmp_path: Path) -
     ]
 
 
+class T5ByTheFilesNames(torch.nn.Module):
+    """A wrapper whose weights are called in the graph as they are in the file."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.shared, self.encoder = encoder.shared, encoder.encoder
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        states = self.shared(input_ids.to(torch.int64))
+        hidden: torch.Tensor = self.encoder(inputs_embeds=states).last_hidden_state
+        return hidden.to(torch.float32)
+
+
+def test_weights_may_have_the_names_that_they_have_in_the_file(
+    with_others: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(WRAPPERS, "t5", T5ByTheFilesNames)
+    path, parity = write(with_others, ENCODER, tmp_path / "linked", "bfloat16")
+    assert parity.difference < 0.05
+    assert "shared.weight" in external(path)
+
+
 def test_a_packed_transformer_can_be_loaded_without_weights(with_others: Checkpoint) -> None:
     """Its module is complete: every parameter is one of the file, and every computed buffer as its library makes it."""
     module, placeholders = load_placeholders(with_others, ENCODER)
