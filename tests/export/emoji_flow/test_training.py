@@ -13,7 +13,7 @@ from torch import Tensor
 from captions import caption
 from emoji_flow import train
 from emoji_flow.models import TOKENS, build_scheduler, read_tokenizer, tokenize, write_tokenizer
-from emoji_flow.train import capitalized, flow_loss, lengthened
+from emoji_flow.train import capitalized, flow_loss, lengthened, resample
 from world import COLOUR_NAMES, emoji_list
 
 
@@ -45,6 +45,13 @@ def test_the_scheduler_goes_where_the_answer_points() -> None:
         answer = Knowing(latents)(None, sample, 1 - timestep[None] / 1000)
         sample = scheduler.step(-answer, timestep, sample).prev_sample
     assert torch.allclose(sample, latents, atol=1e-4)
+
+
+def test_resampling_with_a_model_that_knows_the_latents_gives_them_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    latents, text = torch.randn(3, 16, 8, 8), torch.zeros(6, 1)
+    monkeypatch.setattr(train, "denoise", Knowing(latents.repeat(2, 1, 1, 1)))
+    assert torch.allclose(resample(torch.nn.Identity(), latents, text, text), latents, atol=1e-4)
 
 
 def test_a_lengthened_caption_takes_the_second_block_of_tokens(tmp_path: Path) -> None:
