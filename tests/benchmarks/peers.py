@@ -41,6 +41,9 @@ class Environment:
         return self.work / "converted" / f"{workload.name}-{kind}"
 
 
+# Of Stable Diffusion's architecture.
+UNETS = ("shipped", "sd15")
+NO_Z_IMAGE = "it does not have the transformer's architecture, Z-Image"
 Start = Callable[[Environment, Workload], Coroutine[Any, Any, Target]]
 
 
@@ -51,7 +54,7 @@ class Peer:
     name: str
     about: str
     start: Start
-    checkpoints: tuple[str, ...] = ("shipped", "sd15")
+    checkpoints: tuple[str, ...] = ("shipped", "flow", "sd15")
     why_not: str = ""
 
 
@@ -148,12 +151,18 @@ FLOOR = Peer(
     name="floor",
     about="this server's components back to back in one process: OpenVINO and diffusers' scheduler, no server",
     start=_floor,
+    checkpoints=UNETS,
+    why_not="it has the loop for UNets alone",
 )
 HYPERGEN = Peer(
     name="hypergen", about="HyperGen 0.1.0 (PyTorch) as a server, float32, over HTTP", start=_hypergen("float32")
 )
 GENAI = Peer(
-    name="openvino_genai", about="OpenVINO GenAI's Text2ImagePipeline, any size, in our precision", start=_genai()
+    name="openvino_genai",
+    about="OpenVINO GenAI's Text2ImagePipeline, any size, in our precision",
+    start=_genai(),
+    checkpoints=UNETS,
+    why_not=NO_Z_IMAGE,
 )
 GENAI_TWICE = Peer(name="openvino_genai_twice", about="the same, two pipelines with a core each", start=_genai(2))
 
@@ -176,12 +185,14 @@ PEERS: Mapping[str, Peer] = {
             name="openvino_genai_reshaped",
             about="OpenVINO GenAI compiled for this size and batch size 1",
             start=_genai(reshaped=True),
+            checkpoints=UNETS,
+            why_not=NO_Z_IMAGE,
         ),
         Peer(
             name="ours_float32",
             about="this server in float32, to compare within one precision",
             start=_ours("float32"),
-            checkpoints=("shipped",),
+            checkpoints=("shipped", "flow"),
             why_not="left out for the time it takes",
         ),
         Peer(name="diffusers_bfloat16", about="diffusers' pipeline in bfloat16", start=_diffusers("bfloat16")),
@@ -190,6 +201,8 @@ PEERS: Mapping[str, Peer] = {
             name="diffusers_compiled",
             about="the same in bfloat16, UNet and decoder by torch.compile",
             start=_diffusers("bfloat16", compiled=True),
+            checkpoints=UNETS,
+            why_not="measured with UNets alone",
         ),
     )
 }

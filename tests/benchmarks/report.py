@@ -19,8 +19,13 @@ from benchmarks.peers import PEERS
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-WORKLOADS = {"shipped": "the shipped model", "sd15": "Stable Diffusion 1.5's size, random weights"}
+WORKLOADS = {
+    "shipped": "the shipped model",
+    "flow": "the shipped transformer",
+    "sd15": "Stable Diffusion 1.5's size, random weights",
+}
 LEVELS = (1, 2, 4, 8, 16, 32)
+_SHORT_BEHIND_LONG = "p95_short_behind_long_hypergen_over_ours"
 
 
 @dataclass(frozen=True)
@@ -47,13 +52,15 @@ BARS = (
     Bar("hypergen_over_ours_one_image_sd15", "HyperGen 0.1.0 ÷ ours, one image, SD 1.5-sized", 4),
     Bar("hypergen_over_ours_one_image_shipped_one_core_busy", "the same, one core busy, shipped", 4),
     Bar("hypergen_over_ours_one_image_sd15_one_core_busy", "the same, one core busy, SD 1.5-sized", 4),
-    Bar("throughput_ours_over_hypergen_8_in_flight", "throughput ours ÷ HyperGen, 8 in flight", 3),
-    Bar("p95_short_behind_long_hypergen_over_ours", "p95 of 4 steps behind eight of 50, HyperGen ÷ ours", 8),
+    Bar("throughput_ours_over_hypergen_8_in_flight_shipped", "throughput ours ÷ HyperGen, 8 in flight", 3),
+    Bar("p95_short_behind_long_hypergen_over_ours_shipped", "p95 of 4 steps behind eight of 50, HyperGen ÷ ours", 8),
     Bar("openvino_genai_over_ours_one_image_shipped", "OpenVINO GenAI ÷ ours, one image, shipped", 0.95),
     Bar("openvino_genai_over_ours_one_image_sd15", "OpenVINO GenAI ÷ ours, one image, SD 1.5-sized", 0.95),
-    Bar("throughput_ours_over_openvino_genai_8_in_flight", "throughput ours ÷ OpenVINO GenAI, 8 in flight", 1.1),
+    Bar(
+        "throughput_ours_over_openvino_genai_8_in_flight_shipped", "throughput ours ÷ OpenVINO GenAI, 8 in flight", 1.1
+    ),
     Bar("stable_diffusion_cpp_over_ours_one_image_sd15", "stable-diffusion.cpp ÷ ours, SD 1.5-sized", 1.5),
-    Bar("throughput_32_in_flight_over_best", "throughput at 32 in flight ÷ our best", 0.9),
+    Bar("throughput_32_in_flight_over_best_shipped", "throughput at 32 in flight ÷ our best", 0.9),
     Bar("models_per_second_ours_over_hypergen", "`/v1/models` per second, ours ÷ HyperGen", 2),
     Bar("gateway_share_ms", "the gateway's own share of an image, ms", 3, at_most=True),
 )
@@ -74,9 +81,15 @@ def write_report(folder: Path, figures: Figures) -> Path:
         ),
         "## How close to the processor",
         _hardware(figures),
-        "## Many requests at once",
-        _throughput(figures),
-        _plot_throughput(folder, figures),
+        *(
+            section
+            for workload in ("shipped", "flow")
+            for section in (
+                f"## Many requests at once, {WORKLOADS[workload]}",
+                _throughput(figures, workload),
+                _plot_throughput(folder, figures, workload),
+            )
+        ),
         "## As a server",
         _server(figures),
         "## How it grows",
@@ -140,23 +153,23 @@ def _hardware(figures: Figures) -> str:
     return _table(heads, rows)
 
 
-def _throughput(figures: Figures) -> str:
+def _throughput(figures: Figures, workload: str) -> str:
     rows = []
     for level in LEVELS:
-        name = f"throughput_ours_over_hypergen_{level}_in_flight"
+        name = f"throughput_ours_over_hypergen_{level}_in_flight_{workload}"
         rates = [_number(figures.get(f"{name}_{side}_per_second")) for side in ("ours", "hypergen")]
         rows.append((str(level), *rates, _number(figures.get(name)), _spread(figures, name)))
     heads = ("in flight", "ours, images/s", "HyperGen 0.1.0", "ours ÷ theirs", "lowest to highest, pairs")
     others = [
         (
             "OpenVINO GenAI, eight requests in turn or by two pipelines",
-            "throughput_ours_over_openvino_genai_8_in_flight",
+            f"throughput_ours_over_openvino_genai_8_in_flight_{workload}",
         ),
         (
             "OpenVINO GenAI, eight of one prompt in one call",
-            "throughput_ours_over_openvino_genai_8_images_of_one_prompt",
+            f"throughput_ours_over_openvino_genai_8_images_of_one_prompt_{workload}",
         ),
-        ("HyperGen 0.1.0, sizes mixed", "throughput_ours_over_hypergen_8_in_flight_mixed_sizes_shipped"),
+        ("HyperGen 0.1.0, sizes mixed", f"throughput_ours_over_hypergen_8_in_flight_mixed_sizes_{workload}"),
     ]
     more = [(words, _number(figures.get(name)), _spread(figures, name)) for words, name in others]
     return f"{_table(heads, rows)}\n\n{_table(('ours at 8 in flight ÷', 'ratio', 'lowest to highest, pairs'), more)}"
@@ -166,7 +179,14 @@ def _server(figures: Figures) -> str:
     entries = [
         ("start to first image, files cached, ms", "start_warm_shipped_hypergen_over_ours", "median_ms"),
         ("start to first image, files not cached, ms", "start_cold_shipped_hypergen_over_ours", "median_ms"),
-        ("a 4-step job behind eight of 50, p95, ms", "p95_short_behind_long_hypergen_over_ours", "p95_ms"),
+        *(
+            (
+                f"a 4-step job behind eight of 50, {WORKLOADS[workload]}, p95, ms",
+                f"{_SHORT_BEHIND_LONG}_{workload}",
+                "p95_ms",
+            )
+            for workload in ("shipped", "flow")
+        ),
         ("`/v1/models` per second", "models_per_second_ours_over_hypergen", "per_second"),
     ]
     rows = [
@@ -206,20 +226,20 @@ def _grown(figures: Figures, unit: str) -> list[int]:
     return sorted(int(parts[2]) for parts in names if parts[3] == unit)
 
 
-def _plot_throughput(folder: Path, figures: Figures) -> str:
+def _plot_throughput(folder: Path, figures: Figures, workload: str) -> str:
     """Of the levels that were measured; nothing where none was."""
-    name = "throughput_ours_over_hypergen_{}_in_flight"
-    levels = [level for level in LEVELS if name.format(level) in figures]
+    names = {level: f"throughput_ours_over_hypergen_{level}_in_flight_{workload}" for level in LEVELS}
+    levels = [level for level, name in names.items() if name in figures]
     if not levels:
         return ""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for side, label in (("ours", "ours"), ("hypergen", "HyperGen 0.1.0")):
-        rates = [float(figures[f"{name.format(level)}_{side}_per_second"]) for level in levels]
+        rates = [float(figures[f"{names[level]}_{side}_per_second"]) for level in levels]
         axes.plot(levels, rates, marker="o", label=label)
-    axes.set(xlabel="requests in flight", ylabel="images per second", title="Throughput, shipped model")
+    axes.set(xlabel="requests in flight", ylabel="images per second", title=f"Throughput, {WORKLOADS[workload]}")
     axes.set_xscale("log", base=2)
     axes.set_xticks(levels, labels=[str(level) for level in levels])
-    return _save(figure, axes, folder / "throughput.png")
+    return _save(figure, axes, folder / f"throughput-{workload}.png")
 
 
 def _plot_growth(folder: Path, figures: Figures) -> str:

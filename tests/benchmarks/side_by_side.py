@@ -26,7 +26,7 @@ from benchmarks.measures import hardware, images, load, serving
 from benchmarks.measures.turns import Bench, Budget
 from benchmarks.peers import PEERS, Environment
 from benchmarks.report import bars_table, write_report
-from benchmarks.workloads import Workload, has_bf16, sd15, shipped
+from benchmarks.workloads import Workload, flow, has_bf16, sd15, shipped
 
 QUICK = Budget(pairs=5, large_pairs=1, rounds=1, levels=(1, 8))
 FULL = Budget(pairs=30, large_pairs=3, rounds=3)
@@ -46,6 +46,7 @@ PARTS: Mapping[str, Callable[[Bench, Workload], Coroutine[Any, Any, None]]] = {
 }
 # The other peers start slowly or add little.
 QUICK_PEERS = ("floor", "hypergen", "hypergen_bfloat16", "openvino_genai", "diffusers")
+FLOW_PARTS = ("one_image", "short_behind_long", "throughput")
 LARGE_PARTS = ("one_image", "hardware", "one_core_busy")
 QUICK_PARTS = ("one_image", "gateway", "models", "short_behind_long", "throughput")
 
@@ -71,10 +72,13 @@ def main() -> None:
 
 
 def _plan(options: argparse.Namespace) -> Iterator[tuple[Workload, str]]:
-    checkpoints = options.checkpoints or (["shipped"] if options.quick else ["shipped", "sd15"])
+    checkpoints = options.checkpoints or (["shipped"] if options.quick else ["shipped", "flow", "sd15"])
     if "shipped" in checkpoints:
         for part in options.only or (QUICK_PARTS if options.quick else PARTS):
             yield shipped(), part
+    if "flow" in checkpoints:
+        for part in options.only or FLOW_PARTS:
+            yield flow(), part
     if "sd15" in checkpoints:
         for part in options.only or LARGE_PARTS:
             yield sd15(options.work_dir, options.large_steps), part
@@ -84,7 +88,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="This server against every peer.")
     parser.add_argument("--quick", action="store_true", help="the shipped model alone, few pairs, under five minutes")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--checkpoints", nargs="+", choices=["shipped", "sd15"], help="[default: both]")
+    parser.add_argument("--checkpoints", nargs="+", choices=["shipped", "flow", "sd15"], help="[default: all]")
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), metavar="PEER", help=f"of {', '.join(PEERS)}")
     parser.add_argument("--large-steps", type=int, default=4, help="of an image of the full-size model")
     parser.add_argument("--work-dir", type=Path, default=BUILD / "side-by-side")

@@ -14,6 +14,7 @@ from benchmarks.environments import ROOT, ToolError, run
 from benchmarks.targets import GenerationRequest, Limits
 
 SHIPPED = ROOT / "export" / "emoji" / "checkpoint"
+FLOW = ROOT / "export" / "emoji_flow" / "checkpoint"
 SECONDS_TO_MAKE = 900
 
 
@@ -59,6 +60,17 @@ def shipped() -> Workload:
         checkpoint=SHIPPED,
         request=GenerationRequest(prompt="", width=64, height=64, steps=10, guidance=2.0, seed=0),
         sizes=(56, 64, 72, 80, 96),
+        limits=Limits(load=600, image=120),
+    )
+
+
+def flow() -> Workload:
+    """The transformer that ships with the project, with its defaults: 64×64, 10 flow steps, guidance 1.5."""
+    return Workload(
+        name="flow",
+        checkpoint=FLOW,
+        request=GenerationRequest(prompt="", width=64, height=64, steps=10, guidance=1.5, seed=0),
+        sizes=(64, 80, 96),
         limits=Limits(load=600, image=120),
     )
 

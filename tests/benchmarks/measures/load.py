@@ -28,11 +28,15 @@ async def throughput(bench: Bench, workload: Workload) -> None:
             async with bench.running(HYPERGEN, workload) as theirs:
                 await _by_level(bench, workload, ours, theirs)
         except ToolError as error:
-            bench.fail("throughput_ours_over_hypergen_8_in_flight", error)
+            bench.fail(f"throughput_ours_over_hypergen_8_in_flight_{workload.name}", error)
+        name = f"throughput_ours_over_openvino_genai_8_in_flight_{workload.name}"
+        if workload.name not in GENAI.checkpoints:
+            bench.fail(name, GENAI.why_not)
+            return
         try:
-            await _beside_genai(bench, workload, ours)
+            await _beside_genai(bench, workload, ours, name)
         except ToolError as error:
-            bench.fail("throughput_ours_over_openvino_genai_8_in_flight", error)
+            bench.fail(name, error)
 
 
 async def _by_level(bench: Bench, workload: Workload, ours: Target, theirs: Target) -> None:
@@ -46,17 +50,16 @@ async def _by_level(bench: Bench, workload: Workload, ours: Target, theirs: Targ
         for side, target in enumerate((ours, theirs)):
             rates[level][side].append(await in_flight(target, requests, level, max(FULL, 2 * level)))
     for level, (mine, hers) in rates.items():
-        name = f"throughput_ours_over_hypergen_{level}_in_flight"
+        name = f"throughput_ours_over_hypergen_{level}_in_flight_{workload.name}"
         bench.enter(rate_figures(name, "hypergen", Pairs(mine, hers)))
     bests = [max(each) for each in zip(*(mine for mine, _ in rates.values()), strict=True)]
     highest = max(bench.budget.levels)
     shares = [rate / best for rate, best in zip(rates[highest][0], bests, strict=True)]
-    bench.enter({f"throughput_{highest}_in_flight_over_best": round(statistics.median(shares), 3)})
+    bench.enter({f"throughput_{highest}_in_flight_over_best_{workload.name}": round(statistics.median(shares), 3)})
 
 
-async def _beside_genai(bench: Bench, workload: Workload, ours: Target) -> None:
+async def _beside_genai(bench: Bench, workload: Workload, ours: Target, name: str) -> None:
     """GenAI has no server: one pipeline takes requests in turn, or two with a core each; the faster counts."""
-    name = "throughput_ours_over_openvino_genai_8_in_flight"
     requests = workload.requests()
     async with bench.running(GENAI, workload) as one, bench.running(GENAI_TWICE, workload) as two:
         for target in (ours, one, two):
@@ -68,7 +71,7 @@ async def _beside_genai(bench: Bench, workload: Workload, ours: Target) -> None:
             rates["batch"].append(await _batch(one, next(requests)))
     theirs = [max(pair) for pair in zip(rates["one"], rates["two"], strict=True)]
     bench.enter(rate_figures(name, "openvino_genai", Pairs(rates["ours"], theirs)))
-    batch = "throughput_ours_over_openvino_genai_8_images_of_one_prompt"
+    batch = f"throughput_ours_over_openvino_genai_8_images_of_one_prompt_{workload.name}"
     bench.enter(rate_figures(batch, "openvino_genai", Pairs(rates["ours"], rates["batch"])))
 
 
@@ -102,7 +105,7 @@ def _of_mixed_sizes(workload: Workload) -> Iterator[GenerationRequest]:
 
 async def short_behind_long(bench: Bench, workload: Workload) -> None:
     """Latency of a 4-step job while eight 50-step jobs are in progress: each side's p95, and their ratio."""
-    name = "p95_short_behind_long_hypergen_over_ours"
+    name = f"p95_short_behind_long_hypergen_over_ours_{workload.name}"
     try:
         async with bench.running(OURS, workload) as ours, bench.running(HYPERGEN, workload) as theirs:
             taken: dict[str, list[float]] = {"ours": [], "hypergen": []}
