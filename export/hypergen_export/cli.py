@@ -191,7 +191,7 @@ def _of_parts(command: Callable[..., None]) -> Callable[..., None]:
 def export(*, model: str, output: Path, dtype: str, sizes: str | None, loras: tuple[str, ...], **options: Any) -> None:
     """Export MODEL to a Triton model repository: a diffusers checkpoint (hub id or folder), or a single file.
 
-    `hypergen/emoji` is the checkpoint bundled with HyperGen.
+    `hypergen/emoji` and `hypergen/emoji-flow` are bundled with HyperGen.
     """
     began = time.monotonic()
     options["model_id"] = options["model_id"] or model

@@ -19,11 +19,11 @@ from PIL import Image
 from playwright.async_api import Page, expect
 
 import evaluate
-from captions import plain_caption
-from evaluate import Request, Score, Task, colourless_tasks, score, with_settings
+from evaluate import colourless_tasks, with_settings
 from support.browser import chromium, needs_chromium, opened
+from support.emoji_prompts import needs_font, scored, sixteen_tasks
 from support.running_server import Pixels, Server, pixels_of, start_server, stop_server
-from world import COLOUR_NAMES, COLOURS, FONT, emoji_list
+from world import COLOURS
 
 README = Path(__file__).parents[2] / "README.md"
 PROMPTS = {
@@ -32,9 +32,6 @@ PROMPTS = {
     "white": "a red heart on a white background",
     "green": "a pizza on a green background",
 }
-
-
-needs_font = pytest.mark.skipif(not FONT.exists(), reason="needs Debian's fonts-noto-color-emoji")
 
 
 @pytest.fixture(scope="module")
@@ -83,17 +80,6 @@ def test_other_prompts_give_visibly_other_things(images: dict[str, Pixels]) -> N
     assert all(np.abs(one - other).mean() > 20 for one, other in combinations(middles, 2))
 
 
-def sixteen_tasks() -> list[Task]:
-    """Emoji from all over the list, on two colours: every colour costs the judge a second or two."""
-    colours = [COLOUR_NAMES.index("yellow"), COLOUR_NAMES.index("blue")]
-    chosen = range(3, len(emoji_list()), len(emoji_list()) // 16)
-    pairs = [(emoji, colours[index % 2]) for index, emoji in enumerate(chosen)][:16]
-    return [
-        Task(Request(plain_caption(emoji_list()[emoji].name, COLOUR_NAMES[colour]), seed), emoji, colour)
-        for seed, (emoji, colour) in enumerate(pairs)
-    ]
-
-
 @needs_font
 @pytest.mark.parametrize(
     ("settings", "least", "rmse"),
@@ -113,10 +99,6 @@ def test_a_colour_in_the_negative_prompt_is_not_the_backgrounds(shipped: Server)
     tasks = colourless_tasks(8, 6)
     source = evaluate.Server(f"http://127.0.0.1:{shipped.port}/v1", None)
     assert evaluate.colours_kept(source, tasks) <= 0.25
-
-
-def scored(server: Server, tasks: list[Task]) -> Score:
-    return score(evaluate.Server(f"http://127.0.0.1:{server.port}/v1", None), tasks)
 
 
 def test_the_same_seed_gives_the_same_bytes(shipped: Server) -> None:

@@ -1,4 +1,4 @@
-"""Finding and validating checkpoints: a hub id, a folder or the bundled model becomes a `Checkpoint`.
+"""Finding and validating checkpoints: a hub id, a folder or a bundled model becomes a `Checkpoint`.
 
 Reads diffusers' layout (model_index.json, one subfolder per module) and JSON files only. Weights are loaded
 elsewhere, so torch is not imported.
@@ -41,6 +41,7 @@ from hypergen_export.errors import (
 )
 
 SHIPPED_MODEL = "hypergen/emoji"
+SHIPPED_TRANSFORMER = "hypergen/emoji-flow"
 INDEX = "model_index.json"
 SCHEDULER = Path("scheduler") / "scheduler_config.json"
 DEFAULTS = "hypergen_defaults.json"
@@ -52,8 +53,11 @@ _CLIP_TEXT_DEFAULTS = {
     "projection_dim": 512,
 }
 _PACKAGE = Path(__file__).parents[1]
-# The checkpoint is inside the package in a wheel, and beside it in a source checkout.
-_SHIPPED_FOLDERS = (_PACKAGE / "bundled" / "emoji", _PACKAGE.parent / "emoji" / "checkpoint")
+# In a wheel the shipped checkpoints are inside the package, in a source checkout beside it.
+_SHIPPED_FOLDERS = {
+    model: (_PACKAGE / "bundled" / folder, _PACKAGE.parent / folder / "checkpoint")
+    for model, folder in ((SHIPPED_MODEL, "emoji"), (SHIPPED_TRANSFORMER, "emoji_flow"))
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,9 +196,9 @@ def read_json(path: Path) -> Mapping[str, Any]:
 
 
 def find_folder(model: str) -> Path:
-    """The folder of a checkpoint: a path, a hub id, or the bundled model. Raises UnknownModelError."""
-    if model == SHIPPED_MODEL:
-        return _shipped_folder()
+    """The folder of a checkpoint: a path, a hub id, or a bundled model. Raises UnknownModelError."""
+    if model in _SHIPPED_FOLDERS:
+        return _shipped_folder(model)
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
@@ -205,11 +209,11 @@ def find_folder(model: str) -> Path:
     return find_snapshot(model)
 
 
-def _shipped_folder() -> Path:
-    for folder in _SHIPPED_FOLDERS:
+def _shipped_folder(model: str) -> Path:
+    for folder in _SHIPPED_FOLDERS[model]:
         if (folder / INDEX).is_file():
             return folder
-    raise UnknownModelError(f"{SHIPPED_MODEL}: the bundled checkpoint is missing from this installation")
+    raise UnknownModelError(f"{model}: the bundled checkpoint is missing from this installation")
 
 
 def _check_files(checkpoint: Checkpoint) -> None:

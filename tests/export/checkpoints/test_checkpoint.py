@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hypergen_export.checkpoints.checkpoint import SHIPPED_MODEL, Checkpoint, open_checkpoint
+from hypergen_export.checkpoints.checkpoint import SHIPPED_MODEL, SHIPPED_TRANSFORMER, Checkpoint, open_checkpoint
 from hypergen_export.errors import (
     BrokenCheckpointError,
     ExportError,
@@ -205,8 +205,11 @@ def test_a_tokenizer_without_a_length_takes_the_text_encoders(checkpoint_copy: P
     assert open_checkpoint(str(checkpoint_copy)).sizes["tokens"] == 16
 
 
-def test_the_shipped_model_is_in_the_checkout() -> None:
-    assert open_checkpoint(SHIPPED_MODEL).family.name == "stable-diffusion"
+@pytest.mark.parametrize(
+    ("model", "family"), [(SHIPPED_MODEL, "stable-diffusion"), (SHIPPED_TRANSFORMER, "z-image")]
+)
+def test_the_shipped_models_are_in_the_checkout(model: str, family: str) -> None:
+    assert open_checkpoint(model).family.name == family
 
 
 @pytest.mark.parametrize(
