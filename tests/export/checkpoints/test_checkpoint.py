@@ -205,9 +205,7 @@ def test_a_tokenizer_without_a_length_takes_the_text_encoders(checkpoint_copy: P
     assert open_checkpoint(str(checkpoint_copy)).sizes["tokens"] == 16
 
 
-@pytest.mark.parametrize(
-    ("model", "family"), [(SHIPPED_MODEL, "stable-diffusion"), (SHIPPED_TRANSFORMER, "z-image")]
-)
+@pytest.mark.parametrize(("model", "family"), [(SHIPPED_MODEL, "stable-diffusion"), (SHIPPED_TRANSFORMER, "z-image")])
 def test_the_shipped_models_are_in_the_checkout(model: str, family: str) -> None:
     assert open_checkpoint(model).family.name == family
 
