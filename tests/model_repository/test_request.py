@@ -280,10 +280,11 @@ def test_guidance_ends_after_it_starts_and_unasked_lasts_throughout() -> None:
 
 @pytest.mark.parametrize("name", ["guidance_start", "guidance_end"])
 def test_no_interval_is_taken_where_the_unet_has_the_guidance_inside(name: str) -> None:
-    request = check_request({"prompt": "x", name: 0.5}, LIMITS)
+    limits = replace(LIMITS, default_skip_layer_guidance_scale=0.0)  # which no such model has
+    request = check_request({"prompt": "x", name: 0.5}, limits)
     Architecture.from_model_config(model_config()).check(request)
     distilled = Architecture.from_model_config(model_config(guidance="embedded", guidance_width="256"))
-    distilled.check(check_request({"prompt": "x", "guidance_start": 0.0, "guidance_end": 1.0}, LIMITS))
+    distilled.check(check_request({"prompt": "x", "guidance_start": 0.0, "guidance_end": 1.0}, limits))
     with pytest.raises(InvalidInputError, match=f"^{name}: must be absent"):
         distilled.check(request)
 
