@@ -40,7 +40,7 @@ CHAT_TEMPLATE = (
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     **UNET_DEFAULTS,
     "num_inference_steps": 10,
     "guidance_scale": 1.5,

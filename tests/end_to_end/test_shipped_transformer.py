@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from support.emoji_prompts import needs_font, scored, sixteen_tasks
-from support.running_server import Server, pixels_of, start_server, stop_server
+from support.running_server import Pixels, Server, pixels_of, start_server, stop_server
 
 MODEL = "hypergen/emoji-flow"
 
@@ -49,14 +49,14 @@ def test_a_mask_keeps_what_it_covers(server: Server) -> None:
     assert changed[8:56, 40:56].mean() > 0.9
 
 
-def right_half_to_paint(image: np.ndarray) -> np.ndarray:
+def right_half_to_paint(image: Pixels) -> Pixels:
     """The image with a transparent right half."""
     alpha = np.full((*image.shape[:2], 1), 255, np.uint8)
     alpha[:, image.shape[1] // 2 :] = 0
     return np.concatenate([image, alpha], axis=2)
 
 
-def png(image: np.ndarray) -> bytes:
+def png(image: Pixels) -> bytes:
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG")
     return file.getvalue()
