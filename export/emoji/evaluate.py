@@ -344,9 +344,6 @@ FLOW_VARIATIONS: dict[str, dict[str, Any]] = {
     "20 steps": {"steps": 20},
     "6 steps": {"steps": 6},
     "4 steps": {"steps": 4},
-    "size 80×80": {"size": (80, 80)},
-    "size 96×96": {"size": (96, 96)},
-    "size 96×64": {"size": (96, 64)},
 }
 
 

@@ -45,7 +45,7 @@ DEFAULTS: dict[str, Any] = {
     "num_inference_steps": 10,
     "guidance_scale": 1.5,
     "min_size": 64,
-    "max_size": 96,
+    "max_size": 64,
 }
 
 

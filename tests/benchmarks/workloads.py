@@ -70,7 +70,7 @@ def flow() -> Workload:
         name="flow",
         checkpoint=FLOW,
         request=GenerationRequest(prompt="", width=64, height=64, steps=10, guidance=1.5, seed=0),
-        sizes=(64, 80, 96),
+        sizes=(64,),
         limits=Limits(load=600, image=120),
     )
 
