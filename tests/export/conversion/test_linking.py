@@ -18,12 +18,13 @@ from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hypergen_export.checkpoints.components import FLOAT, INT, Component, Tensor
 from hypergen_export.checkpoints.families.unet import STABLE_DIFFUSION
 from hypergen_export.checkpoints.lora import read_loras
+from hypergen_export.checkpoints.weights import Weights
 from hypergen_export.conversion import convert as conversion
-from hypergen_export.conversion.linking import check_links
+from hypergen_export.conversion.linking import WeightFiles, check_links, link_weights
 from hypergen_export.conversion.loading import load_module, load_placeholders
 from hypergen_export.conversion.merging import merge_lora
 from hypergen_export.conversion.parity import Parity, compare_outputs
-from hypergen_export.conversion.sources import LARGEST_LOADED
+from hypergen_export.conversion.sources import LARGEST_LOADED, Placeholders, read_sources
 from hypergen_export.conversion.wrappers import WRAPPERS
 from hypergen_export.errors import BrokenCheckpointError, ConversionError
 from support.loras import lora_weights, save_by_diffusers
@@ -290,26 +291,21 @@ def test_tied_weights_are_linked_once(with_others: Checkpoint, tmp_path: Path) -
     ]
 
 
-class T5ByTheFilesNames(torch.nn.Module):
-    """A wrapper whose weights are called in the graph as they are in the file."""
-
-    def __init__(self, encoder: Any) -> None:
-        super().__init__()
-        self.shared, self.encoder = encoder.shared, encoder.encoder
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        states = self.shared(input_ids.to(torch.int64))
-        hidden: torch.Tensor = self.encoder(inputs_embeds=states).last_hidden_state
-        return hidden.to(torch.float32)
-
-
-def test_weights_may_have_the_names_that_they_have_in_the_file(
-    with_others: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(WRAPPERS, "t5", T5ByTheFilesNames)
-    path, parity = write(with_others, ENCODER, tmp_path / "linked", "bfloat16")
-    assert parity.difference < 0.05
-    assert "shared.weight" in external(path)
+def test_an_initializer_may_have_the_name_of_its_weight(tmp_path: Path) -> None:
+    """As the embedding of Z-Image's text encoder has."""
+    save_file({"embed.weight": torch.randn(512, 256)}, tmp_path / "model.safetensors")
+    (source,) = read_sources(tmp_path, Weights(files=("model.safetensors",), format="safetensors", variant="")).values()
+    placeholders = Placeholders()
+    tensor = ir.tensor(placeholders.make(source), name="embed.weight")
+    weight = ir.Value(name="embed.weight", shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    node = ir.node("Identity", [weight])
+    graph = ir.Graph([], node.outputs, nodes=[node], initializers=[weight], opset_imports={"": 18})
+    (tmp_path / "1").mkdir()
+    files = WeightFiles(tmp_path / "1" / "model.onnx", casts=False)
+    link_weights(ir.Model(graph, ir_version=10), placeholders, files, torch.float32)
+    (linked,) = graph.initializers.values()
+    assert isinstance(linked.const_value, ir.ExternalTensor)
+    assert node.inputs == (linked,)
 
 
 def test_a_packed_transformer_can_be_loaded_without_weights(with_others: Checkpoint) -> None:
