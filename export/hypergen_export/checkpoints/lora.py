@@ -21,6 +21,10 @@ from hypergen_export.errors import BadLoraError, BadOptionError
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _OTHER_CHARACTERS = re.compile(r"[^A-Za-z0-9_.-]+")
 _LARGEST_SCALE = 2.0
+# Those that ship with the project (`--lora hypergen/NAME`): inside the package in a wheel, beside it in a checkout.
+_SHIPPED = Path("hypergen")
+_PACKAGE = Path(__file__).parents[1]
+_SHIPPED_FOLDERS = (_PACKAGE / "bundled" / "loras", _PACKAGE.parent / "emoji" / "loras")
 _LARGEST_POOLED_RANK = 256
 
 # Files written by diffusers' `save_lora_weights` and by peft's `save_pretrained`.
@@ -331,9 +335,18 @@ def _find_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise BadLoraError(f"{path}: no such LoRA file or folder")
+        return _find_shipped(path)
     usual = [path / name for name in _USUAL_FILES if (path / name).is_file()]
     found = usual[:1] or sorted(path.glob("*.safetensors"))
     if len(found) != 1:
         raise BadLoraError(f"{path}: has {len(found) or 'no'} .safetensors files; give the path of the LoRA's file")
     return found[0]
+
+
+def _find_shipped(path: Path) -> Path:
+    """The file of a LoRA that ships with the project."""
+    files = (folder / f"{path.name}.safetensors" for folder in _SHIPPED_FOLDERS if path.parent == _SHIPPED)
+    found = next(filter(Path.is_file, files), None)
+    if found is None:
+        raise BadLoraError(f"{path}: no such LoRA file or folder")
+    return found

@@ -46,6 +46,17 @@ def test_a_lora_has_a_name_a_file_and_a_scale(text: str, name: str, scale: float
     assert read_one(text.format(file)) == Lora(name=name, file=file, scale=scale)
 
 
+def test_the_lora_that_ships_with_the_project_has_a_short_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = read_one("hypergen/badge:0.8")
+    assert (shipped.name, shipped.scale, shipped.modules) == ("badge", 0.8, {"unet"})
+    assert shipped.file.stat().st_size < 1_000_000
+    monkeypatch.chdir(tmp_path)
+    own = save(tmp_path / "hypergen" / "badge" / "x.safetensors", ANY)
+    assert read_one("hypergen/badge").file == own.relative_to(tmp_path), "what is there comes first"
+    with pytest.raises(BadLoraError, match="hypergen/other: no such LoRA file or folder"):
+        read_one("hypergen/other")
+
+
 def test_one_name_may_have_several_scales(file: Path) -> None:
     loras = read_loras([f"ink={file}:0.5", f"ink={file}"])
     assert [lora.label for lora in loras] == ["ink@0.5", "ink@1"]

@@ -17,7 +17,8 @@ from dataset import EMOJI, Choice, captions_of, choose, of_all_emoji
 from models import build_scheduler
 from stage import Plan, Stage, hidden_matrices, random_of, shares_of
 from train import Parts, mixed, resample, without_slips
-from world import held_out_colour
+from train_lora import badge
+from world import COLOUR_NAMES, colour_table, held_out_colour
 
 
 @pytest.fixture(autouse=True)
@@ -134,3 +135,13 @@ def test_three_quarters_of_the_decoders_latents_are_sampled() -> None:
     sampled[0, :, 1, 1] = 1
     share = mixed(torch.zeros(count, 1, 1, 1), sampled, picks).mean()
     assert share == pytest.approx(0.75, abs=0.03)
+
+
+def test_a_badge_is_the_emoji_on_a_disc_of_another_colour() -> None:
+    cut = torch.zeros(1, 4, 64, 64, dtype=torch.uint8)
+    cut[:, :, 30:34, 30:34] = torch.tensor([0, 255, 0, 255], dtype=torch.uint8)[:, None, None]
+    red, blue = COLOUR_NAMES.index("red"), COLOUR_NAMES.index("blue")
+    made = badge(cut, torch.tensor([red]))[0]
+    assert made[:, 31, 31].tolist() == [0, 1, 0]
+    assert torch.equal(made[:, 31, 10], colour_table()[blue])
+    assert torch.equal(made[:, 2, 2], colour_table()[red])
