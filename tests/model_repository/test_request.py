@@ -146,9 +146,10 @@ def test_skip_layer_guidance_is_by_default_the_models_in_guided_images() -> None
 
 @pytest.mark.parametrize("name", ["scale", "start", "stop"])
 def test_skip_layer_guidance_is_refused_where_the_model_has_none(name: str) -> None:
-    limits = replace(LIMITS, max_skip_layer_guidance_scale=0.0)
-    assert check_request({"prompt": "x", "skip_layer_guidance_scale": 0.0}, limits).skip_layer_guidance_scale == 0.0
-    with pytest.raises(InvalidInputError, match=rf"^skip_layer_guidance_{name}: must be absent, as this model has no"):
+    limits = replace(LIMITS, default_skip_layer_guidance_scale=0.0, max_skip_layer_guidance_scale=0.0)
+    request = check_request({"prompt": "x", f"skip_layer_guidance_{name}": 0.0}, limits)
+    assert request.skip_layer_guidance_scale == 0.0
+    with pytest.raises(InvalidInputError, match=rf"^skip_layer_guidance_{name}: must be absent or 0, as this model"):
         check_request({"prompt": "x", f"skip_layer_guidance_{name}": 0.1}, limits)
 
 

@@ -457,7 +457,9 @@ def _skip_layer_guidance(given: Mapping[str, Any], limits: Limits, guidance_scal
     default = limits.default_skip_layer_guidance_scale if guidance_scale > limits.min_guidance_scale else 0.0
     for name in (scale, start, stop):
         if not most and given.get(name):
-            raise InvalidInputError(name, "must be absent, as this model has no skip-layer guidance")
+            raise InvalidInputError(name, "must be absent or 0, as this model has no skip-layer guidance")
+    if not most:
+        return {}
     first = _within(start, given.get(start, 0.01), 0.0, 1.0)
     return {
         scale: _within(scale, given.get(scale, default), 0.0, most),
