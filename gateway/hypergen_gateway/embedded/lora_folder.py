@@ -143,7 +143,7 @@ class LoraFolder:
         self._backend = backend
         self._configured, self._pool = _read_sampler_config(repository)
         self._seen: dict[_File, float] = {}
-        self._failed = set[str]()
+        self._failed: dict[str, None] = {}  # names of files, the one that was tried last at the end
         self._known: dict[str, _File] = {}
         self._loras: dict[str, Lora] = {}
         self._rejected: dict[str, str] = {}
@@ -223,13 +223,20 @@ class LoraFolder:
         if gone := self._known.keys() - found.keys():
             self._forget(gone)
         # One that replaces another: that is served until this one is.
-        new = [file for file in settled if self._known.get(file.name) != file or file.name in self._failed]
-        wanted = self._make_room()
+        new = [file for file in settled if self._known.get(file.name) != file]
+        unsure = self._failed.keys() | {file.name for file in new}
+        wanted = [file for file in self._make_room() if file.name not in unsure]
         self._admit()
-        if new or wanted:
-            again = {file.name for file in new}
-            await self._add([file for file in wanted if file.name not in again], new)
-            self._admit()
+        # By themselves, as whatever a new file does to the exporter must not keep requests waiting.
+        for files in (wanted, new or self._next_failed(settled)):
+            if files:
+                await self._add(files)
+                self._admit()
+
+    def _next_failed(self, settled: Iterable[_File]) -> list[_File]:
+        """One file to try again, if any: by itself, as another one may be why it failed."""
+        files = {file.name: file for file in settled}
+        return [files[name] for name in self._failed if name in files][:1]
 
     def _scan(self) -> dict[str, _File]:
         files: dict[str, _File] = {}
@@ -255,8 +262,7 @@ class LoraFolder:
         leaving = sorted(self._loras.keys() & set(names))
         for name in names:
             self._pool.remove(name)
-            self._failed.discard(name)
-            for known in (self._known, self._loras, self._rejected):
+            for known in (self._known, self._loras, self._rejected, self._failed):
                 known.pop(name, None)
         self._publish()
         if leaving:
@@ -294,33 +300,37 @@ class LoraFolder:
                 self._pool.begin(waiting.use)
                 waiting.placed.set_result(None)
 
-    async def _add(self, wanted: list[_File], new: list[_File]) -> None:
-        """Put files into the pool: those that requests wait for, then new ones as far as there is room."""
-        fine = [file for file in new if not file.problem]
+    async def _add(self, files: list[_File]) -> None:
+        """Put files into the pool, as far as there is room."""
+        fine = [file for file in files if not file.problem]
         request = {
             "free": self._pool.free,
-            "add": [{"name": file.name, "file": str(file.path)} for file in (*wanted, *fine)],
+            "add": [{"name": file.name, "file": str(file.path)} for file in fine],
         }
-        self._known |= {file.name: file for file in new}
-        rejected = {file.name: file.problem for file in new if file.problem}
-        self._failed = {file.name for file in fine}
+        added = {file.name for file in fine if self._known.get(file.name) != file or file.name in self._failed}
+        self._known |= {file.name: file for file in files}
+        rejected = {file.name: file.problem for file in files if file.problem}
+        for name in added:
+            self._failed.pop(name, None)
+            self._failed[name] = None
         try:
             answers = await run_with_timeout(self._change_columns(request), EXPORTER_SECONDS)
             await run_with_timeout(self._wait_for_engines(), ENGINES_SECONDS)
         except Exception:
-            late = self._failed - self._loras.keys()  # others are served as they were before
+            late = added - self._loras.keys()  # others are served as they were before
             self._rejected |= rejected | dict.fromkeys(late, "it cannot be loaded now, as the log says; trying again")
             self._publish()
             raise
-        self._failed.clear()
+        for name in added:
+            del self._failed[name]
         for answer in answers:
             rejected |= self._accept(answer)
         self._rejected |= rejected
         self._publish()
         for name, why in rejected.items():
             logger.warning("LoRA %s: %s", name, why)
-        if added := [file.name for file in fine if file.name in self._loras]:
-            logger.info("LoRAs added: %s", ", ".join(added))
+        if served := sorted(added & self._loras.keys()):
+            logger.info("LoRAs added: %s", ", ".join(served))
 
     def _accept(self, answer: Mapping[str, Any]) -> dict[str, str]:
         """Serve a LoRA as the exporter describes it; returns the reason if it cannot be served."""

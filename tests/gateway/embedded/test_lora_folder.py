@@ -199,6 +199,27 @@ async def test_an_engine_that_cannot_read_the_pool_keeps_nothing_else_from_being
     assert served.backend.rejected_loras == {}
 
 
+async def test_a_file_that_ends_the_exporter_keeps_nothing_else_from_being_served(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change: Any = LoraFolder._change_columns
+
+    async def die_of_bad(follower: LoraFolder, request: Mapping[str, Any]) -> list[dict[str, Any]]:
+        if "bad" in [entry["name"] for entry in request["add"]]:
+            raise RuntimeError("the exporter failed")  # as by the kernel, for lack of memory
+        answers: list[dict[str, Any]] = await change(follower, request)
+        return answers
+
+    monkeypatch.setattr(LoraFolder, "_change_columns", die_of_bad)
+    for name in ("bad", *"abc"):
+        served.add(name, rank=4)
+    await served.until(lambda: served.names == {*"abc"})
+    assert served.backend.rejected_loras.keys() == {"bad"}
+    (outside,) = {*"abc"} - served.columns.keys()
+    async with served.hold(outside):
+        assert outside in served.columns
+
+
 @pytest.mark.parametrize("error", [KeyError("name"), AttributeError("x")], ids=repr)
 async def test_the_folder_is_followed_on_whatever_goes_wrong(
     error: Exception, served: Served, monkeypatch: pytest.MonkeyPatch
