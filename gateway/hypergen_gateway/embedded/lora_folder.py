@@ -148,6 +148,7 @@ class LoraFolder:
         self._loras: dict[str, Lora] = {}
         self._rejected: dict[str, str] = {}
         self._waiting: list[_Waiting] = []
+        self._due = set[str]()  # LoRAs that no more requests may use, until they have made room for others
         self._wake = asyncio.Event()
         backend.hold_loras = self.hold
 
@@ -159,6 +160,7 @@ class LoraFolder:
                 await self._update()
             except Exception:  # whatever it is, the folder is followed on
                 logger.exception("The LoRAs in %s cannot be updated; trying again", self._folder)
+                self._stop_waiting_for_room()
                 await asyncio.sleep(RETRY_SECONDS)
             with contextlib.suppress(TimeoutError):
                 await run_with_timeout(self._wake.wait(), SCAN_SECONDS)
@@ -172,7 +174,7 @@ class LoraFolder:
             UnavailableError: they cannot be there in time.
         """
         use = Use(frozenset(names) - {entry["name"] for entry in self._configured})
-        if self._pool.has(use.names):
+        if self._may_begin(use):
             self._pool.begin(use)
         else:
             await self._wait_until_placed(use)
@@ -200,6 +202,9 @@ class LoraFolder:
             raise
         finally:
             self._waiting.remove(waiting)
+
+    def _may_begin(self, use: Use) -> bool:
+        return self._pool.has(use.names) and not use.names & self._due
 
     def _check(self, use: Use) -> None:
         """Raise InvalidRequestError for LoRAs that cannot be in the pool together, however long a request waits."""
@@ -230,6 +235,7 @@ class LoraFolder:
         # By themselves, as whatever a new file does to the exporter must not keep requests waiting.
         for files in (wanted, new or self._next_failed(settled)):
             if files:
+                self._stop_waiting_for_room()  # what follows may take long
                 await self._add(files)
                 self._admit()
 
@@ -269,8 +275,12 @@ class LoraFolder:
             logger.info("LoRAs removed: %s", ", ".join(leaving))
 
     def _make_room(self) -> list[_File]:
-        """The files that waiting requests need in the pool, the first one first; others leave it for them."""
+        """The files that waiting requests need in the pool, the first one first; others leave it for them.
+
+        If those are in use all the time, the next requests that name them have to wait behind the one that needs room.
+        """
         wanted: dict[str, _File] = {}
+        self._due = set()
         kept = set[str]()
         columns = 0
         for waiting in self._waiting:
@@ -285,6 +295,7 @@ class LoraFolder:
             columns += sum(self._loras[name].columns for name in missing)
             evicted = self._pool.find_room(columns, keep=kept)
             if evicted is None:
+                self._due = self._pool.find_due(columns, keep=kept)
                 break
             for name in evicted:
                 self._pool.remove(name)
@@ -293,10 +304,15 @@ class LoraFolder:
             self._publish()
         return list(wanted.values())
 
+    def _stop_waiting_for_room(self) -> None:
+        """Let requests use all LoRAs in the pool again."""
+        self._due = set()
+        self._admit()
+
     def _admit(self) -> None:
         """Let requests begin whose LoRAs are in the pool now."""
         for waiting in self._waiting:
-            if self._pool.has(waiting.use.names) and not waiting.placed.done():
+            if self._may_begin(waiting.use) and not waiting.placed.done():
                 self._pool.begin(waiting.use)
                 waiting.placed.set_result(None)
 

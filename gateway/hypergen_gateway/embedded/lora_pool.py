@@ -65,7 +65,7 @@ class LoraPool:
         None if too many columns are in use. LoRAs in `keep` stay.
         """
         found, removed = len(self.free), list[str]()
-        used = {name for use in self._uses for name in use.names}
+        used = self._used
         for name, columns in self._held.items():
             if found >= count:
                 break
@@ -74,9 +74,22 @@ class LoraPool:
                 found += len(columns)
         return removed if found >= count else None
 
+    def find_due(self, count: int, keep: Container[str] = ()) -> set[str]:
+        """The LoRAs that have to leave for `count` columns once no request uses them: the unused ones, then others."""
+        found, due = len(self.columns) - sum(map(len, self._held.values())), set[str]()
+        for name in sorted(self._held, key=self._used.__contains__):  # which keeps the order otherwise
+            if found < count and name not in keep:
+                due.add(name)
+                found += len(self._held[name])
+        return due
+
     def has(self, names: Iterable[str]) -> bool:
         """Whether all of these have columns."""
         return self._held.keys() >= set(names)
+
+    @property
+    def _used(self) -> set[str]:
+        return {name for use in self._uses for name in use.names}
 
     def _touch(self, use: Use) -> None:
         for name in use.names & self._held.keys():

@@ -158,6 +158,31 @@ async def test_a_lora_in_use_stays_in_the_pool(served: Served, monkeypatch: pyte
     ends[0].set()
 
 
+async def test_a_lora_in_use_all_the_time_gives_way_in_turn(served: Served) -> None:
+    for name, rank in {"a": 4, "b": 4, "c": 8}.items():
+        served.add(name, rank=rank)
+    await served.until(lambda: served.names == {*"abc"})
+    begun: list[str] = []
+
+    async def use(name: str, after: float) -> None:
+        await asyncio.sleep(after)
+        while True:
+            async with served.hold(name):
+                begun.append(name)
+                await asyncio.sleep(0.05)
+
+    served.tasks.extend(asyncio.create_task(use(name, after)) for name in "ab" for after in (0.0, 0.025))
+    await served.until(lambda: len(begun) > 8)
+    end = await served.started("c")
+    begun.clear()
+    assert served.columns.keys() == {"c"}
+    end.set()
+    await served.until(lambda: len(begun) > 8)
+    assert served.columns.keys() == {*"ab"}
+    for task in served.tasks:
+        task.cancel()
+
+
 async def test_requests_that_need_more_columns_than_there_are_are_refused(served: Served) -> None:
     served.add("large", rank=9)
     for name in "ab":
