@@ -169,7 +169,7 @@ def open_checkpoint(model: str, replaced: Mapping[str, Replacement] | None = Non
         raise NotADiffusersPipelineError(f"{model}: not a diffusers pipeline: it has no {INDEX}")
     index = {**read_json(index_path), **{part: each.loader.split(".") for part, each in replaced.items()}}
     family = find_family(model, index, lambda module: read_json(folder / module / "config.json"))
-    family = with_preview_vae(model, with_stated_vae(family, index), index)
+    family = with_preview_vae(model, with_stated_vae(model, family, index), index)
     check_classes(model, index, family)
     checkpoint = Checkpoint(folder, family, index, {part: each.folder for part, each in replaced.items()})
     _check_files(checkpoint)

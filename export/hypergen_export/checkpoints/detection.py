@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from hypergen_export.checkpoints.components import Sizes
 from hypergen_export.checkpoints.families import FAMILIES
-from hypergen_export.checkpoints.families.tensors import PREVIEW_DECODER
+from hypergen_export.checkpoints.families.tensors import IMAGE_LATENTS, PREVIEW_DECODER
 from hypergen_export.checkpoints.family import Config, Family
 from hypergen_export.errors import UnsupportedModelError
 
@@ -67,13 +67,19 @@ def find_family(model: str, index: Config, read_config: Callable[[str], Config])
     raise UnsupportedModelError(f"{model}: its {kind} {complaint}, which is not supported for {pipeline}")
 
 
-def with_stated_vae(family: Family, index: Config) -> Family:
+def with_stated_vae(model: str, family: Family, index: Config) -> Family:
     """The family with the tiny autoencoder that the index names, if its own VAE has one for such latents.
 
     An AutoencoderTiny gives latents, not a distribution of them: nothing is drawn for an input image.
+    Raises UnsupportedModelError.
     """
     if _class_name(index, "vae") != _TINY or family.modules.get("vae") != _KL:
         return family
+    if IMAGE_LATENTS in family.denoiser.inputs:
+        raise UnsupportedModelError(
+            f"{model}: it edits images in the scale of an AutoencoderKL: an AutoencoderTiny can only be its "
+            "--preview-vae"
+        )
     components = tuple(
         replace(each, loader=_TINY, wrapper=f"{each.name}_tiny", overflows_float16=False)
         if each.module == "vae"

@@ -27,7 +27,7 @@ Report = Callable[[float], None]
 Convert = Callable[[Path, Report], dict[str, Any]]
 _RECORD = "single_file.json"
 _FORMATS = (".safetensors", ".ckpt", ".gguf")
-# What a file takes on the disk at most while it is converted, in its own size: 4-bit weights become bfloat16, twice.
+# What a file takes on the disk while it is converted, in its own size: 4-bit weights become bfloat16, twice.
 _GROWTH = {".gguf": 8}
 _UNREAD = {
     ".pt": "a pickle of any kind; rename it to .ckpt if it is a checkpoint, or take its .safetensors file",

@@ -271,6 +271,14 @@ class TestCommand:
             check_psnr(measured.summaries[1:], measured, 1)
 
 
+def test_a_sheet_that_cannot_be_written_is_refused_before_anything_is_measured(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hypergen_gateway.cli.measure_passport", lambda _: pytest.fail("it was measured"))
+    refused = passport(repository, "--measure", "--sheet", tmp_path / "missing" / "sheet.png")
+    assert error_line(refused) == f"Error: --sheet: {tmp_path / 'missing'} is no folder that can be written to"
+
+
 def test_a_sheet_has_a_row_for_each_setting() -> None:
     images = [np.full((32, 64, 3), shade, np.uint8) for shade in (10, 200)]
     made = np.asarray(sheet({"float32": images, "as served": images[::-1]}))
