@@ -29,6 +29,7 @@ from hypergen_gateway.api.fields import (
 from hypergen_gateway.errors import InvalidRequestError
 from hypergen_gateway.generation.backend import (
     MAX_SEED,
+    SKIP_LAYER_GUIDANCE_START,
     SKIP_LAYER_GUIDANCE_STOP,
     GenerationRequest,
     ModelDescription,
@@ -140,7 +141,7 @@ def check_limits(generation: GenerationRequest, body: RequestBody, model: ModelD
         **{name: _is_within(getattr(body, name), limit, model) for name, limit in limits.items()},
         "negative_prompt": not body.negative_prompt or model.has_negative_prompt,
         "guidance_end": body.guidance_end is None or (body.guidance_start or 0.0) <= body.guidance_end,
-        "skip_layer_guidance_start": not body.skip_layer_guidance_start or model.max_skip_layer_guidance_scale > 0,
+        "skip_layer_guidance_start": _is_legal_skip_start(body, model),
         "skip_layer_guidance_stop": _is_legal_skip_stop(body, model),
         "strength": isinstance(body, ImageRequest) or body.strength is None or not model.edits_by_instruction,
         "prompt_weighting": body.prompt_weighting is None or body.prompt_weighting in model.prompt_weightings,
@@ -159,11 +160,19 @@ def _is_within(value: float | None, limit: ModelLimit, model: ModelDescription) 
     return bool(lower <= value <= getattr(model, limit.name))
 
 
+def _is_legal_skip_start(body: RequestBody, model: ModelDescription) -> bool:
+    """Whether it is not after the default stop; one that is given is to blame itself."""
+    start = body.skip_layer_guidance_start or 0.0
+    if not model.max_skip_layer_guidance_scale:
+        return not start
+    return body.skip_layer_guidance_stop is not None or start <= SKIP_LAYER_GUIDANCE_STOP
+
+
 def _is_legal_skip_stop(body: RequestBody, model: ModelDescription) -> bool:
-    stop = body.skip_layer_guidance_stop
+    start, stop = body.skip_layer_guidance_start, body.skip_layer_guidance_stop
     if not model.max_skip_layer_guidance_scale:
         return not stop
-    return (body.skip_layer_guidance_start or 0.0) <= (SKIP_LAYER_GUIDANCE_STOP if stop is None else stop)
+    return stop is None or (SKIP_LAYER_GUIDANCE_START if start is None else start) <= stop
 
 
 def images_param(payload: Container[str]) -> str:
@@ -222,7 +231,9 @@ def _legal_skip_layer_guidance(model: ModelDescription) -> dict[str, str]:
     if not model.max_skip_layer_guidance_scale:
         return dict.fromkeys(names, "absent or 0, as the model has no skip-layer guidance")
     scales = f"a number from 0 to {model.max_skip_layer_guidance_scale:g}"
-    legal = (scales, "a number from 0 to 1", "a number from 'skip_layer_guidance_start' to 1")
+    starts = f"a number from 0 to 'skip_layer_guidance_stop', {SKIP_LAYER_GUIDANCE_STOP:g} by default"
+    stops = f"a number from 'skip_layer_guidance_start', {SKIP_LAYER_GUIDANCE_START:g} by default, to 1"
+    legal = (scales, starts, stops)
     return dict(zip(names, legal, strict=True))
 
 

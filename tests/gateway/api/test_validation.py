@@ -98,6 +98,31 @@ def test_what_is_given_arrives() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "blamed"),
+    [
+        ({"start": 0.3}, "start"),
+        ({"stop": 0.0}, "stop"),
+        ({"start": 0.3, "stop": 0.25}, "stop"),
+        ({"start": 0.2}, None),
+        ({"start": 0.0, "stop": 0.0}, None),
+    ],
+)
+def test_an_interval_of_skip_layer_guidance_is_judged_with_its_defaults(
+    given: dict[str, float], blamed: str | None
+) -> None:
+    served = replace(MODEL, max_skip_layer_guidance_scale=10.0)
+    fields = {f"skip_layer_guidance_{name}": value for name, value in given.items()}
+    if blamed is None:
+        generation(served, **fields)
+        return
+    with pytest.raises(
+        InvalidRequestError, match=rf"'skip_layer_guidance_{blamed}': {given[blamed]}. It must"
+    ) as caught:
+        generation(served, **fields)
+    assert caught.value.param == f"skip_layer_guidance_{blamed}"
+
+
 def test_the_nearest_size_is_native_and_where_sizes_are_built_in_one_of_those() -> None:
     served = replace(MODEL, sizes=("64x48", "128x128"))
     for size, generated in (
