@@ -26,7 +26,7 @@ from hypergen_sampler.latent_init import ImagePosterior, LatentInit, masked_imag
 from hypergen_sampler.lora import LoraTable
 from hypergen_sampler.metrics import SamplerMetrics
 from hypergen_sampler.prompts import PromptTokenizers, Tokens
-from hypergen_sampler.request import Architecture, Limits, Request, check_request
+from hypergen_sampler.request import Architecture, Limits, NonFiniteError, Request, check_request
 from hypergen_sampler.sampling import Trajectory
 from hypergen_sampler.schedulers import Schedulers
 from hypergen_sampler.stepping import LatentsOutput, StepLoop
@@ -199,10 +199,18 @@ class TritonPythonModel:
             return _unchanged_image(job, index)
         async with aclosing(loop.sample(trajectory, job.cancelled)) as outputs:
             async for latents in outputs:
-                image = await self._decode(latents, job, index)
-                if not latents.is_final:
-                    job.sender.send(response_of(image))
+                if latents.is_final:
+                    image = await self._decode(latents, job, index)
+                else:
+                    await self._send_preview(latents, job, index)
         return image
+
+    async def _send_preview(self, latents: LatentsOutput, job: _PreparedRequest, index: int) -> None:
+        try:
+            job.sender.send(response_of(await self._decode(latents, job, index)))
+        except NonFiniteError as error:
+            # The image may still be one, as where only the VAE of previews overflows.
+            pb_utils.Logger.log_warn(f"no preview after step {latents.step}: {error}")
 
     async def _decode(self, output: LatentsOutput, job: _PreparedRequest, index: int) -> ImageOutput:
         pixels = await self._components.decode(output.latents, is_preview=not output.is_final)

@@ -48,7 +48,7 @@ def test_a_lora_has_a_name_a_file_and_a_scale(text: str, name: str, scale: float
 
 def test_the_lora_that_ships_with_the_project_has_a_short_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shipped = read_one("hypergen/badge:0.8")
-    assert (shipped.name, shipped.scale, shipped.modules) == ("badge", 0.8, {"unet"})
+    assert (shipped.name, shipped.scale, shipped.modules) == ("badge", 0.8, frozenset({"unet"}))
     assert shipped.file.stat().st_size < 1_000_000
     monkeypatch.chdir(tmp_path)
     own = save(tmp_path / "hypergen" / "badge" / "x.safetensors", ANY)

@@ -297,7 +297,9 @@ def test_an_initializer_may_have_the_name_of_its_weight(tmp_path: Path) -> None:
     (source,) = read_sources(tmp_path, Weights(files=("model.safetensors",), format="safetensors", variant="")).values()
     placeholders = Placeholders()
     tensor = ir.tensor(placeholders.make(source), name="embed.weight")
-    weight = ir.Value(name="embed.weight", shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    weight = ir.Value(
+        name="embed.weight", shape=ir.Shape(source.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     node = ir.node("Identity", [weight])
     graph = ir.Graph([], node.outputs, nodes=[node], initializers=[weight], opset_imports={"": 18})
     (tmp_path / "1").mkdir()
