@@ -218,6 +218,12 @@ def listed(server: Server) -> dict[str, dict[str, Any]]:
     return {lora["name"]: lora for lora in answer["data"]}
 
 
+def drop(file: Path, target: Path) -> None:
+    """At once: half a copy would be listed with an error until it is whole."""
+    shutil.copy(file, target.with_suffix(".part"))
+    target.with_suffix(".part").rename(target)
+
+
 async def wait_until_listed(server: Server, *names: str) -> None:
     """Until the LoRAs of the folder are these."""
     own = {"ink", "words", "clay", "norms"}
@@ -231,16 +237,15 @@ async def test_files_come_and_go_while_images_are_generated(
     async with server.async_client() as client:
         alone = [await generate(client, **fields) for fields in bodies]
         meanwhile = asyncio.create_task(generate_all(server, bodies))
-        shutil.copy(files.pen, folder / "pen.part")
         began = time.monotonic()
-        (folder / "pen.part").rename(folder / "pen.safetensors")
+        drop(files.pen, folder / "pen.safetensors")
         await wait_until_listed(server, "pen")
         print(f"served after {time.monotonic() - began:.1f} s")
         assert listed(server)["pen"] | {"rank": 4, "changes": ["text_encoder", "unet"]} == listed(server)["pen"]
         assert max(differences(*pair).max() for pair in zip(alone, await meanwhile, strict=True)) <= LARGEST_DIFFERENCE
         await assert_as_by_diffusers(client, checkpoint, files, {"pen": 0.8, "ink": -0.5})
         # Only one of the two has room. In the columns of the other, whose texts must not be taken for its own.
-        shutil.copy(files.brush, folder / "brush.safetensors")
+        drop(files.brush, folder / "brush.safetensors")
         await wait_until_listed(server, "pen", "brush")
         for name, other in (("brush", "pen"), ("pen", "brush")):
             assert (listed(server)[name]["in_pool"], listed(server)[other]["in_pool"]) == (False, True)
@@ -268,8 +273,8 @@ async def test_a_file_that_cannot_be_served_is_listed_with_the_reason(
     server: Server, folder: Path, files: Files
 ) -> None:
     (folder / "broken.safetensors").write_bytes(b"<html>")
-    shutil.copy(files.norms, folder / "dora.safetensors")
-    shutil.copy(files.words, folder / "words.safetensors")
+    drop(files.norms, folder / "dora.safetensors")
+    drop(files.words, folder / "words.safetensors")
     await wait_until_listed(server, "broken", "dora", "words.safetensors")
     errors = {name: lora["error"] for name, lora in listed(server).items() if "error" in lora}
     assert errors["broken"].startswith("broken.safetensors: not a safetensors file")
