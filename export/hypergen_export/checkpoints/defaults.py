@@ -29,7 +29,8 @@ _IMAGE_GUIDANCE_SCALE, _MAX_IMAGE_GUIDANCE_SCALE = 1.5, 20.0
 _MAX_REFERENCES = 16
 # Wide enough for a reference image of one megapixel that is eight times as wide as high, as diffusers takes them.
 _MAX_REFERENCE_SIDE = 4096
-_STEPS = r"(?<![0-9])([1-8])[-_ ]?steps?"
+# Not the number before a count of training steps, as in "v2-step5000".
+_STEPS = r"(?<![0-9])([1-8])[-_ ]?steps?(?!s?[-_ ]?[0-9]{3})"
 _DISTILLED = re.compile(rf"turbo|lightning|hyper[-_ ]?sd|dmd|flash|distill|{_STEPS}", re.IGNORECASE)
 
 

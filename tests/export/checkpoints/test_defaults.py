@@ -229,6 +229,9 @@ def test_flux1_has_a_scale_without_identity_or_none(
         ("qwen-image", "Qwen-Image-2512", ("50", "4")),
         ("qwen-image", "Qwen-Image-Lightning", ("8", "1")),
         ("qwen-image", "Qwen-Image-Lightning-4steps-V2.0", ("4", "1")),
+        # Steps of training, not of sampling.
+        ("flux1-dev", "flux-dev-portraits-v2-step5000", ("28", "3.5")),
+        ("qwen-image", "qwen-image-epoch3_steps_1200", ("50", "4")),
         ("z-image", "Z-Image-Turbo", ("8", "0")),
     ],
 )
