@@ -129,7 +129,9 @@ _OTHERS = {
     ),
     r"(down_blocks|up_blocks|mid_block)\..*": "it is one module in diffusers' layout; give the pipeline's folder",
     r"edm_mean": "it is Playground v2.5, whose schedule (EDM) is not supported",
+    r"edm_vpred\.sigma_max": "it is CosXL, whose schedule (EDM) is not supported",
 }
+_EDM = ("edm_mean", "edm_vpred.sigma_max")
 
 
 def complete_names(name: str) -> str:
@@ -147,7 +149,7 @@ def kind_of(shapes: Shapes) -> Kind:
     Raises NotADiffusersPipelineError for a file that is no model, UnsupportedModelError for one that is not served;
     both without the file's name.
     """
-    if _CONV_IN not in shapes or "edm_mean" in shapes:
+    if _CONV_IN not in shapes or any(name in shapes for name in _EDM):
         raise NotADiffusersPipelineError(_what_else(shapes))
     kind = _base(shapes)
     channels = shapes[_CONV_IN][1]

@@ -231,6 +231,14 @@ def test_the_refiner_is_refused(file_of: File, tmp_path: Path) -> None:
         convert(tmp_path / "refiner.safetensors", tmp_path)
 
 
+def test_cosxl_is_refused(file_of: File, tmp_path: Path) -> None:
+    """Both kinds of it; that which edits has the tensors of an InstructPix2Pix model of XL."""
+    marks = {"edm_vpred.sigma_max": torch.tensor(80.0), "edm_vpred.sigma_min": torch.tensor(0.002)}
+    save_file(load_file(file_of("sdxl")) | marks, tmp_path / "cosxl.safetensors")
+    with pytest.raises(NotADiffusersPipelineError, match="CosXL, whose schedule"):
+        convert(tmp_path / "cosxl.safetensors", tmp_path)
+
+
 @pytest.mark.parametrize(("channels", "named"), [(5, "depth map"), (7, "upscaler"), (6, "takes 6 channels")])
 def test_other_inputs_of_the_unet_are_refused(channels: int, named: str, file_of: File, tmp_path: Path) -> None:
     tensors = load_file(file_of("sd-1")) | {
