@@ -115,15 +115,15 @@ def _check_format(name: str, tensor: torch.Tensor) -> None:
     """Raise UnsupportedModelError for a layer that ComfyUI quantized to something else than fp8."""
     try:
         stated = json.loads(bytes(tensor.numpy()))["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BrokenCheckpointError(f"{name} cannot be read ({first_line(error)})") from error
     if not str(stated).startswith("float8_"):
         raise UnsupportedModelError(f"its weights are quantized to {str(stated)[:40]} ({name}), which is not supported")
 
 
 def _scaled(name: str, weight: torch.Tensor, scale: torch.Tensor) -> Source:
-    rows = weight.shape[0] if weight.ndim else 1
-    if scale.numel() not in (1, rows) or not scale.is_floating_point():
+    is_of_rows = scale.numel() == 1 or scale.shape[:1] == weight.shape[:1] == (scale.numel(),)
+    if not (weight.ndim and weight.numel() and is_of_rows and scale.is_floating_point()):
         raise UnsupportedModelError(f"the scale of {name} is of another kind than one for all or for each row")
     factors = scale.float().reshape(-1, *[1] * (weight.ndim - 1))
 
@@ -169,7 +169,7 @@ def _shape(reader: Any, tensor: Any) -> tuple[int, ...]:
     stated = reader.get_field(f"comfy.gguf.orig_shape.{tensor.name}")
     sides = tensor.shape[::-1] if stated is None else [stated.parts[part][0] for part in stated.data]
     shape = tuple(int(side) for side in sides)
-    if math.prod(shape) != tensor.n_elements:
+    if math.prod(shape) != tensor.n_elements or not all(side > 0 for side in shape):
         raise BrokenCheckpointError(f"{tensor.name} has {tensor.n_elements} values, but its shape is {shape}")
     return shape
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from hypergen_export.errors import BrokenCheckpointError, NotADiffusersPipelineError
 from hypergen_export.single_files.configs import Config, vae_config
-from hypergen_export.single_files.folder import named, write_modules
+from hypergen_export.single_files.folder import check_precisions, named, write_modules
 from hypergen_export.single_files.modules import VAE, Module, checked, converted_vae
-from hypergen_export.single_files.reading import Tensors, read_single_file
+from hypergen_export.single_files.quantized import dequantized
+from hypergen_export.single_files.reading import Tensors
 
 
 def convert_vae(path: Path, folder: Path, own: Mapping[str, Any], report: Callable[[float], None]) -> None:
@@ -19,9 +20,10 @@ def convert_vae(path: Path, folder: Path, own: Mapping[str, Any], report: Callab
 
     Raises ExportError, OSError.
     """
-    with named(path):
-        module = _module(dict(read_single_file(path).tensors), own)
-    write_modules({folder: module}, report)
+    with named(path), dequantized(path, folder, report) as (file, rest):
+        tensors = dict(file.tensors)
+        check_precisions(tensors)
+        write_modules({folder: _module(tensors, own)}, rest)
 
 
 def _module(tensors: Tensors, own: Mapping[str, Any]) -> Module:

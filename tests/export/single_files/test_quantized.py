@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
 
@@ -17,6 +19,7 @@ from hypergen_export.repository.export import ExportRequest, open_request
 from hypergen_export.repository.single_file import SingleFileOptions
 from hypergen_export.single_files import quantized
 from hypergen_export.single_files.quantized import dequantized
+from hypergen_export.single_files.vae import convert_vae
 from support.single_transformers import NAMES, save_transformer_file
 
 Folder = Callable[[str], Path]
@@ -148,6 +151,14 @@ NVFP4 = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
             {"a.weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "a.scale_weight": torch.ones(3)},
             r"the scale of a\.weight is of another kind",
         ),
+        (
+            {"a.weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "a.weight_scale": torch.ones(1, 2)},
+            r"the scale of a\.weight is of another kind",
+        ),
+        (
+            {"a.weight": torch.ones(0, 2).to(torch.float8_e4m3fn), "a.weight_scale": torch.ones(1)},
+            r"the scale of a\.weight is of another kind",
+        ),
     ],
 )
 def test_what_is_not_read_is_one_line(stored: Tensors, words: str, checkpoint_of: Folder, tmp_path: Path) -> None:
@@ -166,3 +177,39 @@ def test_a_broken_gguf_file_is_one_line(content: bytes, checkpoint_of: Folder, t
     with pytest.raises(BrokenCheckpointError, match=r"x\.gguf: the GGUF file cannot be read") as raised:
         open_request(request, lambda _: None)
     assert "\n" not in str(raised.value)
+
+
+def test_a_comfy_quant_without_end_is_one_line(checkpoint_of: Folder, tmp_path: Path) -> None:
+    stored = {"a.weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "a.weight_scale": torch.ones(1)}
+    save_file(
+        stored | {"a.comfy_quant": torch.full((200_000,), ord("["), dtype=torch.uint8)}, tmp_path / "x.safetensors"
+    )
+    request = request_of(tmp_path / "x.safetensors", checkpoint_of(FLUX), tmp_path)
+    with pytest.raises(BrokenCheckpointError, match=r"a\.comfy_quant cannot be read"):
+        open_request(request, lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "shape"), [(torch.ones(4, 4).numpy(), [-4, -4]), (torch.ones(0, 34).byte().numpy(), None)]
+)
+def test_gguf_tensors_of_no_shape_are_one_line(
+    tensor: Any, shape: list[int] | None, checkpoint_of: Folder, tmp_path: Path
+) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "flux")
+    writer.add_tensor("a", tensor, raw_dtype=None if shape else Kind.Q8_0)
+    if shape:
+        writer.add_array("comfy.gguf.orig_shape.a", shape)
+    write(writer)
+    with pytest.raises(BrokenCheckpointError, match=r"x\.gguf: a has \d+ values, but its shape is"):
+        open_request(request_of(tmp_path / "x.gguf", checkpoint_of(FLUX), tmp_path), lambda _: None)
+
+
+def test_a_vae_in_scaled_fp8_is_weights_times_scale(tmp_path: Path) -> None:
+    vae, scale = AutoencoderTiny().state_dict(), torch.tensor(0.5)
+    name = "encoder.layers.0.weight"
+    stored = {**vae, name: (vae[name] / scale).to(torch.float8_e4m3fn), "encoder.layers.0.scale_weight": scale}
+    save_file(stored, tmp_path / "vae.safetensors")
+    (tmp_path / "out").mkdir()
+    convert_vae(tmp_path / "vae.safetensors", tmp_path / "out", {}, lambda _: None)
+    read = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
+    torch.testing.assert_close(read[name].float(), (stored[name].float() * scale), rtol=0, atol=0)
