@@ -87,6 +87,15 @@ _GRAPH_BYTES = 64 * 2**20
 _STAGES_PER_COMPONENT = 4  # and one more if a plan is built
 # Quality already drops above about five.
 _MAX_CACHE_INTERVAL = 10
+# Defaults of the images that ranges of activations are taken from.
+_CALIBRATING = (
+    "default_num_inference_steps",
+    "default_guidance_scale",
+    "default_width",
+    "default_height",
+    "suggestions",
+    "zeros_for_no_negative_prompt",
+)
 # Rows of a denoiser call that one image takes with skip-layer guidance.
 _ROWS_SKIPPING_LAYERS = 3
 
@@ -507,7 +516,10 @@ class ExportTask:
         if self.request.dtype != INT8:
             return []
         encoders = [self._key(encoder) for encoder in self.checkpoint.family.text_encoders]
-        return [encoders, dict(self.checkpoint.scheduler), dict(self.checkpoint.defaults)]
+        # Defaults also follow from the checkpoint's names, which no file of a component has.
+        limits = checkpoint_parameters(self.checkpoint)
+        defaults = {name: limits[name] for name in _CALIBRATING}
+        return [encoders, self.tokenizer_keys, dict(self.checkpoint.scheduler), defaults]
 
     def _is_available(self, component: Component, export: PreviousExport) -> bool:
         same: bool = export.component(component.name).get("key") == self.keys[component.name]

@@ -14,6 +14,7 @@ from hypergen_export.repository.cache_key import component_key, plan_key, pool_p
 from hypergen_export.repository.export import ExportRequest, ExportTask
 from hypergen_export.repository.staging import PreviousExport
 from support.loras import lora_weights, save_by_diffusers
+from support.miniature import save_miniature
 
 from ..conftest import COMPONENTS, edit_json
 
@@ -152,3 +153,18 @@ def test_a_plan_with_a_pool_depends_on_the_loras_and_on_what_reads_them(
     names = str(pool_parts([]))
     assert len(given) == 3
     assert all(name in names for name in ("lora.py", "lora_changes.py", "layer_names.py"))
+
+
+def test_an_int8_unet_depends_on_all_that_its_calls_do(tmp_path: Path) -> None:
+    def key(folder: Path) -> str:
+        request = ExportRequest(model=str(folder), output=tmp_path / "out", dtype="int8")
+        task = ExportTask(open_checkpoint(str(folder)), request, PreviousExport(request.output, {}), (), None)
+        return task.keys["unet"]
+
+    painter = save_miniature(tmp_path / "painter", family="sdxl", scheduler={"timestep_spacing": "trailing"})
+    moved, turbo = (Path(shutil.copytree(painter, tmp_path / name)) for name in ("moved", "painter-turbo"))
+    before = key(painter)
+    assert before == key(moved)
+    assert before != key(turbo), "four steps without guidance, by its name"
+    edit_json(painter / "tokenizer" / "tokenizer_config.json", pad_token="!")
+    assert key(painter) != before
