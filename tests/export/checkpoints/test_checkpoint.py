@@ -14,7 +14,7 @@ from hypergen_export.errors import (
     UnknownModelError,
     UnsupportedModelError,
 )
-from support.miniature import save_miniature
+from support.miniature import save_miniature, save_tiny_vae
 
 from ..conftest import edit_json
 
@@ -311,3 +311,12 @@ def test_an_inpainting_pipeline_is_told_by_the_channels_of_its_unet(
 def test_a_unet_that_pools_the_prompt_by_itself_is_supported(checkpoint_copy: Path) -> None:
     edit_json(checkpoint_copy / "unet" / "config.json", addition_embed_type="text")
     assert open_checkpoint(str(checkpoint_copy)).family.name == "stable-diffusion"
+
+
+def test_a_tiny_vae_is_refused_for_models_that_edit_by_instruction(tmp_path: Path) -> None:
+    """They are given the image in the scale of an AutoencoderKL, which a tiny one does not know."""
+    folder = save_miniature(tmp_path / "editor", family="instruct-pix2pix")
+    shutil.rmtree(folder / "vae")
+    save_tiny_vae(folder / "vae")
+    edit_json(folder / "model_index.json", vae=["diffusers", "AutoencoderTiny"])
+    assert refusal(UnsupportedModelError, folder).endswith("an AutoencoderTiny can only be its --preview-vae")
