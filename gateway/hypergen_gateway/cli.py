@@ -506,6 +506,8 @@ def passport(
     """
     options = _read_passport_options(triton, given)
     if measure:
+        if sheet_file is not None:
+            _check_sheet(sheet_file)
         measured = run_until_signalled(measure_passport(options))
         made, rows = measured.passport, measured.passport.summaries
         if sheet_file is not None:
@@ -556,6 +558,12 @@ def _read_setting(text: str) -> dict[str, int | float | str]:
         except ValueError:
             raise click.UsageError(f"--with {name} must be a number, not {value[:40]!r}.") from None
     return setting
+
+
+def _check_sheet(file: Path) -> None:
+    """Refuse now what could not be written once the images have been generated, perhaps hours later."""
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        raise click.ClickException(f"--sheet: {click.format_filename(file.parent)} is no folder that can be written to")
 
 
 def _write_sheet(file: Path, measured: Measured) -> None:
