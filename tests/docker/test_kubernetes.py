@@ -140,6 +140,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "/model/embeddings/0/file",
     ),
     "LoRAs from nowhere": ({"model": {"loras": [INK]}}, "/model/lorasClaim"),
+    "embeddings from nowhere": (
+        {"model": {"embeddings": [{"name": "toy", "file": "/checkpoints/toy.safetensors"}]}},
+        "/model/checkpointsClaim",
+    ),
+    "a VAE from nowhere": ({"model": {"vae": "/checkpoints/vae.safetensors"}}, "/model/checkpointsClaim"),
     "a LoRA out of its volume": ({"model": {"loras": [INK | {"file": "../ink"}], "lorasClaim": "l"}}, "/loras/0/file"),
     "a LoRA that is not there": ({"model": {"loras": [INK | {"scale": 0}], "lorasClaim": "l"}}, "/loras/0/scale"),
     "a page in place of its website": ({"gateway": {"corsOrigins": ["https://a.example/x"]}}, "/corsOrigins/0"),
