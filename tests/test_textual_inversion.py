@@ -17,6 +17,7 @@ from hypergen_export.checkpoints.embeddings import Embedding, read_embeddings
 from hypergen_export.checkpoints.lora import read_loras
 from hypergen_export.conversion.embeddings import vectors_of
 from hypergen_export.errors import BadEmbeddingError, BadOptionError, ExportError
+from hypergen_export.repository.export import ExportRequest, export
 from support.chunks import ByChunks
 from support.loras import lora_weights, save_by_kohya
 from support.miniature import save_miniature
@@ -150,6 +151,19 @@ async def test_embeddings_in_a_loras_file_are_read_as_files_of_their_own(
 
 def second_of(family: str) -> dict[str, torch.Tensor]:
     return {"bundle_emb.hat.clip_g": noise(1, 48)} if family == "sdxl" else {}
+
+
+def test_a_lora_with_an_embedding_for_a_model_without_is_named_itself(
+    checkpoint_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder, file = checkpoint_of("flux1-schnell"), tmp_path / "ink.safetensors"
+    sides = {f"transformer.transformer_blocks.0.attn.to_q.lora_{side}.weight": noise(4, 4) for side in "AB"}
+    save_file({**sides, "bundle_emb.hat.clip_l": noise(1, 32)}, file)
+    loras = read_loras([f"ink={file}"])
+    embeddings = read_embeddings([], None, loras)
+    request = ExportRequest(model=str(folder), output=tmp_path / "out", loras=loras, embeddings=embeddings)
+    with pytest.raises(BadEmbeddingError, match=r"ink\.safetensors: teaches the word hat, but only models with CLIP"):
+        export(request)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,13 @@ from hypergen_export.engines.engine import ENGINES, OPENVINO, TENSORRT, Size, ch
 from hypergen_export.engines.memory import Model
 from hypergen_export.engines.profiles import Shapes, profiles, reference_rows, shapes_of
 from hypergen_export.engines.tensorrt import Build, Target, build_plan, local_target, onnx_files, write_plan_record
-from hypergen_export.errors import BadLoraError, BadOptionError, BrokenCheckpointError, MissingDependencyError
+from hypergen_export.errors import (
+    BadEmbeddingError,
+    BadLoraError,
+    BadOptionError,
+    BrokenCheckpointError,
+    MissingDependencyError,
+)
 from hypergen_export.repository.cache_key import (
     component_key,
     plan_key,
@@ -233,10 +239,7 @@ def _make_task(
     engine = ENGINES[request.engine]
     check_dtype(engine, request.dtype)
     checkpoint = replace(open_request(request, notify), embeddings=request.embeddings)
-    if request.embeddings and max(text.max_chunks for text in checkpoint.family.text) == 1:
-        raise BadOptionError(
-            f"--embedding: only for models with CLIP alone, and {request.model} has another text encoder"
-        )
+    _check_embeddings(request, checkpoint)
     _check_loras(request, checkpoint)
     if request.deep_cache and checkpoint.family.denoiser.module != "unet":
         raise BadOptionError(f"--deep-cache: only for models with a UNet, and {request.model} has a transformer")
@@ -316,6 +319,18 @@ def _preview_vae(request: ExportRequest, notify: Callable[[str], None]) -> dict[
         return {}
     with _requires_export_extra():
         return {PREVIEW_DECODER.module: preview_vae(request.preview_vae, request.single_files, notify)}
+
+
+def _check_embeddings(request: ExportRequest, checkpoint: Checkpoint) -> None:
+    if not request.embeddings or max(text.max_chunks for text in checkpoint.family.text) > 1:
+        return
+    for embedding in request.embeddings:
+        if embedding.is_bundled:
+            raise BadEmbeddingError(
+                f"{embedding.file}: teaches the word {embedding.name}, but only models with CLIP alone learn words, "
+                f"and {request.model} has another text encoder"
+            )
+    raise BadOptionError(f"--embedding: only for models with CLIP alone, and {request.model} has another text encoder")
 
 
 def _check_loras(request: ExportRequest, checkpoint: Checkpoint) -> None:
