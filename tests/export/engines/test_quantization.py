@@ -191,6 +191,14 @@ def test_a_model_that_loses_too_much_is_refused(difference: float) -> None:
         quantization._check(UNET, INT4_WEIGHTS, difference)
 
 
+def test_the_error_is_that_of_the_worst_output_also_where_none_is_a_number() -> None:
+    one, none = np.ones((2, 2), np.float32), np.zeros((2, 2), np.float32)
+    expected = [[one, one], [one, one]]
+    assert quantization._relative_error(expected, [[one, one], [one, one * 2]]) == math.sqrt(0.5)
+    assert math.isnan(quantization._relative_error(expected, [[one, one], [one, one * math.nan]]))
+    assert quantization._relative_error([[none]], [[none]]) == 0
+
+
 def test_without_nncf_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nncf", None)
     with pytest.raises(MissingDependencyError, match=r"--dtype int8 needs: pip install 'hypergen-triton\[int8\]'$"):
