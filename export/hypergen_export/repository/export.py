@@ -188,8 +188,10 @@ def export(
         notify(text)
     _hash_weights(task)
     if task.is_up_to_date:
-        if task.hashes.has_new_hashes:
-            update_record(output, {**task.previous.record, "hashes": task.hashes.stored})
+        # The same content may lie elsewhere now.
+        made_of = {"model": request.model, "source": request.source}
+        if task.hashes.has_new_hashes or not made_of.items() <= task.previous.record.items():
+            update_record(output, {**task.previous.record, **made_of, "hashes": task.hashes.stored})
         examine(output)
         return ExportResult()
     if any(map(task.is_quantized, task.outdated)):

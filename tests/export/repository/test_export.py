@@ -197,6 +197,16 @@ def test_large_weights_are_read_once_and_known_to_every_export_beside(
     assert "weights: hash" in capsys.readouterr().err
 
 
+def test_a_checkpoint_that_has_moved_is_found_by_what_reads_the_record(
+    checkpoint_copy: Path, request_again: ExportRequest
+) -> None:
+    request = replace(request_again, model=str(checkpoint_copy))
+    assert export(request) == ExportResult()
+    record = json.loads((request.output / "hypergen.json").read_text())
+    assert (record["model"], record["source"]["model"]) == (str(checkpoint_copy), str(checkpoint_copy))
+    assert export(request) == ExportResult()
+
+
 def test_hashes_computed_by_an_up_to_date_export_are_stored_in_it(
     checkpoint_copy: Path, request_again: ExportRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
