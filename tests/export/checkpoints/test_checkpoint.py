@@ -87,7 +87,7 @@ def test_a_part_of_another_class_is_unsupported(checkpoint_copy: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "changes", "said"),
     [
-        ("unet", {"in_channels": 8}, "8 channels (an image to edit)"),
+        ("unet", {"in_channels": 8}, "needs image_latents, which is not supported for StableDiffusionPipeline"),
         ("unet", {"in_channels": 16}, "16 channels, its VAE gives 4"),
         ("unet", {"addition_embed_type": "text_time"}, "needs size_embeds and text_embeds"),
         ("unet", {"addition_embed_type": "image"}, "added conditions (image)"),
@@ -255,7 +255,7 @@ def test_xls_sizes_are_those_of_both_text_encoders(xl_copy: Path) -> None:
             "it needs a control image beside the prompt (ControlNet)",
         ),
         ({"_class_name": "StableDiffusionXLControlNetInpaintPipeline"}, "ControlNet"),
-        ({"_class_name": "StableDiffusionInstructPix2PixPipeline"}, "an image to edit"),
+        ({"_class_name": "StableDiffusionInstructPix2PixPipeline"}, "its UNet needs size_embeds and text_embeds"),
         ({"_class_name": "StableDiffusionUpscalePipeline"}, "it is an upscaler"),
         (
             {"_class_name": "AnimateDiffPipeline", "motion_adapter": ["diffusers", "MotionAdapter"]},
