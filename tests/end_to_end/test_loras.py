@@ -248,7 +248,8 @@ async def test_files_come_and_go_while_images_are_generated(
         drop(files.brush, folder / "brush.safetensors")
         await wait_until_listed(server, "pen", "brush")
         for name, other in (("brush", "pen"), ("pen", "brush")):
-            assert (listed(server)[name]["in_pool"], listed(server)[other]["in_pool"]) == (False, True)
+            found = listed(server)
+            assert (found[name].get("in_pool"), found[other].get("in_pool")) == (False, True), found
             began = time.monotonic()
             await assert_as_by_diffusers(client, checkpoint, files, {name: 0.8, "ink": -0.5})
             print(f"in the pool after less than {time.monotonic() - began:.1f} s")
