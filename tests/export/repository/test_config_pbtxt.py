@@ -158,6 +158,8 @@ def test_the_sampler_knows_its_checkpoint(repository: Path) -> None:
         "default_prompt_weighting": "none",
         "default_clip_skip": "0",
         "max_clip_skip": "2",
+        "default_image_guidance_scale": "0",
+        "max_image_guidance_scale": "0",
         "default_skip_layer_guidance_scale": "0",
         "max_skip_layer_guidance_scale": "0",
         "time_width": "16",
