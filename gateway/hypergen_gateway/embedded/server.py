@@ -43,6 +43,7 @@ HARMLESS = (
     "failed to allocate pinned system memory",
     "HandleCancellation called even when the context was not cancelled",
     "encountered epoll_wait error: Bad file descriptor",  # gRPC's, while Triton forks a model's process
+    "epoll_ctl failed: Bad file descriptor",  # the same
 )
 # Environment variables that Triton and its models must not see.
 SECRETS = frozenset(

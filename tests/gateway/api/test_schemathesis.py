@@ -40,6 +40,7 @@ BEYOND_WORDS: dict[str, Any] = {
     "seed": 1,
 }
 BEYOND_WORDS |= {"guidance_start": 0.25, "guidance_end": 0.75}
+BEYOND_WORDS |= {"skip_layer_guidance_start": None, "skip_layer_guidance_stop": None}
 # A deadline of a millisecond passes, and that is a 504.
 BEYOND_WORDS["deadline_ms"] = None
 
