@@ -225,9 +225,16 @@ def drop(file: Path, target: Path) -> None:
 
 
 async def wait_until_listed(server: Server, *names: str) -> None:
-    """Until the LoRAs of the folder are these."""
+    """Until the LoRAs of the folder are these, and none is to be tried again, as after a failure of the exporter."""
     own = {"ink", "words", "clay", "norms"}
-    await asyncio.to_thread(server.wait_until, lambda: listed(server).keys() == own | set(names), 120, "listed")
+
+    def are_listed() -> bool:
+        found = listed(server)
+        return found.keys() == own | set(names) and not any(
+            lora.get("error", "").endswith("trying again") for lora in found.values()
+        )
+
+    await asyncio.to_thread(server.wait_until, are_listed, 120, "listed")
 
 
 async def test_files_come_and_go_while_images_are_generated(
