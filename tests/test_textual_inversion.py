@@ -134,18 +134,18 @@ async def test_embeddings_in_a_loras_file_are_read_as_files_of_their_own(
     vectors = (
         {"clip_l": noise(3, 32), "clip_g": noise(3, 48)} if family == "sdxl" else {"string_to_param.*": noise(3, 32)}
     )
-    bundled = {f"bundle_emb.ink-style.{name}": each for name, each in vectors.items()}
+    bundled = {f"bundle_emb.ink-v1.5.{name}": each for name, each in vectors.items()}
     save_file({**load_file(file), **bundled, "bundle_emb.hat.clip_l": noise(1, 32), **second_of(family)}, file)
     (lora,) = read_loras([f"ink={file}"])
     assert lora.modules == {"text_encoder"}
     embeddings = read_embeddings([], None, [lora, lora])
-    assert [each.name for each in embeddings] == ["hat", "ink-style"]
+    assert [each.name for each in embeddings] == ["hat", "ink-v1.5"]
     pipeline = pipeline_of(folder)
-    for name, count in (("ink-style", 3), ("hat", 1)):
+    for name, count in (("ink-v1.5", 3), ("hat", 1)):
         for number, width in (("", 32), ("_2", 48))[: 1 + (family == "sdxl")]:
             parts = {part: getattr(pipeline, part + number) for part in ("tokenizer", "text_encoder")}
             pipeline.load_textual_inversion(noise(count, width), token=name, **parts)
-    request = request_of(prompt="a red cat, ink-style", negative_prompt="hat", guidance_scale=5.0)
+    request = request_of(prompt="a red cat, ink-v1.5", negative_prompt="hat", guidance_scale=5.0)
     held(await sampler_of(folder, embeddings).generate(request), by_diffusers(pipeline, request))
 
 

@@ -36,6 +36,8 @@ _PEFT_METADATA = "lora_adapter_metadata"
 _BASE_METADATA = ("ss_base_model_version", "modelspec.architecture")
 # Embeddings that were trained along with the LoRA, as OneTrainer and kohya's trainers store them: the name follows.
 BUNDLED = "bundle_emb."
+# The name may have dots, and so may the token of a pickled embedding, which follows its key.
+_BUNDLED_PART = re.compile(r"bundle_emb\.(?P<name>.+?)\.(?P<key>string_to_param\..+|[^.]+)")
 # peft does not store which module it trained; a module trained alone is the UNet.
 _PEFT_PREFIX = "base_model.model."
 # Prefix of a weight's name -> module.
@@ -216,8 +218,7 @@ class Lora:
     @property
     def embeddings(self) -> tuple[str, ...]:
         """The names of the embeddings in the file. Raises BadLoraError."""
-        bundled = (name.removeprefix(BUNDLED) for name in self._header if name.startswith(BUNDLED))
-        return tuple(dict.fromkeys(name.partition(".")[0] for name in bundled))
+        return tuple(dict.fromkeys(bundled_part(name)[0] for name in self._header if name.startswith(BUNDLED)))
 
     @cached_property
     def _layers(self) -> Mapping[str, Mapping[str, Mapping[str, str]]]:
@@ -261,6 +262,12 @@ class Placement:
 
     lora: Lora
     columns: tuple[int, ...]
+
+
+def bundled_part(weight: str) -> tuple[str, str]:
+    """The embedding's name in a weight's name, and the key that its own file would have; no key if it has none."""
+    match = _BUNDLED_PART.fullmatch(weight)
+    return (match["name"], match["key"]) if match else (weight.removeprefix(BUNDLED), "")
 
 
 def _sides(shape: list[int]) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint
 from hypergen_export.checkpoints.embeddings import Embedding
-from hypergen_export.checkpoints.lora import BUNDLED
+from hypergen_export.checkpoints.lora import BUNDLED, bundled_part
 from hypergen_export.errors import BadEmbeddingError, first_line
 
 # Keys of SDXL's two text encoders in files of stable-diffusion-webui and of trainers.
@@ -107,9 +107,11 @@ def _content(embedding: Embedding) -> Mapping[str, Any]:
 
 def _bundled(embedding: Embedding) -> Mapping[str, Any]:
     """The embedding's part of a LoRA's file, as a file of its own would have it."""
-    prefix = f"{BUNDLED}{embedding.name}."
+    stored: dict[str, Tensor] = {}
     with safe_open(embedding.file, "pt") as file:
-        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a dict
-        stored = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+        for weight in (weight for weight in file.keys() if weight.startswith(BUNDLED)):  # noqa: SIM118 - not a dict
+            name, key = bundled_part(weight)
+            if name == embedding.name:
+                stored[key] = file.get_tensor(weight)
     of_webui = {token: vectors for token, vectors in stored.items() if token.startswith("string_to_param.")}
     return {"string_to_param": of_webui} if of_webui else stored
