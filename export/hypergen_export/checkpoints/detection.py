@@ -102,6 +102,10 @@ def check_preview_vae(model: str, config: Config, sizes: Sizes) -> None:
     """Reject a decoder for previews whose latents are of another shape. Raises UnsupportedModelError."""
     # The defaults are AutoencoderTiny's.
     channels, blocks = config.get("latent_channels", 4), config.get("decoder_block_out_channels", (64,) * 4)
+    if not isinstance(blocks, (list, tuple)):
+        raise UnsupportedModelError(
+            f"{model}: --preview-vae: its config.json has {blocks} as decoder_block_out_channels"
+        )
     given = channels, 2 ** (len(blocks) - 1)
     expected = sizes["latent_channels"], sizes["vae_scale_factor"]
     if given != expected:

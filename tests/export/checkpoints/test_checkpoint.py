@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from hypergen_export.checkpoints.checkpoint import SHIPPED_MODEL, SHIPPED_TRANSFORMER, Checkpoint, open_checkpoint
+from hypergen_export.checkpoints.checkpoint import (
+    SHIPPED_MODEL,
+    SHIPPED_TRANSFORMER,
+    Checkpoint,
+    Replacement,
+    open_checkpoint,
+)
+from hypergen_export.checkpoints.families.tensors import PREVIEW_DECODER
 from hypergen_export.errors import (
     BrokenCheckpointError,
     ExportError,
@@ -320,3 +327,11 @@ def test_a_tiny_vae_is_refused_for_models_that_edit_by_instruction(tmp_path: Pat
     save_tiny_vae(folder / "vae")
     edit_json(folder / "model_index.json", vae=["diffusers", "AutoencoderTiny"])
     assert refusal(UnsupportedModelError, folder).endswith("an AutoencoderTiny can only be its --preview-vae")
+
+
+def test_a_preview_vae_without_the_widths_of_its_blocks_is_refused(checkpoint_folder: Path, tmp_path: Path) -> None:
+    save_tiny_vae(tmp_path / "tiny")
+    edit_json(tmp_path / "tiny" / "config.json", decoder_block_out_channels=None)
+    preview = {PREVIEW_DECODER.module: Replacement(folder=tmp_path / "tiny", loader="diffusers.AutoencoderTiny")}
+    with pytest.raises(UnsupportedModelError, match=r"--preview-vae: its config\.json has None as decoder_block_out_c"):
+        open_checkpoint(str(checkpoint_folder), preview)
