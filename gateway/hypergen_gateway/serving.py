@@ -30,6 +30,7 @@ from hypergen_gateway.generation.backend import GeneratedImage, GenerationReques
 from hypergen_gateway.http.addresses import listening, url_of
 from hypergen_gateway.http.protocol import AcceptErrors, Listener, make_uvicorn_config, raise_file_limit
 from hypergen_gateway.observability.logs import console
+from hypergen_gateway.storage.lora_files import LoraFiles
 from hypergen_gateway.triton.client import TritonBackend
 
 if TYPE_CHECKING:
@@ -182,6 +183,7 @@ async def connected(options: TritonOptions, request_timeout: float) -> AsyncIter
             triton.at_work = lambda: backend.at_work
         stack.push_async_callback(backend.close)
         if options.export is not None and options.export.lora_dir is not None:
+            LoraFiles(options.export.lora_dir).remove_abandoned()
             loras = LoraFolder(options.export.lora_dir, triton.repository, backend)
             stack.push_async_callback(cancel, asyncio.create_task(loras.follow()))
         yield backend

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
 import shutil
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -16,6 +18,9 @@ from typing import BinaryIO
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,62}[A-Za-z0-9])?")
 _OTHER_CHARACTERS = re.compile(r"[^A-Za-z0-9_.-]+")
 _SUFFIX = ".safetensors"
+# Of files that are being written.
+_UPLOAD = ".upload-"
+_BEGINNING_SECONDS = 10.0
 # The largest header that the format allows.
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -37,6 +42,15 @@ def is_safetensors(file: BinaryIO, size: int) -> bool:
         return False
 
 
+def _try_lock(descriptor: int) -> bool:
+    """Lock a file until it is closed; False if another process has, or if the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class LoraFiles:
     """The folder. All methods block; they raise OSError."""
@@ -46,9 +60,10 @@ class LoraFiles:
     def save(self, name: str, file: BinaryIO) -> None:
         """Write a file that is there as a whole or not at all. It replaces the one of that name."""
         target = self._find(name) or self.folder / f"{name}{_SUFFIX}"
-        descriptor, path = tempfile.mkstemp(prefix=".upload-", dir=self.folder)
+        descriptor, path = tempfile.mkstemp(prefix=_UPLOAD, dir=self.folder)
         try:
             with os.fdopen(descriptor, "wb") as new:
+                _try_lock(descriptor)
                 file.seek(0)
                 shutil.copyfileobj(file, new, 1 << 20)
                 new.flush()
@@ -65,6 +80,15 @@ class LoraFiles:
         if found is not None:
             found.unlink(missing_ok=True)
         return found is not None
+
+    def remove_abandoned(self) -> None:
+        """Remove what uploads have left whose process was killed: no process holds their locks any more."""
+        for file in self.folder.glob(f"{_UPLOAD}*"):
+            with contextlib.suppress(OSError), file.open("rb") as left:
+                # One that has just begun may not be locked yet.
+                has_begun = time.time() - os.fstat(left.fileno()).st_mtime > _BEGINNING_SECONDS
+                if has_begun and _try_lock(left.fileno()):
+                    file.unlink()
 
     def _find(self, name: str) -> Path | None:
         """The file that requests name so, or that is listed under its whole name as it cannot be served."""
