@@ -493,13 +493,16 @@ class ExportTask:
 
     @property
     def bytes_to_write(self) -> int:
-        """An estimate: a plan, and weights that are written, are at most as large as the module in float32."""
+        """An estimate: a plan, and weights that are written, are at most as large as the module in float32.
+
+        Quantised ones are at most half of that: eight bits, and layers that are not quantised.
+        """
         return sum(map(self._bytes_of, self.outdated))
 
     def _bytes_of(self, component: Component) -> int:
         folder, weights = self.checkpoint.folder_of(component.module), self.checkpoint.weights(component.module)
         full = float32_bytes(folder, weights)
-        plan = full if self.target else 0
+        plan = full if self.target else full // 2 if self.is_quantized(component) else 0
         is_linked = weights.format == "safetensors" and not component.lora
         if not is_linked or not (self.target or stored_dtypes(folder, weights) <= {self.weights_dtype(component)}):
             return plan + full

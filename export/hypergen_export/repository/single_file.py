@@ -27,8 +27,6 @@ Report = Callable[[float], None]
 Convert = Callable[[Path, Report], dict[str, Any]]
 _RECORD = "single_file.json"
 _FORMATS = (".safetensors", ".ckpt", ".gguf")
-# What a file takes on the disk while it is converted, in its own size: 4-bit weights become bfloat16, twice.
-_GROWTH = {".gguf": 8}
 _UNREAD = {
     ".pt": "a pickle of any kind; rename it to .ckpt if it is a checkpoint, or take its .safetensors file",
 }
@@ -145,8 +143,11 @@ def _hash(hashes: ContentHashes, path: Path) -> None:
 
 def _convert(path: Path, output: Path, hashes: ContentHashes, convert: Convert) -> None:
     from hypergen_export.conversion.progress import Progress
+    from hypergen_export.single_files.folder import named
+    from hypergen_export.single_files.quantized import bytes_to_write
 
-    check_space(output, path.stat().st_size * _GROWTH.get(path.suffix, 1))
+    with named(path):
+        check_space(output, bytes_to_write(path))
     with (
         staged(output) as folder,
         contextlib.closing(Progress(1)) as progress,

@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hypergen_export.checkpoints.defaults import few_steps_word
 from hypergen_export.conversion.sources import write_tensors
 from hypergen_export.errors import ExportError, UnsupportedModelError
@@ -20,15 +18,9 @@ from hypergen_export.single_files.kinds import SD_2, VELOCITY, Kind, Shapes, com
 from hypergen_export.single_files.modules import Module, modules_of
 from hypergen_export.single_files.prediction import Prediction, prediction_of
 from hypergen_export.single_files.quantized import dequantized
-from hypergen_export.single_files.reading import SingleFile, Tensors
+from hypergen_export.single_files.reading import SingleFile, Tensors, written_dtype
 
 Report = Callable[[float], None]
-# Precisions that engines do not read, and one that holds all their values.
-_WIDER = {
-    torch.float8_e4m3fn: torch.bfloat16,
-    torch.float8_e5m2: torch.bfloat16,
-    torch.float64: torch.float32,
-}
 _EMA = "model_ema."
 # Of the images on which Stable Diffusion 2.x learnt to predict velocity, in pixels.
 _SIDE_OF_VELOCITY = 768
@@ -124,7 +116,7 @@ def _write_module(module: Module, folder: Path, report: Callable[[int], None]) -
     """Write a module's config and weights; `report` hears the bytes of each tensor."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", module.config)
-    typed = {name: (tensor, _WIDER.get(tensor.dtype, tensor.dtype)) for name, tensor in module.tensors.items()}
+    typed = {name: (tensor, written_dtype(tensor.dtype)) for name, tensor in module.tensors.items()}
     write_tensors(folder / _WEIGHTS[module.loader.partition(".")[0]], typed, report)
 
 

@@ -20,7 +20,13 @@ import torch
 from hypergen_export.conversion.sources import Source, write_sources
 from hypergen_export.errors import BrokenCheckpointError, MissingDependencyError, UnsupportedModelError, first_line
 from hypergen_export.single_files.kinds import Shapes
-from hypergen_export.single_files.reading import SingleFile, Tensors, map_safetensors, read_single_file
+from hypergen_export.single_files.reading import (
+    SingleFile,
+    Tensors,
+    map_safetensors,
+    read_single_file,
+    written_dtype,
+)
 
 Report = Callable[[float], None]
 _TEMPORARY = ".dequantized.safetensors"
@@ -67,6 +73,13 @@ def dequantized(
         yield replace(plain, tensors=tensors), lambda fraction: report((1 + fraction) / 2)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def bytes_to_write(path: Path) -> int:
+    """What a conversion takes on the disk: plain tensors once, dequantized ones twice. Raises ExportError."""
+    plain, sources = _read(path)
+    kept = sum(each.numel() * written_dtype(each.dtype).itemsize for each in plain.tensors.values())
+    return kept + 2 * torch.bfloat16.itemsize * sum(math.prod(source.shape) for source in sources)
 
 
 def _read(path: Path) -> tuple[SingleFile, list[Source]]:

@@ -16,6 +16,12 @@ from hypergen_export.conversion.sources import TYPES
 from hypergen_export.errors import BrokenCheckpointError, UnsupportedModelError, first_line
 
 Tensors = dict[str, torch.Tensor]
+# Precisions that engines do not read, and one that holds all their values.
+_WIDER = {
+    torch.float8_e4m3fn: torch.bfloat16,
+    torch.float8_e5m2: torch.bfloat16,
+    torch.float64: torch.float32,
+}
 # Packages whose objects training programs leave beside the weights. Their classes are not imported.
 _LEFT_BY_TRAINING = ("pytorch_lightning.", "lightning.", "omegaconf.", "numpy.", "collections.", "typing.")
 
@@ -45,6 +51,11 @@ def read_single_file(path: Path) -> SingleFile:
         return SingleFile(path=path, tensors=_flatten(_map_pickle(path)), metadata={})
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise BrokenCheckpointError(f"{path}: the weights cannot be read ({first_line(error)})") from error
+
+
+def written_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision in which a conversion writes tensors of a precision."""
+    return _WIDER.get(dtype, dtype)
 
 
 def map_safetensors(path: Path) -> Tensors:

@@ -257,8 +257,8 @@ def test_an_export_whose_weights_were_overwritten_with_its_checkpoint_is_not_reu
 def test_what_is_linked_needs_no_space(wide_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporting, "_GRAPH_BYTES", 0)
 
-    def needed(folder: Path, output: Path) -> int:
-        request = ExportRequest(model=str(folder), output=output)
+    def needed(folder: Path, output: Path, dtype: str = "float32") -> int:
+        request = ExportRequest(model=str(folder), output=output, dtype=dtype)
         task = ExportTask(open_checkpoint(str(folder)), request, PreviousExport(output, {}), (), None)
         return task.bytes_to_write
 
@@ -272,6 +272,9 @@ def test_what_is_linked_needs_no_space(wide_folder: Path, tmp_path: Path, monkey
     elements = sum(tensor.numel() for tensor in load_file(weights).values())
     weights.unlink()
     assert needed(pickled, tmp_path / "repository") >= 4 * elements
+    unet = wide_folder / "unet" / WEIGHTS["unet"]
+    quantized = needed(wide_folder, tmp_path / "repository", "int8-weights")
+    assert 0.99 * unet.stat().st_size / 2 < quantized < unet.stat().st_size / 2
 
 
 @pytest.mark.parametrize("file", ["text_encoder/1/model.onnx", "diffusion/tokenizer.json", "unet/config.pbtxt"])
