@@ -65,10 +65,14 @@ def _of_parts(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--text-encoder",
+            "text_encoders",
+            metavar="PATH|ID",
+            multiple=True,
             callback=_not_empty,
             envvar="HYPERGEN_TEXT_ENCODER",
             show_envvar=True,
-            help="Pipeline folder or hub id whose text encoders and tokenizers to use in place of the model's own.",
+            help="Text encoder in place of the model's own: a pipeline's folder or hub id, whose tokenizers are used, "
+            "too, or the .safetensors or .gguf file of a single one; repeatable.",
         ),
         click.option(
             "--prediction-type",

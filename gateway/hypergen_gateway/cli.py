@@ -164,7 +164,9 @@ def _triton_options(command: Callable[..., None]) -> Any:
     @option(
         "--text-encoder",
         metavar="PATH|ID",
-        help="Pipeline whose text encoders and tokenizers to use in place of the model's own.",
+        multiple=True,
+        help="Text encoder in place of the model's own: a pipeline, whose tokenizers are used, too, or the "
+        ".safetensors or .gguf file of a single one; repeatable.",
     )
     @option(
         "--prediction-type",
@@ -217,13 +219,14 @@ def _read_triton_options(model: str | None, given: dict[str, Any]) -> TritonOpti
     deep_cache, max_batch_size = given.pop("deep_cache"), given.pop("max_batch_size")
     embeddings, embedding_dir = given.pop("embedding"), given.pop("embedding_dir")
     lora_rank, lora_dir = given.pop("lora_rank"), given.pop("lora_dir", None)  # which one image has no use for
-    parts = {name: given.pop(name) for name in ("prediction_type", "vae", "preview_vae", "text_encoder")}
+    parts = {name: given.pop(name) for name in ("prediction_type", "vae", "preview_vae")}
+    text_encoders = given.pop("text_encoder")
     dtype = DTYPES[given.pop("dtype")]
     model = model or SHIPPED_MODEL
     if url is not None:
         of_export = {f"--{name.replace('_', '-')}": value for name, value in parts.items()}
         of_export |= {"--lora": loras, "--lora-rank": lora_rank, "--lora-dir": lora_dir}
-        of_export |= {"--embedding": embeddings, "--embedding-dir": embedding_dir}
+        of_export |= {"--text-encoder": text_encoders, "--embedding": embeddings, "--embedding-dir": embedding_dir}
         _check_triton_url(url, of_export | {"--deep-cache": deep_cache})
         return TritonOptions(model=model, url=url, export=None)
     if device == "cuda" or dtype == "float16":
@@ -244,6 +247,7 @@ def _read_triton_options(model: str | None, given: dict[str, Any]) -> TritonOpti
         lora_dir=lora_dir,
         deep_cache=deep_cache,
         **parts,
+        text_encoders=text_encoders,
         embeddings=embeddings,
         embedding_dir=embedding_dir,
     )

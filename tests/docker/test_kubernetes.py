@@ -309,7 +309,7 @@ def test_a_checkpoint_of_ones_own_is_exported_without_the_hub(manifests: dict[st
     _, options = exported_by(documents)
     assert options["model"] == f"{path}/flux.safetensors"
     assert (options["vae"], options["preview_vae"]) == (f"{path}/ae.safetensors", "madebyollin/taef1")
-    assert (options["text_encoder"], options["lora_rank"]) == (f"{path}/flux", 64)
+    assert (options["text_encoders"], options["lora_rank"]) == ((f"{path}/flux",), 64)
     assert options["embeddings"] == (f"toy={path}/toy.safetensors",)
     assert exporter(documents)["env"] == [{"name": "HF_HUB_OFFLINE", "value": "1"}]
     assert "PersistentVolumeClaim" not in {document["kind"] for document in documents}

@@ -25,7 +25,7 @@ from hypergen_export.checkpoints.detection import (
 from hypergen_export.checkpoints.embeddings import Embedding
 from hypergen_export.checkpoints.families.tensors import PREVIEW_DECODER
 from hypergen_export.checkpoints.family import ConfigOverrides, Family
-from hypergen_export.checkpoints.hub import find_snapshot
+from hypergen_export.checkpoints.hub import IsNeeded, find_snapshot
 from hypergen_export.checkpoints.weights import (
     Weights,
     missing_shards,
@@ -195,8 +195,11 @@ def read_json(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def find_folder(model: str) -> Path:
-    """The folder of a checkpoint: a path, a hub id, or a bundled model. Raises UnknownModelError."""
+def find_folder(model: str, is_needed: IsNeeded = lambda _: True) -> Path:
+    """The folder of a checkpoint: a path, a hub id, or a bundled model. Raises UnknownModelError.
+
+    From the hub, weights of modules that are not needed are not downloaded.
+    """
     if model in _SHIPPED_FOLDERS:
         return _shipped_folder(model)
     folder = Path(model).expanduser()
@@ -206,7 +209,7 @@ def find_folder(model: str) -> Path:
         raise NotADiffusersPipelineError(f"{model}: is a file; give the folder of a diffusers pipeline or a hub id")
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise UnknownModelError(f"{model}: no such folder, and not a hub id of the form owner/name")
-    return find_snapshot(model)
+    return find_snapshot(model, is_needed)
 
 
 def _shipped_folder(model: str) -> Path:

@@ -59,7 +59,16 @@ from hypergen_export.repository.cache_key import (
     weight_files,
 )
 from hypergen_export.repository.estimate import table
-from hypergen_export.repository.replacements import preview_vae, text_replacements, vae_replacement
+from hypergen_export.repository.replacements import (
+    clip_of,
+    encoders_of,
+    file_replacements,
+    find_configs,
+    preview_vae,
+    split_text_encoders,
+    text_replacements,
+    vae_replacement,
+)
 from hypergen_export.repository.single_file import (
     SingleFileOptions,
     convert_once,
@@ -113,8 +122,9 @@ class ExportRequest:
     `sizes` are the image sizes to build, for engines that need them; empty for the checkpoint's default. `loras` are
     served beside the unmodified checkpoint; `lora_rank` is the least number of columns of the rank pool, for more LoRAs
     while serving. `deep_cache` adds a shallow UNet, for requests with `cache_interval`.
-    `single_files` applies if `model` or `vae` is a single file. `vae` and `text_encoder` replace the checkpoint's own.
-    `preview_vae` decodes previews. `embeddings` are textual inversions that prompts may name.
+    `single_files` applies if `model` or another part is a single file. `vae` and `text_encoders`, a pipeline and files
+    of single ones, replace the checkpoint's own. `preview_vae` decodes previews. `embeddings` are textual inversions
+    that prompts may name.
     """
 
     model: str
@@ -130,7 +140,7 @@ class ExportRequest:
     single_files: SingleFileOptions = field(default_factory=SingleFileOptions)
     vae: str | None = None
     preview_vae: str | None = None
-    text_encoder: str | None = None
+    text_encoders: tuple[str, ...] = ()
     embeddings: tuple[Embedding, ...] = ()
 
     @property
@@ -139,7 +149,7 @@ class ExportRequest:
         return {
             "model": _absolute(self.model),
             "vae": self.vae and _absolute(self.vae),
-            "text_encoder": self.text_encoder and _absolute(self.text_encoder),
+            "text_encoders": [_absolute(each) for each in self.text_encoders],
             "prediction_type": self.single_files.prediction_type,
             "embeddings": [f"{each.name}={each.file.absolute()}" for each in self.embeddings if not each.is_bundled],
         }
@@ -282,37 +292,55 @@ def open_request(request: ExportRequest, notify: Callable[[str], None]) -> Check
             return _open_single_file(request, notify)
     if request.single_files.prediction_type:
         raise BadOptionError("--prediction-type: only for single files; a folder's scheduler says it")
-    return open_checkpoint(request.model, _replacements(request, {}, notify))
+    return open_checkpoint(request.model, _replacements(request, notify))
 
 
 def _open_single_file(request: ExportRequest, notify: Callable[[str], None]) -> Checkpoint:
-    base = request.text_encoder and find_folder(request.text_encoder)
-    if base and (base / "transformer" / "config.json").is_file():
-        if request.single_files.prediction_type:
-            raise BadOptionError("--prediction-type: only for models with a UNet; a transformer's pipeline says it")
-        config = read_json(base / "transformer" / "config.json")
-        folder = convert_transformer_once(request.model, config, request.single_files, notify)
-        transformer = Replacement(folder=folder, loader=f"diffusers.{config['_class_name']}")
-        own_vae = read_json(base / "vae" / "config.json")
-        vae = {"vae": vae_replacement(request.vae, own_vae, request.single_files, notify)} if request.vae else {}
-        return open_checkpoint(str(base), {"transformer": transformer, **vae, **_preview_vae(request, notify)})
+    pipeline, files = split_text_encoders(request.text_encoders)
+    if pipeline and (find_configs(pipeline) / "transformer" / "config.json").is_file():
+        return _open_transformer(request, pipeline, files, notify)
     converted = convert_once(request.model, request.single_files, notify)
-    replaced = _replacements(request, converted.vae, notify)
+    replaced = text_replacements(pipeline) if pipeline else {}
+    own = encoders_of(find_configs(pipeline)) if pipeline else None
+    replaced |= file_replacements(files, lambda file: own or clip_of(file, converted), request.single_files, notify)
+    if request.vae:
+        replaced["vae"] = vae_replacement(request.vae, converted.vae, request.single_files, notify)
     absent = [module for module in converted.missing if module not in replaced]
     if absent:
         option = "--vae" if absent == ["vae"] else "--text-encoder"
         raise BrokenCheckpointError(f"{request.model}: it has no {' and no '.join(absent)}: see {option}")
-    return open_checkpoint(str(converted.folder), replaced)
+    return open_checkpoint(str(converted.folder), replaced | _preview_vae(request, notify))
 
 
-def _replacements(
-    request: ExportRequest, own_vae: Mapping[str, Any], notify: Callable[[str], None]
-) -> dict[str, Replacement]:
-    replaced = text_replacements(request.text_encoder) if request.text_encoder else {}
+def _open_transformer(
+    request: ExportRequest, pipeline: str, files: tuple[Path, ...], notify: Callable[[str], None]
+) -> Checkpoint:
+    """A transformer's file with the rest of a pipeline, of which parts that are given as files need no weights."""
+    if request.single_files.prediction_type:
+        raise BadOptionError("--prediction-type: only for models with a UNet; a transformer's pipeline says it")
+    base = find_configs(pipeline)
+    replaced = file_replacements(files, lambda _: encoders_of(base), request.single_files, notify)
     if request.vae:
-        own = own_vae or read_json(find_folder(request.model) / "vae" / "config.json")
-        with _requires_export_extra():
-            replaced["vae"] = vae_replacement(request.vae, own, request.single_files, notify)
+        own_vae = read_json(base / "vae" / "config.json")
+        replaced["vae"] = vae_replacement(request.vae, own_vae, request.single_files, notify)
+    config = read_json(base / "transformer" / "config.json")
+    folder = convert_transformer_once(request.model, config, request.single_files, notify)
+    replaced["transformer"] = Replacement(folder=folder, loader=f"diffusers.{config['_class_name']}")
+    rest = find_folder(pipeline, lambda module: module not in replaced)
+    return open_checkpoint(str(rest), replaced | _preview_vae(request, notify))
+
+
+def _replacements(request: ExportRequest, notify: Callable[[str], None]) -> dict[str, Replacement]:
+    """The parts of a folder or hub id that are replaced."""
+    pipeline, files = split_text_encoders(request.text_encoders)
+    replaced = text_replacements(pipeline) if pipeline else {}
+    with _requires_export_extra():
+        if files:
+            own = encoders_of(find_configs(pipeline or request.model))
+            replaced |= file_replacements(files, lambda _: own, request.single_files, notify)
+        if request.vae:
+            own_vae = read_json(find_folder(request.model) / "vae" / "config.json")
+            replaced["vae"] = vae_replacement(request.vae, own_vae, request.single_files, notify)
     return replaced | _preview_vae(request, notify)
 
 

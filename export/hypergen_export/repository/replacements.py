@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from hypergen_export.checkpoints.checkpoint import INDEX, Replacement, find_folder, read_json
 from hypergen_export.checkpoints.hub import find_module_snapshot
-from hypergen_export.errors import BadOptionError
-from hypergen_export.repository.single_file import Notify, SingleFileOptions, convert_vae_once, is_single_file
+from hypergen_export.checkpoints.weights import stored_tensors
+from hypergen_export.errors import BadOptionError, BrokenCheckpointError, NotADiffusersPipelineError, first_line
+from hypergen_export.repository.single_file import (
+    Notify,
+    SingleFileFolder,
+    SingleFileOptions,
+    convert_text_encoder_once,
+    convert_vae_once,
+    is_single_file,
+)
+from hypergen_export.single_files.configs import CLIP_EMBEDDINGS, clip_config, clip_loader
+from hypergen_export.single_files.kinds import TextEncoder
 
+# The text encoders of a model that a file may be, by their modules.
+EncodersFor = Callable[[Path], Mapping[str, TextEncoder]]
 _VAES = ("AutoencoderKL", "AutoencoderTiny")
 # Entries of a VAE's config that its weights do not say.
-_OWN = ("force_upcast", "scaling_factor", "shift_factor")
+_OWN = ("force_upcast", "norm_num_groups", "scaling_factor", "shift_factor")
 # AutoencoderKL's own, for configs of early diffusers, which leave it out.
 _DEFAULT_SCALE = 0.18215
 _TEXT_PARTS = ("text_encoder", "tokenizer")
@@ -52,15 +64,82 @@ def _vae(
     return folder, read_json(folder / "config.json")
 
 
-def text_replacements(text_encoder: str) -> dict[str, Replacement]:
+def split_text_encoders(given: tuple[str, ...]) -> tuple[str | None, tuple[Path, ...]]:
+    """The pipeline whose text encoders to use, if any, and the files of single ones. Raises BadOptionError."""
+    files = tuple(path for path in (Path(each).expanduser() for each in given) if path.is_file())
+    pipelines = [each for each in given if not Path(each).expanduser().is_file()]
+    if len(pipelines) > 1:
+        raise BadOptionError(
+            f"--text-encoder: {pipelines[0]} and {pipelines[1]} are two pipelines; give one, and files"
+        )
+    for file in files:
+        if file.suffix not in (".safetensors", ".gguf"):
+            raise BadOptionError(f"--text-encoder: {file}: give a .safetensors or .gguf file, or a pipeline's folder")
+    return (pipelines[0] if pipelines else None), files
+
+
+def find_configs(pipeline: str) -> Path:
+    """The folder of a pipeline that need not have its weights. Raises ExportError."""
+    return find_folder(pipeline, lambda _: False)
+
+
+def text_replacements(pipeline: str) -> dict[str, Replacement]:
     """The text encoders and tokenizers of a pipeline's folder or hub id. Raises ExportError."""
-    if Path(text_encoder).is_file():
-        raise BadOptionError(f"--text-encoder: {text_encoder} is a file; give a pipeline's folder with its tokenizers")
-    folder = find_folder(text_encoder)
+    folder = find_folder(pipeline, lambda module: module.startswith(_TEXT_PARTS))
     found = dict(_text_parts(folder))
     if not found:
-        raise BadOptionError(f"--text-encoder: {text_encoder} has no {INDEX} that lists a text_encoder and a tokenizer")
+        raise BadOptionError(f"--text-encoder: {pipeline} has no {INDEX} that lists a text_encoder and a tokenizer")
     return found
+
+
+def file_replacements(
+    files: tuple[Path, ...], encoders_for: EncodersFor, options: SingleFileOptions, notify: Notify
+) -> dict[str, Replacement]:
+    """The text encoders in files, in place of the model's own; `encoders_for` says which a file may be.
+
+    Raises ExportError.
+    """
+    replaced: dict[str, Replacement] = {}
+    taken: dict[str, Path] = {}
+    for file in files:
+        encoders = encoders_for(file)
+        module, folder = convert_text_encoder_once(file, encoders, options, notify)
+        if module in taken:
+            raise BadOptionError(f"--text-encoder: {taken[module]} and {file} are both the model's {module}")
+        taken[module] = file
+        replaced[module] = Replacement(folder=folder, loader=encoders[module].loader)
+    return replaced
+
+
+def encoders_of(folder: Path) -> Mapping[str, TextEncoder]:
+    """The text encoders that a pipeline's folder lists, with the configs that it has. Raises ExportError."""
+    found = {
+        part: TextEncoder(loader=each.loader, config=read_json(each.folder / "config.json"))
+        for part, each in _text_parts(folder)
+        if part.startswith("text_encoder")
+    }
+    if not found:
+        raise NotADiffusersPipelineError(f"{folder}: has no {INDEX} that lists a text_encoder")
+    return found
+
+
+def clip_of(file: Path, converted: SingleFileFolder) -> Mapping[str, TextEncoder]:
+    """The text encoder of a model with a UNet that a file can be: of two, the narrow or the wide one.
+
+    Its config follows from the file's shapes. Raises BrokenCheckpointError, NotADiffusersPipelineError.
+    """
+    try:
+        shapes = {name: tensor.shape for name, tensor in stored_tensors(file).items()}
+        _, width = shapes[CLIP_EMBEDDINGS]
+        is_second = len(converted.text_encoders) > 1 and width > converted.context_width / 2
+        encoder = converted.text_encoders[int(is_second)]
+        return {encoder.module: TextEncoder(loader=clip_loader(encoder), config=clip_config(encoder, shapes))}
+    except KeyError as error:
+        raise NotADiffusersPipelineError(
+            f"{file}: it is no CLIP text encoder by transformers' names: it lacks {error.args[0]}"
+        ) from error
+    except (ValueError, TypeError, OSError) as error:
+        raise BrokenCheckpointError(f"{file}: the weights cannot be read ({first_line(error)})") from error
 
 
 def _text_parts(folder: Path) -> Iterator[tuple[str, Replacement]]:

@@ -20,6 +20,7 @@ from hypergen_export.checkpoints.defaults import few_steps_word
 from hypergen_export.checkpoints.hashes import ContentHashes
 from hypergen_export.errors import OutputRefusedError, UnsupportedModelError
 from hypergen_export.repository.staging import check_space, staged
+from hypergen_export.single_files.kinds import ClipEncoder, TextEncoder
 
 Notify = Callable[[str], None]
 Report = Callable[[float], None]
@@ -54,11 +55,16 @@ class SingleFileOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SingleFileFolder:
-    """A converted file: its folder, the modules that it lacks, and what its kind says about its VAE."""
+    """A converted file: its folder, the modules that it lacks, and what its kind says about its VAE and text encoders.
+
+    `context_width`: how many features of all text encoders its UNet reads.
+    """
 
     folder: Path
     missing: tuple[str, ...]
     vae: Mapping[str, Any]
+    text_encoders: tuple[ClipEncoder, ...]
+    context_width: int
 
 
 def is_single_file(model: str) -> bool:
@@ -87,7 +93,13 @@ def convert_once(model: str, options: SingleFileOptions, notify: Notify) -> Sing
     record = _read(output)
     for text in (f"a {record['base']} model", *record["notices"]):
         notify(text)
-    return SingleFileFolder(folder=output, missing=tuple(record["missing"]), vae=record["vae"])
+    return SingleFileFolder(
+        folder=output,
+        missing=tuple(record["missing"]),
+        vae=record["vae"],
+        text_encoders=tuple(ClipEncoder(**each) for each in record["text_encoders"]),
+        context_width=record["context_width"],
+    )
 
 
 def convert_vae_once(file: str, own: Mapping[str, Any], options: SingleFileOptions, notify: Notify) -> Path:
@@ -116,6 +128,24 @@ def convert_transformer_once(model: str, base: Mapping[str, Any], options: Singl
     for text in _read(output)["notices"]:
         notify(text)
     return output
+
+
+def convert_text_encoder_once(
+    path: Path, encoders: Mapping[str, TextEncoder], options: SingleFileOptions, notify: Notify
+) -> tuple[str, Path]:
+    """Which of the model's text encoders is in the file, and its folder. Raises ExportError."""
+
+    def convert(folder: Path, report: Report) -> dict[str, Any]:
+        from hypergen_export.single_files.text_encoder import convert_text_encoder
+
+        return asdict(convert_text_encoder(path, folder, encoders, report))
+
+    stated = {module: asdict(encoder) for module, encoder in encoders.items()}
+    output = _once(path, ("text encoder", json.dumps(stated, sort_keys=True)), convert, options, notify)
+    record = _read(output)
+    for text in (f"{record['module']} is that of {path.name}", *record["notices"]):
+        notify(text)
+    return record["module"], output
 
 
 def _once(path: Path, said: Any, convert: Convert, options: SingleFileOptions, notify: Notify) -> Path:

@@ -19,6 +19,7 @@ _HEAD_WIDTH = 64
 _HEADS_OF_1 = 8
 _DEPTH_WITHOUT_ATTENTION = 1
 _VAE_FACTOR = 8
+CLIP_EMBEDDINGS = "text_model.embeddings.token_embedding.weight"
 
 
 def unet_config(kind: Kind, shapes: Shapes) -> Config:
@@ -80,10 +81,10 @@ def vae_config(own: Mapping[str, Any], shapes: Shapes) -> Config:
 
 def clip_config(encoder: ClipEncoder, shapes: Shapes) -> Config:
     """The config of a CLIP text encoder; `shapes` by transformers' names."""
-    vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
+    vocabulary, width = shapes[CLIP_EMBEDDINGS]
     projection = shapes.get("text_projection.weight")
     return {
-        "architectures": ["CLIPTextModelWithProjection" if encoder.has_projection else "CLIPTextModel"],
+        "architectures": [clip_loader(encoder).partition(".")[2]],
         "attention_dropout": 0.0,
         "bos_token_id": 0,
         # As the published configs have it: transformers then takes the token with the highest id, the end token.
@@ -100,6 +101,11 @@ def clip_config(encoder: ClipEncoder, shapes: Shapes) -> Config:
         "projection_dim": projection[0] if projection else width,
         "vocab_size": vocabulary,
     }
+
+
+def clip_loader(encoder: ClipEncoder) -> str:
+    """The class of a CLIP text encoder."""
+    return f"transformers.CLIPTextModel{'WithProjection' if encoder.has_projection else ''}"
 
 
 def _within(prefix: str, shapes: Shapes) -> Shapes:

@@ -14,7 +14,7 @@ from hypergen_export.checkpoints.defaults import few_steps_word
 from hypergen_export.conversion.sources import write_tensors
 from hypergen_export.errors import ExportError, UnsupportedModelError
 from hypergen_export.single_files.clip_vocabulary import write_clip_tokenizer
-from hypergen_export.single_files.kinds import SD_2, VELOCITY, Kind, Shapes, complete_names, kind_of
+from hypergen_export.single_files.kinds import SD_2, VELOCITY, ClipEncoder, Kind, Shapes, complete_names, kind_of
 from hypergen_export.single_files.modules import Module, modules_of
 from hypergen_export.single_files.prediction import Prediction, prediction_of
 from hypergen_export.single_files.quantized import dequantized
@@ -37,13 +37,16 @@ _WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": 
 class Converted:
     """What a file was converted to: its base model, and notices about it, one line each.
 
-    `missing` are the modules that it lacks, `vae` the entries of a VAE's config that its kind has.
+    `missing` are the modules that it lacks, `vae` the entries of a VAE's config that its kind has. `text_encoders` are
+    those of its kind, and `context_width` how many features of all of them its UNet reads.
     """
 
     base: str
     notices: tuple[str, ...]
     missing: tuple[str, ...]
     vae: Mapping[str, Any]
+    text_encoders: tuple[ClipEncoder, ...]
+    context_width: int
 
 
 def convert_single_file(path: Path, folder: Path, prediction_type: str | None, report: Report) -> Converted:
@@ -63,7 +66,7 @@ def named(path: Path) -> Iterator[None]:
 
 
 def _convert(file: SingleFile, folder: Path, prediction_type: str | None, report: Report) -> Converted:
-    tensors = {complete_names(name): tensor for name, tensor in file.tensors.items()}
+    tensors = complete_names(file.tensors)
     kind = _kind(file.shapes)
     check_precisions(tensors)
     prediction = prediction_of(file, _has_velocity(kind, file), prediction_type)
@@ -72,7 +75,7 @@ def _convert(file: SingleFile, folder: Path, prediction_type: str | None, report
     modules, left = modules_of(kind, tensors)
     scheduler = _scheduler(kind, prediction, file.path.stem)
     write_modules({folder / module.name: module for module in modules}, report)
-    for encoder in (each for each in kind.text_encoders if (folder / each.module).is_dir()):
+    for encoder in kind.text_encoders:
         write_clip_tokenizer(folder / encoder.tokenizer, encoder.pad_token)
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     _write_json(folder / "model_index.json", _index(kind, modules, scheduler, file.path.stem))
@@ -82,11 +85,13 @@ def _convert(file: SingleFile, folder: Path, prediction_type: str | None, report
         notices=tuple(_notices(kind, left, prediction)),
         missing=tuple(sorted({"vae", *(each.module for each in kind.text_encoders)} - found)),
         vae={"scaling_factor": kind.scaling_factor, "force_upcast": kind.force_upcast},
+        text_encoders=kind.text_encoders,
+        context_width=next(module.config["cross_attention_dim"] for module in modules if module.name == "unet"),
     )
 
 
 def _kind(shapes: Shapes) -> Kind:
-    return kind_of({complete_names(name): shape for name, shape in shapes.items()})
+    return kind_of(complete_names(shapes))
 
 
 def check_precisions(tensors: Tensors) -> None:

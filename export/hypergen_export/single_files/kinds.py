@@ -11,10 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from hypergen_export.errors import NotADiffusersPipelineError, UnsupportedModelError
 
+T = TypeVar("T")
 Shapes = Mapping[str, tuple[int, ...]]
 
 EPSILON, VELOCITY = "epsilon", "v_prediction"
@@ -34,6 +35,14 @@ class ClipEncoder:
     is_open_clip: bool
     has_projection: bool = False
     pad_token: str = _END
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoder:
+    """A text encoder of a model: its class as "transformers.Class", and its config."""
+
+    loader: str
+    config: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +124,7 @@ _WITH_IMAGE = {
 # Number of the UNet's input channels -> why it is not supported.
 _OTHER_CHANNELS = {
     5: "its UNet takes a depth map",
-    7: "it is an upscaler",
+    7: "it is an upscaler, such as Stable Diffusion's x4",
 }
 _REFINER_CONTEXT = 1280
 # Name of a tensor -> what a file with it is, and what to do.
@@ -124,8 +133,12 @@ _OTHERS = {
     r"control_model\..*|controlnet_.*|input_hint_block\..*": "it is a ControlNet, which is not supported",
     r"emb_params|string_to_param": "it is a textual inversion, not a model",
     r"(encoder|decoder)\.(conv_in|down|up|mid)[._].*": "it is a VAE, not a whole model: see --vae",
+    r"(text_model\.encoder\.layers|encoder\.block|model\.layers)\.\d+\..*": (
+        "it is a text encoder, not a whole model: see --text-encoder"
+    ),
     r"(model\.diffusion_model\.)?(double_blocks|joint_blocks|transformer_blocks|layers|noise_refiner)\.\d+\..*": (
-        "it is a transformer alone: pass the folder of its pipeline with --text-encoder"
+        "it is a transformer alone: pass the folder of its pipeline with --text-encoder; of parts that are given as "
+        "files it needs the configs and tokenizers, not the weights"
     ),
     r"(down_blocks|up_blocks|mid_block)\..*": "it is one module in diffusers' layout; give the pipeline's folder",
     r"edm_mean": "it is Playground v2.5, whose schedule (EDM) is not supported",
@@ -134,8 +147,17 @@ _OTHERS = {
 _EDM = ("edm_mean", "edm_vpred.sigma_max")
 
 
-def complete_names(name: str) -> str:
-    """The name that the trainer's own code gives a tensor: some merged files leave out a part of it."""
+def complete_names(given: Mapping[str, T]) -> dict[str, T]:
+    """The same by the names that the trainer's own code gives tensors.
+
+    Some merged files leave out a part of CLIP's, and files of a UNet alone its prefix.
+    """
+    # A ControlNet has such blocks, too, but no output.
+    is_bare = {"input_blocks.0.0.weight", "out.2.weight"} <= given.keys()
+    return {f"{UNET}{name}" if is_bare else _complete_name(name): each for name, each in given.items()}
+
+
+def _complete_name(name: str) -> str:
     text = _CLIP_L.prefix
     for part in ("embeddings.", "encoder.", "final_layer_norm."):
         if name.startswith(text + part):

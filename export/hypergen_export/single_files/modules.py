@@ -6,7 +6,8 @@ Tensors stay views of the mapped file: conversion only renames, slices and trans
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +16,16 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from hypergen_export.errors import BrokenCheckpointError
-from hypergen_export.single_files.configs import Config, clip_config, unet_config, vae_config
+from hypergen_export.single_files.configs import Config, clip_config, clip_loader, unet_config, vae_config
 from hypergen_export.single_files.kinds import UNET, ClipEncoder, Kind
 from hypergen_export.single_files.reading import Tensors
 
 VAE = "first_stage_model."
 # Buffers that a module computes itself.
 _COMPUTED = ("position_ids",)
+_LEVELS = re.compile(r"^((text_model|language_model|model)\.)+")
+# A language model's head, which no pipeline calls, and T5's second name for its embeddings.
+_UNUSED = (*_COMPUTED, "lm_head.weight", "encoder.embed_tokens.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +96,7 @@ def _clip(encoder: ClipEncoder, tensors: Tensors) -> Module:
     if not encoder.has_projection:
         converted.pop("text_projection.weight", None)
     config = _config(f"its {encoder.module}", lambda: clip_config(encoder, _shapes(converted)))
-    loader = "CLIPTextModelWithProjection" if encoder.has_projection else "CLIPTextModel"
-    return Module(name=encoder.module, loader=f"transformers.{loader}", config=config, tensors=converted)
+    return Module(name=encoder.module, loader=clip_loader(encoder), config=config, tensors=converted)
 
 
 def _config(what: str, read: Callable[[], Config]) -> Config:
@@ -114,8 +117,8 @@ def _starts(prefix: str) -> Callable[[str], bool]:
 
 def checked(module: Module) -> Module:
     """The module without superfluous tensors. Raises BrokenCheckpointError if its class has others, or other shapes."""
-    expected = {_bare(name): shape for name, shape in _expected(module)}
-    given = {_bare(name): tuple(tensor.shape) for name, tensor in module.tensors.items() if tensor is not None}
+    expected = expected_shapes(module.loader, module.config)
+    given = {bare_name(name): tuple(tensor.shape) for name, tensor in module.tensors.items() if tensor is not None}
     missing = sorted(expected.keys() - given.keys())
     if missing:
         raise BrokenCheckpointError(f"its {module.name} lacks {len(missing)} tensors, for example {missing[0]}")
@@ -125,27 +128,25 @@ def checked(module: Module) -> Module:
         raise BrokenCheckpointError(
             f"its {module.name} has {len(wrong)} tensors of another shape, for example {wrong[0]}: {shapes}"
         )
-    for name in [name for name in module.tensors if _bare(name) not in expected]:
+    for name in [name for name in module.tensors if bare_name(name) not in expected]:
         del module.tensors[name]
     return module
 
 
-def _bare(name: str) -> str:
-    # transformers 5.6 and later have no such level in CLIPTextModel, and read both.
-    return name.removeprefix("text_model.")
+def bare_name(name: str) -> str:
+    """The tensor's name within its model: releases of transformers differ in the levels around it, and read all."""
+    return _LEVELS.sub("", name)
 
 
-def _expected(module: Module) -> Iterator[tuple[str, tuple[int, ...]]]:
-    library, name = module.loader.split(".")
-    loader: Any = getattr(importlib.import_module(library), name)
+def expected_shapes(loader: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors that a module must be given, by their bare names; `loader` is its class."""
+    library, name = loader.split(".")
+    kind: Any = getattr(importlib.import_module(library), name)
     with torch.device("meta"):
-        if library == "diffusers":
-            made = loader.from_config(module.config)
-        else:
-            made = loader(loader.config_class(**module.config))
-    for key, tensor in made.state_dict().items():
-        if not key.endswith(_COMPUTED):
-            yield key, tuple(tensor.shape)
+        made = kind.from_config(config) if library == "diffusers" else kind(kind.config_class(**config))
+    return {
+        bare_name(key): tuple(tensor.shape) for key, tensor in made.state_dict().items() if not key.endswith(_UNUSED)
+    }
 
 
 class NoCopies(TorchFunctionMode):

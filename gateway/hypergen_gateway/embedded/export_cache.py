@@ -62,7 +62,7 @@ class ExportOptions:
     prediction_type: str | None = None
     vae: str | None = None
     preview_vae: str | None = None
-    text_encoder: str | None = None
+    text_encoders: tuple[str, ...] = ()
     embeddings: tuple[str, ...] = ()  # [NAME=]PATH, likewise
     embedding_dir: Path | None = None
 
@@ -72,15 +72,15 @@ class ExportOptions:
         return self.lora_rank or (FOLDER_RANK if self.lora_dir else 0)
 
     @property
-    def parts(self) -> dict[str, str]:
+    def parts(self) -> list[tuple[str, str]]:
         """The exporter's options for the checkpoint's parts, as given."""
-        given = {
-            "--prediction-type": self.prediction_type,
-            "--vae": self.vae,
-            "--preview-vae": self.preview_vae,
-            "--text-encoder": self.text_encoder,
-        }
-        return {name: value for name, value in given.items() if value}
+        given = [
+            ("--prediction-type", self.prediction_type),
+            ("--vae", self.vae),
+            ("--preview-vae", self.preview_vae),
+            *(("--text-encoder", each) for each in self.text_encoders),
+        ]
+        return [(name, value) for name, value in given if value]
 
 
 def default_cache_dir() -> Path | None:
@@ -127,7 +127,7 @@ async def find_repository(model: str, options: ExportOptions) -> Path:
         _reject_plans(Path(model))
         _check_exported_loras(Path(model), options)
         if options.parts:
-            raise EmbeddedError(f"{model} is exported already: pass {next(iter(options.parts))} to 'hypergen export'.")
+            raise EmbeddedError(f"{model} is exported already: pass {options.parts[0][0]} to 'hypergen export'.")
         if options.embeddings or options.embedding_dir:
             raise EmbeddedError(
                 f"{model} is exported already: pass --embedding to 'hypergen export' with the checkpoint."
@@ -170,9 +170,7 @@ def _folder_name(model: str, options: ExportOptions) -> str:
     loras += f"-embeddings-{_digest(*given)}" if given else ""
     loras += f"-rank-{options.columns}" if options.columns else ""
     deep_cache = "-deep-cache" if options.deep_cache else ""
-    parts = (
-        f"-{_digest(*(f'{name}={_place(value)}' for name, value in options.parts.items()))}" if options.parts else ""
-    )
+    parts = f"-{_digest(*(f'{name}={_place(value)}' for name, value in options.parts))}" if options.parts else ""
     suffix = f"{parts}{deep_cache}{loras}"
     return f"{readable}-{_digest(place)}-openvino-{options.dtype}-b{options.max_batch_size}{suffix}"
 
@@ -262,7 +260,7 @@ async def _export(model: str, options: ExportOptions, output: Path, lock: int | 
             *([f"--lora-rank={options.columns}"] if options.columns else []),
             *(["--deep-cache"] if options.deep_cache else []),
             *("--cache-dir", str(options.cache_dir)),
-            *(f"{name}={value}" for name, value in options.parts.items()),
+            *(f"{name}={value}" for name, value in options.parts),
             env=child_environment(os.environ),
             stdin=asyncio.subprocess.DEVNULL,
             pass_fds=() if lock is None else (lock,),

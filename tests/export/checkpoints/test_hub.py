@@ -68,6 +68,18 @@ def test_of_xl_the_second_text_encoder_and_its_tokenizer_are_fetched_too() -> No
     assert set(required_files([*LISTING, *second, *unused])) == {*required_files(LISTING), *second}
 
 
+def test_weights_that_are_not_needed_are_not_fetched(checkpoint_copy: Path) -> None:
+    def is_needed(module: str) -> bool:
+        return module != "unet"
+
+    left_out = set(required_files(LISTING)) - set(required_files(LISTING, is_needed))
+    assert left_out == {"unet/diffusion_pytorch_model.safetensors"}
+    (checkpoint_copy / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    assert first_missing_file(checkpoint_copy, is_needed) == ""
+    (checkpoint_copy / "unet" / "config.json").unlink()
+    assert first_missing_file(checkpoint_copy, is_needed) == "unet/config.json"
+
+
 def test_of_something_else_only_small_files_are_fetched() -> None:
     listing = ["config.json", "model-00001-of-00004.safetensors", "tokenizer.json", "generation_config.json"]
     fetched = required_files(listing)

@@ -155,7 +155,7 @@ def test_the_parts_of_a_folder_complete_a_file(file: Path, tmp_path: Path) -> No
         output=tmp_path / "out",
         single_files=options(tmp_path),
         vae=str(folder),
-        text_encoder=str(folder),
+        text_encoders=(str(folder),),
     )
     checkpoint = open_request(request, lambda _: None)
     assert checkpoint.folder_of("vae") == folder / "vae"

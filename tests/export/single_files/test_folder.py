@@ -210,6 +210,9 @@ def test_what_is_missing_is_named_in_one_line(
         ("emb_params", "textual inversion"),
         ("decoder.conv_in.weight", "a VAE"),
         ("down_blocks.0.resnets.0.conv1.weight", "diffusers' layout"),
+        ("text_model.encoder.layers.0.mlp.fc1.weight", "a text encoder, not a whole model: see --text-encoder"),
+        ("encoder.block.0.layer.0.SelfAttention.k.weight", "a text encoder"),
+        ("model.layers.0.self_attn.q_norm.weight", "a text encoder"),
         ("something.else", "holds no model that is known"),
     ],
 )

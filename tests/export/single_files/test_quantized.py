@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from hypergen_export.errors import BrokenCheckpointError, NotADiffusersPipelineE
 from hypergen_export.repository.export import ExportRequest, open_request
 from hypergen_export.repository.single_file import SingleFileOptions
 from hypergen_export.single_files import quantized
-from hypergen_export.single_files.quantized import dequantized
+from hypergen_export.single_files.kinds import UNET
+from hypergen_export.single_files.quantized import bytes_to_write, dequantized
 from hypergen_export.single_files.vae import convert_vae
+from support.single_files import save_folder, save_single_file
+from support.single_text_encoders import save_text_encoder_file
 from support.single_transformers import NAMES, save_transformer_file
 
 Folder = Callable[[str], Path]
@@ -35,8 +39,8 @@ def original(checkpoint_of: Folder, tmp_path: Path) -> Tensors:
 
 def request_of(file: Path, base: Path | None, place: Path) -> ExportRequest:
     options = SingleFileOptions(cache_dir=place / f"cache-{file.name}")
-    text_encoder = None if base is None else str(base)
-    return ExportRequest(model=str(file), output=place / "out", single_files=options, text_encoder=text_encoder)
+    text_encoders = () if base is None else (str(base),)
+    return ExportRequest(model=str(file), output=place / "out", single_files=options, text_encoders=text_encoders)
 
 
 def converted(file: Path, base: Path, place: Path) -> Tensors:
@@ -77,6 +81,42 @@ def test_gguf_files_have_the_values_of_ggufs_own_dequantization(
         expected[name] = torch.from_numpy(gguf.quants.dequantize(blocks, kind)).bfloat16()
     write(writer)
     held(file, expected, checkpoint_of(FLUX), tmp_path)
+    assert bytes_to_write(file) == space_of(expected)
+
+
+def space_of(expected: Tensors) -> int:
+    """The bytes of a conversion: dequantized tensors are for a while there twice."""
+    return sum(each.nbytes * (2 if each.dtype == torch.bfloat16 else 1) for each in expected.values())
+
+
+def test_a_unet_alone_in_gguf_has_the_values_of_ggufs_own_dequantization(tmp_path: Path) -> None:
+    """As ComfyUI-GGUF's tools write it: without the prefix, and convolutions as rows with their shape beside them."""
+    folder = save_folder(tmp_path / "folder", "sd-1")
+    whole = load_file(save_single_file(tmp_path / "whole.safetensors", folder, "sd-1"))
+    writer = gguf.GGUFWriter(tmp_path / "unet.gguf", "sd1")
+    for name, tensor in list(whole.items()):
+        if not name.startswith(UNET):
+            continue
+        bare = name.removeprefix(UNET)
+        if tensor.ndim < 2 or tensor.numel() % BLOCK:
+            writer.add_tensor(bare, tensor.numpy())
+            continue
+        blocks = gguf.quants.quantize(tensor.reshape(-1, BLOCK).numpy(), Kind.Q8_0)
+        writer.add_tensor(bare, blocks, raw_dtype=Kind.Q8_0)
+        writer.add_array(f"comfy.gguf.orig_shape.{bare}", list(tensor.shape))
+        whole[name] = torch.from_numpy(gguf.quants.dequantize(blocks, Kind.Q8_0)).bfloat16().reshape(tensor.shape)
+    write(writer)
+    save_file(whole, tmp_path / "plain.safetensors")
+    clip = save_text_encoder_file(tmp_path / "clip_l.safetensors", folder, "text_encoder", "CLIP")
+    ours, theirs = (
+        load_file(open_request(request, lambda _: None).folder_of("unet") / "diffusion_pytorch_model.safetensors")
+        for request in (
+            replace(request_of(tmp_path / "unet.gguf", clip, tmp_path), vae=str(folder)),
+            request_of(tmp_path / "plain.safetensors", None, tmp_path),
+        )
+    )
+    assert ours.keys() == theirs.keys()
+    assert [name for name, tensor in theirs.items() if not torch.equal(ours[name], tensor)] == []
 
 
 def test_k_quants_and_shapes_of_more_axes_are_read(tmp_path: Path) -> None:
@@ -135,6 +175,7 @@ def test_scaled_fp8_is_weights_times_scale(
         expected[name] = (stored[name].float() * scale).bfloat16()
     save_file(stored, file)
     held(file, expected, checkpoint_of(FLUX), tmp_path)
+    assert bytes_to_write(file) == space_of(expected)
 
 
 NVFP4 = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)

@@ -24,7 +24,7 @@ def request_of(file: Path, base: Path | None, tmp_path: Path) -> ExportRequest:
         model=str(file),
         output=tmp_path / "out",
         single_files=SingleFileOptions(cache_dir=tmp_path / "cache"),
-        text_encoder=str(base) if base else None,
+        text_encoders=(str(base),) if base else (),
     )
 
 
