@@ -131,6 +131,7 @@ class TestCapabilities:
             "max_image_guidance_scale": 0.0,
             "negative_prompt": True,
             "guidance_interval": True,
+            "guidance_rescale": True,
             "max_cache_interval": 10,
             "max_prompt_tokens": 75,
             "prompt_weightings": ["none", "a1111"],
@@ -189,6 +190,10 @@ async def choose_range(page: Page, name: str, value: str) -> None:
     await page.locator(f"#{name}").fill(value)
 
 
+async def unfold(page: Page) -> None:
+    await page.get_by_text("More settings").click()
+
+
 async def downloaded(page: Page, index: int = 0) -> Image.Image:
     async with page.expect_download() as download:
         await page.get_by_role("link", name="Download").nth(index).click()
@@ -199,7 +204,9 @@ async def downloaded(page: Page, index: int = 0) -> Image.Image:
 @pytest.mark.asyncio(loop_scope="module")
 class TestGeneration:
     async def test_what_the_form_says_is_what_is_native(self, open_page: OpenPage, backend: FakeBackend) -> None:
+        backend.description = replace(EMOJI, max_skip_layer_guidance_scale=10.0)
         page = await open_page()
+        await unfold(page)
         await page.get_by_label("Prompt", exact=True).fill(AWKWARD)
         await page.get_by_label("Negative prompt").fill("rain\nsnow")
         await page.get_by_label("Size", exact=True).select_option("72x56")
@@ -214,6 +221,9 @@ class TestGeneration:
         await page.get_by_label("Sigmas").select_option("karras")
         await page.get_by_label("Timesteps").select_option("trailing")
         await choose_range(page, "guidance_rescale", "0.7")
+        await choose_range(page, "skip_layer_guidance_scale", "2.8")
+        await choose_range(page, "skip_layer_guidance_start", "0.05")
+        await choose_range(page, "skip_layer_guidance_stop", "0.5")
         await page.get_by_label("Weights in prompts").select_option("a1111")
         await page.get_by_label("CLIP skip").select_option("2")
         await page.get_by_label("Seed", exact=True).fill("9223372036854775800")
@@ -235,6 +245,9 @@ class TestGeneration:
                 sigmas="karras",
                 timestep_spacing="trailing",
                 guidance_rescale=0.7,
+                skip_layer_guidance_scale=2.8,
+                skip_layer_guidance_start=0.05,
+                skip_layer_guidance_stop=0.5,
                 prompt_weighting="a1111",
                 clip_skip=2,
                 seed=9223372036854775800,
@@ -261,6 +274,7 @@ class TestGeneration:
 
     async def test_guidance_never_ends_before_it_begins(self, open_page: OpenPage) -> None:
         page = await open_page()
+        await unfold(page)
         start, end = page.get_by_label("Guidance from"), page.get_by_label("Guidance to")
         await start.fill("0.4")
         await end.fill("0.3")
@@ -272,10 +286,28 @@ class TestGeneration:
         await expect(start).to_be_hidden()
 
     async def test_what_a_model_cannot_do_is_not_offered(self, open_page: OpenPage, backend: FakeBackend) -> None:
-        backend.description = replace(EMOJI, guidance="embedded", max_cache_interval=1)
+        more = [
+            *("Guidance from", "Guidance to", "Deep features", "Rescaled guidance", "Eta of DDIM", "Timesteps"),
+            *("Weights in prompts", "CLIP skip"),
+        ]
         page = await open_page()
-        await expect(page.get_by_label("Guidance", exact=True)).to_be_visible()
-        for name in ("Guidance from", "Guidance to", "Deep features", "Image guidance"):
+        await unfold(page)
+        for name in more:
+            await expect(page.get_by_label(name)).to_be_visible()
+        await expect(page.get_by_label("Skip-layer guidance")).to_be_hidden()
+        backend.description = replace(
+            EMOJI,
+            guidance="embedded",
+            max_cache_interval=1,
+            schedulers=("euler",),
+            prompt_weightings=("none",),
+            max_clip_skip=0,
+        )
+        page = await open_page()
+        await unfold(page)
+        for name in ("Guidance", "Sigmas"):
+            await expect(page.get_by_label(name, exact=True)).to_be_visible()
+        for name in (*more, "Image guidance", "Scheduler"):
             await expect(page.get_by_label(name)).to_be_hidden()
         backend.description = replace(EMOJI, default_image_guidance_scale=1.5, max_image_guidance_scale=20.0)
         page = await open_page()
@@ -685,12 +717,12 @@ class TestErrors:
     async def test_a_field_of_closed_settings_is_opened_for_its_error(
         self, open_page: OpenPage, backend: FakeBackend
     ) -> None:
-        backend.failure = InvalidRequestError("The scheduler does not take so few steps.", "num_inference_steps")
+        backend.failure = InvalidRequestError("The scheduler does not take this spacing.", "sigmas")
         page = await open_page(**PHONE)
         await page.locator("#prompt").fill("a fox")
         await page.locator("#generate").click()
-        await expect(page.locator("#num_inference_steps-error")).to_be_visible()
-        await expect(page.locator("#num_inference_steps")).to_be_focused()
+        await expect(page.locator("#sigmas-error")).to_be_visible()
+        await expect(page.locator("#sigmas")).to_be_focused()
 
     @pytest.mark.parametrize(("field", "text"), [("prompt", "🦊" * 32_001), ("seed", "1" * 40)])
     async def test_what_is_too_long_is_refused_and_not_cut(
@@ -902,6 +934,7 @@ class TestEverybody:
         await page.keyboard.type("a fox")
         await page.keyboard.press("Enter")
         await generated(page)
+        await unfold(page)
         await page.locator("#prompt").focus()
         reached = []
         for _ in range(40):
@@ -909,8 +942,8 @@ class TestEverybody:
             await page.keyboard.press("Tab")
         wanted = [
             *("prompt", "others", "generate", "negative_prompt", "image", "size", "n", "num_inference_steps"),
-            *("guidance_scale", "guidance_start", "guidance_end", "loras", "cache_interval"),
-            *("scheduler", "seed", "reset", "Download", "Start from this", "show-code"),
+            *("guidance_scale", "loras", "scheduler", "seed", "guidance_start", "guidance_end", "cache_interval"),
+            *("reset", "Download", "Start from this", "show-code"),
         ]
         assert [name for name in reached if name in wanted][: len(wanted)] == wanted
 
@@ -932,6 +965,7 @@ class TestEverybody:
         await page.locator("#generate").tap()
         await generated(page)
         await page.get_by_text("Settings", exact=True).tap()
+        await page.get_by_text("More settings").tap()
         assert await page.evaluate("document.documentElement.scrollWidth") == 375
         small = await page.evaluate(
             """[...document.querySelectorAll('#generate, select, textarea, input:not([type=range])')]

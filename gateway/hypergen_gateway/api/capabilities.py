@@ -74,6 +74,7 @@ class Capabilities(BaseModel):
     )
     negative_prompt: bool = Field(description="Whether `negative_prompt` is supported.")
     guidance_interval: bool = Field(description="Whether `guidance_start` and `guidance_end` are supported.")
+    guidance_rescale: bool = Field(description="Whether `guidance_rescale` is supported.")
     max_cache_interval: int = Field(description="1 if the model is served without `--deep-cache`.")
     max_prompt_tokens: int = Field(
         description="The tokens of a prompt, and of a negative prompt, that the text encoders read, at most: CLIP in "
@@ -122,6 +123,7 @@ def of_model(model: ModelDescription, id_: str, sizes: SizePolicy) -> Capabiliti
         max_image_guidance_scale=model.max_image_guidance_scale,
         negative_prompt=model.has_negative_prompt,
         guidance_interval=model.has_negative_prompt,
+        guidance_rescale=model.guidance == "classifier_free",
         max_cache_interval=model.max_cache_interval,
         max_prompt_tokens=model.max_prompt_tokens,
         prompt_weightings=model.prompt_weightings,

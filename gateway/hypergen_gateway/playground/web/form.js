@@ -14,9 +14,14 @@ const RANGES = {
   cache_interval: (value) => (value === "1" ? "in every step" : `in 1 of ${value} steps`),
   eta: asItIs,
   guidance_rescale: asItIs,
+  skip_layer_guidance_scale: (value) => (value === "0" ? "none" : value),
+  skip_layer_guidance_start: percent,
+  skip_layer_guidance_stop: percent,
   strength: asItIs,
 };
 const TEXTS = ["prompt", "negative_prompt", "n", "loras", "scheduler", "sigmas", "timestep_spacing", "prompt_weighting", "clip_skip", "seed", ...Object.keys(RANGES)];
+// Intervals of steps: each ends where it begins at the earliest, so one end takes the other along.
+const INTERVALS = [["guidance_start", "guidance_end"], ["skip_layer_guidance_start", "skip_layer_guidance_stop"]];
 const RATIOS = [[1, 1, "square"], [4, 3, "landscape"], [3, 4, "portrait"], [3, 2, "landscape"], [2, 3, "portrait"], [16, 9, "wide"], [9, 16, "tall"]];
 const SUGGESTIONS_SHOWN = 4;
 
@@ -27,8 +32,10 @@ export class Form {
     this.#fillChoices();
     this.reset();
     this.#suggest();
-    byId("guidance_start").addEventListener("input", () => this.#push("guidance_end", Math.max));
-    byId("guidance_end").addEventListener("input", () => this.#push("guidance_start", Math.min));
+    for (const [start, end] of INTERVALS) {
+      byId(start).addEventListener("input", () => (byId(end).value = Math.max(byId(start).value, byId(end).value)));
+      byId(end).addEventListener("input", () => (byId(start).value = Math.min(byId(start).value, byId(end).value)));
+    }
     for (const name of Object.keys(RANGES)) byId(name).addEventListener("input", () => this.#showValues());
     byId("size").addEventListener("change", () => this.#showCustomSize());
     byId("seed").addEventListener("input", () => this.#showValues());
@@ -39,7 +46,8 @@ export class Form {
   /** The settings as they stand, texts by field name. */
   read() {
     const size = byId("size").value === "custom" ? `${byId("width").value}x${byId("height").value}` : byId("size").value;
-    return { ...Object.fromEntries(TEXTS.map((name) => [name, byId(name).value.trim()])), size };
+    const isOffered = (name) => this.model.max_skip_layer_guidance_scale || !name.startsWith("skip_layer");
+    return { ...Object.fromEntries(TEXTS.filter(isOffered).map((name) => [name, byId(name).value.trim()])), size };
   }
 
   /** Sets the settings that are given. */
@@ -68,6 +76,9 @@ export class Form {
       timestep_spacing: "",
       eta: "0",
       guidance_rescale: "0",
+      skip_layer_guidance_scale: model.default_skip_layer_guidance_scale,
+      skip_layer_guidance_start: "0.01",
+      skip_layer_guidance_stop: "0.2",
       prompt_weighting: "",
       clip_skip: "",
       seed: "",
@@ -90,7 +101,7 @@ export class Form {
     place.hidden = false;
     const control = this.#controlOf(param);
     control.setAttribute("aria-invalid", "true");
-    if (!control.closest("details")?.open) byId("settings").open = true;
+    for (let fold = control.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
     control.focus();
     return true;
   }
@@ -115,7 +126,12 @@ export class Form {
     Object.assign(byId("image_guidance_scale"), { min: Math.min(imageScale, 1), max: imageScale });
     byId("image_guidance_scale").closest("[data-param]").hidden = !imageScale;
     byId("negative_prompt").closest("[data-param]").hidden = !model.negative_prompt;
-    byId("guidance_rescale").closest("[data-param]").hidden = !model.negative_prompt;
+    byId("guidance_rescale").closest("[data-param]").hidden = !model.guidance_rescale;
+    Object.assign(byId("skip_layer_guidance_scale"), { max: model.max_skip_layer_guidance_scale });
+    byId("skip-layer-fields").hidden = !model.max_skip_layer_guidance_scale;
+    byId("eta").closest("[data-param]").hidden = !model.schedulers.includes("ddim");
+    // Flow matching has one scheduler, which has sigmas alone.
+    for (const name of ["scheduler", "timestep_spacing"]) byId(name).closest("[data-param]").hidden = model.schedulers.length < 2;
     Object.assign(byId("cache_interval"), { max: model.max_cache_interval });
     byId("cache-field").hidden = model.max_cache_interval === 1;
     byId("loras-field").hidden = model.loras.length === 0;
@@ -180,13 +196,8 @@ export class Form {
     // At the lowest scale there is no guidance that could begin or end.
     const isGuided = Number(byId("guidance_scale").value) > this.model.min_guidance_scale;
     byId("guidance-interval").hidden = !this.model.guidance_interval || !isGuided;
+    byId("skip-layer-interval").hidden = byId("skip_layer_guidance_scale").value === "0";
     byId("clear-seed").hidden = byId("seed").value === "";
-  }
-
-  // Guidance ends where it begins at the earliest: one end of the interval takes the other along.
-  #push(name, furthest) {
-    const [start, end] = [byId("guidance_start").value, byId("guidance_end").value];
-    byId(name).value = furthest(start, end);
   }
 
   #suggest() {

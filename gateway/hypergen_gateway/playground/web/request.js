@@ -4,11 +4,13 @@ export const PARTIAL_IMAGES = 3;
 
 const NUMBERS = new Set([
   "n", "num_inference_steps", "guidance_scale", "image_guidance_scale", "guidance_start", "guidance_end", "cache_interval",
-  "clip_skip", "eta", "guidance_rescale", "seed", "strength",
+  "clip_skip", "eta", "guidance_rescale", "skip_layer_guidance_scale", "skip_layer_guidance_start",
+  "skip_layer_guidance_stop", "seed", "strength",
 ]);
 // What a request says by leaving these out; a model without guidance by an image has no other scale for it than 0.
 const UNSAID = {
   image_guidance_scale: "0", guidance_start: "0", guidance_end: "1", cache_interval: "1", eta: "0", guidance_rescale: "0",
+  skip_layer_guidance_start: "0.01", skip_layer_guidance_stop: "0.2",
 };
 const JSON_NUMBER = /^-?(0|[1-9]\d*)(\.\d+)?$/;
 
