@@ -48,6 +48,9 @@ KEEP_ALIVE_SECONDS = 75.0
 HEAD_SECONDS = 10.0
 # Seconds to receive the rest of a body after its request was rejected.
 REST_SECONDS = 5.0
+# Seconds that a client may send on after the last response: closing would reset the connection, which can cost it the
+# response (RFC 9112, section 9.6).
+LINGER_SECONDS = 2.0
 # File descriptors: one per connection, and some for forms, gRPC and the models.
 OPEN_FILES = 8192
 # Connections accepted in one iteration of the event loop; each takes a file descriptor even if it is rejected.
@@ -107,7 +110,7 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the head timeout. Above the limit, close an idle connection or answer this one with a 503."""
         super().connection_made(transport)
-        self.transport = CoalescingTransport(transport, self.loop)  # type: ignore[assignment]
+        self.transport = CoalescingTransport(transport, self.loop, self._lingers)  # type: ignore[assignment]
         surplus = len(self.connections) - self._limit.most
         if surplus > 0 and not self._limit.make_room():
             if surplus > self._limit.rejections:
@@ -203,7 +206,7 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """The response is sent. A client that is still sending its body may do so for `REST_SECONDS`."""
         if self._in_body and not self.pipeline:
-            self._restart_timer(REST_SECONDS, self.transport.abort)
+            self._restart_timer(REST_SECONDS, self.transport.close)
         elif self._in_head and not self.pipeline and not self.transport.is_closing():
             self._await_head()
         super().on_response_complete()
@@ -213,6 +216,10 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
         if cycle.waiting_for_100_continue or cycle.scope["http_version"] == "1.0":
             app = functools.partial(_with_framing, app, cycle)
         super()._start_asgi_task(cycle, app)
+
+    def _lingers(self) -> bool:
+        """Whether the client may be sending more than has been read."""
+        return self._in_body or self._ignores_input
 
     def _is_at_work(self) -> bool:
         return self._in_body or not (self.cycle is None or self.cycle.response_complete)
@@ -271,9 +278,13 @@ class CoalescingTransport:
     Head and body of a response become one packet; separately, each would cost a system call and wake the client.
     """
 
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, lingers: Callable[[], bool]
+    ) -> None:
         self._transport = transport
         self._loop = loop
+        self._lingers = lingers
+        self._is_half_closed = False
         self._parts: list[bytes] = []
 
     def write(self, data: bytes) -> None:
@@ -285,9 +296,25 @@ class CoalescingTransport:
             self._flush()
 
     def close(self) -> None:
-        """Close the connection after everything is sent."""
+        """Close the connection after everything is sent, and the client may send on for `LINGER_SECONDS`."""
         self._flush()
-        self._transport.close()
+        if self._is_half_closed or not self._lingers():
+            self._transport.close()
+        elif not self._transport.is_closing():
+            self._is_half_closed = True
+            self._transport.write_eof()
+            self._transport.resume_reading()
+            self._loop.call_later(LINGER_SECONDS, self._end_lingering)
+
+    def is_closing(self) -> bool:
+        """Whether it is being closed, and whatever is received discarded."""
+        return self._is_half_closed or self._transport.is_closing()
+
+    def _end_lingering(self) -> None:
+        if self._transport.get_write_buffer_size():  # the client is still reading
+            self._loop.call_later(LINGER_SECONDS, self._end_lingering)
+        else:
+            self._transport.abort()
 
     def _flush(self) -> None:
         if self._parts:
