@@ -225,14 +225,14 @@ def drop(file: Path, target: Path) -> None:
 
 
 async def wait_until_listed(server: Server, *names: str) -> None:
-    """Until the LoRAs of the folder are these, and none is to be tried again, as after a failure of the exporter."""
+    """Until the LoRAs of the folder are these; fails with the server's log if the exporter or an engine fails."""
     own = {"ink", "words", "clay", "norms"}
 
     def are_listed() -> bool:
         found = listed(server)
-        return found.keys() == own | set(names) and not any(
-            lora.get("error", "").endswith("trying again") for lora in found.values()
-        )
+        failed = [name for name, lora in found.items() if lora.get("error", "").endswith("trying again")]
+        assert not failed, f"{failed} failed:\n" + "\n".join(server.lines[-80:])
+        return found.keys() == own | set(names)
 
     await asyncio.to_thread(server.wait_until, are_listed, 120, "listed")
 

@@ -6,9 +6,12 @@ import errno
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx_ir.passes.common as passes
 import onnxscript.optimizer
 import torch
 from onnxscript import ir
+from onnxscript.rewriter import RewritePass
+from onnxscript.rewriter.rules import common as rules
 from torch.export import Dim, ExportedProgram
 
 from hypergen_export.checkpoints.components import Component, Sizes
@@ -21,6 +24,24 @@ from hypergen_export.errors import ConversionError, first_line
 # of 16 M parameters, 8×8 latents, batch 2 and 16, bfloat16: opset 18 took 11 and 45 ms, opset 21 (GroupNormalization
 # as one operator) and 23 (Attention as one too) took 14 and 63 ms.
 OPSET = 18
+_RULES = (
+    *rules.mul_by_1_rule.commute(),
+    *rules.add_0_rule.commute(),
+    rules.sub_0_rule,
+    rules.div_by_1_rule,
+    rules.no_op_cast_rule,
+    rules.no_op_expand_rule,
+    rules.no_op_transpose_rule,
+    rules.transpose_transpose_rule,
+    rules.unsqueeze_unsqueeze_rule,
+    rules.squeeze_reshape_1d_rule,
+    rules.reshape_reshape_rule,
+    rules.materialize_reshape_shape_rule,
+    rules.collapse_slice_rule,
+    rules.collapse_slice2_rule,
+    rules.max_min_rule,
+    rules.fuse_pad_into_conv_rule,
+)
 # No batch of 1 and no multiples of the levels' factors: torch would specialise the graph to such values.
 _EXAMPLE = {"batch": 3, "height": 14, "width": 10, "text_tokens": 40, "reference_tokens": 35}
 
@@ -63,8 +84,7 @@ def write_onnx(component: Component, program: ExportedProgram, path: Path, weigh
         assert converted is not None  # only the exporter without dynamo returns None
         if weights:
             link_weights(converted.model, weights.placeholders, weights.files, weights.dtype)
-        # torch would run two iterations: the second takes as long and removes 50 of a UNet's 1,300 nodes.
-        onnxscript.optimizer.optimize_ir(converted.model, num_iterations=1, should_fold=_should_fold)
+        optimize(converted.model)
         resize_in_float32(converted.model)
         ir.save(converted.model, path)
     except ConversionError as error:
@@ -73,6 +93,29 @@ def write_onnx(component: Component, program: ExportedProgram, path: Path, weigh
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise ConversionError(f"{component.name}: torch.onnx failed ({first_line(error)})") from error
+
+
+def optimize(model: ir.Model) -> None:
+    """Fold constants, rewrite and remove nodes, as `onnxscript.optimizer.optimize_ir` does in one iteration.
+
+    torch would run two: the second takes as long and removes 50 of a UNet's 1,300 nodes. Of onnxscript's rules only
+    those that match a family's graph are applied. Among the others is `slice_split_rule`, which reads the whole graph
+    for each node: it took two thirds of the conversion of a text encoder with 27 layers.
+    """
+    passes.InlinePass()(model)
+    onnxscript.optimizer.fold_constants_ir(model, onnx_shape_inference=True, should_fold=_should_fold)
+    ir.passes.Sequential(
+        RewritePass(_RULES),
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
+        passes.RemoveUnusedOpsetsPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.LiftSubgraphInitializersToMainGraphPass(),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.OutputFixPass(),
+        passes.NameFixPass(),
+    )(model)
 
 
 def _should_fold(node: ir.Node) -> bool | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnxscript import ir
+from onnxscript.rewriter import rewrite
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint
 from hypergen_export.checkpoints.components import Component
@@ -33,6 +36,14 @@ def test_the_file_has_the_tables_inputs_and_outputs(
             assert value.type.tensor_type.elem_type == ONNX_TYPES[tensor.dtype]
             dims = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in value.type.tensor_type.shape.dim]
             assert dims == [-1, *tensor.dims(checkpoint.sizes)]
+
+
+@pytest.mark.parametrize("component", STABLE_DIFFUSION, ids=lambda component: component.name)
+def test_the_other_rules_of_onnxscript_would_find_nothing(component: Component, repository: Path) -> None:
+    model = ir.load(repository / component.name / "1" / "model.onnx")
+    before = Counter(node.op_type for node in model.graph)
+    rewrite(model)
+    assert Counter(node.op_type for node in model.graph) == before
 
 
 @pytest.mark.parametrize(("batch", "height", "width"), [(1, 8, 8), (2, 9, 7), (5, 13, 6), (17, 3, 5), (70, 4, 4)])

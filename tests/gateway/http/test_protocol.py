@@ -16,7 +16,9 @@ from urllib.parse import urlsplit
 
 import pytest
 import pytest_asyncio
+from starlette.applications import Starlette
 from starlette.responses import Response
+from starlette.routing import Route
 
 from hypergen_gateway.app import create_app
 from hypergen_gateway.config import Config
@@ -134,7 +136,7 @@ class TestHeads:
     async def test_a_client_that_reads_slowly_receives_everything(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(connections, "LINGER_SECONDS", 0.1)
         large = Response(bytes(20 << 20))  # more than the kernel buffers
-        async with on_loopback(large) as url:
+        async with on_loopback(Starlette(routes=[Route("/{path:path}", lambda _: large)])) as url:
             reader, writer = await Wire(url).connect()
             writer.write(LIVE + b"\x00")
             await asyncio.sleep(1)
