@@ -140,6 +140,8 @@ async def test_embeddings_in_a_loras_file_are_read_as_files_of_their_own(
     assert lora.modules == {"text_encoder"}
     embeddings = read_embeddings([], None, [lora, lora])
     assert [each.name for each in embeddings] == ["hat", "ink-v1.5"]
+    source = ExportRequest(model=str(folder), output=tmp_path, loras=(lora,), embeddings=embeddings).source
+    assert read_embeddings(source["embeddings"], None) == embeddings, "so has a passport's reference"
     pipeline = pipeline_of(folder)
     for name, count in (("ink-v1.5", 3), ("hat", 1)):
         for number, width in (("", 32), ("_2", 48))[: 1 + (family == "sdxl")]:

@@ -22,6 +22,9 @@ from support.running_server import samples_of
 
 MODEL = ModelDescription(
     model_id="acme/tiny-emoji",
+    export_key="k1",
+    engine="openvino",
+    dtype="bfloat16",
     device="cpu",
     components=("text_encoder", "unet", "vae_decoder"),
     schedulers=("ddim", "euler", "euler_a"),

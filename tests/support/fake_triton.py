@@ -15,6 +15,9 @@ from tritonclient.utils import deserialize_bytes_tensor, np_to_triton_dtype
 
 PARAMETERS = {
     "model_id": "acme/tiny-emoji",
+    "export_key": "k1",
+    "engine": "openvino",
+    "dtype": "bfloat16",
     "device": "cuda:0",
     "components": "text_encoder,unet,vae_decoder",
     "schedulers": "ddim,euler",

@@ -5,14 +5,15 @@ Reads no tensors and imports no torch.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from hypergen_export.checkpoints.lora import Lora
-from hypergen_export.checkpoints.weights import sha256
+from hypergen_export.checkpoints.lora import BUNDLED, Lora
+from hypergen_export.checkpoints.weights import safetensors_header, sha256
 from hypergen_export.errors import BadEmbeddingError, BadLoraError, BadOptionError
 
 # Any text that a prompt can contain as one word, and a list of names without quotes.
@@ -77,7 +78,15 @@ def _read(text: str) -> Embedding:
         raise BadEmbeddingError(f"{file}: no such embedding")
     if name and not _NAME.fullmatch(name):
         raise BadOptionError(f"--embedding: a name must be one word of 1 to 64 characters, not {name[:80]!r}")
-    return Embedding(name=name or _name_of(file), file=file)
+    name = name or _name_of(file)
+    return Embedding(name=name, file=file, is_bundled=_is_bundle(file, name))
+
+
+def _is_bundle(file: Path, name: str) -> bool:
+    """Whether the file is a LoRA's that has the embedding. One that cannot be read is refused with its vectors."""
+    with contextlib.suppress(OSError, ValueError):
+        return any(each.startswith(f"{BUNDLED}{name}.") for each in safetensors_header(file))
+    return False
 
 
 def _name_of(file: Path) -> str:

@@ -151,7 +151,7 @@ class ExportRequest:
             "vae": self.vae and _absolute(self.vae),
             "text_encoders": [_absolute(each) for each in self.text_encoders],
             "prediction_type": self.single_files.prediction_type,
-            "embeddings": [f"{each.name}={each.file.absolute()}" for each in self.embeddings if not each.is_bundled],
+            "embeddings": [f"{each.name}={each.file.absolute()}" for each in self.embeddings],
         }
 
     @property
@@ -658,7 +658,7 @@ def _write_configs(task: ExportTask, folder: Path) -> None:
     if task.pool:
         own["denoiser_inputs"] += f",{task.pool.scales.name}"
     own |= size_parameters(task.sizes, own) | {"max_reference_rows": str(reference_rows(task.shapes))}
-    parameters = task.settings | own | _lora_parameters(task)
+    parameters = task.settings | own | _lora_parameters(task) | {"export_key": task.key}
     (folder / _SAMPLER / "config.pbtxt").write_text(sampler_config(template, parameters), encoding="utf-8")
 
 

@@ -133,6 +133,9 @@ class ModelDescription:
     """A served model's description of itself. Fields are named like the parameters in its `config.pbtxt`."""
 
     model_id: str
+    export_key: str  # differs between any two exports that could generate different images
+    engine: str
+    dtype: str
     device: str
     components: tuple[str, ...]  # the models that the sampler calls
     schedulers: tuple[str, ...]

@@ -217,12 +217,17 @@ async def _served(options: PassportOptions) -> _Side:
         return _of_repository(await find_repository(triton.model, triton.export), options.export)
     repository = open_repository(Path(triton.model)) if is_repository(triton.model) else None
     description = await describe(triton)
-    if repository is not None and repository.description.model_id != description.model_id:
+    if repository is not None and repository.key != description.export_key:
+        served, given = map(_stated, (description, repository.description))
         raise PassportError(
-            f"Triton at {triton.url} serves {description.model_id}, but {repository.folder} is "
-            f"{repository.description.model_id}"
+            f"Triton at {triton.url} serves {served}, but {repository.folder} is "
+            f"{'another export of it' if given == served else given}"
         )
     return _Side(triton=triton, description=description, repository=repository)
+
+
+def _stated(model: ModelDescription) -> str:
+    return f"{model.model_id} ({model.engine} {model.dtype})"
 
 
 async def _reference(options: PassportOptions, served: _Side) -> _Side:

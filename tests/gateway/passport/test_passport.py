@@ -17,9 +17,10 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from hypergen_gateway.cli import main
+from hypergen_gateway.embedded.export_cache import ExportOptions
 from hypergen_gateway.generation.backend import Backend, GenerationRequest
 from hypergen_gateway.passport.errors import PassportError
-from hypergen_gateway.passport.measure import check_psnr, describe
+from hypergen_gateway.passport.measure import PassportOptions, check_psnr, describe, measure
 from hypergen_gateway.passport.prompts import PROMPTS, choose_prompts, read_prompts
 from hypergen_gateway.passport.record import (
     ImageQuality,
@@ -238,6 +239,28 @@ class TestCommand:
             fake.parameters["passport"] = json.dumps([asdict(quality) for quality in measured.summaries])
             triton = TritonOptions(model="", url=url, export=None)
             assert (await describe(triton)).passport == measured.summaries
+
+    @pytest.mark.parametrize(
+        ("changes", "is_instead"),
+        [
+            ({"export_key": "k2"}, "another export of it"),
+            ({"export_key": "k2", "dtype": "float32"}, "acme/tiny-emoji (openvino bfloat16)"),
+            ({"export_key": "k2", "model_id": "acme/other"}, "acme/tiny-emoji (openvino bfloat16)"),
+        ],
+    )
+    async def test_a_running_triton_of_another_export_is_refused(
+        self, repository: Path, changes: dict[str, str], is_instead: str
+    ) -> None:
+        fake = FakeTriton()
+        fake.parameters |= changes
+        export = ExportOptions(dtype="float32", max_batch_size=8, cache_dir=repository.parent)
+        async with serving(fake) as url:
+            triton = TritonOptions(model=str(repository), url=url, export=None)
+            with pytest.raises(PassportError) as refused:
+                await measure(PassportOptions(triton=triton, export=export))
+        stated = "{model_id} ({engine} {dtype})".format(**fake.parameters)
+        assert str(refused.value) == f"Triton at {url} serves {stated}, but {repository} is {is_instead}"
+        assert not fake.requests
 
     def test_a_folder_without_one_says_how_to_measure_it(self, repository: Path) -> None:
         line = error_line(passport(repository))

@@ -104,6 +104,9 @@ class TestDescribe:
     async def test_the_parameters_become_the_description(self, backend: TritonBackend) -> None:
         assert await backend.describe() == ModelDescription(
             model_id="acme/tiny-emoji",
+            export_key="k1",
+            engine="openvino",
+            dtype="bfloat16",
             device="cuda:0",
             components=("text_encoder", "unet", "vae_decoder"),
             schedulers=("ddim", "euler"),
