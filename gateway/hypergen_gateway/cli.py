@@ -16,8 +16,9 @@ import re
 import secrets
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ from hypergen_gateway.passport.errors import PassportError
 from hypergen_gateway.passport.measure import FIELDS, Measured, PassportOptions, check_psnr, describe, find_passport
 from hypergen_gateway.passport.measure import measure as measure_passport
 from hypergen_gateway.passport.prompts import MAX_COUNT, read_prompts
-from hypergen_gateway.passport.table import description, sheet, table
+from hypergen_gateway.passport.table import by_setting, description, sheet, table, together
 from hypergen_gateway.serving import (
     ClipSkipError,
     ServeOptions,
@@ -492,6 +493,13 @@ def generate(*, triton: TritonOptions, output: Path, size: str | None, **given: 
     help="Exit with code 1 if the mean PSNR of images as served is below.",
 )
 @click.option(
+    "--beside",
+    cls=Option,
+    type=click.Choice([name for name in DTYPES if name not in ("auto", "float16", "fp16")]),
+    multiple=True,
+    help="Measure an export in this precision, too, and show all together; repeatable.",
+)
+@click.option(
     "--sheet",
     "sheet_file",
     cls=Option,
@@ -500,7 +508,13 @@ def generate(*, triton: TritonOptions, output: Path, size: str | None, **given: 
 )
 @_triton_options
 def passport(
-    *, triton: TritonOptions, measure: bool, min_psnr: float | None, sheet_file: Path | None, **given: Any
+    *,
+    triton: TritonOptions,
+    measure: bool,
+    min_psnr: float | None,
+    beside: tuple[str, ...],
+    sheet_file: Path | None,
+    **given: Any,
 ) -> None:
     """Show the passport of MODEL: how far its images are from those of its checkpoint in float32, at equal seeds.
 
@@ -512,22 +526,21 @@ def passport(
     if measure:
         if sheet_file is not None:
             _check_sheet(sheet_file)
-        measured = run_until_signalled(measure_passport(options))
-        made, rows = measured.passport, measured.passport.summaries
+        measured = [run_until_signalled(measure_passport(each)) for each in _in_precisions(options, beside)]
+        made = [each.passport for each in measured]
         if sheet_file is not None:
             _write_sheet(sheet_file, measured)
-    elif options.is_specific or sheet_file is not None:
-        raise click.UsageError("Prompts, settings, a reference and a sheet are for --measure.")
-    elif triton.url is not None:
-        made, rows = None, run_until_signalled(describe(triton)).passport
-        if not rows:
-            raise PassportError(f"The model at {triton.url} has no passport.")
+    elif options.is_specific or beside or sheet_file is not None:
+        raise click.UsageError("Prompts, settings, a reference, other precisions and a sheet are for --measure.")
     else:
-        made = find_passport(triton)
-        rows = made.summaries
-    click.echo("\n".join([*([description(made), ""] if made else []), table(rows)]))
+        made = [] if triton.url else [find_passport(triton)]
+    rows = made[0].summaries if made else run_until_signalled(describe(triton)).passport
+    if not rows:
+        raise PassportError(f"The model at {triton.url} has no passport.")
+    by_precision = {each.dtype: by_setting(each.summaries) for each in made} or {"": by_setting(rows)}
+    click.echo("\n".join([*map(description, made), *([""] if made else []), table(together(by_precision))]))
     if min_psnr is not None:
-        check_psnr(rows, made, min_psnr)
+        check_psnr(rows, made[0] if made else None, min_psnr)
 
 
 def _read_passport_options(triton: TritonOptions, given: dict[str, Any]) -> PassportOptions:
@@ -550,6 +563,18 @@ def _read_passport_options(triton: TritonOptions, given: dict[str, Any]) -> Pass
     )
 
 
+def _in_precisions(options: PassportOptions, beside: Sequence[str]) -> list[PassportOptions]:
+    """The options for each precision, the model's own first."""
+    triton = options.triton
+    if not beside:
+        return [options]
+    if triton.export is None or is_repository(triton.model):
+        raise click.UsageError("--beside: MODEL must be a checkpoint, which is exported in each precision.")
+    dtypes = dict.fromkeys([triton.export.dtype, *(DTYPES[name] for name in beside)])
+    exports = [replace(triton.export, dtype=dtype) for dtype in dtypes]
+    return [replace(options, triton=replace(triton, export=export)) for export in exports]
+
+
 def _read_setting(text: str) -> dict[str, int | float | str]:
     """Parse `guidance_start=0.2,guidance_end=0.8`."""
     setting: dict[str, int | float | str] = {}
@@ -570,9 +595,11 @@ def _check_sheet(file: Path) -> None:
         raise click.ClickException(f"--sheet: {click.format_filename(file.parent)} is no folder that can be written to")
 
 
-def _write_sheet(file: Path, measured: Measured) -> None:
+def _write_sheet(file: Path, measured: Sequence[Measured]) -> None:
+    images = together({each.passport.dtype: each.images for each in measured})
+    reference = f"reference, {measured[0].passport.reference}"
     try:
-        sheet(measured.images).save(file, format="PNG")
+        sheet({reference: measured[0].reference, **images}).save(file, format="PNG")
     except OSError as error:
         raise click.ClickException(f"--sheet: {click.format_filename(file)}: {error.strerror or error}") from error
 

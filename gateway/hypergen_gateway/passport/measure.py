@@ -72,9 +72,10 @@ class PassportOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A passport, and the images that it is about: setting -> images, with those in float32 first."""
+    """A passport, and the images that it is about: those in float32, and those of each setting by its name."""
 
     passport: Passport
+    reference: Sequence[Pixels]
     images: Mapping[str, Sequence[Pixels]]
 
 
@@ -159,9 +160,16 @@ async def measure(options: PassportOptions) -> Measured:
         _write(served.repository, passport)
     if served.key != reference.key:
         kept.clear()  # the next measurement is to be one
-    names = [f"reference, {reference.name}", *map(name_of, settings)]
-    images = ([sample.pixels for sample in samples] for samples in (theirs, *by_setting))
-    return Measured(passport=passport, images=dict(zip(names, images, strict=True)))
+    images = (_pixels(samples) for samples in by_setting)
+    return Measured(
+        passport=passport,
+        reference=_pixels(theirs),
+        images=dict(zip(map(name_of, settings), images, strict=True)),
+    )
+
+
+def _pixels(samples: Sequence[Sample]) -> list[Pixels]:
+    return [sample.pixels for sample in samples]
 
 
 def _write(repository: Repository, passport: Passport) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -14,6 +15,8 @@ _HEAD = ("", "PSNR, dB", "lowest", "SSIM", "lowest", "latents", "highest", "time
 AS_SERVED = "as served"
 _SHEET_SIDE = 128
 _LABEL_WIDTH, _LINE, _GAP = 150, 14, 4
+
+Row = TypeVar("Row")
 
 
 def name_of(fields: Mapping[str, int | float | str]) -> str:
@@ -33,9 +36,25 @@ def description(passport: Passport) -> str:
     )
 
 
-def table(rows: Sequence[Quality]) -> str:
-    """A row for each setting, aligned, in Markdown."""
-    cells = [_HEAD, *(_cells(row) for row in rows)]
+def by_setting(rows: Sequence[Quality]) -> dict[str, Quality]:
+    """Each setting's quality by its name."""
+    return {name_of(row.fields): row for row in rows}
+
+
+def together(precisions: Mapping[str, Mapping[str, Row]]) -> dict[str, Row]:
+    """The settings of several precisions as one list, in which their names say the precision; of one as they are."""
+    if len(precisions) == 1:
+        return dict(*precisions.values())
+    return {
+        dtype if setting == AS_SERVED else f"{dtype}, {setting}": row
+        for dtype, rows in precisions.items()
+        for setting, row in rows.items()
+    }
+
+
+def table(rows: Mapping[str, Quality]) -> str:
+    """Named rows, aligned, in Markdown."""
+    cells = [_HEAD, *((name, *_cells(row)) for name, row in rows.items())]
     widths = [max(len(line[column]) for line in cells) for column, _ in enumerate(_HEAD)]
     lines = [
         "| " + " | ".join(_align(cell, widths[column], column) for column, cell in enumerate(line)) + " |"
@@ -49,7 +68,6 @@ def table(rows: Sequence[Quality]) -> str:
 
 def _cells(row: Quality) -> tuple[str, ...]:
     return (
-        name_of(row.fields),
         f"{row.psnr:.1f}",
         f"{row.lowest_psnr:.1f}",
         f"{row.ssim:.4f}",

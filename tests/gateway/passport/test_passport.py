@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from google.protobuf import text_format
+from PIL import Image
 from tritonclient.grpc import model_config_pb2
 
 from hypergen_gateway.cli import main
 from hypergen_gateway.embedded.export_cache import ExportOptions
 from hypergen_gateway.generation.backend import Backend, GenerationRequest
 from hypergen_gateway.passport.errors import PassportError
-from hypergen_gateway.passport.measure import PassportOptions, check_psnr, describe, measure
+from hypergen_gateway.passport.measure import Measured, PassportOptions, check_psnr, describe, measure
 from hypergen_gateway.passport.prompts import PROMPTS, choose_prompts, read_prompts
 from hypergen_gateway.passport.record import (
     ImageQuality,
@@ -284,6 +285,8 @@ class TestCommand:
             (("--min-psnr", "nan"), "--min-psnr"),
             (("--reference", "a", "--reference-url", "b:1", "--measure"), "exclude each other"),
             (("--reference-url", "nowhere", "--measure"), "HOST:PORT"),
+            (("--beside", "int8"), "are for --measure"),
+            (("--beside", "int8", "--measure"), "--beside: MODEL must be a checkpoint"),
         ],
     )
     def test_options_that_mean_nothing_are_refused(self, repository: Path, options: Any, says: str) -> None:
@@ -292,6 +295,30 @@ class TestCommand:
     def test_a_passport_without_images_as_served_has_no_threshold(self, measured: Passport) -> None:
         with pytest.raises(PassportError, match="as served"):
             check_psnr(measured.summaries[1:], measured, 1)
+
+
+def test_precisions_are_measured_one_after_another_and_shown_together(
+    measured: Passport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shades = {"bfloat16": 10, "int8": 60, "int4-weights": 110}
+
+    async def of_shades(options: PassportOptions) -> Measured:
+        assert options.triton.export
+        dtype = options.triton.export.dtype
+        return Measured(
+            passport=replace(measured, dtype=dtype, settings=measured.settings[: 2 if dtype == "bfloat16" else 1]),
+            reference=[np.full((32, 32, 3), 200, np.uint8)],
+            images={"as served": [np.full((32, 32, 3), shades[dtype], np.uint8)]},
+        )
+
+    monkeypatch.setattr("hypergen_gateway.cli.measure_passport", of_shades)
+    options = ("--dtype", "bf16", "--beside", "int8", "--beside", "bfloat16", "--beside", "int4-weights")
+    result = passport("acme/emoji", "--measure", *options, "--cache-dir", tmp_path, "--sheet", tmp_path / "sheet.png")
+    assert result.exit_code == 0, result.output
+    rows = [line.split("|")[1].strip() for line in result.output.splitlines() if line.startswith("| ")]
+    assert rows == ["", "bfloat16", "bfloat16, guidance_start=0.2, guidance_end=0.8", "int8", "int4-weights"]
+    made = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert [int(made[16 + 36 * row, -20, 0]) for row in range(4)] == [200, *shades.values()]
 
 
 def test_a_sheet_that_cannot_be_written_is_refused_before_anything_is_measured(
