@@ -107,7 +107,7 @@ def _of_parts(command: Callable[..., None]) -> Callable[..., None]:
     type=click.Choice(list(_DTYPES)),
     default="float32",
     show_default=True,
-    help="Precision of the engine; float16 with TensorRT only, those that quantise (int…) with OpenVINO only.",
+    help="Precision of the engine; float16 and fp8 with TensorRT only, those of weights alone with OpenVINO only.",
 )
 @click.option(
     "--sizes",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from hypergen_export.checkpoints.lora import Lora
 
 FLOAT, INT, BYTE = "FP32", "INT32", "UINT8"
-# Precisions that quantise: in `int8` a denoiser's weights and activations, in the others weights alone.
-INT8, INT8_WEIGHTS, INT4_WEIGHTS = "int8", "int8-weights", "int4-weights"
+# Precisions that quantise: in `int8` and `fp8` a denoiser's weights and activations, in the others weights alone.
+INT8, FP8, INT8_WEIGHTS, INT4_WEIGHTS = "int8", "fp8", "int8-weights", "int4-weights"
+CALIBRATED = (INT8, FP8)
 WEIGHTS_ONLY = (INT8_WEIGHTS, INT4_WEIGHTS)
-QUANTIZED = (INT8, *WEIGHTS_ONLY)
+QUANTIZED = (*CALIBRATED, *WEIGHTS_ONLY)
 
 # Axes that vary between requests. Every other name in `Tensor.axes` is fixed by the checkpoint (`Sizes`).
 # `text_tokens` is the prompt's length: in families that mask padding at most the size `tokens`, in those that read it
@@ -129,7 +131,8 @@ class Component:
     `pool` are weights beside the module's.
     `quantized` are the precisions of an export in which this component is quantised; in the other ones of `QUANTIZED`
     it is computed in bfloat16. `unquantized` are regular expressions for the beginnings of names of weights that stay
-    as they are then.
+    as they are then, and `modulation` for those of layers that read a vector per image instead of tokens: they stay as
+    they are where activations are quantised, too.
     """
 
     name: str
@@ -148,6 +151,7 @@ class Component:
     pool: LoraPool | None = None
     quantized: tuple[str, ...] = ()
     unquantized: tuple[str, ...] = ()
+    modulation: tuple[str, ...] = ()
 
     @property
     def is_denoiser(self) -> bool:
@@ -168,8 +172,13 @@ class Component:
         """Whether this component is quantised in an export in `dtype`."""
         return dtype in self.quantized
 
+    def keeps(self, weights: str, dtype: str) -> bool:
+        """Whether the weights of this name stay as they are in an export in `dtype`, which quantises others."""
+        listed = self.unquantized + (self.modulation if dtype in CALIBRATED else ())
+        return any(re.match(each, weights) for each in listed)
+
     def weights_dtype(self, dtype: str) -> str:
-        """The precision of this component's graph in an export in `dtype`; a graph is quantised from float32."""
-        if self.is_quantized(dtype) or (self.overflows_float16 and dtype == "float16"):
+        """The precision in an export in `dtype` of what is not quantised."""
+        if self.overflows_float16 and dtype == "float16":
             return "float32"
         return "bfloat16" if dtype in QUANTIZED else dtype

@@ -9,6 +9,7 @@ parameters in float16, computed in bfloat16, takes 5.1 GB of anonymous memory th
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -103,6 +104,11 @@ def check_links(onnx: Path) -> None:
         given = (tensor.dtype, tuple(tensor.shape.numpy()), tensor.offset, tensor.length)
         if stored is None or given != (_TYPES[stored.dtype], stored.shape, stored.offset, stored.length):
             raise ConversionError(f"{onnx.parent.parent.name}: {value.name} is not where the ONNX file says")
+
+
+def checkpoint_name(name: str) -> str:
+    """What the checkpoint calls a module or tensor of a graph, which may have the name of its path in the wrapper."""
+    return re.sub(r"^(unet|transformer|text_encoder)\.", "", name)
 
 
 def _source(value: ir.Value, placeholders: Placeholders) -> Source | None:

@@ -7,7 +7,7 @@ in OpenVINO. Importing this module imports torch and diffusers.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from hypergen_export.checkpoints.defaults import checkpoint_parameters
 from hypergen_export.conversion.examples import as_kwargs, example_inputs
 from hypergen_export.conversion.loading import load_module, load_placeholders
 from hypergen_export.conversion.parity import SHAPES
-from hypergen_export.engines.quantization import Array, Call, Calls, compiled
+from hypergen_export.engines.accuracy import Array
+from hypergen_export.engines.quantization import Call, Calls, compiled
 from hypergen_export.errors import ConversionError, first_line
 
 # For checkpoints that suggest none.
@@ -35,12 +36,12 @@ _PROMPTS = (
     "a small house with a green roof, flat vector art",
 )
 # Images that are generated; the calls of the last ones are held out to measure the error with.
-_IMAGES, _HELD_OUT = 8, 2
+IMAGES, HELD_OUT = 8, 2
 # Of each image; a longer schedule passes through the same noise levels.
 _MOST_STEPS = 20
 # A layer's range is known after a few dozen calls, and NNCF reads each several times.
 _MOST_CALLS = 40
-# Family -> its pipeline that starts from noise, which need not be the one that an index names.
+# UNets' family -> its pipeline that starts from noise, which need not be the one that an index names.
 _PIPELINES = {
     "stable-diffusion": "StableDiffusionPipeline",
     "latent-consistency": "LatentConsistencyModelPipeline",
@@ -54,30 +55,44 @@ def denoiser_calls(checkpoint: Checkpoint, component: Component, onnx: Path, rep
 
     Raises ConversionError, BrokenCheckpointError.
     """
-    limits = checkpoint_parameters(checkpoint)
-    steps = min(_MOST_STEPS, int(limits["default_num_inference_steps"]))
-    prompts = _prompts(limits["suggestions"])
     recorder = _Recorder(checkpoint, component, onnx)
-    pipeline = _pipeline(checkpoint, recorder.module)
-    recorded: list[list[Call]] = []
-    for seed, prompt in enumerate(prompts):
+    recorded = [recorder.take() for _ in generate(checkpoint, component, recorder.module, report)]
+    calibration = [call for calls in recorded[:-HELD_OUT] for call in calls]
+    held_out = [call for calls in recorded[-HELD_OUT:] for call in calls]
+    return Calls(calibration=_spread(calibration), held_out=held_out)
+
+
+def generate(
+    checkpoint: Checkpoint, component: Component, denoiser: torch.nn.Module, report: Callable[[float], None]
+) -> Iterator[None]:
+    """Generate the latents of `IMAGES` images with a denoiser, over its whole schedule; pauses after each of them.
+
+    Raises ConversionError, BrokenCheckpointError.
+    """
+    limits = checkpoint_parameters(checkpoint)
+    pipeline = _pipeline(checkpoint, denoiser)
+    for seed, prompt in enumerate(_prompts(limits["suggestions"])):
         try:
             pipeline(
                 prompt,
-                num_inference_steps=steps,
-                guidance_scale=float(limits["default_guidance_scale"]),
+                num_inference_steps=min(_MOST_STEPS, int(limits["default_num_inference_steps"])),
                 width=int(limits["default_width"]),
                 height=int(limits["default_height"]),
                 generator=torch.Generator().manual_seed(seed),
                 output_type="latent",
+                **_guidance(checkpoint, float(limits["default_guidance_scale"])),
             )
         except Exception as error:  # diffusers documents no errors
             raise ConversionError(f"{component.name}: no image to calibrate with ({first_line(error)})") from error
-        recorded.append(recorder.take())
-        report((seed + 1) / len(prompts))
-    calibration = [call for calls in recorded[:-_HELD_OUT] for call in calls]
-    held_out = [call for calls in recorded[-_HELD_OUT:] for call in calls]
-    return Calls(calibration=_spread(calibration), held_out=held_out)
+        report((seed + 1) / IMAGES)
+        yield
+
+
+def _guidance(checkpoint: Checkpoint, scale: float) -> dict[str, Any]:
+    """The arguments of the checkpoint's pipeline. Qwen-Image's guides only away from a prompt that is given."""
+    if checkpoint.family.name == "qwen-image":
+        return {"true_cfg_scale": scale, "negative_prompt": ""}
+    return {"guidance_scale": scale}
 
 
 def example_calls(component: Component, sizes: Sizes) -> Calls:
@@ -90,7 +105,7 @@ def example_calls(component: Component, sizes: Sizes) -> Calls:
 def _prompts(suggestions: str) -> list[str]:
     """So many as there are images, spread over those that the checkpoint suggests."""
     given = suggestions.split("\n") if suggestions else list(_PROMPTS)
-    return [given[index * len(given) // _IMAGES] for index in range(_IMAGES)]
+    return [given[index * len(given) // IMAGES] for index in range(IMAGES)]
 
 
 def _spread(calls: list[Call]) -> list[Call]:
@@ -114,9 +129,10 @@ def _pipeline(checkpoint: Checkpoint, denoiser: torch.nn.Module) -> Any:
         checkpoint.family.denoiser.module: denoiser,
         "vae": load_placeholders(checkpoint, components["vae"])[0],
     }
-    absent = dict.fromkeys({"safety_checker", "feature_extractor", "image_encoder"} & checkpoint.index.keys())
-    loader = getattr(diffusers, _PIPELINES[checkpoint.family.name])
-    pipeline = loader.from_pretrained(checkpoint.folder, **parts, **absent, local_files_only=True)
+    others = {"safety_checker", "feature_extractor", "image_encoder"}
+    absent = {name: None for name, part in checkpoint.index.items() if name in others or part == [None, None]}
+    name = _PIPELINES.get(checkpoint.family.name) or next(iter(checkpoint.family.pipelines))
+    pipeline = getattr(diffusers, name).from_pretrained(checkpoint.folder, **parts, **absent, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hypergen_export.checkpoints.components import QUANTIZED, Component
+from hypergen_export.checkpoints.components import CALIBRATED, INT8, QUANTIZED, WEIGHTS_ONLY, Component
+from hypergen_export.checkpoints.family import Family
 from hypergen_export.errors import BadOptionError
 
 # Width and height in pixels.
@@ -38,7 +39,7 @@ OPENVINO = Engine(
     file="model.onnx",
     quantized_file="model.xml",
     device="cpu",
-    dtypes=("float32", "bfloat16", *QUANTIZED),
+    dtypes=("float32", "bfloat16", INT8, *WEIGHTS_ONLY),
     any_size=True,
 )
 TENSORRT = Engine(
@@ -46,7 +47,7 @@ TENSORRT = Engine(
     file="model.plan",
     quantized_file="model.plan",
     device="cuda",
-    dtypes=("float32", "float16", "bfloat16"),
+    dtypes=("float32", "float16", "bfloat16", *CALIBRATED),
     any_size=False,
 )
 ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in (OPENVINO, TENSORRT)}
@@ -56,6 +57,14 @@ def check_dtype(engine: Engine, dtype: str) -> None:
     """Reject a precision that the engine does not have. Raises BadOptionError."""
     if dtype not in engine.dtypes:
         raise BadOptionError(f"--dtype {dtype}: {engine.name} supports {', '.join(engine.dtypes)}")
+
+
+def check_family(engine: Engine, dtype: str, family: Family) -> None:
+    """Reject a precision that the family's denoiser is not quantised to. Raises BadOptionError."""
+    has = {each: each not in QUANTIZED or family.denoiser.is_quantized(each) for each in engine.dtypes}
+    if not has[dtype]:
+        others = ", ".join(each for each in engine.dtypes if has[each])
+        raise BadOptionError(f"--dtype {dtype}: not for {family.name} models; {engine.name} serves them in {others}")
 
 
 def model_file(engine: Engine, component: Component, dtype: str) -> str:

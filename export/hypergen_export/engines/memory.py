@@ -83,16 +83,27 @@ class Model:
         return max(fitting, default=0)
 
     def _need(self, component: Component, shapes: Shapes) -> Need:
-        dtype = component.weights_dtype(self.dtype)
         tensors = used_tensors(self.checkpoint, component)
+        weights = sum(
+            _elements(shape) * _item_bytes(component, self.dtype, name, shape) for name, shape in tensors.items()
+        )
+        dtype = component.weights_dtype(self.dtype)
         # A profile keeps its memory once it was used.
         live = sum(_live_values(component, tensors, profile, shapes.sizes) for profile in profiles(component, shapes))
         return Need(
             name=component.name,
-            dtype=dtype,
-            weights=(sum(map(_elements, tensors.values())) + _pool_elements(component, tensors)) * _ITEM_BYTES[dtype],
+            dtype=self.dtype if component.is_quantized(self.dtype) else dtype,
+            weights=weights + _pool_elements(component, tensors) * _ITEM_BYTES[dtype],
             activations=int(live * _ITEM_BYTES[dtype]),
         )
+
+
+def _item_bytes(component: Component, dtype: str, name: str, shape: Shape) -> int:
+    """The bytes of a weight in an export in `dtype`: one where it is quantised."""
+    is_layer = name.endswith(".weight") and len(shape) in (2, 4)
+    if component.is_quantized(dtype) and is_layer and not component.keeps(name, dtype):
+        return 1
+    return _ITEM_BYTES[component.weights_dtype(dtype)]
 
 
 def used_tensors(checkpoint: Checkpoint, component: Component) -> Mapping[str, Shape]:

@@ -12,29 +12,25 @@ import importlib
 import io
 import itertools
 import logging
-import math
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import openvino
 
 # What openvino.convert_model does to a graph that read_model has read, without its telemetry.
 from openvino._offline_transformations import apply_moc_transformations
 
-from hypergen_export.checkpoints.components import INT4_WEIGHTS, INT8, INT8_WEIGHTS, Component
+from hypergen_export.checkpoints.components import INT8, INT8_WEIGHTS, Component
+from hypergen_export.conversion.linking import checkpoint_name
 from hypergen_export.conversion.parity import Parity
+from hypergen_export.engines.accuracy import Array, check_error, relative_error
 from hypergen_export.engines.tensorrt import onnx_files
-from hypergen_export.errors import ConversionError, MissingDependencyError, ParityMissedError, first_line
+from hypergen_export.errors import ConversionError, MissingDependencyError, first_line
 
-# Largest root mean square error of the outputs, relative to that of the outputs in float32. Too small to be caused by a
-# layer that lost its range, and above what rounding costs the models that were measured.
-TOLERANCES = {INT8: 0.15, INT8_WEIGHTS: 0.05, INT4_WEIGHTS: 0.3}
 # Weights of one output channel that share a scale of four bits, where their number allows it.
 _GROUP_SIZE, _SMALLEST_GROUP = 64, 16
 # NNCF reads all calls for the scales of SmoothQuant, for the ranges of activations and for the correction of biases.
@@ -44,7 +40,6 @@ _PASSES = 3
 _SMOOTHING = 0.5
 _LAYERS = ("Convolution", "GroupConvolution", "MatMul")
 
-Array = npt.NDArray[Any]
 Call = Mapping[str, Array]
 
 
@@ -82,7 +77,8 @@ def quantize(component: Component, dtype: str, onnx: Path, calls: Calls, report:
         raise ConversionError(f"{component.name}: NNCF failed ({first_line(error)})") from error
     for file in onnx_files(onnx):
         file.unlink()
-    return _check(component, dtype, _relative_error(expected, _outputs(component, quantized, "bf16", calls.held_out)))
+    difference = relative_error(expected, _outputs(component, quantized, "bf16", calls.held_out))
+    return check_error(component, dtype, difference)
 
 
 def compiled(file: Path, precision: str) -> Any:
@@ -95,7 +91,7 @@ def _quantized(component: Component, dtype: str, onnx: Path, calls: Calls, repor
     """The graph of an ONNX file, quantised by NNCF."""
     import nncf
 
-    model, names = _read(component, onnx)
+    model, names = _read(component, dtype, onnx)
     scope = nncf.IgnoredScope(names=names, validate=False)
     if dtype == INT8:
         return nncf.quantize(
@@ -126,19 +122,14 @@ def _quantized(component: Component, dtype: str, onnx: Path, calls: Calls, repor
     )
 
 
-def _read(component: Component, onnx: Path) -> tuple[Any, list[str]]:
+def _read(component: Component, dtype: str, onnx: Path) -> tuple[Any, list[str]]:
     """The graph, and the names of its layers that are not to be quantised."""
     model = openvino.Core().read_model(onnx)
     # Before transpositions are folded, which renames the weights.
     layers = (node for node in model.get_ordered_ops() if node.get_type_name() in _LAYERS)
-    names = [node.get_friendly_name() for node in layers if is_listed(component, _weights(node))]
+    names = [node.get_friendly_name() for node in layers if component.keeps(_weights(node), dtype)]
     apply_moc_transformations(model, False, False)
     return model, names
-
-
-def is_listed(component: Component, name: str) -> bool:
-    """Whether these weights of a component stay as they are."""
-    return any(re.match(listed, name) for listed in component.unquantized)
 
 
 def _weights(layer: Any) -> str:
@@ -146,9 +137,8 @@ def _weights(layer: Any) -> str:
     node = layer.input_value(1).get_node()
     while node.get_type_name() in ("Convert", "Transpose", "Reshape"):
         node = node.input_value(0).get_node()
-    # Tensors that are too small to be linked are named by their path in the wrapper.
     name: str = node.get_friendly_name() if node.get_type_name() == "Constant" else ""
-    return re.sub(r"^(unet|transformer|text_encoder)\.", "", name)
+    return checkpoint_name(name)
 
 
 def _counted(expected: int, report: Callable[[float], None]) -> Callable[[Call], Call]:
@@ -166,28 +156,6 @@ def _outputs(component: Component, file: Path, precision: str, calls: Sequence[C
     engine = compiled(file, precision)
     results = (engine(call) for call in calls)
     return [[np.array(result[tensor.name]) for tensor in component.outputs] for result in results]
-
-
-def _relative_error(expected: Sequence[Sequence[Array]], given: Sequence[Sequence[Array]]) -> float:
-    """The largest of the outputs: the root mean square of the error over all calls, relative to the output's own."""
-    errors = map(_relative_rms, zip(*expected, strict=True), zip(*given, strict=True))
-    return float(np.max(list(errors)))  # the built-in max does not propagate NaN
-
-
-def _relative_rms(expected: Sequence[Array], given: Sequence[Array]) -> float:
-    error = sum(float(np.square(ours - theirs).sum()) for theirs, ours in zip(expected, given, strict=True))
-    whole = sum(float(np.square(theirs).sum()) for theirs in expected)
-    # Outputs of a layer without weights yet are zero.
-    return math.sqrt(error / whole) if whole else math.sqrt(error)
-
-
-def _check(component: Component, dtype: str, difference: float) -> Parity:
-    if not difference <= TOLERANCES[dtype]:  # NaN is no smaller
-        raise ParityMissedError(
-            f"{component.name}: in {dtype} it differs from float32 by {difference:.2g} of its outputs' root mean "
-            f"square, the limit is {TOLERANCES[dtype]:g}; use a precision of more bits"
-        )
-    return Parity(difference=difference, tolerance=TOLERANCES[dtype])
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hypergen_export.checkpoints.components import FP8, INT8
 from hypergen_export.checkpoints.weights import sha256
 from hypergen_export.engines.cuda import first_gpu
 from hypergen_export.engines.profiles import Profile
@@ -26,8 +27,13 @@ from hypergen_export.errors import BadOptionError, ConversionError, MissingDepen
 _WORKSPACE_BYTES = 8 * 2**30
 # TensorRT's names of data types -> Triton's.
 _TYPES = {"FLOAT": "FP32", "HALF": "FP16", "BF16": "BF16", "INT32": "INT32", "INT64": "INT64", "UINT8": "UINT8"}
-# bfloat16 needs tensor cores of Ampere or later.
-_BFLOAT16_SINCE = (8, 0)
+# Precision -> the first compute capability that has it, and others to choose instead. Turing has int8, too, but not
+# bfloat16, in which the layers that are not quantised are computed. fp8 came with Ada and Hopper.
+_SINCE = {
+    "bfloat16": ((8, 0), "use float16"),
+    INT8: ((8, 0), "use float16"),
+    FP8: ((8, 9), "use bfloat16 or, for a UNet, int8"),
+}
 
 Report = Callable[[float], None]
 
@@ -43,11 +49,11 @@ class Target:
 
     def check_dtype(self, dtype: str) -> None:
         """Reject a precision that the GPU does not have. Raises BadOptionError."""
-        capability = tuple(int(part) for part in self.compute_capability.split("."))
-        if dtype == "bfloat16" and capability < _BFLOAT16_SINCE:
+        since, advice = _SINCE.get(dtype, ((0, 0), ""))
+        if tuple(int(part) for part in self.compute_capability.split(".")) < since:
             raise BadOptionError(
-                f"--dtype bfloat16: needs a GPU of compute capability 8.0 or later, but "
-                f"{self.gpu or 'the target GPU'} has {self.compute_capability}; use float16"
+                f"--dtype {dtype}: needs a GPU of compute capability {since[0]}.{since[1]} or later, but "
+                f"{self.gpu or 'the target GPU'} has {self.compute_capability}; {advice}"
             )
 
 

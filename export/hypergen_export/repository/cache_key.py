@@ -22,7 +22,14 @@ _PLAN = ("engines/profiles.py", "engines/tensorrt.py")
 _EMBEDDING = ("checkpoints/embeddings.py", "conversion/embeddings.py")
 _MERGING = ("checkpoints/lora.py", "conversion/lora_changes.py", "conversion/merging.py", "conversion/layer_names.py")
 _POOLING = ("conversion/pooling.py", "conversion/layer_names.py")
-_QUANTIZATION = ("engines/quantization.py", "engines/calibration.py")
+_QUANTIZATION = (
+    "engines/accuracy.py",
+    "engines/calibration.py",
+    "engines/formats.py",
+    "engines/qdq.py",
+    "engines/quantization.py",
+    "engines/ranges.py",
+)
 _CONVERSION = (
     "checkpoints/components.py",
     "checkpoints/families",

@@ -25,7 +25,7 @@ from hypergen_export.checkpoints.checkpoint import (
     open_checkpoint,
     read_json,
 )
-from hypergen_export.checkpoints.components import INT8, QUANTIZED, Component, LoraPool
+from hypergen_export.checkpoints.components import CALIBRATED, INT8, QUANTIZED, Component, LoraPool
 from hypergen_export.checkpoints.defaults import (
     checkpoint_parameters,
     notices,
@@ -38,7 +38,16 @@ from hypergen_export.checkpoints.files import link_or_copy, on_one_file_system
 from hypergen_export.checkpoints.hashes import ContentHashes
 from hypergen_export.checkpoints.lora import Lora, Placement
 from hypergen_export.checkpoints.weights import float32_bytes, stored_dtypes
-from hypergen_export.engines.engine import ENGINES, OPENVINO, TENSORRT, Size, check_dtype, choose_sizes, size_parameters
+from hypergen_export.engines.engine import (
+    ENGINES,
+    OPENVINO,
+    TENSORRT,
+    Size,
+    check_dtype,
+    check_family,
+    choose_sizes,
+    size_parameters,
+)
 from hypergen_export.engines.memory import Model
 from hypergen_export.engines.profiles import Shapes, profiles, reference_rows, shapes_of
 from hypergen_export.engines.tensorrt import Build, Target, build_plan, local_target, onnx_files, write_plan_record
@@ -204,7 +213,7 @@ def export(
             update_record(output, {**task.previous.record, **made_of, "hashes": task.hashes.stored})
         examine(output)
         return ExportResult()
-    if any(map(task.is_quantized, task.outdated)):
+    if task.target is None and any(map(task.is_quantized, task.outdated)):
         with _requires_export_extra():
             from hypergen_export.engines.quantization import require_nncf
         require_nncf(request.dtype)
@@ -257,8 +266,9 @@ def _make_task(
         raise BadOptionError(f"--deep-cache: only for models with a UNet, and {request.model} has a transformer")
     if request.lora_rank and checkpoint.family.denoiser.module != "unet":
         raise BadOptionError(f"--lora-rank: only for models with a UNet, and {request.model} has a transformer")
+    check_family(engine, request.dtype, checkpoint.family)
     if request.dtype in QUANTIZED:
-        _check_quantized(request, checkpoint)
+        _check_quantized(request)
     sizes = choose_sizes(engine, request.sizes, checkpoint_parameters(checkpoint))
     if engine is OPENVINO:
         return ExportTask(checkpoint, request, previous, sizes, None)
@@ -267,19 +277,17 @@ def _make_task(
     return ExportTask(checkpoint, request, previous, sizes, target)
 
 
-def _check_quantized(request: ExportRequest, checkpoint: Checkpoint) -> None:
+def _check_quantized(request: ExportRequest) -> None:
     """Reject what quantised weights do not allow. Raises BadOptionError."""
-    if not checkpoint.family.denoiser.is_quantized(request.dtype):
-        raise BadOptionError(
-            f"--dtype {request.dtype}: not for {checkpoint.family.name} models: choose int8-weights or int4-weights"
-        )
     if request.lora_rank:
         raise BadOptionError(
             f"--lora-rank, --lora-dir: not with --dtype {request.dtype}, whose weights cannot change while they are "
             "served; --lora merges each LoRA into weights of its own"
         )
-    if request.deep_cache and request.dtype == INT8:
-        raise BadOptionError("--deep-cache: not with --dtype int8; use it with bfloat16, or fewer steps with int8")
+    if request.deep_cache and request.dtype in CALIBRATED:
+        raise BadOptionError(
+            f"--deep-cache: not with --dtype {request.dtype}; use it with bfloat16, or fewer steps with {request.dtype}"
+        )
 
 
 def open_request(request: ExportRequest, notify: Callable[[str], None]) -> Checkpoint:
@@ -539,21 +547,25 @@ class ExportTask:
         return plan + copied + min(full, _GRAPH_BYTES)
 
     def weights_dtype(self, component: Component) -> str:
-        """The dtype of the component's ONNX file; unless it is typed, OpenVINO itself converts it when it loads it."""
-        is_typed = self.target is not None or component.is_typed
-        return component.weights_dtype(self.request.dtype) if is_typed else "float32"
+        """The dtype of the component's ONNX file.
+
+        Unless it is typed, OpenVINO itself converts it when it loads it, and NNCF quantises from float32.
+        """
+        if self.target is None and (self.is_quantized(component) or not component.is_typed):
+            return "float32"
+        return component.weights_dtype(self.request.dtype)
 
     def is_quantized(self, component: Component) -> bool:
         """Whether the component is quantised, not served in its ONNX file."""
         return component.is_quantized(self.request.dtype)
 
     def _key(self, component: Component) -> str:
+        dtype = self.weights_dtype(component) if self.target is None else "float32"
+        key = component_key(self.checkpoint, component, self.hashes, dtype)
         if self.is_quantized(component):
-            key = component_key(self.checkpoint, component, self.hashes)
-            return quantized_key(key, self.request.dtype, *self._calibration)
+            key = quantized_key(key, self.request.dtype, *self._calibration)
         if self.target is None:
-            return component_key(self.checkpoint, component, self.hashes, self.weights_dtype(component))
-        key = component_key(self.checkpoint, component, self.hashes)
+            return key
         # A rank pool's weights are inside the plan.
         shapes, pooled = profiles(component, self.shapes), pool_parts(self.placements) if component.pool else []
         return plan_key(key, self.weights_dtype(component), self.target, shapes, *pooled)
@@ -561,7 +573,7 @@ class ExportTask:
     @cached_property
     def _calibration(self) -> list[Any]:
         """What ranges of activations depend on, beside the component itself."""
-        if self.request.dtype != INT8:
+        if self.request.dtype not in CALIBRATED:
             return []
         encoders = [self._key(encoder) for encoder in self.checkpoint.family.text_encoders]
         # Defaults also follow from the checkpoint's names, which no file of a component has.
@@ -733,7 +745,7 @@ def _convert(task: ExportTask, folder: Path) -> dict[str, Any]:
 def _finish(task: ExportTask, component: Component) -> Finish | None:
     """How the engine of a component is built; None if its ONNX file is served."""
     if task.target:
-        return functools.partial(_build, task.shapes, task.target)
+        return functools.partial(_build_quantized if task.is_quantized(component) else _build, task, task.target)
     return functools.partial(_quantize, task) if task.is_quantized(component) else None
 
 
@@ -750,14 +762,29 @@ def _quantize(task: ExportTask, job: Job, report: Callable[[float], None]) -> Pa
     return quantize(component, dtype, job.onnx, calls, lambda share: report(0.5 + share / 2))
 
 
-def _build(shapes: Shapes, target: Target, job: Job, report: Callable[[float], None]) -> None:
+def _build_quantized(task: ExportTask, target: Target, job: Job, report: Callable[[float], None]) -> Parity:
+    """Let a component's ONNX file state what is computed in eight bits, then replace it with its plan."""
+    from hypergen_export.engines.accuracy import check_error
+    from hypergen_export.engines.qdq import quantize_graph
+    from hypergen_export.engines.ranges import measure_ranges
+
+    component, dtype = job.component, task.request.dtype
+    # Generating the images takes about half of the time.
+    ranges = measure_ranges(task.checkpoint, component, dtype, lambda share: report(share / 2))
+    parity = check_error(component, dtype, ranges.error)
+    quantize_graph(component, job.onnx, dtype, ranges.magnitudes)
+    _build(task, target, job, lambda share: report(0.5 + share / 2))
+    return parity
+
+
+def _build(task: ExportTask, target: Target, job: Job, report: Callable[[float], None]) -> None:
     """Replace a component's ONNX file with its plan and the plan's record."""
     build = Build(
         name=job.component.name,
         onnx=job.onnx,
-        dtype=job.dtype,
+        dtype=task.request.dtype if task.is_quantized(job.component) else job.dtype,
         plan=job.onnx.with_name(TENSORRT.file),
-        profiles=profiles(job.component, shapes),
+        profiles=profiles(job.component, task.shapes),
         target=target,
     )
     write_plan_record(build, build_plan(build, report))

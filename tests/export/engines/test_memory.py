@@ -50,6 +50,14 @@ def test_a_published_checkpoint_has_its_weights_and_activations(
     assert found["transformer"].weights == pytest.approx(2 * 6.15e9, rel=0.005)
     assert found["transformer"].activations == pytest.approx(1_033_852_416, rel=0.1)
     assert found["vae_decoder"].activations == pytest.approx(1_350_434_304, rel=0.1)
+    eight = needs(replace(model, dtype="fp8"), (1024, 1024))
+    # Its modulation, embedders and last layer are 2 % of it.
+    assert eight["transformer"].weights == pytest.approx(1.02 * 6.15e9, rel=0.01)
+    assert replace(eight["transformer"], dtype="bfloat16", weights=found["transformer"].weights) == found["transformer"]
+    assert {name: need.dtype for name, need in eight.items()} == {
+        **dict.fromkeys(found, "bfloat16"),
+        "transformer": "fp8",
+    }
 
 
 def test_layers_that_are_not_used_do_not_count(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> None:

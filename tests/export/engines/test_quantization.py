@@ -19,10 +19,11 @@ import pytest
 import torch
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hypergen_export.checkpoints.components import INT4_WEIGHTS, INT8, INT8_WEIGHTS, QUANTIZED
+from hypergen_export.checkpoints.components import INT4_WEIGHTS, INT8, INT8_WEIGHTS
 from hypergen_export.conversion.parity import Parity
-from hypergen_export.engines import calibration, quantization
-from hypergen_export.engines.quantization import TOLERANCES, Calls, is_listed, quantize, require_nncf
+from hypergen_export.engines import calibration
+from hypergen_export.engines.accuracy import TOLERANCES, check_error, relative_error
+from hypergen_export.engines.quantization import Calls, quantize, require_nncf
 from hypergen_export.errors import BadOptionError, MissingDependencyError, ParityMissedError
 from hypergen_export.repository.config_pbtxt import read_config
 from hypergen_export.repository.export import ExportRequest, ExportResult, export
@@ -136,7 +137,7 @@ def test_an_export_in_int8_quantises_the_unet_and_takes_over_the_rest(int8: Int8
     assert export(int8.request) == ExportResult(), "calibrated once"
 
 
-@pytest.mark.parametrize("dtype", QUANTIZED)
+@pytest.mark.parametrize("dtype", BITS)
 def test_a_quantised_unet_is_near_float32_and_small(dtype: str, quantized: Quantized) -> None:
     file, parity = quantized(dtype)
     print(f"{dtype}: {parity.difference:.4f}")
@@ -146,11 +147,11 @@ def test_a_quantised_unet_is_near_float32_and_small(dtype: str, quantized: Quant
     assert kinds.count(BITS[dtype]) > 10
 
 
-@pytest.mark.parametrize("dtype", QUANTIZED)
+@pytest.mark.parametrize("dtype", BITS)
 def test_the_layers_that_a_family_lists_keep_their_weights(dtype: str, quantized: Quantized) -> None:
     kinds = weights(quantized(dtype)[0])
     named = {name.removeprefix("unet."): kind for name, kind in kinds.items() if name.endswith(".weight")}
-    listed = {name: kind for name, kind in named.items() if is_listed(UNET, name)}
+    listed = {name: kind for name, kind in named.items() if UNET.keeps(name, dtype)}
     assert {"conv_in.weight", "conv_out.weight"} <= listed.keys()
     assert set(listed.values()) == {"f32"}
 
@@ -188,15 +189,15 @@ def test_a_transformers_weights_have_four_bits(
 @pytest.mark.parametrize("difference", [0.4, math.nan])
 def test_a_model_that_loses_too_much_is_refused(difference: float) -> None:
     with pytest.raises(ParityMissedError, match=r"^unet: in int4-weights it differs from float32 by .* limit is 0.3"):
-        quantization._check(UNET, INT4_WEIGHTS, difference)
+        check_error(UNET, INT4_WEIGHTS, difference)
 
 
 def test_the_error_is_that_of_the_worst_output_also_where_none_is_a_number() -> None:
     one, none = np.ones((2, 2), np.float32), np.zeros((2, 2), np.float32)
     expected = [[one, one], [one, one]]
-    assert quantization._relative_error(expected, [[one, one], [one, one * 2]]) == math.sqrt(0.5)
-    assert math.isnan(quantization._relative_error(expected, [[one, one], [one, one * math.nan]]))
-    assert quantization._relative_error([[none]], [[none]]) == 0
+    assert relative_error(expected, [[one, one], [one, one * 2]]) == math.sqrt(0.5)
+    assert math.isnan(relative_error(expected, [[one, one], [one, one * math.nan]]))
+    assert relative_error([[none]], [[none]]) == 0
 
 
 def test_without_nncf_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,8 +211,7 @@ def test_without_nncf_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch
     [
         ("sd-1", {"lora_rank": 8}, r"^--lora-rank, --lora-dir: not with --dtype int8"),
         ("sd-1", {"deep_cache": True}, r"^--deep-cache: not with --dtype int8"),
-        ("sd-1", {"engine": "tensorrt"}, r"^--dtype int8: tensorrt supports float32, float16, bfloat16$"),
-        ("sd-inpainting", {}, r"^--dtype int8: not for stable-diffusion-inpainting models: choose int8-weights or"),
+        ("sd-inpainting", {}, r"^--dtype int8: not for stable-diffusion-inpainting models; openvino serves them in fl"),
     ],
 )
 def test_what_it_cannot_be_combined_with_is_refused(

@@ -9,6 +9,7 @@ import pytest
 from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hypergen_export.checkpoints.hashes import ContentHashes
 from hypergen_export.checkpoints.lora import Lora, Placement, read_loras
+from hypergen_export.engines.tensorrt import Target
 from hypergen_export.repository import cache_key
 from hypergen_export.repository.cache_key import component_key, plan_key, pool_parts, repository_key, tokenizer_key
 from hypergen_export.repository.export import ExportRequest, ExportTask
@@ -155,10 +156,14 @@ def test_a_plan_with_a_pool_depends_on_the_loras_and_on_what_reads_them(
     assert all(name in names for name in ("lora.py", "lora_changes.py", "layer_names.py"))
 
 
-def test_an_int8_unet_depends_on_all_that_its_calls_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["openvino", "tensorrt"])
+def test_an_int8_unet_depends_on_all_that_its_calls_do(engine: str, tmp_path: Path) -> None:
+    target = Target(library="tensorrt", version="10.3", gpu="A10", compute_capability="8.6")
+
     def key(folder: Path) -> str:
-        request = ExportRequest(model=str(folder), output=tmp_path / "out", dtype="int8")
-        task = ExportTask(open_checkpoint(str(folder)), request, PreviousExport(request.output, {}), (), None)
+        request = ExportRequest(model=str(folder), output=tmp_path / "out", engine=engine, dtype="int8")
+        previous, built = PreviousExport(request.output, {}), target if engine == "tensorrt" else None
+        task = ExportTask(open_checkpoint(str(folder)), request, previous, ((64, 64),) if built else (), built)
         return task.keys["unet"]
 
     painter = save_miniature(tmp_path / "painter", family="sdxl", scheduler={"timestep_spacing": "trailing"})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypergen_export.checkpoints.components import BYTE, FLOAT, INT, WEIGHTS_ONLY, Component, Tensor
+from hypergen_export.checkpoints.components import BYTE, FLOAT, FP8, INT, WEIGHTS_ONLY, Component, Tensor
 
 LATENTS = ("latent_channels", "latent_height", "latent_width")
 IMAGE = Tensor(name="image", dtype=BYTE, axes=("height", "width", 3), example="pixel")
@@ -96,7 +96,7 @@ _KEPT_LAYERS = {
 }
 
 
-# Of a transformer's layers: what embeds and modulates, and the last one.
+# Of a transformer's layers: what embeds, and the last one with what modulates it.
 _UNQUANTIZED = (
     r"all_final_layer\.",
     r"all_x_embedder\.",
@@ -112,6 +112,13 @@ _UNQUANTIZED = (
     r"txt_in\.",
     r"x_embedder\.",
 )
+# What modulates the blocks: a quarter of FLUX.1's weights.
+_MODULATION = (
+    r".*\.adaLN_modulation\.",
+    r".*\.(img|txt)_mod\.",
+    r".*\.norm(1|1_context)?\.linear\.",
+    r"(double|single)_stream_modulation",
+)
 
 
 def transformer(loader: str, *conditions: Tensor, wrapper: str) -> Component:
@@ -126,6 +133,7 @@ def transformer(loader: str, *conditions: Tensor, wrapper: str) -> Component:
         tolerance=TOLERANCE,
         is_typed=True,
         kept_layers=_KEPT_LAYERS,
-        quantized=WEIGHTS_ONLY,
+        quantized=(FP8, *WEIGHTS_ONLY),
         unquantized=_UNQUANTIZED,
+        modulation=_MODULATION,
     )
