@@ -28,6 +28,7 @@ from hypergen_export.checkpoints.components import INT8, INT8_WEIGHTS, Component
 from hypergen_export.conversion.linking import checkpoint_name
 from hypergen_export.conversion.parity import Parity
 from hypergen_export.engines.accuracy import Array, check_error, relative_error
+from hypergen_export.engines.engine import is_in_bfloat16
 from hypergen_export.engines.tensorrt import onnx_files
 from hypergen_export.errors import ConversionError, MissingDependencyError, first_line
 
@@ -77,7 +78,8 @@ def quantize(component: Component, dtype: str, onnx: Path, calls: Calls, report:
         raise ConversionError(f"{component.name}: NNCF failed ({first_line(error)})") from error
     for file in onnx_files(onnx):
         file.unlink()
-    difference = relative_error(expected, _outputs(component, quantized, "bf16", calls.held_out))
+    precision = "bf16" if is_in_bfloat16(component, dtype) else "f32"
+    difference = relative_error(expected, _outputs(component, quantized, precision, calls.held_out))
     return check_error(component, dtype, difference)
 
 

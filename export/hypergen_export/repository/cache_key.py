@@ -25,6 +25,7 @@ _POOLING = ("conversion/pooling.py", "conversion/layer_names.py")
 _QUANTIZATION = (
     "engines/accuracy.py",
     "engines/calibration.py",
+    "engines/engine.py",
     "engines/formats.py",
     "engines/qdq.py",
     "engines/quantization.py",

@@ -10,7 +10,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from hypergen_export.checkpoints.components import Component, Tensor
-from hypergen_export.engines.engine import ENGINES, Size, model_file
+from hypergen_export.engines.engine import ENGINES, Size, is_in_bfloat16, model_file
 from hypergen_export.engines.profiles import Graph, Shapes, graphs, input_shapes, largest_batch, profiles, typical_batch
 
 
@@ -60,9 +60,7 @@ def _configure_openvino(config: Any, component: Component, options: EngineOption
         config.dynamic_batching.SetInParent()
     config.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=1)
     # A file that is typed in bfloat16 is computed as it is typed: the hint would round the float32 parts of its graph.
-    # What is not quantised is computed in bfloat16.
-    is_typed = component.is_typed and not component.is_quantized(options.dtype)
-    bf16 = "YES" if options.dtype != "float32" and not is_typed else "NO"
+    bf16 = "YES" if is_in_bfloat16(component, options.dtype) else "NO"
     _set_parameters(config, {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "HINT_BF16": bf16})
     if not any("height" in tensor.axes for tensor in component.inputs):
         _add_warm_up(config, component, options)

@@ -133,7 +133,7 @@ def test_an_export_in_int8_quantises_the_unet_and_takes_over_the_rest(int8: Int8
     assert re.fullmatch(r"unet in int8 differs from float32 by 0\.\d+ of its output \(limit 0\.15\)", told)
     config = read_config((int8.unet / "config.pbtxt").read_text())
     assert config.default_model_filename == "model.xml"
-    assert config.parameters["HINT_BF16"].string_value == "YES"
+    assert config.parameters["HINT_BF16"].string_value == "NO"
     assert export(int8.request) == ExportResult(), "calibrated once"
 
 
