@@ -77,6 +77,7 @@ VALUE_SETS: dict[str, dict[str, Any]] = {
             "nodeSelector": {"kubernetes.io/arch": "amd64"},
             "tolerations": [{"key": "edge", "operator": "Exists"}],
             "affinity": {"nodeAffinity": AFFINITY},
+            "service": {"sticky": True},
         },
         "triton": {"env": [{"name": "NVIDIA_VISIBLE_DEVICES", "value": "all"}]},
         "export": {
@@ -460,6 +461,14 @@ def test_triton_is_probed_for_its_models(manifests: dict[str, list[dict[str, Any
     }
     startup = triton["startupProbe"]
     assert startup["periodSeconds"] * startup["failureThreshold"] == 900
+
+
+def test_a_client_stays_with_its_gateway_only_where_that_is_asked_for(
+    manifests: dict[str, list[dict[str, Any]]],
+) -> None:
+    affinities = {name: one(documents, "Service", "gateway")["spec"] for name, documents in manifests.items()}
+    assert affinities["k3s behind a proxy"]["sessionAffinity"] == "ClientIP"
+    assert "sessionAffinity" not in affinities["defaults"]
 
 
 def test_running_images_are_finished_before_a_stop(manifests: dict[str, list[dict[str, Any]]]) -> None:

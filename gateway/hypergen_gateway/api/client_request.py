@@ -64,8 +64,9 @@ def to_client_request(
     Raises:
         InvalidRequestError: a field is beyond the model's limits, or the idempotency key is malformed.
     """
-    sub_requests = split(to_generation_request(body, model), init_images, requested_size(body))
     client = read_client(headers)
+    generation = to_generation_request(body, model, _seed(body, client))
+    sub_requests = split(generation, init_images, requested_size(body))
     return ClientRequest(
         sub_requests=sub_requests,
         model=model,
@@ -91,11 +92,10 @@ def init_image_options(body: RequestBody, model: ModelDescription) -> InitImageO
     )
 
 
-def to_generation_request(body: RequestBody, model: ModelDescription) -> GenerationRequest:
-    """What the backend is asked for, before it is split by init images."""
+def to_generation_request(body: RequestBody, model: ModelDescription, seed: int) -> GenerationRequest:
+    """What the backend is asked for, before it is split by init images; `seed` is that of the first image."""
     size = requested_size(body)
     width, height = (model.default_width, model.default_height) if size is None else nearest_size(size, model)
-    seed = secrets.randbelow(_RANDOM_SEEDS - body.n) if body.seed in (None, -1) else body.seed
     scheduler, sigmas = scheduler_of(body.scheduler)
     names, scales = requested_loras(body, model)
     generation = GenerationRequest(
@@ -118,6 +118,21 @@ def to_generation_request(body: RequestBody, model: ModelDescription) -> Generat
     )
     check_limits(generation, body, model)
     return generation
+
+
+def _seed(body: RequestBody, client: Client) -> int:
+    """The requested seed, or a random one; that of an idempotency key follows from it.
+
+    So a retry gets the same images from a gateway that does not know of the first attempt: from another one, or from
+    this one after a restart.
+    """
+    if body.seed is not None and body.seed != -1:
+        return body.seed
+    seeds = _RANDOM_SEEDS - body.n
+    if client.idempotency_key is None:
+        return secrets.randbelow(seeds)
+    digest = hashlib.sha256(f"{client.owner}\n{client.idempotency_key}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") % seeds
 
 
 def _num_inference_steps(body: RequestBody, model: ModelDescription) -> int:

@@ -22,12 +22,13 @@ from support.fake_backend import MODEL
 
 
 def generation(served: ModelDescription = MODEL, **fields: Any) -> GenerationRequest:
-    return to_generation_request(validate({"prompt": "a fox"} | fields, ImageRequest, served), served)
+    (sub_request,) = client_request(served, **fields).sub_requests
+    return sub_request.generation
 
 
-def client_request(**fields: Any) -> ClientRequest:
-    body = validate({"prompt": "a fox"} | fields, ImageRequest, MODEL)
-    return to_client_request(body, [], MODEL, Headers(), "/v1/images/generations")
+def client_request(served: ModelDescription = MODEL, **fields: Any) -> ClientRequest:
+    body = validate({"prompt": "a fox"} | fields, ImageRequest, served)
+    return to_client_request(body, [], served, Headers(), "/v1/images/generations")
 
 
 def test_what_is_absent_comes_from_the_model() -> None:
@@ -252,7 +253,7 @@ def test_loras_are_asked_for_by_name_at_their_scales(fields: dict[str, Any], exp
 )
 def test_a_prompt_may_name_loras(prompt: str, rest: str, expected: dict[str, float]) -> None:
     body = with_prompt_loras(validate({"prompt": prompt}, ImageRequest, WITH_LORAS))
-    made = to_generation_request(body, WITH_LORAS)
+    made = to_generation_request(body, WITH_LORAS, 0)
     assert made.prompt == rest
     assert dict(zip(made.lora, made.lora_scale, strict=True)) == expected
 

@@ -110,18 +110,18 @@ def test_the_load_of_an_image_is_the_mean_over_its_steps(fields: dict[str, Any],
     """With time a line over load, requests of unequal steps then tell the truth, and are told it."""
     model = replace(MODEL, max_cache_interval=10, max_skip_layer_guidance_scale=10.0)
     body = validate({"prompt": "a fox"} | fields, ImageRequest, model)
-    assert load_of(to_generation_request(body, model), model) == pytest.approx(load)
+    assert load_of(to_generation_request(body, model, 0), model) == pytest.approx(load)
 
 
 def test_guidance_inside_the_unet_adds_no_row() -> None:
     model = replace(MODEL, guidance="embedded")
-    generation = to_generation_request(ImageRequest(prompt="a fox", guidance_scale=8.0), model)
+    generation = to_generation_request(ImageRequest(prompt="a fox", guidance_scale=8.0), model, 0)
     assert load_of(generation, model) == 1.0
 
 
 def test_a_step_works_on_references_as_on_the_image_and_on_a_masked_image_twice() -> None:
     model = replace(MODEL, max_references=4)
-    generation = to_generation_request(ImageRequest(prompt="a fox", guidance_scale=1.0), model)
+    generation = to_generation_request(ImageRequest(prompt="a fox", guidance_scale=1.0), model, 0)
     sizes = np.array([[48, 64], [96, 64]], dtype=np.int32)
     assert load_of(replace(generation, reference_sizes=sizes), model) == 1.0 + 1.0 + 2.0
     masked = replace(generation, mask=np.zeros((48, 64), dtype=np.uint8))
