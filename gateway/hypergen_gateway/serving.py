@@ -191,17 +191,18 @@ async def connected(options: TritonOptions, request_timeout: float) -> AsyncIter
 
 @contextlib.asynccontextmanager
 async def _embedded(options: TritonOptions) -> AsyncIterator[EmbeddedTriton]:
-    # Report a missing Triton before an export that may take long.
     find_installation()
     # Imported here, as a gateway in front of an external Triton is installed without these dependencies.
     try:
-        from hypergen_gateway.embedded.supervisor import embedded_triton
+        from hypergen_gateway.embedded.supervisor import embedded_triton, prepare_machine
     except ImportError as error:
         raise EmbeddedError(
             f"The embedded Triton needs {error.name}: pip install 'hypergen-triton[all]', or use --triton-url."
         ) from error
 
     assert options.export is not None
+    # Report what Triton lacks before an export that may take long.
+    prepare_machine()
     repository = await find_repository(options.model, options.export)
     began = time.monotonic()
     console.info("Starting Triton …")

@@ -26,6 +26,8 @@ from hypergen_gateway.embedded.installation import Installation
 
 PREFIX = "hypergen-triton-"
 SHARED_MEMORY = Path("/dev/shm")
+# At its start, each model's process takes 1 MiB of it, and a model has up to eight; tensors come on top.
+LEAST_SHARED_MEMORY = 8 * 2**20
 KILL_SECONDS = 5.0
 OWN_BACKENDS = Path(__file__).parent / "backends"
 OWN_FOLDERS_FIRST = Path(__file__).with_name("own_folders_first.py")
@@ -228,6 +230,20 @@ def _kill_processes(run_folder: Path) -> None:
             if process.name().startswith(PROCESS_NAMES) and any(str(run_folder) in each for each in process.cmdline()):
                 process.kill()
                 process.wait(KILL_SECONDS)
+
+
+def check_shared_memory() -> None:
+    """Raise EmbeddedError if there is too little shared memory for a Triton to start."""
+    try:
+        status = os.statvfs(SHARED_MEMORY)
+        free = status.f_bavail * status.f_frsize
+    except FileNotFoundError:
+        free = 0
+    if free < LEAST_SHARED_MEMORY:
+        raise EmbeddedError(
+            f"Triton needs at least {LEAST_SHARED_MEMORY / 2**20:.0f} MiB of shared memory, and {SHARED_MEMORY} has "
+            f"{free / 2**20:.1f} MiB left: enlarge it, for a container with --shm-size=1g."
+        )
 
 
 def remove_shared_memory(run_folder: str) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from hypergen_gateway.concurrency import cancel
 from hypergen_gateway.embedded.errors import EmbeddedError, TritonCrashedError
-from hypergen_gateway.embedded.installation import find_installation
-from hypergen_gateway.embedded.run_folder import remove_abandoned
+from hypergen_gateway.embedded.installation import Installation, find_installation
+from hypergen_gateway.embedded.run_folder import check_shared_memory, remove_abandoned
 from hypergen_gateway.embedded.server import Launch, TritonServer, answers, free_ports, triton_client
 from hypergen_gateway.embedded.watchdog import LOOK_SECONDS, PROBE_SECONDS, Watchdog
 
@@ -33,14 +33,25 @@ async def embedded_triton(model_repository: Path, start_timeout: float = 600.0) 
     Raises:
         EmbeddedError: Triton cannot be found, started or made ready within `start_timeout` seconds.
     """
-    installation = find_installation()
-    remove_abandoned()
+    installation = prepare_machine()
     triton = EmbeddedTriton(Launch(installation, model_repository, free_ports()), start_timeout)
     try:
         await triton.start()
         yield triton
     finally:
         await triton.stop()
+
+
+def prepare_machine() -> Installation:
+    """Remove what killed gateways left behind, and return the Triton that can be started.
+
+    Raises:
+        EmbeddedError: Triton is not installed, or there is too little shared memory.
+    """
+    installation = find_installation()
+    remove_abandoned()
+    check_shared_memory()
+    return installation
 
 
 class EmbeddedTriton:

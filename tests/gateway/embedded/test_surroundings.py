@@ -11,6 +11,8 @@ import os
 import re
 import shutil
 import stat
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,6 +32,7 @@ from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.embedded.installation import find_installation
 from hypergen_gateway.embedded.server import STANDSTILL_SECONDS, Launch, TritonServer, free_ports
 from hypergen_gateway.embedded.supervisor import embedded_triton
+from support.running_server import free_port
 
 MODEL = """
 import json, os, sys
@@ -264,6 +267,21 @@ class TestTemporaryFolder:
 
         run(make_repository(tmp_path / "repository"), look)
         assert seen_file.exists()
+
+
+def test_too_little_shared_memory_is_said_before_an_export(tmp_path: Path) -> None:
+    """Docker gives 64 MB, and some platforms less."""
+    cache, script = tmp_path / "cache", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
+    private = ["unshare", "--mount", "--propagation", "private", "sh", "-c"]
+    if problem := subprocess.run([*private, script, "sh", "true"], capture_output=True, text=True).stderr:
+        pytest.skip(problem)
+    serve = [sys.executable, "-m", "hypergen_gateway", "serve", "--port", str(free_port()), "--cache-dir", str(cache)]
+    done = subprocess.run([*private, script, "sh", *serve], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("Error: "))
+    assert "8 MiB of shared memory, and /dev/shm has 1.0 MiB left" in line
+    assert "--shm-size" in line
+    assert not list(cache.glob("emoji*"))
 
 
 def crash_at_start(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
