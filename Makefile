@@ -7,13 +7,14 @@
 # make audit             hold the installed packages against the known advisories
 # make bench             this project beside HyperGen 0.1 (PyTorch) and others on this machine; ARGS=--quick is shorter
 # make clients           run client libraries, each in an environment of its own, against the shipped model
+# make installs          install and serve in the ways that people have, each from nothing, as root; a quarter of an hour
 # make clean             remove .venv/ and whatever was built
 #
 # ARGS is passed on:     make serve ARGS="--port 9000"        make test ARGS="-k batching"
 # PYTHON is the Python:  make serve PYTHON=/usr/bin/python3.12 (3.10, 3.11 or 3.12)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev serve test quick check production-check images audit bench clients clean
+.PHONY: help setup setup-dev serve test quick check production-check images audit bench clients installs clean
 
 # The first of those that the embedded Triton runs on, 3.11 as the project is developed with it.
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.10 python3; do \
@@ -66,6 +67,9 @@ clients: setup-dev
 	@command -v npm >/dev/null || PYTHON="$(PYTHON)" sh .ci/system-packages nodejs npm
 	@command -v javac >/dev/null || PYTHON="$(PYTHON)" sh .ci/system-packages default-jdk-headless
 	@$(BIN)/python tests/clients/check.py $(ARGS)
+
+installs: setup-dev
+	@$(BIN)/python tests/installs/check.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,25 +101,41 @@ def start_server(
 ) -> Server:
     """Start `hypergen serve` and wait until it answers, and until it is ready to generate unless told otherwise."""
     port = free_port()
-    process = subprocess.Popen(
+    process = start_process(
         [HYPERGEN, "serve", *([model] if model else []), "--host", "127.0.0.1", "--port", str(port), *arguments],
-        env={**os.environ, **({"HYPERGEN_API_KEY": key} if key else {}), **(environment or {})},
+        {**os.environ, **({"HYPERGEN_API_KEY": key} if key else {}), **(environment or {})},
+    )
+    server = Server(process, port, model)
+    wait_for_server(server, "/health/ready" if ready else "/health/live")
+    return server
+
+
+def start_process(
+    command: Sequence[str], environment: Mapping[str, str], folder: Path | None = None
+) -> subprocess.Popen[str]:
+    """A command for `Server`, whose output is read; in this process's folder, or another."""
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    server = Server(process, port, model)
+
+
+def wait_for_server(server: Server, path: str = "/health/ready") -> None:
+    """Read what a server that has just been started says, and wait until `path` answers with 200; else end it."""
     threading.Thread(target=_collect, args=(server,), daemon=True).start()
     try:
         server.wait_until(lambda: any("Serving " in line for line in server.lines), 180, "serving")
-        server.wait_until(lambda: _answers(server, "/health/ready" if ready else "/health/live"), 10, "answering")
+        server.wait_until(lambda: _answers(server, path), 10, "answering")
     except BaseException:
         # Nobody else knows of it. In order, as its Triton would live on with it.
-        if process.poll() is None:
+        if server.process.poll() is None:
             stop_server(server)
         raise
-    return server
 
 
 def _collect(server: Server) -> None:
