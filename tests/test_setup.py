@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 from hypergen_gateway.embedded.errors import EmbeddedError
@@ -116,6 +117,14 @@ def test_tests_run_without_what_cannot_be_installed_but_in_ci(debian: Path, ci: 
     assert not (debian / "asked").exists()
 
 
+@pytest.mark.parametrize("name", ["chromium", "chromium-browser", "google-chrome"])
+def test_any_chromium_that_the_tests_find_is_enough(debian: Path, name: str) -> None:
+    """Ubuntu has none as a Debian package, and its machines in CI have Chrome."""
+    program(debian, "id", "echo 1000")
+    program(debian, name, "")
+    assert "chromium" not in run_script("test-tools", debian).stdout
+
+
 def test_a_reason_to_skip_is_said_once() -> None:
     def skipped(reason: str) -> pytest.TestReport:
         where = ("tests/x.py", 1, f"Skipped: {reason}")
@@ -162,3 +171,28 @@ def test_ci_runs_the_readme_s_commands() -> None:
     assert "make check" in script
     assert "make test" in script
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+def test_workflows_fit_their_schema() -> None:
+    check = Path(sys.executable).with_name("check-jsonschema")
+    done = subprocess.run(
+        [check, "--builtin-schema", "vendor.github-workflows", *WORKFLOWS], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow: workflow.stem)
+def test_workflows_run_what_is_there_with_a_limit_and_may_write_nothing(workflow: Path) -> None:
+    description = yaml.safe_load(workflow.read_text())
+    assert description["permissions"] == {"contents": "read"}
+    (job,) = description["jobs"].values()
+    assert job["timeout-minutes"] <= 90
+    command = job["steps"][-1]["run"]
+    for target in job.get("strategy", {}).get("matrix", {}).get("target", []):
+        assert command.endswith(" make ${{ matrix.target }}")
+        subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, check=True)
+    if "strategy" not in job:
+        assert command.endswith(" CI=true .ci/run")
