@@ -40,7 +40,8 @@ class Command:
         return [*self.words, f"ARGS={' '.join(options)}"] if self.by_make else [*self.words, *options]
 
     def variables(self) -> dict[str, str]:
-        return {**os.environ, **self.environment}
+        # Bytecode is written, as on its users' machines: uv installs none, and a start would compile torch each time.
+        return {**os.environ, "PYTHONDONTWRITEBYTECODE": "", **self.environment}
 
 
 def serve_an_image(command: Command, references: References) -> float:
