@@ -7,7 +7,7 @@
 # make audit             hold the installed packages against the known advisories
 # make bench             this project beside HyperGen 0.1 (PyTorch) and others on this machine; ARGS=--quick is shorter
 # make clients           run client libraries, each in an environment of its own, against the shipped model
-# make installs          install and serve in the ways that people have, each from nothing, as root; a quarter of an hour
+# make installs          install and serve in the ways that people have, each from nothing, as root
 # make clean             remove .venv/ and whatever was built
 #
 # ARGS is passed on:     make serve ARGS="--port 9000"        make test ARGS="-k batching"

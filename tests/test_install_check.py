@@ -1,4 +1,4 @@
-"""The parts of `make installs`: what counts as refused and as left behind, and a row of its table."""
+"""The parts of `make installs`: what counts as refused and as left behind, and the page with its table."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.environments import ToolError
-from installs.check import Result, Way, row
+from installs.check import WAYS, Result, Way, row
 from installs.places import find_python, python_for, torch_release
 from installs.serving import Command, check_nothing_is_left, refusal
 
 ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs/installs.md").read_text(encoding="utf-8")
 
 
 def command(script: str) -> Command:
@@ -66,3 +67,9 @@ def test_a_row_says_what_came_of_a_way() -> None:
     assert row(way, Result(61.2, 9.6)) == "| wheel | by pip | an image | 61 s | 10 s |"
     assert row(way, Result(outcome="refused in one line")) == "| wheel | by pip | refused in one line | – | – |"
     assert row(way, None) == "| wheel | by pip | fails |  |  |"
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+def test_the_page_has_each_way_with_what_came_of_it(way: Way) -> None:
+    (line,) = [line for line in PAGE.splitlines() if line.startswith(f"| {way.name} | {way.words} |")]
+    assert "fails" not in line
