@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,21 @@ from hypergen_sampler.lora import LoraSelection, ServedLora, pool_scales
 from support.loras import RANK, lora_weights, save_by_diffusers, save_by_kohya
 from support.parity import Sampler, by_diffusers, held, request_of, sampler_of
 from support.pipelines import pipeline_of
+from support.transformer_pipelines import image_by_diffusers
 
 pytestmark = pytest.mark.claim("families")
 
 NAMES = ("ink", "clay", "oil")
+# Family -> what its LoRAs change: the denoiser, and all text encoders that can have a rank pool.
+CHANGED = {
+    "sd-1": ("unet", "text_encoder"),
+    "sdxl": ("unet", "text_encoder", "text_encoder_2"),
+    "flux1-dev": ("transformer", "text_encoder"),
+    "flux2-klein": ("transformer",),
+    "stable-diffusion-3": ("transformer", "text_encoder", "text_encoder_2"),
+    "z-image": ("transformer",),
+    "qwen-image": ("transformer",),
+}
 
 
 def columns_of(name: str) -> tuple[int, ...]:
@@ -43,11 +54,14 @@ class Loras:
 
 
 def load(folder: Path, family: str, checkpoint: Path) -> Loras:
-    encoders = ["text_encoder", "text_encoder_2"] if family == "sdxl" else ["text_encoder"]
+    denoiser, *encoders = CHANGED[family]
+    others = lora_weights(checkpoint, denoiser, *encoders, seed=2)
     files = [
-        save_by_diffusers(folder / "ink", lora_weights(checkpoint, "unet", *encoders, seed=1)),
-        save_by_kohya(folder / "clay.safetensors", lora_weights(checkpoint, "unet", *encoders, seed=2), alpha=2.0),
-        save_by_diffusers(folder / "oil", lora_weights(checkpoint, "unet", seed=3)),
+        save_by_diffusers(folder / "ink", lora_weights(checkpoint, denoiser, *encoders, seed=1)),
+        save_by_kohya(folder / "clay.safetensors", others, alpha=2.0)
+        if denoiser == "unet"
+        else save_by_diffusers(folder / "clay", others),
+        save_by_diffusers(folder / "oil", lora_weights(checkpoint, denoiser, seed=3)),
     ]
     pipeline = pipeline_of(checkpoint)
     with warnings.catch_warnings():
@@ -81,17 +95,25 @@ def loras_of(checkpoint_of: Callable[[str], Path], tmp_path_factory: pytest.Temp
         ("sd-1", {"clay": -0.7}),
         ("sd-1", {"ink": 0.35, "clay": 0.8}),
         ("sdxl", {"ink": 0.5, "clay": -0.25, "oil": 1.3}),
+        ("flux1-dev", {"ink": 0.5, "clay": -0.25}),
+        ("flux2-klein", {"ink": 0.5, "clay": -0.25}),
+        ("stable-diffusion-3", {"ink": 0.5, "clay": -0.25}),
+        ("z-image", {"ink": 0.5, "clay": -0.25}),
+        ("qwen-image", {"ink": 0.5, "clay": -0.25}),
     ],
 )
 async def test_images_equal_set_adapters_of_diffusers(
     family: str, scales: dict[str, float], loras_of: Callable[[str], Loras]
 ) -> None:
     loras = loras_of(family)
-    request = request_of(guidance_scale=5.0, negative_prompt="a green cat", loras=loras.select(scales))
+    guided = {"guidance_scale": 1.0 if family == "flux2-klein" else 5.0}
+    if not family.startswith("flux"):
+        guided["negative_prompt"] = "a green cat"
+    request = request_of(**guided, loras=loras.select(scales))
     loras.pipeline.set_adapters(list(scales), list(scales.values()))
     ours = await loras.sampler.generate(request)
-    held(ours, by_diffusers(loras.pipeline, request))
-    plain, _ = await loras.sampler.generate(request_of(guidance_scale=5.0, loras=loras.select({})))
+    held(ours, (by_diffusers if "unet" in CHANGED[family] else image_by_diffusers)(loras.pipeline, request))
+    plain, _ = await loras.sampler.generate(replace(request, loras=loras.select({})))
     assert np.abs(plain - ours[0]).max() > 0.01 * np.abs(plain).max(), "the LoRAs change nothing"
 
 

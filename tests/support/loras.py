@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
 
 from hypergen_export.checkpoints.checkpoint import open_checkpoint
+from hypergen_export.conversion.layer_names import has_matrix
 from hypergen_export.conversion.loading import load_module
 
 RANK = 4
-# Linear layers and convolutions, of each kind of module.
+# Linear layers and convolutions, of each kind of module; of a transformer, all that it has.
 TARGETS = {
     "unet": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "conv1"],
     "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1"],
@@ -34,8 +35,13 @@ def lora_weights(checkpoint: Path, *modules: str, seed: int = 3) -> dict[str, We
 
 
 def save_by_diffusers(folder: Path, weights: dict[str, Weights], **config: Any) -> Path:
-    """As `save_lora_weights` writes it; `config` are entries of peft's LoraConfig, for the file's metadata."""
-    pipeline = StableDiffusionXLPipeline if "text_encoder_2" in weights else StableDiffusionPipeline
+    """As `save_lora_weights` writes it; `config` are entries of peft's LoraConfig, for the file's metadata.
+
+    Pipelines with a transformer write it alike.
+    """
+    pipeline: Any = StableDiffusionXLPipeline if "text_encoder_2" in weights else StableDiffusionPipeline
+    if "transformer" in weights:
+        pipeline = StableDiffusion3Pipeline
     layers = {f"{module}_lora_layers": layer for module, layer in weights.items()}
     metadata = {f"{module}_lora_adapter_metadata": config for module in weights} if config else {}
     pipeline.save_lora_weights(folder, **layers, **metadata)
@@ -87,7 +93,8 @@ def _load(checkpoint: Path, module: str) -> Any:
 
 
 def _random(model: Any, module: str) -> Weights:
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS[module], init_lora_weights=False)
+    targets = TARGETS.get(module) or [path for path, layer in model.named_modules() if has_matrix(layer)]
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, init_lora_weights=False)
     inject_adapter_in_model(config, model, "random")
     weights: Weights = get_peft_model_state_dict(model, adapter_name="random")
     return weights

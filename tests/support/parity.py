@@ -136,10 +136,9 @@ class Sampler:
 
     def encode(self, request: Request) -> Conditioning:
         tokens = self.tokenize(texts_of(request, self.architecture), request.prompt_weighting, request.clip_skip)
-        encoders = [text.encoder for text in self.architecture.text_inputs]
         answers = [
-            self.run(encoder, **with_lora_scales(given, request))
-            for encoder, given in zip(encoders, tokens.inputs, strict=True)
+            self.run(text.encoder, **with_lora_scales(given, text, request))
+            for text, given in zip(self.architecture.text_inputs, tokens.inputs, strict=True)
         ]
         return merge(answers, tokens, self.architecture)
 
@@ -186,7 +185,7 @@ def sampler_of(
     files = {text.tokenizer: folder / f"{text.tokenizer}.json" for text in checkpoint.family.text}
     for text in checkpoint.family.text:
         write_tokenizer(checkpoint, text, files[text.tokenizer])
-    parameters = checkpoint_parameters(checkpoint) | text_parameters(checkpoint, files)
+    parameters = checkpoint_parameters(checkpoint) | text_parameters(checkpoint, files, pool)
     table = checkpoint_schedulers(checkpoint, int(parameters["default_num_inference_steps"]))
     architecture = Architecture.from_model_config(model_config({**parameters, "max_reference_rows": "16"}))
     flow = {name: parameters[name] for name in ("flow_sigmas", "flow_shift")}

@@ -107,12 +107,8 @@ class LoraPool:
 
 # Beside the ONNX file of a component with a rank pool: the pool's weights.
 POOL_FILE = "lora_pool.safetensors"
-# The modules whose layers can have a rank pool.
-_POOLED = (
-    "diffusers.UNet2DConditionModel",
-    "transformers.CLIPTextModel",
-    "transformers.CLIPTextModelWithProjection",
-)
+# Beside denoisers, the modules whose layers can have a rank pool: the text encoders that trainers change.
+_POOLED_TEXT_ENCODERS = ("transformers.CLIPTextModel", "transformers.CLIPTextModelWithProjection")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,11 +158,14 @@ class Component:
         """This component with the LoRA merged, as a further model of the repository."""
         return replace(self, name=f"{self.name}.{lora.label}", wrapper=self.wrapper or self.name, lora=lora)
 
+    @property
+    def can_have_pool(self) -> bool:
+        """Whether its module's layers can have a rank pool."""
+        return self.is_denoiser or self.loader in _POOLED_TEXT_ENCODERS
+
     def with_pool(self, pool: LoraPool) -> Component:
         """This component with a rank pool, if its module can have one."""
-        if self.loader not in _POOLED:
-            return self
-        return replace(self, inputs=(*self.inputs, pool.scales), pool=pool)
+        return replace(self, inputs=(*self.inputs, pool.scales), pool=pool) if self.can_have_pool else self
 
     def is_quantized(self, dtype: str) -> bool:
         """Whether this component is quantised in an export in `dtype`."""

@@ -43,6 +43,7 @@ _PEFT_PREFIX = "base_model.model."
 # Prefix of a weight's name -> module.
 _MODULES = {
     "unet.": "unet",
+    "transformer.": "transformer",
     "text_encoder.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
     _PEFT_PREFIX: "unet",

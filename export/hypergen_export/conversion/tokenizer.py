@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint
+from hypergen_export.checkpoints.components import LoraPool
 from hypergen_export.checkpoints.defaults import text_padding
 from hypergen_export.checkpoints.family import TextInput
 from hypergen_export.errors import BadEmbeddingError, BrokenCheckpointError, ParityMissedError, first_line
@@ -86,8 +87,11 @@ def template_of(checkpoint: Checkpoint, text: TextInput) -> tuple[str, str]:
     return before, after
 
 
-def text_parameters(checkpoint: Checkpoint, files: dict[str, Path]) -> dict[str, str]:
-    """The sampler's parameters of the text encoders; `files` are the written tokenizers by name."""
+def text_parameters(checkpoint: Checkpoint, files: dict[str, Path], pool: LoraPool | None = None) -> dict[str, str]:
+    """The sampler's parameters of the text encoders, which may have a rank pool.
+
+    `files` are the written tokenizers by name.
+    """
     from tokenizers import Tokenizer
 
     inputs, room = [], []
@@ -101,7 +105,7 @@ def text_parameters(checkpoint: Checkpoint, files: dict[str, Path]) -> dict[str,
             {
                 "encoder": text.encoder,
                 "tokenizer": text.tokenizer,
-                "inputs": [tensor.name for tensor in encoder.inputs],
+                "inputs": [tensor.name for tensor in (encoder.with_pool(pool) if pool else encoder).inputs],
                 "outputs": [tensor.name for tensor in encoder.outputs],
                 "segment": text.segment,
                 "before": before,

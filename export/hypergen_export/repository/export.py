@@ -264,8 +264,6 @@ def _make_task(
     _check_loras(request, checkpoint)
     if request.deep_cache and checkpoint.family.denoiser.module != "unet":
         raise BadOptionError(f"--deep-cache: only for models with a UNet, and {request.model} has a transformer")
-    if request.lora_rank and checkpoint.family.denoiser.module != "unet":
-        raise BadOptionError(f"--lora-rank: only for models with a UNet, and {request.model} has a transformer")
     check_family(engine, request.dtype, checkpoint.family)
     if request.dtype in QUANTIZED:
         _check_quantized(request)
@@ -440,8 +438,8 @@ class ExportTask:
         return tuple(lora for lora in self.request.loras if not self._is_pooled(lora))
 
     def _is_pooled(self, lora: Lora) -> bool:
-        has_pool = self.checkpoint.family.denoiser.module == "unet" and self.request.dtype not in QUANTIZED
-        return has_pool and lora.is_low_rank
+        pooled = {each.module for each in self.checkpoint.family.components if each.can_have_pool}
+        return self.request.dtype not in QUANTIZED and lora.modules <= pooled and lora.is_low_rank
 
     @cached_property
     def hashes(self) -> ContentHashes:
@@ -658,7 +656,7 @@ def _write_configs(task: ExportTask, folder: Path) -> None:
     request = task.request
     template = (sampler_folder() / "config.pbtxt").read_text(encoding="utf-8")
     tokenizers = {name: folder / tokenizer_file(name) for name in task.checkpoint.family.tokenizers}
-    own = checkpoint_parameters(task.checkpoint) | text_parameters(task.checkpoint, tokenizers)
+    own = checkpoint_parameters(task.checkpoint) | text_parameters(task.checkpoint, tokenizers, task.pool)
     own |= _write_schedulers(task.checkpoint, int(own["default_num_inference_steps"]), folder)
     default_size = int(own["default_width"]), int(own["default_height"])
     options = EngineOptions(engine=request.engine, dtype=request.dtype, shapes=task.shapes, default_size=default_size)

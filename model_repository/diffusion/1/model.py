@@ -150,7 +150,7 @@ class TritonPythonModel:
         """The encoded texts: hidden states [T, L, D] and, for some families, pooled embeddings [T, P] or a mask."""
         text_inputs = self._architecture.text_inputs
         calls = [
-            self._encode_text(request.loras.model(text.encoder), with_lora_scales(given, request), text.outputs)
+            self._encode_text(request.loras.model(text.encoder), with_lora_scales(given, text, request), text.outputs)
             for text, given in zip(text_inputs, tokens.inputs, strict=True)
         ]
         return merge(await asyncio.gather(*calls), tokens, self._architecture)

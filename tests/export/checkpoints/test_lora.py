@@ -152,7 +152,6 @@ def test_the_names_of_the_weights_tell_what_it_changes(weights: list[str], modul
     ("weights", "problem"),
     [
         (["unet.conv_in.weight"], "not a LoRA: it contains unet.conv_in.weight"),
-        (["transformer.x.lora_A.weight"], "is not of a UNet or text encoder"),
         (["diffusion_model.double_blocks.0.x.lora_A.weight"], "is not of a UNet or text encoder"),
         (["text_encoders.t5xxl.transformer.x.lora_A.weight"], "is not of a UNet or text encoder"),
         (["lora_te3_x.lora_down.weight"], "is not of a UNet or text encoder"),

@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hypergen_sampler.lora import LORA_SCALES
 from hypergen_sampler.prompt_weights import Weights, WeightsOverflowError
 from hypergen_sampler.prompts import ATTENTION_MASK, EncoderInputs, Tokens
 from hypergen_sampler.references import REFERENCES, reference_tokens
-from hypergen_sampler.request import Architecture, InvalidInputError, Request
+from hypergen_sampler.request import Architecture, InvalidInputError, Request, TextInput
 
 Array = npt.NDArray[np.float32]
 Conditioning = Mapping[str, npt.NDArray[Any]]
@@ -33,7 +34,6 @@ TEXT_MASK = "text_mask"
 MASKED_IMAGE = "masked_image"
 # Of models that edit by instruction: the latents of the image to edit.
 IMAGE_LATENTS = "image_latents"
-LORA_SCALES = "lora_scales"
 # Whether a row leaves out the layers that skip-layer guidance is about.
 SKIP = "skip"
 
@@ -153,9 +153,9 @@ def _skip(_: Request, __: Architecture) -> npt.NDArray[np.int32]:
     return np.zeros(1, dtype=np.int32)
 
 
-def with_lora_scales(inputs: EncoderInputs, request: Request) -> EncoderInputs:
-    """A text encoder's inputs [B, …] with the scales [B, R] of the request's LoRAs, if there is a rank pool."""
-    if not request.loras.scales:
+def with_lora_scales(inputs: EncoderInputs, text: TextInput, request: Request) -> EncoderInputs:
+    """A text encoder's inputs [B, …] with the scales [B, R] of the request's LoRAs, if it has a rank pool."""
+    if LORA_SCALES not in text.inputs:
         return inputs
     rows = len(next(iter(inputs.values())))
     return {**inputs, LORA_SCALES: np.tile(np.array(request.loras.scales, dtype=np.float32), (rows, 1))}

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# The input of a component with a rank pool.
+LORA_SCALES = "lora_scales"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServedLora:

@@ -134,7 +134,7 @@ class _ChunkTokenizer:
         chunks = [self._chunks(prompt, weighting) for prompt in prompts]
         most = self._text.max_chunks
         return _ChunkedTexts(
-            names=self._text.inputs,
+            names=self._text.token_inputs,
             texts=[[self._row(chunk) for chunk in each[:most]] for each in chunks],
             own_tokens=[(_length(each[:most]), _length(each[most:])) for each in chunks],
             empty=_Chunk(self._empty, [1.0] * self.length, [_NO_PART] * self.length),
@@ -306,7 +306,7 @@ class _TemplateTokenizer:
         encodings = self._tokenizer.encode_batch(
             [f"{before}{self._concepts.spell_out(prompt)}{after}" for prompt in prompts]
         )
-        return _TemplateTexts(self._text.inputs, encodings, [self._count(each) for each in encodings])
+        return _TemplateTexts(self._text.token_inputs, encodings, [self._count(each) for each in encodings])
 
     def _count(self, encoding: Encoding) -> tuple[int, int]:
         read = _own_tokens(encoding)

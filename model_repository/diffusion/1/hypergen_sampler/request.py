@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hypergen_sampler.guidance import GUIDANCE
-from hypergen_sampler.lora import NO_LORAS, LoraSelection, ServedLora, pool_scales, read_loras
+from hypergen_sampler.lora import LORA_SCALES, NO_LORAS, LoraSelection, ServedLora, pool_scales, read_loras
 from hypergen_sampler.sinusoids import Sinusoid
 
 Pixels = npt.NDArray[np.uint8]
@@ -118,6 +118,11 @@ class TextInput:
     after: str
     max_chunks: int
     """Longer prompts are encoded in so many chunks, joined along the tokens; what does not fit into them is cut."""
+
+    @property
+    def token_inputs(self) -> tuple[str, ...]:
+        """The inputs that are made of a prompt's tokens."""
+        return tuple(name for name in self.inputs if name != LORA_SCALES)
 
 
 @dataclass(frozen=True, kw_only=True)
