@@ -51,7 +51,7 @@ def save_by_diffusers(folder: Path, weights: dict[str, Weights], **config: Any) 
 def save_by_kohya(file: Path, weights: dict[str, Weights], alpha: float) -> Path:
     """As kohya's trainer writes it: underscores for dots, and an alpha beside each pair."""
     first = "lora_te1_text_model_" if "text_encoder_2" in weights else "lora_te_text_model_"
-    prefixes = {"unet": "lora_unet_", "text_encoder": first, "text_encoder_2": "lora_te2_"}
+    prefixes = {"unet": "lora_unet_", "transformer": "lora_unet_", "text_encoder": first, "text_encoder_2": "lora_te2_"}
     renamed: Weights = {}
     for module, layers in weights.items():
         for name, tensor in layers.items():
@@ -60,6 +60,12 @@ def save_by_kohya(file: Path, weights: dict[str, Weights], alpha: float) -> Path
             renamed[f"{layer}.{pair.replace('lora_A', 'lora_down').replace('lora_B', 'lora_up')}.weight"] = tensor
             renamed[f"{layer}.alpha"] = torch.tensor(alpha)
     save_file(renamed, file)
+    return file
+
+
+def save_by_ai_toolkit(file: Path, transformer: Weights) -> Path:
+    """As AI-Toolkit writes what it trained, for ComfyUI."""
+    save_file({f"diffusion_model.{name}": tensor for name, tensor in transformer.items()}, file)
     return file
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from hypergen_export.checkpoints.components import Component, Sizes
+from hypergen_export.checkpoints.lora import T5
 
 Config = Mapping[str, Any]
 
@@ -144,6 +145,11 @@ class Family:
     def modules(self) -> dict[str, str]:
         """Subfolder of the checkpoint -> its class."""
         return {component.module: component.loader for component in self.components}
+
+    @property
+    def t5(self) -> str:
+        """The module that is a T5, if there is one."""
+        return next((module for module, loader in self.modules.items() if loader == "transformers.T5EncoderModel"), T5)
 
     @property
     def tokenizers(self) -> tuple[str, ...]:

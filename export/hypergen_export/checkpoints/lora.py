@@ -1,7 +1,8 @@
 """LoRA files: the option `--lora`, and the weights named in a file's header. Reads no tensors and imports no torch.
 
 Trainers name weights differently: diffusers and peft by the module's subfolder, peft alone (without knowledge of the
-pipeline) by its own prefix, kohya by a prefix per module. Merging is done in `conversion.merging`.
+pipeline) by its own prefix, kohya by a prefix per module, which is the same for UNets and transformers. Merging is done
+in `conversion.merging`.
 """
 
 from __future__ import annotations
@@ -38,33 +39,69 @@ _BASE_METADATA = ("ss_base_model_version", "modelspec.architecture")
 BUNDLED = "bundle_emb."
 # The name may have dots, and so may the token of a pickled embedding, which follows its key.
 _BUNDLED_PART = re.compile(r"bundle_emb\.(?P<name>.+?)\.(?P<key>string_to_param\..+|[^.]+)")
-# peft does not store which module it trained; a module trained alone is the UNet.
+# peft does not store which module it trained; a module trained alone is the denoiser.
 _PEFT_PREFIX = "base_model.model."
+# The UNet or the transformer, which the names of its layers tell.
+_DENOISER = "denoiser"
+# A text encoder whose place in the pipeline differs between families.
+T5 = "T5"
 # Prefix of a weight's name -> module.
 _MODULES = {
     "unet.": "unet",
     "transformer.": "transformer",
     "text_encoder.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
-    _PEFT_PREFIX: "unet",
-    "lora_unet_": "unet",
+    "text_encoder_3.": "text_encoder_3",
+    _PEFT_PREFIX: _DENOISER,
+    "lora_unet_": _DENOISER,
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
+    "lora_te3_": T5,
     # OneTrainer's own format.
+    "lora_transformer_": "transformer",
     "clip_l.": "text_encoder",
     "clip_g.": "text_encoder_2",
     # As ComfyUI saves them.
+    "diffusion_model.": _DENOISER,
     "text_encoders.clip_l.transformer.": "text_encoder",
     "text_encoders.clip_h.transformer.": "text_encoder",
     "text_encoders.clip_g.transformer.": "text_encoder_2",
+    "text_encoders.t5xxl.transformer.": T5,
+    # LyCORIS, around a denoiser of diffusers.
+    "lycoris_": _DENOISER,
 }
-# Likewise; transformers have the same prefix before other names.
-_COMFYUI_UNET = re.compile(
-    r"diffusion_model\.(?=(?:input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\.)"
+# Beginnings of the names of a UNet's layers, flattened: diffusers' and those of the original implementation.
+_UNET_LAYER = re.compile(
+    r"(down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks|time_embed|time_embedding|label_emb|"
+    r"add_embedding|conv_in|conv_out|out)(_|$)"
 )
-# diffusers' `save_attn_procs` names the UNet's layers without a prefix.
-_UNET_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
+# Of layers whose names have no prefix: as diffusers' `save_attn_procs` wrote a UNet's, and others a transformer's.
+_BARE_LAYER = re.compile(
+    r"(down_blocks|mid_block|up_blocks|transformer_blocks|single_transformer_blocks|double_blocks|single_blocks|"
+    r"joint_blocks|layers|noise_refiner|context_refiner)_"
+)
+_T5_LAYER = re.compile(r"(encoder_)?block_\d+_layer_\d+_")
+# Beginnings of the names of layers that only one kind of model has, flattened -> that kind.
+_BASES = {
+    re.compile(sign): base
+    for sign, base in {
+        r"joint_blocks_": "Stable Diffusion 3",
+        r"distilled_guidance_layer_": "Chroma",
+        r"txt_in_individual_token_refiner_|double_blocks_\d+_(img|txt)_mlp_fc\d": "HunyuanVideo",
+        r"double_blocks_\d+_(img|txt)_mod_|single_blocks_\d+_modulation_|vector_in_": "FLUX.1",
+        r"single_transformer_blocks_\d+_(proj_mlp|proj_out|norm_linear|attn_to_[qkv]$)": "FLUX.1",
+        r"(double|single)_stream_modulation_|transformer_blocks_\d+_ff_(context_)?linear_": "FLUX.2",
+        r"single_transformer_blocks_\d+_attn_to_(qkv_mlp_proj|out)": "FLUX.2",
+        r"(double|single)_blocks_\d": "FLUX.1 or FLUX.2",
+        r"transformer_blocks_\d+_(img|txt)_(mlp|mod)_": "Qwen-Image",
+        r"(noise_refiner|context_refiner|layers)_\d+_": "Z-Image or Lumina 2",
+        r"blocks_\d+_(self|cross)_attn_": "Wan",
+    }.items()
+}
+# Inputs of a UNet's cross-attention -> the kind of model.
+_CROSS_ATTENTION = re.compile(r".*_attn2_to_[kv]")
+_UNET_BASES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
 # Endings of weights' names by peft (which may include the adapter's name), kohya and diffusers.
 _ENDINGS = tuple(
     re.compile(rf"(?P<layer>.+?){ending}")
@@ -74,6 +111,7 @@ _ENDINGS = tuple(
         r"\.lora_(?P<part>magnitude_vector)(?:\.(?!weight$)(?P<adapter>[^.]+))?(?:\.weight)?",
         r"\.lora(?:_linear_layer)?\.(?P<part>down|up)\.weight",
         r"(?:\.processor)?(?P<projection>\.to_(?:q|k|v|out))_lora\.(?P<part>down|up)\.weight",
+        r"(?P<projection>\.processor\.(?:qkv|proj)_lora[12]?)\.(?P<part>down|up)\.weight",
         r"\.(?P<part>alpha)",
         # LyCORIS: low-rank Hadamard and Kronecker products, which are sums of products of a row and a column, too.
         r"\.(?P<part>hada_w[12]_[ab])",
@@ -108,11 +146,12 @@ _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """A LoRA file, its name in requests, and the scale at which it is merged."""
+    """A LoRA file, its name in requests, and the scale at which it is merged. `t5` is the model's T5, if it has one."""
 
     name: str
     file: Path
     scale: float = 1.0
+    t5: str = T5
 
     @property
     def label(self) -> str:
@@ -135,11 +174,25 @@ class Lora:
         return self._layers.get(module, {})
 
     @property
-    def stated_base(self) -> str:
-        """The kind of model that the file says it is made for, as trainers state it; empty if it says nothing."""
+    def made_for(self) -> str:
+        """The end of a message that the LoRA does not fit: for which kind of model it is; empty if nothing tells.
+
+        Raises BadLoraError.
+        """
         metadata = self._header.get("__metadata__", {})
         stated = next((str(metadata[key]) for key in _BASE_METADATA if metadata.get(key)), "")
-        return stated[:64] if stated.isprintable() else ""
+        if stated and stated.isprintable():
+            return f"; the file says that it is for {stated[:64]}"
+        return f"; its layers are those of {self._base}" if self._base else ""
+
+    @property
+    def _base(self) -> str:
+        """The kind of model that has such layers; empty if several have."""
+        for layer, parts in self.layers("unet").items():
+            if _CROSS_ATTENTION.match(flat(layer)) and "down" in parts:
+                return _UNET_BASES.get(self._shape(parts["down"])[1], "")
+        layers = [flat(layer) for layer in self.layers("transformer")]
+        return next((base for sign, base in _BASES.items() if any(map(sign.match, layers))), "")
 
     @property
     def is_low_rank(self) -> bool:
@@ -245,16 +298,22 @@ class Lora:
             raise BadLoraError(f"{self.file}: not a LoRA: it contains {weight}")
         layer = match["layer"] + (match.groupdict().get("projection") or "")
         part = _PARTS.get(match["part"], match["part"])
-        if layer.startswith(_UNET_BLOCKS):
-            return "unet", layer, part
-        if original := _COMFYUI_UNET.match(layer):
-            return "unet", layer[original.end() :], part
+        if _BARE_LAYER.match(flat(layer)):
+            return self._module_of(_DENOISER, layer), layer, part
         for prefix, module in _MODULES.items():
             if layer.startswith(prefix):
-                return module, layer.removeprefix(prefix), part
+                layer = layer.removeprefix(prefix)
+                return self._module_of(module, layer), layer, part
         raise BadLoraError(
-            f"{self.file}: {weight} is not of a UNet or text encoder; the LoRA is made for another kind of model"
+            f"{self.file}: {weight} is not of a UNet, transformer or text encoder of the kinds that are served"
         )
+
+    def _module_of(self, module: str, layer: str) -> str:
+        """The module that a layer belongs to, as its prefix and its own name tell."""
+        if module == _DENOISER:
+            return "unet" if _UNET_LAYER.match(flat(layer)) else "transformer"
+        # OneTrainer counts FLUX.1's T5 as the second text encoder.
+        return self.t5 if module == T5 or _T5_LAYER.match(flat(layer)) else module
 
 
 @dataclass(frozen=True)
@@ -269,6 +328,11 @@ def bundled_part(weight: str) -> tuple[str, str]:
     """The embedding's name in a weight's name, and the key that its own file would have; no key if it has none."""
     match = _BUNDLED_PART.fullmatch(weight)
     return (match["name"], match["key"]) if match else (weight.removeprefix(BUNDLED), "")
+
+
+def flat(path: str) -> str:
+    """A layer's path as kohya writes it, without the optional prefix of transformers' text encoders."""
+    return path.replace(".", "_").removeprefix("text_model_")
 
 
 def _sides(shape: list[int]) -> tuple[int, int]:

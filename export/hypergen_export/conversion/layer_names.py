@@ -1,11 +1,21 @@
-"""Names of a module's layers in LoRA files: diffusers', transformers' and kohya's, flattened with underscores."""
+"""Names of a module's layers in LoRA files: diffusers', transformers' and kohya's, flattened with underscores.
+
+A name may stand for several layers, one after another, which are one in the original implementation.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+
+from hypergen_export.checkpoints.lora import flat
+from hypergen_export.conversion.transformer_names import Rows, original_names
+
+# Flattened name in a file -> path of each layer that it stands for -> the rows of the file's layer that it has; empty
+# if the name stands for it alone.
+Names = Mapping[str, Mapping[str, Rows]]
 
 # Alternative names of a layer's last part, from diffusers' former attention processors.
 _PROJECTIONS = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out", "to_out_0": "to_out"}
@@ -27,16 +37,13 @@ _OUTER = {
 }
 
 
-def layer_names(module: torch.nn.Module) -> dict[str, str]:
-    """Flattened name of a layer -> the layer's path in the module, for every linear layer and convolution."""
-    paths = {flat(path): path for path, layer in module.named_modules() if has_matrix(layer)}
+def layer_names(module: torch.nn.Module) -> Names:
+    """The names of every linear layer and convolution."""
+    layers = {path: layer for path, layer in module.named_modules() if has_matrix(layer)}
+    paths = {flat(path): path for path in layers}
     paths |= {other: path for name, path in paths.items() for other in _other_names(name)}
-    return paths | {other: paths[name] for name, other in _original_names(module, paths)}
-
-
-def flat(path: str) -> str:
-    """A layer's path as kohya writes it, without the optional prefix of transformers' text encoders."""
-    return path.replace(".", "_").removeprefix("text_model_")
+    paths |= {other: paths[name] for name, other in _original_unet_names(module, paths)}
+    return {name: {path: []} for name, path in paths.items()} | original_names(module, layers)
 
 
 def has_matrix(layer: torch.nn.Module) -> bool:
@@ -50,7 +57,7 @@ def _other_names(path: str) -> Iterator[str]:
             yield path.removesuffix(ending) + other
 
 
-def _original_names(unet: Any, paths: Iterable[str]) -> list[tuple[str, str]]:
+def _original_unet_names(unet: Any, paths: Iterable[str]) -> list[tuple[str, str]]:
     """Paths of a UNet's layers and their names in the original implementation; empty for other modules."""
     if not hasattr(unet, "down_blocks"):
         return []

@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from hypergen_export.checkpoints.lora import Lora
-from hypergen_export.conversion.layer_names import flat
+from hypergen_export.checkpoints.lora import Lora, flat
+from hypergen_export.conversion.layer_names import Names
+from hypergen_export.conversion.transformer_names import Rows
 from hypergen_export.errors import BadLoraError
 
 Tensors = Mapping[str, torch.Tensor]
@@ -24,10 +25,15 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Change:
-    """A LoRA's change to one layer: its weights in float32 by part, and scale · alpha / rank."""
+    """A LoRA's change to one layer: its weights in float32 by part, and scale · alpha / rank.
+
+    In the file, the layer may be some `rows` of a larger one, which has `outputs`.
+    """
 
     parts: Tensors
     factor: float
+    rows: Rows = ()
+    outputs: int = 0
 
     def factors(self, shape: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """down [r, in, …] and up [out, r] for a layer's weight of this shape; up is multiplied by the factor.
@@ -35,18 +41,23 @@ class Change:
         Raises RuntimeError for a layer of another shape.
         """
         outputs, *inputs = shape
+        down, up = self._whole_factors(self.outputs or outputs, inputs)
+        return down, self._own(self.factor * up)
+
+    def _whole_factors(self, outputs: int, inputs: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """down and up of the layer in the file."""
         if "hada_w1_a" in self.parts:
             up, down = _hadamard(self.parts)
-            return down.reshape(len(down), *inputs), self.factor * up.reshape(outputs, len(down))
+            return down.reshape(len(down), *inputs), up.reshape(outputs, len(down))
         if "lokr_w1" in self.parts:
             up, down = _kronecker(self.parts)
-            return down.reshape(len(down), *inputs), self.factor * up.reshape(outputs, len(down))
+            return down.reshape(len(down), *inputs), up.reshape(outputs, len(down))
         up, kernel = self.parts["up"], self._kernel()
         # A linear layer may be stored as a 1×1 convolution, and vice versa.
         fits = _without_ones((len(up), *kernel.shape[1:])) == _without_ones((outputs, *inputs))
         if not fits or len(kernel) != up.shape[1]:
             raise RuntimeError("another shape")
-        return kernel.reshape(len(kernel), *inputs), self.factor * up.flatten(1)
+        return kernel.reshape(len(kernel), *inputs), up.flatten(1)
 
     def merge(self, weight: torch.Tensor) -> torch.Tensor:
         """The layer's weight with the change. Raises RuntimeError for one of another shape."""
@@ -54,13 +65,22 @@ class Change:
         merged = weight + (up @ down.flatten(1)).reshape(weight.shape)
         if "magnitude" in self.parts:  # DoRA: the norm of each output's weights is trained separately
             norm = torch.linalg.vector_norm(merged.flatten(1), dim=1)
-            ratio = self.parts["magnitude"].reshape(norm.shape) / norm
+            ratio = self._own(self.parts["magnitude"].flatten()) / norm
             merged = merged * ratio.reshape(-1, *[1] * (weight.dim() - 1))
         return merged
 
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """What is added to the layer's bias, if anything."""
+        return self.factor * self._own(self.parts["bias"]) if "bias" in self.parts else None
+
     def to(self, device: str) -> Change:
         """The change with its weights on a device."""
-        return Change({part: tensor.to(device) for part, tensor in self.parts.items()}, self.factor)
+        return replace(self, parts={part: tensor.to(device) for part, tensor in self.parts.items()})
+
+    def _own(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Of values for each output of the layer in the file, those of this layer."""
+        return torch.cat([outputs[first:end] for first, end in self.rows]) if self.rows else outputs
 
     def _kernel(self) -> torch.Tensor:
         """A convolution's kernel is in `down`, or in `mid` (CP decomposition)."""
@@ -69,19 +89,21 @@ class Change:
         return self.parts["down"]
 
 
-def read_changes(module: str, lora: Lora, names: Mapping[str, str], scale: float) -> dict[str, Change]:
+def read_changes(module: str, lora: Lora, names: Names, scale: float) -> dict[str, Change]:
     """A layer's path -> its change, for the checkpoint's module; `names` are its `layer_names`. Raises BadLoraError."""
     settings, tensors = lora.settings(module), _read(lora)
-    paths = _match_layers(module, names, lora)
+    matched = _match_layers(module, names, lora)
     changes = {}
     for layer, weights in lora.layers(module).items():
         parts = {part: tensors[weight] for part, weight in weights.items()}
         if missing := _missing(parts):
             raise BadLoraError(f"{lora.file}: {layer} has no {' and no '.join(missing)}")
         try:
-            changes[paths[layer]] = Change(parts, scale * _scaling(parts, settings, layer))
+            factor = scale * _scaling(parts, settings, layer)
         except RuntimeError as error:  # an alpha of several numbers
             raise does_not_fit(module, lora, f"the weights' shapes differ at {layer}") from error
+        outputs = sum(end - first for rows in matched[layer].values() for first, end in rows)
+        changes |= {path: Change(parts, factor, rows, outputs) for path, rows in matched[layer].items()}
     return changes
 
 
@@ -116,8 +138,7 @@ def _kronecker(parts: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
 
 def does_not_fit(module: str, lora: Lora, reason: str) -> BadLoraError:
     """The error for a LoRA of another kind of model."""
-    stated = f"; the file says that it is for {lora.stated_base}" if lora.stated_base else ""
-    return BadLoraError(f"{lora.file}: does not fit this model's {module} ({reason}{stated})")
+    return BadLoraError(f"{lora.file}: does not fit this model's {module} ({reason}{lora.made_for})")
 
 
 def _read(lora: Lora) -> Tensors:
@@ -155,8 +176,8 @@ def _scaling(parts: Tensors, settings: Mapping[str, Any], layer: str) -> float:
     return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def _match_layers(module: str, names: Mapping[str, str], lora: Lora) -> dict[str, str]:
-    """Layer name in the file -> path of that layer in the module. Raises BadLoraError."""
+def _match_layers(module: str, names: Names, lora: Lora) -> dict[str, Mapping[str, Rows]]:
+    """Layer name in the file -> the module's layers that it stands for. Raises BadLoraError."""
     layers = list(lora.layers(module))
     unmatched = [layer for layer in layers if flat(layer) not in names]
     if len(unmatched) == len(layers):
@@ -164,10 +185,11 @@ def _match_layers(module: str, names: Mapping[str, str], lora: Lora) -> dict[str
     if unmatched:
         lacking = f"it lacks {len(unmatched)} of {len(layers)} layers, for example {unmatched[0]}"
         raise does_not_fit(module, lora, lacking)
-    paths = {layer: names[flat(layer)] for layer in layers}
-    if len(set(paths.values())) != len(paths):
+    matched = {layer: names[flat(layer)] for layer in layers}
+    paths = [path for each in matched.values() for path in each]
+    if len(set(paths)) != len(paths):
         raise BadLoraError(f"{lora.file}: has weights for one layer under two names")
-    return paths
+    return matched
 
 
 def _without_ones(shape: Iterable[int]) -> tuple[int, ...]:

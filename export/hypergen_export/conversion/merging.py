@@ -33,5 +33,5 @@ def _apply(change: Change, layer: torch.nn.Module, placeholders: Placeholders) -
         placeholders.change(weight, change.merge)
     else:
         weight.copy_(change.merge(weight))
-    if "bias" in change.parts:
-        layer.get_parameter("bias").add_(change.factor * change.parts["bias"])
+    if change.bias is not None:
+        layer.get_parameter("bias").add_(change.bias)

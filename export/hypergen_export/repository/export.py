@@ -261,6 +261,7 @@ def _make_task(
     check_dtype(engine, request.dtype)
     checkpoint = replace(open_request(request, notify), embeddings=request.embeddings)
     _check_embeddings(request, checkpoint)
+    request = replace(request, loras=tuple(replace(lora, t5=checkpoint.family.t5) for lora in request.loras))
     _check_loras(request, checkpoint)
     if request.deep_cache and checkpoint.family.denoiser.module != "unet":
         raise BadOptionError(f"--deep-cache: only for models with a UNet, and {request.model} has a transformer")
@@ -373,7 +374,7 @@ def _check_loras(request: ExportRequest, checkpoint: Checkpoint) -> None:
     for lora in request.loras:
         unknown = sorted(lora.modules - checkpoint.family.modules.keys())
         if unknown:
-            raise BadLoraError(f"{lora.file}: changes {unknown[0]}, which {request.model} does not have")
+            raise BadLoraError(f"{lora.file}: changes {unknown[0]}, which {request.model} does not have{lora.made_for}")
 
 
 @dataclass(frozen=True)

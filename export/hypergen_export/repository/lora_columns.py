@@ -42,7 +42,6 @@ class _Pools:
     """The rank pools of a repository, in memory until they are written."""
 
     def __init__(self, repository: Path, free: list[int]) -> None:
-        self._repository = repository
         files = sorted(repository.glob(f"*/1/{POOL_FILE}"))
         self._tensors = {pool: pool.read() for pool in (PoolWeights(file.parent) for file in files)}
         self._modules = {pool.module for pool in self._tensors}
@@ -52,9 +51,7 @@ class _Pools:
     def add(self, lora: Lora) -> list[int]:
         """Put a LoRA into free columns and return them; none if too few are free. Raises BadLoraError."""
         for module in sorted(lora.modules - self._modules):
-            has_no_pool = (self._repository / module).is_dir()
-            why = "has no rank pool: only --lora can serve it" if has_no_pool else "this model does not have"
-            raise BadLoraError(f"{lora.file}: changes {module}, which {why}")
+            raise BadLoraError(f"{lora.file}: changes {module}, for which this model has no rank pool{lora.made_for}")
         if lora.embeddings:
             raise BadLoraError(
                 f"{lora.file}: teaches the word {lora.embeddings[0][:64]}, which only --lora can add to the model"

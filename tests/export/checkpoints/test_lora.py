@@ -127,7 +127,7 @@ def test_a_missing_file_and_an_ambiguous_folder_are_refused(tmp_path: Path) -> N
     ("weights", "modules"),
     [
         ([ANY, "text_encoder.x.lora_A.weight", "text_encoder_2.x.lora_B.weight"], "unet text_encoder text_encoder_2"),
-        (["lora_unet_x.lora_down.weight", "lora_unet_x.alpha", "lora_te_x.alpha"], "unet text_encoder"),
+        (["lora_unet_out_2.lora_down.weight", "lora_unet_conv_in.alpha", "lora_te_x.alpha"], "unet text_encoder"),
         (["lora_te1_x.lora_up.weight", "lora_te2_x.lora_up.weight"], "text_encoder text_encoder_2"),
         (["base_model.model.mid_block.x.lora_A.weight"], "unet"),
         (
@@ -142,6 +142,20 @@ def test_a_missing_file_and_an_ambiguous_folder_are_refused(tmp_path: Path) -> N
             "unet text_encoder text_encoder_2",
         ),
         (["text_encoders.clip_h.transformer.text_model.x.lora_up.weight"], "text_encoder"),
+        # One way to name a transformer's layers each: diffusers, AI-Toolkit and ComfyUI, kohya's scripts and
+        # musubi-tuner, OneTrainer, LyCORIS, peft alone, Qwen-Image-Lightning, XLabs.
+        (["transformer.x.lora_A.weight"], "transformer"),
+        (["diffusion_model.layers.0.attention.to_q.lora_A.weight"], "transformer"),
+        (["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "lora_te1_x.alpha"], "transformer text_encoder"),
+        (["lora_transformer_proj_out.alpha"], "transformer"),
+        (["lycoris_transformer_blocks_0_attn_to_q.lokr_w1"], "transformer"),
+        (["base_model.model.double_blocks.0.img_mod.lin.lora_A.weight"], "transformer"),
+        (["transformer_blocks.0.attn.to_k.lora_down.weight"], "transformer"),
+        (["double_blocks.0.processor.qkv_lora1.down.weight"], "transformer"),
+        # A T5 has another place in FLUX.1 than in Stable Diffusion 3, and OneTrainer counts differently.
+        (["lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight"], "T5"),
+        (["lora_te2_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight"], "T5"),
+        (["text_encoders.t5xxl.transformer.encoder.block.0.layer.1.DenseReluDense.wo.lora_A.weight"], "T5"),
     ],
 )
 def test_the_names_of_the_weights_tell_what_it_changes(weights: list[str], modules: str, tmp_path: Path) -> None:
@@ -152,9 +166,11 @@ def test_the_names_of_the_weights_tell_what_it_changes(weights: list[str], modul
     ("weights", "problem"),
     [
         (["unet.conv_in.weight"], "not a LoRA: it contains unet.conv_in.weight"),
-        (["diffusion_model.double_blocks.0.x.lora_A.weight"], "is not of a UNet or text encoder"),
-        (["text_encoders.t5xxl.transformer.x.lora_A.weight"], "is not of a UNet or text encoder"),
-        (["lora_te3_x.lora_down.weight"], "is not of a UNet or text encoder"),
+        (
+            ["text_encoders.gemma2.x.lora_A.weight"],
+            "is not of a UNet, transformer or text encoder of the kinds that are",
+        ),
+        (["lora_prior_unet_x.lora_down.weight"], "is not of a UNet, transformer or text encoder"),
         ([], "has no weights"),
     ],
 )

@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hypergen_export.checkpoints.families.unet import STABLE_DIFFUSION_XL
-from hypergen_export.checkpoints.lora import read_loras
-from hypergen_export.conversion.layer_names import flat
+from hypergen_export.checkpoints.lora import flat, read_loras
 from hypergen_export.conversion.loading import load_module
 from hypergen_export.conversion.lora_changes import read_changes
 from hypergen_export.conversion.merging import merge_lora
@@ -142,7 +141,7 @@ def test_each_layer_of_kohyas_has_its_own_alpha_and_rank(
 
 
 def test_a_file_for_another_model_says_for_which(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    stored = {"lora_unet_x.lora_down.weight": random(4, 8), "lora_unet_x.lora_up.weight": random(8, 4)}
+    stored = {"lora_unet_out_9.lora_down.weight": random(4, 8), "lora_unet_out_9.lora_up.weight": random(8, 4)}
     save_file(stored, tmp_path / "xl.safetensors", metadata={"ss_base_model_version": "sdxl_base_v1-0"})
     with pytest.raises(BadLoraError, match="the file says that it is for sdxl_base"):
         merged(checkpoint, "unet", tmp_path / "xl.safetensors")
@@ -197,7 +196,7 @@ def test_products_of_lycoris_are_sums_of_rows_times_columns(
     held_to_closed_form(checkpoint, "unet", tmp_path / "lycoris.safetensors", deltas)
     (lora,) = read_loras([str(tmp_path / "lycoris.safetensors")])
     assert rank is None or lora.rank == rank
-    for path, change in read_changes("unet", lora, {flat(path): path for path in deltas}, 1.0).items():
+    for path, change in read_changes("unet", lora, {flat(path): {path: []} for path in deltas}, 1.0).items():
         assert len(change.factors(base[f"{path}.weight"].shape)[0]) <= lora.rank
 
 
