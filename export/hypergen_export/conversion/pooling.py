@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,11 @@ class PoolWeights:
         layers = {"module": name, "rank": pool.rank, "shapes": shapes, "names": layer_names(module)}
         self.folder.joinpath(_LAYERS_FILE).write_text(json.dumps(layers), encoding="utf-8")
         generator = torch.Generator().manual_seed(0)
-        tensors = {name: _example(shape, generator) for name, shape in _shapes(shapes, pool.rank).items()}
-        self._write(tensors, dtype)
+        examples = [
+            Source(name=name, shape=shape, read=partial(_example, shape, generator))
+            for name, shape in _shapes(shapes, pool.rank).items()
+        ]
+        self._write(examples, dtype)
 
     def fill(self, placements: Iterable[Placement]) -> None:
         """Replace the weights by those of the LoRAs. Raises BadLoraError, OSError."""
@@ -99,7 +102,11 @@ class PoolWeights:
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace the file, in the precision that it has. Raises OSError."""
-        self._write(tensors, self._dtype)
+        sources = [
+            Source(name=name, shape=tuple(tensor.shape), read=lambda tensor=tensor: tensor)  # type: ignore[misc]
+            for name, tensor in tensors.items()
+        ]
+        self._write(sources, self._dtype)
 
     def sources(self) -> dict[str, Source]:
         """The weights by their names in the file."""
@@ -117,13 +124,9 @@ class PoolWeights:
         layers: Mapping[str, Any] = json.loads(self.folder.joinpath(_LAYERS_FILE).read_text(encoding="utf-8"))
         return layers
 
-    def _write(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    def _write(self, sources: Iterable[Source], dtype: torch.dtype) -> None:
         # Not in place: another export may share the file, or an engine may be reading it.
         new = self.file.with_name(f".{POOL_FILE}.new")
-        sources = [
-            Source(name=name, shape=tuple(tensor.shape), read=lambda tensor=tensor: tensor)  # type: ignore[misc]
-            for name, tensor in tensors.items()
-        ]
         write_sources(new, sources, dtype)
         new.replace(self.file)
 
