@@ -30,6 +30,7 @@ TOLERANCE = 0.1
 LARGEST_DIFFERENCE = 1
 # Of the rank pool: four each for ink, words and clay, and for one more.
 COLUMNS = 16
+OTHER_KEY = "a-guests-key"
 WISH: dict[str, Any] = {"prompt": "a red rocket", "num_inference_steps": 8, "guidance_scale": 3.0}
 
 
@@ -84,10 +85,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint: Path, repository: Path, loras: tuple[str, ...], folder: Path) -> Iterator[Server]:
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """KEY may add and remove LoRAs, another one may not."""
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    file.write_text(f"admin: {KEY}\nguest: {OTHER_KEY}\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path, repository: Path, loras: tuple[str, ...], folder: Path, keys: Path) -> Iterator[Server]:
     given = [word for lora in loras for word in ("--lora", lora)]
     given += ["--lora-rank", str(COLUMNS), "--lora-dir", str(folder)]
-    running = start_server("--dtype", "float32", "--cache-dir", str(repository.parent), *given, model=str(checkpoint))
+    given += ["--api-key-file", str(keys), "--lora-admin", "admin", "--cache-dir", str(repository.parent)]
+    running = start_server("--dtype", "float32", *given, model=str(checkpoint), key=None)
     yield running
     assert stop_server(running) == 0, "\n".join(running.lines)
 
@@ -262,6 +272,25 @@ async def test_files_come_and_go_while_images_are_generated(
             print(f"in the pool after less than {time.monotonic() - began:.1f} s")
         for name in ("pen", "brush"):
             (folder / f"{name}.safetensors").unlink()
+        await wait_until_listed(server)
+        with pytest.raises(openai.BadRequestError, match="'ink', 'words', 'clay', 'norms'"):
+            await generate(client, **WISH, lora_path="pen")
+
+
+async def test_a_lora_is_added_and_removed_over_http(server: Server, checkpoint: Path, files: Files) -> None:
+    admin, guest = ({"Authorization": f"Bearer {key}"} for key in (KEY, OTHER_KEY))
+    url = f"{server.url}/v1/loras"
+    async with httpx.AsyncClient(timeout=30) as http, server.async_client() as client:
+        form = {"data": {"name": "pen"}, "files": {"file": files.pen.read_bytes()}}
+        assert (await http.post(url, headers=guest, **form)).status_code == 403  # type: ignore[arg-type]
+        added = await http.post(url, headers=admin, **form)  # type: ignore[arg-type]
+        assert (added.status_code, added.json()) == (202, {"object": "lora", "name": "pen", "changes": []})
+        await wait_until_listed(server, "pen")
+        assert listed(server)["pen"]["in_pool"]
+        await assert_as_by_diffusers(client, checkpoint, files, {"pen": 0.8, "ink": -0.5})
+        assert (await http.delete(f"{url}/pen", headers=guest)).status_code == 403
+        removed = await http.delete(f"{url}/pen", headers=admin)
+        assert (removed.status_code, removed.json()["deleted"]) == (200, True)
         await wait_until_listed(server)
         with pytest.raises(openai.BadRequestError, match="'ink', 'words', 'clay', 'norms'"):
             await generate(client, **WISH, lora_path="pen")

@@ -82,7 +82,7 @@ class Operation:
 
 
 _BODY_ERRORS = (400, 413, 415)
-_WORK_ERRORS = (429, 500, 503, 504)
+_WORK_ERRORS = (429, 500, 503, 504, 507)
 _JSON, _FORM, _SSE = "application/json", "multipart/form-data", "text/event-stream"
 
 ERRORS: dict[int, str] = {
@@ -103,6 +103,7 @@ ERRORS: dict[int, str] = {
     ),
     503: "The model is temporarily unavailable; `Retry-After` says when to retry.",
     504: "The images were not ready in time.",
+    507: "The server's disk is full.",
 }
 _RETRYABLE = (429, 503)
 
@@ -215,7 +216,7 @@ OPERATIONS = (
         bodies={_FORM: LoraForm},
         response=LoraObject,
         status=202,
-        errors=(*_BODY_ERRORS, 403, 404, 500),
+        errors=(*_BODY_ERRORS, 403, 404, 500, 507),
     ),
     Operation(
         method="delete",

@@ -142,6 +142,7 @@ async def test_a_file_that_cannot_be_written_leaves_nothing(
     monkeypatch.setattr("shutil.copyfileobj", full)
     answer = await server.post("/v1/loras", headers=ADMIN, **form())
     assert (answer.status_code, answer.json()["error"]["code"]) == (507, "insufficient_storage")
+    assert "507" in (await server.get("/openapi.json")).json()["paths"]["/v1/loras"]["post"]["responses"]
     assert not held(folder)
 
 
