@@ -76,8 +76,11 @@ def test_the_two_halves_of_a_vae_are_all_of_it(checkpoint_folder: Path) -> None:
     assert found["vae_decoder"].weights + found["vae_encoder"].weights == 2 * sum(p.numel() for p in vae.parameters())
 
 
-def test_a_rank_pool_counts_with_its_branches(checkpoint_folder: Path, tmp_path: Path) -> None:
-    model = model_of(checkpoint_folder)
+@pytest.mark.parametrize("family", ["sd-1", "stable-diffusion-3", "z-image"])
+def test_a_rank_pool_counts_with_its_branches(
+    family: str, checkpoint_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = model_of(checkpoint_of(family))
     pool = LoraPool.of_columns(20, kernels=True)
     pooled = replace(model, components=tuple(each.with_pool(pool) for each in model.components))
     plain, found = needs(model), needs(pooled)
