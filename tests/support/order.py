@@ -20,6 +20,7 @@ LONGEST = (
     "end_to_end/test_families.py",
     "gateway/test_playground.py",
     "end_to_end/test_loras.py",
+    "end_to_end/test_transformer_loras.py",
     "export/conversion/test_linking.py",
     "export/repository/test_export.py",
     "end_to_end/test_single_files.py",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from hypergen_export.checkpoints.families import FAMILIES
 from hypergen_export.checkpoints.lora import Lora, read_loras
 from hypergen_export.errors import BadLoraError, BadOptionError
 
@@ -160,6 +162,16 @@ def test_a_missing_file_and_an_ambiguous_folder_are_refused(tmp_path: Path) -> N
 )
 def test_the_names_of_the_weights_tell_what_it_changes(weights: list[str], modules: str, tmp_path: Path) -> None:
     assert read_one(save(tmp_path / "x.safetensors", *weights)).modules == set(modules.split())
+
+
+@pytest.mark.parametrize(
+    ("family", "module"),
+    [("flux1-dev", "text_encoder_2"), ("stable-diffusion-3", "text_encoder_3"), ("z-image", "T5")],
+)
+def test_a_t5_is_the_text_encoder_that_the_family_has_of_that_kind(family: str, module: str, tmp_path: Path) -> None:
+    (served,) = (each for each in FAMILIES if each.name == family)
+    file = save(tmp_path / "x.safetensors", "lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight")
+    assert replace(read_one(file), t5=served.t5).modules == {module}
 
 
 @pytest.mark.parametrize(
