@@ -106,7 +106,7 @@ async def test_images_equal_set_adapters_of_diffusers(
     family: str, scales: dict[str, float], loras_of: Callable[[str], Loras]
 ) -> None:
     loras = loras_of(family)
-    guided = {"guidance_scale": 1.0 if family == "flux2-klein" else 5.0}
+    guided: dict[str, Any] = {"guidance_scale": 1.0 if family == "flux2-klein" else 5.0}
     if not family.startswith("flux"):
         guided["negative_prompt"] = "a green cat"
     request = request_of(**guided, loras=loras.select(scales))

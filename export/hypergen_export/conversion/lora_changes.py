@@ -93,7 +93,7 @@ def read_changes(module: str, lora: Lora, names: Names, scale: float) -> dict[st
     """A layer's path -> its change, for the checkpoint's module; `names` are its `layer_names`. Raises BadLoraError."""
     settings, tensors = lora.settings(module), _read(lora)
     matched = _match_layers(module, names, lora)
-    changes = {}
+    changes: dict[str, Change] = {}
     for layer, weights in lora.layers(module).items():
         parts = {part: tensors[weight] for part, weight in weights.items()}
         if missing := _missing(parts):

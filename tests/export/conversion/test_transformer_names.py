@@ -110,7 +110,7 @@ def test_original_names_mean_what_a_checkpoint_by_those_names_means(
     }
     convert: Any = SINGLE_FILE_LOADABLE_CLASSES[type(module).__name__]["checkpoint_mapping_fn"]
     with NoCopies():
-        converted = convert(checkpoint=original | weights, config=dict(module.config))  # type: ignore[arg-type]
+        converted = convert(checkpoint=original | weights, config=dict(module.config))
     layers = [path for path, layer in module.named_modules() if has_matrix(layer)]
     held(deltas_of(module, tmp_path / "lora.safetensors"), {path: converted[f"{path}.weight"] for path in layers})
 

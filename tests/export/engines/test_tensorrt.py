@@ -429,22 +429,17 @@ def test_weights_that_are_linked_in_another_precision_are_built(
 
 
 @pytest.mark.claim("engines")
-@pytest.mark.parametrize(
-    ("family", "name", "dtype"),
-    [("sd-1", "text_encoder", "bfloat16"), ("sd-1", "unet", "float16"), ("sdxl", "unet", "bfloat16")],
-)
+@pytest.mark.parametrize(("name", "dtype"), [("text_encoder", "bfloat16"), ("unet", "float16")])
 def test_a_rank_pool_is_built_with_its_loras(
-    family: str, name: str, dtype: str, checkpoint_of: Callable[[str], Path], target: Target, tmp_path: Path
+    name: str, dtype: str, checkpoint_folder: Path, checkpoint: Checkpoint, target: Target, tmp_path: Path
 ) -> None:
     """Transformers with one are built in test_transformers.py."""
-    folder = checkpoint_of(family)
-    opened, file = open_checkpoint(str(folder)), save_by_diffusers(tmp_path / "ink", lora_weights(folder, name))
-    component = component_of(opened, name).with_pool(LoraPool(rank=8, kernels=True))
-    path, placements = tmp_path / "model.onnx", [Placement(Lora(name="ink", file=file), (4, 5, 6, 7))]
-    convert_component(opened, component, path, dtype, casts=True, placements=placements)
-    build = make_build(
-        component, path, tmp_path / "model.plan", shapes_of(opened, SIZES[:1], ROWS), target, dtype=dtype
-    )
+    file = save_by_diffusers(tmp_path / "ink", lora_weights(checkpoint_folder, name))
+    component, path = COMPONENTS[name].with_pool(LoraPool(rank=8, kernels=True)), tmp_path / "model.onnx"
+    placements = [Placement(Lora(name="ink", file=file), (4, 5, 6, 7))]
+    convert_component(checkpoint, component, path, dtype, casts=True, placements=placements)
+    shapes = shapes_of(checkpoint, SIZES[:1], ROWS)
+    build = make_build(component, path, tmp_path / "model.plan", shapes, target, dtype=dtype)
     assert build.profiles[0]["lora_scales"].usual[1:] == (8,)
     assert build_plan(build, lambda _: None).inputs["lora_scales"].shape == (-1, 8)
     assert build.plan.stat().st_size > 1000
