@@ -195,6 +195,13 @@ PEERS: Mapping[str, Peer] = {
             checkpoints=("shipped", "flow"),
             why_not="left out for the time it takes",
         ),
+        Peer(
+            name="ours_int8",
+            about="this server in 8 bits (`--dtype int8`)",
+            start=_ours("int8"),
+            checkpoints=UNETS,
+            why_not="8-bit activations are for UNets",
+        ),
         Peer(name="diffusers_bfloat16", about="diffusers' pipeline in bfloat16", start=_diffusers("bfloat16")),
         Peer(name="diffusers", about="the same in float32", start=_diffusers("float32")),
         Peer(
