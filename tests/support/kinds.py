@@ -36,6 +36,7 @@ BY_PLACE: Mapping[str, str] = {
     "export/emoji": "torch",
     "export/emoji_flow": "torch",
     "export/engines/test_tensorrt.py": "export",
+    "export/single_files": "torch",
     "gateway/api/test_fuzz.py": "slow",
     "gateway/api/test_schemathesis.py": "slow",
     "gateway/clients/test_litellm.py": "slow",
@@ -48,6 +49,7 @@ BY_PLACE: Mapping[str, str] = {
     "test_prompt_weights.py": "torch",
     "test_schedulers.py": "torch",
     "test_textual_inversion.py": "torch",
+    "test_transformers.py": "torch",
 }
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PROGRAMS: Mapping[str, str | None] = {"browser": CHROMIUM, "java": shutil.which("javac")}
