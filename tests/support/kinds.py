@@ -36,6 +36,7 @@ BY_PLACE: Mapping[str, str] = {
     "export/emoji": "torch",
     "export/emoji_flow": "torch",
     "export/engines/test_tensorrt.py": "export",
+    "export/repository/test_export.py": "export",
     "export/single_files": "torch",
     "gateway/api/test_fuzz.py": "slow",
     "gateway/api/test_schemathesis.py": "slow",
