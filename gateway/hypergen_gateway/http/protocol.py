@@ -7,6 +7,7 @@ requests in plain text.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import functools
 import logging
@@ -137,7 +138,7 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
             self._reject(InvalidRequestError("Invalid HTTP request received."))
         if self._unparsed > MAX_HEAD_BYTES and not self._ignores_input:
             self._reject(HeadTooLargeError())
-        if self._timer is None and not self._is_at_work():
+        if self._timer is None and not self._ignores_input and not self._is_at_work():
             self._await_head()
         self._limit.update(self, is_idle=self._is_idle())
 
@@ -230,6 +231,7 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
     def _reject(self, error: HyperGenError) -> None:
         """Close the connection after the responses to earlier requests, with this error unless a response has begun."""
         self._report(error.status)
+        self._stop_timer()
         self._ignores_input = True
         if self.pipeline or (self._is_at_work() and not self._in_body):
             if self._in_body:  # the last request in the queue is the malformed one
@@ -302,7 +304,8 @@ class CoalescingTransport:
             self._transport.close()
         elif not self._transport.is_closing():
             self._is_half_closed = True
-            self._transport.write_eof()
+            with contextlib.suppress(OSError):  # the client has gone
+                self._transport.write_eof()
             self._transport.resume_reading()
             self._loop.call_later(LINGER_SECONDS, self._end_lingering)
 
@@ -310,9 +313,10 @@ class CoalescingTransport:
         """Whether it is being closed, and whatever is received discarded."""
         return self._is_half_closed or self._transport.is_closing()
 
-    def _end_lingering(self) -> None:
-        if self._transport.get_write_buffer_size():  # the client is still reading
-            self._loop.call_later(LINGER_SECONDS, self._end_lingering)
+    def _end_lingering(self, unsent_before: int | None = None) -> None:
+        unsent = self._transport.get_write_buffer_size()
+        if unsent and unsent != unsent_before:  # the client is still reading
+            self._loop.call_later(LINGER_SECONDS, self._end_lingering, unsent)
         else:
             self._transport.abort()
 

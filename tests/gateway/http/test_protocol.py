@@ -133,16 +133,22 @@ class TestHeads:
         (status,) = statuses(await asyncio.to_thread(send_and_read))
         assert status in (413, 431)
 
-    async def test_a_client_that_reads_slowly_receives_everything(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(connections, "LINGER_SECONDS", 0.1)
+    @pytest.mark.parametrize("reads", [True, False])
+    async def test_a_client_that_reads_slowly_receives_everything_and_one_that_stops_does_not(
+        self, monkeypatch: pytest.MonkeyPatch, reads: bool
+    ) -> None:
+        monkeypatch.setattr(connections, "LINGER_SECONDS", 0.5)
         large = Response(bytes(20 << 20))  # more than the kernel buffers
         async with on_loopback(Starlette(routes=[Route("/{path:path}", lambda _: large)])) as url:
             reader, writer = await Wire(url).connect()
             writer.write(LIVE + b"\x00")
-            await asyncio.sleep(1)
-            answer = await asyncio.wait_for(reader.read(), 10)
+            received = 0
+            for _ in range(40):
+                await asyncio.sleep(0.05)
+                received += len(await reader.readexactly(1 << 18)) if reads else 0
+            received += len(await asyncio.wait_for(reader.read(), 10))
             writer.close()
-        assert len(answer.partition(b"\r\n\r\n")[2]) == len(large.body)
+        assert (received > len(large.body)) is reads
 
     async def test_what_clients_do_send_fits(self, wire: Wire) -> None:
         more = b"".join(b"X-%d: %s\r\n" % (number, b"y" * 300) for number in range(90))
@@ -469,6 +475,19 @@ class TestTime:
         assert error_in(refusal)["code"] == "request_timeout"
         assert 0.25 < time.monotonic() - began < 2
         assert await wire.rejections(408) == before + 1
+
+    async def test_what_was_rejected_is_rejected_once(
+        self, wire: Wire, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(connections, "LINGER_SECONDS", 1.0)
+        before = await wire.rejections(400), await wire.rejections(408)
+        reader, writer = await wire.connect()
+        writer.write(b"GET / HTTP/1.1\r\nbad header\r\n\r\n")
+        assert statuses(await reader.read()) == [400]
+        await asyncio.sleep(0.6)  # longer than a head may take; the connection lingers
+        writer.close()
+        assert (await wire.rejections(400), await wire.rejections(408)) == (before[0] + 1, before[1])
+        assert not [record for record in caplog.records if record.exc_info]
 
     async def test_half_a_head_that_came_with_a_request_is_not_kept_either(self, wire: Wire) -> None:
         began = time.monotonic()
