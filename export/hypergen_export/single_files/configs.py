@@ -82,6 +82,7 @@ def vae_config(own: Mapping[str, Any], shapes: Shapes) -> Config:
 def clip_config(encoder: ClipEncoder, shapes: Shapes) -> Config:
     """The config of a CLIP text encoder; `shapes` by transformers' names."""
     vocabulary, width = shapes[CLIP_EMBEDDINGS]
+    layers = _count(r"text_model\.encoder\.layers\.(\d+)\.", shapes)
     projection = shapes.get("text_projection.weight")
     return {
         "architectures": [clip_loader(encoder).partition(".")[2]],
@@ -96,7 +97,7 @@ def clip_config(encoder: ClipEncoder, shapes: Shapes) -> Config:
         "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
         "model_type": "clip_text_model",
         "num_attention_heads": width // _HEAD_WIDTH,
-        "num_hidden_layers": _count(r"text_model\.encoder\.layers\.(\d+)\.", shapes),
+        "num_hidden_layers": min(layers, encoder.layers or layers),
         "pad_token_id": 1,
         "projection_dim": projection[0] if projection else width,
         "vocab_size": vocabulary,

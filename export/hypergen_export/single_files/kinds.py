@@ -27,13 +27,17 @@ _END = "<|endoftext|>"
 
 @dataclass(frozen=True, kw_only=True)
 class ClipEncoder:
-    """A text encoder of a kind. `prefix` is its tensors' in the file; `is_open_clip`: by OpenCLIP's names there."""
+    """A text encoder of a kind. `prefix` is its tensors' in the file; `is_open_clip`: by OpenCLIP's names there.
+
+    `layers`: how many of its layers the model was trained with, where that may be fewer than a file has.
+    """
 
     module: str
     tokenizer: str
     prefix: str
     is_open_clip: bool
     has_projection: bool = False
+    layers: int | None = None
     pad_token: str = _END
 
 
@@ -63,7 +67,13 @@ _CLIP_L = ClipEncoder(
     module="text_encoder", tokenizer="tokenizer", prefix="cond_stage_model.transformer.", is_open_clip=False
 )
 _OPEN_CLIP_H = ClipEncoder(
-    module="text_encoder", tokenizer="tokenizer", prefix="cond_stage_model.model.", is_open_clip=True, pad_token="!"
+    module="text_encoder",
+    tokenizer="tokenizer",
+    prefix="cond_stage_model.model.",
+    is_open_clip=True,
+    # Of 24: Stable Diffusion 2.x reads what the last but one gives.
+    layers=23,
+    pad_token="!",
 )
 _CLIP_L_XL = replace(_CLIP_L, prefix="conditioner.embedders.0.transformer.")
 _OPEN_CLIP_G = ClipEncoder(

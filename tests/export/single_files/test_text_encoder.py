@@ -9,6 +9,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+import transformers
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
 
@@ -207,6 +208,30 @@ def test_clip_files_complete_a_unets_file_without_any_folder(tmp_path: Path) -> 
         assert [ours.config(module)[name] for name in configs] == [theirs.config(module)[name] for name in configs]
     for file in (folder / "tokenizer_2").iterdir():
         assert (ours.folder_of("tokenizer_2") / file.name).read_bytes() == file.read_bytes()
+
+
+def test_the_last_layer_of_a_whole_clip_h_is_left_out(tmp_path: Path) -> None:
+    """Stable Diffusion 2.x was trained with 23 of its 24, which is what diffusers' folder has."""
+    folder = save_folder(tmp_path / "folder", "sd-2-base")
+    config = transformers.CLIPTextConfig.from_pretrained(folder / "text_encoder", num_hidden_layers=23)
+    transformers.CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+
+    def whole(tensors: Tensors) -> Tensors:
+        last = {name.replace(".22.", ".23."): each for name, each in tensors.items() if ".22." in name}
+        assert last
+        return tensors | last
+
+    file = save_text_encoder_file(tmp_path / "clip_h.safetensors", folder, "text_encoder", "CLIP", whole)
+    tensors = load_file(save_single_file(tmp_path / "whole.safetensors", folder, "sd-2-base"))
+    without = {name: each for name, each in tensors.items() if not name.startswith("cond_stage_model.")}
+    save_file(without, tmp_path / "unet.safetensors")
+    told: list[str] = []
+    ours = open_request(request_of(tmp_path / "unet.safetensors", [file], tmp_path), told.append)
+    held(ours, open_checkpoint(str(folder)), {"text_encoder"}, as_it_is)
+    assert told[-1] == (
+        "left out 16 tensors that have no place in the text encoder, for example "
+        "text_model.encoder.layers.23.layer_norm1.bias"
+    )
 
 
 def refused(request: ExportRequest, error: type[ExportError], words: str) -> None:
