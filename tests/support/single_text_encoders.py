@@ -11,11 +11,14 @@ from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]
 # Module's class -> the prefix of its tensors in a file.
-_PREFIXES = {"CLIP": "text_model.", "Qwen3": "model."}
+_PREFIXES = {"CLIP": "text_model.", "Qwen3": "model.", "Qwen2.5-VL": "model."}
 
 
 def text_encoder_tensors(folder: Path, module: str, kind: str) -> Tensors:
-    """The tensors of a pipeline's text encoder, of which `kind` is CLIP, T5 or Qwen3, by the names of its file."""
+    """The tensors of a pipeline's text encoder, by the names of its file.
+
+    `kind` is CLIP, T5, Qwen3 or Qwen2.5-VL.
+    """
     (weights,) = (folder / module).glob("*.safetensors")
     tensors = load_file(weights)
     if kind == "T5":
@@ -26,7 +29,7 @@ def text_encoder_tensors(folder: Path, module: str, kind: str) -> Tensors:
         }
     prefix = _PREFIXES[kind]
     named = {
-        name if name.startswith((prefix, "text_projection", "lm_head")) else f"{prefix}{name}": each
+        name if name.startswith((prefix, "text_projection", "lm_head", "visual.")) else f"{prefix}{name}": each
         for name, each in tensors.items()
     }
     if kind == "CLIP":

@@ -24,8 +24,6 @@ VAE = "first_stage_model."
 # Buffers that a module computes itself.
 _COMPUTED = ("position_ids",)
 _LEVELS = re.compile(r"^((text_model|language_model|model)\.)+")
-# A language model's head, which no pipeline calls, and T5's second name for its embeddings.
-_UNUSED = (*_COMPUTED, "lm_head.weight", "encoder.embed_tokens.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,13 +137,19 @@ def bare_name(name: str) -> str:
 
 
 def expected_shapes(loader: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors that a module must be given, by their bare names; `loader` is its class."""
+    """The shapes of the tensors that a module must be given, by their bare names; `loader` is its class.
+
+    A tensor that it has under two names, such as embeddings that are its head, too, has the first alone.
+    """
     library, name = loader.split(".")
     kind: Any = getattr(importlib.import_module(library), name)
     with torch.device("meta"):
         made = kind.from_config(config) if library == "diffusers" else kind(kind.config_class(**config))
+    second = dict(made.named_parameters(remove_duplicate=False)).keys() - dict(made.named_parameters()).keys()
     return {
-        bare_name(key): tuple(tensor.shape) for key, tensor in made.state_dict().items() if not key.endswith(_UNUSED)
+        bare_name(key): tuple(tensor.shape)
+        for key, tensor in made.state_dict().items()
+        if key not in second and not key.endswith(_COMPUTED)
     }
 
 

@@ -97,6 +97,25 @@ def test_files_replace_the_text_encoders_of_a_folder(checkpoint_of: Folder, tmp_
     held(ours, theirs, {"text_encoder_2"}, lambda _, tensor: tensor.half().float())
 
 
+def test_qwen_2_5_vl_is_read_with_its_head(checkpoint_of: Folder, tmp_path: Path) -> None:
+    """No pipeline calls the head, but transformers' class has one that is not its embeddings."""
+    folder = checkpoint_of("qwen-image")
+    made = ("text_encoder", "Qwen2.5-VL")
+    file = save_text_encoder_file(tmp_path / "qwen_2.5_vl_7b.safetensors", folder, *made)
+    ours, theirs = open_request(request_of(folder, [file], tmp_path), lambda _: None), open_checkpoint(str(folder))
+    held(ours, theirs, {"text_encoder"}, as_it_is)
+
+    def headless(tensors: Tensors) -> Tensors:
+        return {name: each for name, each in tensors.items() if name != "lm_head.weight"}
+
+    file = save_text_encoder_file(tmp_path / "headless.safetensors", folder, *made, headless)
+    refused(
+        request_of(folder, [file], tmp_path),
+        NotADiffusersPipelineError,
+        r"headless.safetensors: it is not the model's text_encoder: 1 of \d+ tensors .*lm_head.weight: missing",
+    )
+
+
 def by_its_second_name(tensors: Tensors) -> Tensors:
     return {"encoder.embed_tokens.weight" if name == "shared.weight" else name: each for name, each in tensors.items()}
 
