@@ -164,10 +164,7 @@ def open_checkpoint(model: str, replaced: Mapping[str, Replacement] | None = Non
     """
     replaced = replaced or {}
     folder = find_folder(model)
-    index_path = folder / INDEX
-    if not index_path.is_file():
-        raise NotADiffusersPipelineError(f"{model}: not a diffusers pipeline: it has no {INDEX}")
-    index = {**read_json(index_path), **{part: each.loader.split(".") for part, each in replaced.items()}}
+    index = {**_read_index(model, folder), **{part: each.loader.split(".") for part, each in replaced.items()}}
     family = find_family(model, index, lambda module: read_json(folder / module / "config.json"))
     family = with_preview_vae(model, with_stated_vae(model, family, index), index)
     check_classes(model, index, family)
@@ -179,6 +176,21 @@ def open_checkpoint(model: str, replaced: Mapping[str, Replacement] | None = Non
     if PREVIEW_DECODER.module in configs:
         check_preview_vae(model, configs[PREVIEW_DECODER.module], sizes)
     return checkpoint
+
+
+def check_pipeline(model: str, folder: Path) -> None:
+    """Reject a pipeline that is not served, by its index and its denoiser's config alone: before any long work.
+
+    Raises:
+        NotADiffusersPipelineError, UnsupportedModelError, BrokenCheckpointError
+    """
+    find_family(model, _read_index(model, folder), lambda module: read_json(folder / module / "config.json"))
+
+
+def _read_index(model: str, folder: Path) -> Mapping[str, Any]:
+    if not (folder / INDEX).is_file():
+        raise NotADiffusersPipelineError(f"{model}: not a diffusers pipeline: it has no {INDEX}")
+    return read_json(folder / INDEX)
 
 
 def read_json(path: Path) -> Mapping[str, Any]:

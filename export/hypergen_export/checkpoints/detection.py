@@ -133,6 +133,18 @@ def check_classes(model: str, index: Config, family: Family) -> None:
         raise UnsupportedModelError(f"{model}: its scheduler is {given}, but only those of diffusers are supported")
 
 
+def check_text_encoder(place: str, part: str, loader: str) -> None:
+    """Reject a text encoder of a class that no family has. Raises UnsupportedModelError."""
+    known = {
+        each
+        for family in FAMILIES
+        for component in family.text_encoders
+        for each in (component.loader, *family.accepted_classes.get(component.module, ()))
+    }
+    if loader not in known:
+        raise UnsupportedModelError(f"{place}: its {part} is {loader}, which is not supported")
+
+
 def check_configs(model: str, family: Family, configs: Mapping[str, Config], sizes: Sizes) -> None:
     """Reject modules whose configs require inputs that the family's components do not have.
 

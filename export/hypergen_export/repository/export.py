@@ -21,6 +21,7 @@ from hypergen_export.checkpoints.checkpoint import (
     SCHEDULER,
     Checkpoint,
     Replacement,
+    check_pipeline,
     find_folder,
     open_checkpoint,
     read_json,
@@ -326,6 +327,7 @@ def _open_transformer(
     if request.single_files.prediction_type:
         raise BadOptionError("--prediction-type: only for models with a UNet; a transformer's pipeline says it")
     base = find_configs(pipeline)
+    check_pipeline(pipeline, base)
     replaced = file_replacements(files, lambda _: encoders_of(base), request.single_files, notify)
     if request.vae:
         own_vae = read_json(base / "vae" / "config.json")
@@ -341,6 +343,8 @@ def _replacements(request: ExportRequest, notify: Callable[[str], None]) -> dict
     """The parts of a folder or hub id that are replaced."""
     pipeline, files = split_text_encoders(request.text_encoders)
     replaced = text_replacements(pipeline) if pipeline else {}
+    if files or request.vae:
+        check_pipeline(request.model, find_configs(request.model))
     with _requires_export_extra():
         if files:
             own = encoders_of(find_configs(pipeline or request.model))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hypergen_export.checkpoints.checkpoint import INDEX, Replacement, find_folder, read_json
+from hypergen_export.checkpoints.detection import check_text_encoder
 from hypergen_export.checkpoints.hub import find_module_snapshot
 from hypergen_export.checkpoints.weights import stored_tensors
 from hypergen_export.errors import BadOptionError, BrokenCheckpointError, NotADiffusersPipelineError, first_line
@@ -113,10 +114,12 @@ def file_replacements(
 
 def encoders_of(folder: Path) -> Mapping[str, TextEncoder]:
     """The text encoders that a pipeline's folder lists, with the configs that it has. Raises ExportError."""
+    parts = {part: each for part, each in _text_parts(folder) if part.startswith("text_encoder")}
+    for part, each in parts.items():
+        check_text_encoder(str(folder), part, each.loader)
     found = {
         part: TextEncoder(loader=each.loader, config=read_json(each.folder / "config.json"))
-        for part, each in _text_parts(folder)
-        if part.startswith("text_encoder")
+        for part, each in parts.items()
     }
     if not found:
         raise NotADiffusersPipelineError(f"{folder}: has no {INDEX} that lists a text_encoder")
@@ -146,7 +149,7 @@ def _text_parts(folder: Path) -> Iterator[tuple[str, Replacement]]:
     index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
     for part, loader in index.items():
         if part.startswith(_TEXT_PARTS) and isinstance(loader, list) and all(loader) and (folder / part).is_dir():
-            yield part, Replacement(folder=folder / part, loader=".".join(loader))
+            yield part, Replacement(folder=folder / part, loader=".".join(map(str, loader)))
 
 
 def _module_folder(option: str, vae: str) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from hypergen_export.errors import BrokenCheckpointError
+from hypergen_export.errors import BrokenCheckpointError, first_line
 from hypergen_export.single_files.configs import Config, clip_config, clip_loader, unet_config, vae_config
 from hypergen_export.single_files.kinds import UNET, ClipEncoder, Kind
 from hypergen_export.single_files.reading import Tensors
@@ -140,11 +140,15 @@ def expected_shapes(loader: str, config: Mapping[str, Any]) -> dict[str, tuple[i
     """The shapes of the tensors that a module must be given, by their bare names; `loader` is its class.
 
     A tensor that it has under two names, such as embeddings that are its head, too, has the first alone.
+    Raises BrokenCheckpointError for a config that the class does not take.
     """
     library, name = loader.split(".")
     kind: Any = getattr(importlib.import_module(library), name)
-    with torch.device("meta"):
-        made = kind.from_config(config) if library == "diffusers" else kind(kind.config_class(**config))
+    try:
+        with torch.device("meta"):
+            made = kind.from_config(config) if library == "diffusers" else kind(kind.config_class(**config))
+    except Exception as error:  # both libraries and torch raise their own errors
+        raise BrokenCheckpointError(f"its config does not fit {name} ({first_line(error)})") from error
     second = dict(made.named_parameters(remove_duplicate=False)).keys() - dict(made.named_parameters()).keys()
     return {
         bare_name(key): tuple(tensor.shape)

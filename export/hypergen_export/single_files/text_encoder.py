@@ -61,7 +61,7 @@ def convert_text_encoder(
 
     `encoders` are those of the model, by their modules' names. Raises ExportError, OSError.
     """
-    expected = {name: expected_shapes(each.loader, each.config) for name, each in encoders.items()}
+    expected = {name: _expected(name, each) for name, each in encoders.items()}
 
     def find(shapes: Shapes) -> str:
         return _find({bare_name(name): shape for name, shape in _published(shapes).items()}, expected)
@@ -74,6 +74,11 @@ def convert_text_encoder(
         module = Module(name=name, loader=found.loader, config=dict(found.config), tensors=own)
         write_modules({folder: module}, rest)
     return ConvertedTextEncoder(module=name, notices=tuple(_notices(tensors, own)))
+
+
+def _expected(module: str, encoder: TextEncoder) -> Shapes:
+    with named(Path(module)):
+        return expected_shapes(encoder.loader, encoder.config)
 
 
 def _published(given: Mapping[str, T]) -> dict[str, T]:

@@ -15,12 +15,20 @@ from safetensors.torch import load_file, save_file
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hypergen_export.conversion.loading import load_module
-from hypergen_export.errors import BadOptionError, BrokenCheckpointError, ExportError, NotADiffusersPipelineError
+from hypergen_export.errors import (
+    BadOptionError,
+    BrokenCheckpointError,
+    ExportError,
+    NotADiffusersPipelineError,
+    UnsupportedModelError,
+)
 from hypergen_export.repository.export import ExportRequest, open_request
 from hypergen_export.repository.single_file import SingleFileOptions
 from support.single_files import save_folder, save_single_file
 from support.single_text_encoders import Tensors, save_text_encoder_file, text_encoder_tensors, without_weights
 from support.single_transformers import NAMES, save_transformer_file
+
+from ..conftest import edit_json
 
 Folder = Callable[[str], Path]
 # Family -> what ComfyUI's file of each of its text encoders holds, by the file's name.
@@ -294,3 +302,41 @@ def test_what_is_missing_or_does_not_fit_is_one_line(checkpoint_of: Folder, tmp_
     refused(
         request_of(folder, [clip], tmp_path), BrokenCheckpointError, "clip_l.safetensors: the weights cannot be read"
     )
+
+
+@pytest.mark.parametrize(
+    ("loader", "words"),
+    [
+        (["kolors", "ChatGLMModel"], "its text_encoder is kolors.ChatGLMModel, which is not supported"),
+        (["transformers", "NoSuchClass"], "its text_encoder is transformers.NoSuchClass, which is not supported"),
+        (["a.b", "C"], "its text_encoder is a.b.C, which is not supported"),
+        ([1, 2], "its text_encoder is 1.2, which is not supported"),
+    ],
+)
+def test_a_text_encoder_of_another_class_is_not_imported(
+    loader: list[object], words: str, checkpoint_of: Folder, tmp_path: Path
+) -> None:
+    folder = without_weights(checkpoint_of("flux1-dev"), tmp_path / "base")
+    edit_json(folder / "model_index.json", text_encoder=loader)
+    (tmp_path / "clip_l.safetensors").touch()
+    refused(request_of(folder, [tmp_path / "clip_l.safetensors"], tmp_path), UnsupportedModelError, words)
+
+
+def test_a_config_of_other_types_is_one_line(checkpoint_of: Folder, tmp_path: Path) -> None:
+    folder = without_weights(checkpoint_of("flux1-dev"), tmp_path / "base")
+    edit_json(folder / "text_encoder" / "config.json", hidden_size="wide")
+    file = save_text_encoder_file(tmp_path / "t5.safetensors", checkpoint_of("flux1-dev"), "text_encoder_2", "T5")
+    refused(
+        request_of(folder, [file], tmp_path),
+        BrokenCheckpointError,
+        "text_encoder: its config does not fit CLIPTextModel",
+    )
+
+
+def test_a_pipeline_that_is_not_served_is_refused_before_a_file_is_read(checkpoint_of: Folder, tmp_path: Path) -> None:
+    folder = without_weights(checkpoint_of("flux1-dev"), tmp_path / "base")
+    edit_json(folder / "model_index.json", _class_name="KolorsPipeline")
+    (tmp_path / "clip_l.safetensors").touch()
+    for model, given in ((folder, []), (tmp_path / "clip_l.safetensors", [folder])):
+        request = request_of(model, [*given, tmp_path / "clip_l.safetensors"], tmp_path)
+        refused(request, UnsupportedModelError, "base: KolorsPipeline is not supported")
