@@ -68,7 +68,8 @@ class LoraFiles:
                 shutil.copyfileobj(file, new, 1 << 20)
                 new.flush()
                 os.fsync(new.fileno())
-            Path(path).replace(target)
+                # While it is locked: a long time may have passed since its last byte.
+                Path(path).replace(target)
         except BaseException:
             with contextlib.suppress(OSError):
                 Path(path).unlink()
@@ -83,8 +84,9 @@ class LoraFiles:
 
     def remove_abandoned(self) -> None:
         """Remove what uploads have left whose process was killed: no process holds their locks any more."""
-        for file in self.folder.glob(f"{_UPLOAD}*"):
-            with contextlib.suppress(OSError), file.open("rb") as left:
+        for file in filter(Path.is_file, self.folder.glob(f"{_UPLOAD}*")):  # to open a pipe would wait for its writer
+            # For writing, which NFS requires for an exclusive lock.
+            with contextlib.suppress(OSError), file.open("r+b") as left:
                 # One that has just begun may not be locked yet.
                 has_begun = time.time() - os.fstat(left.fileno()).st_mtime > _BEGINNING_SECONDS
                 if has_begun and _try_lock(left.fileno()):

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from hypergen_gateway.storage.lora_files import LoraFiles
 
 # Begins to save a file whose content never ends, and waits there.
@@ -27,6 +29,13 @@ class Endless:
         self.begun = True
         return bytes(1 << 20)
 LoraFiles(Path(sys.argv[1])).save("ink", Endless())
+"""
+
+_CLEAN = """
+import sys
+from pathlib import Path
+from hypergen_gateway.storage.lora_files import LoraFiles
+LoraFiles(Path(sys.argv[1])).remove_abandoned()
 """
 
 
@@ -49,6 +58,27 @@ def test_one_that_has_just_begun_stays(tmp_path: Path) -> None:
     (tmp_path / ".upload-abc").touch()
     LoraFiles(tmp_path).remove_abandoned()
     assert (tmp_path / ".upload-abc").exists()
+
+
+def test_a_pipe_does_not_stop_the_start(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".upload-abc")
+    make_old(tmp_path / ".upload-abc")
+    subprocess.run([sys.executable, "-c", _CLEAN, str(tmp_path)], check=True, timeout=30)
+    assert (tmp_path / ".upload-abc").exists()
+
+
+def test_an_upload_is_in_place_before_its_lock_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever cleans up while a file is put in place must find it locked."""
+    replace = Path.replace
+
+    def clean_up_first(path: Path, target: Path) -> Path:
+        make_old(path)
+        LoraFiles(tmp_path).remove_abandoned()
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", clean_up_first)
+    LoraFiles(tmp_path).save("ink", io.BytesIO(b"ink"))
+    assert (tmp_path / "ink.safetensors").read_bytes() == b"ink"
 
 
 def make_old(file: Path) -> None:
