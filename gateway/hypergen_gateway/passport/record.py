@@ -26,6 +26,8 @@ FILE = "passport.json"
 FORMAT = "hypergen passport"
 EXPORT_RECORD = "hypergen.json"
 CONFIG = f"{SAMPLER}/config.pbtxt"
+# What an export was made of, as the exporter records it.
+_SOURCE = {"model", "vae", "text_encoders", "prediction_type", "embeddings"}
 _DIGITS = 5
 
 
@@ -115,6 +117,7 @@ def open_repository(folder: Path) -> Repository:
     try:
         description = to_description(parameters)
         is_known = isinstance(record, dict) and {"key", "engine", "dtype", "source", "files"} <= record.keys()
+        is_known = is_known and isinstance(record["source"], dict) and record["source"].keys() == _SOURCE
     except InternalError:  # a parameter is missing
         is_known = False
     if not is_known:

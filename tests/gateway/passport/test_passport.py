@@ -69,7 +69,14 @@ def repository(tmp_path: Path) -> Path:
     (folder / "diffusion").mkdir(parents=True)
     (folder / "diffusion" / "config.pbtxt").write_text(text)
     files = {"diffusion/config.pbtxt": len(text), "unet/1/model.onnx": 3}
-    record = {"key": "k1", "engine": "openvino", "dtype": "bfloat16", "source": {"model": "acme/emoji"}, "files": files}
+    source: dict[str, Any] = {
+        "model": "acme/emoji",
+        "vae": None,
+        "text_encoders": [],
+        "prediction_type": None,
+        "embeddings": [],
+    }
+    record = {"key": "k1", "engine": "openvino", "dtype": "bfloat16", "source": source, "files": files}
     (folder / "hypergen.json").write_text(json.dumps(record))
     return folder
 
@@ -202,7 +209,12 @@ class TestRecord:
         assert "has no passport" in error_line(passport(repository))
 
     @pytest.mark.parametrize(
-        ("file", "part"), [("hypergen.json", '"source"'), ("diffusion/config.pbtxt", '"max_num_images"')]
+        ("file", "part"),
+        [
+            ("hypergen.json", '"source"'),
+            ("hypergen.json", '"text_encoders"'),
+            ("diffusion/config.pbtxt", '"max_num_images"'),
+        ],
     )
     def test_an_export_of_an_earlier_version_is_said(self, repository: Path, file: str, part: str) -> None:
         text = (repository / file).read_text()
