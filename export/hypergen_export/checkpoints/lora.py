@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from hypergen_export.checkpoints.layer_paths import flat
 from hypergen_export.checkpoints.weights import safetensors_header, sha256
 from hypergen_export.errors import BadLoraError, BadOptionError
 
@@ -328,11 +329,6 @@ def bundled_part(weight: str) -> tuple[str, str]:
     """The embedding's name in a weight's name, and the key that its own file would have; no key if it has none."""
     match = _BUNDLED_PART.fullmatch(weight)
     return (match["name"], match["key"]) if match else (weight.removeprefix(BUNDLED), "")
-
-
-def flat(path: str) -> str:
-    """A layer's path as kohya writes it, without the optional prefix of transformers' text encoders."""
-    return path.replace(".", "_").removeprefix("text_model_")
 
 
 def _sides(shape: list[int]) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hypergen_export.checkpoints.lora import flat
+from hypergen_export.checkpoints.layer_paths import flat
 from hypergen_export.conversion.transformer_names import Rows, original_names
 
 # Flattened name in a file -> path of each layer that it stands for -> the rows of the file's layer that it has; empty

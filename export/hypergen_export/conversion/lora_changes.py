@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from hypergen_export.checkpoints.lora import Lora, flat
+from hypergen_export.checkpoints.layer_paths import flat
+from hypergen_export.checkpoints.lora import Lora
 from hypergen_export.conversion.layer_names import Names
 from hypergen_export.conversion.transformer_names import Rows
 from hypergen_export.errors import BadLoraError

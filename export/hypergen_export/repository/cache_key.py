@@ -20,7 +20,7 @@ _PACKAGE = Path(__file__).parents[1]
 # the repository's key.
 _PLAN = ("engines/profiles.py", "engines/tensorrt.py")
 _EMBEDDING = ("checkpoints/embeddings.py", "conversion/embeddings.py")
-_LAYER_NAMES = ("conversion/layer_names.py", "conversion/transformer_names.py")
+_LAYER_NAMES = ("checkpoints/layer_paths.py", "conversion/layer_names.py", "conversion/transformer_names.py")
 _MERGING = ("checkpoints/lora.py", "conversion/lora_changes.py", "conversion/merging.py", *_LAYER_NAMES)
 _POOLING = ("conversion/pooling.py", *_LAYER_NAMES)
 _QUANTIZATION = (

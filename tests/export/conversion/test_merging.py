@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hypergen_export.checkpoints.families.unet import STABLE_DIFFUSION_XL
-from hypergen_export.checkpoints.lora import flat, read_loras
+from hypergen_export.checkpoints.layer_paths import flat
+from hypergen_export.checkpoints.lora import read_loras
 from hypergen_export.conversion.loading import load_module
 from hypergen_export.conversion.lora_changes import read_changes
 from hypergen_export.conversion.merging import merge_lora

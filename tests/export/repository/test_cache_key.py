@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hypergen_export.checkpoints.components import LoraPool
 from hypergen_export.checkpoints.hashes import ContentHashes
 from hypergen_export.checkpoints.lora import Lora, Placement, read_loras
 from hypergen_export.engines.tensorrt import Target
@@ -154,6 +156,23 @@ def test_a_plan_with_a_pool_depends_on_the_loras_and_on_what_reads_them(
     names = str(pool_parts([]))
     assert len(given) == 3
     assert all(name in names for name in ("lora.py", "lora_changes.py", "layer_names.py"))
+
+
+def test_a_component_with_a_pool_depends_on_what_names_its_layers_alone(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    component = COMPONENTS["unet"].with_pool(LoraPool.of_columns(4, kernels=False))
+    read: set[str] = set()
+
+    def contents(paths: Iterable[Path]) -> list[str]:
+        names = {path.name for path in paths}
+        read.update(names)
+        return sorted(names)
+
+    monkeypatch.setattr(cache_key, "_contents", contents)
+    component_key(checkpoint, component, ContentHashes())
+    assert {"layer_paths.py", "layer_names.py", "transformer_names.py"} <= read
+    assert "lora.py" not in read
 
 
 @pytest.mark.parametrize("engine", ["openvino", "tensorrt"])
