@@ -19,7 +19,7 @@ from hypergen_export.repository.single_file import (
     convert_vae_once,
     is_single_file,
 )
-from hypergen_export.single_files.configs import CLIP_EMBEDDINGS, clip_config, clip_loader
+from hypergen_export.single_files.configs import CLIP_EMBEDDINGS, bare_name, clip_config, clip_loader
 from hypergen_export.single_files.kinds import TextEncoder
 
 # The text encoders of a model that a file may be, by their modules.
@@ -132,7 +132,7 @@ def clip_of(file: Path, converted: SingleFileFolder) -> Mapping[str, TextEncoder
     Its config follows from the file's shapes. Raises BrokenCheckpointError, NotADiffusersPipelineError.
     """
     try:
-        shapes = {name: tensor.shape for name, tensor in stored_tensors(file).items()}
+        shapes = {bare_name(name): tensor.shape for name, tensor in stored_tensors(file).items()}
         _, width = shapes[CLIP_EMBEDDINGS]
         is_second = len(converted.text_encoders) > 1 and width > converted.context_width / 2
         encoder = converted.text_encoders[int(is_second)]

@@ -19,7 +19,8 @@ _HEAD_WIDTH = 64
 _HEADS_OF_1 = 8
 _DEPTH_WITHOUT_ATTENTION = 1
 _VAE_FACTOR = 8
-CLIP_EMBEDDINGS = "text_model.embeddings.token_embedding.weight"
+_LEVELS = re.compile(r"^((text_model|language_model|model)\.)+")
+CLIP_EMBEDDINGS = "embeddings.token_embedding.weight"
 
 
 def unet_config(kind: Kind, shapes: Shapes) -> Config:
@@ -79,10 +80,15 @@ def vae_config(own: Mapping[str, Any], shapes: Shapes) -> Config:
     }
 
 
+def bare_name(name: str) -> str:
+    """The tensor's name within its model: releases of transformers differ in the levels around it, and read all."""
+    return _LEVELS.sub("", name)
+
+
 def clip_config(encoder: ClipEncoder, shapes: Shapes) -> Config:
-    """The config of a CLIP text encoder; `shapes` by transformers' names."""
+    """The config of a CLIP text encoder; `shapes` by the bare names of transformers."""
     vocabulary, width = shapes[CLIP_EMBEDDINGS]
-    layers = _count(r"text_model\.encoder\.layers\.(\d+)\.", shapes)
+    layers = _count(r"encoder\.layers\.(\d+)\.", shapes)
     projection = shapes.get("text_projection.weight")
     return {
         "architectures": [clip_loader(encoder).partition(".")[2]],
@@ -92,9 +98,9 @@ def clip_config(encoder: ClipEncoder, shapes: Shapes) -> Config:
         "eos_token_id": 2,
         "hidden_act": "gelu" if encoder.is_open_clip else "quick_gelu",
         "hidden_size": width,
-        "intermediate_size": shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
+        "intermediate_size": shapes["encoder.layers.0.mlp.fc1.weight"][0],
         "layer_norm_eps": 1e-05,
-        "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
+        "max_position_embeddings": shapes["embeddings.position_embedding.weight"][0],
         "model_type": "clip_text_model",
         "num_attention_heads": width // _HEAD_WIDTH,
         "num_hidden_layers": min(layers, encoder.layers or layers),

@@ -6,7 +6,6 @@ Tensors stay views of the mapped file: conversion only renames, slices and trans
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -16,14 +15,13 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from hypergen_export.errors import BrokenCheckpointError, first_line
-from hypergen_export.single_files.configs import Config, clip_config, clip_loader, unet_config, vae_config
-from hypergen_export.single_files.kinds import UNET, ClipEncoder, Kind
+from hypergen_export.single_files.configs import Config, bare_name, clip_config, clip_loader, unet_config, vae_config
+from hypergen_export.single_files.kinds import UNET, ClipEncoder, Kind, Shapes
 from hypergen_export.single_files.reading import Tensors
 
 VAE = "first_stage_model."
 # Buffers that a module computes itself.
 _COMPUTED = ("position_ids",)
-_LEVELS = re.compile(r"^((text_model|language_model|model)\.)+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +91,7 @@ def _clip(encoder: ClipEncoder, tensors: Tensors) -> Module:
     converted = {name: tensor for name, tensor in converted.items() if not name.endswith(_COMPUTED)}
     if not encoder.has_projection:
         converted.pop("text_projection.weight", None)
-    config = _config(f"its {encoder.module}", lambda: clip_config(encoder, _shapes(converted)))
+    config = _config(f"its {encoder.module}", lambda: clip_config(encoder, _bare(_shapes(converted))))
     return Module(name=encoder.module, loader=clip_loader(encoder), config=config, tensors=converted)
 
 
@@ -107,6 +105,10 @@ def _config(what: str, read: Callable[[], Config]) -> Config:
 
 def _shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _bare(shapes: Shapes) -> Shapes:
+    return {bare_name(name): shape for name, shape in shapes.items()}
 
 
 def _starts(prefix: str) -> Callable[[str], bool]:
@@ -129,11 +131,6 @@ def checked(module: Module) -> Module:
     for name in [name for name in module.tensors if bare_name(name) not in expected]:
         del module.tensors[name]
     return module
-
-
-def bare_name(name: str) -> str:
-    """The tensor's name within its model: releases of transformers differ in the levels around it, and read all."""
-    return _LEVELS.sub("", name)
 
 
 def expected_shapes(loader: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

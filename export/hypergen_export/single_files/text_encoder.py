@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hypergen_export.errors import NotADiffusersPipelineError
+from hypergen_export.single_files.configs import bare_name
 from hypergen_export.single_files.folder import check_precisions, named, write_modules
 from hypergen_export.single_files.kinds import Shapes, T, TextEncoder
-from hypergen_export.single_files.modules import Module, bare_name, expected_shapes
+from hypergen_export.single_files.modules import Module, expected_shapes
 from hypergen_export.single_files.quantized import dequantized
 from hypergen_export.single_files.reading import Tensors
 

@@ -237,6 +237,26 @@ def test_clip_files_complete_a_unets_file_without_any_folder(tmp_path: Path) -> 
         assert (ours.folder_of("tokenizer_2") / file.name).read_bytes() == file.read_bytes()
 
 
+def test_a_clip_file_as_transformers_saves_it_is_read_without_a_folder(tmp_path: Path) -> None:
+    """Release 5 writes the names within the model, which earlier ones wrote with its level before them."""
+    folder = save_folder(tmp_path / "folder", "sd-1")
+    model = without_text_encoder(tmp_path / "unet.safetensors", folder, "sd-1")
+
+    def bare(tensors: Tensors) -> Tensors:
+        return {name.removeprefix("text_model."): each for name, each in tensors.items()}
+
+    file = save_text_encoder_file(tmp_path / "clip_l.safetensors", folder, "text_encoder", "CLIP", bare)
+    ours = open_request(request_of(model, [file], tmp_path), lambda _: None)
+    held(ours, open_checkpoint(str(folder)), {"text_encoder"}, as_it_is)
+
+
+def without_text_encoder(path: Path, folder: Path, kind: str) -> Path:
+    """A folder of Stable Diffusion 1 or 2 as a single file that has no text encoder."""
+    tensors = load_file(save_single_file(path, folder, kind))
+    save_file({name: each for name, each in tensors.items() if not name.startswith("cond_stage_model.")}, path)
+    return path
+
+
 def test_the_last_layer_of_a_whole_clip_h_is_left_out(tmp_path: Path) -> None:
     """Stable Diffusion 2.x was trained with 23 of its 24, which is what diffusers' folder has."""
     folder = save_folder(tmp_path / "folder", "sd-2-base")
@@ -249,11 +269,9 @@ def test_the_last_layer_of_a_whole_clip_h_is_left_out(tmp_path: Path) -> None:
         return tensors | last
 
     file = save_text_encoder_file(tmp_path / "clip_h.safetensors", folder, "text_encoder", "CLIP", whole)
-    tensors = load_file(save_single_file(tmp_path / "whole.safetensors", folder, "sd-2-base"))
-    without = {name: each for name, each in tensors.items() if not name.startswith("cond_stage_model.")}
-    save_file(without, tmp_path / "unet.safetensors")
+    model = without_text_encoder(tmp_path / "unet.safetensors", folder, "sd-2-base")
     told: list[str] = []
-    ours = open_request(request_of(tmp_path / "unet.safetensors", [file], tmp_path), told.append)
+    ours = open_request(request_of(model, [file], tmp_path), told.append)
     held(ours, open_checkpoint(str(folder)), {"text_encoder"}, as_it_is)
     assert told[-1] == (
         "left out 16 tensors that have no place in the text encoder, for example "
