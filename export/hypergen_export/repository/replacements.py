@@ -10,7 +10,13 @@ from hypergen_export.checkpoints.checkpoint import INDEX, Replacement, find_fold
 from hypergen_export.checkpoints.detection import check_text_encoder
 from hypergen_export.checkpoints.hub import find_module_snapshot
 from hypergen_export.checkpoints.weights import stored_tensors
-from hypergen_export.errors import BadOptionError, BrokenCheckpointError, NotADiffusersPipelineError, first_line
+from hypergen_export.errors import (
+    BadOptionError,
+    BrokenCheckpointError,
+    NotADiffusersPipelineError,
+    UnsupportedModelError,
+    first_line,
+)
 from hypergen_export.repository.single_file import (
     Notify,
     SingleFileFolder,
@@ -29,6 +35,8 @@ _VAES = ("AutoencoderKL", "AutoencoderTiny")
 _OWN = ("force_upcast", "norm_num_groups", "scaling_factor", "shift_factor")
 # AutoencoderKL's own, for configs of early diffusers, which leave it out.
 _DEFAULT_SCALE = 0.18215
+# Suffixes of files that people give; no folder or hub id of a pipeline ends so.
+_FILES = (".safetensors", ".gguf", ".ckpt", ".bin", ".pt")
 _TEXT_PARTS = ("text_encoder", "tokenizer")
 
 
@@ -69,6 +77,8 @@ def split_text_encoders(given: tuple[str, ...]) -> tuple[str | None, tuple[Path,
     """The pipeline whose text encoders to use, if any, and the files of single ones. Raises BadOptionError."""
     files = tuple(path for path in (Path(each).expanduser() for each in given) if path.is_file())
     pipelines = [each for each in given if not Path(each).expanduser().is_file()]
+    for each in pipelines:
+        _check_is_there("--text-encoder", each)
     if len(pipelines) > 1:
         raise BadOptionError(
             f"--text-encoder: {pipelines[0]} and {pipelines[1]} are two pipelines; give one, and files"
@@ -129,8 +139,13 @@ def encoders_of(folder: Path) -> Mapping[str, TextEncoder]:
 def clip_of(file: Path, converted: SingleFileFolder) -> Mapping[str, TextEncoder]:
     """The text encoder of a model with a UNet that a file can be: of two, the narrow or the wide one.
 
-    Its config follows from the file's shapes. Raises BrokenCheckpointError, NotADiffusersPipelineError.
+    Its config follows from the file's shapes.
+
+    Raises:
+        BrokenCheckpointError, NotADiffusersPipelineError, UnsupportedModelError
     """
+    if file.suffix == ".gguf":
+        raise UnsupportedModelError(f"{file}: models with a UNet have CLIP, which is read from .safetensors alone")
     try:
         shapes = {bare_name(name): tensor.shape for name, tensor in stored_tensors(file).items()}
         _, width = shapes[CLIP_EMBEDDINGS]
@@ -152,7 +167,14 @@ def _text_parts(folder: Path) -> Iterator[tuple[str, Replacement]]:
             yield part, Replacement(folder=folder / part, loader=".".join(map(str, loader)))
 
 
+def _check_is_there(option: str, given: str) -> None:
+    path = Path(given).expanduser()
+    if path.suffix in _FILES and not path.exists():
+        raise BadOptionError(f"{option}: {given}: no such file")
+
+
 def _module_folder(option: str, vae: str) -> Path:
+    _check_is_there(option, vae)
     folder = Path(vae).expanduser()
     if not folder.is_dir():
         if folder.exists() or vae.startswith((".", "/", "~")) or vae.count("/") != 1:

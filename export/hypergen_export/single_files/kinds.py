@@ -143,7 +143,7 @@ _OTHERS = {
     r"control_model\..*|controlnet_.*|input_hint_block\..*": "it is a ControlNet, which is not supported",
     r"emb_params|string_to_param": "it is a textual inversion, not a model",
     r"(encoder|decoder)\.(conv_in|down|up|mid)[._].*": "it is a VAE, not a whole model: see --vae",
-    r"(text_model\.encoder\.layers|encoder\.block|model\.layers)\.\d+\..*": (
+    r"((text_model\.)?encoder\.layers|encoder\.block|model\.layers|(enc\.)?blk)\.\d+\..*": (
         "it is a text encoder, not a whole model: see --text-encoder"
     ),
     r"(model\.diffusion_model\.)?(double_blocks|joint_blocks|transformer_blocks|layers|noise_refiner)\.\d+\..*": (

@@ -358,3 +358,22 @@ def test_a_pipeline_that_is_not_served_is_refused_before_a_file_is_read(checkpoi
     for model, given in ((folder, []), (tmp_path / "clip_l.safetensors", [folder])):
         request = request_of(model, [*given, tmp_path / "clip_l.safetensors"], tmp_path)
         refused(request, UnsupportedModelError, "base: KolorsPipeline is not supported")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".gguf", ".bin", ".pt"])
+def test_a_mistyped_file_is_said_to_be_none(suffix: str, checkpoint_of: Folder, tmp_path: Path) -> None:
+    folder = checkpoint_of("flux1-dev")
+    for name in (Path(f"files/clip_l{suffix}"), tmp_path / f"clip_l{suffix}"):
+        refused(request_of(folder, [name], tmp_path), BadOptionError, f"^--text-encoder: {name}: no such file$")
+        refused(request_of(folder, [], tmp_path, name), BadOptionError, f"^--vae: {name}: no such file$")
+
+
+def test_a_gguf_for_a_unet_is_refused(tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "folder", "sd-1")
+    model = without_text_encoder(tmp_path / "unet.safetensors", folder, "sd-1")
+    (tmp_path / "clip.gguf").touch()
+    refused(
+        request_of(model, [tmp_path / "clip.gguf"], tmp_path),
+        UnsupportedModelError,
+        "clip.gguf: models with a UNet have CLIP, which is read from .safetensors alone",
+    )
