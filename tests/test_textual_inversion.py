@@ -155,6 +155,12 @@ def second_of(family: str) -> dict[str, torch.Tensor]:
     return {"bundle_emb.hat.clip_g": noise(1, 48)} if family == "sdxl" else {}
 
 
+def test_an_embedding_is_of_the_file_that_has_exactly_its_name(tmp_path: Path) -> None:
+    save_file({"bundle_emb.ink.v2.clip_l": noise(1, 32)}, tmp_path / "both.safetensors")
+    given = [f"{name}={tmp_path / 'both.safetensors'}" for name in ("ink", "ink.v2")]
+    assert [each.is_bundled for each in read_embeddings(given, None)] == [False, True]
+
+
 def test_a_lora_with_an_embedding_for_a_model_without_is_named_itself(
     checkpoint_of: Callable[[str], Path], tmp_path: Path
 ) -> None:

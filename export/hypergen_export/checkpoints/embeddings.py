@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from hypergen_export.checkpoints.lora import BUNDLED, Lora
+from hypergen_export.checkpoints.lora import BUNDLED, Lora, bundled_part
 from hypergen_export.checkpoints.weights import safetensors_header, sha256
 from hypergen_export.errors import BadEmbeddingError, BadLoraError, BadOptionError
 
@@ -85,7 +85,7 @@ def _read(text: str) -> Embedding:
 def _is_bundle(file: Path, name: str) -> bool:
     """Whether the file is a LoRA's that has the embedding. One that cannot be read is refused with its vectors."""
     with contextlib.suppress(OSError, ValueError):
-        return any(each.startswith(f"{BUNDLED}{name}.") for each in safetensors_header(file))
+        return any(each.startswith(BUNDLED) and bundled_part(each)[0] == name for each in safetensors_header(file))
     return False
 
 

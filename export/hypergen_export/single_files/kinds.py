@@ -21,6 +21,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 EPSILON, VELOCITY = "epsilon", "v_prediction"
 PREDICTION_TYPES = (EPSILON, VELOCITY)
 UNET = "model.diffusion_model."
+# The UNet's own parts. Beside them, files have markers of what it predicts.
+_OF_UNET = re.compile(r"(input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\.")
 _CONV_IN = f"{UNET}input_blocks.0.0.weight"
 _END = "<|endoftext|>"
 
@@ -164,7 +166,10 @@ def complete_names(given: Mapping[str, T]) -> dict[str, T]:
     """
     # A ControlNet has such blocks, too, but no output.
     is_bare = {"input_blocks.0.0.weight", "out.2.weight"} <= given.keys()
-    return {f"{UNET}{name}" if is_bare else _complete_name(name): each for name, each in given.items()}
+    return {
+        f"{UNET}{name}" if is_bare and _OF_UNET.match(name) else _complete_name(name): each
+        for name, each in given.items()
+    }
 
 
 def _complete_name(name: str) -> str:

@@ -175,6 +175,19 @@ def test_superfluous_tensors_are_named(folder_of: Folder, file_of: File, tmp_pat
     assert any("1 tensors" in each and "model.diffusion_model.input_blocks.1.0.extra" in each for each in told.notices)
 
 
+def test_markers_beside_a_bare_unet_are_not_left_over(file_of: File, tmp_path: Path) -> None:
+    prefix = "model.diffusion_model."
+    tensors = load_file(file_of("sdxl-v"))
+    markers = {name: each for name, each in tensors.items() if name in ("v_pred", "ztsnr")}
+    assert len(markers) == 2
+    bare = {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
+    bare["label_emb.0.0.weight"] = torch.nn.functional.pad(bare["label_emb.0.0.weight"], (0, 6 * (256 - 8)))
+    save_file(bare | markers, tmp_path / "unet.safetensors")
+    folder, converted = convert(tmp_path / "unet.safetensors", tmp_path)
+    assert converted.notices == ("predicts v_prediction, as the tensor v_pred says",)
+    assert scheduler_of(folder)["prediction_type"] == "v_prediction"
+
+
 def without(file: Path, prefix: str, tmp_path: Path) -> Path:
     kept = {name: each for name, each in load_file(file).items() if not name.startswith(prefix)}
     save_file(kept, tmp_path / "cut.safetensors")
