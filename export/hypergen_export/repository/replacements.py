@@ -127,13 +127,19 @@ def encoders_of(folder: Path) -> Mapping[str, TextEncoder]:
     parts = {part: each for part, each in _text_parts(folder) if part.startswith("text_encoder")}
     for part, each in parts.items():
         check_text_encoder(str(folder), part, each.loader)
-    found = {
-        part: TextEncoder(loader=each.loader, config=read_json(each.folder / "config.json"))
-        for part, each in parts.items()
-    }
+    found = {part: TextEncoder(loader=each.loader, config=_text_config(each)) for part, each in parts.items()}
     if not found:
         raise NotADiffusersPipelineError(f"{folder}: has no {INDEX} that lists a text_encoder")
     return found
+
+
+def _text_config(encoder: Replacement) -> Mapping[str, Any]:
+    config = read_json(encoder.folder / "config.json")
+    if not encoder.loader.startswith("transformers.CLIPText"):
+        return config
+    # The config of a complete CLIP model contains that of its text encoder.
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
 
 
 def clip_of(file: Path, converted: SingleFileFolder) -> Mapping[str, TextEncoder]:

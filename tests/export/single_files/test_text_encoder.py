@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -122,6 +124,16 @@ def test_qwen_2_5_vl_is_read_with_its_head(checkpoint_of: Folder, tmp_path: Path
         NotADiffusersPipelineError,
         r"headless.safetensors: it is not the model's text_encoder: 1 of \d+ tensors .*lm_head.weight: missing",
     )
+
+
+def test_the_config_of_a_complete_clip_is_read(checkpoint_of: Folder, tmp_path: Path) -> None:
+    folder = checkpoint_of("flux1-dev")
+    file = save_text_encoder_file(tmp_path / "clip_l.safetensors", folder, "text_encoder", "CLIP")
+    complete = Path(shutil.copytree(folder, tmp_path / "complete"))
+    config = transformers.CLIPConfig(text_config=json.loads((folder / "text_encoder" / "config.json").read_text()))
+    config.save_pretrained(complete / "text_encoder")
+    ours = open_request(request_of(complete, [file], tmp_path), lambda _: None)
+    held(ours, open_checkpoint(str(folder)), {"text_encoder"}, as_it_is)
 
 
 def by_its_second_name(tensors: Tensors) -> Tensors:
