@@ -159,11 +159,13 @@ class Checkpoint:
 def open_checkpoint(model: str, replaced: Mapping[str, Replacement] | None = None) -> Checkpoint:
     """Find `model` and check that it can be converted, with the replaced parts in place of its own.
 
+    From the hub, weights of parts that are replaced are not downloaded.
+
     Raises:
         UnknownModelError, NotADiffusersPipelineError, UnsupportedModelError, BrokenCheckpointError
     """
     replaced = replaced or {}
-    folder = find_folder(model)
+    folder = find_folder(model, lambda module: module not in replaced)
     index = {**_read_index(model, folder), **{part: each.loader.split(".") for part, each in replaced.items()}}
     family = find_family(model, index, lambda module: read_json(folder / module / "config.json"))
     family = with_preview_vae(model, with_stated_vae(model, family, index), index)

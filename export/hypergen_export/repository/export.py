@@ -307,10 +307,11 @@ def _open_single_file(request: ExportRequest, notify: Callable[[str], None]) -> 
     pipeline, files = split_text_encoders(request.text_encoders)
     if pipeline and (find_configs(pipeline) / "transformer" / "config.json").is_file():
         return _open_transformer(request, pipeline, files, notify)
+    own = encoders_of(find_configs(pipeline)) if pipeline and files else None
     converted = convert_once(request.model, request.single_files, notify)
-    replaced = text_replacements(pipeline) if pipeline else {}
-    own = encoders_of(find_configs(pipeline)) if pipeline else None
-    replaced |= file_replacements(files, lambda file: own or clip_of(file, converted), request.single_files, notify)
+    replaced = file_replacements(files, lambda file: own or clip_of(file, converted), request.single_files, notify)
+    if pipeline:
+        replaced = text_replacements(pipeline, replaced)
     if request.vae:
         replaced["vae"] = vae_replacement(request.vae, converted.vae, request.single_files, notify)
     absent = [module for module in converted.missing if module not in replaced]
@@ -342,15 +343,17 @@ def _open_transformer(
 def _replacements(request: ExportRequest, notify: Callable[[str], None]) -> dict[str, Replacement]:
     """The parts of a folder or hub id that are replaced."""
     pipeline, files = split_text_encoders(request.text_encoders)
-    replaced = text_replacements(pipeline) if pipeline else {}
+    replaced: dict[str, Replacement] = {}
     if files or request.vae:
         check_pipeline(request.model, find_configs(request.model))
     with _requires_export_extra():
         if files:
             own = encoders_of(find_configs(pipeline or request.model))
-            replaced |= file_replacements(files, lambda _: own, request.single_files, notify)
+            replaced = file_replacements(files, lambda _: own, request.single_files, notify)
+        if pipeline:
+            replaced = text_replacements(pipeline, replaced)
         if request.vae:
-            own_vae = read_json(find_folder(request.model) / "vae" / "config.json")
+            own_vae = read_json(find_configs(request.model) / "vae" / "config.json")
             replaced["vae"] = vae_replacement(request.vae, own_vae, request.single_files, notify)
     return replaced | _preview_vae(request, notify)
 

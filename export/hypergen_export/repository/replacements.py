@@ -94,13 +94,16 @@ def find_configs(pipeline: str) -> Path:
     return find_folder(pipeline, lambda _: False)
 
 
-def text_replacements(pipeline: str) -> dict[str, Replacement]:
-    """The text encoders and tokenizers of a pipeline's folder or hub id. Raises ExportError."""
-    folder = find_folder(pipeline, lambda module: module.startswith(_TEXT_PARTS))
+def text_replacements(pipeline: str, files: Mapping[str, Replacement]) -> dict[str, Replacement]:
+    """The text encoders and tokenizers of a pipeline's folder or hub id, with those in `files` in place of its own.
+
+    Raises ExportError.
+    """
+    folder = find_folder(pipeline, lambda module: module.startswith(_TEXT_PARTS) and module not in files)
     found = dict(_text_parts(folder))
     if not found:
         raise BadOptionError(f"--text-encoder: {pipeline} has no {INDEX} that lists a text_encoder and a tokenizer")
-    return found
+    return {**found, **files}
 
 
 def file_replacements(

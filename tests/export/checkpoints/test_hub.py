@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from hypergen_export.checkpoints.checkpoint import open_checkpoint
+from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hypergen_export.checkpoints.hub import find_module_snapshot, first_missing_file, required_files
 from hypergen_export.errors import UnknownModelError, UnsupportedModelError
+from hypergen_export.repository.export import ExportRequest, open_request
+from hypergen_export.repository.single_file import SingleFileOptions
+from support.single_text_encoders import save_text_encoder_file
 
 from ..conftest import edit_json
 
@@ -208,6 +211,33 @@ def test_a_complete_snapshot_is_used_without_asking_the_hub(
     hub = hub_of(checkpoint_copy, None)
     assert open_checkpoint("owner/model").folder == checkpoint_copy
     assert not hub.fetched
+
+
+def test_weights_of_replaced_parts_are_neither_fetched_nor_required(
+    checkpoint_folder: Path, checkpoint_copy: Path, tmp_path: Path, hub_of: Callable[[Path, Path | None], FakeHub]
+) -> None:
+    for weights in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        (checkpoint_copy / weights).unlink()
+    hub_of(checkpoint_copy, None)
+
+    def opened(model: str, *text_encoders: Path | str) -> Checkpoint:
+        request = ExportRequest(
+            model=model,
+            output=tmp_path / "out",
+            single_files=SingleFileOptions(cache_dir=tmp_path / "cache"),
+            vae=str(checkpoint_folder),
+            text_encoders=tuple(map(str, text_encoders)),
+        )
+        return open_request(request, lambda _: None)
+
+    ours = opened("owner/model", checkpoint_folder)
+    assert ours.folder == checkpoint_copy
+    assert ours.folder_of("text_encoder") == checkpoint_folder / "text_encoder"
+    assert ours.folder_of("vae") == checkpoint_folder / "vae"
+    file = save_text_encoder_file(tmp_path / "clip_l.safetensors", checkpoint_folder, "text_encoder", "CLIP")
+    for theirs in (opened("owner/model", file), opened(str(checkpoint_folder), "owner/model", file)):
+        assert theirs.folder_of("text_encoder").is_relative_to(tmp_path / "cache")
+        assert theirs.folder_of("tokenizer") == checkpoint_copy / "tokenizer"
 
 
 @pytest.mark.parametrize("part", ["", "vae"], ids=["a module", "a pipeline"])
