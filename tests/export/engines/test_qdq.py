@@ -270,6 +270,8 @@ def test_a_gpu_without_such_numbers_is_refused_before_anything_is_done(
         ("sd-1", {"deep_cache": True}, r"^--deep-cache: not with --dtype fp8"),
         ("sd-inpainting", {}, r"^--dtype fp8: not for stable-diffusion-inpainting models; tensorrt serves them in fl"),
         ("z-image", {"dtype": INT8}, r"^--dtype int8: not for z-image models; tensorrt serves .* bfloat16, fp8$"),
+        ("flux1-kontext", {}, r"^--dtype fp8: not for flux1-kontext models; tensorrt serves .* float16, bfloat16$"),
+        ("flux2-klein", {}, r"^--dtype fp8: not for flux2-klein models; tensorrt serves .* float16, bfloat16$"),
     ],
 )
 def test_what_it_is_not_for_is_refused(
