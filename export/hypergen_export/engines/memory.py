@@ -108,12 +108,21 @@ def _item_bytes(component: Component, dtype: str, name: str, shape: Shape) -> in
 
 def used_tensors(checkpoint: Checkpoint, component: Component) -> Mapping[str, Shape]:
     """Name -> shape of the tensors in the checkpoint that the component computes with. Raises BrokenCheckpointError."""
-    folder, weights = checkpoint.folder_of(component.module), checkpoint.weights(component.module)
+    tensors = _stored_tensors(checkpoint, component.module)
+    return {name: shape for name, shape in tensors.items() if not name.startswith(component.unused)}
+
+
+def parameters(checkpoint: Checkpoint, component: Component) -> int:
+    """The elements of a component's module, used or not. Raises BrokenCheckpointError."""
+    return sum(math.prod(shape) for shape in _stored_tensors(checkpoint, component.module).values())
+
+
+def _stored_tensors(checkpoint: Checkpoint, module: str) -> Mapping[str, Shape]:
+    folder, weights = checkpoint.folder_of(module), checkpoint.weights(module)
     if weights.format != "safetensors":
         raise BrokenCheckpointError(f"{folder}: only safetensors state what is in them, and these weights are pickled")
     stored = (tensor for file in tensor_files(folder, weights) for tensor in stored_tensors(file).values())
-    shapes = {tensor.name.removeprefix("model."): tensor.shape for tensor in stored}
-    return {name: shape for name, shape in shapes.items() if not name.startswith(component.unused)}
+    return {tensor.name.removeprefix("model."): tensor.shape for tensor in stored}
 
 
 def _elements(shape: Shape) -> int:

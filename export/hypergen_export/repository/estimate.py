@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint
-from hypergen_export.checkpoints.components import LoraPool
+from hypergen_export.checkpoints.components import CALIBRATED, LoraPool
 from hypergen_export.checkpoints.defaults import checkpoint_parameters
 from hypergen_export.engines.engine import TENSORRT, Size, check_dtype, check_family, choose_sizes
-from hypergen_export.engines.memory import FIXED_BYTES, Model
+from hypergen_export.engines.memory import FIXED_BYTES, Model, parameters
 from hypergen_export.engines.profiles import Shapes, shapes_of
 from hypergen_export.errors import BadOptionError
 
@@ -19,6 +19,8 @@ _UNITS = {"": 2**30, "G": 2**30, "GB": 2**30, "GIB": 2**30, "M": 2**20, "MB": 2*
 _SIDE_STEP = 256
 # Triton's TensorRT backend reads a plan into a string and copies that. The builder's peak is that of TensorRT-RTX.
 _COPIES_LOADED, _COPIES_BUILT = 2, 3
+# Of each parameter: the pipeline that calibrates computes in float32.
+_CALIBRATED_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,22 @@ def table(engines: Model, shapes: Shapes) -> Iterator[str]:
     for name, dtype, *figures in (head, *rows, *rest):
         yield f"  {name:26}{dtype:10}" + "".join(f"{figure:>12}" for figure in figures)
     largest = max(need.weights for need in engines.needs(shapes))
+    done = "calibrated and built" if engines.dtype in CALIBRATED else "built"
     yield (
         f"Host memory: {_gib(_COPIES_LOADED * largest)} GiB while Triton loads the largest engine, about "
-        f"{_gib(_COPIES_BUILT * largest)} GiB while it is built."
+        f"{_gib(host_bytes(engines, shapes))} GiB while it is {done}."
     )
     yield "Weights are exact; activations are an estimate. Nothing was built, and latency is not estimated."
+
+
+def host_bytes(engines: Model, shapes: Shapes) -> int:
+    """The host's memory that an export needs, for its largest engine or to calibrate. Raises BrokenCheckpointError."""
+    built = _COPIES_BUILT * max(need.weights for need in engines.needs(shapes))
+    if engines.dtype not in CALIBRATED:
+        return built
+    family = engines.checkpoint.family
+    loaded = (family.denoiser, *family.text_encoders)
+    return max(built, _CALIBRATED_BYTES * sum(parameters(engines.checkpoint, component) for component in loaded))
 
 
 def verdict(engines: Model, shapes: Shapes, gpu: int, max_side: int) -> str:

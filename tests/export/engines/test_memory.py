@@ -23,7 +23,7 @@ from hypergen_export.engines.memory import FIXED_BYTES, Model, Need
 from hypergen_export.engines.profiles import Shapes
 from hypergen_export.engines.tensorrt import Build, build_plan, rtx_target
 from hypergen_export.errors import BadOptionError
-from hypergen_export.repository.estimate import read_memory
+from hypergen_export.repository.estimate import host_bytes, read_memory
 from support.published import publish
 from support.single_transformers import NAMES, save_transformer_file
 
@@ -58,6 +58,21 @@ def test_a_published_checkpoint_has_its_weights_and_activations(
         **dict.fromkeys(found, "bfloat16"),
         "transformer": "fp8",
     }
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("sd-1", "int8"), ("flux1-dev", "fp8")])
+def test_calibration_needs_the_denoiser_and_the_text_encoders_in_float32(
+    family: str, dtype: str, checkpoint_of: Callable[[str], Path]
+) -> None:
+    checkpoint = open_checkpoint(str(checkpoint_of(family)))
+    components = {component.module: component for component in checkpoint.family.components}
+    modules = [load_module(checkpoint, components[name]) for name in components if name != "vae"]
+    needed = 4 * sum(parameter.numel() for module in modules for parameter in module.parameters())
+    model = model_of(checkpoint.folder, dtype)
+    assert host_bytes(model, shapes_of(checkpoint)) == pytest.approx(needed, rel=0.01)
+    largest = max(need.weights for need in needs(replace(model, dtype="bfloat16")).values())
+    assert host_bytes(replace(model, dtype="bfloat16"), shapes_of(checkpoint)) == 3 * largest
+    assert f" about {needed / 2**30:.2f} GiB while it is calibrated" in run(checkpoint.folder, "--dtype", dtype).output
 
 
 def test_layers_that_are_not_used_do_not_count(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> None:
