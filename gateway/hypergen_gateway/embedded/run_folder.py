@@ -236,9 +236,12 @@ def check_shared_memory() -> None:
     """Raise EmbeddedError if there is too little shared memory for a Triton to start."""
     try:
         status = os.statvfs(SHARED_MEMORY)
-        free = status.f_bavail * status.f_frsize
     except FileNotFoundError:
         free = 0
+    else:
+        if status.f_blocks == 0:  # a tmpfs without a limit
+            return
+        free = status.f_bavail * status.f_frsize
     if free < LEAST_SHARED_MEMORY:
         raise EmbeddedError(
             f"Triton needs at least {LEAST_SHARED_MEMORY / 2**20:.0f} MiB of shared memory, and {SHARED_MEMORY} has "

@@ -271,17 +271,30 @@ class TestTemporaryFolder:
 
 def test_too_little_shared_memory_is_said_before_an_export(tmp_path: Path) -> None:
     """Docker gives 64 MB, and some platforms less."""
-    cache, script = tmp_path / "cache", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
-    private = ["unshare", "--mount", "--propagation", "private", "sh", "-c"]
-    if problem := subprocess.run([*private, script, "sh", "true"], capture_output=True, text=True).stderr:
-        pytest.skip(problem)
+    cache = tmp_path / "cache"
     serve = [sys.executable, "-m", "hypergen_gateway", "serve", "--port", str(free_port()), "--cache-dir", str(cache)]
-    done = subprocess.run([*private, script, "sh", *serve], capture_output=True, text=True, timeout=60, check=False)
+    done = run_with_shared_memory("1m", *serve)
     assert done.returncode == 1
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("Error: "))
     assert "8 MiB of shared memory, and /dev/shm has 1.0 MiB left" in line
     assert "--shm-size" in line
     assert not list(cache.glob("emoji*"))
+
+
+def test_shared_memory_without_a_limit_is_enough() -> None:
+    """It states that it has no blocks, none of which are free."""
+    check = "from hypergen_gateway.embedded.run_folder import check_shared_memory; check_shared_memory()"
+    done = run_with_shared_memory("0", sys.executable, "-c", check)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def run_with_shared_memory(size: str, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command whose /dev/shm has this size."""
+    script = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"'
+    private = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh"]
+    if problem := subprocess.run([*private, "true"], capture_output=True, text=True).stderr:
+        pytest.skip(problem)
+    return subprocess.run([*private, *command], capture_output=True, text=True, timeout=60, check=False)
 
 
 def crash_at_start(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
