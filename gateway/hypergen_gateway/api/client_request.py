@@ -121,17 +121,17 @@ def to_generation_request(body: RequestBody, model: ModelDescription, seed: int)
 
 
 def _seed(body: RequestBody, client: Client) -> int:
-    """The requested seed, or a random one; that of an idempotency key follows from it.
+    """The requested seed, or a random one; that of an idempotency key follows from it and the prompt.
 
     So a retry gets the same images from a gateway that does not know of the first attempt: from another one, or from
-    this one after a restart.
+    this one after a restart. Not from the API key, which whoever sees a seed could guess offline.
     """
     if body.seed is not None and body.seed != -1:
         return body.seed
     seeds = _RANDOM_SEEDS - body.n
     if client.idempotency_key is None:
         return secrets.randbelow(seeds)
-    digest = hashlib.sha256(f"{client.owner}\n{client.idempotency_key}".encode()).digest()
+    digest = hashlib.sha256(f"{client.idempotency_key}\n{body.prompt}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % seeds
 
 
