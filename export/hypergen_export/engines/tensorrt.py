@@ -27,13 +27,9 @@ from hypergen_export.errors import BadOptionError, ConversionError, MissingDepen
 _WORKSPACE_BYTES = 8 * 2**30
 # TensorRT's names of data types -> Triton's.
 _TYPES = {"FLOAT": "FP32", "HALF": "FP16", "BF16": "BF16", "INT32": "INT32", "INT64": "INT64", "UINT8": "UINT8"}
-# Precision -> the first compute capability that has it, and others to choose instead. Turing has int8, too, but not
-# bfloat16, in which the layers that are not quantised are computed. fp8 came with Ada and Hopper.
-_SINCE = {
-    "bfloat16": ((8, 0), "use float16"),
-    INT8: ((8, 0), "use float16"),
-    FP8: ((8, 9), "use bfloat16 or, for a UNet, int8"),
-}
+# Precision -> the first compute capability that has it. Turing has int8, too, but not bfloat16, in which the layers
+# that are not quantised are computed. fp8 came with Ada and Hopper.
+_SINCE = {"bfloat16": (8, 0), INT8: (8, 0), FP8: (8, 9)}
 
 Report = Callable[[float], None]
 
@@ -49,11 +45,13 @@ class Target:
 
     def check_dtype(self, dtype: str) -> None:
         """Reject a precision that the GPU does not have. Raises BadOptionError."""
-        since, advice = _SINCE.get(dtype, ((0, 0), ""))
-        if tuple(int(part) for part in self.compute_capability.split(".")) < since:
+        since = _SINCE.get(dtype, (0, 0))
+        capability = tuple(int(part) for part in self.compute_capability.split("."))
+        if capability < since:
+            advice = "float16" if capability < _SINCE["bfloat16"] else "bfloat16 or, for a UNet, int8"
             raise BadOptionError(
                 f"--dtype {dtype}: needs a GPU of compute capability {since[0]}.{since[1]} or later, but "
-                f"{self.gpu or 'the target GPU'} has {self.compute_capability}; {advice}"
+                f"{self.gpu or 'the target GPU'} has {self.compute_capability}; use {advice}"
             )
 
 

@@ -248,8 +248,9 @@ def test_a_layer_that_the_graph_does_not_have_is_named(
 @pytest.mark.parametrize(
     ("dtype", "capability", "says"),
     [
-        (INT8, "7.5", "--dtype int8: needs a GPU of compute capability 8.0 or later, but the target GPU has 7.5"),
-        (FP8, "8.6", "--dtype fp8: needs a GPU of compute capability 8.9 or later, but the target GPU has 8.6"),
+        (INT8, "7.5", "8.0 or later, but the target GPU has 7.5; use float16"),
+        (FP8, "7.5", "8.9 or later, but the target GPU has 7.5; use float16"),
+        (FP8, "8.6", "8.9 or later, but the target GPU has 8.6; use bfloat16 or, for a UNet, int8"),
     ],
 )
 def test_a_gpu_without_such_numbers_is_refused_before_anything_is_done(
@@ -257,7 +258,7 @@ def test_a_gpu_without_such_numbers_is_refused_before_anything_is_done(
 ) -> None:
     request = ExportRequest(model=str(checkpoint_folder), output=tmp_path / "out", engine="tensorrt", dtype=dtype)
     target = Target(library="tensorrt_rtx", version="1.7", gpu="", compute_capability=capability)
-    with pytest.raises(BadOptionError, match=f"^{says}"):
+    with pytest.raises(BadOptionError, match=f"^--dtype {dtype}: needs a GPU of compute capability {says}$"):
         export(request, target)
     assert list(tmp_path.iterdir()) == []
 
