@@ -526,7 +526,7 @@ def passport(
     if measure:
         if sheet_file is not None:
             _check_sheet(sheet_file)
-        measured = [run_until_signalled(measure_passport(each)) for each in _in_precisions(options, beside)]
+        measured = run_until_signalled(measure_passport(_in_precisions(options, beside)))
         made = [each.passport for each in measured]
         if sheet_file is not None:
             _write_sheet(sheet_file, measured)

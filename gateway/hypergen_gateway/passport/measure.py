@@ -129,16 +129,24 @@ async def describe(options: TritonOptions) -> ModelDescription:
             raise UnavailableError(f"No model is available at {options.url} ({error.detail}).") from error
 
 
-async def measure(options: PassportOptions) -> Measured:
-    """Measure an export; its passport is written into its repository, if that is on this machine.
+async def measure(precisions: Sequence[PassportOptions]) -> list[Measured]:
+    """Measure exports; their passports are written into their repositories, if those are on this machine.
+
+    All are exported before the first is measured, which takes long: one may be refused.
 
     Raises:
         PassportError, EmbeddedError, ExportFailedError, HyperGenError
     """
     if find_spec("skimage") is None:
         raise PassportError("scikit-image is not installed; a passport needs: pip install 'hypergen-triton[passport]'")
-    served = await _served(options)
-    reference = await _reference(options, served)
+    sides = []
+    for options in precisions:
+        served = await _served(options)
+        sides.append((options, served, await _reference(options, served)))
+    return [await _measure(*each) for each in sides]
+
+
+async def _measure(options: PassportOptions, served: _Side, reference: _Side) -> Measured:
     settings = _settings(options, served.description)
     plain = _requests(options, served.description)
     # By turns, so that what else the machine does falls on all settings.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from PIL import Image
 from tritonclient.grpc import model_config_pb2
 
 from hypergen_gateway.cli import main
+from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.embedded.export_cache import ExportOptions
 from hypergen_gateway.generation.backend import Backend, GenerationRequest
 from hypergen_gateway.passport.errors import PassportError
@@ -270,9 +271,22 @@ class TestCommand:
         async with serving(fake) as url:
             triton = TritonOptions(model=str(repository), url=url, export=None)
             with pytest.raises(PassportError) as refused:
-                await measure(PassportOptions(triton=triton, export=export))
+                await measure([PassportOptions(triton=triton, export=export)])
         stated = "{model_id} ({engine} {dtype})".format(**fake.parameters)
         assert str(refused.value) == f"Triton at {url} serves {stated}, but {repository} is {is_instead}"
+        assert not fake.requests
+
+    async def test_an_export_that_is_refused_is_so_before_another_one_is_measured(
+        self, repository: Path, tmp_path: Path
+    ) -> None:
+        fake = FakeTriton()
+        export = ExportOptions(dtype="float32", max_batch_size=8, cache_dir=tmp_path)
+        async with serving(fake) as url:
+            running = TritonOptions(model="", url=url, export=None)
+            refused = TritonOptions(model=str(repository), url=None, export=replace(export, lora_rank=4))
+            both = [PassportOptions(triton=each, export=export, reference_url=url) for each in (running, refused)]
+            with pytest.raises(EmbeddedError, match="pass --lora-rank to"):
+                await measure(both)
         assert not fake.requests
 
     def test_a_folder_without_one_says_how_to_measure_it(self, repository: Path) -> None:
@@ -314,7 +328,10 @@ def test_precisions_are_measured_one_after_another_and_shown_together(
 ) -> None:
     shades = {"bfloat16": 10, "int8": 60, "int4-weights": 110}
 
-    async def of_shades(options: PassportOptions) -> Measured:
+    async def of_all(precisions: Sequence[PassportOptions]) -> list[Measured]:
+        return [of_shade(options) for options in precisions]
+
+    def of_shade(options: PassportOptions) -> Measured:
         assert options.triton.export
         dtype = options.triton.export.dtype
         return Measured(
@@ -323,7 +340,7 @@ def test_precisions_are_measured_one_after_another_and_shown_together(
             images={"as served": [np.full((32, 32, 3), shades[dtype], np.uint8)]},
         )
 
-    monkeypatch.setattr("hypergen_gateway.cli.measure_passport", of_shades)
+    monkeypatch.setattr("hypergen_gateway.cli.measure_passport", of_all)
     options = ("--dtype", "bf16", "--beside", "int8", "--beside", "bfloat16", "--beside", "int4-weights")
     result = passport("acme/emoji", "--measure", *options, "--cache-dir", tmp_path, "--sheet", tmp_path / "sheet.png")
     assert result.exit_code == 0, result.output
