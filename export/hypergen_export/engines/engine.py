@@ -67,6 +67,15 @@ def check_family(engine: Engine, dtype: str, family: Family) -> None:
         raise BadOptionError(f"--dtype {dtype}: not for {family.name} models; {engine.name} serves them in {others}")
 
 
+def check_lora_rank(dtype: str, rank: int) -> None:
+    """Reject a rank pool beside quantised weights. Raises BadOptionError."""
+    if rank and dtype in QUANTIZED:
+        raise BadOptionError(
+            f"--lora-rank, --lora-dir: not with --dtype {dtype}, whose weights cannot change while they are served; "
+            "--lora merges each LoRA into weights of its own"
+        )
+
+
 def model_file(engine: Engine, component: Component, dtype: str) -> str:
     """The file that Triton loads for a component of an export in `dtype`."""
     return engine.quantized_file if component.is_quantized(dtype) else engine.file

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from hypergen_export.checkpoints.checkpoint import Checkpoint
 from hypergen_export.checkpoints.components import CALIBRATED, LoraPool
 from hypergen_export.checkpoints.defaults import checkpoint_parameters
-from hypergen_export.engines.engine import TENSORRT, Size, check_dtype, check_family, choose_sizes
+from hypergen_export.engines.engine import TENSORRT, Size, check_dtype, check_family, check_lora_rank, choose_sizes
 from hypergen_export.engines.memory import FIXED_BYTES, Model, parameters
 from hypergen_export.engines.profiles import Shapes, shapes_of
 from hypergen_export.errors import BadOptionError
@@ -48,6 +48,7 @@ def answer(question: Question) -> Answer:
     check_dtype(TENSORRT, question.dtype)
     checkpoint = question.checkpoint
     check_family(TENSORRT, question.dtype, checkpoint.family)
+    check_lora_rank(question.dtype, question.lora_rank)
     limits = checkpoint_parameters(checkpoint)
     sizes = choose_sizes(TENSORRT, question.sizes, limits)
     shapes = shapes_of(checkpoint, sizes, checkpoint.family.guided_rows * question.max_batch_size)

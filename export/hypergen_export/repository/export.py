@@ -46,6 +46,7 @@ from hypergen_export.engines.engine import (
     Size,
     check_dtype,
     check_family,
+    check_lora_rank,
     choose_sizes,
     size_parameters,
 )
@@ -267,27 +268,17 @@ def _make_task(
     if request.deep_cache and checkpoint.family.denoiser.module != "unet":
         raise BadOptionError(f"--deep-cache: only for models with a UNet, and {request.model} has a transformer")
     check_family(engine, request.dtype, checkpoint.family)
-    if request.dtype in QUANTIZED:
-        _check_quantized(request)
+    check_lora_rank(request.dtype, request.lora_rank)
+    if request.deep_cache and request.dtype in CALIBRATED:
+        raise BadOptionError(
+            f"--deep-cache: not with --dtype {request.dtype}; use it with bfloat16, or fewer steps with {request.dtype}"
+        )
     sizes = choose_sizes(engine, request.sizes, checkpoint_parameters(checkpoint))
     if engine is OPENVINO:
         return ExportTask(checkpoint, request, previous, sizes, None)
     target = target or local_target()
     target.check_dtype(request.dtype)
     return ExportTask(checkpoint, request, previous, sizes, target)
-
-
-def _check_quantized(request: ExportRequest) -> None:
-    """Reject what quantised weights do not allow. Raises BadOptionError."""
-    if request.lora_rank:
-        raise BadOptionError(
-            f"--lora-rank, --lora-dir: not with --dtype {request.dtype}, whose weights cannot change while they are "
-            "served; --lora merges each LoRA into weights of its own"
-        )
-    if request.deep_cache and request.dtype in CALIBRATED:
-        raise BadOptionError(
-            f"--deep-cache: not with --dtype {request.dtype}; use it with bfloat16, or fewer steps with {request.dtype}"
-        )
 
 
 def open_request(request: ExportRequest, notify: Callable[[str], None]) -> Checkpoint:

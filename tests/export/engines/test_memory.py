@@ -193,6 +193,7 @@ def test_the_command_answers_with_a_table_and_its_exit_code(checkpoint_of: Calla
         (["--gpu", "lots"], "--gpu: must be an amount such as 24GB, not 'lots'"),
         (["--gpu", "0GB"], "--gpu: must be an amount"),
         (["--sizes", "63x64"], "--sizes: 63x64 does not suit this model"),
+        (["--dtype", "int8", "--lora-rank", "16"], "--lora-rank, --lora-dir: not with --dtype int8"),
     ],
 )
 def test_what_cannot_be_estimated_is_one_line(checkpoint_folder: Path, arguments: list[str], says: str) -> None:
