@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+
+from support.project import PYPROJECT
 
 ROOT = Path(__file__).parents[1]
 SOURCE_ROOTS = ("gateway", "export", "model_repository/diffusion/1")
@@ -38,3 +42,20 @@ def imported_roots(file: Path) -> Iterator[str]:
 @pytest.mark.parametrize("file", sorted(SAMPLER.rglob("*.py")), ids=lambda file: file.name)
 def test_the_sampler_needs_nothing_that_a_triton_image_would_not_have(file: Path) -> None:
     assert set(imported_roots(file)) - set(sys.stdlib_module_names) <= SAMPLER_NEEDS
+
+
+def test_every_package_that_the_exporter_imports_is_declared() -> None:
+    """Others bring it today, and may bring it no more, or an older one."""
+    project = PYPROJECT["project"]
+    extras = project["optional-dependencies"]
+    requirements = [*project["dependencies"], *extras["export"], *extras["int8"]]
+    declared = {re.split(r"[^\w.-]", requirement)[0].lower() for requirement in requirements}
+    files = (ROOT / "export" / "hypergen_export").rglob("*.py")
+    roots = {root for file in files for root in imported_roots(file)} - set(sys.stdlib_module_names)
+    distributions = packages_distributions()
+    undeclared = {
+        root
+        for root in roots - {"hypergen_export", "google"}  # protobuf is the one that tritonclient was generated for
+        if not declared & {name.lower().replace("_", "-") for name in distributions.get(root, ())}
+    }
+    assert undeclared == set()
