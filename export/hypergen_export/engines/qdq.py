@@ -40,7 +40,7 @@ def quantize_graph(component: Component, onnx: Path, dtype: str, magnitudes: Map
     layers = [layer for node in model.graph if (layer := _find_layer(node)) and layer.name in magnitudes]
     missing = magnitudes.keys() - {layer.name for layer in layers}
     if missing:
-        raise ConversionError(f"{component.name}: {len(missing)} layers are not in its graph, such as {min(missing)}")
+        raise ConversionError(f"{component.name}: its graph lacks {len(missing)} of its layers, such as {min(missing)}")
     form = FORMATS[dtype]
     stored = _write_weights(layers, form, onnx.with_name(f"{onnx.name}.{dtype}.safetensors"))
     # Several layers may read the same values, and a layer may be called twice.

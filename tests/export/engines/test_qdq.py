@@ -240,7 +240,7 @@ def test_a_layer_that_the_graph_does_not_have_is_named(
 ) -> None:
     found = quantized("sd-1", INT8)
     onnx = Path(shutil.copyfile(found.exact, tmp_path / "model.onnx"))
-    with pytest.raises(ConversionError, match=r"^unet: 1 layers are not in its graph, such as mid_block\.other$"):
+    with pytest.raises(ConversionError, match=r"^unet: its graph lacks 1 of its layers, such as mid_block\.other$"):
         quantize_graph(found.component, onnx, INT8, {**found.ranges.magnitudes, "mid_block.other": 1.0})
     assert onnx.read_bytes() == found.exact.read_bytes()
 
