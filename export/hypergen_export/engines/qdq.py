@@ -8,6 +8,7 @@ layer for one in eight bits. Everything else stays in the graph's own type, bias
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from onnxscript import ir
 from onnxscript.ir.passes.common import RemoveUnusedNodesPass
 
 from hypergen_export.checkpoints.components import Component
+from hypergen_export.checkpoints.weights import StoredTensor
 from hypergen_export.conversion.linking import checkpoint_name
 from hypergen_export.conversion.sources import Source, write_sources
 from hypergen_export.engines.accuracy import Array
@@ -51,7 +53,7 @@ def quantize_graph(component: Component, onnx: Path, dtype: str, magnitudes: Map
         if key not in inputs:
             inputs[key] = _add_input(model.graph, layer, form, magnitudes[layer.name])
         if layer.name not in weights:
-            weights[layer.name] = _add_weights(model.graph, layer, form, stored[layer.name])
+            weights[layer.name] = _add_weights(model.graph, layer, *stored[layer.name])
         layer.node.replace_input_with(0, inputs[key])
         layer.node.replace_input_with(1, weights[layer.name])
     RemoveUnusedNodesPass()(model)
@@ -103,15 +105,12 @@ class _Layer:
             values = values.permute(permutation)
         return values
 
-    def scales(self, form: Format) -> torch.Tensor:
-        """The scale of each output channel."""
-        return form.weight_scales(self.weights().movedim(self.channel_axis, 0))
-
-    def quantized_weights(self, form: Format) -> torch.Tensor:
-        """The weights in eight bits."""
+    def quantized_weights(self, form: Format) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weights in eight bits, and the scale of each output channel."""
         values = self.weights()
+        scales = form.weight_scales(values.movedim(self.channel_axis, 0))
         shape = [-1 if axis == self.channel_axis else 1 for axis in range(values.ndim)]
-        return form.quantize(values, self.scales(form).reshape(shape))
+        return form.quantize(values, scales.reshape(shape)), scales
 
 
 def _values(tensor: ir.TensorProtocol) -> Array:
@@ -137,35 +136,39 @@ def _find_layer(node: ir.Node) -> _Layer | None:
     return _Layer(checkpoint_name(scopes[-2]), node, value, tuple(permutations))
 
 
-def _write_weights(layers: list[_Layer], form: Format, file: Path) -> dict[str, ir.ExternalTensor]:
-    """Write each layer's weights, one after another; returns where they are by the layer's name."""
+def _write_weights(layers: list[_Layer], form: Format, file: Path) -> dict[str, tuple[ir.ExternalTensor, torch.Tensor]]:
+    """Write each layer's weights, one after another; returns where they are, and their scales, by the layer's name."""
+    scales: dict[str, torch.Tensor] = {}
+
+    def read(layer: _Layer) -> torch.Tensor:
+        values, scales[layer.name] = layer.quantized_weights(form)
+        return values
+
     sources = {
-        layer.name: Source(
-            name=layer.name,
-            shape=layer.shape,
-            read=lambda layer=layer: layer.quantized_weights(form),  # type: ignore[misc]
-        )
-        for layer in layers
+        layer.name: Source(name=layer.name, shape=layer.shape, read=functools.partial(read, layer)) for layer in layers
     }
-    return {
-        name: ir.ExternalTensor(
-            location=file.name,
-            offset=stored.offset,
-            length=stored.length,
-            dtype=_TYPES[form.dtype],
-            shape=ir.Shape(stored.shape),
-            name=f"{name}.quantized_weight",
-            base_dir=file.parent,
-        )
-        for name, stored in write_sources(file, sources.values(), form.dtype).items()
-    }
+    written = write_sources(file, sources.values(), form.dtype)
+    return {name: (_external(name, tensor, form, file), scales[name]) for name, tensor in written.items()}
+
+
+def _external(name: str, stored: StoredTensor, form: Format, file: Path) -> ir.ExternalTensor:
+    return ir.ExternalTensor(
+        location=file.name,
+        offset=stored.offset,
+        length=stored.length,
+        dtype=_TYPES[form.dtype],
+        shape=ir.Shape(stored.shape),
+        name=f"{name}.quantized_weight",
+        base_dir=file.parent,
+    )
 
 
 def _add_input(graph: ir.Graph, layer: _Layer, form: Format, magnitude: float) -> ir.Value:
     """A layer's input, quantised and dequantised."""
     kind = _TYPES[form.dtype]
-    scale = _add_constant(graph, f"{layer.name}.input_scale", _in_type(form.scale(torch.tensor(magnitude)), layer))
-    zero = _add_constant(graph, f"{layer.name}.input_zero", ir.tensor(np.zeros((), kind.numpy()), kind))
+    name = f"{layer.name}.{layer.input.name}"
+    scale = _add_constant(graph, f"{name}.scale", _in_type(form.scale(torch.tensor(magnitude)), layer))
+    zero = _add_constant(graph, f"{name}.zero", ir.tensor(np.zeros((), kind.numpy()), kind))
     quantize = ir.node("QuantizeLinear", [layer.input, scale, zero])
     dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero])
     for node, dtype in ((quantize, kind), (dequantize, layer.dtype)):
@@ -174,11 +177,11 @@ def _add_input(graph: ir.Graph, layer: _Layer, form: Format, magnitude: float) -
     return dequantize.outputs[0]
 
 
-def _add_weights(graph: ir.Graph, layer: _Layer, form: Format, stored: ir.ExternalTensor) -> ir.Value:
+def _add_weights(graph: ir.Graph, layer: _Layer, stored: ir.ExternalTensor, scales: torch.Tensor) -> ir.Value:
     """A layer's stored weights, dequantised."""
     weights = _add_constant(graph, str(stored.name), stored)
-    scales = _add_constant(graph, f"{layer.name}.weight_scales", _in_type(layer.scales(form), layer))
-    dequantize = ir.node("DequantizeLinear", [weights, scales], {"axis": layer.channel_axis})
+    columns = _add_constant(graph, f"{layer.name}.weight_scales", _in_type(scales, layer))
+    dequantize = ir.node("DequantizeLinear", [weights, columns], {"axis": layer.channel_axis})
     dequantize.outputs[0].dtype, dequantize.outputs[0].shape = layer.dtype, weights.shape
     graph.insert_before(layer.node, dequantize)
     return dequantize.outputs[0]

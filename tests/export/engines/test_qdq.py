@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -148,6 +149,31 @@ def test_one_layer_computes_what_it_does_in_torch_with_the_same_numbers(
     print(f"{family} {dtype}: {name} is {ours:.2g} from torch in {dtype}, {of_float32:.2g} from float32")
     # OpenVINO rounds to fp8 by way of float16, and so a few numbers otherwise.
     assert ours < (of_float32 / 4 if dtype == FP8 else 1e-5)
+
+
+class Twice(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(8, 8)
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, self.layer(self.layer(given)))
+
+
+@torch.no_grad()
+def test_a_layer_that_is_called_twice_is_stored_once(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, given, onnx = Twice().eval(), torch.randn(4, 8), tmp_path / "model.onnx"
+    torch.onnx.export(module, (given,), onnx, dynamo=True, optimize=False, external_data=False, verbose=False)
+    magnitudes = {"layer": 3.0}
+    quantize_graph(checkpoint.family.denoiser, onnx, INT8, magnitudes)
+    core = openvino.Core()
+    engine = core.compile_model(core.read_model(onnx), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    (ours,) = engine(given.numpy()).values()
+    ranges._quantize(dict(module.named_modules()), magnitudes, FORMATS[INT8])
+    np.testing.assert_allclose(ours, module(given).numpy(), atol=1e-5)
+    operators = Counter(node.op_type for node in ir.load(onnx).graph)
+    assert (operators["QuantizeLinear"], operators["DequantizeLinear"]) == (2, 3)
 
 
 @pytest.mark.parametrize(("family", "dtype"), QUANTIZED)
