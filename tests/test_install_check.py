@@ -6,12 +6,14 @@ import os
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks.environments import ToolError
 from installs.check import WAYS, Result, Way, row
 from installs.places import find_python, python_for, torch_release
-from installs.serving import Command, check_nothing_is_left, refusal
+from installs.serving import Command, check_nothing_is_left, refusal, stop
+from support.running_server import Server, start_process
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/installs.md").read_text(encoding="utf-8")
@@ -34,6 +36,17 @@ def test_what_serves_says_nothing_or_crashes_is_no_refusal(script: str) -> None:
 def test_a_process_that_lives_is_left_behind() -> None:
     with pytest.raises(ToolError, match=f"left behind: .{os.getpid()}"):
         check_nothing_is_left([os.getpid()])
+
+
+def test_what_does_not_end_is_killed_with_its_children() -> None:
+    process = start_process(["sh", "-c", "trap '' TERM; sleep 60 & echo started; wait"], dict(os.environ))
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        (child,) = psutil.Process(process.pid).children()
+        with pytest.raises(ToolError, match=r"did not end within 0\.1 s"):
+            stop(Server(process, 0, ""), [child], 0.1)
+        assert not psutil.wait_procs([child], timeout=10)[1]
 
 
 def test_make_gets_the_address_as_its_arguments() -> None:

@@ -1,9 +1,10 @@
 """HyperGen installed and served in the ways that people have: `make installs`, or some: ARGS="wheel python3.12".
 
 Each row installs, or takes an environment that an earlier row has made, serves the shipped model from a folder outside
-the checkout, asks it for an image, looks whether that is what the prompt says, and stops it: it must exit with 0 and
-leave neither processes nor shared memory. Where it cannot work, one clear line must say so. Prints a table in Markdown,
-each row as soon as it is known; fails if a row does. As root, for another user, mounts and limits of its own.
+the checkout, asks it for an image, looks whether that is what the prompt says, and stops it: it must exit with 0, or if
+make runs it by the signal, and leave neither processes nor shared memory. Where it cannot work, one clear line must say
+so. Prints a table in Markdown, each row as soon as it is known; fails if a row does. As root, for another user, mounts
+and limits of its own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import functools
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -268,7 +270,7 @@ def try_all(ways: Sequence[Way], ground: Ground) -> int:
         print(f"{way.name} …", file=sys.stderr)
         try:
             result = way.try_out(ground)
-        except (ToolError, WrongImageError, AssertionError, openai.OpenAIError) as error:
+        except (ToolError, WrongImageError, AssertionError, subprocess.TimeoutExpired, openai.OpenAIError) as error:
             failures += 1
             print(f"{way.name}: {error}", file=sys.stderr)
             result = None

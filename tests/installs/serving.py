@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import subprocess
 import time
@@ -62,15 +63,29 @@ def serve_an_image(command: Command, references: References) -> float:
         (image,) = response.data or []
         judging.check_rocket(judging.decode(base64.b64decode(image.b64_json or "")), references)
     finally:
-        code = stop_server(server)
+        code = stop(server, children)
     if code != (TERMINATED if command.by_make else 0):
         raise ToolError("\n".join([f"it ended with {code}", *server.lines[-10:]]))
     check_nothing_is_left([server.process.pid, *(child.pid for child in children)])
     return ready
 
 
+def stop(server: Server, children: Sequence[psutil.Process], timeout: float = 60.0) -> int:
+    """End it and return its exit code. Raises ToolError if it does not end, and kills its children then, too."""
+    try:
+        return stop_server(server, timeout)
+    except subprocess.TimeoutExpired as error:
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        raise ToolError(f"it did not end within {timeout:g} s") from error
+
+
 def check_nothing_is_left(pids: Sequence[int]) -> None:
-    """Raise ToolError if one of these processes runs, or shared memory of theirs is there."""
+    """Raise ToolError if one of these processes runs, or shared memory of theirs is there.
+
+    The shared memory is this machine's: that of a mount of their own has gone with them.
+    """
     if running := [pid for pid in pids if psutil.pid_exists(pid)]:
         raise ToolError(f"processes are left behind: {running}")
     regions = [str(region) for pid in pids for region in Path("/dev/shm").glob(f"hypergen-triton-{pid}-*")]

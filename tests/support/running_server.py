@@ -152,11 +152,11 @@ def _answers(server: Server, path: str) -> bool:
         return False
 
 
-def stop_server(server: Server) -> int:
+def stop_server(server: Server, timeout: float = 60.0) -> int:
     """End it as an orchestrator does, and return its exit code."""
     server.process.send_signal(signal.SIGTERM)
     try:
-        return server.process.wait(60)
+        return server.process.wait(timeout)
     except subprocess.TimeoutExpired:
         server.process.kill()
         raise
