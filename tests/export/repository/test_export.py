@@ -90,7 +90,7 @@ def test_the_record_says_what_is_to_be_exported_for_a_comparison(
     assert source == {
         "model": str(checkpoint_folder),
         "vae": None,
-        "text_encoder": None,
+        "text_encoders": [],
         "prediction_type": None,
         "embeddings": [],
     }
