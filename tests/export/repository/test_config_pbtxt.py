@@ -135,6 +135,7 @@ def test_the_sampler_knows_its_checkpoint(repository: Path) -> None:
     own = parameters(parsed(repository / "diffusion" / "config.pbtxt")).items() - parameters(parsed(TEMPLATE)).items()
     assert dict(own) == {
         "model_id": "tiny/one",
+        "export_key": json.loads((repository / "hypergen.json").read_text())["key"],
         "family": "stable-diffusion",
         "components": "text_encoder,unet,vae_decoder,vae_encoder",
         "text_inputs": json.dumps(
