@@ -1,6 +1,6 @@
 # make serve             install what serving needs into .venv/ and serve the small model of the project on port 8000
 # make test              install what the tests need as well, and run them
-# make quick             the tests that start no Triton, browser, Node or torch: under a minute
+# make quick             the tests that start no Triton, browser, Node or torch
 # make check             lint, types and import rules
 # make production-check  what can be proved of production without a GPU and without Docker, as a table
 # make images            build the container images with podman and run them, as root; minutes
