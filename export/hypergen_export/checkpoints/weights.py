@@ -66,6 +66,16 @@ def float32_bytes(folder: Path, weights: Weights) -> int:
     return sum(_float32_bytes(folder / name, weights) for name in weights.files if not name.endswith(".json"))
 
 
+def float32_pool_bytes(folder: Path, weights: Weights, rank: int) -> int:
+    """Size in float32 of a rank pool for every matrix and kernel in safetensors files; 0 for broken files."""
+    sides = 0
+    for name in weights.files:
+        with contextlib.suppress(ValueError, OSError, KeyError, TypeError):
+            shapes = [tensor.shape for tensor in stored_tensors(folder / name).values()]
+            sides += sum(shape[0] + math.prod(shape[1:]) for shape in shapes if len(shape) > 1)
+    return sides * rank * 4
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
     """A tensor in a safetensors file: `dtype` by safetensors' name, `offset` and `length` in bytes of the file."""

@@ -38,7 +38,7 @@ from hypergen_export.checkpoints.family import TextInput
 from hypergen_export.checkpoints.files import link_or_copy, on_one_file_system
 from hypergen_export.checkpoints.hashes import ContentHashes
 from hypergen_export.checkpoints.lora import Lora, Placement
-from hypergen_export.checkpoints.weights import float32_bytes, stored_dtypes
+from hypergen_export.checkpoints.weights import float32_bytes, float32_pool_bytes, stored_dtypes
 from hypergen_export.engines.engine import (
     ENGINES,
     OPENVINO,
@@ -321,9 +321,7 @@ def _open_transformer(
     base = find_configs(pipeline)
     check_pipeline(pipeline, base)
     replaced = file_replacements(files, lambda _: encoders_of(base), request.single_files, notify)
-    if request.vae:
-        own_vae = read_json(base / "vae" / "config.json")
-        replaced["vae"] = vae_replacement(request.vae, own_vae, request.single_files, notify)
+    replaced |= _vae(request, base, notify)
     config = read_json(base / "transformer" / "config.json")
     folder = convert_transformer_once(request.model, config, request.single_files, notify)
     replaced["transformer"] = Replacement(folder=folder, loader=f"diffusers.{config['_class_name']}")
@@ -344,9 +342,16 @@ def _replacements(request: ExportRequest, notify: Callable[[str], None]) -> dict
         if pipeline:
             replaced = text_replacements(pipeline, replaced)
         if request.vae:
-            own_vae = read_json(find_configs(request.model) / "vae" / "config.json")
-            replaced["vae"] = vae_replacement(request.vae, own_vae, request.single_files, notify)
+            replaced |= _vae(request, find_configs(request.model), notify)
     return replaced | _preview_vae(request, notify)
+
+
+def _vae(request: ExportRequest, configs: Path, notify: Callable[[str], None]) -> dict[str, Replacement]:
+    """The VAE that replaces that of the pipeline whose configurations are in `configs`."""
+    if not request.vae:
+        return {}
+    own = read_json(configs / "vae" / "config.json")
+    return {"vae": vae_replacement(request.vae, own, request.single_files, notify)}
 
 
 def _preview_vae(request: ExportRequest, notify: Callable[[str], None]) -> dict[str, Replacement]:
@@ -528,9 +533,15 @@ class ExportTask:
     def bytes_to_write(self) -> int:
         """An estimate: a plan, and weights that are written, are at most as large as the module in float32.
 
-        Quantised ones are at most half of that: eight bits, and layers that are not quantised.
+        Quantised ones are at most half of that: eight bits, and layers that are not quantised. Rank pools are written
+        for reused components, too.
         """
-        return sum(map(self._bytes_of, self.outdated))
+        pooled = (component for component in self.components if component.pool)
+        return sum(map(self._bytes_of, self.outdated)) + sum(map(self._pool_bytes, pooled))
+
+    def _pool_bytes(self, component: Component) -> int:
+        folder, weights = self.checkpoint.folder_of(component.module), self.checkpoint.weights(component.module)
+        return float32_pool_bytes(folder, weights, component.pool.rank) if component.pool else 0
 
     def _bytes_of(self, component: Component) -> int:
         folder, weights = self.checkpoint.folder_of(component.module), self.checkpoint.weights(component.module)

@@ -17,12 +17,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import CLIPTextModel
 
-from hypergen_export.checkpoints.checkpoint import open_checkpoint
+from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hypergen_export.checkpoints.components import LoraPool
 from hypergen_export.checkpoints.embeddings import read_embeddings
 from hypergen_export.checkpoints.families.unet import STABLE_DIFFUSION
 from hypergen_export.checkpoints.hashes import LARGE
 from hypergen_export.checkpoints.lora import read_loras
 from hypergen_export.checkpoints.weights import sha256
+from hypergen_export.conversion.loading import load_module
+from hypergen_export.conversion.pooling import PoolWeights
 from hypergen_export.errors import BadLoraError, BrokenCheckpointError, OutputRefusedError, PassportRefusedError
 from hypergen_export.repository import export as exporting
 from hypergen_export.repository.config_pbtxt import read_config
@@ -275,6 +278,20 @@ def test_what_is_linked_needs_no_space(wide_folder: Path, tmp_path: Path, monkey
     unet = wide_folder / "unet" / WEIGHTS["unet"]
     quantized = needed(wide_folder, tmp_path / "repository", "int8-weights")
     assert 0.99 * unet.stat().st_size / 2 < quantized < unet.stat().st_size / 2
+
+
+def test_a_rank_pool_needs_space(wide: Checkpoint, tmp_path: Path) -> None:
+    def task(rank: int) -> ExportTask:
+        request = ExportRequest(model=str(wide.folder), output=tmp_path / "repository", lora_rank=rank)
+        return ExportTask(wide, request, PreviousExport(request.output, {}), (), None)
+
+    written = 0
+    for component in (each for each in task(8).own if each.pool):
+        pool = PoolWeights(tmp_path / component.name)
+        pool.folder.mkdir()
+        pool.create(component.module, load_module(wide, component), LoraPool(rank=8, kernels=True), torch.float32)
+        written += pool.file.stat().st_size
+    assert written <= task(16).bytes_to_write - task(8).bytes_to_write + 2**16 <= 1.2 * written
 
 
 @pytest.mark.parametrize("file", ["text_encoder/1/model.onnx", "diffusion/tokenizer.json", "unet/config.pbtxt"])
