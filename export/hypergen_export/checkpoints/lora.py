@@ -100,6 +100,15 @@ _BASES = {
         r"blocks_\d+_(self|cross)_attn_": "Wan",
     }.items()
 }
+# Class of a transformer -> what its name is in that metadata, whose spelling differs between trainers. A LoRA of some
+# layers alone may fit another kind: those of attention in double blocks are alike in FLUX.1, FLUX.2 and Qwen-Image.
+_STATED_BASES = {
+    "FluxTransformer2DModel": re.compile(r"flux[-_. ]?1"),
+    "Flux2Transformer2DModel": re.compile(r"flux[-_. ]?2|klein"),
+    "QwenImageTransformer2DModel": re.compile(r"qwen[-_ ]?image"),
+    "SD3Transformer2DModel": re.compile(r"stable[-_ ]diffusion[-_ ]3|sd[-_]?3"),
+    "ZImageTransformer2DModel": re.compile(r"z[-_ ]?image"),
+}
 # Inputs of a UNet's cross-attention -> the kind of model.
 _CROSS_ATTENTION = re.compile(r".*_attn2_to_[kv]")
 _UNET_BASES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
@@ -180,11 +189,21 @@ class Lora:
 
         Raises BadLoraError.
         """
-        metadata = self._header.get("__metadata__", {})
-        stated = next((str(metadata[key]) for key in _BASE_METADATA if metadata.get(key)), "")
+        stated = self._stated_base
         if stated and stated.isprintable():
             return f"; the file says that it is for {stated[:64]}"
         return f"; its layers are those of {self._base}" if self._base else ""
+
+    def is_for_another(self, module_class: str) -> bool:
+        """Whether the file says that it is for another kind of transformer than this class of diffusers."""
+        stated = self._stated_base.lower()
+        named = {kind for kind, name in _STATED_BASES.items() if name.search(stated)}
+        return bool(named) and module_class in _STATED_BASES and module_class not in named
+
+    @property
+    def _stated_base(self) -> str:
+        metadata = self._header.get("__metadata__", {})
+        return next((str(metadata[key]) for key in _BASE_METADATA if metadata.get(key)), "")
 
     @property
     def _base(self) -> str:

@@ -90,8 +90,10 @@ class Change:
         return self.parts["down"]
 
 
-def read_changes(module: str, lora: Lora, names: Names, scale: float) -> dict[str, Change]:
+def read_changes(module: str, module_class: str, lora: Lora, names: Names, scale: float) -> dict[str, Change]:
     """A layer's path -> its change, for the checkpoint's module; `names` are its `layer_names`. Raises BadLoraError."""
+    if lora.is_for_another(module_class):
+        raise does_not_fit(module, lora, "it is for another kind of model")
     settings, tensors = lora.settings(module), _read(lora)
     matched = _match_layers(module, names, lora)
     changes: dict[str, Change] = {}

@@ -48,7 +48,8 @@ class PoolWeights:
         """Write the files for the checkpoint's module `name`, with random weights: an export is compared by them."""
         pooled = dict(_pooled_layers(module, pool))
         shapes = {path: list(layer.get_parameter("weight").shape) for path, layer in pooled.items()}
-        layers = {"module": name, "rank": pool.rank, "shapes": shapes, "names": layer_names(module)}
+        own = {"module": name, "class": type(module).__name__, "rank": pool.rank}
+        layers = {**own, "shapes": shapes, "names": layer_names(module)}
         self.folder.joinpath(_LAYERS_FILE).write_text(json.dumps(layers), encoding="utf-8")
         generator = torch.Generator().manual_seed(0)
         examples = [
@@ -212,7 +213,7 @@ def _read_factors(
     module: str, lora: Lora, layers: Mapping[str, Any], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Path, down and up of each layer, of values that are finite as `dtype`. Raises BadLoraError."""
-    for path, change in read_changes(module, lora, layers["names"], scale=1.0).items():
+    for path, change in read_changes(module, layers["class"], lora, layers["names"], scale=1.0).items():
         if path not in layers["shapes"]:
             raise BadLoraError(f"{lora.file}: changes convolutions such as {path}, which have no rank pool here")
         try:

@@ -73,7 +73,8 @@ def random_pairs(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[torch.T
 
 def deltas_of(module: torch.nn.Module, file: Path) -> Tensors:
     """What the file adds to the weight of each layer, as we read it."""
-    changes = read_changes("transformer", Lora(name="x", file=file), layer_names(module), 1.0)
+    lora, kind = Lora(name="x", file=file), type(module).__name__
+    changes = read_changes("transformer", kind, lora, layer_names(module), 1.0)
     return {path: delta_of(change, module.get_submodule(path)) for path, change in changes.items()}
 
 
@@ -239,6 +240,39 @@ def test_a_file_for_another_base_says_for_which(layer: str, base: str, transform
     (path,) = Lora(name="x", file=file).layers("transformer")
     reason = f"it has none of its layers, for example {path}; its layers are those of {base}"
     assert str(refused.value) == f"{file}: does not fit this model's transformer ({reason})"
+
+
+@pytest.mark.parametrize(
+    ("stated", "fits"),
+    [
+        ("flux-1-dev/lora", "flux1-dev"),
+        ("flux1", "flux1-dev"),
+        ("Flux.2-klein-4b", "flux2-klein"),
+        ("stable-diffusion-3.5-medium/lora", "stable-diffusion-3"),
+        ("sd3m", "stable-diffusion-3"),
+        ("Qwen-Image/lora", "qwen-image"),
+        ("qwen_image", "qwen-image"),
+    ],
+)
+def test_a_file_that_fits_is_refused_if_it_says_that_it_is_for_another_base(
+    stated: str, fits: str, transformer_of: Any, tmp_path: Path
+) -> None:
+    """Attention of double blocks has the same names, and at full size mostly the same shapes, in all of these."""
+    width = {"stable-diffusion-3": 128}.get(fits, 256)
+    layer = "transformer.transformer_blocks.0.attn.to_q"
+    weights = {f"{layer}.lora_A.weight": torch.ones(2, width), f"{layer}.lora_B.weight": torch.ones(width, 2)}
+    file, unstated = (tmp_path / f"{name}.safetensors" for name in ("stated", "unstated"))
+    save_file(weights, file, metadata={"modelspec.architecture": stated})
+    save_file(weights, unstated)
+    for family in ("flux1-dev", "flux2-klein", "stable-diffusion-3", "qwen-image"):
+        module = transformer_of(family)
+        if family == fits:
+            assert deltas_of(module, file).keys() == deltas_of(module, unstated).keys() != set()
+            continue
+        reason = f"it is for another kind of model; the file says that it is for {stated}"
+        with pytest.raises(BadLoraError) as refused:
+            deltas_of(module, file)
+        assert str(refused.value) == f"{file}: does not fit this model's transformer ({reason})"
 
 
 @pytest.mark.parametrize(("width", "base"), [(768, "1"), (1024, "2"), (2048, "XL")])
