@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -23,18 +22,12 @@ from pathlib import Path
 from hypergen_gateway.concurrency import run_with_timeout
 from hypergen_gateway.embedded.environment import child_environment
 from hypergen_gateway.embedded.errors import EmbeddedError
-from hypergen_gateway.embedded.processes import die_with_parent
+from hypergen_gateway.embedded.processes import dying_with_parent, module_command
 from hypergen_gateway.observability.logs import console
 
 SHIPPED_MODEL = "hypergen/emoji"
 # Columns of the rank pool for a folder of LoRAs: four of the usual rank.
 FOLDER_RANK = 64
-# `python -m hypergen_export` without the current folder, which Python would search for modules first: it may be the
-# checkpoint. Python 3.10 has no option for that.
-_EXPORTER = (
-    "import sys; sys.path[:] = filter(None, sys.path); "
-    "import runpy; runpy.run_module('hypergen_export', run_name='__main__', alter_sys=True)"
-)
 # An exporter does not handle signals while it converts a large tensor.
 _STOP_SECONDS = 10.0
 _WAITING_SECONDS = 15.0
@@ -252,7 +245,8 @@ async def _export(model: str, options: ExportOptions, output: Path, lock: int | 
     """Run the exporter, which itself checks whether `output` is up to date."""
     try:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", _EXPORTER, model, "--engine", "openvino", "--dtype", options.dtype),
+            *dying_with_parent(*module_command("hypergen_export")),
+            *(model, "--engine", "openvino", "--dtype", options.dtype),
             *("--max-batch-size", str(options.max_batch_size), "--output", str(output)),
             *(f"--lora={lora}" for lora in options.loras),
             *(f"--embedding={embedding}" for embedding in options.embeddings),
@@ -265,7 +259,6 @@ async def _export(model: str, options: ExportOptions, output: Path, lock: int | 
             stdin=asyncio.subprocess.DEVNULL,
             pass_fds=() if lock is None else (lock,),
             start_new_session=True,
-            preexec_fn=die_with_parent,
         )
     except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started to wait for it
         raise EmbeddedError(f"The exporter cannot be started: {error}.") from error

@@ -18,7 +18,6 @@ import logging
 import os
 import shutil
 import stat
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
@@ -33,7 +32,7 @@ from hypergen_gateway.concurrency import run_with_timeout
 from hypergen_gateway.embedded.environment import child_environment
 from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.embedded.lora_pool import LoraPool, Use
-from hypergen_gateway.embedded.processes import die_with_parent
+from hypergen_gateway.embedded.processes import dying_with_parent, module_command
 from hypergen_gateway.errors import InvalidRequestError, UnavailableError
 from hypergen_gateway.generation.backend import Lora
 from hypergen_gateway.storage.lora_files import requested_name
@@ -51,11 +50,7 @@ ENGINES_SECONDS = 300.0
 REQUEST_SECONDS = 120.0
 POOL_FILE = "lora_pool.safetensors"
 _RECORD = "hypergen.json"
-# `python -m` without the current folder, as in `export_cache`.
-_COLUMNS = (
-    "import sys; sys.path[:] = filter(None, sys.path); "
-    "import runpy; runpy.run_module('hypergen_export.repository.lora_columns', run_name='__main__', alter_sys=True)"
-)
+_COLUMNS = "hypergen_export.repository.lora_columns"
 # Size and time of a file: another file of that name is another LoRA.
 Version = tuple[int, int]
 
@@ -367,12 +362,11 @@ class LoraFolder:
     async def _change_columns(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Run the exporter, which writes the rank pools. Raises RuntimeError, ValueError."""
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", _COLUMNS, str(self._repository)),
+            *dying_with_parent(*module_command(_COLUMNS), str(self._repository)),
             env=child_environment(os.environ),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            preexec_fn=die_with_parent,
         )
         try:
             output, errors = await process.communicate(json.dumps(request).encode())
@@ -380,7 +374,8 @@ class LoraFolder:
             if process.returncode is None:
                 process.kill()
         if process.returncode:
-            raise RuntimeError(f"the exporter failed: {errors.decode('utf-8', 'replace').strip()[-500:]}")
+            reason = errors.decode("utf-8", "replace").strip()[-500:]
+            raise RuntimeError(f"the exporter failed with exit code {process.returncode}: {reason}")
         answers: list[dict[str, Any]] = json.loads(output)
         return answers
 

@@ -27,7 +27,7 @@ from hypergen_gateway.concurrency import run_with_timeout
 from hypergen_gateway.embedded.environment import absolute_folders, child_environment
 from hypergen_gateway.embedded.errors import EmbeddedError, ModelsNotLoadedError, TritonCrashedError
 from hypergen_gateway.embedded.installation import Installation
-from hypergen_gateway.embedded.processes import die_with_parent
+from hypergen_gateway.embedded.processes import dying_with_parent
 from hypergen_gateway.embedded.run_folder import RunFolder
 from hypergen_gateway.embedded.watchdog import IDLE_SHARE, LinuxProcess
 from hypergen_gateway.triton.client import CHANNEL_ARGS
@@ -167,7 +167,7 @@ class TritonServer:
             if shutil.which("bash", path=environment["PATH"]) is None:
                 raise EmbeddedError("Triton needs bash to start its models' processes, and it is not on PATH.")
             process = await asyncio.create_subprocess_exec(
-                *launch.command(folder),
+                *dying_with_parent(*launch.command(folder)),
                 env=environment,
                 # Python searches the current folder for modules first; this one contains none.
                 cwd=folder.path,
@@ -176,7 +176,6 @@ class TritonServer:
                 stderr=asyncio.subprocess.STDOUT,
                 # A separate session, so that Ctrl-C reaches only this process, which stops Triton in order.
                 start_new_session=True,
-                preexec_fn=die_with_parent,
             )
         except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started to wait for it
             folder.remove()
