@@ -63,7 +63,7 @@ VALUE_SETS: dict[str, dict[str, Any]] = {
             "loraRank": 64,
             "vae": "/checkpoints/ae.safetensors",
             "previewVae": "madebyollin/taef1",
-            "textEncoder": "/checkpoints/flux",
+            "textEncoders": ["/checkpoints/flux", "/checkpoints/t5xxl_fp8.safetensors"],
             "embeddings": [{"name": "toy", "file": "/checkpoints/toy.safetensors"}],
         },
         "export": {"env": [{"name": "HF_HUB_OFFLINE", "value": "1"}]},
@@ -146,6 +146,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "/model/checkpointsClaim",
     ),
     "a VAE from nowhere": ({"model": {"vae": "/checkpoints/vae.safetensors"}}, "/model/checkpointsClaim"),
+    "a text encoder from nowhere": (
+        {"model": {"textEncoders": ["hub/pipeline", "/checkpoints/t5.safetensors"]}},
+        "/model/checkpointsClaim",
+    ),
     "a LoRA out of its volume": ({"model": {"loras": [INK | {"file": "../ink"}], "lorasClaim": "l"}}, "/loras/0/file"),
     "a LoRA that is not there": ({"model": {"loras": [INK | {"scale": 0}], "lorasClaim": "l"}}, "/loras/0/scale"),
     "a page in place of its website": ({"gateway": {"corsOrigins": ["https://a.example/x"]}}, "/corsOrigins/0"),
@@ -310,7 +314,8 @@ def test_a_checkpoint_of_ones_own_is_exported_without_the_hub(manifests: dict[st
     _, options = exported_by(documents)
     assert options["model"] == f"{path}/flux.safetensors"
     assert (options["vae"], options["preview_vae"]) == (f"{path}/ae.safetensors", "madebyollin/taef1")
-    assert (options["text_encoders"], options["lora_rank"]) == ((f"{path}/flux",), 64)
+    assert options["text_encoders"] == (f"{path}/flux", f"{path}/t5xxl_fp8.safetensors")
+    assert options["lora_rank"] == 64
     assert options["embeddings"] == (f"toy={path}/toy.safetensors",)
     assert exporter(documents)["env"] == [{"name": "HF_HUB_OFFLINE", "value": "1"}]
     assert "PersistentVolumeClaim" not in {document["kind"] for document in documents}
