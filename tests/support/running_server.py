@@ -129,8 +129,9 @@ def wait_for_server(server: Server, path: str = "/health/ready") -> None:
     """Read what a server that has just been started says, and wait until `path` answers with 200; else end it."""
     threading.Thread(target=_collect, args=(server,), daemon=True).start()
     try:
-        server.wait_until(lambda: any("Serving " in line for line in server.lines), 180, "serving")
-        server.wait_until(lambda: _answers(server, path), 10, "answering")
+        # With an export, which takes minutes on a machine that does much else.
+        server.wait_until(lambda: any("Serving " in line for line in server.lines), 600, "serving")
+        server.wait_until(lambda: _answers(server, path), 60, "answering")
     except BaseException:
         # Nobody else knows of it. In order, as its Triton would live on with it.
         if server.process.poll() is None:
