@@ -125,7 +125,7 @@ def _largest(theirs: Array, ours: Array) -> float:
 
 
 def _root_mean_square(theirs: Array, ours: Array) -> float:
-    """The root mean square: of bytes in levels, of floats relative to that of the expected values."""
+    """The root mean square: of bytes in levels, of floats relative to that of the expected values if these are any."""
     reference = theirs.astype(np.float64)
-    scale = 1.0 if theirs.dtype == np.uint8 else float(np.sqrt(np.square(reference).mean()))
+    scale = 1.0 if theirs.dtype == np.uint8 else float(np.sqrt(np.square(reference).mean())) or 1.0
     return float(np.sqrt(np.square(reference - ours.astype(np.float64)).mean()) / scale)

@@ -3,12 +3,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint
 from hypergen_export.conversion.loading import load_module
-from hypergen_export.conversion.parity import compare
+from hypergen_export.conversion.parity import compare, compare_outputs, torch_outputs
 from hypergen_export.conversion.wrappers import wrap
 from hypergen_export.errors import ConversionError, ParityMissedError
 
@@ -44,6 +45,16 @@ def test_other_weights_are_a_miss(name: str, checkpoint: Checkpoint, repository:
 def test_not_a_number_is_a_miss(checkpoint: Checkpoint, repository: Path) -> None:
     with pytest.raises(ParityMissedError, match=r"text_encoder: .* gives non-finite values"):
         parity_of("text_encoder", checkpoint, repository, add_noise(float("nan")))
+
+
+def test_where_torch_gives_zeros_anything_else_is_a_miss(checkpoint: Checkpoint, repository: Path) -> None:
+    """In half precision the difference is relative to what torch gives."""
+    component = COMPONENTS["text_encoder"]
+    expected = torch_outputs(component, wrap(component, load_module(checkpoint, component)), checkpoint.sizes)
+    zeros = [[np.zeros_like(output) for output in outputs] for outputs in expected]
+    path = repository / component.name / "1" / "model.onnx"
+    with pytest.raises(ParityMissedError, match="differs from torch by"):
+        compare_outputs(component, zeros, checkpoint.sizes, path, "bfloat16")
 
 
 def test_a_file_of_another_component_is_a_miss_or_refused(checkpoint: Checkpoint, repository: Path) -> None:
