@@ -123,6 +123,8 @@ def scheduler_table(config: Config, overrides: ConfigOverrides, *, steps: int, c
     overridden = {**overrides.scheduler, **overrides.inpainting}
     with _silenced():
         schedulers = _schedulers(config, overrides.scheduler, steps, channels)
+        if overridden == overrides.scheduler:
+            return SchedulerTable(schedulers, {})
         inpainting = _schedulers(config, overridden, steps, channels)
     differing = {name: found for name, found in inpainting.items() if schedulers.get(name, found) != found}
     return SchedulerTable(schedulers, differing)
