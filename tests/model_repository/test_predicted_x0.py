@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from itertools import product
 from typing import Any
 
@@ -14,8 +15,9 @@ from hypergen_sampler.latent_init import LatentInit
 from hypergen_sampler.predicted_x0 import predicted_x0, preview_steps
 from hypergen_sampler.request import Request
 from hypergen_sampler.sampling import DenoiserInputs, Trajectory
+from hypergen_sampler.schedulers import Schedulers
 from support.architectures import architecture_of
-from support.scheduler_tables import CLASSES, SERVED, schedulers_of
+from support.scheduler_tables import CLASSES, SERVED, own_scheduler_of, schedulers_of
 
 CONFIG = {
     "_class_name": "DDIMScheduler",
@@ -50,11 +52,16 @@ REQUEST = Request(
 )
 
 
+@functools.cache
+def schedulers_predicting(prediction_type: str) -> Schedulers:
+    """Made once, as all of them are tried: each image gets a scheduler of its own from them."""
+    return schedulers_of(CONFIG | {"prediction_type": prediction_type})
+
+
 def image_of(scheduler: str, prediction_type: str, guidance_scale: float) -> Trajectory:
     request = dataclasses.replace(REQUEST, guidance_scale=guidance_scale, scheduler=scheduler, partial_images=3)
     states = np.zeros((2 if guidance_scale > 1 else 1, 1, 1), dtype=np.float32)
-    schedulers = schedulers_of(CONFIG | {"prediction_type": prediction_type})
-    made = schedulers.make(scheduler, steps=STEPS)
+    made = schedulers_predicting(prediction_type).make(scheduler, steps=STEPS)
     return Trajectory(request, {"encoder_hidden_states": states}, LatentInit((4, 6, 5)), made, architecture_of())
 
 
@@ -146,7 +153,7 @@ def test_every_preview_by_any_class_is_the_original_that_the_denoiser_means(
     class_name: str, prediction_type: str
 ) -> None:
     config = CONFIG | {"_class_name": class_name, "prediction_type": prediction_type} | UNALTERED
-    scheduler = schedulers_of(config, steps=STEPS).make("", steps=STEPS)
+    scheduler = own_scheduler_of(config, STEPS)
     image = stepping_image(scheduler)
     errors = []
     while not image.finished:
@@ -170,7 +177,7 @@ def test_a_multistep_solvers_preview_is_what_it_makes_of_the_output_itself(
 ) -> None:
     flow = {"use_flow_sigmas": True, "flow_shift": 3.0} if prediction_type == "flow_prediction" else {}
     config = {"_class_name": class_name, "prediction_type": prediction_type, "thresholding": thresholding}
-    scheduler = schedulers_of(CONFIG | config | flow, steps=STEPS).make("", steps=STEPS)
+    scheduler = own_scheduler_of(CONFIG | config | flow, STEPS)
     image = stepping_image(scheduler)
     converted: list[Any] = []
     convert = scheduler.convert_model_output
@@ -206,7 +213,7 @@ def test_the_estimate_of_the_last_step_is_the_final_latents_where_no_noise_is_le
     class_name: str, more: dict[str, Any]
 ) -> None:
     config = CONFIG | {"prediction_type": "epsilon", "_class_name": class_name, **more}
-    scheduler = schedulers_of(config, steps=STEPS).make("", steps=STEPS)
+    scheduler = own_scheduler_of(config, STEPS)
     scheduler.set_timesteps(STEPS)
     generator = torch.Generator().manual_seed(2)
     latents = torch.randn((1, 4, 6, 5), generator=generator) * scheduler.init_noise_sigma

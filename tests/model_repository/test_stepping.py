@@ -45,7 +45,7 @@ def never() -> bool:
     return False
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def image_of(pipeline: Any, checkpoint: Path) -> Callable[..., Trajectory]:
     """An image of REQUEST with some fields changed, its prompt encoded by the checkpoint's own text encoder."""
     schedulers = schedulers_of(open_checkpoint(str(checkpoint)).scheduler)

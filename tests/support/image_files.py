@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
 import zlib
@@ -46,7 +47,16 @@ def bomb(side: int) -> bytes:
         return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
 
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    rows = zlib.compressobj(9)
-    row = bytes(1 + side // 8)
-    packed = b"".join(rows.compress(row) for _ in range(side)) + rows.flush()
+    # Zeros alone, of which each megabyte compresses to the same bytes. Their Adler-32 is 1 and, above it, their number.
+    length = side * (1 + side // 8)
+    megabytes, rest = divmod(length, 1 << 20)
+    packed = b"\x78\xda" + _zeros(1 << 20) * megabytes + _zeros(rest) + b"\x03\x00"
+    packed += struct.pack(">HH", length % 65521, 1)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+
+
+@functools.cache
+def _zeros(length: int) -> bytes:
+    """A part of a deflate stream that stands for so many zeros."""
+    compressor = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+    return compressor.compress(bytes(length)) + compressor.flush(zlib.Z_FULL_FLUSH)

@@ -6,6 +6,7 @@ explicitly.
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -74,5 +75,11 @@ def mark_kinds(items: list[pytest.Item]) -> None:
 
 def kinds_of(item: pytest.Item) -> Iterator[str]:
     """What follows from the fixtures and the place of a test."""
-    yield from (kind for place, kind in BY_PLACE.items() if item.path.is_relative_to(TESTS / place))
+    yield from _kinds_of_place(item.path)
     yield from (kind for fixture, kind in BY_FIXTURE.items() if fixture in getattr(item, "fixturenames", ()))
+
+
+@functools.cache
+def _kinds_of_place(path: Path) -> tuple[str, ...]:
+    """Hundreds of tests share a file."""
+    return tuple(kind for place, kind in BY_PLACE.items() if path.is_relative_to(TESTS / place))

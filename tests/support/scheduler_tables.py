@@ -6,9 +6,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
+from unittest.mock import patch
 
 import diffusers
 
+from hypergen_export.checkpoints import schedulers
 from hypergen_export.checkpoints.family import ConfigOverrides
 from hypergen_export.checkpoints.schedulers import SchedulerTable, scheduler_table
 from hypergen_sampler.schedulers import Schedulers
@@ -68,6 +70,12 @@ def called_by_diffusers(name: str, own: Any) -> Any:
 def schedulers_of(config: Mapping[str, Any], overrides: ConfigOverrides | None = None, steps: int = 20) -> Schedulers:
     """The sampler's, of a checkpoint whose scheduler has this configuration."""
     return schedulers_in(scheduler_table(config, overrides or ConfigOverrides(), steps=steps, channels=4))
+
+
+def own_scheduler_of(config: Mapping[str, Any], steps: int) -> Any:
+    """The checkpoint's own scheduler for so many steps, without the time that trying the others takes."""
+    with patch.object(schedulers, "SELECTABLE", {}):
+        return schedulers_of(config, steps=steps).make("", steps=steps)
 
 
 def schedulers_in(table: SchedulerTable, **flow: str) -> Schedulers:

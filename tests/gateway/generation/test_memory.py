@@ -36,11 +36,11 @@ def images_of_process() -> Images:
 def images_in_memory(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], Images]]:
     """Those that have come since the test began, while the garbage collector is off."""
     caplog.set_level("CRITICAL")  # a record of an error keeps its traceback
-    gc.collect()
-    earlier = images_of_process()
+    gc.freeze()  # get_objects leaves out what was there before
     gc.disable()
-    yield lambda: [each for each in images_of_process() if not any(each is other for other in earlier)]
+    yield images_of_process
     gc.enable()
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize(
