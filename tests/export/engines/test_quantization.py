@@ -147,6 +147,15 @@ def test_a_quantised_unet_is_near_float32_and_small(dtype: str, quantized: Quant
     assert kinds.count(BITS[dtype]) > 10
 
 
+def test_no_sum_of_products_overflows_on_a_cpu_without_vnni(quantized: Quantized) -> None:
+    """Such a CPU adds the products of two pairs in sixteen bits, and would keep the largest number in silence."""
+    nodes = openvino.Core().read_model(quantized(INT8)[0]).get_ordered_ops()
+    constants = [node for node in nodes if node.get_type_name() == "Constant"]
+    stored = [each.data for each in constants if each.get_output_element_type(0).get_type_name() == "i8"]
+    assert len(stored) > 10
+    assert 2 * 255 * max(abs(each.astype(int)).max() for each in stored) < 2**15
+
+
 @pytest.mark.parametrize("dtype", BITS)
 def test_the_layers_that_a_family_lists_keep_their_weights(dtype: str, quantized: Quantized) -> None:
     kinds = weights(quantized(dtype)[0])
