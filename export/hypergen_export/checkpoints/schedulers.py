@@ -122,10 +122,11 @@ def scheduler_table(config: Config, overrides: ConfigOverrides, *, steps: int, c
     """
     overridden = {**overrides.scheduler, **overrides.inpainting}
     with _silenced():
-        schedulers = _schedulers(config, overrides.scheduler, steps, channels)
-        if overridden == overrides.scheduler:
+        own, masked = _own(config, overrides.scheduler), _own(config, overridden)
+        schedulers = _schedulers(own, steps, channels)
+        if masked.config == own.config:
             return SchedulerTable(schedulers, {})
-        inpainting = _schedulers(config, overridden, steps, channels)
+        inpainting = _schedulers(masked, steps, channels)
     differing = {name: found for name, found in inpainting.items() if schedulers.get(name, found) != found}
     return SchedulerTable(schedulers, differing)
 
@@ -136,13 +137,10 @@ def _flow_table(checkpoint: Checkpoint, steps: int) -> SchedulerTable:
     class_name = str(config["_class_name"])
     if class_name != FLOW_SCHEDULER:
         raise ValueError(f"its scheduler {class_name} is not supported for this family; {FLOW_SCHEDULER} is")
-    try:
-        with _silenced():
-            scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+    with _silenced(), _naming(class_name):
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
         sigmas = np.linspace(1.0, 1 / steps, steps) if sampling.flow_sigmas else None
         scheduler.set_timesteps(steps, sigmas=sigmas, mu=1.0 if scheduler.config.use_dynamic_shifting else None)
-    except Exception as error:  # diffusers' schedulers raise errors of many kinds
-        raise ValueError(f"its scheduler {class_name} cannot be served: {first_line(error)}") from error
     complete = _complete(scheduler)
     return SchedulerTable({OWN: complete, _FLOW_NAME: complete}, {})
 
@@ -158,13 +156,19 @@ def _silenced() -> Iterator[None]:
         diffusers.utils.logging.set_verbosity(before)
 
 
-def _schedulers(config: Config, overridden: Config, steps: int, channels: int) -> dict[str, Config]:
-    class_name = str(config["_class_name"])
+@contextlib.contextmanager
+def _naming(class_name: str) -> Iterator[None]:
+    """Raise a ValueError that says which scheduler cannot be served in place of any error."""
     try:
-        own = _own(_class(class_name), config, overridden)
-        _trial_run(own, steps, channels)
+        yield
     except Exception as error:  # diffusers' schedulers raise errors of many kinds
         raise ValueError(f"its scheduler {class_name} cannot be served: {first_line(error)}") from error
+
+
+def _schedulers(own: Any, steps: int, channels: int) -> dict[str, Config]:
+    class_name = type(own).__name__
+    with _naming(class_name):
+        _trial_run(own, steps, channels)
     table: dict[str, Config] = {OWN: _complete(own)}
     for name, spec in SELECTABLE.items():
         found = table[OWN] if spec == SchedulerSpec(class_name) else _other(own, spec, steps, channels)
@@ -199,13 +203,15 @@ def _class(name: str) -> Any:
     raise ValueError(f"diffusers {diffusers.__version__} has no such scheduler")
 
 
-def _own(kind: Any, config: Config, overridden: Config) -> Any:
-    """The checkpoint's own scheduler as its pipeline loads it."""
-    own = kind.from_config(config)
-    missing = [name for name in _NEEDED if not hasattr(own, name)]
-    if missing:
-        raise ValueError(f"it has no {missing[0]}, which the sampler needs")
-    own.register_to_config(**{name: value for name, value in overridden.items() if name in own.config})
+def _own(config: Config, overridden: Config) -> Any:
+    """The checkpoint's own scheduler as its pipeline loads it. Raises ValueError."""
+    class_name = str(config["_class_name"])
+    with _naming(class_name):
+        own = _class(class_name).from_config(config)
+        missing = [name for name in _NEEDED if not hasattr(own, name)]
+        if missing:
+            raise ValueError(f"it has no {missing[0]}, which the sampler needs")
+        own.register_to_config(**{name: value for name, value in overridden.items() if name in own.config})
     return own
 
 
