@@ -46,8 +46,16 @@ class Relay:
             server = socket.create_connection(self.upstream)
             said = bytearray()
             self.said.append(said)
-            for source, target, record in ((client, server, said), (server, client, None)):
-                threading.Thread(target=pass_on, args=(source, target, record), daemon=True).start()
+            threading.Thread(target=connect, args=(client, server, said), daemon=True).start()
+
+
+def connect(client: socket.socket, server: socket.socket, said: bytearray) -> None:
+    """Pass on what both say until both have ended."""
+    with client, server:
+        back = threading.Thread(target=pass_on, args=(server, client, None), daemon=True)
+        back.start()
+        pass_on(client, server, said)
+        back.join()
 
 
 def pass_on(source: socket.socket, target: socket.socket, record: bytearray | None) -> None:
@@ -59,8 +67,9 @@ def pass_on(source: socket.socket, target: socket.socket, record: bytearray | No
             target.sendall(data)
         target.shutdown(socket.SHUT_WR)
     except OSError:
-        source.close()
-        target.close()
+        for each in (source, target):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)  # so that the other direction ends, too
 
 
 @contextmanager
