@@ -13,6 +13,9 @@
 # ARGS is passed on:     make serve ARGS="--port 9000"        make test ARGS="-k batching"
 # PYTHON is the Python:  make serve PYTHON=/usr/bin/python3.12 (3.10, 3.11 or 3.12)
 
+# Images for containers often set it; without caches, each of the tests' processes compiles everything anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DELETE_ON_ERROR:
 .PHONY: help setup setup-dev serve test quick check production-check images audit bench clients installs clean
 
@@ -41,7 +44,7 @@ test: setup-dev
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 quick: setup-dev
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q -m "not (triton or browser or node or java or export or torch or slow or gpu)" $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q --quick $(ARGS)
 
 check: setup-dev
 	$(BIN)/ruff check

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hypergen_gateway.embedded.export_cache import SHIPPED_MODEL, ExportOptions,
 from support.claims import ClaimsTable, attach_claims
 from support.faults import FaultsTable
 from support.images_table import ImagesTable
-from support.kinds import mark_kinds, register_kinds
+from support.kinds import kinds_of_place, leave_kinds_out, mark_kinds, register_kinds
 from support.node_client import install_node_client
 from support.order import sort_by_length
 from support.skips import SkipsFail, SkipsTable
@@ -29,9 +30,15 @@ DEEP_CACHED = ("lcm", "sdxl")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="only tests without a kind: see tests/support/kinds.py")
     parser.addoption("--faults", action="store_true", help="what the tests of faults saw, as a table")
     parser.addoption("--images", action="store_true", help="build and run the container images, too")
     parser.addoption("--claims", action="store_true", help="which claims about production the tests have proved")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import no test that would be left out."""
+    return True if config.getoption("--quick") and any(kinds_of_place(collection_path)) else None
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -49,10 +56,23 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(FaultsTable(), "faults")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Look for no garbage in what is imported, then or later: that takes each process seconds."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 # Before pytest looks at the markers that were asked for.
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     mark_kinds(items)
+    if config.getoption("--quick"):
+        leave_kinds_out(config, items)
     attach_claims(items)
     if "PYTEST_XDIST_WORKER" in os.environ:
         sort_by_length(items)

@@ -1,4 +1,4 @@
-"""Markers for slow tests, mostly by the programs that they start; `make quick` runs the tests without such a marker.
+"""Markers for slow tests, mostly by the programs that they start; `pytest --quick` leaves them out.
 
 Most markers follow from a fixture or from the test's path; a test that starts Chromium or Java itself is marked
 explicitly.
@@ -73,13 +73,23 @@ def mark_kinds(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=f"the program is missing: it {KINDS[kind]}"))
 
 
+def leave_kinds_out(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests that have no kind and need no GPU."""
+    kept: list[pytest.Item] = []
+    left: list[pytest.Item] = []
+    for item in items:
+        (left if any(map(item.get_closest_marker, (*KINDS, "gpu"))) else kept).append(item)
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept
+
+
 def kinds_of(item: pytest.Item) -> Iterator[str]:
     """What follows from the fixtures and the place of a test."""
-    yield from _kinds_of_place(item.path)
+    yield from kinds_of_place(item.path)
     yield from (kind for fixture, kind in BY_FIXTURE.items() if fixture in getattr(item, "fixturenames", ()))
 
 
 @functools.cache
-def _kinds_of_place(path: Path) -> tuple[str, ...]:
-    """Hundreds of tests share a file."""
+def kinds_of_place(path: Path) -> tuple[str, ...]:
+    """What follows from the place of a test, or of a folder of them. Kept, as many tests share a file."""
     return tuple(kind for place, kind in BY_PLACE.items() if path.is_relative_to(TESTS / place))

@@ -26,9 +26,9 @@ AWAY, FAULT = UnavailableError("away"), ValueError("a fault")
 Images = list[InitImage | SubRequest]
 
 
-def images_of_process() -> Images:
+def young_images() -> Images:
     # By type: isinstance would ask objects of other packages for their class, and some of them warn.
-    found = [each for each in gc.get_objects() if issubclass(type(each), InitImage | SubRequest)]
+    found = [each for each in gc.get_objects(generation=0) if issubclass(type(each), InitImage | SubRequest)]
     return [each for each in found if isinstance(each, InitImage) or each.generation.image is not None]
 
 
@@ -36,11 +36,10 @@ def images_of_process() -> Images:
 def images_in_memory(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], Images]]:
     """Those that have come since the test began, while the garbage collector is off."""
     caplog.set_level("CRITICAL")  # a record of an error keeps its traceback
-    gc.freeze()  # get_objects leaves out what was there before
     gc.disable()
-    yield images_of_process
+    gc.collect(0)  # whatever is young from now on has come since
+    yield young_images
     gc.enable()
-    gc.unfreeze()
 
 
 @pytest.mark.parametrize(
