@@ -178,7 +178,7 @@ def render(values: dict[str, Any], file: Path) -> str:
 
 
 def parse(text: str) -> list[dict[str, Any]]:
-    return [document for document in yaml.safe_load_all(text) if document]
+    return [document for document in yaml.load_all(text, yaml.CSafeLoader) if document]
 
 
 def one(documents: list[dict[str, Any]], kind: str, component: str) -> dict[str, Any]:
