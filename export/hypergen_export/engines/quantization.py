@@ -106,8 +106,8 @@ def _quantized(component: Component, dtype: str, onnx: Path, calls: Calls, repor
             ignored_scope=scope,
             advanced_parameters=nncf.AdvancedQuantizationParameters(
                 # Weights of seven bits: without VNNI, a CPU adds pairs of products of eight bits in sixteen, which
-                # overflow. By exact sums the shipped UNet's error is 0.079 with eight bits and 0.081 with seven; on a
-                # CPU with AVX2 alone it was 0.106 with eight.
+                # overflow. On one with AVX2 alone, the shipped UNet's error was 0.106 with eight bits and is 0.067.
+                # With VNNI eight would be better (43.0 dB in the passport, not 41.3), but an export may move.
                 overflow_fix=nncf.OverflowFix.ENABLE,
                 smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=_SMOOTHING, convolution=-1),
             ),
