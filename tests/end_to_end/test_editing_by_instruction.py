@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderTiny
 from PIL import Image
 
-from support.miniature import save_miniature, save_tiny_vae
+from support.miniature import save_tiny_vae
 from support.parity import input_image, request_of, sampler_of
 from support.pipelines import pipeline_of
 from support.plain_triton import ask
@@ -38,10 +38,12 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    place = tmp_path_factory.mktemp("instruct")
-    folder, tiny = save_miniature(place / "model", family="instruct-pix2pix"), save_tiny_vae(place / "tiny")
-    options = ("--dtype", "float32", "--cache-dir", str(place / "cache"), "--preview-vae", str(tiny))
+def served(
+    checkpoint_of: Callable[[str], Path], exported: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    """The text encoder and decoder are those of Stable Diffusion 1.x, and taken from its export."""
+    folder, tiny = checkpoint_of("instruct-pix2pix"), save_tiny_vae(tmp_path_factory.mktemp("tiny"))
+    options = ("--dtype", "float32", "--cache-dir", str(exported.parent), "--preview-vae", str(tiny))
     server = start_server(*options, "--max-batch-size", "1", model=str(folder))
     yield Served(server, folder, tiny)
     assert stop_server(server) == 0, "\n".join(server.lines)

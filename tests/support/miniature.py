@@ -149,6 +149,8 @@ def save_miniature(
         torch.manual_seed(7)
         _text_encoder(vocabulary, kind.hidden_act).save_pretrained(folder / "text_encoder")
         _unet(kind).save_pretrained(folder / "unet")
+        # Whatever the UNet: like published families, those of one VAE share its export.
+        torch.manual_seed(7)
         _vae(kind).save_pretrained(folder / "vae")
         if kind.second_text_encoder:
             save_tokenizer(folder / "tokenizer_2", "!")

@@ -23,6 +23,13 @@ IMAGE_AXES = frozenset({"height", "width", "latent_height", "latent_width"})
 FREE_AXES = IMAGE_AXES | {"text_tokens", "templated_tokens", "reference_tokens"}
 
 Sizes = Mapping[str, int]
+# What the values of an example follow from, beside the tensor's axes.
+_EXAMPLE_SIZES: Mapping[str, tuple[str, ...]] = {
+    "prompt": ("vocabulary",),
+    "prompt_2": ("vocabulary_2",),
+    "prompt_3": ("vocabulary_3",),
+    "clip_skip": ("max_clip_skip",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +75,11 @@ class Tensor:
             "reference_tokens": reference_tokens,
         }
         return (batch, *(self._size(axis, {**sizes, **free}) for axis in self.axes))
+
+    def sizes_of(self, sizes: Sizes) -> Sizes:
+        """Those of `sizes` that its shapes and its example's values follow from."""
+        named = {"vae_scale_factor", "patch_size", "template_tokens", *self.axes, *_EXAMPLE_SIZES.get(self.example, ())}
+        return {name: size for name, size in sizes.items() if name in named}
 
     def free_axes(self) -> dict[int, str]:
         """Position (counting the batch axis) and name of each axis that may change between calls."""
@@ -148,6 +160,11 @@ class Component:
     quantized: tuple[str, ...] = ()
     unquantized: tuple[str, ...] = ()
     modulation: tuple[str, ...] = ()
+
+    def sizes_of(self, sizes: Sizes) -> Sizes:
+        """Those of `sizes` that the component's graph and its examples follow from."""
+        tensors = (*self.inputs, *self.outputs)
+        return {name: size for tensor in tensors for name, size in tensor.sizes_of(sizes).items()}
 
     @property
     def is_denoiser(self) -> bool:

@@ -47,13 +47,18 @@ _CONVERSION = (
 
 
 def component_key(checkpoint: Checkpoint, component: Component, hashes: ContentHashes, dtype: str = "float32") -> str:
-    """Key of a component's ONNX file: its dtype, the module's files, the merged LoRA, the sources that convert them."""
+    """Key of a component's ONNX file: its dtype, the module's files, the merged LoRA, the sources that convert them.
+
+    Checkpoints of other families have the same key for a module that they share, such as a VAE.
+    """
     folder = checkpoint.folder_of(component.module)
     return _digest(
         component.name,
         component.wrapper,
+        component.loader,
+        repr((component.inputs, component.outputs)),
         dtype,
-        dict(checkpoint.sizes),
+        component.sizes_of(checkpoint.sizes),
         _contents([folder / "config.json", *_sources(_CONVERSION)]),
         [(path.name, hashes(path)) for path in weight_files(checkpoint, component.module)],
         *_lora_parts(component),

@@ -2,22 +2,26 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+import torch
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hypergen_export.checkpoints.components import LoraPool
+from hypergen_export.checkpoints.families.unet import with_deep_cache
 from hypergen_export.checkpoints.hashes import ContentHashes
 from hypergen_export.checkpoints.lora import Lora, Placement, read_loras
+from hypergen_export.conversion.examples import example_inputs
 from hypergen_export.engines.tensorrt import Target
 from hypergen_export.repository import cache_key
 from hypergen_export.repository.cache_key import component_key, plan_key, pool_parts, repository_key, tokenizer_key
 from hypergen_export.repository.export import ExportRequest, ExportTask
 from hypergen_export.repository.staging import PreviousExport
 from support.loras import lora_weights, save_by_diffusers
-from support.miniature import save_miniature
+from support.miniature import EDITING_FAMILIES, FAMILIES, save_miniature
+from support.transformer_miniatures import MINIATURES
 
 from ..conftest import COMPONENTS, edit_json
 
@@ -65,6 +69,39 @@ def test_a_key_depends_on_the_configs_content(checkpoint_copy: Path) -> None:
     assert changed(before, keys(checkpoint_copy)) == set()
     edit_json(checkpoint_copy / "vae" / "config.json", scaling_factor=0.5)
     assert changed(before, keys(checkpoint_copy)) == {"vae_decoder", "vae_encoder"}
+
+
+@pytest.mark.parametrize(
+    ("families", "common"),
+    [
+        (("sd-1", "lcm"), {"text_encoder", "vae_decoder", "vae_encoder"}),
+        (("sd-1", "instruct-pix2pix"), {"text_encoder", "vae_decoder"}),
+        (("flux1-dev", "flux1-kontext"), {"text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder"}),
+        (("flux1-dev", "z-image"), {"vae_decoder", "vae_encoder"}),
+    ],
+)
+def test_families_share_the_keys_of_the_modules_that_they_share(
+    families: tuple[str, str], common: set[str], checkpoint_of: Callable[[str], Path]
+) -> None:
+    one, other = (
+        {each.name: component_key(checkpoint, each, ContentHashes()) for each in checkpoint.family.components}
+        for checkpoint in (open_checkpoint(str(checkpoint_of(family))) for family in families)
+    )
+    assert {name for name in one if one[name] == other.get(name)} == common
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *EDITING_FAMILIES, *MINIATURES])
+def test_graphs_and_their_examples_follow_from_the_sizes_in_the_key(
+    family: str, checkpoint_of: Callable[[str], Path]
+) -> None:
+    checkpoint = open_checkpoint(str(checkpoint_of(family)))
+    axes = {"batch": 2, "height": 6, "width": 4, "text_tokens": 40, "reference_tokens": 3}
+    for component in with_deep_cache(checkpoint.family.components):
+        ours, theirs = (
+            example_inputs(component, sizes, **axes)
+            for sizes in (component.sizes_of(checkpoint.sizes), checkpoint.sizes)
+        )
+        assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
 
 
 def test_another_vocabulary_changes_the_tokenizers_key_alone(checkpoint_copy: Path) -> None:
