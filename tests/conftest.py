@@ -136,14 +136,14 @@ def shipped_repository(cache_dir: Path) -> Path:
 def _made_once(shared: Path, family: str) -> Path:
     # They import torch, without which the gateway's tests run.
     from support.miniature import save_miniature
-    from support.transformer_miniatures import MINIATURES, save_transformer_miniature
+    from support.transformer_miniatures import MINIATURES, save_transformer_miniature, state_small_default
 
     folder = shared / "checkpoints" / family
     with FileLock(shared / f"{family}.lock"):
         if folder.exists():
             return folder
         if family in MINIATURES:
-            return save_transformer_miniature(folder, family)
+            return state_small_default(save_transformer_miniature(folder, family))
         return save_miniature(folder, family=family)
 
 

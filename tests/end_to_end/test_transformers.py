@@ -29,7 +29,7 @@ from support.running_server import (
     start_server,
     stop_server,
 )
-from support.transformer_miniatures import save_shallow_klein
+from support.transformer_miniatures import save_shallow_klein, state_small_default
 from support.transformer_pipelines import FROM_IMAGE, image_by_diffusers, pipeline_from_image
 
 pytestmark = pytest.mark.claim("families")
@@ -56,7 +56,7 @@ class Served:
 @pytest.fixture(scope="module")
 def shallow_klein(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A miniature and its repository. Each layer of its text encoder takes two seconds to export."""
-    folder = save_shallow_klein(tmp_path_factory.mktemp("flux2-klein") / "checkpoint")
+    folder = state_small_default(save_shallow_klein(tmp_path_factory.mktemp("flux2-klein") / "checkpoint"))
     output = folder.with_name("repository")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flux2, "_LAST_LAYER", 3)
@@ -183,7 +183,7 @@ async def test_the_images_of_a_request_share_calls(served: Served) -> None:
 def test_its_limits_are_stated(served: Served) -> None:
     headers = {"Authorization": f"Bearer {KEY}"}
     stated = httpx.get(f"{served.server.url}/v1/capabilities", headers=headers).json()
-    assert (stated["default_size"], stated["size_factor"]) == ("1024x1024", 16)
+    assert (stated["default_size"], stated["size_factor"]) == ("256x256", 16)
     guidance = [stated[name] for name in ("min_guidance_scale", "max_guidance_scale", "negative_prompt")]
     if served.family in SMALLEST_SCALES:
         assert guidance == [SMALLEST_SCALES[served.family], 20.0, True]

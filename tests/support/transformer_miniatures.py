@@ -248,6 +248,12 @@ def save_shallow_klein(folder: Path) -> Path:
     return folder
 
 
+def state_small_default(folder: Path) -> Path:
+    """Let the checkpoint state 256x256: a start runs engines at the default size, at the families' own for seconds."""
+    _write_json(folder / "hypergen_defaults.json", {"width": 256, "height": 256})
+    return folder
+
+
 def randomise(module: Any, seed: int = 0) -> Any:
     """Fill all weights with random values that keep the scale of activations; none is left at zero or one."""
     generator = torch.Generator().manual_seed(seed)

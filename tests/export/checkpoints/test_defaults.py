@@ -14,7 +14,7 @@ from hypergen_export.checkpoints.defaults import checkpoint_parameters, max_refe
 from hypergen_export.errors import BrokenCheckpointError
 from support.miniature import save_miniature
 from support.pipelines import pipeline_of
-from support.transformer_miniatures import save_transformer_miniature
+from support.transformer_miniatures import MINIATURES, save_transformer_miniature
 
 from ..conftest import edit_json
 
@@ -240,6 +240,12 @@ def test_variants_of_transformers_have_the_steps_and_scale_of_their_cards(
 ) -> None:
     folder = shutil.copytree(checkpoint_of(family), tmp_path / name)
     assert steps_and_scale(parameters(folder)) == expected
+
+
+@pytest.mark.parametrize("family", MINIATURES)
+def test_transformers_generate_1024x1024_by_default(family: str, tmp_path: Path) -> None:
+    found = parameters(save_transformer_miniature(tmp_path, family))
+    assert (found["default_width"], found["default_height"]) == ("1024", "1024")
 
 
 @pytest.mark.parametrize(
