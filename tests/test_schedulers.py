@@ -7,6 +7,7 @@ that a request selects is `X.from_config(pipeline.scheduler.config)`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Mapping
@@ -55,7 +56,15 @@ def pair_with(plain: Sampler, folder: Path, steps: int = STEPS) -> Pair:
     """Ours and diffusers' of a checkpoint that differs from the plain one in its scheduler alone."""
     checkpoint = open_checkpoint(str(folder))
     schedulers = schedulers_in(checkpoint_schedulers(checkpoint, steps))
-    return Pair(dataclasses.replace(plain, checkpoint=checkpoint, schedulers=schedulers), pipeline_of(folder))
+    pipeline = pipeline_of(folder, **modules_of(plain.checkpoint.folder))
+    return Pair(dataclasses.replace(plain, checkpoint=checkpoint, schedulers=schedulers), pipeline)
+
+
+@functools.cache
+def modules_of(folder: Path) -> dict[str, Any]:
+    """diffusers' modules and tokenizers of a checkpoint."""
+    parts = pipeline_of(folder).components
+    return {name: part for name, part in parts.items() if part is not None and name != "scheduler"}
 
 
 async def assert_equals_diffusers(pair: Pair, **fields: Any) -> None:

@@ -235,6 +235,7 @@ def request_of(**changes: Any) -> Request:
 
 
 def by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:
+    """The final latents and the image, of one call."""
     fields: dict[str, Any] = {
         "prompt": request.prompt,
         "num_inference_steps": request.num_inference_steps,
@@ -250,11 +251,22 @@ def by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:
     if interval != (0.0, 1.0):
         fields = interval_arguments(pipeline, fields, *interval)
 
-    def generate(kind: str) -> Any:
+    def generate(**further: Any) -> Any:
         with deep_features_reused(pipeline.unet, request.cache_interval):
-            return pipeline(**fields, generator=torch.Generator().manual_seed(request.seed), output_type=kind).images[0]
+            return pipeline(**fields, **further, generator=torch.Generator().manual_seed(request.seed)).images[0]
 
-    return generate("latent").numpy(), np.asarray(generate("pil"))
+    if type(pipeline).__name__ == "StableDiffusionXLInstructPix2PixPipeline":  # which calls nobody after a step
+        return generate(output_type="latent").numpy(), np.asarray(generate())
+    after_step, tensors = (fields.pop(f"callback_on_step_end{name}", None) for name in ("", "_tensor_inputs"))
+    latents: list[torch.Tensor] = []
+
+    def keep(pipeline: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        latents[:] = given["latents"]
+        changed: dict[str, Any] = after_step(pipeline, step, timestep, given) if after_step else given
+        return changed
+
+    image = generate(callback_on_step_end=keep, callback_on_step_end_tensor_inputs=["latents", *(tensors or ())])
+    return latents[0].numpy(), np.asarray(image)
 
 
 def _inputs_of(pipeline: Any) -> Callable[[Request], dict[str, Any]]:
