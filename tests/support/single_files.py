@@ -77,6 +77,16 @@ _UNET_XL = {
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": _POOLED + 6 * 8,
 }
+# With all that tells XL from others, but shallow: a model of every block takes a minute to export.
+_UNET_XL_SHALLOW = {
+    **_UNET_XL,
+    "block_out_channels": (32, 128),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": (0, 2),
+    "layers_per_block": 1,
+    "transformer_layers_per_block": (1, 1),
+}
 # SSD-1B: fewer transformer blocks, others on the way up, none in the middle.
 _UNET_SSD = {
     **_UNET_XL,
@@ -111,7 +121,12 @@ MINIATURES: Mapping[str, Miniature] = {
     "sd-2": _sd_2("v_prediction"),
     "sd-2-base": _sd_2("epsilon"),
     "sdxl": _sdxl(),
-    "sdxl-v": _sdxl(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"),
+    "sdxl-v": _sdxl(
+        unet=_UNET_XL_SHALLOW,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    ),
     "ssd-1b": _sdxl(unet=_UNET_SSD),
     "sd-1-inpainting": replace(_sd_1(in_channels=9), pipeline="StableDiffusionInpaintPipeline"),
     "sd-2-inpainting": replace(
