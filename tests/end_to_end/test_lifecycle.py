@@ -18,31 +18,36 @@ from hypergen_gateway.serving import SAME_SIGNAL_SECONDS
 from support.running_server import KEY, Server, generate, processes, shared_memory, start_server, stop_server
 
 
-@pytest.fixture
-def own_server(checkpoint: Path, cache_dir: Path) -> Iterator[Server]:
-    """A server that the test may break."""
+@pytest.fixture(scope="module")
+def second(checkpoint: Path, cache_dir: Path) -> Iterator[Server]:
+    """A server of this file alone, whose last test ends it."""
     running = start_server("--dtype", "float32", "--cache-dir", str(cache_dir), model=str(checkpoint))
     yield running
     if running.process.poll() is None:
         stop_server(running)
 
 
-def test_a_second_start_finds_the_export_and_is_quick(server: Server, own_server: Server) -> None:
-    assert not any("xport" in line and "up to date" not in line for line in own_server.lines), own_server.lines
-    assert own_server.triton_url != server.triton_url
+def test_a_second_start_finds_the_export_and_is_quick(server: Server, second: Server) -> None:
+    assert not any("xport" in line and "up to date" not in line for line in second.lines), second.lines
+    assert second.triton_url != server.triton_url
 
 
-async def test_sigterm_lets_images_finish_and_refuses_new_ones(own_server: Server) -> None:
-    async with own_server.async_client() as client:
-        before = own_server.counts_of()[1]
-        request = asyncio.create_task(generate(client, prompt="cat", size="256x256", num_inference_steps=150))
-        while own_server.counts_of()[1] < before + 2:
+async def test_sigterm_lets_images_finish_refuses_new_ones_and_leaves_nothing(second: Server) -> None:
+    family = psutil.Process(second.process.pid).children(recursive=True)
+    assert family
+    assert shared_memory(second)
+    async with second.async_client() as client:
+        before = second.counts_of()[1]
+        request = asyncio.create_task(generate(client, prompt="cat", size="128x128", num_inference_steps=150))
+        while second.counts_of()[1] < before + 2:
             await asyncio.sleep(0.02)
-        own_server.process.send_signal(signal.SIGTERM)
-        await asyncio.to_thread(own_server.wait_until, lambda: refuses_connections(own_server), 60, "closed to others")
+        second.process.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(second.wait_until, lambda: refuses_connections(second), 60, "closed to others")
         assert not request.done()
-        assert (await request).shape == (256, 256, 3)
-    assert await asyncio.to_thread(own_server.process.wait, 30) == 0
+        assert (await request).shape == (128, 128, 3)
+    assert await asyncio.to_thread(second.process.wait, 30) == 0
+    assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert not shared_memory(second)
 
 
 def refuses_connections(server: Server) -> bool:
@@ -75,20 +80,11 @@ def test_a_closed_terminal_lets_requests_finish_and_a_second_signal_gives_them_u
     assert not shared_memory(server)
 
 
-def test_nothing_is_left_after_the_end(checkpoint: Path, cache_dir: Path) -> None:
+def test_triton_does_not_outlive_a_killed_gateway(checkpoint: Path, cache_dir: Path) -> None:
     server = start_server("--dtype", "float32", "--cache-dir", str(cache_dir), model=str(checkpoint))
     family = psutil.Process(server.process.pid).children(recursive=True)
-    assert family
-    assert shared_memory(server)
-    assert stop_server(server) == 0
-    assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
-    assert not shared_memory(server)
-
-
-def test_triton_does_not_outlive_a_killed_gateway(own_server: Server) -> None:
-    family = psutil.Process(own_server.process.pid).children(recursive=True)
-    own_server.process.kill()
-    own_server.process.wait(10)
+    server.process.kill()
+    server.process.wait(10)
     _, alive = psutil.wait_procs(family, timeout=15)
     assert not alive
 

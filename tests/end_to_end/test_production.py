@@ -52,7 +52,7 @@ def scaled_by(server: Server) -> float:
 async def test_a_drain_lasts_until_the_image_is_there(server: Server) -> None:
     executions = server.counts_of()[1]
     async with server.async_client() as client:
-        request = asyncio.create_task(generate(client, prompt="a cat", size="256x256", num_inference_steps=150))
+        request = asyncio.create_task(generate(client, prompt="a cat", size="128x128", num_inference_steps=150))
         while server.counts_of()[1] == executions:
             await asyncio.sleep(0.02)
         options = ["--metrics-url", server.metrics_url, "--limit", "100"]
@@ -60,4 +60,4 @@ async def test_a_drain_lasts_until_the_image_is_there(server: Server) -> None:
         assert not request.done()
         assert await drain.wait() == 0
         assert request.done()
-        assert (await request).shape == (256, 256, 3)
+        assert (await request).shape == (128, 128, 3)

@@ -11,7 +11,7 @@ from support.plain_triton import ask, responses
 from support.running_server import Server
 
 # Takes far longer than two looks at the metrics.
-LONG: dict[str, Any] = {"prompt": "cat", "width": 320, "height": 320, "num_inference_steps": 150, "scheduler": "ddim"}
+LONG: dict[str, Any] = {"prompt": "cat", "width": 128, "height": 128, "num_inference_steps": 150, "scheduler": "ddim"}
 
 
 def metrics_of(server: Server) -> dict[str, float]:

@@ -205,7 +205,7 @@ async def long_requests(
 
     By httpx: the work of OpenAI's client, which counts its retries, goes on for some time without it.
     """
-    body = {"prompt": "cat", "size": "512x512", "num_inference_steps": 150, **fields}
+    body = {"prompt": "cat", "size": "256x256", "num_inference_steps": 150, **fields}
     headers = {"Authorization": f"Bearer {KEY}"}
     async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=300) as client:
         requests = [asyncio.create_task(client.post("/v1/images/generations", json=body)) for _ in range(number)]
