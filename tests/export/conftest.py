@@ -131,6 +131,37 @@ def convert_component(
         return convert(checkpoint, [job], progress)[component.name]
 
 
+@dataclass(frozen=True)
+class ForEngines:
+    """A component's file for an engine's builder, and how far it is from torch. Read only."""
+
+    checkpoint: Checkpoint
+    component: Component
+    onnx: Path
+    difference: float
+
+
+@pytest.fixture(scope="session")
+def for_engines(
+    shared: Path, checkpoint_of: Callable[[str], Path], wide_folder: Path
+) -> Callable[[str, str, str], ForEngines]:
+    """A family, or `wide`, with a component and a precision -> its file for an engine's builder."""
+
+    @functools.cache
+    def make(family: str, name: str, dtype: str) -> ForEngines:
+        checkpoint = open_checkpoint(str(wide_folder if family == "wide" else checkpoint_of(family)))
+        component = component_of(checkpoint, name)
+        folder = shared / "for-engines" / family / name / dtype
+        record = folder / "difference.json"
+        with FileLock(shared / f"{family}.{name}.{dtype}.lock"):
+            if not record.exists():
+                parity = convert_component(checkpoint, component, folder / "1" / "model.onnx", dtype, casts=True)
+                record.write_text(json.dumps(parity.difference))
+        return ForEngines(checkpoint, component, folder / "1" / "model.onnx", json.loads(record.read_text()))
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def wide_folder(shared: Path) -> Path:
     """A checkpoint whose modules have tensors above the size that is loaded. Read only."""
@@ -152,7 +183,7 @@ def wide_repository(shared: Path, wide_folder: Path) -> Path:
 def _save_wide(folder: Path) -> Path:
     save_miniature(folder)
     config = transformers.CLIPTextConfig.from_pretrained(folder / "text_encoder")
-    config.update({"hidden_size": WIDE, "intermediate_size": 2 * WIDE})
+    config.update({"hidden_size": WIDE, "intermediate_size": 2 * WIDE, "num_hidden_layers": 1})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         modules = {
@@ -161,14 +192,15 @@ def _save_wide(folder: Path) -> Path:
                 sample_size=SAMPLE_SIZE,
                 layers_per_block=1,
                 block_out_channels=(32, 64, 128),
-                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+                down_block_types=("DownBlock2D",) * 3,
+                up_block_types=("UpBlock2D",) * 3,
                 norm_num_groups=8,
                 cross_attention_dim=WIDE,
             ),
             "vae": diffusers.AutoencoderKL(
                 latent_channels=LATENT_CHANNELS,
-                block_out_channels=(32, 32, 64, 128),
+                block_out_channels=(96,) * 4,
+                layers_per_block=0,
                 norm_num_groups=8,
                 down_block_types=("DownEncoderBlock2D",) * 4,
                 up_block_types=("UpDecoderBlock2D",) * 4,

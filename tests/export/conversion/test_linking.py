@@ -20,6 +20,7 @@ from hypergen_export.checkpoints.families.unet import STABLE_DIFFUSION
 from hypergen_export.checkpoints.lora import read_loras
 from hypergen_export.checkpoints.weights import Weights
 from hypergen_export.conversion import convert as conversion
+from hypergen_export.conversion.convert import Job
 from hypergen_export.conversion.linking import WeightFiles, check_links, link_weights
 from hypergen_export.conversion.loading import load_module, load_placeholders
 from hypergen_export.conversion.merging import merge_lora
@@ -29,15 +30,20 @@ from hypergen_export.conversion.wrappers import WRAPPERS
 from hypergen_export.errors import BrokenCheckpointError, ConversionError
 from support.loras import lora_weights, save_by_diffusers
 
-from ..conftest import COMPONENTS, WEIGHTS, component_of, convert_component
+from ..conftest import COMPONENTS, WEIGHTS, ForEngines, convert_component
 
 
-def write(
-    checkpoint: Checkpoint, component: Component, folder: Path, dtype: str = "float32", *, casts: bool = False
-) -> tuple[Path, Parity]:
-    """The ONNX file, for an engine builder if it may cast, and its parity."""
+def write(checkpoint: Checkpoint, component: Component, folder: Path, dtype: str = "float32") -> tuple[Path, Parity]:
+    """The ONNX file and its parity."""
     path = folder / "model.onnx"
-    return path, convert_component(checkpoint, component, path, dtype, casts=casts)
+    return path, convert_component(checkpoint, component, path, dtype)
+
+
+def compare_again(checkpoint: Checkpoint, component: Component, path: Path, dtype: str = "float32") -> Parity:
+    """As the conversion that wrote the file did."""
+    with conversion._quiet():
+        job = Job(component=component, dtype=dtype, onnx=path)
+        return conversion._compare(checkpoint, job, WeightFiles(path, casts=False))
 
 
 def initializers(path: Path) -> Iterator[tuple[str, Any]]:
@@ -66,12 +72,13 @@ def test_large_weights_stay_in_the_checkpoints_file_and_give_the_same_values(
     assert all(tensor.size <= LARGEST_LOADED for name, tensor in initializers(path) if name not in linked)
 
 
-def test_for_an_engine_builder_every_precision_links_the_same_file(wide: Checkpoint, tmp_path: Path) -> None:
-    component = COMPONENTS["text_encoder"]
-    weights = wide.folder / component.module / WEIGHTS[component.module]
+def test_for_an_engine_builder_every_precision_links_the_same_file(
+    wide_folder: Path, for_engines: Callable[[str, str, str], ForEngines]
+) -> None:
+    weights = wide_folder / "text_encoder" / WEIGHTS["text_encoder"]
     places = []
     for dtype in ("float32", "float16", "bfloat16"):
-        path, _ = write(wide, component, tmp_path / dtype, dtype, casts=True)
+        path = for_engines("wide", "text_encoder", dtype).onnx
         assert (path.parent / weights.name).samefile(weights)
         places.append({name: (tensor.dtype, tensor.offset) for name, tensor in external(path).items()})
     assert places[0] == places[1] == places[2]
@@ -92,9 +99,8 @@ def test_shards_are_linked_one_by_one(wide_folder: Path, tmp_path: Path) -> None
     whole = folder / "text_encoder" / WEIGHTS["text_encoder"]
     tensors = load_file(whole)
     whole.unlink()
-    names = sorted(tensors)
-    half = len(names) // 2
-    shards = {"model-00001-of-00002.safetensors": names[:half], "model-00002-of-00002.safetensors": names[half:]}
+    names = sorted(tensors, key=lambda name: tensors[name].numel())  # so that either file has large ones
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
     for file, part in shards.items():
         save_file({name: tensors[name] for name in part}, folder / "text_encoder" / file, {"format": "pt"})
     index = {"metadata": {}, "weight_map": {name: file for file, part in shards.items() for name in part}}
@@ -153,7 +159,7 @@ def test_only_what_a_lora_changes_is_written(wide: Checkpoint, tmp_path: Path) -
 
 
 def test_of_a_large_unet_the_outer_levels_are_compared(
-    wide: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wide: Checkpoint, wide_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(conversion, "_LARGE_BYTES", 0)
     compared: list[int] = []
@@ -163,18 +169,22 @@ def test_of_a_large_unet_the_outer_levels_are_compared(
         return compare_outputs(component, expected, sizes, path, dtype)
 
     monkeypatch.setattr(conversion, "compare_outputs", count)
-    path, parity = write(wide, COMPONENTS["unet"], tmp_path / "linked")
-    assert parity.difference < 1e-5
+    path = Path(shutil.copytree(wide_repository / "unet" / "1", tmp_path / "linked")) / "model.onnx"
+    assert compare_again(wide, COMPONENTS["unet"], path).difference < 1e-5
     assert 0 < compared[0] < len(external(path))
     assert sorted(file.name for file in path.parent.iterdir()) == sorted(["model.onnx", WEIGHTS["unet"]])
 
 
 @pytest.mark.parametrize(("family", "encoder"), [("flux1-dev", "T5"), ("stable-diffusion-3", "CLIP-G")])
 def test_of_a_large_text_encoder_two_layers_are_compared(
-    family: str, encoder: str, checkpoint_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    encoder: str,
+    for_engines: Callable[[str, str, str], ForEngines],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    checkpoint = open_checkpoint(str(checkpoint_of(family)))
-    component = component_of(checkpoint, "text_encoder_2")
+    whole = for_engines(family, "text_encoder_2", "bfloat16")
+    path = Path(shutil.copytree(whole.onnx.parent, tmp_path / "1")) / whole.onnx.name
     monkeypatch.setattr(conversion, "_LARGE_BYTES", 0)
     compared: list[int] = []
 
@@ -183,7 +193,7 @@ def test_of_a_large_text_encoder_two_layers_are_compared(
         return compare_outputs(component, expected, sizes, path, dtype)
 
     monkeypatch.setattr(conversion, "compare_outputs", count)
-    path, parity = write(checkpoint, component, tmp_path / "linked", "bfloat16")
+    parity = compare_again(whole.checkpoint, whole.component, path, "bfloat16")
     print(f"{encoder}: {parity.difference:.2g} from torch in float32")
     assert compared[0] < 0.8 * len(list(ir.load(path).graph)), "two of three layers"
     types = {tensor.dtype.name for _, tensor in initializers(path) if tensor.size > 4096}
@@ -191,8 +201,8 @@ def test_of_a_large_text_encoder_two_layers_are_compared(
     assert "FLOAT" not in types
 
 
-def test_a_place_that_is_not_the_tensors_is_an_error(wide: Checkpoint, tmp_path: Path) -> None:
-    path, _ = write(wide, COMPONENTS["text_encoder"], tmp_path / "text_encoder" / "1")
+def test_a_place_that_is_not_the_tensors_is_an_error(wide_repository: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(wide_repository / "text_encoder", tmp_path / "text_encoder")) / "1" / "model.onnx"
     model = ir.load(path)
     name, tensor = next(iter(external(path).items()))
     moved = ir.ExternalTensor(
@@ -265,7 +275,7 @@ def with_others(wide_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         encoder = transformers.T5EncoderModel(
-            transformers.T5Config(vocab_size=600, d_model=256, d_kv=64, d_ff=512, num_layers=3, num_heads=4)
+            transformers.T5Config(vocab_size=600, d_model=256, d_kv=64, d_ff=512, num_layers=1, num_heads=4)
         )
     encoder.to(torch.bfloat16).save_pretrained(folder / "text_encoder_3")
     monkeypatch.setitem(WRAPPERS, "t5", T5)

@@ -51,6 +51,7 @@ from ..conftest import (
     EXPORTED,
     WEIGHTS,
     Converted,
+    ForEngines,
     component_of,
     convert_component,
 )
@@ -417,13 +418,13 @@ def test_half_precision_is_inside_the_graph_and_not_in_its_interface(
     ("name", "dtype"), [("text_encoder", "float32"), ("vae_decoder", "float16"), ("text_encoder", "bfloat16")]
 )
 def test_weights_that_are_linked_in_another_precision_are_built(
-    name: str, dtype: str, wide: Checkpoint, target: Target, tmp_path: Path
+    name: str, dtype: str, for_engines: Callable[[str, str, str], ForEngines], target: Target, tmp_path: Path
 ) -> None:
-    component, path = COMPONENTS[name], tmp_path / "model.onnx"
-    convert_component(wide, component, path, dtype, casts=True)
-    weights = WEIGHTS[component.module]
-    assert (tmp_path / weights).samefile(wide.folder / component.module / weights)
-    build = make_build(component, path, tmp_path / "model.plan", shapes_of(wide, SIZES[:1], ROWS), target, dtype=dtype)
+    found = for_engines("wide", name, dtype)
+    component, weights = found.component, WEIGHTS[found.component.module]
+    assert found.onnx.with_name(weights).samefile(found.checkpoint.folder / component.module / weights)
+    shapes = shapes_of(found.checkpoint, SIZES[:1], ROWS)
+    build = make_build(component, found.onnx, tmp_path / "model.plan", shapes, target, dtype=dtype)
     build_plan(build, lambda _: None)
     assert build.plan.stat().st_size > 1000
 
