@@ -1,6 +1,6 @@
 """LoRAs in the rank pool of a transformer, through the real Triton, against diffusers: Z-Image, in float32.
 
-`tests/test_lora_pool.py` has all families in torch, and tests/export/engines their graphs in bfloat16.
+`tests/test_lora_pool.py` has all families in torch, and tests/export/engines the graph of one in bfloat16.
 """
 
 from __future__ import annotations

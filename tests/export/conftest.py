@@ -51,7 +51,7 @@ CONVERTED: Mapping[str, tuple[str, ...]] = {
     "sd-2": ("text_encoder", "unet"),
     "lcm-sdxl": ("unet",),
     "sd-inpainting": ("unet", "vae_encoder"),
-    "sdxl-inpainting": ("unet", "vae_encoder"),
+    "sdxl-inpainting": ("unet",),
 }
 # Those of them that are converted in half precision, by which the UNet with the most inputs is held.
 CONVERTED_DTYPES = {"lcm-sdxl": "float16"}

@@ -11,7 +11,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +26,7 @@ from hypergen_export.checkpoints.components import CALIBRATED, FP8, INT8, Compon
 from hypergen_export.conversion.convert import Job, convert
 from hypergen_export.conversion.examples import as_kwargs, example_inputs
 from hypergen_export.conversion.loading import load_module
-from hypergen_export.conversion.parity import SHAPES, torch_outputs
+from hypergen_export.conversion.parity import SHAPES, Parity, torch_outputs
 from hypergen_export.conversion.progress import Progress
 from hypergen_export.conversion.wrappers import wrap
 from hypergen_export.engines import calibration, ranges
@@ -41,7 +41,7 @@ from hypergen_export.errors import BadOptionError, ConversionError
 from hypergen_export.repository.export import ExportRequest, ExportTask, _finish, export
 from hypergen_export.repository.staging import PreviousExport
 
-from ..conftest import EXPORTED, component_of
+from ..conftest import EXPORTED, ForEngines, component_of
 from .conftest import make_build
 
 pytestmark = pytest.mark.claim("precision")
@@ -57,6 +57,12 @@ def few_steps() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration, "_MOST_STEPS", 3)
         yield
+
+
+def with_small_images(checkpoint: Checkpoint) -> Checkpoint:
+    """A transformer's are of 1024 × 1024 otherwise, and calibrated with for minutes."""
+    family = checkpoint.family
+    return replace(checkpoint, family=replace(family, default_side=256 if family.default_side else 0))
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ def quantized(
     @functools.cache
     def make(family: str, dtype: str) -> Quantized:
         folder, repository = family_of(family)
-        checkpoint = open_checkpoint(str(folder))
+        checkpoint = with_small_images(open_checkpoint(str(folder)))
         denoiser = checkpoint.family.denoiser
         component = component_of(checkpoint, denoiser.name) if family in EXPORTED else denoiser
         exact = repository / component.name / "1"
@@ -241,28 +247,46 @@ def test_tensorrt_builds_it(dtype: str, quantized: Callable[[str, str], Quantize
     assert build.plan.stat().st_size > 1000
 
 
-@pytest.mark.claim("engines")
-@pytest.mark.parametrize(("family", "dtype"), [("sd-1", INT8), ("z-image", FP8)])
-def test_an_export_converts_in_bfloat16_calibrates_quantises_and_builds(
-    family: str, dtype: str, checkpoint_of: Callable[[str], Path], tmp_path: Path
-) -> None:
-    """Of the denoiser alone; the other components are those of an export in bfloat16."""
-    pytest.importorskip("tensorrt_rtx")
-    checkpoint, target = open_checkpoint(str(checkpoint_of(family))), rtx_target(CAPABILITIES[dtype])
-    request = ExportRequest(model=str(checkpoint.folder), output=tmp_path, engine="tensorrt", dtype=dtype)
-    task = ExportTask(checkpoint, request, PreviousExport(tmp_path, {}), read_sizes("64x64"), target)
+def job_of(dtype: str, checkpoint: Checkpoint, folder: Path) -> Job:
+    """The denoiser's in an export to the empty `folder`; the other components are those of an export in bfloat16."""
+    target = rtx_target(CAPABILITIES[dtype])
+    request = ExportRequest(model=str(checkpoint.folder), output=folder, engine="tensorrt", dtype=dtype)
+    task = ExportTask(checkpoint, request, PreviousExport(folder, {}), read_sizes("64x64"), target)
     component = checkpoint.family.denoiser
     assert [each.name for each in task.components if task.is_quantized(each)] == [component.name]
     assert {task.weights_dtype(each) for each in task.components} == {"bfloat16"}
-    onnx = tmp_path / "1" / "model.onnx"
-    onnx.parent.mkdir()
-    job = Job(component=component, dtype="bfloat16", onnx=onnx, finish=_finish(task, component))
-    with closing(Progress(0)) as progress:
-        parity = convert(checkpoint, [job], progress)[component.name]
-    print(f"{family} {dtype}: error {parity.difference:.4f}")
+    onnx = folder / "1" / "model.onnx"
+    return Job(component=component, dtype="bfloat16", onnx=onnx, finish=_finish(task, component))
+
+
+def held(job: Job, dtype: str, parity: Parity | None) -> None:
+    """Of a job that is done."""
+    assert parity
+    print(f"{job.component.name} {dtype}: error {parity.difference:.4f}")
     assert 0.01 < parity.difference < TOLERANCES[dtype] == parity.tolerance
-    assert sorted(path.name for path in onnx.parent.iterdir()) == ["model.plan", "model.plan.json"]
-    assert json.loads((onnx.parent / "model.plan.json").read_text())["dtype"] == dtype
+    assert sorted(path.name for path in job.onnx.parent.iterdir()) == ["model.plan", "model.plan.json"]
+    assert json.loads(job.onnx.with_name("model.plan.json").read_text())["dtype"] == dtype
+
+
+@pytest.mark.claim("engines")
+def test_an_export_converts_in_bfloat16_calibrates_quantises_and_builds(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    job = job_of(INT8, checkpoint, tmp_path)
+    job.onnx.parent.mkdir()
+    with closing(Progress(0)) as progress:
+        held(job, INT8, convert(checkpoint, [job], progress)[job.component.name])
+
+
+@pytest.mark.claim("engines")
+def test_a_transformer_in_bfloat16_is_calibrated_quantised_and_built(
+    for_engines: Callable[[str, str, str], ForEngines], tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    converted = for_engines("z-image", "transformer", "bfloat16")
+    job = job_of(FP8, with_small_images(converted.checkpoint), tmp_path)
+    shutil.copytree(converted.onnx.parent, job.onnx.parent)
+    assert job.finish
+    held(job, FP8, job.finish(job, lambda _: None))
 
 
 def test_a_layer_that_the_graph_does_not_have_is_named(

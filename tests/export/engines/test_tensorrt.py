@@ -1,7 +1,8 @@
 """Plans of the miniatures, built by TensorRT-RTX on the CPU, held against the configuration that Triton gets.
 
-Of 1.x a whole repository is exported in float16. Of the other families every component whose graph is its own is built
-from the ONNX that the tests of OpenVINO use, for one size and mostly in float32; these come with what DeepCache needs.
+Of 1.x a whole repository is exported in float16, with a LoRA in a rank pool. Of the other families every component
+whose graph is its own is built from the ONNX that the tests of OpenVINO use, for one size and mostly in float32; these
+come with what DeepCache needs.
 
 Without a GPU no engine can be loaded again: what is compared is the network and the profiles that the builder was given
 and accepted, as the record beside each plan states them.
@@ -25,8 +26,8 @@ from onnx import TensorProto, helper
 from tritonclient.grpc import model_config_pb2 as pb
 
 from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hypergen_export.checkpoints.components import Component, LoraPool
-from hypergen_export.checkpoints.lora import Lora, Placement, read_loras
+from hypergen_export.checkpoints.components import Component
+from hypergen_export.checkpoints.lora import read_loras
 from hypergen_export.engines.engine import read_sizes
 from hypergen_export.engines.profiles import Bounds, shapes_of
 from hypergen_export.engines.tensorrt import (
@@ -41,7 +42,7 @@ from hypergen_export.engines.tensorrt import (
 from hypergen_export.errors import BadOptionError, ConversionError, MissingDependencyError, NoGpuError
 from hypergen_export.repository.config_pbtxt import EngineOptions, component_config
 from hypergen_export.repository.export import ExportRequest, ExportResult, export, sampler_folder, sampler_sources
-from support.loras import lora_weights, save_by_diffusers, save_with_magnitudes
+from support.loras import RANK, lora_weights, save_by_diffusers, save_with_magnitudes
 from support.miniature import FAMILIES
 
 from ..conftest import (
@@ -53,7 +54,6 @@ from ..conftest import (
     Converted,
     ForEngines,
     component_of,
-    convert_component,
 )
 from .conftest import CAPABILITY, make_build
 
@@ -62,11 +62,14 @@ pytest.importorskip("tensorrt_rtx")
 NAMES = tuple(COMPONENTS)
 SIZES = read_sizes("64x64,96x64")
 ROWS = 4
+# Of the rank pool.
+COLUMNS = 8
 HALF_PRECISION = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
-# Beside the whole repository of 1.x in float16. The UNet is the one that is told everything that any is told.
+# Beside the whole repository of 1.x in float16. The UNet is the one that is told everything that any is told; of CLIP
+# and of VAEs those that other tests convert, too.
 IN_HALF_PRECISION = [
-    ("sd-1", "text_encoder", "bfloat16"),
-    ("sd-1", "vae_decoder", "bfloat16"),
+    ("stable-diffusion-3", "text_encoder_2", "bfloat16"),
+    ("flux2-klein", "vae_decoder", "bfloat16"),
     ("lcm-sdxl", "unet", "float16"),
 ]
 EVERY_ENGINE = [(family, name) for family, names in {"sd-1": NAMES, **EXPORTED, **CONVERTED}.items() for name in names]
@@ -74,21 +77,26 @@ EVERY_ENGINE = [(family, name) for family, names in {"sd-1": NAMES, **EXPORTED, 
 
 @pytest.fixture(scope="module")
 def request_made(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportRequest:
+    folder = tmp_path_factory.mktemp("plans")
+    ink = save_by_diffusers(folder / "ink", lora_weights(checkpoint_folder, "unet", "text_encoder"))
     return ExportRequest(
         model=str(checkpoint_folder),
-        output=tmp_path_factory.mktemp("plans") / "repository",
+        output=folder / "repository",
         engine="tensorrt",
         dtype="float16",
         max_batch_size=ROWS // 2,
         sizes=SIZES,
         model_id="tiny/one",
+        loras=read_loras([f"ink={ink}"]),
+        lora_rank=COLUMNS,
     )
 
 
 @pytest.fixture(scope="module")
 def plans(request_made: ExportRequest, target: Target) -> Path:
-    """The miniature as a repository of plans in float16. Read only."""
-    assert export(request_made, target) == ExportResult(converted=NAMES)
+    """The miniature as a repository of plans in float16, with a LoRA in a rank pool. Read only."""
+    result = export(request_made, target)
+    assert (sorted(result.converted), result.reused) == (sorted(NAMES), ())
     return request_made.output
 
 
@@ -113,12 +121,11 @@ class Source:
 
 @pytest.fixture(scope="module")
 def source_of(
-    checkpoint: Checkpoint,
     family_of: Callable[[str], tuple[Path, Path]],
     converted: Callable[[str], Converted],
-    tmp_path_factory: pytest.TempPathFactory,
+    for_engines: Callable[[str, str, str], ForEngines],
 ) -> Callable[[str, str, str], Source]:
-    """Family, component and precision -> its file, which is written here only for 1.x in half precision."""
+    """Family, component and precision -> its file."""
 
     @functools.cache
     def find(family: str, name: str, dtype: str) -> Source:
@@ -130,9 +137,8 @@ def source_of(
             folder, repository = family_of(family)
             opened = open_checkpoint(str(folder))
             return Source(opened, component_of(opened, name), repository / name / "1" / "model.onnx", dtype)
-        path = tmp_path_factory.mktemp(f"{name}-{dtype}") / "model.onnx"
-        convert_component(checkpoint, COMPONENTS[name], path, dtype)
-        return Source(checkpoint, COMPONENTS[name], path, dtype)
+        written = for_engines(family, name, dtype)
+        return Source(written.checkpoint, written.component, written.onnx, dtype)
 
     return find
 
@@ -185,14 +191,13 @@ def config_of(plans: Path, name: str) -> Any:
 
 
 def graph_of(family: str, name: str) -> tuple[Any, ...]:
-    """What tells a component's graph from that of the same component in other families."""
+    """What tells a component's graph from that of the same component in other families, but the values of constants."""
     kind = FAMILIES[family]
     own = {
         "text_encoder": (kind.hidden_act, kind.second_text_encoder),
         "unet": tuple(sorted(kind.unet.items())),
         "unet_shallow": kind.unet.get("up_block_types", ("CrossAttnUpBlock2D",))[-1:],
-        "vae_decoder": (kind.scaling_factor,),
-        "vae_encoder": (kind.scaling_factor, kind.unet.get("in_channels")),
+        "vae_encoder": (kind.pipeline.endswith("InpaintPipeline"),),
     }
     return (name, *own.get(name, ()))
 
@@ -220,6 +225,7 @@ def test_a_repository_of_plans_has_no_onnx_and_a_record_beside_each_plan(plans: 
         *(f"{name}/config.pbtxt" for name in (*NAMES, "diffusion")),
         *(f"{name}/1/model.plan" for name in NAMES),
         *(f"{name}/1/model.plan.json" for name in NAMES),
+        *(f"{name}/1/lora_pool.json" for name in ("text_encoder", "unet")),
         *(f"diffusion/{source.relative_to(sampler_folder()).as_posix()}" for source in sampler_sources()),
         "diffusion/tokenizer.json",
         "diffusion/schedulers.json",
@@ -283,7 +289,8 @@ def test_a_merged_lora_has_plans_of_its_own(
     plans: Path, request_made: ExportRequest, target: Target, checkpoint_folder: Path, tmp_path: Path
 ) -> None:
     file = save_with_magnitudes(tmp_path / "words.safetensors", checkpoint_folder, "text_encoder")
-    request = replace(request_made, output=plans.with_name("with-lora"), loras=read_loras([f"words={file}:0.5"]))
+    words = read_loras([f"words={file}:0.5"])
+    request = replace(request_made, output=plans.with_name("with-lora"), loras=(*request_made.loras, *words))
     name = "text_encoder.words@0.5"
     assert export(request, target) == ExportResult(converted=(name,), reused=NAMES)
     theirs, ours = record_of(plans, "text_encoder"), record_of(request.output, name)
@@ -430,25 +437,19 @@ def test_weights_that_are_linked_in_another_precision_are_built(
 
 
 @pytest.mark.claim("engines")
-@pytest.mark.parametrize(("name", "dtype"), [("text_encoder", "bfloat16"), ("unet", "float16")])
-def test_a_rank_pool_is_built_with_its_loras(
-    name: str, dtype: str, checkpoint_folder: Path, checkpoint: Checkpoint, target: Target, tmp_path: Path
-) -> None:
-    """Transformers with one are built in test_transformers.py."""
-    file = save_by_diffusers(tmp_path / "ink", lora_weights(checkpoint_folder, name))
-    component, path = COMPONENTS[name].with_pool(LoraPool(rank=8, kernels=True)), tmp_path / "model.onnx"
-    placements = [Placement(Lora(name="ink", file=file), (4, 5, 6, 7))]
-    convert_component(checkpoint, component, path, dtype, casts=True, placements=placements)
-    shapes = shapes_of(checkpoint, SIZES[:1], ROWS)
-    build = make_build(component, path, tmp_path / "model.plan", shapes, target, dtype=dtype)
-    assert build.profiles[0]["lora_scales"].usual[1:] == (8,)
-    assert build_plan(build, lambda _: None).inputs["lora_scales"].shape == (-1, 8)
-    assert build.plan.stat().st_size > 1000
+@pytest.mark.parametrize("name", ["text_encoder", "unet"])
+def test_a_rank_pool_is_built_with_its_loras(name: str, plans: Path) -> None:
+    """Of 1.x; a transformer with one is built in test_transformers.py."""
+    record = record_of(plans, name)
+    assert record["inputs"]["lora_scales"] == {"dtype": "FP32", "shape": [-1, COLUMNS]}
+    assert all(profile["lora_scales"]["usual"][1:] == [COLUMNS] for profile in record["profiles"])
+    (lora,) = json.loads(config_of(plans, "diffusion").parameters["loras"].string_value)
+    assert (lora["name"], len(lora["columns"])) == ("ink", RANK)
 
 
 @pytest.mark.claim("precision")
 def test_bfloat16_is_resized_in_float32(source_of: Callable[[str, str, str], Source]) -> None:
-    graph = onnx.load(source_of("sd-1", "vae_decoder", "bfloat16").onnx).graph
+    graph = onnx.load(source_of("flux2-klein", "vae_decoder", "bfloat16").onnx).graph
     makers = {output: node for node in graph.node for output in node.output}
     users = {name: node for node in graph.node for name in node.input}
     resizes = [node for node in graph.node if node.op_type == "Resize"]
