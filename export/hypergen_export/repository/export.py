@@ -536,8 +536,7 @@ class ExportTask:
         Quantised ones are at most half of that: eight bits, and layers that are not quantised. Rank pools are written
         for reused components, too.
         """
-        pooled = (component for component in self.components if component.pool)
-        return sum(map(self._bytes_of, self.outdated)) + sum(map(self._pool_bytes, pooled))
+        return sum(map(self._bytes_of, self.outdated)) + sum(map(self._pool_bytes, self.components))
 
     def _pool_bytes(self, component: Component) -> int:
         folder, weights = self.checkpoint.folder_of(component.module), self.checkpoint.weights(component.module)
