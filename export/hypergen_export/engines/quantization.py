@@ -166,9 +166,12 @@ def _outputs(component: Component, file: Path, precision: str, calls: Sequence[C
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without NNCF's log and progress bars, which go to stdout."""
-    import nncf
+    """Without NNCF's log and progress bars, which go to stdout.
 
-    nncf.set_log_level(logging.ERROR)
+    `nncf.set_log_level` would also change the handlers that others have added to NNCF's logger, as pytest does.
+    """
+    from nncf.common.logging import nncf_logger
+
+    nncf_logger.setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()):
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 import re
 import shutil
@@ -182,7 +183,7 @@ def test_the_backend_serves_it_for_any_rows_and_size(onnx: Path, calls: Calls, q
 
 @pytest.mark.parametrize("name", ["text_encoder", "transformer"])
 def test_a_transformers_weights_have_four_bits(
-    name: str, family_of: Callable[[str], tuple[Path, Path]], tmp_path: Path
+    name: str, family_of: Callable[[str], tuple[Path, Path]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder, repository = family_of("z-image")
     checkpoint = open_checkpoint(str(folder))
@@ -190,6 +191,7 @@ def test_a_transformers_weights_have_four_bits(
     files = Path(shutil.copytree(repository / name / "1", tmp_path / "1"))
     calls = calibration.example_calls(component, checkpoint.sizes)
     parity = quantize(component, INT4_WEIGHTS, files / "model.onnx", calls, lambda _: None)
+    assert caplog.handler.level == logging.NOTSET, "later tests would miss warnings"
     print(f"{name}: {parity.difference:.4f}")
     assert 0 < parity.difference < TOLERANCES[INT4_WEIGHTS]
     assert BITS[INT4_WEIGHTS] in weights(files / "model.xml").values()
