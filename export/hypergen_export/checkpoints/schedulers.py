@@ -122,11 +122,10 @@ def scheduler_table(config: Config, overrides: ConfigOverrides, *, steps: int, c
     """
     overridden = {**overrides.scheduler, **overrides.inpainting}
     with _silenced():
-        own, masked = _own(config, overrides.scheduler), _own(config, overridden)
-        schedulers = _schedulers(own, steps, channels)
-        if masked.config == own.config:
+        schedulers = _schedulers(_own(config, overrides.scheduler), steps, channels)
+        if overridden == overrides.scheduler:
             return SchedulerTable(schedulers, {})
-        inpainting = _schedulers(masked, steps, channels)
+        inpainting = _schedulers(_own(config, overridden), steps, channels)
     differing = {name: found for name, found in inpainting.items() if schedulers.get(name, found) != found}
     return SchedulerTable(schedulers, differing)
 
