@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import time
-from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import numpy as np
-from tritonclient.grpc import InferenceServerClient
 
-from hypergen_gateway.generation.backend import GenerationRequest
-from hypergen_gateway.triton.client import TritonBackend
-from support.running_server import Server, generate, generate_all, images_in_the_sampler, long_requests
+from support.running_server import (
+    Server,
+    generate,
+    generate_all,
+    generate_together,
+    long_requests,
+)
 
 # Of 255. Alone and in a batch the engine sums in another order, and a value near x.5 may become another byte.
 LARGEST_DIFFERENCE = 1
-# Images that take steps at a time.
-MAX_ACTIVE = 32
 
 BODIES: list[dict[str, Any]] = [
     {"prompt": "a red rocket", "seed": 1, "num_inference_steps": 12, "scheduler": "ddim"},
@@ -44,54 +41,13 @@ async def test_eight_requests_at_once_give_the_images_that_each_gives_alone(serv
 
 
 async def test_concurrent_requests_share_calls_of_the_unet(server: Server) -> None:
-    unguided = [fields | {"guidance_scale": 1.0} for fields in BODIES]
-    async with sampler_full(server):
-        requests = asyncio.create_task(generate_all(server, unguided))
-        until_they_wait = functools.partial(server.wait_until, seconds=60, what="waiting")
-        await asyncio.to_thread(until_they_wait, lambda: images_in_the_sampler(server) == MAX_ACTIVE + len(BODIES))
-        before = executions_by_rows(server)
-    await requests
-    after = executions_by_rows(server)
+    async with server.async_client() as client:
+        unguided = [generate(client, **fields | {"guidance_scale": 1.0}) for fields in BODIES]
+        _, executions = await generate_together(server, unguided)
     steps = [fields["num_inference_steps"] for fields in BODIES]
-    # The images before them only ever made calls of eight rows. The odd-sized image needs a call of its own at
-    # each of its steps; the seven others, with a row each, share theirs.
-    own = {rows: after[rows] - before[rows] for rows in range(1, 8)}
-    print(f"{sum(own.values())} executions of the UNet for {sum(steps)} steps: {own}")
-    assert sum(own.values()) == max(steps[:-1]) + steps[-1]
-
-
-@asynccontextmanager
-async def sampler_full(server: Server) -> AsyncIterator[None]:
-    """Within the context, by images that bypass the gateway; then they are cancelled together."""
-    backend = TritonBackend(server.triton_url)
-    generation = GenerationRequest(
-        prompt="cat", num_images=8, width=128, height=128, num_inference_steps=150, guidance_scale=1.0, seed=1
-    )
-
-    async def work() -> None:
-        async with aclosing(backend.generate(generation)) as images:
-            async for _ in images:
-                raise AssertionError("an image was finished before the others were waiting")
-
-    working = [asyncio.create_task(work()) for _ in range(MAX_ACTIVE // generation.num_images)]
-    try:
-        await asyncio.to_thread(server.wait_until, lambda: images_in_the_sampler(server) == MAX_ACTIVE, 60, "at work")
-        yield
-    finally:
-        for each in working:
-            each.cancel()
-        await asyncio.gather(*working, return_exceptions=True)
-        await backend.close()
-
-
-def executions_by_rows(server: Server) -> Counter[int]:
-    """How often the UNet was called with so many rows, as Triton counts it."""
-    triton = InferenceServerClient(server.triton_url)
-    try:
-        statistics = triton.get_inference_statistics("unet", client_timeout=10).model_stats[0]
-        return Counter({each.batch_size: each.compute_infer.count for each in statistics.batch_stats})
-    finally:
-        triton.close()
+    print(f"{executions.total()} executions of the UNet for {sum(steps)} steps: {executions}")
+    # The odd-sized image needs a call of its own at each of its steps; the seven others, with a row each, share theirs.
+    assert executions.total() == max(steps[:-1]) + steps[-1]
 
 
 async def test_a_short_job_overtakes_long_ones(server: Server) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import io
 import os
 import re
@@ -13,8 +14,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,16 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.grpc import InferenceServerClient
 
+from hypergen_gateway.generation.backend import GenerationRequest
+from hypergen_gateway.triton.client import TritonBackend
+
 HYPERGEN = str(Path(sys.executable).parent / "hypergen")
 KEY = "a-key-for-tests"
 Pixels = npt.NDArray[np.uint8]
+# Images that take steps at a time.
+MAX_ACTIVE = 32
+# So many share each call of the images that fill the sampler; no call of a test may have a multiple of these rows.
+FILLING = 8
 
 
 @dataclass
@@ -74,10 +83,18 @@ class Server:
 
     def counts_of(self, model: str = "unet") -> tuple[int, int]:
         """Rows and executions of the UNet, or of another model, since the start, as Triton counts them."""
+        statistics = self._statistics_of(model)
+        return statistics.inference_count, statistics.execution_count
+
+    def executions_by_rows(self, model: str = "unet") -> Counter[int]:
+        """How often the model was called with so many rows, likewise."""
+        batches = self._statistics_of(model).batch_stats
+        return Counter({each.batch_size: each.compute_infer.count for each in batches})
+
+    def _statistics_of(self, model: str) -> Any:
         triton = InferenceServerClient(self.triton_url)
         try:
-            statistics = triton.get_inference_statistics(model, client_timeout=10).model_stats[0]
-            return statistics.inference_count, statistics.execution_count
+            return triton.get_inference_statistics(model, client_timeout=10).model_stats[0]
         finally:
             triton.close()
 
@@ -239,3 +256,52 @@ async def generate_all(server: Server, bodies: list[dict[str, Any]]) -> list[Pix
     """All of them at once, each on a request of its own."""
     async with server.async_client() as client:
         return await asyncio.gather(*(generate(client, **fields) for fields in bodies))
+
+
+async def generate_together(
+    server: Server, requests: Sequence[Coroutine[Any, Any, Pixels]], model: str = "unet"
+) -> tuple[list[Pixels], Counter[int]]:
+    """Their images, all from one first step on, and how often the denoiser was called for them with so many rows.
+
+    They wait in a full sampler until all have come, as otherwise it would be chance which of them meet.
+    """
+    # Some checkpoints' own schedulers take few steps.
+    async with _full_sampler(server, scheduler="ddim" if model == "unet" else None):
+        waiting = asyncio.gather(*requests)
+        until_they_wait = functools.partial(server.wait_until, seconds=60, what="waiting")
+        await asyncio.to_thread(until_they_wait, lambda: images_in_the_sampler(server) == MAX_ACTIVE + len(requests))
+        before = server.executions_by_rows(model)
+    images = await waiting
+    executions = server.executions_by_rows(model) - before
+    return images, Counter({rows: count for rows, count in executions.items() if rows % FILLING})
+
+
+@asynccontextmanager
+async def _full_sampler(server: Server, scheduler: str | None) -> AsyncIterator[None]:
+    """Within the context, by images that bypass the gateway; then they are cancelled together."""
+    backend = TritonBackend(server.triton_url)
+    generation = GenerationRequest(
+        prompt="cat",
+        num_images=FILLING,
+        width=128,
+        height=128,
+        num_inference_steps=150,
+        guidance_scale=1.0,
+        scheduler=scheduler,
+        seed=1,
+    )
+
+    async def work() -> None:
+        async with aclosing(backend.generate(generation)) as images:
+            async for _ in images:
+                raise AssertionError("an image was finished before the others were waiting")
+
+    working = [asyncio.create_task(work()) for _ in range(MAX_ACTIVE // FILLING)]
+    try:
+        await asyncio.to_thread(server.wait_until, lambda: images_in_the_sampler(server) == MAX_ACTIVE, 60, "at work")
+        yield
+    finally:
+        for each in working:
+            each.cancel()
+        await asyncio.gather(*working, return_exceptions=True)
+        await backend.close()
