@@ -44,7 +44,7 @@ test: setup-dev
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 quick: setup-dev
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q --quick $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 -q --quick $(ARGS)
 
 check: setup-dev
 	$(BIN)/ruff check
