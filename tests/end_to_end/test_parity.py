@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ PROMPT = "a red rocket on a blue background"
 STEPS = 6
 # Of 255: the engine's rounding differs from torch's, and a value near x.5 may become another byte.
 TOLERANCE = 0.1
+FLOOR = Path(__file__).parents[1] / "benchmarks" / "workers" / "floor.py"
 
 SCHEDULERS = {
     "ddim": DDIMScheduler,
@@ -130,3 +134,15 @@ def test_image_i_of_a_request_is_the_image_of_seed_plus_i(client: openai.OpenAI)
     alone = client.images.generate(prompt=PROMPT, extra_body={"seed": 22, "num_inference_steps": STEPS})
     assert alone.data is not None
     assert difference(pixels_of(response.data[2]), pixels_of(alone.data[0])) <= TOLERANCE
+
+
+def test_the_floor_of_the_benchmarks_generates_the_same_image(client: openai.OpenAI, exported: Path) -> None:
+    """Of its image it tells the shape and the standard deviation."""
+    options = {"repository": str(exported), "precision": "f32", "latent_channels": 4}
+    job = {"id": 1, "prompt": PROMPT, "width": 64, "height": 64, "steps": STEPS, "guidance": 7.5, "seed": 5}
+    lines = "\n".join(map(json.dumps, (options, job)))
+    done = subprocess.run([sys.executable, FLOOR], input=lines, capture_output=True, text=True, timeout=300, check=True)
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert answer.get("shape") == [1, 64, 64, 3], answer
+    ours = by_server(client, PROMPT, guidance_scale=7.5, seed=5)
+    assert answer["spread"] == pytest.approx(ours.std(), abs=0.01)

@@ -46,7 +46,9 @@ class _Floor:
     def generate(self, job: Job) -> Any:
         texts = ["", job["prompt"]] if job["guidance"] > 1 else [job["prompt"]]
         ids = np.array([encoding.ids for encoding in self._tokenizer.encode_batch(texts)], dtype=np.int32)
-        states = self._encode({"input_ids": ids})["encoder_hidden_states"].copy()
+        # CLIP reads what fills a prompt up to its length, too.
+        tokens = {"input_ids": ids, "attention_mask": np.ones_like(ids), "clip_skip": np.zeros_like(ids[:, :1])}
+        states = self._encode(tokens)["encoder_hidden_states"].copy()
         scheduler = getattr(diffusers, self._scheduler_config["_class_name"]).from_config(self._scheduler_config)
         scheduler.set_timesteps(job["steps"])
         latents = self._noise(job) * scheduler.init_noise_sigma
