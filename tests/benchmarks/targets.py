@@ -31,6 +31,7 @@ from PIL import Image
 from benchmarks.environments import ToolError
 
 STOP_SECONDS = 20
+KEEPALIVE_SECONDS = 2
 # No peer may look anything up on the hub.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DO_NOT_TRACK": "1"}
 
@@ -69,7 +70,12 @@ class Server:
         self.url = url
         self._log = log
         self._limit = limit
-        self._client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=limit)
+        # Shorter than uvicorn's, as in HyperGen 0.1: it would close connections just when they are used again.
+        limits = type(openai.DEFAULT_CONNECTION_LIMITS)(keepalive_expiry=KEEPALIVE_SECONDS)
+        connections = openai.DefaultAsyncHttpxClient(limits=limits)
+        self._client = openai.AsyncOpenAI(
+            base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=limit, http_client=connections
+        )
 
     async def generate(self, request: GenerationRequest) -> float:
         began = time.perf_counter()
