@@ -40,7 +40,17 @@ from hypergen_gateway.generation.images import FileFormat, FormatName, encode
 from hypergen_gateway.generation.sizes import LONGEST_SIDE
 from hypergen_gateway.http.addresses import PortUnavailableError, is_grpc_address
 from hypergen_gateway.observability.logs import LogFormat, set_up_logging
-from hypergen_gateway.options import A_WEEK, A_YEAR, Argument, KeyText, Number, Option, option
+from hypergen_gateway.options import (
+    A_WEEK,
+    A_YEAR,
+    Argument,
+    KeyText,
+    Number,
+    Option,
+    PortOption,
+    SecretOption,
+    option,
+)
 from hypergen_gateway.passport.errors import PassportError
 from hypergen_gateway.passport.measure import FIELDS, Measured, PassportOptions, check_psnr, describe, find_passport
 from hypergen_gateway.passport.measure import measure as measure_passport
@@ -284,10 +294,10 @@ def _cpu_dtype() -> str:
 @main.command(name="serve", short_help="Serve a model through the OpenAI images API.")
 @click.argument("model", cls=Argument, required=False, envvar="HYPERGEN_MODEL")
 @option("--host", default="0.0.0.0", help="Address or host name to listen on; '::' is both IPv4 and IPv6.")
-@option("--port", type=click.IntRange(1, 65535), default=8000, help="Port to listen on.")
+@option("--port", cls=PortOption, type=click.IntRange(1, 65535), default=8000, help="Port to listen on.")
 @option(
     "--api-key",
-    secret=True,
+    cls=SecretOption,
     type=KeyText(),
     metavar="KEY",
     multiple=True,
@@ -297,7 +307,7 @@ def _cpu_dtype() -> str:
 )
 @option(
     "--api-key-file",
-    secret=True,
+    cls=SecretOption,
     type=click.Path(path_type=Path),
     help="File of API keys, one 'KEY' or 'NAME: KEY' per line; reloaded when it changes. Logs show NAME.",
 )
@@ -372,7 +382,7 @@ def _cpu_dtype() -> str:
 @option("--link-lifetime", type=Number(1, A_YEAR), default=3600.0, help="Seconds until links to images expire.")
 @option(
     "--link-secret",
-    secret=True,
+    cls=SecretOption,
     metavar="SECRET",
     help="Secret that signs links; keep it for links to survive a restart.",
     show_default="random",

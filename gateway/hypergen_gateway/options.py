@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ import click
 # Upper bounds that gRPC's, asyncio's and the file system's clocks can represent.
 A_WEEK = 7 * 24 * 3600
 A_YEAR = 365 * 24 * 3600
+# What Kubernetes writes into NAME_PORT beside a service called NAME, and Docker beside a linked container.
+_LINKED_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 
 
 class Number(click.FloatRange):
@@ -69,7 +72,19 @@ class SecretOption(Option):
         return value
 
 
-def option(*names: str, secret: bool = False, **settings: Any) -> Callable[[Any], Any]:
+class PortOption(Option):
+    """A port. In its variable, the address of a service of the same name counts as unset: nobody has chosen it.
+
+    HYPERGEN_PORT is `tcp://10.0.0.1:8000` in every pod beside a Kubernetes service called `hypergen`.
+    """
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        """The variable's value; None if unset."""
+        value = super().resolve_envvar_value(ctx)
+        return None if value is not None and _LINKED_ADDRESS.match(value) else value
+
+
+def option(*names: str, cls: type[Option] = Option, **settings: Any) -> Callable[[Any], Any]:
     """An option that can also be set by an environment variable: HYPERGEN_API_KEY for --api-key."""
     envvar = "HYPERGEN_" + names[0].lstrip("-").upper().replace("-", "_")
-    return click.option(*names, cls=SecretOption if secret else Option, envvar=envvar, show_envvar=True, **settings)
+    return click.option(*names, cls=cls, envvar=envvar, show_envvar=True, **settings)

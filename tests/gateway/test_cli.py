@@ -173,6 +173,12 @@ def test_what_compose_writes_for_a_variable_that_is_not_set_is_as_if_it_were_not
     assert f"Cannot listen on {NOWHERE}:8000" in result.output
 
 
+@pytest.mark.parametrize("address", ["tcp://10.96.0.1:8000", "udp://10.96.0.1:53"])
+def test_the_address_of_a_service_in_kubernetes_is_no_port(address: str) -> None:
+    result = serve("--host", NOWHERE, HYPERGEN_PORT=address)
+    assert f"Cannot listen on {NOWHERE}:8000" in result.output
+
+
 SECONDS = ["--request-timeout", "--body-timeout", "--keep-alive", "--retry-grace", "--link-lifetime"]
 NUMBERS = [*SECONDS, "--max-queue-size", "--max-batch-size", "--port"]
 

@@ -12,7 +12,7 @@ import httpx
 from hypergen_gateway.conformance import auth, edits, generations, headers, mistakes, models, report, streams
 from hypergen_gateway.conformance.rules import Finding, Rule, findings
 from hypergen_gateway.conformance.server import MODELS, Options, Server
-from hypergen_gateway.options import A_WEEK, Argument, KeyText, Number, Option, option
+from hypergen_gateway.options import A_WEEK, Argument, KeyText, Number, Option, SecretOption, option
 
 AREAS = (
     models.AREA,
@@ -33,7 +33,7 @@ RULES: tuple[Rule, ...] = tuple(rule for area in AREAS for rule in area.rules)
 
 @click.command()
 @click.argument("urls", cls=Argument, nargs=-1, required=True, metavar="URL...")
-@option("--api-key", secret=True, type=KeyText(), metavar="KEY", help="API key of the servers.")
+@option("--api-key", cls=SecretOption, type=KeyText(), metavar="KEY", help="API key of the servers.")
 @click.option(
     "--timeout", cls=Option, type=Number(1, A_WEEK), default=600.0, help="Time limit of a response in seconds."
 )
