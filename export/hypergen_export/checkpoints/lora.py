@@ -281,7 +281,9 @@ class Lora:
     def _header(self) -> Mapping[str, Any]:
         try:
             return safetensors_header(self.file)
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise BadLoraError(f"{self.file}: cannot be read ({error.strerror})") from error
+        except ValueError as error:
             raise BadLoraError(f"{self.file}: not a safetensors file ({error})") from error
 
     @property

@@ -51,8 +51,10 @@ REQUEST_SECONDS = 120.0
 POOL_FILE = "lora_pool.safetensors"
 _RECORD = "hypergen.json"
 _COLUMNS = "hypergen_export.repository.lora_columns"
-# Size and time of a file: another file of that name is another LoRA.
-Version = tuple[int, int]
+# Size and times of a file: another file of that name is another LoRA. Archives and `cp -p` give files of one size the
+# same modification time, and one that could not be read has changed when it may be; the kernel sets the change time.
+# Not the inode: some network file systems number their files anew.
+Version = tuple[int, int, int]
 
 
 @contextlib.contextmanager
@@ -255,7 +257,7 @@ class LoraFolder:
                 elif name in {entry["name"] for entry in self._configured}:
                     problem = "another LoRA has this name"
                 name = path.name if problem else name
-                files[name] = _File(name, path, (status.st_size, status.st_mtime_ns), problem)
+                files[name] = _File(name, path, (status.st_size, status.st_mtime_ns, status.st_ctime_ns), problem)
         return files
 
     def _forget(self, names: Iterable[str]) -> None:

@@ -210,6 +210,30 @@ async def test_a_file_replaced_under_steady_use_does_not_keep_its_former_columns
     later.set()
 
 
+async def test_a_file_of_the_same_size_and_time_is_read_again(served: Served) -> None:
+    file = served.add("a", rank=2)
+    await served.until(lambda: served.columns == {"a": [0, 1]})
+    before = file.stat()
+    served.add("a", rank=2)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    await served.until(lambda: served.columns == {"a": [2, 3]})
+
+
+async def test_a_file_is_read_again_once_it_may_be(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(_: Path) -> dict[str, Any]:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as denying:  # as the root user is denied nothing
+        denying.setattr("hypergen_export.checkpoints.lora.safetensors_header", deny)
+        file = served.add("a")
+        why = "a.safetensors: cannot be read (Permission denied)"
+        await served.until(lambda: served.backend.rejected_loras == {"a": why})
+    file.chmod(0o644)
+    await served.until(lambda: served.columns == {"a": [0, 1]})
+    assert served.backend.rejected_loras == {}
+
+
 async def test_an_engine_that_cannot_read_the_pool_keeps_nothing_else_from_being_served(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
