@@ -9,10 +9,11 @@ from pydantic import ValidationError
 from hypergen_gateway.api.bodies import shown
 from hypergen_gateway.api.fields import LoraForm
 from hypergen_gateway.errors import InvalidRequestError
-from hypergen_gateway.storage.lora_files import is_safetensors
+from hypergen_gateway.storage.lora_files import SUFFIX, is_safetensors
 
 _LEGAL = {
-    "name": "1 to 64 letters, digits, '_', '.' or '-', of which the first and the last are letters or digits",
+    "name": "1 to 64 letters, digits, '_', '.' or '-', of which the first and the last are letters or digits, "
+    f"without {SUFFIX} at the end",
     "file": "a file in the format safetensors",
 }
 
@@ -27,6 +28,9 @@ def read_upload(form: dict[str, Any]) -> LoraForm:
         upload = LoraForm.model_validate(form)
     except ValidationError as error:
         raise _invalid(str(error.errors()[0]["loc"][0]), form) from error
+    # Requests name ink.safetensors "ink": as a name of its own, it would replace that file, or be mistaken for it.
+    if upload.name.lower().endswith(SUFFIX):
+        raise _invalid("name", form)
     if not is_safetensors(upload.file.file, upload.file.size):
         raise _invalid("file", form)
     return upload

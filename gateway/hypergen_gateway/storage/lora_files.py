@@ -17,7 +17,7 @@ from typing import BinaryIO
 # Names that clients may give. They begin and end such that no file name means another one.
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,62}[A-Za-z0-9])?")
 _OTHER_CHARACTERS = re.compile(r"[^A-Za-z0-9_.-]+")
-_SUFFIX = ".safetensors"
+SUFFIX = ".safetensors"
 # Of files that are being written.
 _UPLOAD = ".upload-"
 _BEGINNING_SECONDS = 10.0
@@ -59,7 +59,7 @@ class LoraFiles:
 
     def save(self, name: str, file: BinaryIO) -> None:
         """Write a file that is there as a whole or not at all. It replaces the one of that name."""
-        target = self._find(name) or self.folder / f"{name}{_SUFFIX}"
+        target = self._find(name) or self.folder / f"{name}{SUFFIX}"
         descriptor, path = tempfile.mkstemp(prefix=_UPLOAD, dir=self.folder)
         try:
             with os.fdopen(descriptor, "wb") as new:
@@ -94,6 +94,6 @@ class LoraFiles:
 
     def _find(self, name: str) -> Path | None:
         """The file that requests name so, or that is listed under its whole name as it cannot be served."""
-        files = sorted(file for file in self.folder.glob(f"*{_SUFFIX}") if file.is_file())
+        files = sorted(file for file in self.folder.glob(f"*{SUFFIX}") if file.is_file())
         served = next((file for file in files if requested_name(file) == name), None)
         return served or next((file for file in files if file.name == name), None)

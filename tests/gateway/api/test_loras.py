@@ -146,6 +146,17 @@ async def test_a_file_that_cannot_be_written_leaves_nothing(
     assert not held(folder)
 
 
+@pytest.mark.parametrize("name", ["ink.safetensors", "INK.SafeTensors"])
+async def test_the_name_of_a_file_is_not_taken_for_that_of_a_lora(
+    name: str, server: httpx.AsyncClient, folder: Path
+) -> None:
+    (folder / "ink.safetensors").write_bytes(b"former")
+    answer = await server.post("/v1/loras", headers=ADMIN, **form(name))
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "name")
+    assert "without .safetensors at the end" in answer.json()["error"]["message"]
+    assert held(folder) == {"ink.safetensors": b"former"}
+
+
 @pytest.mark.parametrize("name", ["..%2F..%2Fkeys", "%2E%2E", "a%00b", "."])
 async def test_no_name_leads_out_of_the_folder(name: str, server: httpx.AsyncClient, folder: Path) -> None:
     assert (await server.delete(f"/v1/loras/{name}", headers=ADMIN)).status_code in (404, 405)
