@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from hypergen_gateway.errors import InvalidRequestError
 from hypergen_gateway.generation.backend import Pixels
+from hypergen_gateway.generation.color_profiles import to_srgb
 from hypergen_gateway.generation.sizes import LONGEST_SIDE
 
 FormatName = Literal["png", "jpeg", "webp"]
@@ -46,6 +47,8 @@ PNG = FileFormat()
 # Files must be smaller than this, as for OpenAI, and images must not have more pixels than this.
 MAX_FILE_BYTES = 50 * 1000 * 1000
 MAX_PIXELS = 4096 * 4096
+# Of a PNG's compressed profile or text; profiles of displays and descriptions of edits exceed Pillow's megabyte.
+PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20
 _READ_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF")
 # The usual spelling of a format, by Pillow's name, where the two differ.
 _NAMES = {"WEBP": "WebP"}
@@ -90,7 +93,7 @@ def _options(file_format: FileFormat) -> dict[str, Any]:
 
 
 def decode(file: BinaryIO, param: str, formats: tuple[str, ...] = _READ_FORMATS) -> Image.Image:
-    """Decodes an untrusted file to an upright 8-bit image: RGBA if it has transparency, else RGB.
+    """Decodes an untrusted file to an upright 8-bit image in sRGB: RGBA if it has transparency, else RGB.
 
     The format is detected from the content. Only the first frame of an animation is decoded.
 
@@ -152,6 +155,13 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    profile = image.info.get("icc_profile")
     if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip rather than scale
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    own = "CMYK" if image.mode == "CMYK" else "L" if image.mode in ("1", "L", "LA") else "RGB"
+    if not image.has_transparency_data:
+        return to_srgb(image.convert(own), profile)
+    whole = image.convert("RGBA")
+    colours = to_srgb(whole.convert(own), profile)
+    colours.putalpha(whole.getchannel("A"))
+    return colours

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from hypergen_gateway.errors import InvalidRequestError
 from hypergen_gateway.generation.backend import Pixels
 from hypergen_gateway.generation.images import FileFormat, FormatName, decode, encode
+from support.color_profiles import DISPLAY_P3, SRGB, display_profile, grey_profile, press_profile, srgb_profile
 from support.image_files import bomb, file_of, photo, ramp
 
 
@@ -187,6 +189,20 @@ class TestDecoding:
         name = {"WEBP": "WebP"}.get(kind, kind)
         assert refused.value.message == f"The file in 'mask' is {name}. It must be PNG."
 
+    @pytest.mark.parametrize("chunk", ["iCCP", "zTXt", "iTXt"])
+    def test_large_metadata_is_no_obstacle(self, chunk: str) -> None:
+        texts = PngInfo()
+        if chunk == "zTXt":
+            texts.add_text("edits", "x" * (2 << 20), zip=True)
+        elif chunk == "iTXt":
+            texts.add_itxt("edits", "x" * (2 << 20), zip=True)
+        profile = bytes(2 << 20) if chunk == "iCCP" else None
+        assert np.array_equal(np.asarray(opened(file_of(photo(), pnginfo=texts, icc_profile=profile))), ramp(64, 48))
+
+    def test_metadata_that_would_fill_the_memory_is_refused(self) -> None:
+        with pytest.raises(InvalidRequestError, match="corrupt"):
+            opened(file_of(photo(), icc_profile=bytes(64 << 20)))
+
     @pytest.mark.parametrize("missing", [1, 2])
     def test_a_jpeg_that_lacks_its_end_alone_is_said_to_be_cut_off(self, missing: int) -> None:
         with pytest.raises(InvalidRequestError) as refused:
@@ -232,3 +248,56 @@ class TestDecoding:
 
         with pytest.raises(InvalidRequestError, match="smaller than 50 MB"):
             decode(Huge(file_of(photo())), "image")
+
+
+def as_srgb(linear: Any) -> Any:
+    """The 8-bit values of linear light from 0 to 1."""
+    light = np.clip(linear, 0, 1)
+    return 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+
+
+class TestColourProfiles:
+    """Results have no profile, so what they keep of an image must be in sRGB."""
+
+    @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+    def test_the_colours_of_a_phone_stay_what_they_are(self, kind: str) -> None:
+        colour = np.array([200, 60, 90])
+        image = Image.fromarray(np.full((16, 16, 3), colour, dtype=np.uint8))
+        profile = display_profile(DISPLAY_P3, gamma=2.2)
+        decoded = opened(file_of(image, kind, icc_profile=profile, quality=98, lossless=True))
+        expected = as_srgb(np.linalg.inv(SRGB) @ DISPLAY_P3 @ (colour / 255) ** 2.2)
+        assert np.abs(expected - colour).max() > 10
+        assert np.abs(np.asarray(decoded)[8, 8] - expected).max() < 3
+
+    def test_what_is_in_srgb_stays_the_same_to_the_pixel(self) -> None:
+        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        decoded = opened(file_of(Image.fromarray(noise), icc_profile=srgb_profile()))
+        assert np.array_equal(np.asarray(decoded), noise)
+
+    def test_transparent_and_indexed_images_have_them_too(self) -> None:
+        profile = display_profile(DISPLAY_P3, gamma=2.2)
+        plain = opened(file_of(Image.new("RGB", (8, 8), (200, 60, 90)), icc_profile=profile))
+        clear = Image.new("RGBA", (8, 8), (200, 60, 90, 77))
+        indexed = Image.new("P", (8, 8))
+        indexed.putpalette([200, 60, 90])
+        assert opened(file_of(clear, icc_profile=profile)).getpixel((0, 0)) == (*np.asarray(plain)[0, 0], 77)
+        assert opened(file_of(indexed, icc_profile=profile)).getpixel((0, 0)) == plain.getpixel((0, 0))
+
+    @pytest.mark.parametrize("depth", [8, 16])
+    def test_greyscale_has_its_own(self, depth: int) -> None:
+        value = 64 if depth == 8 else 64 << 8
+        image = Image.fromarray(np.full((8, 8), value, dtype=np.uint8 if depth == 8 else np.uint16))
+        decoded = opened(file_of(image, icc_profile=grey_profile(gamma=1.0)))
+        assert decoded.mode == "RGB"
+        assert np.abs(np.asarray(decoded) - as_srgb(64 / 255)).max() < 2
+
+    def test_inks_look_as_on_their_press(self) -> None:
+        cyan = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
+        profile = press_profile({(1, 0, 0, 0): 50})
+        decoded = opened(file_of(cyan, "JPEG", quality=98, icc_profile=profile))
+        assert decoded.mode == "RGB"
+        assert np.abs(np.asarray(decoded, dtype=int)[8, 8] - 119).max() < 4  # grey of half the lightness
+
+    @pytest.mark.parametrize("profile", [b"rubbish", grey_profile(1.0), press_profile({}), srgb_profile()[:200]])
+    def test_a_profile_that_does_not_fit_changes_nothing(self, profile: bytes) -> None:
+        assert np.array_equal(np.asarray(opened(file_of(photo(), icc_profile=profile))), ramp(64, 48))
