@@ -237,6 +237,11 @@ class Lora:
         is_flat = any(part.startswith(("hada", "lokr")) for layer in layers for part in layer)
         return is_flat or any(side != 1 for kernel in kernels for side in kernel)
 
+    @property
+    def shapes(self) -> Mapping[str, list[int]]:
+        """The shape of each weight. Raises BadLoraError."""
+        return {weight: self._shape(weight) for weight in self._weights}
+
     def _rank_of(self, layer: Mapping[str, str]) -> int:
         """The columns that a layer's change needs."""
         shapes = {part: self._shape(weight) for part, weight in layer.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,6 +75,10 @@ class Change:
         """What is added to the layer's bias, if anything."""
         return self.factor * self._own(self.parts["bias"]) if "bias" in self.parts else None
 
+    def scaled(self, scale: float) -> Change:
+        """The change at another scale."""
+        return replace(self, factor=scale * self.factor)
+
     def to(self, device: str) -> Change:
         """The change with its weights on a device."""
         return replace(self, parts={part: tensor.to(device) for part, tensor in self.parts.items()})
@@ -90,11 +94,42 @@ class Change:
         return self.parts["down"]
 
 
-def read_changes(module: str, module_class: str, lora: Lora, names: Names, scale: float) -> dict[str, Change]:
-    """A layer's path -> its change, for the checkpoint's module; `names` are its `layer_names`. Raises BadLoraError."""
+def read_weights(lora: Lora) -> Tensors:
+    """All weights of the file in float32. Raises BadLoraError."""
+    try:
+        tensors = {weight: tensor.float() for weight, tensor in load_file(lora.file).items()}
+    except Exception as error:  # safetensors raises its own errors
+        raise BadLoraError(f"{lora.file}: cannot be read ({error})") from error
+    for weight, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise BadLoraError(f"{lora.file}: the weights are not finite ({weight})")
+    if not any(_has_effect(tensors, parts) for module in lora.modules for parts in lora.layers(module).values()):
+        raise BadLoraError(f"{lora.file}: has no effect: its weights are zero")
+    return tensors
+
+
+def sketch_weights(lora: Lora) -> Tensors:
+    """Tensors of the weights' shapes, of which those of more than one number have no values. Raises BadLoraError."""
+    return {
+        weight: torch.ones(shape, device="meta" if math.prod(shape) > 1 else "cpu")
+        for weight, shape in lora.shapes.items()
+    }
+
+
+def read_changes(
+    module: str,
+    module_class: str,
+    lora: Lora,
+    names: Names,
+    read: Callable[[Lora], Tensors] = read_weights,
+) -> dict[str, Change]:
+    """A layer's path -> its change at a scale of 1, for the checkpoint's module; `names` are its `layer_names`.
+
+    Raises BadLoraError.
+    """
     if lora.is_for_another(module_class):
         raise does_not_fit(module, lora, "it is for another kind of model")
-    settings, tensors = lora.settings(module), _read(lora)
+    settings, tensors = lora.settings(module), read(lora)
     matched = _match_layers(module, names, lora)
     changes: dict[str, Change] = {}
     for layer, weights in lora.layers(module).items():
@@ -102,7 +137,7 @@ def read_changes(module: str, module_class: str, lora: Lora, names: Names, scale
         if missing := _missing(parts):
             raise BadLoraError(f"{lora.file}: {layer} has no {' and no '.join(missing)}")
         try:
-            factor = scale * _scaling(parts, settings, layer)
+            factor = _scaling(parts, settings, layer)
         except RuntimeError as error:  # an alpha of several numbers
             raise does_not_fit(module, lora, f"the weights' shapes differ at {layer}") from error
         outputs = sum(end - first for rows in matched[layer].values() for first, end in rows)
@@ -132,30 +167,16 @@ def _kronecker(parts: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     first = parts["lokr_w1"]
     if "lokr_w2" in parts:
         whole = parts["lokr_w2"].flatten(1)
-        identity = torch.eye(min(whole.shape))
+        identity = torch.eye(min(whole.shape), device=whole.device)
         second_up, second_down = (identity, whole) if len(whole) <= whole.shape[1] else (whole, identity)
     else:
         second_up, second_down = parts["lokr_w2_a"], parts["lokr_w2_b"].flatten(1)
-    return torch.kron(first, second_up), torch.kron(torch.eye(first.shape[1]), second_down)
+    return torch.kron(first, second_up), torch.kron(torch.eye(first.shape[1], device=first.device), second_down)
 
 
 def does_not_fit(module: str, lora: Lora, reason: str) -> BadLoraError:
     """The error for a LoRA of another kind of model."""
     return BadLoraError(f"{lora.file}: does not fit this model's {module} ({reason}{lora.made_for})")
-
-
-def _read(lora: Lora) -> Tensors:
-    """All weights of the file in float32. Raises BadLoraError."""
-    try:
-        tensors = {weight: tensor.float() for weight, tensor in load_file(lora.file).items()}
-    except Exception as error:  # safetensors raises its own errors
-        raise BadLoraError(f"{lora.file}: cannot be read ({error})") from error
-    for weight, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise BadLoraError(f"{lora.file}: the weights are not finite ({weight})")
-    if not any(_has_effect(tensors, parts) for module in lora.modules for parts in lora.layers(module).values()):
-        raise BadLoraError(f"{lora.file}: has no effect: its weights are zero")
-    return tensors
 
 
 def _has_effect(tensors: Tensors, parts: Mapping[str, str]) -> bool:

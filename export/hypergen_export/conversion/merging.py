@@ -14,10 +14,9 @@ from hypergen_export.conversion.sources import Placeholders
 def merge_lora(name: str, module: torch.nn.Module, lora: Lora, placeholders: Placeholders | None = None) -> None:
     """Add the LoRA's weights for the checkpoint's module `name`, times its scale. Raises BadLoraError."""
     placeholders = placeholders or Placeholders()
-    changes = read_changes(name, type(module).__name__, lora, layer_names(module), lora.scale)
-    for path, change in changes.items():
+    for path, change in read_changes(name, type(module).__name__, lora, layer_names(module)).items():
         try:
-            _apply(change, module.get_submodule(path), placeholders)
+            _apply(change.scaled(lora.scale), module.get_submodule(path), placeholders)
         except (RuntimeError, AttributeError) as error:
             raise does_not_fit(name, lora, f"the weights' shapes differ at {path}") from error
 

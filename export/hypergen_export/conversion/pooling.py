@@ -23,7 +23,7 @@ from hypergen_export.checkpoints.components import POOL_FILE, LoraPool
 from hypergen_export.checkpoints.lora import Lora, Placement
 from hypergen_export.checkpoints.weights import stored_tensors
 from hypergen_export.conversion.layer_names import has_matrix, layer_names
-from hypergen_export.conversion.lora_changes import does_not_fit, read_changes
+from hypergen_export.conversion.lora_changes import does_not_fit, read_changes, read_weights, sketch_weights
 from hypergen_export.conversion.sources import TYPES, Source, read_stored, write_sources
 from hypergen_export.errors import BadLoraError
 
@@ -94,6 +94,12 @@ class PoolWeights:
             columns = list(placement.columns[: len(down)])
             all_down, all_up = _columns_first(path, tensors)
             all_down[columns], all_up[columns] = down, up.T.reshape(len(down), *all_up.shape[1:])
+
+    def check(self, lora: Lora) -> None:
+        """Raise BadLoraError for a LoRA that cannot be placed, as far as its header tells."""
+        if self.module in lora.modules:
+            for _ in _factors(self.module, lora, self._layers, sketch_weights):
+                pass
 
     def clear(self, columns: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
         """Set columns to zero."""
@@ -213,17 +219,25 @@ def _read_factors(
     module: str, lora: Lora, layers: Mapping[str, Any], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Path, down and up of each layer, of values that are finite as `dtype`. Raises BadLoraError."""
-    for path, change in read_changes(module, layers["class"], lora, layers["names"], scale=1.0).items():
-        if path not in layers["shapes"]:
-            raise BadLoraError(f"{lora.file}: changes convolutions such as {path}, which have no rank pool here")
-        try:
-            down, up = _balance(*change.factors(layers["shapes"][path]))
-        except RuntimeError as error:
-            raise does_not_fit(module, lora, f"the weights' shapes differ at {path}") from error
+    for path, *factors in _factors(module, lora, layers, read_weights):
+        down, up = _balance(*factors)
         # An infinite number in a pool would be NaN in images that do not use the LoRA, too: their scale is 0.
         if not (down.to(dtype).isfinite().all() and up.to(dtype).isfinite().all()):
             raise BadLoraError(f"{lora.file}: its weights times alpha are not finite at {path}")
         yield path, down, up
+
+
+def _factors(
+    module: str, lora: Lora, layers: Mapping[str, Any], read: Callable[[Lora], Mapping[str, Tensor]]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Path, down and up of each layer. Raises BadLoraError."""
+    for path, change in read_changes(module, layers["class"], lora, layers["names"], read).items():
+        if path not in layers["shapes"]:
+            raise BadLoraError(f"{lora.file}: changes convolutions such as {path}, which have no rank pool here")
+        try:
+            yield path, *change.factors(layers["shapes"][path])
+        except RuntimeError as error:
+            raise does_not_fit(module, lora, f"the weights' shapes differ at {path}") from error
 
 
 def _balance(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:

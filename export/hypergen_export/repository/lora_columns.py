@@ -58,7 +58,9 @@ class _Pools:
             )
         if not lora.is_low_rank:
             raise BadLoraError(f"{lora.file}: is a DoRA, has biases or a rank above 256: only --lora can serve it")
-        if lora.rank > len(self._free):
+        if lora.rank > len(self._free):  # a folder may have hundreds, which are not read before they are requested
+            for pool in self._tensors:
+                pool.check(lora)
             return []
         columns, rest = self._free[: lora.rank], self._free[lora.rank :]
         # Of a LoRA that was there before or whose change was interrupted, whichever layers this one changes.

@@ -198,7 +198,7 @@ def test_products_of_lycoris_are_sums_of_rows_times_columns(
     (lora,) = read_loras([str(tmp_path / "lycoris.safetensors")])
     assert rank is None or lora.rank == rank
     names: dict[str, dict[str, list[list[int]]]] = {flat(path): {path: []} for path in deltas}
-    for path, change in read_changes("unet", "UNet2DConditionModel", lora, names, 1.0).items():
+    for path, change in read_changes("unet", "UNet2DConditionModel", lora, names).items():
         assert len(change.factors(base[f"{path}.weight"].shape)[0]) <= lora.rank
 
 

@@ -74,7 +74,7 @@ def random_pairs(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[torch.T
 def deltas_of(module: torch.nn.Module, file: Path) -> Tensors:
     """What the file adds to the weight of each layer, as we read it."""
     lora, kind = Lora(name="x", file=file), type(module).__name__
-    changes = read_changes("transformer", kind, lora, layer_names(module), 1.0)
+    changes = read_changes("transformer", kind, lora, layer_names(module))
     return {path: delta_of(change, module.get_submodule(path)) for path, change in changes.items()}
 
 

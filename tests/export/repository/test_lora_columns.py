@@ -108,6 +108,17 @@ def test_a_file_without_room_is_described_and_the_pool_is_left_as_it_is(pool: Po
     assert pool.file.stat() == before, "the engines would read it again"
 
 
+def test_a_file_that_does_not_fit_is_refused_without_room_too(pool: PoolWeights, tmp_path: Path) -> None:
+    """By its header: weights are not read before there is room."""
+    other, wide = save(tmp_path / "other.safetensors", layer="three"), save(tmp_path / "wide.safetensors", rank_up=3)
+    entries = [{"name": file.stem, "file": str(file)} for file in (other, wide)]
+    answers = change_columns(pool.folder.parents[1], {"free": [5], "add": entries})
+    assert [answer["error"] for answer in answers] == [
+        "other.safetensors: does not fit this model's unet (it has none of its layers, for example three)",
+        "wide.safetensors: does not fit this model's unet (the weights' shapes differ at one)",
+    ]
+
+
 @pytest.mark.parametrize("alpha", [1e6, 1e-6])
 def test_a_large_or_small_alpha_keeps_its_product_in_float16(alpha: float, tmp_path: Path) -> None:
     """alpha times the weights would be infinite, and NaN in every image, or zero."""
