@@ -34,6 +34,7 @@ SCALES = {
     "flux1-dev": (3.5, 1.0),
     "flux1-kontext": (2.5, 1.0),
     "flux1-schnell": (1.0, 1.0),
+    "chroma": (3.5, 1.0),
     "flux2-klein": (1.0, 1.0),
     "flux2-klein-base": (3.5, 1.0),
     "stable-diffusion-3": (3.5, 1.0),

@@ -36,9 +36,9 @@ pytestmark = pytest.mark.claim("families")
 
 # Family -> the guidance scale to ask for. An export takes most of a test's time: FLUX.1 and Qwen-Image meet Triton with
 # nothing that these do not. `tests/test_transformers.py` has all of them.
-SCALES = {"flux2-klein": 1.0, "stable-diffusion-3": 3.5, "z-image": 3.5}
+SCALES = {"chroma": 3.5, "flux2-klein": 1.0, "stable-diffusion-3": 3.5, "z-image": 3.5}
 # Family with classifier-free guidance -> the smallest scale.
-SMALLEST_SCALES = {"stable-diffusion-3": 1.0, "z-image": 0.0}
+SMALLEST_SCALES = {"chroma": 1.0, "stable-diffusion-3": 1.0, "z-image": 0.0}
 
 
 @dataclass

@@ -29,6 +29,7 @@ FAMILIES: Mapping[str, str] = {
     "flux1-dev": "FLUX.1-dev, FLUX.1-Krea",
     "flux1-kontext": "FLUX.1-Kontext",
     "flux1-schnell": "FLUX.1-schnell",
+    "chroma": "Chroma",
     "flux2-klein": "FLUX.2-klein",
     "flux2-klein-base": "FLUX.2-klein-base",
     "z-image": "Z-Image",

@@ -46,6 +46,12 @@ _FLUX1 = {
     r"^single_transformer_blocks\.(\d+)\.proj_mlp\.": r"single_blocks.\1.linear1[w].",
     r"^single_transformer_blocks\.(\d+)\.proj_out\.": r"single_blocks.\1.linear2.",
 }
+_CHROMA = {
+    **_FLUX1,
+    r"^distilled_guidance_layer\.layers\.(\d+)\.linear_1\.": r"distilled_guidance_layer.layers.\1.in_layer.",
+    r"^distilled_guidance_layer\.layers\.(\d+)\.linear_2\.": r"distilled_guidance_layer.layers.\1.out_layer.",
+    r"^distilled_guidance_layer\.norms\.(\d+)\.weight": r"distilled_guidance_layer.norms.\1.scale",
+}
 _FLUX2 = {
     **_FLUX_BLOCKS,
     r"^time_guidance_embed\.timestep_embedder\.linear_1\.": "time_in.in_layer.",
@@ -91,6 +97,7 @@ _Z_IMAGE = {
 NAMES: Mapping[str, Mapping[str, str]] = {
     "flux1-dev": _FLUX1,
     "flux1-schnell": _FLUX1,
+    "chroma": _CHROMA,
     "flux2-klein": _FLUX2,
     "stable-diffusion-3": _SD3,
     "stable-diffusion-3-without-t5": _SD3,

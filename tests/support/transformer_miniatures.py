@@ -83,6 +83,39 @@ def _flux1(folder: Path, *, has_guidance: bool, pipeline: str = "FluxPipeline") 
     )
 
 
+def _chroma(folder: Path) -> None:
+    transformer = diffusers.ChromaTransformer2DModel(
+        patch_size=1,
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=128,
+        num_attention_heads=2,
+        joint_attention_dim=64,
+        axes_dims_rope=(16, 56, 56),
+        approximator_num_channels=64,
+        approximator_hidden_dim=96,
+        approximator_layers=2,
+    )
+    t5 = _save_t5_tokenizer(folder / "tokenizer")
+    _save(folder / "text_encoder", _t5(t5))
+    _save(folder / "transformer", transformer)
+    _save(folder / "vae", kl_vae(scaling_factor=0.3611, shift_factor=0.1159))
+    _write_scheduler(folder, {**_FLOW, "shift": 3.0})
+    _write_index(
+        folder,
+        "ChromaPipeline",
+        {
+            "text_encoder": ["transformers", "T5EncoderModel"],
+            "tokenizer": ["transformers", "T5Tokenizer"],
+            "transformer": ["diffusers", "ChromaTransformer2DModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+            "image_encoder": [None, None],
+            "feature_extractor": [None, None],
+        },
+    )
+
+
 def _klein(folder: Path, *, is_distilled: bool, layers: int = 28) -> None:
     transformer = diffusers.Flux2Transformer2DModel(
         patch_size=1,
@@ -226,6 +259,7 @@ MINIATURES: Mapping[str, Callable[[Path], None]] = {
     "flux1-dev": lambda folder: _flux1(folder, has_guidance=True),
     "flux1-kontext": lambda folder: _flux1(folder, has_guidance=True, pipeline="FluxKontextPipeline"),
     "flux1-schnell": lambda folder: _flux1(folder, has_guidance=False),
+    "chroma": _chroma,
     "flux2-klein": lambda folder: _klein(folder, is_distilled=True),
     "flux2-klein-base": lambda folder: _klein(folder, is_distilled=False),
     "z-image": _z_image,

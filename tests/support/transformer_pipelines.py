@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import (
+    ChromaImg2ImgPipeline,
+    ChromaInpaintPipeline,
+    ChromaPipeline,
     Flux2KleinInpaintPipeline,
     Flux2KleinPipeline,
     FluxImg2ImgPipeline,
@@ -31,6 +34,7 @@ from support.parity import Pixels
 # Family -> diffusers' pipelines for an input image, without and with a mask.
 FROM_IMAGE: Mapping[str, tuple[Any, Any]] = {
     "flux1-dev": (FluxImg2ImgPipeline, FluxInpaintPipeline),
+    "chroma": (ChromaImg2ImgPipeline, ChromaInpaintPipeline),
     "stable-diffusion-3": (StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline),
     "qwen-image": (QwenImageImg2ImgPipeline, QwenImageInpaintPipeline),
     "z-image": (ZImageImg2ImgPipeline, ZImageInpaintPipeline),
@@ -43,12 +47,15 @@ INPAINTING: Mapping[str, Any] = {
 }
 _KONTEXT = (FluxKontextPipeline, FluxKontextInpaintPipeline)
 _FLUX1 = (FluxPipeline, FluxImg2ImgPipeline, FluxInpaintPipeline, *_KONTEXT)
+_CHROMA = (ChromaPipeline, ChromaImg2ImgPipeline, ChromaInpaintPipeline)
 
 
 def pipeline_from_image(family: str, pipeline: Any, *, masked: bool) -> Any:
     """The pipeline for image-to-image, or for inpainting, with the same modules."""
     made = (INPAINTING[family] if masked else FROM_IMAGE[family][0])(**pipeline.components)
     made.set_progress_bar_config(disable=True)
+    if isinstance(made, ChromaInpaintPipeline):
+        made.transformer.register_to_config(guidance_embeds=False)  # it reads an entry that the model does not have
     return made
 
 
@@ -66,7 +73,7 @@ def image_by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:
     if type(pipeline).__name__.startswith("QwenImage"):
         frames = pipeline._unpack_latents(latents[0], request.height, request.width, pipeline.vae_scale_factor)
         latents[0] = frames[:, :, 0]
-    if isinstance(pipeline, _FLUX1):
+    if isinstance(pipeline, _FLUX1 + _CHROMA):
         latents[0] = pipeline._unpack_latents(latents[0], request.height, request.width, pipeline.vae_scale_factor)
     return _in_our_layout(latents[0], request), (image * 255).round().astype(np.uint8)
 
@@ -90,6 +97,8 @@ def _arguments(pipeline: Any, request: Request) -> dict[str, Any]:
     }
     if isinstance(pipeline, _FLUX1) and not pipeline.transformer.config.guidance_embeds:
         arguments["max_sequence_length"] = 256  # as FLUX.1-schnell was published
+    if isinstance(pipeline, ChromaInpaintPipeline):
+        arguments["max_sequence_length"] = 512  # as in the other two
     if isinstance(pipeline, Flux2KleinPipeline | Flux2KleinInpaintPipeline):
         states = pipeline.text_encoder.config.num_hidden_layers + 1
         arguments["text_encoder_out_layers"] = tuple(index % states for index in (9, 18, 27))

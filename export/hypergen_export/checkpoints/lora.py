@@ -101,9 +101,11 @@ _BASES = {
     }.items()
 }
 # Class of a transformer -> what its name is in that metadata, whose spelling differs between trainers. A LoRA of some
-# layers alone may fit another kind: those of attention in double blocks are alike in FLUX.1, FLUX.2 and Qwen-Image.
+# layers alone may fit another kind: those of attention in double blocks are alike in FLUX.1, Chroma, FLUX.2 and
+# Qwen-Image.
 _STATED_BASES = {
     "FluxTransformer2DModel": re.compile(r"flux[-_. ]?1"),
+    "ChromaTransformer2DModel": re.compile(r"chroma"),
     "Flux2Transformer2DModel": re.compile(r"flux[-_. ]?2|klein"),
     "QwenImageTransformer2DModel": re.compile(r"qwen[-_ ]?image"),
     "SD3Transformer2DModel": re.compile(r"stable[-_ ]diffusion[-_ ]3|sd[-_]?3"),

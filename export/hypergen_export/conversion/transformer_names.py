@@ -109,6 +109,12 @@ _FLUX_1: _Table = {
     "single_blocks_{}_processor_qkv_lora": _SINGLE_QKV,
     "single_blocks_{}_processor_proj_lora": (f"{_SINGLE}.proj_out",),
 }
+# It has fewer layers than FLUX.1, as one network computes what modulates all of them.
+_CHROMA: _Table = {
+    **_FLUX_1,
+    "distilled_guidance_layer_layers_{}_in_layer": ("distilled_guidance_layer.layers.{}.linear_1",),
+    "distilled_guidance_layer_layers_{}_out_layer": ("distilled_guidance_layer.layers.{}.linear_2",),
+}
 _FLUX_2: _Table = {
     **_flux(("linear_in", "linear_out")),
     **_embedders(
@@ -164,6 +170,7 @@ def _z_image() -> _Table:
 # Qwen-Image's original names are diffusers' own.
 _TABLES: Mapping[str, _Table] = {
     "FluxTransformer2DModel": _FLUX_1,
+    "ChromaTransformer2DModel": _CHROMA,
     "Flux2Transformer2DModel": _FLUX_2,
     "SD3Transformer2DModel": _stable_diffusion_3(),
     "ZImageTransformer2DModel": _z_image(),

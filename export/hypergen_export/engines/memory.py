@@ -39,7 +39,7 @@ _LIVE_CONVOLUTIONS = {"unet": 4.0, "vae_decoder": 1.7, "vae_encoder": 2.25}
 # Scores of the VAE's only attention, before and after the softmax: its head is too wide for a fused kernel.
 _SCORES = 2
 # Layers that work on a vector for each image instead of each token, and tables.
-_NOT_PER_TOKEN = re.compile(r"norm|modulation|(?:^|[._])mod[._]|embed|shared|time")
+_NOT_PER_TOKEN = re.compile(r"norm|modulation|distilled_guidance|(?:^|[._])mod[._]|embed|shared|time")
 _TABLE = re.compile(r"(token|position)_embedding\.")
 _OUTERMOST = {
     "vae_decoder": re.compile(r"decoder\.up_blocks\.(\d+)\."),

@@ -85,6 +85,7 @@ def test_xls_vae_and_t5_alone_are_known_to_overflow_in_float16() -> None:
     assert found == {
         *((family, component) for family in xl for component in ("vae_decoder", "vae_encoder")),
         *((family, "text_encoder_2") for family in ("flux1-dev", "flux1-kontext", "flux1-schnell")),
+        ("chroma", "text_encoder"),
         *((family, "text_encoder_3") for family in ("stable-diffusion-3", "stable-diffusion-3.5-medium")),
     }
 

@@ -226,6 +226,8 @@ def test_flux1_has_a_scale_without_identity_or_none(
         ("flux1-dev", "FLUX.1-Krea-dev", ("28", "4.5")),
         ("flux1-dev", "FLUX.1-dev-turbo", ("8", "3.5")),
         ("flux1-dev", "flux-dev-schnell-4steps", ("4", "3.5")),
+        ("chroma", "Chroma1-HD", ("40", "3")),
+        ("chroma", "Chroma1-Flash", ("8", "1")),
         ("qwen-image", "Qwen-Image-2512", ("50", "4")),
         ("qwen-image", "Qwen-Image-Lightning", ("8", "1")),
         ("qwen-image", "Qwen-Image-Lightning-4steps-V2.0", ("4", "1")),

@@ -91,7 +91,7 @@ def held(ours: Tensors, theirs: Tensors) -> None:
 
 
 @pytest.mark.parametrize("write", [kohya, comfyui])
-@pytest.mark.parametrize("family", ["flux1-dev", "flux2-klein", "stable-diffusion-3", "z-image"])
+@pytest.mark.parametrize("family", ["flux1-dev", "chroma", "flux2-klein", "stable-diffusion-3", "z-image"])
 def test_original_names_mean_what_a_checkpoint_by_those_names_means(
     family: str, write: Write, checkpoint_of: Callable[[str], Path], transformer_of: Any, tmp_path: Path
 ) -> None:
@@ -159,6 +159,7 @@ BY_DIFFUSERS = [
     ("flux1-dev", diffusers.FluxPipeline, kohya, _DOUBLE),
     ("flux1-dev", diffusers.FluxPipeline, onetrainer, {"transformer_blocks.0.attn.to_k": (256, 256)}),
     ("flux1-dev", diffusers.FluxPipeline, xlabs, _XLABS),
+    ("chroma", diffusers.ChromaPipeline, kohya, _DOUBLE),
     ("flux2-klein", diffusers.Flux2KleinPipeline, kohya, _DOUBLE | _SINGLE_2),
     ("flux2-klein", diffusers.Flux2KleinPipeline, comfyui, _DOUBLE | _SINGLE_2),
     ("z-image", diffusers.ZImagePipeline, kohya, _Z_IMAGE),
@@ -247,6 +248,7 @@ def test_a_file_for_another_base_says_for_which(layer: str, base: str, transform
     [
         ("flux-1-dev/lora", "flux1-dev"),
         ("flux1", "flux1-dev"),
+        ("chroma/lora", "chroma"),
         ("Flux.2-klein-4b", "flux2-klein"),
         ("stable-diffusion-3.5-medium/lora", "stable-diffusion-3"),
         ("sd3m", "stable-diffusion-3"),
@@ -264,7 +266,7 @@ def test_a_file_that_fits_is_refused_if_it_says_that_it_is_for_another_base(
     file, unstated = (tmp_path / f"{name}.safetensors" for name in ("stated", "unstated"))
     save_file(weights, file, metadata={"modelspec.architecture": stated})
     save_file(weights, unstated)
-    for family in ("flux1-dev", "flux2-klein", "stable-diffusion-3", "qwen-image"):
+    for family in ("flux1-dev", "chroma", "flux2-klein", "stable-diffusion-3", "qwen-image"):
         module = transformer_of(family)
         if family == fits:
             assert deltas_of(module, file).keys() == deltas_of(module, unstated).keys() != set()

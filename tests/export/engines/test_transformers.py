@@ -30,6 +30,7 @@ pytestmark = pytest.mark.claim("engines", "precision")
 ENGINES = [
     ("flux1-dev", "text_encoder_2"),
     ("flux1-kontext", "transformer"),
+    ("chroma", "transformer"),
     ("flux2-klein", "vae_decoder"),
     ("flux2-klein", "vae_encoder"),
     ("z-image", "text_encoder"),
@@ -42,7 +43,7 @@ ENGINES = [
 # With a rank pool, one of them: its branches are the same beside every linear layer.
 POOLED = "flux2-klein"
 POOL = LoraPool(rank=8, kernels=True)
-HAVE_POOLS = (POOLED, "flux1-dev", "z-image", "stable-diffusion-3", "qwen-image")
+HAVE_POOLS = (POOLED, "flux1-dev", "chroma", "z-image", "stable-diffusion-3", "qwen-image")
 
 
 def shapes(checkpoint: Checkpoint) -> Shapes:

@@ -102,6 +102,7 @@ _UNQUANTIZED = (
     r"all_x_embedder\.",
     r"cap_embedder\.",
     r"context_embedder\.",
+    r"distilled_guidance_layer\.",
     r"img_in\.",
     r"norm_out\.",
     r"pos_embed\.",

@@ -54,14 +54,14 @@ def clip_tokens(configs: Configs, tokenizer: str, text_encoder: Config) -> int:
     return min(configs.tokenizer_length(tokenizer) or positions, positions)
 
 
-def t5(name: str, tokens: str, example: str) -> Component:
-    """The encoder of a T5, which attends to padding; `tokens` is the axis of the prompt's tokens."""
+def t5(name: str, tokens: str, example: str, *, masked: bool = False) -> Component:
+    """The encoder of a T5; `tokens` is the axis of the prompt's tokens. `masked`: it does not attend to padding."""
     return Component(
         name=name,
         module=name,
         loader="transformers.T5EncoderModel",
         wrapper="t5",
-        inputs=(input_ids(tokens, example),),
+        inputs=(input_ids(tokens, example), *((attention_mask(tokens),) if masked else ())),
         outputs=(replace(HIDDEN_STATES, axes=(tokens, "context_width")),),
         tolerance=TOLERANCE,
         # transformers clamps its activations in float16, and diffusers' documentation advises float32 for it.

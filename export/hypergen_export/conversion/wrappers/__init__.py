@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from hypergen_export.checkpoints.components import Component
+from hypergen_export.conversion.wrappers.chroma import Chroma
 from hypergen_export.conversion.wrappers.clip import ClipPooled, PenultimateTextEncoder, PooledTextEncoder, TextEncoder
 from hypergen_export.conversion.wrappers.flux1 import Flux1
 from hypergen_export.conversion.wrappers.flux2 import Flux2, Flux2VaeDecoder, Flux2VaeEncoder
@@ -39,6 +40,7 @@ WRAPPERS: Mapping[str, Callable[[Any], nn.Module]] = {
     "feature_exporting_unet": FeatureExportingUNet,
     "unet_shallow": ShallowUNet,
     "flux1": Flux1,
+    "chroma": Chroma,
     "flux2": Flux2,
     "stable_diffusion_3": StableDiffusion3,
     "stable_diffusion_3_without_t5": functools.partial(StableDiffusion3, has_t5=False),

@@ -20,11 +20,11 @@ from hypergen_export.conversion.wrappers.rotary import (
 )
 
 # Positions of an axis: images of 16,384 pixels.
-_POSITIONS = 1024
-_THETA = 10000.0  # of FluxTransformer2DModel
+POSITIONS = 1024
+THETA = 10000.0  # of FluxTransformer2DModel
 
 
-class _Attention:
+class Attention:
     """Processor of both kinds of blocks: those with one stream attend within it, and have no output projection."""
 
     def __init__(self) -> None:
@@ -59,9 +59,9 @@ class Flux1(nn.Module):
         super().__init__()
         for module in transformer.modules():
             if type(module).__name__ == "FluxAttention":
-                module.set_processor(_Attention())
+                module.set_processor(Attention())
         self.transformer = transformer
-        self.rotary = RotaryTables(transformer.config.axes_dims_rope, _THETA, _POSITIONS)
+        self.rotary = RotaryTables(transformer.config.axes_dims_rope, THETA, POSITIONS)
 
     def forward(  # noqa: PLR0913 - the denoiser's inputs
         self,
@@ -76,7 +76,7 @@ class Flux1(nn.Module):
         model = self.transformer
         dtype = model.x_embedder.weight.dtype
         height, width = sample.shape[2] // 2, sample.shape[3] // 2
-        positions = _positions(encoder_hidden_states.shape[1], height, width)
+        positions = positions_of(encoder_hidden_states.shape[1], height, width)
         tokens = pack(sample)
         if references is not None and reference_positions is not None:
             tokens = torch.cat([tokens, references], dim=1)
@@ -97,7 +97,7 @@ class Flux1(nn.Module):
         return unpack(output, height, width).to(torch.float32)
 
 
-def _positions(length: int, height: int, width: int) -> list[Tensor]:
+def positions_of(length: int, height: int, width: int) -> list[Tensor]:
     """Positions [1, L + h × w] on three axes: always 0, row and column; those of the prompt are 0."""
     text = torch.zeros(length, dtype=torch.int64)
     rows, columns = grid(height, width)

@@ -52,9 +52,12 @@ def rotate(features: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention of heads [B, S, H, D]; returns [B, S, H × D]. `mask` [B, S] is true for the keys to attend to."""
+    """Attention of heads [B, S, H, D]; returns [B, S, H × D].
+
+    `mask` [B, S] is true for the keys to attend to; or it is what is added to the scores [B, 1, S, S].
+    """
     query, key, value = (each.transpose(1, 2) for each in (query, key, value))
-    visible = None if mask is None else mask[:, None, None, :]
+    visible = mask[:, None, None, :] if mask is not None and mask.ndim == 2 else mask
     return scaled_dot_product_attention(query, key, value, attn_mask=visible).transpose(1, 2).flatten(2)
 
 

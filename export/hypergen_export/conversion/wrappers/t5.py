@@ -12,7 +12,10 @@ _MAX_TOKENS = 512
 
 
 class T5(nn.Module):
-    """input_ids [B, L] -> encoder_hidden_states [B, L, D]. All tokens are attended to, padding included."""
+    """input_ids [B, L] -> encoder_hidden_states [B, L, D].
+
+    All tokens are attended to, padding included, unless an attention_mask [B, L] is given.
+    """
 
     def __init__(self, text_encoder: Any) -> None:
         super().__init__()
@@ -29,9 +32,11 @@ class T5(nn.Module):
         )
         self.register_buffer("buckets", buckets, persistent=False)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         length = input_ids.shape[1]
         bias = self.bias(self.get_buffer("buckets")[:length, :length]).permute(2, 0, 1)[None]
+        if attention_mask is not None:
+            bias = bias.masked_fill(attention_mask[:, None, None, :] == 0, torch.finfo(bias.dtype).min)
         states = self.embed_tokens(input_ids.to(torch.int64))
         for block in self.blocks:
             states = block(states, position_bias=bias)[0]
