@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -175,6 +176,10 @@ PUBLISHED: Mapping[str, tuple[str, Modules]] = {
             "vae": lambda: _vae(16),
         },
     ),
+    "Chroma1-HD": (
+        "chroma",
+        {"text_encoder": _t5_xxl, "transformer": diffusers.ChromaTransformer2DModel, "vae": lambda: _vae(16)},
+    ),
     "FLUX.2-klein-4B": (
         "flux2-klein",
         {
@@ -212,6 +217,7 @@ PUBLISHED: Mapping[str, tuple[str, Modules]] = {
 
 # Bytes of a weight file, as transformers writes them.
 _LARGEST_SHARD = 5 * 10**9
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 # Random numbers that large tensors repeat.
 _RANDOM_NUMBERS = 2**24
 
@@ -247,8 +253,10 @@ def _write_config(folder: Path, module: Any) -> None:
 
 
 def _write_weights(folder: Path, module: Any, *, has_values: bool) -> None:
-    (file,) = folder.glob("*.safetensors")
-    file.unlink()  # it may be a link to another checkpoint's
+    first, *others = sorted(folder.glob("*.safetensors*"))
+    for each in (first, *others):
+        each.unlink()  # it may be a link to another checkpoint's
+    file = first.with_stem(_SHARD.sub("", first.stem))
     tied = getattr(module, "_tied_weights_keys", None) or ()
     shards = _shards({name: tensor.shape for name, tensor in module.state_dict().items() if name not in tied})
     if len(shards) == 1:
