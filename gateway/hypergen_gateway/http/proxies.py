@@ -25,6 +25,10 @@ class TrustedProxies(ProxyHeadersMiddleware):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and (scope.get("client") or ("",))[0] in self.trusted_hosts:
+            # Behind several proxies it may be a list, `https, http`, of which the first is how the client connected.
+            scheme = (find_header(scope["headers"], b"x-forwarded-proto") or "").partition(",")[0].strip().lower()
+            if scheme in ("http", "https"):
+                scope["scheme"] = scheme
             prefix = (find_header(scope["headers"], b"x-forwarded-prefix") or "").rstrip("/")
             if _PREFIX.fullmatch(prefix):
                 scope["app_root_path"] = prefix  # Starlette adds it to base URLs, not to paths

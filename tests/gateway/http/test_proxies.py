@@ -33,6 +33,23 @@ async def test_links_lead_through_the_prefix_of_a_proxy_on_this_machine(backend:
     assert await link_of(backend, headers) == f"https://images.example.com{prefix.rstrip('/')}"
 
 
+@pytest.mark.parametrize(
+    ("sent", "scheme"),
+    [
+        ("https", "https"),
+        ("https, http", "https"),
+        ("https,https", "https"),
+        ("HTTPS", "https"),
+        ("http, https", "http"),
+    ]
+    + [(unknown, "http") for unknown in ("", ",", "javascript", "ftp, https")],
+)
+async def test_links_have_the_scheme_of_the_client_behind_any_number_of_proxies(
+    backend: FakeBackend, sent: str, scheme: str
+) -> None:
+    assert await link_of(backend, FORWARDED | {"X-Forwarded-Proto": sent}) == f"{scheme}://images.example.com/hyper"
+
+
 async def test_a_proxy_s_prefix_and_another_spelling_of_the_path_go_together(backend: FakeBackend) -> None:
     assert await link_of(backend, FORWARDED, path="/openai/v1") == "https://images.example.com/hyper"
 
