@@ -6,6 +6,7 @@ Tensors stay views of the mapped file: conversion only renames, slices and trans
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -142,7 +143,8 @@ def expected_shapes(loader: str, config: Mapping[str, Any]) -> dict[str, tuple[i
     library, name = loader.split(".")
     kind: Any = getattr(importlib.import_module(library), name)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # diffusers deprecates what it makes Chroma's transformer of
             made = kind.from_config(config) if library == "diffusers" else kind(kind.config_class(**config))
     except Exception as error:  # both libraries and torch raise their own errors
         raise BrokenCheckpointError(f"its config does not fit {name} ({first_line(error)})") from error

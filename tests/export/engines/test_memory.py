@@ -84,6 +84,13 @@ def test_layers_that_are_not_used_do_not_count(checkpoint_of: Callable[[str], Pa
     assert found["transformer"].activations == pytest.approx(1_130_606_592 * (2 + 16384 / 4608), rel=0.1)
 
 
+def test_chroma_has_the_weights_that_its_card_states(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """8.9 billion parameters, and the encoder of T5-XXL alone."""
+    found = needs(model_of(publish("Chroma1-HD", checkpoint_of("chroma"), tmp_path / "chroma")))
+    weights = {name: need.weights for name, need in found.items() if not name.startswith("vae")}
+    assert weights == pytest.approx({"transformer": 2 * 8.9e9, "text_encoder": 2 * 4.76e9}, rel=0.005)
+
+
 def test_the_two_halves_of_a_vae_are_all_of_it(checkpoint_folder: Path) -> None:
     model = model_of(checkpoint_folder)
     vae = diffusers.AutoencoderKL.from_pretrained(checkpoint_folder / "vae")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,9 @@ def test_a_file_becomes_the_transformer_that_it_was_made_of(
     told: list[str] = []
     folder = checkpoint_of(family)
     file = save_transformer_file(tmp_path / f"{family}.safetensors", folder, NAMES[family], prefix)
-    checkpoint = open_request(request_of(file, folder, tmp_path), told.append)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checkpoint = open_request(request_of(file, folder, tmp_path), told.append)
     assert told == []
     (theirs,) = (folder / "transformer").glob("*.safetensors")
     (ours,) = checkpoint.folder_of("transformer").glob("*.safetensors")
