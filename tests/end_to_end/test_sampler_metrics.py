@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
 
+from hypergen_gateway.embedded.installation import find_installation
+from hypergen_gateway.embedded.server import Launch, TritonServer, free_ports
 from support.plain_triton import ask, responses
 from support.running_server import Server
 
@@ -54,3 +59,23 @@ def test_running_images_are_counted_and_so_are_the_steps_that_a_disconnect_saves
     assert (at_work["active_images"], at_work["waiting_images"]) == (2, 0)
     assert counted["saved_steps_total"] > 0
     assert counted["steps_total"] + counted["saved_steps_total"] == 300
+
+
+def test_the_processes_of_all_models_end_by_themselves(exported: Path, tmp_path: Path) -> None:
+    """The sampler's crashed at each stop, as it still had its metrics when Triton could no longer be told."""
+    installation = find_installation()
+    statuses, stub = tmp_path / "statuses", tmp_path / "triton_python_backend_stub"
+    # Triton first tries whether it can be run at all, without arguments.
+    stub.write_text(f'#!/bin/sh\n{installation.stub} "$@"\nstatus=$?\n[ $# = 0 ] || echo $status >> {statuses}\n')
+    stub.chmod(0o755)
+
+    async def start_and_stop() -> None:
+        server = await TritonServer.start(Launch(replace(installation, stub=stub), exported, free_ports()))
+        try:
+            await server.wait_ready(120)
+        finally:
+            await server.stop(60)
+
+    asyncio.run(start_and_stop())
+    models = [file.parent for file in exported.glob("*/config.pbtxt")]
+    assert statuses.read_text().split() == ["0"] * len(models)

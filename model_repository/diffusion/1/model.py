@@ -80,6 +80,10 @@ class TritonPythonModel:
             self._loop = self._start_loop()
         await asyncio.gather(*(self._serve(request, self._loop) for request in requests))
 
+    def finalize(self) -> None:
+        """Triton unloads the model."""
+        self._metrics.close()
+
     def _start_loop(self) -> StepLoop:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(BLS_THREADS))
         return StepLoop(

@@ -56,6 +56,12 @@ class SamplerMetrics:
         elif time.monotonic() - self._updated >= INTERVAL:
             self._update(done)
 
+    def close(self) -> None:
+        """Give the metrics back while Triton can hear of it: the process of the model crashes if it ends with them."""
+        self._gauges.clear()
+        self._counters.clear()
+        self._families.clear()
+
     def _update(self, done: IterationStats) -> None:
         for name, gauge in self._gauges.items():
             gauge.set(getattr(done, name))
