@@ -120,7 +120,7 @@ async def test_requests_with_different_loras_at_once_give_the_images_that_each_g
 async def test_a_file_of_the_folder_is_served_and_one_for_another_model_is_listed_with_that(
     server: Server, folder: Path, files: Mapping[str, Path], pipeline: Any
 ) -> None:
-    layer = "transformer.single_transformer_blocks.0.proj_mlp"
+    layer = "transformer.single_transformer_blocks.0.norm.linear"
     flux = {f"{layer}.lora_A.weight": torch.ones(2, 8), f"{layer}.lora_B.weight": torch.ones(8, 2)}
     save_file(flux, folder / "flux.part")
     (folder / "pen.part").write_bytes(files["pen"].read_bytes())

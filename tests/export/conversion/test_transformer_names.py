@@ -224,9 +224,10 @@ def test_one_layer_by_its_own_name_and_in_a_larger_one_is_refused(transformer_of
     [
         ("diffusion_model.joint_blocks.0.x_block.attn.qkv", "Stable Diffusion 3"),
         ("lora_unet_double_blocks_0_img_mod_lin", "FLUX.1"),
-        ("transformer.single_transformer_blocks.0.proj_mlp", "FLUX.1"),
+        ("transformer.single_transformer_blocks.0.norm.linear", "FLUX.1"),
+        ("transformer.single_transformer_blocks.0.proj_mlp", "FLUX.1 or Chroma"),
         ("transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj", "FLUX.2"),
-        ("lora_unet_double_blocks_0_img_attn_qkv", "FLUX.1 or FLUX.2"),
+        ("lora_unet_double_blocks_0_img_attn_qkv", "FLUX.1, Chroma or FLUX.2"),
         ("transformer.transformer_blocks.9.img_mod.1", "Qwen-Image"),
         ("diffusion_model.blocks.0.self_attn.q", "Wan"),
         ("lora_unet_txt_in_individual_token_refiner_blocks_0_mlp_0", "HunyuanVideo"),
