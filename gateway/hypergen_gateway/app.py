@@ -19,7 +19,6 @@ from starlette.routing import Route
 from hypergen_gateway.api.routes import Endpoints
 from hypergen_gateway.concurrency import cancel
 from hypergen_gateway.config import Config
-from hypergen_gateway.errors import HyperGenError
 from hypergen_gateway.generation.admission import Admission
 from hypergen_gateway.generation.backend import Backend
 from hypergen_gateway.generation.jobs import Jobs, RetentionPolicy
@@ -75,7 +74,6 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Any]]:
         tidying = asyncio.create_task(links.run())
-        await _read_description(backend)
         try:
             yield {ON_REJECTED: metrics.rejected_by_protocol}
         finally:
@@ -118,11 +116,3 @@ def _links(config: Config) -> Links:
 
         return S3Links(config.link_bucket, lifetime=config.link_lifetime)
     return LocalLinks(config.link_folder, lifetime=config.link_lifetime, secret=config.link_secret)
-
-
-async def _read_description(backend: Backend) -> None:
-    """Reads the description at startup, in case Triton is unavailable later. That it is not ready yet is no error."""
-    try:
-        await backend.describe()
-    except HyperGenError as error:
-        logger.warning("Triton is not ready yet: %s", error)

@@ -27,6 +27,7 @@ from hypergen_gateway.embedded.installation import find_installation
 from hypergen_gateway.embedded.lora_folder import LoraFolder, served_copy
 from hypergen_gateway.errors import UnavailableError
 from hypergen_gateway.generation.backend import GeneratedImage, GenerationRequest, ModelDescription
+from hypergen_gateway.generation.starting_backend import StartingBackend
 from hypergen_gateway.http.addresses import listening, url_of
 from hypergen_gateway.http.protocol import AcceptErrors, Listener, make_uvicorn_config, raise_file_limit
 from hypergen_gateway.observability.logs import console
@@ -80,17 +81,27 @@ class ServeOptions:
 async def serve(options: ServeOptions) -> None:
     """Serve until SIGINT, SIGTERM or SIGHUP. Requests in progress are finished first, unless a second signal arrives.
 
-    An external Triton may start later than the gateway; until then, requests get a 503.
+    Until the embedded Triton has loaded the model, requests get a 503. So they do until an external one can be
+    reached, which may start later than the gateway.
 
     Raises:
-        PortUnavailableError, ExportFailedError, EmbeddedError, ClipSkipError: before anything is served.
+        PortUnavailableError, ExportFailedError, EmbeddedError, ClipSkipError: before an image could be generated.
     """
     raise_file_limit()
-    # Bound before the engines are loaded, so that a busy port is reported at once.
+    # Before the engines are exported and loaded, so that a busy port is reported at once.
     with listening(options.host, options.port) as listeners:
-        async with connected(options.triton, options.gateway.request_timeout) as backend:
-            console.info(await _greeting(options, backend))
-            await _serve_http(create_app(options.gateway, backend, _tracing()), listeners, options.gateway.keep_alive)
+        backend = StartingBackend()
+        app = create_app(options.gateway, backend, _tracing())
+        async with (
+            _http_server(app, listeners, options.gateway.keep_alive) as server,
+            connected(options.triton, options.gateway.request_timeout) as started,
+        ):
+            greeting = await _greeting(options, started)
+            backend.hand_over_to(started)
+            console.info(greeting)
+            with _on_stop_signals(server.stop, server.stop_now):
+                # If this is cancelled, the server is still told to stop, below.
+                await asyncio.shield(server.ended)
 
 
 def _tracing() -> Tracing | None:
@@ -225,6 +236,8 @@ async def _embedded(options: TritonOptions) -> AsyncIterator[EmbeddedTriton]:
 class _Server(uvicorn.Server):
     """uvicorn without its signal handlers, which would end the process before Triton is stopped."""
 
+    ended: asyncio.Task[None]
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
@@ -240,11 +253,18 @@ class _Server(uvicorn.Server):
         console.info("Stopping now: cancelling requests in progress")
 
 
-async def _serve_http(app: Any, listeners: list[socket.socket], keep_alive: float) -> None:
+@contextlib.asynccontextmanager
+async def _http_server(app: Any, listeners: list[socket.socket], keep_alive: float) -> AsyncIterator[_Server]:
+    """Serves the application until the end of the context, or until it is told to stop."""
     server = _Server(make_uvicorn_config(app, keep_alive=keep_alive, timeout_graceful_shutdown=DRAIN_SECONDS))
     asyncio.get_running_loop().set_exception_handler(AcceptErrors())
-    with _on_stop_signals(server.stop, server.stop_now):
-        await server.serve(sockets=[Listener(fileno=listener.detach()) for listener in listeners])
+    sockets: list[socket.socket] = [Listener(fileno=listener.detach()) for listener in listeners]
+    server.ended = asyncio.create_task(server.serve(sockets=sockets))
+    try:
+        yield server
+    finally:
+        server.should_exit = True
+        await server.ended
 
 
 def complete(fields: dict[str, Any], description: ModelDescription, *, with_lora: bool) -> GenerationRequest:

@@ -53,7 +53,8 @@ def test_generate_starts_a_triton_of_its_own(checkpoint: Path, cache_dir: Path, 
     options = ["--model", str(checkpoint), "--cache-dir", str(cache_dir), "--dtype", "float32", "--steps", "3"]
     result = hypergen("generate", "cat", "-o", str(file), *options)
     assert result.returncode == 0, result.stderr
-    assert Image.open(file).size == (64, 64)
+    with Image.open(file) as opened:
+        assert opened.size == (64, 64)
 
 
 def test_a_passport_compares_the_images_of_two_tritons(

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import openai
 import psutil
 import pytest
 from tritonclient.grpc import InferenceServerClient
 
 from hypergen_gateway.serving import SAME_SIGNAL_SECONDS
-from support.running_server import KEY, Server, generate, processes, shared_memory, start_server, stop_server
+from support.running_server import (
+    HYPERGEN,
+    KEY,
+    Server,
+    answers,
+    free_port,
+    generate,
+    processes,
+    shared_memory,
+    start_process,
+    start_server,
+    stop_server,
+    wait_for_server,
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +41,45 @@ def second(checkpoint: Path, cache_dir: Path) -> Iterator[Server]:
     yield running
     if running.process.poll() is None:
         stop_server(running)
+
+
+@pytest.fixture
+def exporting(checkpoint: Path, exported: Path) -> Iterator[tuple[Server, Callable[[], None]]]:
+    """A server that waits for the export by another one, and what ends that export."""
+    with (exported.parent / f".{exported.name}.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        port = free_port()
+        command = [HYPERGEN, "serve", str(checkpoint), "--dtype", "float32", "--cache-dir", str(exported.parent)]
+        process = start_process([*command, "--port", str(port)], {**os.environ, "HYPERGEN_API_KEY": KEY})
+        server = Server(process, port, str(checkpoint))
+        try:
+            server.wait_until(lambda: answers(server, "/health/live"), 60, "alive")
+            yield server, lambda: fcntl.flock(lock, fcntl.LOCK_UN)
+        finally:
+            if process.poll() is None:
+                stop_server(server)
+
+
+def test_what_is_asked_during_an_export_is_answered_at_once(exporting: tuple[Server, Callable[[], None]]) -> None:
+    server, finish_the_export = exporting
+    assert httpx.get(f"{server.url}/health/ready", timeout=5).status_code == 503
+    with server.client() as client:
+        with pytest.raises(openai.InternalServerError, match="still being exported or loaded") as refusal:
+            client.images.generate(prompt="cat", timeout=5)
+        assert refusal.value.status_code == 503
+        assert 1 < float(refusal.value.response.headers["retry-after"]) < 60
+        finish_the_export()
+        wait_for_server(server)
+        assert client.images.generate(prompt="cat", extra_body={"num_inference_steps": 2}).data
+    assert stop_server(server) == 0
+
+
+def test_a_stop_during_an_export_is_heeded_at_once(exporting: tuple[Server, Callable[[], None]]) -> None:
+    server, _ = exporting
+    stop_server(server, timeout=10)
+    assert server.process.stdout is not None
+    with server.process.stdout as output:
+        assert "Traceback" not in output.read()
 
 
 def test_a_second_start_finds_the_export_and_is_quick(server: Server, second: Server) -> None:

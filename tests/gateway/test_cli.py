@@ -12,10 +12,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import AsyncMock
 
 import click
 import httpx
@@ -25,6 +25,7 @@ from PIL import Image
 
 from hypergen_gateway.app import create_app
 from hypergen_gateway.cli import main
+from hypergen_gateway.concurrency import cancel
 from hypergen_gateway.config import Config
 from hypergen_gateway.embedded.export_cache import default_cache_dir
 from hypergen_gateway.generation.backend import GeneratedImage, GenerationRequest
@@ -470,14 +471,24 @@ async def test_the_command_that_is_printed_saves_an_image(how: str, tmp_path: Pa
             assert await asyncio.to_thread(stop_server, server) == 0
 
 
-async def test_more_skipped_layers_than_the_model_has_are_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hypergen_gateway.serving._serve_http", AsyncMock())
+async def test_more_skipped_layers_than_the_model_has_are_refused_at_start() -> None:
     async with serving(FakeTriton()) as url:
         triton = TritonOptions(model="", url=url, export=None)
         options = ServeOptions(host="127.0.0.1", port=free_port(), triton=triton, gateway=Config(clip_skip=12))
-        await run_server(options)
+        accepted = asyncio.create_task(run_server(options))
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{options.port}") as client:
+            await asyncio.wait_for(_until_a_model_is_listed(client), 30)
+        await cancel(accepted)
         with pytest.raises(ClipSkipError, match=r"^--clip-skip: must be from 0 to 12 for this model, not 13"):
             await run_server(replace(options, gateway=Config(clip_skip=13)))
+
+
+async def _until_a_model_is_listed(client: httpx.AsyncClient) -> None:
+    while True:
+        with suppress(httpx.TransportError):
+            if (await client.get("/v1/models")).status_code == 200:
+                return
+        await asyncio.sleep(0.05)
 
 
 def run_shell(command: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:

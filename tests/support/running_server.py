@@ -148,7 +148,7 @@ def wait_for_server(server: Server, path: str = "/health/ready") -> None:
     try:
         # With an export, which takes minutes on a machine that does much else.
         server.wait_until(lambda: any("Serving " in line for line in server.lines), 600, "serving")
-        server.wait_until(lambda: _answers(server, path), 60, "answering")
+        server.wait_until(lambda: answers(server, path), 60, "answering")
     except BaseException:
         # Nobody else knows of it. In order, as its Triton would live on with it.
         if server.process.poll() is None:
@@ -163,7 +163,8 @@ def _collect(server: Server) -> None:
             server.lines.append(line.rstrip("\n"))
 
 
-def _answers(server: Server, path: str) -> bool:
+def answers(server: Server, path: str) -> bool:
+    """Whether it does, with 200."""
     try:
         return httpx.get(server.url + path, timeout=5).status_code == 200
     except httpx.TransportError:

@@ -191,8 +191,10 @@ class ModelDescription:
 class Backend(Protocol):
     """Generates images. Methods raise only `HyperGenError` and never wait forever."""
 
-    rejected_loras: Mapping[str, str]
-    """Name -> reason, of LoRA files that are there but cannot be served."""
+    @property
+    def rejected_loras(self) -> Mapping[str, str]:
+        """Name -> reason, of LoRA files that are there but cannot be served."""
+        ...
 
     async def describe(self) -> ModelDescription:
         """The model's description, or the last one read if it cannot be read now.
