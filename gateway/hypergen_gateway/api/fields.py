@@ -297,8 +297,8 @@ _STRENGTH = Field(
     ge=0.0,
     le=1.0,
     description="How much of the input image is replaced: 1 keeps nothing; 0, or so little that no step is left, "
-    "returns it unchanged. Without it, a model that takes references (`max_references` of `/v1/capabilities`) is shown the images "
-    "of an edit as such, and generates from noise.",
+    "returns it unchanged. Without it, a model that takes references (`max_references` of `/v1/capabilities`) is shown "
+    "the images of an edit as such, and generates from noise.",
 )
 
 

@@ -14,7 +14,7 @@ from hypergen_gateway.storage.lora_files import SUFFIX, is_safetensors
 _LEGAL = {
     "name": "1 to 64 letters, digits, '_', '.' or '-', of which the first and the last are letters or digits, "
     f"without {SUFFIX} at the end",
-    "file": "a file in the format safetensors",
+    "file": "a whole file in the format safetensors",
 }
 
 

@@ -31,14 +31,19 @@ def requested_name(file: Path) -> str:
 
 
 def is_safetensors(file: BinaryIO, size: int) -> bool:
-    """Whether a file begins as one of safetensors does: the length of a JSON object, and the object."""
+    """Whether a file is one of safetensors as a whole: a JSON object after its length, and all weights that it states.
+
+    Half of a file must not replace a whole one.
+    """
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
         return False
     try:
-        return isinstance(json.loads(file.read(length)), dict)
-    except (ValueError, RecursionError):
+        header = json.loads(file.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        return bool(max(ends, default=0) <= size - 8 - length)
+    except (ValueError, RecursionError, AttributeError, LookupError, TypeError):
         return False
 
 

@@ -121,6 +121,8 @@ async def test_no_other_key_does(headers: dict[str, str], server: httpx.AsyncCli
         (form(file=b"PK\x03\x04 a zip archive"), 400, "file"),
         (form(file=(2**62).to_bytes(8, "little") + b"{}"), 400, "file"),
         (form(file=(3).to_bytes(8, "little") + b"[1]"), 400, "file"),
+        (form(file=(7).to_bytes(8, "little") + b'{"a":1}'), 400, "file"),
+        (form(file=FILE[:-1]), 400, "file"),
         (form(file=FILE + bytes(10_000)), 413, None),
         ({"json": {"name": "ink"}}, 415, None),
     ],
