@@ -404,8 +404,10 @@ def serve_command(*, triton: TritonOptions, model: str | None, reload: bool, **g
     if given["link_bucket"] is not None and importlib.util.find_spec("boto3") is None:
         raise click.UsageError("--link-bucket needs boto3: pip install 'hypergen-triton[s3]'.")
     link_folder = _find_link_folder(given.pop("cache_dir"))
+    lora_dir = None if triton.export is None else triton.export.lora_dir
+    if given["lora_admins"] and lora_dir is not None and (reason := find_write_error(lora_dir)):
+        raise click.UsageError(f"--lora-admin: files cannot be added to {lora_dir} ({reason}).")
     try:
-        lora_dir = None if triton.export is None else triton.export.lora_dir
         gateway = Config(model_id=served_id, link_folder=link_folder, lora_dir=lora_dir, **given)
     except ValueError as error:
         raise click.UsageError(f"{error}.") from error

@@ -174,6 +174,17 @@ def test_what_compose_writes_for_a_variable_that_is_not_set_is_as_if_it_were_not
     assert f"Cannot listen on {NOWHERE}:8000" in result.output
 
 
+def test_a_folder_that_no_lora_can_be_added_to_is_refused(
+    key_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = ["--api-key-file", str(key_file), "--lora-dir", str(tmp_path)]
+    # The root user may write anywhere.
+    monkeypatch.setattr("os.access", lambda folder, mode: Path(folder) != tmp_path or not mode & os.W_OK)
+    line = refusal(serve(*keys, "--lora-admin", "anna"))
+    assert line == f"Error: --lora-admin: files cannot be added to {tmp_path} (Permission denied)."
+    assert f"Cannot listen on {NOWHERE}" in serve(*keys).output
+
+
 @pytest.mark.parametrize("address", ["tcp://10.96.0.1:8000", "udp://10.96.0.1:53"])
 def test_the_address_of_a_service_in_kubernetes_is_no_port(address: str) -> None:
     result = serve("--host", NOWHERE, HYPERGEN_PORT=address)
