@@ -74,7 +74,7 @@ def cors(origins: Collection[str]) -> list[Middleware]:
     if not origins:
         return []
     allowed = [_ANY] if _ANY in origins else list(origins)
-    methods = ("GET", "POST")
+    methods = ("GET", "POST", "DELETE")
     return [
         Middleware(
             _Cors,
