@@ -57,6 +57,7 @@ def denoiser_calls(checkpoint: Checkpoint, component: Component, onnx: Path, rep
     """
     recorder = _Recorder(checkpoint, component, onnx)
     recorded = [recorder.take() for _ in generate(checkpoint, component, recorder.module, report)]
+    recorder.close()
     calibration = [call for calls in recorded[:-HELD_OUT] for call in calls]
     held_out = [call for calls in recorded[-HELD_OUT:] for call in calls]
     return Calls(calibration=_spread(calibration), held_out=held_out)
@@ -152,6 +153,10 @@ class _Recorder:
         self._names = [tensor.name for tensor in component.inputs]
         self._engine = compiled(onnx, "bf16")
         self._calls: list[Call] = []
+
+    def close(self) -> None:
+        """Free the engine with the last reference to this, although the module's `forward` is one, in a circle."""
+        del self.module.forward
 
     def take(self) -> list[Call]:
         """The calls since this was called last."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import logging
 import math
@@ -50,6 +51,25 @@ def calls(checkpoint: Checkpoint, onnx: Path) -> Calls:
     recorded = calibration.denoiser_calls(checkpoint, UNET, onnx, shares.append)
     assert shares[-1] == 1
     return Calls(calibration=recorded.calibration[::5], held_out=recorded.held_out[::5])
+
+
+def test_the_engine_of_the_recorded_images_is_freed_at_once(
+    checkpoint: Checkpoint, onnx: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of a model of Stable Diffusion 1.5's size has gigabytes, and the next is compiled directly after it."""
+    monkeypatch.setattr(calibration, "IMAGES", calibration.HELD_OUT + 1)
+    monkeypatch.setattr(calibration, "_MOST_STEPS", 2)
+    before = engines_in_memory()
+    gc.disable()
+    try:
+        calibration.denoiser_calls(checkpoint, UNET, onnx, lambda _: None)
+        assert engines_in_memory() == before
+    finally:
+        gc.enable()
+
+
+def engines_in_memory() -> int:
+    return sum(isinstance(each, openvino.CompiledModel) for each in gc.get_objects())
 
 
 @dataclass(frozen=True)
