@@ -81,6 +81,8 @@ DTYPES = {
 # File formats by file name extension; standard output has none.
 FORMATS: Mapping[str, FormatName] = {"": "png", ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 STANDARD_OUTPUT = Path("-")
+# Of the sampler's inputs.
+MAX_INT32 = 2**31 - 1
 
 # Commands imported on demand: the exporter may not be installed, and serving needs no HTTP client.
 _LAZY_COMMANDS = {
@@ -595,9 +597,11 @@ def _read_setting(text: str) -> dict[str, int | float | str]:
         if name not in FIELDS or not equals:
             raise click.UsageError(f"--with must be FIELD=VALUE with {', '.join(FIELDS)}, not {part[:40]!r}.")
         try:
-            setting[name] = FIELDS[name](value)
+            setting[name] = read = FIELDS[name](value)
         except ValueError:
             raise click.UsageError(f"--with {name} must be a number, not {value[:40]!r}.") from None
+        if isinstance(read, int) and abs(read) > MAX_INT32:
+            raise click.UsageError(f"--with {name} is too large: {value[:40]}.")
     return setting
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,8 +19,8 @@ _LEGAL = {
 }
 
 
-def read_upload(form: dict[str, Any]) -> LoraForm:
-    """The validated form. Reads the file's header, which blocks.
+def read_upload(form: dict[str, Any], fixed: Collection[str]) -> LoraForm:
+    """The validated form. Reads the file's header, which blocks. `fixed` are names that no file may take.
 
     Raises:
         InvalidRequestError: a field is invalid; `param` is its name.
@@ -31,6 +32,10 @@ def read_upload(form: dict[str, Any]) -> LoraForm:
     # Requests name ink.safetensors "ink": as a name of its own, it would replace that file, or be mistaken for it.
     if upload.name.lower().endswith(SUFFIX):
         raise _invalid("name", form)
+    if upload.name in fixed:
+        raise InvalidRequestError(
+            f"The LoRA {upload.name!r} was named at the start and stays. Use another name.", "name"
+        )
     if not is_safetensors(upload.file.file, upload.file.size):
         raise _invalid("file", form)
     return upload

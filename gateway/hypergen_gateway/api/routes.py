@@ -160,8 +160,10 @@ class Endpoints:
     async def _add_lora(self, request: Request) -> Response:
         """Store a LoRA's file, which is then served, or listed with the reason why not."""
         files = self._lora_files(request)
+        model = await self._describe()
+        fixed = {lora.name for lora in model.loras if not lora.is_of_folder}
         async with read_form(request, LoraForm.model_fields) as form:
-            upload = await asyncio.to_thread(read_upload, form)
+            upload = await asyncio.to_thread(read_upload, form, fixed)
             await asyncio.to_thread(files.save, upload.name, upload.file.file)
         return _json(responses.LoraObject(name=upload.name), status=202)
 

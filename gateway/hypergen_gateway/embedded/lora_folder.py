@@ -400,7 +400,7 @@ class LoraFolder:
         new = table.with_suffix(".new")
         new.write_text(json.dumps([*self._configured, *placed]), encoding="utf-8")
         new.replace(table)
-        own = [replace(lora, in_pool=name in held) for name, lora in self._loras.items()]
+        own = [replace(lora, in_pool=name in held, is_of_folder=True) for name, lora in self._loras.items()]
         self._backend.loras = (*map(to_lora, self._configured), *own)
         self._backend.rejected_loras = dict(self._rejected)
 

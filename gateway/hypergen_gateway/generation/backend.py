@@ -107,6 +107,7 @@ class Lora:
     columns: int = 0  # of the rank pool that it takes
     in_pool: bool = True  # otherwise the next request that names it waits until it is
     changes: tuple[str, ...] = ()  # the checkpoint's modules
+    is_of_folder: bool = False  # a file there can be replaced and removed; others are served until the server stops
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,6 +93,16 @@ async def test_a_key_with_that_right_adds_replaces_and_removes_a_file(server: ht
     assert (again.status_code, again.json()["error"]["param"]) == (404, "name")
 
 
+async def test_the_name_of_a_lora_that_was_given_at_the_start_is_taken(
+    server: httpx.AsyncClient, backend: FakeBackend, folder: Path
+) -> None:
+    backend.description = replace(MODEL, loras=(INK, replace(PEN, is_of_folder=True)))
+    refused = await server.post("/v1/loras", headers=ADMIN, **form("ink"))
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "name")
+    assert not held(folder)
+    assert (await server.post("/v1/loras", headers=ADMIN, **form("pen"))).status_code == 202
+
+
 @pytest.mark.parametrize("headers", [OTHER, {"Authorization": "Bearer unnamed-key"}])
 async def test_no_other_key_does(headers: dict[str, str], server: httpx.AsyncClient, folder: Path) -> None:
     (folder / "clay.safetensors").write_bytes(FILE)

@@ -307,6 +307,7 @@ class TestCommand:
         [
             (("--with", "size=64x64", "--measure"), "--with must be FIELD=VALUE with num_inference_steps,"),
             (("--with", "cache_interval=two", "--measure"), "--with cache_interval must be a number"),
+            (("--with", "num_inference_steps=99999999999", "--measure"), "--with num_inference_steps is too large"),
             (("--count", "2"), "are for --measure"),
             (("--min-psnr", "nan"), "--min-psnr"),
             (("--reference", "a", "--reference-url", "b:1", "--measure"), "exclude each other"),
