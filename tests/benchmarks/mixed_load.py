@@ -9,6 +9,7 @@ import asyncio
 import base64
 import contextlib
 import io
+import itertools
 import random
 import time
 import uuid
@@ -27,7 +28,8 @@ GENERATIONS = "/v1/images/generations"
 SIZES = ("64x64", "96x64", "64x96", "80x64", "96x96")
 FORMATS = ("png", "jpeg", "webp")
 SCHEDULERS = ("ddim", "euler", "euler_a", "dpmpp_2m", "unipc", "heun")
-PROMPTS = ("a rocket on a yellow background", "a cat", "two cats in the rain, " * 20, "😀")
+SHORT, LONG = "a rocket on a yellow background", "two cats in the rain, " * 20
+PROMPTS = (SHORT, "a cat", LONG, "😀")
 LIMIT_SECONDS = 120.0
 BURST = 12
 
@@ -68,20 +70,23 @@ async def drive(server: Server, seconds: float, in_flight: int, chance: random.R
 
 
 async def touch_every_shape(server: Server) -> None:
-    """Generate every size with every number of rows, as an engine keeps something for each shape that it has seen."""
+    """Generate every size with every number of rows, as an engine keeps something for each shape that it has seen.
+
+    With short prompts and long ones, which have more chunks of tokens.
+    """
     headers = {"Authorization": f"Bearer {KEY}"}
     async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=LIMIT_SECONDS) as client:
 
-        async def generate(size: str, images: int, guidance: int) -> None:
-            body = {"prompt": PROMPTS[0], "size": size, "n": images, "guidance_scale": guidance}
-            await _generate(client, {**body, "num_inference_steps": 4}, 200)
+        async def generate(prompt: str, size: str, images: int, guidance: int, steps: int = 1) -> None:
+            body = {"prompt": prompt, "size": size, "n": images, "guidance_scale": guidance}
+            await _generate(client, {**body, "num_inference_steps": steps}, 200)
 
-        for size in SIZES:
+        for prompt, size in itertools.product((SHORT, LONG), SIZES):
             for images in range(1, 9):
-                await generate(size, images, 1)
-                await generate(size, images, 2)
+                await generate(prompt, size, images, 1)
+                await generate(prompt, size, images, 2)
             for images in range(4, 8):  # odd numbers of rows, where they are generated together
-                await asyncio.gather(generate(size, images, 2), generate(size, 1, 1))
+                await asyncio.gather(generate(prompt, size, images, 2, 4), generate(prompt, size, 1, 1, 4))
 
 
 def _body(chance: random.Random, **more: Any) -> dict[str, Any]:
