@@ -61,20 +61,31 @@ def test_running_images_are_counted_and_so_are_the_steps_that_a_disconnect_saves
 
 
 def test_the_processes_of_all_models_end_by_themselves(exported: Path, tmp_path: Path) -> None:
-    """The sampler's crashed at each stop, as it still had its metrics when Triton could no longer be told."""
+    """The sampler's crashed, as it still had its metrics, and what was left of a cancelled request."""
     installation = find_installation()
     statuses, stub = tmp_path / "statuses", tmp_path / "triton_python_backend_stub"
     # Triton first tries whether it can be run at all, without arguments.
     stub.write_text(f'#!/bin/sh\n{installation.stub} "$@"\nstatus=$?\n[ $# = 0 ] || echo $status >> {statuses}\n')
     stub.chmod(0o755)
 
+    ports = free_ports()
+
     async def start_and_stop() -> None:
-        server = await TritonServer.start(Launch(replace(installation, stub=stub), exported, free_ports()))
+        server = await TritonServer.start(Launch(replace(installation, stub=stub), exported, ports))
         try:
             await server.wait_ready(120)
+            await asyncio.to_thread(leave_early, f"127.0.0.1:{ports.grpc}")
         finally:
             await server.stop(60)
 
     asyncio.run(start_and_stop())
     models = [file.parent for file in exported.glob("*/config.pbtxt")]
     assert statuses.read_text().split() == ["0"] * len(models)
+
+
+def leave_early(url: str) -> None:
+    """Cancel a request, and return when the sampler has noticed."""
+    stream = responses(url, **LONG, partial_images=3)
+    next(stream)
+    stream.close()
+    ask(url, prompt="cat", num_inference_steps=2)

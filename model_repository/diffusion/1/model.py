@@ -8,6 +8,7 @@ of a decoupled model would otherwise wait forever.
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -81,8 +82,9 @@ class TritonPythonModel:
         await asyncio.gather(*(self._serve(request, self._loop) for request in requests))
 
     def finalize(self) -> None:
-        """Triton unloads the model."""
+        """Free what is Triton's: the process would crash at its end, when Triton's memory is gone."""
         self._metrics.close()
+        gc.collect()  # the senders of cancelled requests are in circles of references
 
     def _start_loop(self) -> StepLoop:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(BLS_THREADS))

@@ -57,7 +57,7 @@ class SamplerMetrics:
             self._update(done)
 
     def close(self) -> None:
-        """Give the metrics back while Triton can hear of it: the process of the model crashes if it ends with them."""
+        """Give the metrics back, while Triton can hear of it."""
         self._gauges.clear()
         self._counters.clear()
         self._families.clear()
