@@ -3,7 +3,7 @@
 Needs no GPU and no weights. A command, not a test:
 
     python tests/benchmarks/engine_memory.py                        the table of docs/production.md
-    python tests/benchmarks/engine_memory.py --measure FLUX.1-dev   one layer of each kind, built; minutes and 5 GB
+    python tests/benchmarks/engine_memory.py --measure FLUX.1-dev   one layer of each kind, built; minutes and 14 GB
 
 A layer's activations are those of the whole model, since layers take turns with the same memory.
 """
