@@ -62,7 +62,7 @@ CHROMA = (
             flow_shift="linear",
             patch_size=2,
         ),
-        num_inference_steps=40,  # of its model card; the pipeline's defaults are 35 and 5
+        num_inference_steps=40,  # as in diffusers' example for Chroma1-HD; its pipeline has 35 and 5
         guidance_scale=3.0,
         distilled_steps=8,
         default_side=1024,
