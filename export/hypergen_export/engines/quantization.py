@@ -92,6 +92,7 @@ def compiled(file: Path, precision: str) -> Any:
 def _quantized(component: Component, dtype: str, onnx: Path, calls: Calls, report: Callable[[float], None]) -> Any:
     """The graph of an ONNX file, quantised by NNCF."""
     import nncf
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
     model, names = _read(component, dtype, onnx)
     scope = nncf.IgnoredScope(names=names, validate=False)
@@ -109,6 +110,9 @@ def _quantized(component: Component, dtype: str, onnx: Path, calls: Calls, repor
                 # overflow. On one with AVX2 alone, the shipped UNet's error was 0.106 with eight bits and is 0.067.
                 # With VNNI eight would be better (43.0 dB in the passport, not 41.3), but an export may move.
                 overflow_fix=nncf.OverflowFix.ENABLE,
+                # Over all calls. What layers read grows and shrinks with the noise, and NNCF's default, the mean of
+                # the calls' extremes, would cut off half of it.
+                activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
                 smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=_SMOOTHING, convolution=-1),
             ),
         )
