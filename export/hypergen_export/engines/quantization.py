@@ -110,8 +110,8 @@ def _quantized(component: Component, dtype: str, onnx: Path, calls: Calls, repor
                 # overflow. On one with AVX2 alone, the shipped UNet's error was 0.106 with eight bits and is 0.067.
                 # With VNNI eight would be better (43.0 dB in the passport, not 41.3), but an export may move.
                 overflow_fix=nncf.OverflowFix.ENABLE,
-                # Over all calls. What layers read grows and shrinks with the noise, and NNCF's default, the mean of
-                # the calls' extremes, would cut off half of it.
+                # The extremes of all calls. What layers read changes with the noise: NNCF's default, the mean of the
+                # calls' extremes, cuts off the rest, on a miniature more than half of a layer's range.
                 activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
                 smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=_SMOOTHING, convolution=-1),
             ),
