@@ -16,7 +16,8 @@ from openvino import opset13 as ops
 def flatten_channel_scales(model: Any) -> int:
     """Move the reshape in each `reshape → × scale → + shift [→ SiLU]` to the end; returns the number of matches.
 
-    The reshape gives [batch, channels, height, width]; scale and shift are constants of [channels, 1, 1].
+    The reshape gives [batch, channels, height, width]; scale and shift are constants of [channels, 1, 1], with a
+    leading 1 in a quantised graph.
     """
     found = list(_channel_scales(model))
     for scale, shift in found:
@@ -40,9 +41,12 @@ def _is_per_channel(node: Any, of: str) -> bool:
     return (
         values.get_type_name() == of
         and constant.get_type_name() == "Constant"
-        and len(constant.get_output_shape(0)) == 3
-        and tuple(constant.get_output_shape(0))[1:] == (1, 1)
+        and _is_column(tuple(constant.get_output_shape(0)))
     )
+
+
+def _is_column(shape: tuple[int, ...]) -> bool:
+    return shape[-2:] == (1, 1) and (len(shape) == 3 or (len(shape) == 4 and shape[0] == 1))
 
 
 def _flatten(scale: Any, shift: Any) -> None:
@@ -61,8 +65,10 @@ def _flatten(scale: Any, shift: Any) -> None:
 
 
 def _silu_of(node: Any) -> Any | None:
-    """The node of x · sigmoid(x), if that is the only use of the output x of `node`; else None."""
+    """The node of x · sigmoid(x), x being the output of `node`, which nothing else reads; else None."""
     readers = {reader.get_node().get_type_name(): reader.get_node() for reader in _readers(node)}
+    if set(readers) == {"Swish"} and len(_readers(node)) == 1:
+        return readers["Swish"]
     if set(readers) != {"Sigmoid", "Multiply"} or len(_readers(node)) != 2:
         return None
     factors = {readers["Multiply"].input_value(index).get_node().get_name() for index in range(2)}
