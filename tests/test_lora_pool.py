@@ -33,6 +33,7 @@ CHANGED = {
     "stable-diffusion-3": ("transformer", "text_encoder", "text_encoder_2"),
     "z-image": ("transformer",),
     "qwen-image": ("transformer",),
+    "sana": ("transformer",),
 }
 
 
@@ -102,6 +103,7 @@ def loras_of(checkpoint_of: Callable[[str], Path], tmp_path_factory: pytest.Temp
         ("stable-diffusion-3", {"ink": 0.5, "clay": -0.25}),
         ("z-image", {"ink": 0.5, "clay": -0.25}),
         ("qwen-image", {"ink": 0.5, "clay": -0.25}),
+        ("sana", {"ink": 0.5, "clay": -0.25}),
     ],
 )
 async def test_images_equal_set_adapters_of_diffusers(

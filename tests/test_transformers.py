@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from hypergen_sampler.predicted_x0 import predicted_x0
 from hypergen_sampler.request import InvalidInputError
@@ -41,6 +42,8 @@ SCALES = {
     "stable-diffusion-3-without-t5": (3.5, 1.0),
     "z-image": (3.5, 0.0),
     "qwen-image": (3.5, 1.0),
+    "sana": (3.5, 1.0),
+    "sana-1.5": (3.5, 1.0),
 }
 
 
@@ -171,6 +174,48 @@ async def test_an_inpainted_image_is_seen_as_diffusers_shows_it(
     held(await pair.sampler.generate(request), image_by_diffusers(pipeline, request), TOLERANCE_FROM_IMAGE)
 
 
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        {"prompt": " A RED Rocket\n", "negative_prompt": "Blue CATS "},
+        {"prompt": "a red rocket, " * 200, "negative_prompt": "blue " * 400},
+        {"prompt": "", "negative_prompt": ""},
+    ],
+    ids=["in capitals", "too long", "empty"],
+)
+async def test_sanas_instruction_is_before_the_prompt_alone(prompts: dict[str, str], pair_of: Any) -> None:
+    pair = pair_of("sana-1.5")
+    request = request_of(guidance_scale=3.5, **prompts)
+    held(await pair.sampler.generate(request), image_by_diffusers(pair.pipeline, request), TOLERANCE)
+
+
+def test_tokens_are_counted_without_sanas_instruction(pair_of: Any) -> None:
+    tokenize = pair_of("sana-1.5").sampler.tokenize
+    tokens = [tokenize([text]) for text in ("a red rocket", "a red rocket " * 200)]
+    assert [(each.count, each.cut) for each in tokens] == [(3, 0), (299, 301)]
+    negative = tokenize(["a red rocket " * 200, ""])
+    assert (negative.count, negative.cut) == (299, 301)
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde", "unipc", "euler"])
+async def test_sanas_schedulers_are_those_of_diffusers_with_its_flow(name: str, pair_of: Any) -> None:
+    pair = pair_of("sana-1.5")
+    assert set(pair.sampler.schedulers.names) == {"", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde", "unipc", "euler"}
+    request = request_of(num_inference_steps=6, guidance_scale=3.5, scheduler=name)
+    pair.choose(name)
+    if name == "euler":
+        pair.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    theirs = image_by_diffusers(pair.pipeline, request)
+    pair.choose("")
+    held(await pair.sampler.generate(request), theirs, TOLERANCE)
+
+
+@pytest.mark.parametrize(("option", "value"), [("timestep_spacing", "trailing"), ("sigmas", "karras")])
+async def test_the_flow_of_a_solver_has_no_other_spacing(option: str, value: str, pair_of: Any) -> None:
+    with pytest.raises(InvalidInputError, match=rf"^{option}: must be absent, as the scheduler has no choice"):
+        await pair_of("sana-1.5").sampler.generate(request_of(**{option: value}))
+
+
 async def test_skip_layer_guidance_equals_that_of_diffusers_beside_images_without_it(pair_of: Any) -> None:
     pair = pair_of("stable-diffusion-3")
     guided = request_of(num_inference_steps=5, guidance_scale=3.5)
@@ -210,7 +255,8 @@ def test_the_preview_of_the_last_step_would_be_the_image(family: str, pair_of: A
     scheduler.set_timesteps(5)
     generator = torch.Generator().manual_seed(1)
     image, noise = (torch.randn(1, 4, 8, 8, generator=generator) for _ in range(2))
-    latents = noise
+    last = 1 - scheduler.sigmas[0]  # not 0 where solvers divide by it
+    latents = last * image + (1 - last) * noise
     for timestep in scheduler.timesteps:
         velocity = noise - image
         step = scheduler.step(velocity, timestep, latents)

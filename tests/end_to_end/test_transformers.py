@@ -36,9 +36,9 @@ pytestmark = pytest.mark.claim("families")
 
 # Family -> the guidance scale to ask for. An export takes most of a test's time: FLUX.1 and Qwen-Image meet Triton with
 # nothing that these do not. `tests/test_transformers.py` has all of them.
-SCALES = {"chroma": 3.5, "flux2-klein": 1.0, "stable-diffusion-3": 3.5, "z-image": 3.5}
+SCALES = {"chroma": 3.5, "flux2-klein": 1.0, "sana-1.5": 3.5, "stable-diffusion-3": 3.5, "z-image": 3.5}
 # Family with classifier-free guidance -> the smallest scale.
-SMALLEST_SCALES = {"chroma": 1.0, "stable-diffusion-3": 1.0, "z-image": 0.0}
+SMALLEST_SCALES = {"chroma": 1.0, "sana-1.5": 1.0, "stable-diffusion-3": 1.0, "z-image": 0.0}
 
 
 @dataclass
@@ -93,6 +93,23 @@ async def test_images_of_other_prompts_at_once_equal_those_of_diffusers(served: 
         theirs = served.by_diffusers(fields)
         assert theirs.std() > 10, "a flat image would prove nothing"
         levels = np.abs(image.astype(int) - theirs.astype(int))
+        print(f"{served.family}: at most {levels.max()}/255, mean {levels.mean():.5f}")
+        assert levels.max() <= 1
+
+
+@pytest.mark.parametrize("served", ["sana-1.5"], indirect=True)
+async def test_images_of_other_prompts_steps_and_scales_share_calls(served: Served) -> None:
+    bodies: list[dict[str, Any]] = [
+        {"prompt": "a red rocket", "seed": 1, "num_inference_steps": 6, "guidance_scale": 3.5},
+        {"prompt": "Two CATS", "negative_prompt": "Blue", "seed": 2, "num_inference_steps": 5, "guidance_scale": 2.0},
+        {"prompt": "a dog", "seed": 3, "num_inference_steps": 4, "guidance_scale": 1.0},
+    ]
+    async with served.server.async_client() as client:
+        requests = [generate(client, **body, size="96x64") for body in bodies]
+        results, executions = await generate_together(served.server, requests, "transformer")
+    assert executions == {2 + 2 + 1: 4, 2 + 2: 1, 2: 1}
+    for ours, fields in zip(results, bodies, strict=True):
+        levels = np.abs(ours.astype(int) - served.by_diffusers({**fields, "size": "96x64"}).astype(int))
         print(f"{served.family}: at most {levels.max()}/255, mean {levels.mean():.5f}")
         assert levels.max() <= 1
 
@@ -179,7 +196,7 @@ async def test_the_images_of_a_request_share_calls(served: Served) -> None:
 def test_its_limits_are_stated(served: Served) -> None:
     headers = {"Authorization": f"Bearer {KEY}"}
     stated = httpx.get(f"{served.server.url}/v1/capabilities", headers=headers).json()
-    assert (stated["default_size"], stated["size_factor"]) == ("256x256", 16)
+    assert (stated["default_size"], stated["size_factor"]) == ("256x256", 32 if served.family == "sana-1.5" else 16)
     guidance = [stated[name] for name in ("min_guidance_scale", "max_guidance_scale", "negative_prompt")]
     if served.family in SMALLEST_SCALES:
         assert guidance == [SMALLEST_SCALES[served.family], 20.0, True]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from hypergen_sampler.prompts import PromptTokenizers
 from hypergen_sampler.request import TextInput
@@ -20,6 +20,7 @@ TEMPLATE = TextInput(
     segment=0,
     before="<user> ",
     after=" <end> <assistant>",
+    is_instruction=False,
     max_chunks=1,
 )
 
@@ -62,6 +63,34 @@ def test_the_end_of_a_template_is_cut_before_the_prompt(
     tokens = tokenize([" ".join(WORDS[4 : 4 + words])])
     assert tokens.inputs[0]["input_ids"].shape == (1, 12)
     assert (tokens.count, tokens.cut) == (count, cut)
+
+
+@pytest.fixture
+def tokenize_after_instruction(tmp_path: Path) -> PromptTokenizers:
+    """The instruction are three tokens after the start; the denoiser is given five: those from its last one on."""
+    save_tokenizer(tmp_path, "tokenizer", length=7, multiple=None)
+    file = tmp_path / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<user> $0", special_tokens=[("<user>", 1)])
+    tokenizer.save(str(file))
+    return PromptTokenizers(tmp_path, [replace(TEMPLATE, before="w9 w8 w7 ", after="", is_instruction=True)])
+
+
+def test_an_instruction_is_before_the_prompt_and_a_negative_one_in_its_place(
+    tokenize_after_instruction: PromptTokenizers,
+) -> None:
+    tokens = tokenize_after_instruction(["W0 ", " w1 W2\n"])
+    assert tokens.inputs[0]["input_ids"].tolist() == [[0, 0, 1, 4, 0, 0, 0], [1, 13, 12, 11, 5, 6, 0]]
+    assert tokens.inputs[0]["attention_mask"].tolist() == [[0, 0, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 0]]
+    assert (tokens.count, tokens.cut) == (3, 0)
+
+
+def test_a_prompt_is_cut_after_its_instruction_and_a_negative_one_where_the_denoisers_tokens_end(
+    tokenize_after_instruction: PromptTokenizers,
+) -> None:
+    tokens = tokenize_after_instruction(["w0 " * 6, "w1 " * 6])
+    assert tokens.inputs[0]["input_ids"].tolist() == [[0, 0, 1, 4, 4, 4, 4], [1, 13, 12, 11, 5, 5, 5]]
+    assert (tokens.count, tokens.cut) == (4 + 3, 2 + 3)
 
 
 def test_what_reads_most_of_a_prompt_counts_its_tokens(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ PARAMETERS: Mapping[str, str] = {
                 "segment": 0,
                 "before": "",
                 "after": "",
+                "is_instruction": False,
                 "max_chunks": 16,
             }
         ]
@@ -33,6 +34,7 @@ PARAMETERS: Mapping[str, str] = {
     "reverses_time": "0",
     "guidance": "classifier_free",
     "guidance_width": "0",
+    "is_flow": "0",
     "flow_sigmas": "",
     "flow_shift": "",
     "patch_size": "1",

@@ -33,6 +33,8 @@ FAMILIES: Mapping[str, str] = {
     "flux2-klein": "FLUX.2-klein",
     "flux2-klein-base": "FLUX.2-klein-base",
     "z-image": "Z-Image",
+    "sana": "Sana",
+    "sana-1.5": "Sana 1.5",
     "qwen-image": "Qwen-Image",
     "stable-diffusion-3": "Stable Diffusion 3 and 3.5, skip-layer guidance",
     "stable-diffusion-3-without-t5": "Stable Diffusion 3 without T5",

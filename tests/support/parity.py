@@ -123,6 +123,7 @@ class Sampler:
             request.mask,
             masked_image=self._posterior(*masked_image_of(request)) if is_inpainting_model else None,
             respaces_timesteps=self.architecture.is_latent_consistency,
+            is_flow=bool(self.architecture.is_flow),
             starts_from_mode=bool(self.architecture.encodes_mode),
             interpolates_mask=self.architecture.latent_patch_size > 1,
         )

@@ -122,6 +122,24 @@ def _z_image() -> Any:
     return diffusers.ZImageTransformer2DModel(dim=3840, n_layers=30, n_heads=30, n_kv_heads=30, cap_feat_dim=2560)
 
 
+def _gemma2() -> Any:
+    return transformers.Gemma2Model(transformers.Gemma2Config())
+
+
+def _sana() -> Any:
+    return diffusers.SanaTransformer2DModel(qk_norm="rms_norm_across_heads")
+
+
+def _dc_vae() -> Any:
+    blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+    return diffusers.AutoencoderDC(
+        encoder_block_types=blocks,
+        decoder_block_types=blocks,
+        upsample_block_type="interpolate",
+        downsample_block_type="Conv",
+    )
+
+
 def unet_1_5() -> Any:
     """The UNet of Stable Diffusion 1.5."""
     return diffusers.UNet2DConditionModel(
@@ -212,6 +230,7 @@ PUBLISHED: Mapping[str, tuple[str, Modules]] = {
             "vae": diffusers.AutoencoderKLQwenImage,
         },
     ),
+    "Sana 1.5 1.6B": ("sana-1.5", {"text_encoder": _gemma2, "transformer": _sana, "vae": _dc_vae}),
 }
 
 

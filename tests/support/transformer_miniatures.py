@@ -17,6 +17,7 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from hypergen_export.checkpoints.families.sana import SANA
 from support.miniature import END, POSITIONS, WORDS, save_tokenizer
 
 # The user, assistant and generation parts of Qwen3's template, as the published tokenizer_config.json has them.
@@ -45,6 +46,14 @@ _DYNAMIC = {
     "max_shift": 1.15,
     "shift": 3.0,
     "use_dynamic_shifting": True,
+}
+# As diffusers' script that converts Sana's checkpoints makes it.
+_DPM_FLOW = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "algorithm_type": "dpmsolver++",
+    "flow_shift": 3.0,
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
 }
 _BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
 
@@ -255,6 +264,40 @@ def _qwen_image(folder: Path) -> None:
     )
 
 
+def _sana(folder: Path, *, is_1_5: bool) -> None:
+    """1.5 has normalised queries and keys. Either is published with one of two schedulers."""
+    transformer = diffusers.SanaTransformer2DModel(
+        in_channels=32,
+        out_channels=32,
+        num_layers=2,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=64,
+        cross_attention_dim=128,
+        caption_channels=64,
+        sample_size=32,
+        qk_norm="rms_norm_across_heads" if is_1_5 else None,
+    )
+    vocabulary = _save_gemma_tokenizer(folder / "tokenizer")
+    _save(folder / "text_encoder", _gemma2(vocabulary))
+    _save(folder / "transformer", transformer)
+    _save(folder / "vae", _dc_vae())
+    scheduler = _DPM_FLOW if is_1_5 else {**_FLOW, "shift": 3.0}
+    _write_scheduler(folder, scheduler)
+    _write_index(
+        folder,
+        "SanaPipeline",
+        {
+            "scheduler": ["diffusers", scheduler["_class_name"]],
+            "text_encoder": ["transformers", "Gemma2Model"],
+            "tokenizer": ["transformers", "GemmaTokenizerFast"],
+            "transformer": ["diffusers", "SanaTransformer2DModel"],
+            "vae": ["diffusers", "AutoencoderDC"],
+        },
+    )
+
+
 MINIATURES: Mapping[str, Callable[[Path], None]] = {
     "flux1-dev": lambda folder: _flux1(folder, has_guidance=True),
     "flux1-kontext": lambda folder: _flux1(folder, has_guidance=True, pipeline="FluxKontextPipeline"),
@@ -264,6 +307,8 @@ MINIATURES: Mapping[str, Callable[[Path], None]] = {
     "flux2-klein-base": lambda folder: _klein(folder, is_distilled=False),
     "z-image": _z_image,
     "qwen-image": _qwen_image,
+    "sana": lambda folder: _sana(folder, is_1_5=False),
+    "sana-1.5": lambda folder: _sana(folder, is_1_5=True),
     "stable-diffusion-3": lambda folder: _stable_diffusion_3(folder, is_3_5=True, has_t5=True),
     "stable-diffusion-3-without-t5": lambda folder: _stable_diffusion_3(folder, is_3_5=False, has_t5=False),
 }
@@ -330,6 +375,27 @@ def _flux2_vae() -> Any:
     return vae
 
 
+def _dc_vae() -> Any:
+    """The VAE of Sana: six levels, the last three with attention."""
+    blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+    widths, layers, scales = (16, 16, 16, 32, 32, 64), (1,) * 6, ((), (), (), (5,), (5,), (5,))
+    return diffusers.AutoencoderDC(
+        latent_channels=32,
+        attention_head_dim=16,
+        encoder_block_types=blocks,
+        decoder_block_types=blocks,
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        encoder_layers_per_block=layers,
+        decoder_layers_per_block=layers,
+        encoder_qkv_multiscales=scales,
+        decoder_qkv_multiscales=scales,
+        upsample_block_type="interpolate",
+        downsample_block_type="Conv",
+        scaling_factor=0.41407,
+    )
+
+
 def _projected_clip(vocabulary: Mapping[str, int], *, width: int, activation: str) -> Any:
     """A CLIP text encoder with the token ids that published configs state: the end token is found by its rank."""
     config = transformers.CLIPTextConfig(
@@ -393,6 +459,40 @@ def _save_t5_tokenizer(folder: Path) -> int:
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     _write_json(folder / "tokenizer_config.json", {**config, "tokenizer_class": "T5Tokenizer"})
+    return len(tokenizer)
+
+
+def _gemma2(vocabulary: int) -> Any:
+    """Scores are capped at a lower value than the published 50, as they are smaller, too."""
+    config = transformers.Gemma2Config(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        attn_logit_softcapping=2.0,
+    )
+    return transformers.Gemma2Model(config)
+
+
+def _save_gemma_tokenizer(folder: Path) -> int:
+    """Gemma's BPE, in which spaces begin words, with bytes for other characters; returns its size."""
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Replace(" ", "▁")
+    trained.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=_VOCABULARY + len(special), special_tokens=special)
+    trained.train_from_iterator([*_CORPUS * 4, *(f" {word}" for word in WORDS), SANA[0].text[0].template], trainer)
+    model = json.loads(trained.to_str())["model"]
+    tokenizer = transformers.GemmaTokenizerFast(
+        vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], add_bos_token=True
+    )
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    _write_json(folder / "tokenizer_config.json", {**config, "tokenizer_class": "GemmaTokenizer"})
     return len(tokenizer)
 
 

@@ -20,6 +20,7 @@ from diffusers import (
     FluxPipeline,
     QwenImageImg2ImgPipeline,
     QwenImageInpaintPipeline,
+    SanaPipeline,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3InpaintPipeline,
     ZImageImg2ImgPipeline,
@@ -30,6 +31,7 @@ from PIL import Image as PILImage
 from hypergen_sampler.conditioning import Array
 from hypergen_sampler.request import Request
 from support.parity import Pixels
+from support.sana_from_image import SanaFromImagePipeline
 
 # Family -> diffusers' pipelines for an input image, without and with a mask.
 FROM_IMAGE: Mapping[str, tuple[Any, Any]] = {
@@ -38,6 +40,8 @@ FROM_IMAGE: Mapping[str, tuple[Any, Any]] = {
     "stable-diffusion-3": (StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline),
     "qwen-image": (QwenImageImg2ImgPipeline, QwenImageInpaintPipeline),
     "z-image": (ZImageImg2ImgPipeline, ZImageInpaintPipeline),
+    "sana": (SanaFromImagePipeline, SanaFromImagePipeline),
+    "sana-1.5": (SanaFromImagePipeline, SanaFromImagePipeline),
 }
 # Further families that diffusers has only inpainting of.
 INPAINTING: Mapping[str, Any] = {
@@ -99,6 +103,8 @@ def _arguments(pipeline: Any, request: Request) -> dict[str, Any]:
         arguments["max_sequence_length"] = 256  # as FLUX.1-schnell was published
     if isinstance(pipeline, ChromaInpaintPipeline):
         arguments["max_sequence_length"] = 512  # as in the other two
+    if isinstance(pipeline, SanaPipeline):
+        arguments["use_resolution_binning"] = False  # or it scales an image of another size
     if isinstance(pipeline, Flux2KleinPipeline | Flux2KleinInpaintPipeline):
         states = pipeline.text_encoder.config.num_hidden_layers + 1
         arguments["text_encoder_out_layers"] = tuple(index % states for index in (9, 18, 27))

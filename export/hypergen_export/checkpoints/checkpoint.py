@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from hypergen_export.checkpoints.components import Sizes
 from hypergen_export.checkpoints.detection import (
     check_classes,
@@ -38,6 +40,7 @@ from hypergen_export.errors import (
     BrokenCheckpointError,
     NotADiffusersPipelineError,
     UnknownModelError,
+    first_line,
 )
 
 SHIPPED_MODEL = "hypergen/emoji"
@@ -105,6 +108,14 @@ class Checkpoint:
         stated = read_json(self.folder_of(tokenizer) / "tokenizer_config.json").get("model_max_length")
         # transformers writes 10**30 for "no limit".
         return int(stated) if stated else None
+
+    def token_count(self, tokenizer: str, text: str) -> int:
+        """The tokens of a text, without those that the tokenizer adds. Raises BrokenCheckpointError."""
+        file = self.folder_of(tokenizer) / "tokenizer.json"
+        try:
+            return len(Tokenizer.from_file(str(file)).encode(text, add_special_tokens=False).ids)
+        except Exception as error:  # tokenizers raises a plain Exception
+            raise BrokenCheckpointError(f"{file}: cannot be read ({first_line(error)})") from error
 
     def weights(self, module: str) -> Weights:
         """The files that hold the module's weights."""

@@ -29,6 +29,7 @@ _EXAMPLE_SIZES: Mapping[str, tuple[str, ...]] = {
     "prompt_2": ("vocabulary_2",),
     "prompt_3": ("vocabulary_3",),
     "clip_skip": ("max_clip_skip",),
+    "instructed_mask": ("tokens",),
 }
 
 

@@ -43,7 +43,8 @@ class TextInput:
     `max_chunks`: a longer prompt is encoded in so many chunks of that length, joined along the tokens; the rest is cut.
 
     `template` is the text around the prompt, which replaces its "{}"; `chat` are arguments of the tokenizer's chat
-    template, rendered with the prompt as the user's message. At most one of them is given.
+    template, rendered with the prompt as the user's message. At most one of them is given. `is_instruction`: the
+    template is an instruction, which is not before negative prompts, and all prompts are in lower case.
     """
 
     encoder: str
@@ -54,6 +55,7 @@ class TextInput:
     max_chunks: int = 1
     template: str = "{}"
     chat: Mapping[str, Any] | None = None
+    is_instruction: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,10 @@ class Configs(Protocol):
 
     def tokenizer_length(self, tokenizer: str) -> int | None:
         """The length that a tokenizer's config states, if any."""
+        ...
+
+    def token_count(self, tokenizer: str, text: str) -> int:
+        """The tokens of a text, without those that a tokenizer adds."""
         ...
 
 

@@ -98,6 +98,7 @@ _BASES = {
         r"(double|single)_blocks_\d": "FLUX.1, Chroma or FLUX.2",
         r"transformer_blocks_\d+_(img|txt)_(mlp|mod)_": "Qwen-Image",
         r"(noise_refiner|context_refiner|layers)_\d+_": "Z-Image or Lumina 2",
+        r"transformer_blocks_\d+_ff_conv_": "Sana",
         r"blocks_\d+_(self|cross)_attn_": "Wan",
     }.items()
 }
@@ -109,6 +110,7 @@ _STATED_BASES = {
     "ChromaTransformer2DModel": re.compile(r"chroma"),
     "Flux2Transformer2DModel": re.compile(r"flux[-_. ]?2|klein"),
     "QwenImageTransformer2DModel": re.compile(r"qwen[-_ ]?image"),
+    "SanaTransformer2DModel": re.compile(r"sana"),
     "SD3Transformer2DModel": re.compile(r"stable[-_ ]diffusion[-_ ]3|sd[-_]?3"),
     "ZImageTransformer2DModel": re.compile(r"z[-_ ]?image"),
 }

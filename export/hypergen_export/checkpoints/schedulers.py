@@ -42,8 +42,10 @@ _TRAINING = (
 )
 # Entries also kept for a class that rejects the rest of the checkpoint's configuration.
 _TIMESTEPS = ("timestep_spacing", "steps_offset")
-# The only scheduler of families whose latents flow, and the name under which a request may select it.
+# The scheduler of families whose latents flow, and the name under which a request may select it.
 FLOW_SCHEDULER, _FLOW_NAME = "FlowMatchEulerDiscreteScheduler", "euler"
+# Those whose sigmas may be the flow's. DEIS, too, but it leaves noise: its last step ends where it starts.
+_FLOW_SOLVERS = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde", "unipc")
 # Attributes of a scheduler that diffusers' pipelines use.
 _NEEDED = ("order", "init_noise_sigma", "set_timesteps", "scale_model_input", "step")
 _TRIAL_SIDE = 8
@@ -131,17 +133,35 @@ def scheduler_table(config: Config, overrides: ConfigOverrides, *, steps: int, c
 
 
 def _flow_table(checkpoint: Checkpoint, steps: int) -> SchedulerTable:
-    """The checkpoint's own scheduler, for flow matching. Raises ValueError."""
+    """The schedulers of a checkpoint for flow matching. Raises ValueError."""
     config, sampling = checkpoint.scheduler, checkpoint.family.sampling
     class_name = str(config["_class_name"])
+    if config.get("use_flow_sigmas") and not (sampling.flow_sigmas or sampling.flow_shift):
+        return _flow_solvers(config, steps, checkpoint.sizes["latent_channels"])
     if class_name != FLOW_SCHEDULER:
         raise ValueError(f"its scheduler {class_name} is not supported for this family; {FLOW_SCHEDULER} is")
     with _silenced(), _naming(class_name):
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
         sigmas = np.linspace(1.0, 1 / steps, steps) if sampling.flow_sigmas else None
-        scheduler.set_timesteps(steps, sigmas=sigmas, mu=1.0 if scheduler.config.use_dynamic_shifting else None)
+        has_shift = scheduler.config.use_dynamic_shifting and sampling.flow_shift
+        scheduler.set_timesteps(steps, sigmas=sigmas, mu=1.0 if has_shift else None)
     complete = _complete(scheduler)
     return SchedulerTable({OWN: complete, _FLOW_NAME: complete}, {})
+
+
+def _flow_solvers(config: Config, steps: int, channels: int) -> SchedulerTable:
+    """The checkpoint's own scheduler, one for differential equations of any kind, and others with its flow.
+
+    Raises ValueError.
+    """
+    with _silenced():
+        found = _schedulers(_own(config, {}), steps, channels)
+        names = (OWN, _own_name(found), *_FLOW_SOLVERS)
+        euler = diffusers.FlowMatchEulerDiscreteScheduler(
+            num_train_timesteps=found[OWN]["num_train_timesteps"], shift=found[OWN]["flow_shift"]
+        )
+    table = {name: scheduler for name, scheduler in found.items() if name in names}
+    return SchedulerTable({**table, _FLOW_NAME: _complete(euler)}, {})
 
 
 @contextlib.contextmanager

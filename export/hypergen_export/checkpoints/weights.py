@@ -23,10 +23,10 @@ _NAME = re.compile(
 # In order of preference: reading safetensors runs no code, and full precision comes before half.
 _FORMATS = ("safetensors", "bin")
 _VARIANTS = ("", "fp16", "bf16")
-# Sets of files of which each is a vocabulary: of the byte-pair encodings of CLIP and Qwen, and of T5. transformers
-# would need the package sentencepiece to read T5's spiece.model.
+# Sets of files of which each is a vocabulary: of the byte-pair encodings of CLIP and Qwen, and of T5 and Gemma.
+# transformers would need the package sentencepiece to read their other file.
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-_VOCABULARIES_T5 = (("tokenizer.json",),)
+_WITHOUT_SENTENCEPIECE = (("tokenizer.json",),)
 _READ_BYTES = 2**20
 _SHARD = re.compile(r"-(?P<number>\d+)-of-(?P<count>\d+)")
 _MOST_SHARDS = 1000
@@ -58,7 +58,8 @@ def select_weights(names: Iterable[str]) -> Weights | None:
 
 def vocabularies(tokenizer_class: str) -> tuple[tuple[str, ...], ...]:
     """The sets of files of which a tokenizer of this class needs one."""
-    return _VOCABULARIES_T5 if tokenizer_class == "transformers.T5Tokenizer" else VOCABULARIES
+    has_sentencepiece = tokenizer_class in ("transformers.T5Tokenizer", "transformers.GemmaTokenizer")
+    return _WITHOUT_SENTENCEPIECE if has_sentencepiece else VOCABULARIES
 
 
 def float32_bytes(folder: Path, weights: Weights) -> int:

@@ -49,6 +49,14 @@ def _mask(spec: _Spec) -> torch.Tensor:
     return (torch.arange(tokens)[None] < lengths[:, None]).to(torch.int32)
 
 
+def _instructed_mask(spec: _Spec) -> torch.Tensor:
+    """Samples with an instruction before the prompt, and every second one padded to its place; padding follows."""
+    first = (spec.shape[1] - spec.sizes["tokens"]) * (torch.arange(spec.shape[0]) % 2)
+    last = first + spec.sizes["tokens"] // 2 + 7 * torch.arange(spec.shape[0])
+    index = torch.arange(spec.shape[1])[None]
+    return ((first[:, None] <= index) & (index < last[:, None])).to(torch.int32)
+
+
 def _clip_skip(spec: _Spec) -> torch.Tensor:
     """Each sample skips another number of layers, the first none."""
     numbers = torch.arange(spec.shape[0], dtype=torch.int32) % (spec.sizes["max_clip_skip"] + 1)
@@ -94,6 +102,7 @@ VALUES: Mapping[str, Callable[[_Spec], torch.Tensor]] = {
     "prompt_2": partial(_prompt, "vocabulary_2"),
     "prompt_3": partial(_prompt, "vocabulary_3"),
     "mask": _mask,
+    "instructed_mask": _instructed_mask,
     "clip_skip": _clip_skip,
     "time": _time,
     "sinusoids": _sinusoids,

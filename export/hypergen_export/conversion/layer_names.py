@@ -47,8 +47,8 @@ def layer_names(module: torch.nn.Module) -> Names:
 
 
 def has_matrix(layer: torch.nn.Module) -> bool:
-    """Whether LoRAs may change the layer."""
-    return isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
+    """Whether LoRAs may change the layer. No trainer is known to change grouped convolutions, as Sana has."""
+    return isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) and getattr(layer, "groups", 1) == 1
 
 
 def _other_names(path: str) -> Iterator[str]:

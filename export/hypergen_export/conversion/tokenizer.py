@@ -45,6 +45,8 @@ def write_tokenizer(checkpoint: Checkpoint, text: TextInput, path: Path) -> None
         expected = theirs(_as_given(theirs, text, prompt), padding="max_length", max_length=length, truncation=True)
         if ours.encode(f"{before}{prompt}{after}").ids != expected.input_ids:
             raise ParityMissedError(f"{text.tokenizer}: encodes {prompt[:40]!r} differently than transformers")
+    if text.is_instruction and len(theirs(before).input_ids) != checkpoint.token_count(text.tokenizer, before) + 1:
+        raise BrokenCheckpointError(f"{checkpoint.folder_of(text.tokenizer)}: begins prompts with other than one token")
     if _is_masked(checkpoint, text):
         # No multiple may exceed the longest text.
         multiple = text_padding(checkpoint) if length % text_padding(checkpoint) == 0 else length
@@ -110,6 +112,7 @@ def text_parameters(checkpoint: Checkpoint, files: dict[str, Path], pool: LoraPo
                 "segment": text.segment,
                 "before": before,
                 "after": after,
+                "is_instruction": text.is_instruction,
                 "max_chunks": text.max_chunks,
             }
         )
@@ -162,7 +165,8 @@ def _load(checkpoint: Checkpoint, text: TextInput) -> Any:
 
     folder = checkpoint.folder_of(text.tokenizer)
     loader = getattr(transformers, f"{text.tokenizer_class.partition('.')[2]}Fast")
+    padding = {"padding_side": "right"} if text.is_instruction else {}  # as SanaPipeline sets it
     try:
-        return loader.from_pretrained(folder, local_files_only=True)
+        return loader.from_pretrained(folder, local_files_only=True, **padding)
     except Exception as error:  # tokenizers raises a plain Exception
         raise BrokenCheckpointError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)})") from error

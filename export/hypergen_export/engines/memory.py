@@ -30,6 +30,7 @@ _LIVE = {
     "flux1": 3.2,
     "flux2": 2.0,
     "qwen_image": 2.0,
+    "sana": 3.5,
     "stable_diffusion_3": 2.6,
     "stable_diffusion_3_without_t5": 2.6,
     "z_image": 4.0,
@@ -44,6 +45,7 @@ _TABLE = re.compile(r"(token|position)_embedding\.")
 _OUTERMOST = {
     "vae_decoder": re.compile(r"decoder\.up_blocks\.(\d+)\."),
     "vae_encoder": re.compile(r"encoder\.down_blocks\.(0)\."),
+    "vae_decoder_dc": re.compile(r"decoder\.up_blocks\.(0)\."),
     "unet": re.compile(r"up_blocks\.(\d+)\."),
 }
 
@@ -149,7 +151,8 @@ def _live_values(component: Component, tensors: Mapping[str, Shape], profile: Pr
     if component.module in ("vae", PREVIEW_DECODER.module):
         kind = "vae_decoder" if "latents" in inputs else "vae_encoder"
         rows, latent_pixels = _latents(inputs, sizes)
-        width = _LIVE_CONVOLUTIONS[kind] * _widest(_outermost(kind, tensors))
+        blocks = component.wrapper if component.wrapper in _OUTERMOST else kind
+        width = _LIVE_CONVOLUTIONS[kind] * _widest(_outermost(blocks, tensors))
         return rows * max(latent_pixels * sizes["vae_scale_factor"] ** 2 * width, _SCORES * latent_pixels**2)
     if component.module == "unet":
         rows, _, height, width = inputs["sample"]
@@ -183,7 +186,9 @@ def _widest(layers: Sequence[Shape]) -> int:
 
 
 def _per_token(tensors: Mapping[str, Shape]) -> list[Shape]:
-    return [shape for name, shape in tensors.items() if len(shape) == 2 and not _NOT_PER_TOKEN.search(name)]
+    """Linear layers, and convolutions of a pixel, which is a token."""
+    matrices = {name: shape for name, shape in tensors.items() if len(shape) == 2 or shape[2:] == (1, 1)}
+    return [shape for name, shape in matrices.items() if not _NOT_PER_TOKEN.search(name)]
 
 
 def _outermost(component: str, tensors: Mapping[str, Shape]) -> list[Shape]:

@@ -142,6 +142,7 @@ class TritonPythonModel:
                 mask=request.mask,
                 masked_image=masked_image,
                 respaces_timesteps=self._architecture.is_latent_consistency,
+                is_flow=bool(self._architecture.is_flow),
                 starts_from_mode=bool(self._architecture.encodes_mode),
                 interpolates_mask=self._architecture.latent_patch_size > 1,
             ),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -285,6 +286,28 @@ def test_an_unsupported_pipeline_is_rejected_with_the_reason(
     edit_json(xl_copy / "model_index.json", **changes)
     message = refusal(UnsupportedModelError, xl_copy)
     assert said in message
+
+
+@pytest.mark.parametrize(
+    ("module", "changes", "said"),
+    [
+        ("transformer", {"in_channels": 16}, "its transformer has 16 in_channels, its VAE gives 32"),
+        ("transformer", {"out_channels": 64}, "its transformer has 64 out_channels"),
+        ("transformer", {"patch_size": 2}, "patches of 2"),
+        ("transformer", {"caption_channels": 2304}, "reads 2304 features per token, its text encoders give 64"),
+        ("transformer", {"interpolation_scale": 2.0}, "as those of 2048 and 4096 pixels have"),
+        ("transformer", {"guidance_embeds": True, "timestep_scale": 1000.0}, "is given the guidance scale"),
+        ("text_encoder", {"sliding_window": 256}, "its text encoder would read 459 tokens"),
+        ("text_encoder", {"use_bidirectional_attention": True}, "attends to later tokens"),
+        ("vae", {"decoder_norm_types": ["batch_norm", "rms_norm"]}, "its VAE normalises by"),
+    ],
+)
+def test_a_sana_of_another_kind_is_unsupported(
+    module: str, changes: dict[str, object], said: str, checkpoint_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoint_of("sana"), tmp_path / "sana")
+    edit_json(folder / module / "config.json", **changes)
+    assert said in refusal(UnsupportedModelError, folder)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hypergen_export.conversion.wrappers import WRAPPERS
 SIZES = {
     "tokens": 77,
     "tokens_3": 77,
+    "encoder_tokens": 77,
     "clip_tokens": 77,
     "context_tokens": 77,
     "vocabulary": 49408,
@@ -79,13 +80,14 @@ def test_every_text_encoder_has_its_tokenizer_and_one_pools_where_it_is_wanted(f
     assert pooled == {name for name in family.denoiser_inputs if name == "text_embeds"}
 
 
-def test_xls_vae_and_t5_alone_are_known_to_overflow_in_float16() -> None:
+def test_parts_that_are_known_or_expected_to_overflow_in_float16() -> None:
     found = {(family.name, each.name) for family in FAMILIES for each in family.components if each.overflows_float16}
     xl = ("stable-diffusion-xl", "stable-diffusion-xl-inpainting", "latent-consistency-xl", "instruct-pix2pix-xl")
     assert found == {
         *((family, component) for family in xl for component in ("vae_decoder", "vae_encoder")),
         *((family, "text_encoder_2") for family in ("flux1-dev", "flux1-kontext", "flux1-schnell")),
         ("chroma", "text_encoder"),
+        *(("sana", component) for component in ("text_encoder", "vae_decoder", "vae_encoder")),
         *((family, "text_encoder_3") for family in ("stable-diffusion-3", "stable-diffusion-3.5-medium")),
     }
 

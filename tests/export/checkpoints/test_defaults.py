@@ -228,6 +228,8 @@ def test_flux1_has_a_scale_without_identity_or_none(
         ("flux1-dev", "flux-dev-schnell-4steps", ("4", "3.5")),
         ("chroma", "Chroma1-HD", ("40", "3")),
         ("chroma", "Chroma1-Flash", ("8", "1")),
+        ("sana-1.5", "SANA1.5_1.6B_1024px_diffusers", ("20", "4.5")),
+        ("sana", "Sana_600M_512px_diffusers", ("20", "4.5")),
         ("qwen-image", "Qwen-Image-2512", ("50", "4")),
         ("qwen-image", "Qwen-Image-Lightning", ("8", "1")),
         ("qwen-image", "Qwen-Image-Lightning-4steps-V2.0", ("4", "1")),

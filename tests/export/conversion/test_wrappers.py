@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
 from hypergen_export.conversion.wrappers.clip import TextEncoder
+from hypergen_export.conversion.wrappers.sana import attend_linearly
 from hypergen_export.conversion.wrappers.unet import UNet
 from hypergen_export.conversion.wrappers.vae import VaeDecoder, VaeEncoder
 from support.pipelines import pipeline_of
@@ -80,3 +82,23 @@ def test_the_encoder_gives_the_posterior_that_the_pipeline_samples_from(pipeline
     factor = pipeline.vae.config.scaling_factor
     torch.testing.assert_close(mean, posterior.mean * factor)
     torch.testing.assert_close(std, posterior.std * factor)
+
+
+class LinearAttention(torch.nn.Module):
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return attend_linearly(query, key, value)
+
+
+def test_a_query_without_anything_positive_attends_to_nothing_in_openvino_too(tmp_path: Path) -> None:
+    """It leaves out an addition of 1e-15, as diffusers has it, and would divide 0 by 0."""
+    query, key, value = (noise(1, 2, 8, 6) + shift for shift in (0.0, 0.1, 0.2))
+    query[:, :, :, 3] = -1.0
+    file = tmp_path / "model.onnx"
+    names = ["query", "key", "value"]
+    torch.onnx.export(
+        LinearAttention().eval(), (query, key, value), file, input_names=names, dynamo=True, verbose=False
+    )
+    compiled = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    answer = compiled(dict(zip(names, (query.numpy(), key.numpy(), value.numpy()), strict=True)))[0]
+    assert (answer[:, :, :, 3] == 0).all()
+    np.testing.assert_allclose(answer, LinearAttention()(query, key, value), rtol=1e-5, atol=1e-6)

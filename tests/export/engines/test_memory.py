@@ -91,6 +91,15 @@ def test_chroma_has_the_weights_that_its_card_states(checkpoint_of: Callable[[st
     assert weights == pytest.approx({"transformer": 2 * 8.9e9, "text_encoder": 2 * 4.76e9}, rel=0.005)
 
 
+def test_sana_has_the_weights_that_its_name_states(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """1.6 billion parameters, and Gemma-2-2B without its head. TensorRT-RTX states these activations for two rows."""
+    model = model_of(publish("Sana 1.5 1.6B", checkpoint_of("sana-1.5"), tmp_path / "sana"))
+    found = needs(model, (1024, 1024))
+    assert found["transformer"].weights == pytest.approx(2 * 1.6e9, rel=0.01)
+    assert found["text_encoder"].weights == pytest.approx(2 * 2.61e9, rel=0.005)
+    assert found["transformer"].activations == pytest.approx(248_824_320, rel=0.1)
+
+
 def test_the_two_halves_of_a_vae_are_all_of_it(checkpoint_folder: Path) -> None:
     model = model_of(checkpoint_folder)
     vae = diffusers.AutoencoderKL.from_pretrained(checkpoint_folder / "vae")

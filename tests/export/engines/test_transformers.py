@@ -39,11 +39,15 @@ ENGINES = [
     ("qwen-image", "text_encoder"),
     ("qwen-image", "transformer"),
     ("qwen-image", "vae_decoder"),
+    ("sana-1.5", "text_encoder"),
+    ("sana-1.5", "transformer"),
+    ("sana-1.5", "vae_decoder"),
+    ("sana-1.5", "vae_encoder"),
 ]
 # With a rank pool, one of them: its branches are the same beside every linear layer.
 POOLED = "flux2-klein"
 POOL = LoraPool(rank=8, kernels=True)
-HAVE_POOLS = (POOLED, "flux1-dev", "chroma", "z-image", "stable-diffusion-3", "qwen-image")
+HAVE_POOLS = (POOLED, "flux1-dev", "chroma", "z-image", "stable-diffusion-3", "qwen-image", "sana")
 
 
 def shapes(checkpoint: Checkpoint) -> Shapes:

@@ -148,6 +148,7 @@ def test_the_sampler_knows_its_checkpoint(repository: Path) -> None:
                     "segment": 0,
                     "before": "",
                     "after": "",
+                    "is_instruction": False,
                     "max_chunks": 16,
                 }
             ]

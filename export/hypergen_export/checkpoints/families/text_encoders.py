@@ -10,6 +10,7 @@ from hypergen_export.checkpoints.family import Config, Configs
 
 QWEN2_TOKENIZER = "transformers.Qwen2Tokenizer"
 T5_TOKENIZER = "transformers.T5Tokenizer"
+GEMMA_TOKENIZER = "transformers.GemmaTokenizer"
 # The pipelines load a Qwen3 with or without its language modelling head, which is not used.
 QWEN3, QWEN3_WITH_HEAD = "transformers.Qwen3Model", "transformers.Qwen3ForCausalLM"
 

@@ -18,8 +18,10 @@ from hypergen_export.conversion.wrappers.chroma import Chroma
 from hypergen_export.conversion.wrappers.clip import ClipPooled, PenultimateTextEncoder, PooledTextEncoder, TextEncoder
 from hypergen_export.conversion.wrappers.flux1 import Flux1
 from hypergen_export.conversion.wrappers.flux2 import Flux2, Flux2VaeDecoder, Flux2VaeEncoder
+from hypergen_export.conversion.wrappers.gemma2 import Gemma2
 from hypergen_export.conversion.wrappers.qwen3 import Flux2TextEncoder, QwenImageTextEncoder, ZImageTextEncoder
 from hypergen_export.conversion.wrappers.qwen_image import QwenImage, QwenImageVaeDecoder, QwenImageVaeEncoder
+from hypergen_export.conversion.wrappers.sana import DcVaeDecoder, DcVaeEncoder, Sana
 from hypergen_export.conversion.wrappers.stable_diffusion_3 import StableDiffusion3
 from hypergen_export.conversion.wrappers.t5 import T5
 from hypergen_export.conversion.wrappers.unet import FeatureExportingUNet, ShallowUNet, UNet
@@ -36,6 +38,7 @@ WRAPPERS: Mapping[str, Callable[[Any], nn.Module]] = {
     "flux2_text_encoder": Flux2TextEncoder,
     "z_image_text_encoder": ZImageTextEncoder,
     "qwen_image_text_encoder": QwenImageTextEncoder,
+    "gemma2": Gemma2,
     "unet": UNet,
     "feature_exporting_unet": FeatureExportingUNet,
     "unet_shallow": ShallowUNet,
@@ -46,6 +49,7 @@ WRAPPERS: Mapping[str, Callable[[Any], nn.Module]] = {
     "stable_diffusion_3_without_t5": functools.partial(StableDiffusion3, has_t5=False),
     "z_image": ZImage,
     "qwen_image": QwenImage,
+    "sana": Sana,
     "vae_decoder": VaeDecoder,
     "vae_encoder": VaeEncoder,
     "vae_decoder_per_channel": functools.partial(VaeDecoder, per_channel=True),
@@ -59,6 +63,8 @@ WRAPPERS: Mapping[str, Callable[[Any], nn.Module]] = {
     "vae_encoder_flux2": Flux2VaeEncoder,
     "vae_decoder_qwen_image": QwenImageVaeDecoder,
     "vae_encoder_qwen_image": QwenImageVaeEncoder,
+    "vae_decoder_dc": DcVaeDecoder,
+    "vae_encoder_dc": DcVaeEncoder,
 }
 
 

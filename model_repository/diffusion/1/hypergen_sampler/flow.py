@@ -52,10 +52,10 @@ class FlowMatchEuler(diffusers.FlowMatchEulerDiscreteScheduler):  # type: ignore
         noisy: torch.Tensor = self.scale_noise(original, timesteps, noise)
         return noisy
 
-    def first_step(self, strength: float) -> int:
-        """The step that image-to-image starts with. Unlike other pipelines, those of flow matching round it down."""
-        steps: int = self.num_inference_steps
-        return int(max(steps - min(steps * strength, steps), 0))
+
+def first_step(steps: int, strength: float) -> int:
+    """The step that image-to-image starts with. Unlike other pipelines, those of flow matching round it down."""
+    return int(max(steps - min(steps * strength, steps), 0))
 
 
 def _linear_shift(config: Any, image_tokens: int) -> float:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from hypergen_sampler.conditioning import MASKED_IMAGE, Array
-from hypergen_sampler.flow import FlowMatchEuler
+from hypergen_sampler.flow import first_step
 from hypergen_sampler.request import Architecture, InvalidInputError, Pixels, Request
 
 
@@ -46,6 +46,8 @@ class LatentInit:
     respaces_timesteps: bool = False
     """How a strength below 1 is applied. True: take the request's number of steps over the remaining part of the
     schedule, as the pipelines of latent consistency models do. False: take only the last steps of the full schedule."""
+    is_flow: bool = False
+    """Whether the first step of a strength is rounded as diffusers' pipelines of flow matching do."""
     starts_from_mode: bool = False
     """Whether the input image's latents are the mode of its posterior, instead of a sample."""
     interpolates_mask: bool = False
@@ -146,8 +148,10 @@ def _inpainting_model(request: Request, latent_init: LatentInit, scheduler: Any,
 
 def _image_to_image(request: Request, latent_init: LatentInit, scheduler: Any, generator: torch.Generator) -> Start:
     takes_strength = "strength" in inspect.signature(scheduler.set_timesteps).parameters
-    respaces = latent_init.respaces_timesteps and takes_strength
-    timesteps = _respaced_timesteps(scheduler, request) if respaces else _last_timesteps(scheduler, request)
+    if latent_init.respaces_timesteps and takes_strength:
+        timesteps = _respaced_timesteps(scheduler, request)
+    else:
+        timesteps = _last_timesteps(scheduler, request, is_flow=latent_init.is_flow)
     latents = _encoded(latent_init, generator)
     if not timesteps:
         return Start(latents, [])
@@ -156,7 +160,7 @@ def _image_to_image(request: Request, latent_init: LatentInit, scheduler: Any, g
 
 
 def _inpainting(request: Request, latent_init: LatentInit, scheduler: Any, generator: torch.Generator) -> Start:
-    timesteps = _last_timesteps(scheduler, request)
+    timesteps = _last_timesteps(scheduler, request, is_flow=latent_init.is_flow)
     latents = _encoded(latent_init, generator)
     if not timesteps:
         return Start(latents, [])
@@ -204,12 +208,12 @@ def _timesteps(scheduler: Any, num_inference_steps: int, **more: Any) -> list[to
     return list(scheduler.timesteps)
 
 
-def _last_timesteps(scheduler: Any, request: Request) -> list[torch.Tensor]:
+def _last_timesteps(scheduler: Any, request: Request, *, is_flow: bool = False) -> list[torch.Tensor]:
     """As in `get_timesteps` of diffusers' pipelines: the last steps, a fraction of `strength` of them."""
     steps = request.num_inference_steps
     timesteps = _timesteps(scheduler, steps)
-    if isinstance(scheduler, FlowMatchEuler):
-        first = scheduler.first_step(request.strength)
+    if is_flow:
+        first = first_step(steps, request.strength) * scheduler.order
     else:
         first = (steps - min(int(steps * request.strength), steps)) * scheduler.order
     if first >= steps * scheduler.order:

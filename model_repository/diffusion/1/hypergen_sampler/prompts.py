@@ -111,6 +111,8 @@ class _Tokenizer(Protocol):
 
 def _tokenizer(folder: Path, text: TextInput) -> _Tokenizer:
     file = folder / f"{text.tokenizer}.json"
+    if text.is_instruction:
+        return _InstructedTokenizer(file, text)
     return _TemplateTokenizer(file, text) if text.max_chunks == 1 else _ChunkTokenizer(file, text)
 
 
@@ -301,12 +303,17 @@ class _TemplateTokenizer:
             _own_tokens(bare.encode(around)) for around in (text.before, text.before + text.after)
         )
 
-    def encode(self, prompts: list[str], _: str) -> _TemplateTexts:
+    def encode(self, prompts: list[str], _: str) -> _WholeTexts:
         before, after = self._text.before, self._text.after
         encodings = self._tokenizer.encode_batch(
             [f"{before}{self._concepts.spell_out(prompt)}{after}" for prompt in prompts]
         )
-        return _TemplateTexts(self._text.token_inputs, encodings, [self._count(each) for each in encodings])
+        return _WholeTexts(
+            names=self._text.token_inputs,
+            ids=[each.ids for each in encodings],
+            masks=[each.attention_mask for each in encodings],
+            own_tokens=[self._count(each) for each in encodings],
+        )
 
     def _count(self, encoding: Encoding) -> tuple[int, int]:
         read = _own_tokens(encoding)
@@ -316,11 +323,56 @@ class _TemplateTokenizer:
         return own_read, own - own_read
 
 
+class _InstructedTokenizer:
+    """A tokenizer with an instruction before its prompts, but not before negative ones, as in diffusers' SanaPipeline.
+
+    A negative prompt is padded on the left, so that its start token is in the place of the instruction's last token:
+    of all texts, the denoiser is given the start and what follows that place. Longer prompts are cut.
+    """
+
+    def __init__(self, file: Path, text: TextInput) -> None:
+        self._text = text
+        self._tokenizer = Tokenizer.from_file(str(file))
+        truncation, padding = self._tokenizer.truncation, self._tokenizer.padding
+        assert truncation is not None, "written by the exporter"
+        assert padding is not None, "written by the exporter"
+        self.length: int = truncation["max_length"]
+        self._pad: int = padding["pad_id"]
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._place = len(self._tokenizer.encode(text.before).ids) - 2
+
+    def encode(self, prompts: list[str], _: str) -> _WholeTexts:
+        *negative, prompt = (each.lower().strip() for each in prompts)
+        rows = [*(self._row("", each) for each in negative), self._row(self._text.before, prompt)]
+        return _WholeTexts(
+            names=self._text.token_inputs,
+            ids=[ids for ids, _, _ in rows],
+            masks=[mask for _, mask, _ in rows],
+            own_tokens=[own for _, _, own in rows],
+        )
+
+    def _row(self, before: str, prompt: str) -> tuple[list[int], list[int], tuple[int, int]]:
+        """Ids, their mask, and how many tokens of the prompt are read and cut."""
+        encoding = self._tokenizer.encode(before + prompt)
+        left = 0 if before else self._place
+        ids = encoding.ids[: self.length - left]
+        right = self.length - left - len(ids)
+        # A token may join the instruction's last space and the prompt's first word.
+        own = [end > len(before) for _, end in encoding.offsets]
+        read = sum(own[: len(ids)])
+        mask = [0] * left + [1] * len(ids) + [0] * right
+        return [self._pad] * left + ids + [self._pad] * right, mask, (read, sum(own) - read)
+
+
 @dataclass(frozen=True)
-class _TemplateTexts:
+class _WholeTexts:
+    """Texts that are not read in chunks."""
+
     names: tuple[str, ...]
     """Of the text encoder's inputs."""
-    encodings: list[Encoding]
+    ids: list[list[int]]
+    masks: list[list[int]]
     own_tokens: list[tuple[int, int]]
 
     @property
@@ -329,10 +381,7 @@ class _TemplateTexts:
 
     def inputs(self, chunks: int, _: int) -> EncoderInputs:
         assert chunks == 1, "no family has both kinds of text encoders"
-        columns = {
-            INPUT_IDS: [each.ids for each in self.encodings],
-            ATTENTION_MASK: [each.attention_mask for each in self.encodings],
-        }
+        columns = {INPUT_IDS: self.ids, ATTENTION_MASK: self.masks}
         return {name: np.array(columns[name], dtype=np.int32) for name in self.names}
 
     def weights(self, _: int) -> Weights | None:

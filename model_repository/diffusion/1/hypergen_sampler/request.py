@@ -116,6 +116,8 @@ class TextInput:
     segment: int | None
     before: str
     after: str
+    is_instruction: bool
+    """Whether `before` is an instruction, which is not before negative prompts, and all prompts are in lower case."""
     max_chunks: int
     """Longer prompts are encoded in so many chunks, joined along the tokens; what does not fit into them is cut."""
 
@@ -148,6 +150,8 @@ class Architecture:
     """A key of `GUIDANCE`."""
     guidance_width: int
     """Length of the guidance scale's embedding, 0 if the denoiser has no such input."""
+    is_flow: int
+    """Whether latents flow from noise along straight lines (flow matching)."""
     flow_sigmas: str
     flow_shift: str
     """The arguments of `FlowMatchEuler`."""

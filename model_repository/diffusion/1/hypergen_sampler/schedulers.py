@@ -102,8 +102,10 @@ class Schedulers:
         if not overrides:
             return named
         for key, name in (("timestep_spacing", "timestep_spacing"), (_SIGMAS["karras"], "sigmas")):
-            # Distilled models have timesteps of their own: their schedulers have the entry but do not read it.
-            is_unread = key not in named.config or "original_inference_steps" in named.config
+            # Distilled models have timesteps of their own: their schedulers have the entry but do not read it. With the
+            # sigmas of flow matching, others read it not at all, or instead of those.
+            has_own = "original_inference_steps" in named.config or named.config.get("use_flow_sigmas")
+            is_unread = key not in named.config or has_own
             if key in overrides and is_unread:
                 raise InvalidInputError(
                     name, "must be absent, as the scheduler has no choice of it; euler and dpmpp_2m do"
