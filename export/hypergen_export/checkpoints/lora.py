@@ -110,7 +110,7 @@ _STATED_BASES = {
     "ChromaTransformer2DModel": re.compile(r"chroma"),
     "Flux2Transformer2DModel": re.compile(r"flux[-_. ]?2|klein"),
     "QwenImageTransformer2DModel": re.compile(r"qwen[-_ ]?image"),
-    "SanaTransformer2DModel": re.compile(r"sana"),
+    "SanaTransformer2DModel": re.compile(r"\bsana"),
     "SD3Transformer2DModel": re.compile(r"stable[-_ ]diffusion[-_ ]3|sd[-_]?3"),
     "ZImageTransformer2DModel": re.compile(r"z[-_ ]?image"),
 }

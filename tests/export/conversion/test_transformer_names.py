@@ -229,6 +229,7 @@ def test_one_layer_by_its_own_name_and_in_a_larger_one_is_refused(transformer_of
         ("transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj", "FLUX.2"),
         ("lora_unet_double_blocks_0_img_attn_qkv", "FLUX.1, Chroma or FLUX.2"),
         ("transformer.transformer_blocks.9.img_mod.1", "Qwen-Image"),
+        ("transformer.transformer_blocks.0.ff.conv_inverted", "Sana"),
         ("diffusion_model.blocks.0.self_attn.q", "Wan"),
         ("lora_unet_txt_in_individual_token_refiner_blocks_0_mlp_0", "HunyuanVideo"),
         ("diffusion_model.distilled_guidance_layer.layers.0.in_layer", "Chroma"),

@@ -104,12 +104,11 @@ class Schedulers:
         for key, name in (("timestep_spacing", "timestep_spacing"), (_SIGMAS["karras"], "sigmas")):
             # Distilled models have timesteps of their own: their schedulers have the entry but do not read it. With the
             # sigmas of flow matching, others read it not at all, or instead of those.
-            has_own = "original_inference_steps" in named.config or named.config.get("use_flow_sigmas")
-            is_unread = key not in named.config or has_own
+            has_flow = named.config.get("use_flow_sigmas")
+            is_unread = key not in named.config or "original_inference_steps" in named.config or has_flow
             if key in overrides and is_unread:
-                raise InvalidInputError(
-                    name, "must be absent, as the scheduler has no choice of it; euler and dpmpp_2m do"
-                )
+                others = "" if has_flow else "; euler and dpmpp_2m do"
+                raise InvalidInputError(name, f"must be absent, as the scheduler has no choice of it{others}")
         try:
             return type(named).from_config({**named.config, **overrides})
         except ImportError:
