@@ -17,7 +17,8 @@ from hypergen_export.checkpoints.embeddings import Embedding, read_embeddings
 from hypergen_export.checkpoints.lora import read_loras
 from hypergen_export.conversion.embeddings import vectors_of
 from hypergen_export.errors import BadEmbeddingError, BadOptionError, ExportError
-from hypergen_export.repository.export import ExportRequest, export
+from hypergen_export.repository.export import export
+from hypergen_export.repository.request import ExportRequest
 from support.chunks import ByChunks
 from support.loras import lora_weights, save_by_kohya
 from support.miniature import save_miniature

@@ -22,9 +22,11 @@ from hypergen_export.checkpoints.lora import read_loras
 from hypergen_export.engines.engine import ENGINES, OPENVINO, read_sizes
 from hypergen_export.errors import BadOptionError, ExportError, InterruptedExportError
 from hypergen_export.repository.estimate import Question, answer, read_memory
-from hypergen_export.repository.export import ExportRequest, ExportResult, open_request
+from hypergen_export.repository.export import ExportResult
 from hypergen_export.repository.export import export as build
+from hypergen_export.repository.opening import open_request
 from hypergen_export.repository.passport import PassportMeasurement
+from hypergen_export.repository.request import ExportRequest
 from hypergen_export.repository.single_file import SingleFileOptions, default_cache_dir
 from hypergen_export.single_files.kinds import PREDICTION_TYPES
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class ExportError(Exception):
     """Base of all errors that an export reports; `exit_code` is the command's."""
@@ -77,3 +80,14 @@ def first_line(error: BaseException) -> str:
     """The first non-empty line of a library's error, to be quoted in one of ours."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)[:300]
+
+
+@contextlib.contextmanager
+def requires_export_extra() -> Iterator[None]:
+    """Within it, a package that is missing is a MissingDependencyError."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"{error.name} is not installed; an export needs: pip install 'hypergen-triton[export]'"
+        ) from error

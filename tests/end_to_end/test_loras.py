@@ -19,7 +19,8 @@ import torch
 from safetensors.numpy import load_file
 
 from hypergen_export.checkpoints.lora import read_loras
-from hypergen_export.repository.export import ExportRequest, export
+from hypergen_export.repository.export import export
+from hypergen_export.repository.request import ExportRequest
 from hypergen_gateway.embedded.export_cache import ExportOptions, find_repository
 from support.loras import lora_weights, save_by_diffusers, save_by_kohya, save_with_magnitudes
 from support.pipelines import pipeline_of

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from hypergen_export.checkpoints.families import flux2
-from hypergen_export.repository.export import ExportRequest, export
+from hypergen_export.repository.export import export
+from hypergen_export.repository.request import ExportRequest
 from support.image_files import file_of
 from support.parity import input_image, request_of
 from support.pipelines import pipeline_of

@@ -27,7 +27,8 @@ from hypergen_export.checkpoints.lora import Placement
 from hypergen_export.conversion.convert import Job, convert
 from hypergen_export.conversion.parity import Parity
 from hypergen_export.conversion.progress import Progress
-from hypergen_export.repository.export import ExportRequest, ExportResult, export
+from hypergen_export.repository.export import ExportResult, export
+from hypergen_export.repository.request import ExportRequest
 from support.miniature import LATENT_CHANNELS, SAMPLE_SIZE, save_miniature
 
 Array = npt.NDArray[Any]

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from hypergen_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hypergen_export.checkpoints.hub import find_module_snapshot, first_missing_file, required_files
 from hypergen_export.errors import UnknownModelError, UnsupportedModelError
-from hypergen_export.repository.export import ExportRequest, open_request
+from hypergen_export.repository.opening import open_request
+from hypergen_export.repository.request import ExportRequest
 from hypergen_export.repository.single_file import SingleFileOptions
 from support.single_text_encoders import save_text_encoder_file
 

@@ -38,8 +38,11 @@ from hypergen_export.engines.qdq import quantize_graph
 from hypergen_export.engines.ranges import Ranges, measure_ranges
 from hypergen_export.engines.tensorrt import Target, build_plan, rtx_target
 from hypergen_export.errors import BadOptionError, ConversionError
-from hypergen_export.repository.export import ExportRequest, ExportTask, _finish, export
+from hypergen_export.repository.building import _finish
+from hypergen_export.repository.export import export
+from hypergen_export.repository.request import ExportRequest
 from hypergen_export.repository.staging import PreviousExport
+from hypergen_export.repository.task import ExportTask
 
 from ..conftest import EXPORTED, ForEngines, component_of
 from .conftest import make_build

@@ -28,7 +28,8 @@ from hypergen_export.engines.accuracy import TOLERANCES, check_error, relative_e
 from hypergen_export.engines.quantization import Calls, quantize, require_nncf
 from hypergen_export.errors import BadOptionError, MissingDependencyError, ParityMissedError
 from hypergen_export.repository.config_pbtxt import read_config
-from hypergen_export.repository.export import ExportRequest, ExportResult, export
+from hypergen_export.repository.export import ExportResult, export
+from hypergen_export.repository.request import ExportRequest
 from hypergen_gateway.embedded.backends.openvino.compilations import Compilations
 from support.pipelines import pipeline_of
 

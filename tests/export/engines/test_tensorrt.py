@@ -41,7 +41,9 @@ from hypergen_export.engines.tensorrt import (
 )
 from hypergen_export.errors import BadOptionError, ConversionError, MissingDependencyError, NoGpuError
 from hypergen_export.repository.config_pbtxt import EngineOptions, component_config
-from hypergen_export.repository.export import ExportRequest, ExportResult, export, sampler_folder, sampler_sources
+from hypergen_export.repository.export import ExportResult, export
+from hypergen_export.repository.layout import sampler_folder, sampler_sources
+from hypergen_export.repository.request import ExportRequest
 from support.loras import RANK, lora_weights, save_by_diffusers, save_with_magnitudes
 from support.miniature import FAMILIES
 

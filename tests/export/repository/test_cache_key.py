@@ -17,8 +17,9 @@ from hypergen_export.conversion.examples import example_inputs
 from hypergen_export.engines.tensorrt import Target
 from hypergen_export.repository import cache_key
 from hypergen_export.repository.cache_key import component_key, plan_key, pool_parts, repository_key, tokenizer_key
-from hypergen_export.repository.export import ExportRequest, ExportTask
+from hypergen_export.repository.request import ExportRequest
 from hypergen_export.repository.staging import PreviousExport
+from hypergen_export.repository.task import ExportTask
 from support.loras import lora_weights, save_by_diffusers
 from support.miniature import EDITING_FAMILIES, FAMILIES, save_miniature
 from support.transformer_miniatures import MINIATURES

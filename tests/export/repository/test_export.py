@@ -27,17 +27,13 @@ from hypergen_export.checkpoints.weights import sha256
 from hypergen_export.conversion.loading import load_module
 from hypergen_export.conversion.pooling import PoolWeights
 from hypergen_export.errors import BadLoraError, BrokenCheckpointError, OutputRefusedError, PassportRefusedError
-from hypergen_export.repository import export as exporting
+from hypergen_export.repository import task as tasks
 from hypergen_export.repository.config_pbtxt import read_config
-from hypergen_export.repository.export import (
-    ExportRequest,
-    ExportResult,
-    ExportTask,
-    export,
-    sampler_folder,
-    sampler_sources,
-)
+from hypergen_export.repository.export import ExportResult, export
+from hypergen_export.repository.layout import sampler_folder, sampler_sources
+from hypergen_export.repository.request import ExportRequest
 from hypergen_export.repository.staging import PreviousExport
+from hypergen_export.repository.task import ExportTask
 from support.loras import save_with_magnitudes
 
 from ..conftest import WEIGHTS, Array, edit_json, leftovers
@@ -258,7 +254,7 @@ def test_an_export_whose_weights_were_overwritten_with_its_checkpoint_is_not_reu
 
 
 def test_what_is_linked_needs_no_space(wide_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "_GRAPH_BYTES", 0)
+    monkeypatch.setattr(tasks, "_GRAPH_BYTES", 0)
 
     def needed(folder: Path, output: Path, dtype: str = "float32") -> int:
         request = ExportRequest(model=str(folder), output=output, dtype=dtype)

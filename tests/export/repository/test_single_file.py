@@ -25,7 +25,9 @@ from hypergen_export.errors import (
     NotADiffusersPipelineError,
     UnsupportedModelError,
 )
-from hypergen_export.repository.export import ExportRequest, export, open_request
+from hypergen_export.repository.export import export
+from hypergen_export.repository.opening import open_request
+from hypergen_export.repository.request import ExportRequest
 from hypergen_export.repository.single_file import SingleFileOptions, convert_once
 from hypergen_export.single_files import folder as conversion
 from support.single_files import save_folder, save_single_file

@@ -16,7 +16,8 @@ from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
 
 from hypergen_export.errors import BrokenCheckpointError, NotADiffusersPipelineError, UnsupportedModelError
-from hypergen_export.repository.export import ExportRequest, open_request
+from hypergen_export.repository.opening import open_request
+from hypergen_export.repository.request import ExportRequest
 from hypergen_export.repository.single_file import SingleFileOptions
 from hypergen_export.single_files import quantized
 from hypergen_export.single_files.kinds import UNET

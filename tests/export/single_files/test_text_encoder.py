@@ -24,7 +24,8 @@ from hypergen_export.errors import (
     NotADiffusersPipelineError,
     UnsupportedModelError,
 )
-from hypergen_export.repository.export import ExportRequest, open_request
+from hypergen_export.repository.opening import open_request
+from hypergen_export.repository.request import ExportRequest
 from hypergen_export.repository.single_file import SingleFileOptions
 from support.single_files import save_folder, save_single_file
 from support.single_text_encoders import Tensors, save_text_encoder_file, text_encoder_tensors, without_weights

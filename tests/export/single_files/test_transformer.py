@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hypergen_export.errors import BadOptionError, BrokenCheckpointError, NotADiffusersPipelineError
-from hypergen_export.repository.export import ExportRequest, open_request
+from hypergen_export.repository.opening import open_request
+from hypergen_export.repository.request import ExportRequest
 from hypergen_export.repository.single_file import SingleFileOptions
 from support.single_transformers import NAMES, save_transformer_file
 
