@@ -91,6 +91,10 @@ class Server:
         batches = self._statistics_of(model).batch_stats
         return Counter({each.batch_size: each.compute_infer.count for each in batches})
 
+    def seconds_in_calls(self, model: str = "unet") -> float:
+        """The time of these executions, without their waits."""
+        return float(self._statistics_of(model).inference_stats.compute_infer.ns) / 1e9
+
     def _statistics_of(self, model: str) -> Any:
         triton = InferenceServerClient(self.triton_url)
         try:
