@@ -25,6 +25,7 @@ from typing import Any
 
 import click
 
+from hypergen_gateway.api.scheduler_names import scheduler_of
 from hypergen_gateway.config import MAX_QUEUE_SIZE, Config
 from hypergen_gateway.embedded.errors import EmbeddedError
 from hypergen_gateway.embedded.export_cache import (
@@ -448,17 +449,25 @@ def _find_link_folder(cache_dir: Path | None) -> Path | None:
     "--num-inference-steps", "--steps", cls=Option, type=click.IntRange(1, 150), show_default="the model's own"
 )
 @click.option("--guidance-scale", cls=Option, type=Number(0, 20), show_default="the model's own")
-@click.option("--scheduler", cls=Option, show_default="the checkpoint's own")
+@click.option(
+    "--scheduler",
+    cls=Option,
+    help="As in the API: 'euler', 'DPM++ 2M Karras', ….",
+    show_default="the checkpoint's own",
+)
 @click.option("--seed", cls=Option, type=click.IntRange(0, 2**63 - 1), show_default="random")
 @_triton_options
-def generate(*, triton: TritonOptions, output: Path, size: str | None, **given: Any) -> None:
+def generate(
+    *, triton: TritonOptions, output: Path, size: str | None, scheduler: str | None, seed: int | None, **given: Any
+) -> None:
     """Generate one image of PROMPT and write it to a file."""
     del given["model"], given["cache_dir"]
-    width, height = _read_size(size)
-    seed = secrets.randbits(32) if given["seed"] is None else given["seed"]
+    given["width"], given["height"] = _read_size(size)
+    given["scheduler"], given["sigmas"] = scheduler_of(scheduler)
+    given["seed"] = secrets.randbits(32) if seed is None else seed
     file_format = _file_format(output)
     with _reserve_file(output):
-        image = run_until_signalled(generate_image(triton, given | {"width": width, "height": height, "seed": seed}))
+        image = run_until_signalled(generate_image(triton, given))
         _write(output, encode(image.pixels, file_format))
     summary = f"{click.format_filename(output)}: {image.pixels.shape[1]}x{image.pixels.shape[0]}, seed {image.seed}"
     click.echo(summary, err=output == STANDARD_OUTPUT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import openai
 import pytest
 from PIL import Image
 
-from support.running_server import HYPERGEN, Server, free_port, pixels_of, start_server, stop_server
+from support.running_server import HYPERGEN, Server, free_port, generate_all, pixels_of, start_server, stop_server
 
 
 def hypergen(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -46,6 +47,17 @@ def test_generate_generates_the_same_image_for_the_same_seed(server: Server, tmp
     one, two = (np.asarray(Image.open(file)) for file in files)
     assert one.shape == (64, 96, 3)
     assert np.array_equal(one, two)
+
+
+def test_generate_knows_the_schedulers_of_the_webui_as_the_api_does(server: Server, tmp_path: Path) -> None:
+    file, name = tmp_path / "cat.png", "DPM++ 2M Karras"
+    options = ["--scheduler", name, "--seed", "5", "--triton-url", server.triton_url]
+    result = hypergen("generate", "cat", "-o", str(file), *options)
+    assert result.returncode == 0, result.stderr
+    bodies = [{"prompt": "cat", "seed": 5, "scheduler": scheduler} for scheduler in (name, "dpmpp_2m")]
+    same, plain = asyncio.run(generate_all(server, bodies))
+    assert np.array_equal(np.asarray(Image.open(file)), same)
+    assert not np.array_equal(same, plain)
 
 
 def test_generate_starts_a_triton_of_its_own(checkpoint: Path, cache_dir: Path, tmp_path: Path) -> None:
