@@ -46,6 +46,9 @@ from support.transformer_miniatures import MINIATURES, save_transformer_miniatur
 HYPERGEN = str(Path(sys.executable).parent / "hypergen")
 PROMPT = "a red rocket on a blue background"
 STEPS_TIMED = 5
+PRECISIONS = ("float32", "bfloat16", "int8", "int8-weights", "int4-weights")
+BRANCH_ENDS = ("conv2.weight", "to_out.0.weight", "net.2.weight", "proj_out.weight")
+BRANCH_SIZE = 0.3
 
 _CLIP_L: dict[str, Any] = {
     "hidden_size": 768,
@@ -248,11 +251,16 @@ def save_checkpoint(folder: Path, architecture: Architecture) -> dict[str, int]:
 
 
 def _filled(module: torch.nn.Module) -> torch.nn.Module:
-    """Weights whose layers keep about the size of what goes through them, as initialisation has it."""
+    """Weights whose layers keep about the size of what goes through them, as initialisation has it.
+
+    Those that a residual branch ends with are smaller, as if trained: else what is rounded in all the branches adds up,
+    and eight bits would be refused.
+    """
     generator = torch.Generator().manual_seed(0)
     for name, parameter in module.named_parameters():
         if parameter.dim() > 1:
-            parameter.data.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator)
+            size = BRANCH_SIZE if name.endswith(BRANCH_ENDS) else 1.0
+            parameter.data.normal_(0.0, size * parameter[0].numel() ** -0.5, generator=generator)
         else:
             parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
     return module
@@ -294,7 +302,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Export and serve a full-size architecture with random weights.")
     parser.add_argument("architecture", choices=sorted([*ARCHITECTURES, *TRANSFORMERS]))
     parser.add_argument("--folder", type=Path, help="where to work; sdxl needs 25 GB there  [default: the system's]")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the engines")
+    parser.add_argument("--dtype", choices=PRECISIONS, default="float32", help="of the engines")
     parser.add_argument("--size", default="512x512", help="of the image  [default: 512x512]")
     parser.add_argument("--checkpoint", type=Path, help="write the checkpoint there and do no more")
     parser.add_argument("--deep-cache", action="store_true", help="with a shallow UNet; time whole and shallow steps")
