@@ -259,6 +259,10 @@ def test_xls_sizes_are_those_of_both_text_encoders(xl_copy: Path) -> None:
             "its transformer takes a control image beside the latents",
         ),
         (
+            {"_class_name": "SanaSprintPipeline", "transformer": ["diffusers", "SanaTransformer2DModel"]},
+            "its transformer is distilled for steps of another kind (sCM)",
+        ),
+        (
             {"_class_name": "StableDiffusionXLControlNetPipeline", "controlnet": ["diffusers", "ControlNetModel"]},
             "it needs a control image beside the prompt (ControlNet)",
         ),
