@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, SanaSprintImg2ImgPipeline
 
 from hypergen_sampler.predicted_x0 import predicted_x0
 from hypergen_sampler.request import InvalidInputError
@@ -44,6 +44,7 @@ SCALES = {
     "qwen-image": (3.5, 1.0),
     "sana": (3.5, 1.0),
     "sana-1.5": (3.5, 1.0),
+    "sana-sprint": (4.5, 1.0),
 }
 
 
@@ -216,6 +217,42 @@ async def test_the_flow_of_a_solver_has_no_other_spacing(option: str, value: str
         await pair_of("sana-1.5").sampler.generate(request_of(**{option: value}))
 
 
+@pytest.mark.parametrize(("steps", "strength"), [(6, 0.6), (2, 0.6), (1, 1.0)])
+async def test_sprints_image_from_an_image_equals_the_one_of_diffusers(
+    steps: int, strength: float, pair_of: Any
+) -> None:
+    pair = pair_of("sana-sprint")
+    request = request_of(guidance_scale=4.5, num_inference_steps=steps, strength=strength, image=input_image())
+    pipeline = SanaSprintImg2ImgPipeline(**pair.pipeline.components)
+    pipeline.set_progress_bar_config(disable=True)
+    held(await pair.sampler.generate(request), image_by_diffusers(pipeline, request), TOLERANCE_FROM_IMAGE)
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+async def test_sprint_keeps_what_a_mask_does_not_cover(strength: float, pair_of: Any) -> None:
+    sampler = pair_of("sana-sprint").sampler
+    request = request_of(num_inference_steps=4, strength=strength, image=input_image(), mask=mask())
+    latents, _ = await sampler.generate(request)
+    encoded = sampler.run("vae_encoder", image=input_image()[None])["mean"][0]
+    covered = mask()[::32, ::32] >= 128
+    assert (latents[:, ~covered] == encoded[:, ~covered]).all()
+    assert np.abs(latents[:, covered] - encoded[:, covered]).mean() > 0.1
+
+
+def test_the_preview_of_each_of_sprints_steps_would_be_the_image(pair_of: Any) -> None:
+    """From the exact velocity, although every step adds other noise."""
+    scheduler = pair_of("sana-sprint").sampler.schedulers.make("", steps=4)
+    scheduler.set_timesteps(4)
+    generator = torch.Generator().manual_seed(1)
+    image, latents = (torch.randn(1, 4, 8, 8, generator=generator) for _ in range(2))
+    for angle, timestep in zip(scheduler.angles[:-1], scheduler.timesteps, strict=True):
+        noise = (latents - torch.cos(angle) * image) / torch.sin(angle)
+        step = scheduler.step(noise - image, timestep, latents, generator)
+        np.testing.assert_allclose(predicted_x0(scheduler, step, timestep, noise, latents), image, atol=1e-5)
+        latents = step.prev_sample
+    np.testing.assert_allclose(latents, image, atol=1e-5)
+
+
 async def test_skip_layer_guidance_equals_that_of_diffusers_beside_images_without_it(pair_of: Any) -> None:
     pair = pair_of("stable-diffusion-3")
     guided = request_of(num_inference_steps=5, guidance_scale=3.5)
@@ -247,7 +284,7 @@ async def test_a_model_without_guidance_refuses_a_scale(pair_of: Any) -> None:
         await pair.sampler.generate(request_of(guidance_scale=3.5))
 
 
-@pytest.mark.parametrize("family", MINIATURES)
+@pytest.mark.parametrize("family", [family for family in MINIATURES if family != "sana-sprint"])
 def test_the_preview_of_the_last_step_would_be_the_image(family: str, pair_of: Any) -> None:
     """The flow's estimate of the final latents, from the exact velocity, is the image from the first step on."""
     schedulers = pair_of(family).sampler.schedulers

@@ -34,6 +34,7 @@ PARAMETERS: Mapping[str, str] = {
     "reverses_time": "0",
     "guidance": "classifier_free",
     "guidance_width": "0",
+    "guidance_factor": "1000",
     "is_flow": "0",
     "flow_sigmas": "",
     "flow_shift": "",

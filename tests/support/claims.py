@@ -35,6 +35,7 @@ FAMILIES: Mapping[str, str] = {
     "z-image": "Z-Image",
     "sana": "Sana",
     "sana-1.5": "Sana 1.5",
+    "sana-sprint": "Sana-Sprint",
     "qwen-image": "Qwen-Image",
     "stable-diffusion-3": "Stable Diffusion 3 and 3.5, skip-layer guidance",
     "stable-diffusion-3-without-t5": "Stable Diffusion 3 without T5",

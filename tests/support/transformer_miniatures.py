@@ -55,6 +55,7 @@ _DPM_FLOW = {
     "prediction_type": "flow_prediction",
     "use_flow_sigmas": True,
 }
+_SCM = {"_class_name": "SCMScheduler", "num_train_timesteps": 1000, "prediction_type": "trigflow", "sigma_data": 0.5}
 _BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
 
 
@@ -264,8 +265,8 @@ def _qwen_image(folder: Path) -> None:
     )
 
 
-def _sana(folder: Path, *, is_1_5: bool) -> None:
-    """1.5 has normalised queries and keys. Either is published with one of two schedulers."""
+def _sana(folder: Path, scheduler: Mapping[str, Any], **switches: Any) -> None:
+    """1.5 and Sprint have normalised queries and keys. 1.0 and 1.5 are published with one of two schedulers."""
     transformer = diffusers.SanaTransformer2DModel(
         in_channels=32,
         out_channels=32,
@@ -277,17 +278,16 @@ def _sana(folder: Path, *, is_1_5: bool) -> None:
         cross_attention_dim=128,
         caption_channels=64,
         sample_size=32,
-        qk_norm="rms_norm_across_heads" if is_1_5 else None,
+        **switches,
     )
     vocabulary = _save_gemma_tokenizer(folder / "tokenizer")
     _save(folder / "text_encoder", _gemma2(vocabulary))
     _save(folder / "transformer", transformer)
     _save(folder / "vae", _dc_vae())
-    scheduler = _DPM_FLOW if is_1_5 else {**_FLOW, "shift": 3.0}
     _write_scheduler(folder, scheduler)
     _write_index(
         folder,
-        "SanaPipeline",
+        "SanaSprintPipeline" if "guidance_embeds" in switches else "SanaPipeline",
         {
             "scheduler": ["diffusers", scheduler["_class_name"]],
             "text_encoder": ["transformers", "Gemma2Model"],
@@ -307,8 +307,9 @@ MINIATURES: Mapping[str, Callable[[Path], None]] = {
     "flux2-klein-base": lambda folder: _klein(folder, is_distilled=False),
     "z-image": _z_image,
     "qwen-image": _qwen_image,
-    "sana": lambda folder: _sana(folder, is_1_5=False),
-    "sana-1.5": lambda folder: _sana(folder, is_1_5=True),
+    "sana": lambda folder: _sana(folder, {**_FLOW, "shift": 3.0}),
+    "sana-1.5": lambda folder: _sana(folder, _DPM_FLOW, qk_norm="rms_norm_across_heads"),
+    "sana-sprint": lambda folder: _sana(folder, _SCM, qk_norm="rms_norm_across_heads", guidance_embeds=True),
     "stable-diffusion-3": lambda folder: _stable_diffusion_3(folder, is_3_5=True, has_t5=True),
     "stable-diffusion-3-without-t5": lambda folder: _stable_diffusion_3(folder, is_3_5=False, has_t5=False),
 }

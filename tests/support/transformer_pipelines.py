@@ -21,6 +21,8 @@ from diffusers import (
     QwenImageImg2ImgPipeline,
     QwenImageInpaintPipeline,
     SanaPipeline,
+    SanaSprintImg2ImgPipeline,
+    SanaSprintPipeline,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3InpaintPipeline,
     ZImageImg2ImgPipeline,
@@ -51,6 +53,7 @@ INPAINTING: Mapping[str, Any] = {
 }
 _KONTEXT = (FluxKontextPipeline, FluxKontextInpaintPipeline)
 _FLUX1 = (FluxPipeline, FluxImg2ImgPipeline, FluxInpaintPipeline, *_KONTEXT)
+_SPRINT = (SanaSprintPipeline, SanaSprintImg2ImgPipeline)
 _CHROMA = (ChromaPipeline, ChromaImg2ImgPipeline, ChromaInpaintPipeline)
 
 
@@ -77,6 +80,8 @@ def image_by_diffusers(pipeline: Any, request: Request) -> tuple[Array, Pixels]:
     if type(pipeline).__name__.startswith("QwenImage"):
         frames = pipeline._unpack_latents(latents[0], request.height, request.width, pipeline.vae_scale_factor)
         latents[0] = frames[:, :, 0]
+    if isinstance(pipeline, _SPRINT):
+        latents[0] = latents[0] / pipeline.scheduler.config.sigma_data
     if isinstance(pipeline, _FLUX1 + _CHROMA):
         latents[0] = pipeline._unpack_latents(latents[0], request.height, request.width, pipeline.vae_scale_factor)
     return _in_our_layout(latents[0], request), (image * 255).round().astype(np.uint8)
@@ -103,7 +108,9 @@ def _arguments(pipeline: Any, request: Request) -> dict[str, Any]:
         arguments["max_sequence_length"] = 256  # as FLUX.1-schnell was published
     if isinstance(pipeline, ChromaInpaintPipeline):
         arguments["max_sequence_length"] = 512  # as in the other two
-    if isinstance(pipeline, SanaPipeline):
+    if isinstance(pipeline, _SPRINT) and request.num_inference_steps != 2:
+        arguments["intermediate_timesteps"] = None  # it is the second of two
+    if isinstance(pipeline, (SanaPipeline, *_SPRINT)):
         arguments["use_resolution_binning"] = False  # or it scales an image of another size
     if isinstance(pipeline, Flux2KleinPipeline | Flux2KleinInpaintPipeline):
         states = pipeline.text_encoder.config.num_hidden_layers + 1

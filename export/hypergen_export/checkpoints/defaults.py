@@ -96,6 +96,8 @@ def _embeddings(checkpoint: Checkpoint) -> dict[str, str]:
         "flip_sin_to_cos": str(int(denoiser.get("flip_sin_to_cos", True))),
         "freq_shift": str(denoiser.get("freq_shift", 0)),
         "guidance_width": str(sizes.get("guidance_width", 0)),
+        # Sana-Sprint's. Other transformers are given the scale as they are given timesteps.
+        "guidance_factor": f"{denoiser.get('guidance_embeds_scale', 1000.0):g}",
     }
 
 

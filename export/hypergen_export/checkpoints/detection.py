@@ -32,7 +32,6 @@ _UNSUPPORTED_PIPELINES = {
     "FluxControl": "its transformer takes a control image beside the latents",
     "FluxFill": "its transformer takes a mask and a masked image beside the latents (inpainting)",
     "Inpaint": "it takes a mask and a masked image beside the prompt (inpainting)",
-    "SanaSprint": "its transformer is distilled for steps of another kind (sCM)",
     "Upscale": _UNSUPPORTED_PARTS["low_res_scheduler"],
     "Kandinsky": _UNSUPPORTED_PARTS["prior"],
 }

@@ -44,6 +44,8 @@ _TRAINING = (
 _TIMESTEPS = ("timestep_spacing", "steps_offset")
 # The scheduler of families whose latents flow, and the name under which a request may select it.
 FLOW_SCHEDULER, _FLOW_NAME = "FlowMatchEulerDiscreteScheduler", "euler"
+# The only one of Sana-Sprint.
+_ARC_SCHEDULER = "SCMScheduler"
 # Those whose sigmas may be the flow's. DEIS, too, but it leaves noise: its last step ends where it starts.
 _FLOW_SOLVERS = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde", "unipc")
 # Attributes of a scheduler that diffusers' pipelines use.
@@ -138,6 +140,9 @@ def _flow_table(checkpoint: Checkpoint, steps: int) -> SchedulerTable:
     class_name = str(config["_class_name"])
     if config.get("use_flow_sigmas") and not (sampling.flow_sigmas or sampling.flow_shift):
         return _flow_solvers(config, steps, checkpoint.sizes["latent_channels"])
+    if class_name == _ARC_SCHEDULER and checkpoint.family.name == "sana-sprint":
+        complete = _complete(diffusers.SCMScheduler.from_config(config))
+        return SchedulerTable({OWN: complete, _ARC_SCHEDULER: complete}, {})
     if class_name != FLOW_SCHEDULER:
         raise ValueError(f"its scheduler {class_name} is not supported for this family; {FLOW_SCHEDULER} is")
     with _silenced(), _naming(class_name):

@@ -82,12 +82,13 @@ def test_every_text_encoder_has_its_tokenizer_and_one_pools_where_it_is_wanted(f
 
 def test_parts_that_are_known_or_expected_to_overflow_in_float16() -> None:
     found = {(family.name, each.name) for family in FAMILIES for each in family.components if each.overflows_float16}
+    sana = ("sana", "sana-sprint")
     xl = ("stable-diffusion-xl", "stable-diffusion-xl-inpainting", "latent-consistency-xl", "instruct-pix2pix-xl")
     assert found == {
         *((family, component) for family in xl for component in ("vae_decoder", "vae_encoder")),
         *((family, "text_encoder_2") for family in ("flux1-dev", "flux1-kontext", "flux1-schnell")),
         ("chroma", "text_encoder"),
-        *(("sana", component) for component in ("text_encoder", "vae_decoder", "vae_encoder")),
+        *((family, part) for family in sana for part in ("text_encoder", "vae_decoder", "vae_encoder")),
         *((family, "text_encoder_3") for family in ("stable-diffusion-3", "stable-diffusion-3.5-medium")),
     }
 

@@ -230,6 +230,7 @@ def test_flux1_has_a_scale_without_identity_or_none(
         ("chroma", "Chroma1-Flash", ("8", "1")),
         ("sana-1.5", "SANA1.5_1.6B_1024px_diffusers", ("20", "4.5")),
         ("sana", "Sana_600M_512px_diffusers", ("20", "4.5")),
+        ("sana-sprint", "Sana_Sprint_1.6B_1024px_diffusers", ("2", "4.5")),
         ("qwen-image", "Qwen-Image-2512", ("50", "4")),
         ("qwen-image", "Qwen-Image-Lightning", ("8", "1")),
         ("qwen-image", "Qwen-Image-Lightning-4steps-V2.0", ("4", "1")),

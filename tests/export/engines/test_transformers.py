@@ -43,6 +43,7 @@ ENGINES = [
     ("sana-1.5", "transformer"),
     ("sana-1.5", "vae_decoder"),
     ("sana-1.5", "vae_encoder"),
+    ("sana-sprint", "transformer"),
 ]
 # With a rank pool, one of them: its branches are the same beside every linear layer.
 POOLED = "flux2-klein"

@@ -171,6 +171,7 @@ def test_the_sampler_knows_its_checkpoint(repository: Path) -> None:
         "reverses_time": "0",
         "guidance": "classifier_free",
         "guidance_width": "0",
+        "guidance_factor": "1000",
         "is_flow": "0",
         "flow_sigmas": "",
         "flow_shift": "",

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hypergen_export.checkpoints.components import FLOAT, Sizes, Tensor
-from hypergen_export.checkpoints.families.tensors import HIDDEN_STATES, POOLED, REFERENCES, transformer, vae
+from hypergen_export.checkpoints.components import Sizes, Tensor
+from hypergen_export.checkpoints.families.tensors import GUIDANCE, HIDDEN_STATES, POOLED, REFERENCES, transformer, vae
 from hypergen_export.checkpoints.families.text_encoders import T5_TOKENIZER, clip_pooled, clip_tokens, t5
 from hypergen_export.checkpoints.family import Config, ConfigOverrides, Configs, Family, References, Sampling, TextInput
 
-_GUIDANCE = Tensor(name="guidance", dtype=FLOAT, axes=("guidance_width",), example="sinusoids")
 _EMBEDDING_WIDTH = 256  # of diffusers' CombinedTimestepGuidanceTextProjEmbeddings
 # All tokens are attended to, padding included. -schnell was published with 256 of them (its model card, and the
 # reference implementation), though FluxPipeline's default is 512 for both.
@@ -121,7 +120,7 @@ FLUX1 = (
     _flux1(
         "flux1-dev",
         "embedded",
-        _GUIDANCE,
+        GUIDANCE,
         num_inference_steps=28,
         guidance_scale=3.5,
         read_card=lambda _, names: (28, 4.5) if "krea" in names.lower() else None,
@@ -129,7 +128,7 @@ FLUX1 = (
     _flux1(
         "flux1-kontext",
         "embedded",
-        _GUIDANCE,
+        GUIDANCE,
         *REFERENCES,
         references=_KONTEXT_REFERENCES,
         num_inference_steps=28,

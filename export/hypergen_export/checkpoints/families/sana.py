@@ -1,12 +1,17 @@
-"""Sana 1.0 and 1.5, of 512 and 1024 pixels: a transformer with linear attention, and latents 32 times smaller."""
+"""Sana 1.0 and 1.5, of 512 and 1024 pixels, and Sana-Sprint, which is distilled to a few steps.
+
+A transformer with linear attention, and latents 32 times smaller than images.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
-from hypergen_export.checkpoints.components import WEIGHTS_ONLY, Component, Sizes
+from hypergen_export.checkpoints.components import WEIGHTS_ONLY, Component, Sizes, Tensor
 from hypergen_export.checkpoints.families.tensors import (
+    GUIDANCE,
     HIDDEN_STATES,
     TEXT_MASK,
     TOLERANCE,
@@ -59,12 +64,19 @@ _GEMMA2 = Component(
     kept_layers={"layers": (0, 1)},
     quantized=WEIGHTS_ONLY,
 )
-_TRANSFORMER = replace(
-    transformer(
-        "diffusers.SanaTransformer2DModel", HIDDEN_STATES, replace(TEXT_MASK, axes=("tokens",)), wrapper="sana"
-    ),
-    quantized=WEIGHTS_ONLY,  # its grouped convolutions were not tried in fp8
-)
+
+
+def _transformer(*conditions: Tensor) -> Component:
+    component = transformer(
+        "diffusers.SanaTransformer2DModel",
+        HIDDEN_STATES,
+        replace(TEXT_MASK, axes=("tokens",)),
+        *conditions,
+        wrapper="sana",
+    )
+    return replace(component, quantized=WEIGHTS_ONLY)  # its grouped convolutions were not tried in fp8
+
+
 # As it is typed, its linear attention is computed in float32, as in diffusers: it sums over all pixels.
 _VAE = tuple(
     replace(component, is_typed=True, overflows_float16=True) for component in vae("diffusers.AutoencoderDC", "dc")
@@ -86,6 +98,7 @@ def _sizes(configs: Configs) -> Sizes:
         "context_width": int(text_encoder["hidden_size"]),
         "latent_channels": int(configs.config("vae").get("latent_channels", _LATENT_CHANNELS)),
         "time_width": 256,
+        "guidance_width": 256 if configs.config("transformer").get("guidance_embeds") else 0,
     }
 
 
@@ -101,8 +114,6 @@ def _check(configs: Mapping[str, Config], sizes: Sizes) -> Iterator[str]:
         yield unread_features("transformer", width, sizes)
     if denoiser.get("interpolation_scale") is not None:
         yield "its transformer has a table of positions, as those of 2048 and 4096 pixels have"
-    if denoiser.get("guidance_embeds") or denoiser.get("timestep_scale", 1.0) != 1.0:
-        yield "its transformer is given the guidance scale or scaled timesteps"
     if sizes["encoder_tokens"] > min(_MOST_POSITIONS, text_encoder.get("sliding_window") or _MOST_POSITIONS):
         yield f"its text encoder would read {sizes['encoder_tokens']} tokens"
     norms = configs["vae"].get("decoder_norm_types", "rms_norm")
@@ -112,15 +123,21 @@ def _check(configs: Mapping[str, Config], sizes: Sizes) -> Iterator[str]:
         yield "its text encoder attends to later tokens"
 
 
-SANA = (
-    Family(
-        name="sana",
-        pipelines={"SanaPipeline": ConfigOverrides()},
-        components=(
-            _GEMMA2,
-            _TRANSFORMER,
-            *_VAE,
-        ),
+def _check_unguided(configs: Mapping[str, Config], sizes: Sizes) -> Iterator[str]:
+    yield from _check(configs, sizes)
+    if (scale := configs["transformer"].get("timestep_scale", 1.0)) != 1.0:
+        yield f"its transformer scales timesteps by {scale}"
+
+
+def _inputs(denoiser: Config) -> set[str]:
+    guidance = {GUIDANCE.name} if denoiser.get("guidance_embeds") else set[str]()
+    return {HIDDEN_STATES.name, TEXT_MASK.name} | guidance
+
+
+def _family(name: str, *conditions: Tensor, **rest: Any) -> Family:
+    return Family(
+        name=name,
+        components=(_GEMMA2, _transformer(*conditions), *_VAE),
         text=(
             TextInput(
                 encoder="text_encoder",
@@ -130,13 +147,29 @@ SANA = (
                 is_instruction=True,
             ),
         ),
-        stated_inputs=lambda _: {"encoder_hidden_states", "text_mask"},
+        stated_inputs=_inputs,
         read_sizes=_sizes,
-        check=_check,
-        # The VAE gives latents, not a distribution of them.
-        sampling=Sampling(guidance="classifier_free", is_flow=True, encodes_mode=True),
-        num_inference_steps=20,
         guidance_scale=4.5,
         vae_levels=_vae_levels,
+        **rest,
+    )
+
+
+# The VAE gives latents, not a distribution of them.
+SANA = (
+    _family(
+        "sana",
+        pipelines={"SanaPipeline": ConfigOverrides()},
+        check=_check_unguided,
+        sampling=Sampling(guidance="classifier_free", is_flow=True, encodes_mode=True),
+        num_inference_steps=20,
+    ),
+    _family(
+        "sana-sprint",
+        GUIDANCE,
+        pipelines=dict.fromkeys(("SanaSprintPipeline", "SanaSprintImg2ImgPipeline"), ConfigOverrides()),
+        check=_check,
+        sampling=Sampling(guidance="embedded", is_flow=True, encodes_mode=True),
+        num_inference_steps=2,
     ),
 )

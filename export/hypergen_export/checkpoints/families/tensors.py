@@ -29,6 +29,8 @@ _KEPT = Tensor(name="kept", dtype=BYTE, axes=("height", "width", 1), example="ke
 SKIP = Tensor(name="skip", dtype=INT, axes=(1,), example="skip")
 # Of a model that edits by instruction: the latents of the image to edit, beside those that it denoises.
 IMAGE_LATENTS = Tensor(name="image_latents", dtype=FLOAT, axes=LATENTS)
+# The embedding of the guidance scale, where the denoiser is given it.
+GUIDANCE = Tensor(name="guidance", dtype=FLOAT, axes=("guidance_width",), example="sinusoids")
 POOLED = Tensor(name="text_embeds", dtype=FLOAT, axes=("pooled_width",))
 _DECODED = (IMAGE, Tensor(name="pixel_mean", dtype=FLOAT, axes=(1,)))
 

@@ -59,7 +59,8 @@ class _CrossAttention:
 class Sana(nn.Module):
     """sample [B, C, h, w], time [B, T], encoder_hidden_states [B, L, D], text_mask [B, L] -> model_output as sample.
 
-    A token is a latent pixel. It has no position: convolutions tell tokens apart.
+    Sana-Sprint's is also given the embedded guidance scale [B, T]. A token is a latent pixel. It has no position:
+    convolutions tell tokens apart.
     """
 
     def __init__(self, transformer: Any) -> None:
@@ -69,12 +70,23 @@ class Sana(nn.Module):
             block.attn2.set_processor(_CrossAttention())
         self.transformer = transformer
 
-    def forward(self, sample: Tensor, time: Tensor, encoder_hidden_states: Tensor, text_mask: Tensor) -> Tensor:
+    def forward(
+        self,
+        sample: Tensor,
+        time: Tensor,
+        encoder_hidden_states: Tensor,
+        text_mask: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
         model = self.transformer
         dtype = model.proj_out.weight.dtype
         height, width = sample.shape[2:]
         image = model.patch_embed.proj(sample.to(dtype)).flatten(2).transpose(1, 2)
-        embedding = model.time_embed.emb.timestep_embedder(time.to(dtype))
+        if guidance is None:
+            embedding = model.time_embed.emb.timestep_embedder(time.to(dtype))
+        else:
+            embedding = model.time_embed.timestep_embedder(time.to(dtype))
+            embedding = embedding + model.time_embed.guidance_embedder(guidance.to(dtype))
         modulation = model.time_embed.linear(model.time_embed.silu(embedding))
         text = model.caption_norm(model.caption_projection(encoder_hidden_states.to(dtype)))
         for block in model.transformer_blocks:

@@ -141,8 +141,8 @@ def _consistency_guidance(request: Request, architecture: Architecture) -> Array
 
 
 def _guidance(request: Request, architecture: Architecture) -> Array:
-    """The embedding of the guidance scale, scaled as timesteps are."""
-    return architecture.guidance_embedding([1000 * request.guidance_scale]).reshape(-1)
+    """The embedding of the guidance scale."""
+    return architecture.guidance_embedding([architecture.guidance_factor * request.guidance_scale]).reshape(-1)
 
 
 def _lora_scales(request: Request, _: Architecture) -> Array:

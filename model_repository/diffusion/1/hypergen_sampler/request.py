@@ -150,6 +150,8 @@ class Architecture:
     """A key of `GUIDANCE`."""
     guidance_width: int
     """Length of the guidance scale's embedding, 0 if the denoiser has no such input."""
+    guidance_factor: float
+    """What the guidance scale is multiplied by before it is embedded."""
     is_flow: int
     """Whether latents flow from noise along straight lines (flow matching)."""
     flow_sigmas: str

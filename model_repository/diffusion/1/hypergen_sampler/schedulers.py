@@ -17,13 +17,15 @@ from typing import Any
 
 import torch
 
-from hypergen_sampler import flow
+from hypergen_sampler import flow, trigflow
 from hypergen_sampler.diffusers_module import diffusers
 from hypergen_sampler.flow import FlowMatchEuler
 from hypergen_sampler.request import Architecture, InvalidInputError
 
 FrozenDict = diffusers.configuration_utils.FrozenDict
 
+# Names of diffusers' classes that have another interface than most, and ours in their place.
+_OURS: Mapping[str, Any] = {flow.CLASS_NAME: FlowMatchEuler, trigflow.CLASS_NAME: trigflow.TrigFlow}
 _TRIAL_SHAPE = (1, 4, 8, 8)
 # How sigmas are spaced -> the entry of a configuration that says so.
 _SIGMAS = {
@@ -149,7 +151,7 @@ def _accepted(kind: Any) -> frozenset[str]:
 
 def _made(config: Mapping[str, Any]) -> Any:
     name = config["_class_name"]
-    return (FlowMatchEuler if name == flow.CLASS_NAME else getattr(diffusers, name)).from_config(config)
+    return (_OURS[name] if name in _OURS else getattr(diffusers, name)).from_config(config)
 
 
 def _copy(pristine: Any) -> Any:
