@@ -28,6 +28,7 @@ from hypergen_gateway.errors import (
     NotFoundError,
     UnavailableError,
 )
+from hypergen_gateway.http.auth import PROBE_PATHS
 from hypergen_gateway.http.exceptions import error_response, forget_tracebacks, log_exception, to_api_error
 from hypergen_gateway.http.origins import security_headers
 from hypergen_gateway.http.paths import hint_for
@@ -107,7 +108,8 @@ class Trace:
 class RequestLog:
     """Assigns request ids, adds response headers, writes the access log and notifies the observers.
 
-    Security headers are added here, too, as each further middleware costs time.
+    Security headers are added here, too, as each further middleware costs time. Probes come every few seconds: one is
+    logged only if the last one of its path was answered differently.
 
     `routes` maps endpoints to their paths, with parameters in braces.
     """
@@ -116,6 +118,7 @@ class RequestLog:
         self._app = app
         self._routes = routes
         self._observers = observers
+        self._probes: dict[str, int] = {}  # path -> status of the last answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -146,6 +149,12 @@ class RequestLog:
             self._report(scope, status, time.perf_counter() - started)
             current_request_id.reset(token)
 
+    def _repeats(self, path: str, status: int) -> bool:
+        if path not in PROBE_PATHS:
+            return False
+        last, self._probes[path] = self._probes.get(path), status
+        return status == last
+
     def _report(self, scope: Scope, status: int, seconds: float) -> None:
         method, path, state = scope["method"], scope["path"], scope.get("state", {})
         route = self._routes.get(scope.get("endpoint"), "other")
@@ -159,7 +168,7 @@ class RequestLog:
             key=state.get("key_name"),
             **state.get("generation", {}),
         )
-        access_logger.info(record)
+        access_logger.log(logging.DEBUG if self._repeats(path, status) else logging.INFO, record)
         for observer in self._observers:
             observer.responded(record)
 

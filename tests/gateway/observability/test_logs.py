@@ -10,8 +10,12 @@ from dataclasses import dataclass
 import httpx
 import pytest
 
+from hypergen_gateway.app import create_app
+from hypergen_gateway.config import Config
+from hypergen_gateway.http.middleware import RequestRecord
 from hypergen_gateway.http.request_id import current_request_id
 from hypergen_gateway.observability.logs import JsonLines
+from support.fake_backend import FakeBackend, in_memory
 from support.running_server import KEY, Server, free_port, start_server, stop_server
 
 NOBODY = "127.0.0.1:1"  # a Triton that is not there
@@ -47,11 +51,27 @@ def test_json_logs_have_one_object_per_line_none_about_malformed_data_and_none_w
 
 def test_as_text_the_same_is_for_people() -> None:
     server = start()
-    httpx.get(f"{server.url}/health/live", headers={"x-request-id": "mine-1"})
+    httpx.get(f"{server.url}/docs", headers={"x-request-id": "mine-1"})
     assert stop_server(server) == 0
-    assert any(line.endswith(" ms mine-1") and "GET /health/live 200" in line for line in server.lines)
+    assert any(line.endswith(" ms mine-1") and "GET /docs 200" in line for line in server.lines)
     assert any(line.startswith("Serving on") for line in server.lines)
     assert len({line for line in server.lines if line.startswith("Serving on")}) == 1
+
+
+async def test_a_probe_is_logged_when_its_answer_changes(caplog: pytest.LogCaptureFixture) -> None:
+    """While a model is exported, an orchestrator's probes would fill the terminal."""
+    backend = FakeBackend()
+    caplog.set_level(logging.INFO, "hypergen_gateway.access")
+    async with in_memory(create_app(Config(), backend)) as client:
+        for is_ready in (False, False, True, True, True, False):
+            backend.is_ready = is_ready
+            await client.get("/health/ready")
+            await client.get("/health/live")
+            await client.get("/docs")
+    answers = [(each.msg.route, each.msg.status) for each in caplog.records if isinstance(each.msg, RequestRecord)]
+    assert [status for route, status in answers if route == "/health/ready"] == [503, 200, 503]
+    assert [status for route, status in answers if route == "/health/live"] == [200]
+    assert [status for route, status in answers if route == "/docs"] == [200] * 6
 
 
 @dataclass
