@@ -108,7 +108,7 @@ def _quantized(component: Component, dtype: str, onnx: Path, calls: Calls, repor
             advanced_parameters=nncf.AdvancedQuantizationParameters(
                 # Weights of seven bits: without VNNI, a CPU adds pairs of products of eight bits in sixteen, which
                 # overflow. On one with AVX2 alone, the shipped UNet's error was 0.106 with eight bits and is 0.067.
-                # With VNNI eight would be better (43.0 dB in the passport, not 41.3), but an export may move.
+                # With VNNI eight would be a little better (by 1.7 dB in its passport), but an export may move.
                 overflow_fix=nncf.OverflowFix.ENABLE,
                 # The extremes of all calls. What layers read changes with the noise: NNCF's default, the mean of the
                 # calls' extremes, cuts off the rest, on a miniature more than half of a layer's range.
